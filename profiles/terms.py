@@ -1,0 +1,413 @@
+"""The records every room shares and the protocol of an engine.
+
+Records are frozen and validate on creation; they hold raw counts and times, never rates (`formulas` derives those).
+Units are the last word of a name; fractions are never percent. Standard library only: serving code imports this.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Literal, Protocol
+
+from profiles.errors import InputError
+
+DraftKind = Literal["model", "ngram", "early_exit"]
+DRAFT_KINDS: tuple[DraftKind, ...] = ("model", "ngram", "early_exit")
+DTYPES = ("float32", "bfloat16", "float16")
+Rounds = Mapping[tuple[int, int], int]
+
+
+def digest_of(value: object) -> str:
+    """Hex SHA-256 (32 digits) of the canonical JSON of `value`: the same value gives the same digest anywhere."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def _finite(values: Sequence[float]) -> bool:
+    return all(math.isfinite(value) for value in values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """An estimate with its 95 % interval; `low <= estimate <= high`."""
+
+    estimate: float
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        _require(_finite((self.estimate, self.low, self.high)), f"interval {self} is not finite")
+        _require(self.low <= self.estimate <= self.high, f"interval {self} is not in order")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """Weights as they are run: `digest` covers the weight and config files, `dtype` the float type in memory."""
+
+    name: str
+    revision: str | None = None
+    dtype: str
+    digest: str
+    num_params: int
+
+    def __post_init__(self) -> None:
+        _require(self.dtype in DTYPES, f"dtype {self.dtype!r}: allowed are {', '.join(DTYPES)}")
+        _require(self.num_params > 0, f"model {self.name!r} has {self.num_params} parameters")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """What proposes tokens; exactly the parameters of its kind are set."""
+
+    kind: DraftKind
+    model: Model | None = None
+    max_match: int | None = None
+    min_match: int | None = None
+    num_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.kind in DRAFT_KINDS, f"draft kind {self.kind!r}: allowed are {', '.join(DRAFT_KINDS)}")
+        _require((self.kind == "model") == (self.model is not None), f"draft kind {self.kind!r} and its model disagree")
+        _require((self.kind == "early_exit") == (self.num_layers is not None), "only early-exit drafts have layers")
+        if self.kind == "ngram":
+            low, high = self.min_match, self.max_match
+            _require(
+                low is not None and high is not None and 1 <= low <= high,
+                f"ngram matches max={high},min={low}: allowed are 1 <= min <= max",
+            )
+        if self.num_layers is not None:
+            _require(self.num_layers >= 1, f"early-exit layers {self.num_layers}: at least 1 is needed")
+
+    @property
+    def name(self) -> str:
+        """The spelling the command line takes: a model's name, `ngram:max=4,min=2` or `early-exit:4`."""
+        if self.model is not None:
+            return self.model.name
+        if self.kind == "ngram":
+            return f"ngram:max={self.max_match},min={self.min_match}"
+        return f"early-exit:{self.num_layers}"
+
+    @property
+    def digest(self) -> str:
+        """Identity of what it proposes (for early exit: together with the target's digest)."""
+        if self.model is not None:
+            return digest_of([self.kind, self.model.digest, self.model.dtype])
+        return digest_of([self.kind, self.max_match, self.min_match, self.num_layers])
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it needs weights of its own in memory."""
+        return self.kind == "model"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """A way to decode: `length` drafted tokens per round, 0 exactly when there is no draft (plain decoding).
+
+    `stop_below`: a round stops drafting before a proposal whose largest draft probability is under it.
+    """
+
+    draft: Draft | None = None
+    length: int = 0
+    stop_below: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            self.length >= 1 if self.draft else self.length == 0,
+            f"speculation length {self.length}: 0 exactly for plain decoding, at least 1 with a draft",
+        )
+        if self.stop_below is not None:
+            _require(
+                self.draft is not None and 0.0 < self.stop_below < 1.0,
+                f"stop_below {self.stop_below}: allowed are fractions between 0 and 1, with a draft",
+            )
+
+    @property
+    def name(self) -> str:
+        """`plain`, or the draft and its length: `draft-code k=4`."""
+        stop = "" if self.stop_below is None else f" stop<{self.stop_below:g}"
+        return f"{self.draft.name} k={self.length}{stop}" if self.draft else "plain"
+
+    @property
+    def digest(self) -> str:
+        return digest_of([self.draft.digest if self.draft else None, self.length, self.stop_below])
+
+
+PLAIN = Setup()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt as the target reads it: token ids after the chat template and after cutting."""
+
+    domain: str
+    token_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _require(len(self.token_ids) > 0, f"a prompt of domain {self.domain!r} is empty")
+
+    @property
+    def digest(self) -> str:
+        """Identity of the tokens; the domain is a label and not part of it."""
+        return digest_of(list(self.token_ids))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """How text is decoded: the anchor (batch, context) and everything that shapes the target's output.
+
+    `context_length` bounds prompt plus output tokens of a sequence. `seed` matters only when sampling.
+    """
+
+    batch_size: int = 1
+    context_length: int
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    end_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, f"batch size {self.batch_size}: at least 1 is needed")
+        _require(self.max_new_tokens >= 2, f"max-new-tokens {self.max_new_tokens}: at least 2 are needed")
+        _require(
+            self.context_length > self.max_new_tokens,
+            f"context {self.context_length} leaves no room for a prompt beside {self.max_new_tokens} new tokens",
+        )
+        _require(
+            math.isfinite(self.temperature) and 0.0 <= self.temperature <= 10.0,
+            f"temperature {self.temperature}: allowed are 0 (greedy) to 10",
+        )
+        _require(0.0 < self.top_p <= 1.0, f"top-p {self.top_p}: allowed are fractions above 0, up to 1")
+        _require(self.top_k >= 0, f"top-k {self.top_k}: allowed are 0 (off) and up")
+
+    @property
+    def acceptance_rule(self) -> str:
+        """`greedy equality` at temperature 0, else `rejection sampling`; acceptance is never mixed across rules."""
+        return "greedy equality" if self.temperature == 0.0 else "rejection sampling"
+
+    @property
+    def sampling_digest(self) -> str:
+        """Identity of the output law and its random numbers; what acceptance depends on beside prompt and models."""
+        law = [self.temperature, self.top_p, self.top_k, self.seed] if self.temperature > 0.0 else [0.0]
+        return digest_of([self.acceptance_rule, law, self.max_new_tokens, sorted(self.end_token_ids)])
+
+    @property
+    def anchor_digest(self) -> str:
+        """Identity of a timed run beside prompt and setup: sampling and the batch."""
+        return digest_of([self.sampling_digest, self.batch_size])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """The machine and the software that times are true for."""
+
+    device: str
+    device_count: int
+    memory_bytes: int
+    driver: str | None
+    cuda: str | None
+    threads: int
+    torch: str
+    engine: str
+    engine_version: str
+
+    @property
+    def digest(self) -> str:
+        return digest_of(asdict(self))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetTrace:
+    """One plain run: emitted tokens, the target's probability of each, and the gap of its two largest logits.
+
+    `target_probs` are taken after temperature, top-k and top-p (greedy: of the unfiltered softmax). `ended` tells
+    that the last token is an end token.
+    """
+
+    prompt_digest: str
+    token_ids: tuple[int, ...]
+    target_probs: tuple[float, ...]
+    logit_gaps: tuple[float, ...]
+    ended: bool
+
+    def __post_init__(self) -> None:
+        size = len(self.token_ids)
+        _require(size > 0, "a target trace is empty")
+        _require(len(self.target_probs) == size == len(self.logit_gaps), "a target trace has columns of unequal length")
+        _require(_finite(self.target_probs) and _finite(self.logit_gaps), "a target trace holds a value not finite")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AcceptanceTrace:
+    """A draft model over a target trace: position i's probability to be kept, and the draft's largest probability.
+
+    `keep_probs[i]` is `min(1, draft_probs / target_probs)` of the emitted token (Leviathan et al. 2023; derivation
+    in README, "the walk"), 0 or 1 when greedy. Position 0 comes from the prefill and is never drafted.
+    """
+
+    prompt_digest: str
+    draft_digest: str
+    keep_probs: tuple[float, ...]
+    confidences: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        _require(len(self.keep_probs) > 0, "an acceptance trace is empty")
+        _require(len(self.keep_probs) == len(self.confidences), "an acceptance trace has columns of unequal length")
+        _require(all(0.0 <= value <= 1.0 for value in self.keep_probs), "a keep probability is outside 0 to 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookupTrace:
+    """An n-gram draft over a target trace: for a round starting at i, tokens proposed and tokens kept of them.
+
+    Both are for `max_length` asked tokens; a shorter length proposes a prefix.
+    """
+
+    prompt_digest: str
+    draft_digest: str
+    max_length: int
+    proposed: tuple[int, ...]
+    kept: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _require(len(self.proposed) == len(self.kept) > 0, "a look-up trace has columns of unequal length")
+        _require(
+            all(
+                0 <= kept <= proposed <= self.max_length
+                for kept, proposed in zip(self.kept, self.proposed, strict=True)
+            ),
+            "a look-up trace keeps more than it proposed, or proposes more than asked",
+        )
+
+
+Acceptance = AcceptanceTrace | LookupTrace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimes:
+    """A staircase: seconds of one forward at each width (tokens per sequence), with `context_length` tokens cached.
+
+    `part_digest` is the target's or the draft's. For an n-gram draft, width is the number of tokens asked for and
+    the time is the host's search.
+    """
+
+    part_digest: str
+    batch_size: int
+    context_length: int
+    samples_s: Mapping[int, tuple[float, ...]]
+
+    def __post_init__(self) -> None:
+        _require(len(self.samples_s) > 0, "step times without a width")
+        for width, samples in self.samples_s.items():
+            good = width >= 1 and len(samples) > 0 and _finite(samples) and min(samples) > 0.0
+            _require(good, f"step times at width {width} are {list(samples)[:3]}: positive seconds are needed")
+        object.__setattr__(self, "samples_s", MappingProxyType(dict(sorted(self.samples_s.items()))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One timed run of one prompt.
+
+    `ttft_s`: request start to first token, both prefills included. `decode_s`: first token to last. `rounds` counts
+    each (proposed, accepted). `disturbed`: other processes used the machine although the run was repeated.
+    """
+
+    setup_digest: str
+    prompt_digest: str
+    ttft_s: float
+    decode_s: float
+    output_tokens: int
+    rounds: Rounds
+    output_digest: str
+    peak_memory_bytes: int | None = None
+    disturbed: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.output_tokens >= 1, f"a run emitted {self.output_tokens} tokens")
+        good = _finite((self.ttft_s, self.decode_s)) and self.ttft_s > 0.0 and self.decode_s >= 0.0
+        _require(good, f"a run took {self.ttft_s} + {self.decode_s} s")
+        for (proposed, accepted), count in self.rounds.items():
+            _require(0 <= accepted <= proposed and count >= 1, f"round ({proposed}, {accepted}) counted {count} times")
+        object.__setattr__(self, "rounds", MappingProxyType(dict(sorted(self.rounds.items()))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Infeasible:
+    """A setup that could not be measured, and why: never a number."""
+
+    setup: Setup
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What acceptance and step times say a setup should reach; not believed until measured."""
+
+    setup: Setup
+    tok_per_s: Interval
+    speedup: Interval
+    acceptance_length: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A setup against plain decoding in paired real runs; `speedup` is decode only, `end_to_end` with prefill."""
+
+    setup: Setup
+    speedup: Interval
+    end_to_end: Interval
+    plain_tok_per_s: Interval
+    tok_per_s: Interval
+    p_value: float
+    num_prompts: int
+    num_partings: int
+    num_disturbed: int
+
+
+class Engine(Protocol):
+    """What can be measured. The torch engine, the recorded engine and the remembering wrapper all fit.
+
+    A method measures one unit; a caller may stop between units and lose nothing. Every method raises `EngineError`
+    when the device fails and `InputError` when the models do not allow the workload.
+    """
+
+    @property
+    def environment(self) -> Environment: ...
+
+    @property
+    def target(self) -> Model: ...
+
+    @property
+    def drafts(self) -> tuple[Draft, ...]: ...
+
+    def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
+        """One plain run of the target; not timed."""
+        ...
+
+    def trace_draft(self, workload: Workload, prompt: Prompt, draft: Draft, max_length: int) -> Acceptance:
+        """The draft over the target's trace of this prompt, for every length up to `max_length`."""
+        ...
+
+    def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
+        """The staircases of the target (widths 1..max_length+1) and of every draft, interleaved; by part digest."""
+        ...
+
+    def run_together(
+        self, workload: Workload, prompt: Prompt, setups: tuple[Setup, ...], occasion: str
+    ) -> tuple[Sample, ...]:
+        """Real timed runs of one prompt, back to back in the order given.
+
+        `occasion` names why (`race 0`, `proof 0`): evidence taken for one purpose never answers for another.
+        """
+        ...
