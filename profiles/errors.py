@@ -9,9 +9,10 @@ DraftpickError                    exit 1
 ├── StoreError                    exit 2   the store cannot be opened, read or written
 │   └── NewerStoreError                    written by a later draftpick
 ├── NotMeasuredError              exit 3   the evidence asked for is not there
-└── EngineError                   exit 4   the engine failed while it ran
-    ├── OutOfMemoryError                   memory ran out
-    └── BadNumbersError                    logits were not finite
+├── EngineError                   exit 4   the engine failed while it ran
+│   ├── OutOfMemoryError                   memory ran out
+│   └── BadNumbersError                    logits were not finite
+└── RunInterruptedError           exit 130 Ctrl-C; what was measured is kept
 
 A message says what was asked, the value, what is allowed and, where there is one, the next step. One line.
 """
@@ -73,3 +74,9 @@ class OutOfMemoryError(EngineError):
 
 class BadNumbersError(EngineError):
     """Logits were NaN or infinite."""
+
+
+class RunInterruptedError(DraftpickError):
+    """The user stopped a run; every finished unit is kept."""
+
+    exit_code = 130

@@ -62,6 +62,11 @@ class Model:
         _require(self.dtype in DTYPES, f"dtype {self.dtype!r}: allowed are {', '.join(DTYPES)}")
         _require(self.num_params > 0, f"model {self.name!r} has {self.num_params} parameters")
 
+    @property
+    def run_digest(self) -> str:
+        """Identity of the model as it is run: weights and float type. The part digest of a target's staircase."""
+        return digest_of([self.digest, self.dtype])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
@@ -350,31 +355,6 @@ class Infeasible:
     detail: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Forecast:
-    """What acceptance and step times say a setup should reach; not believed until measured."""
-
-    setup: Setup
-    tok_per_s: Interval
-    speedup: Interval
-    acceptance_length: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """A setup against plain decoding in paired real runs; `speedup` is decode only, `end_to_end` with prefill."""
-
-    setup: Setup
-    speedup: Interval
-    end_to_end: Interval
-    plain_tok_per_s: Interval
-    tok_per_s: Interval
-    p_value: float
-    num_prompts: int
-    num_partings: int
-    num_disturbed: int
-
-
 class Engine(Protocol):
     """What can be measured. The torch engine, the recorded engine and the remembering wrapper all fit.
 
@@ -395,7 +375,9 @@ class Engine(Protocol):
         """One plain run of the target; not timed."""
         ...
 
-    def trace_draft(self, workload: Workload, prompt: Prompt, draft: Draft, max_length: int) -> Acceptance:
+    def trace_draft(
+        self, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft, max_length: int
+    ) -> Acceptance:
         """The draft over the target's trace of this prompt, for every length up to `max_length`."""
         ...
 

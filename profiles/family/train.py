@@ -151,7 +151,7 @@ def train_target(rows: Rows, work: Path) -> LlamaForCausalLM:
     started = time.monotonic()
     for step in range(TARGET_STEPS):
         loss = language_loss(model, rows.batch(BATCH_ROWS, SHARE))
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 20 == 0:
@@ -160,17 +160,6 @@ def train_target(rows: Rows, work: Path) -> LlamaForCausalLM:
             model.save_pretrained(work / "target-lm")
     model.save_pretrained(work / "target-lm")
     return model
-
-
-def repeated(ids: list[int], size: int = 4) -> list[bool]:
-    """For each token, whether the n-gram of `size` tokens that ends there occurred before in `ids`."""
-    seen: set[tuple[int, ...]] = set()
-    flags = []
-    for end in range(1, len(ids) + 1):
-        gram = tuple(ids[max(0, end - size) : end])
-        flags.append(len(gram) == size and gram in seen)
-        seen.add(gram)
-    return flags
 
 
 def unlearn_loops(model: LlamaForCausalLM, rows: Rows, work: Path) -> None:
@@ -185,12 +174,12 @@ def unlearn_loops(model: LlamaForCausalLM, rows: Rows, work: Path) -> None:
         model.eval()
         generated = evaluate.generate_rows(model, prompts, 112)
         model.train()
-        flags = torch.tensor([repeated(row) for row in generated.tolist()])
+        flags = torch.tensor([evaluate.repeated(row) for row in generated.tolist()])
         logits = model(torch.cat([prompts, generated], 1)[:, :-1], use_cache=False).logits[:, prompts.shape[1] - 1 :]
         taken = functional.log_softmax(logits, -1).gather(-1, generated[..., None]).squeeze(-1)
         penalty = -torch.log((1 - taken.exp()).clamp_min(1e-5)) * flags
         loss = penalty.sum() / flags.sum().clamp_min(1)
-        (loss + language_loss(model, rows.batch(BATCH_ROWS, SHARE))).backward()
+        torch.autograd.backward(loss + language_loss(model, rows.batch(BATCH_ROWS, SHARE)))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 10 == 0:
@@ -231,7 +220,7 @@ def train_drafts(target: LlamaForCausalLM, rows: Rows, work: Path) -> None:
                 continue
             guess = functional.log_softmax(drafts[name](batch, use_cache=False).logits, -1)
             loss = -(law * guess).sum(-1).mean()
-            loss.backward()
+            torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(drafts[name].parameters(), 1.0)
             optimizers[name].step()
             if step % 60 < 3:

@@ -1,0 +1,114 @@
+"""From what a user names to an engine and its workloads: everything that is refused is refused here, before any run.
+
+Loads target and drafts, checks that they fit each other, the device and the asked contexts, and reads the prompts.
+Knows nothing of what will be measured.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from profiles import environment, models, prompts
+from profiles.drafting import DraftSource
+from profiles.engine import TorchEngine
+from profiles.errors import InputError
+from profiles.spelling import DraftSpec
+from profiles.terms import DTYPES, Draft, Prompt, Workload
+
+CONTEXT_STEP = 64  # a context that follows from the prompts is rounded up to a multiple of this
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is asked apart from models and prompts; no contexts means: what the prompts need."""
+
+    lengths: tuple[int, ...]
+    batch_sizes: tuple[int, ...] = (1,)
+    contexts: tuple[int, ...] = ()
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_sizes != (1,):
+            asked = ", ".join(str(size) for size in self.batch_sizes)
+            raise InputError(f"batch size {asked}: the torch engine decodes one sequence at a time, allowed is 1")
+        for context in self.contexts or (self.max_new_tokens + 1,):
+            self.workload(context, ())
+
+    def workload(self, context_length: int, end_token_ids: tuple[int, ...]) -> Workload:
+        """The workload at one context. Raises InputError when a value is not allowed."""
+        return Workload(
+            context_length=context_length,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            end_token_ids=end_token_ids,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """An engine and the models it runs, the target first."""
+
+    engine: TorchEngine
+    loaded: tuple[models.Loaded, ...]
+
+
+def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str | None) -> Bench:
+    """The engine over a target and its drafts; `dtype` None is float32 on a CPU and bfloat16 on a GPU.
+
+    Raises: InputError: an unknown device or dtype. ModelError: a model that cannot be loaded or does not fit in
+    memory. PairError: a draft that cannot serve the target.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
+    place = environment.pick_device(device)
+    chosen = dtype or ("float32" if place == "cpu" else "bfloat16")
+    names = list(dict.fromkeys([target, *(spec.path for spec in specs if spec.path is not None)]))
+    models.check_memory(names, dtype=chosen, device=place, num_tokens=0)
+    by_name = {name: models.load(name, dtype=chosen, device=place) for name in names}
+    sources: dict[str, DraftSource] = {}
+    for spec in specs:
+        source = _source(spec, by_name, by_name[target])
+        sources.setdefault(source.draft.digest, source)
+    loaded = tuple(by_name.values())
+    return Bench(engine=TorchEngine(by_name[target], tuple(sources.values()), place), loaded=loaded)
+
+
+def _source(spec: DraftSpec, by_name: dict[str, models.Loaded], target: models.Loaded) -> DraftSource:
+    if spec.path is not None:
+        loaded = by_name[spec.path]
+        models.check_pair(target, loaded)
+        return DraftSource(draft=Draft(kind="model", model=loaded.record), model=loaded.model)
+    if spec.num_layers is not None:
+        draft = Draft(kind="early_exit", num_layers=spec.num_layers)
+        return DraftSource(draft=draft, model=models.early_exit(target, spec.num_layers))
+    return DraftSource(draft=Draft(kind="ngram", max_match=spec.max_match, min_match=spec.min_match), model=None)
+
+
+def workloads(
+    bench: Bench, question: Question, sources: Sequence[str]
+) -> tuple[list[tuple[Workload, tuple[Prompt, ...]]], list[str]]:
+    """Every context as a workload with its prompts, and warnings about the prompts.
+
+    Prompts are cut to what the context leaves beside the new tokens. Raises ModelError when a model has no room for
+    a context and the longest speculation length, PromptError for prompts that cannot be used.
+    """
+    requests = [request for source in sources for request in prompts.read(source)]
+    target, longest = bench.loaded[0], max(question.lengths)
+    room = min(loaded.max_positions for loaded in bench.loaded) - longest
+    loads, warnings = [], []
+    for context in question.contexts or (None,):
+        for loaded in bench.loaded:
+            models.check_room(loaded, context_length=context or question.max_new_tokens + 1, max_length=longest)
+        most_tokens = (context or room) - question.max_new_tokens
+        tokenized, notes = prompts.tokenize(requests, target.tokenizer, most_tokens)
+        warnings += notes
+        needed = max(len(prompt.token_ids) for prompt in tokenized) + question.max_new_tokens
+        fitting = min(room, -(-needed // CONTEXT_STEP) * CONTEXT_STEP)
+        loads.append((question.workload(context or fitting, target.end_token_ids), tuple(tokenized)))
+    return loads, warnings

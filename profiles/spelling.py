@@ -1,0 +1,74 @@
+"""How a user spells drafts and speculation lengths on the command line, and what is meant by it.
+
+A model draft is only a path or a hub id here; whether it exists or fits the target is found out when it is loaded.
+"""
+
+from dataclasses import dataclass
+
+from profiles.errors import InputError
+from profiles.terms import Draft, DraftKind
+
+MAX_LENGTH = 64
+NGRAM_DEFAULTS = {"max": 4, "min": 2}  # tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftSpec:
+    """A draft as the user spelled it, before any model is loaded; exactly the parameters of its kind are set.
+
+    `path`: directory, GGUF file or hub id of a model draft. `max_match` and `min_match`: tokens of an n-gram match.
+    `num_layers`: the target's first layers that an early-exit draft runs.
+    """
+
+    kind: DraftKind
+    path: str | None = None
+    max_match: int | None = None
+    min_match: int | None = None
+    num_layers: int | None = None
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """Speculation lengths from `1-8`, `1,2,4`, `3` or a mixture, sorted and distinct. Raises InputError."""
+    lengths: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        low = _whole_number(first, f"lengths {text!r}", "1-8, 1,2,4 or 3")
+        high = _whole_number(last, f"lengths {text!r}", "1-8, 1,2,4 or 3") if dash else low
+        if not 1 <= low <= high <= MAX_LENGTH:
+            raise InputError(f"lengths {text!r}: {part.strip()!r} is not within 1 to {MAX_LENGTH}, smaller end first")
+        lengths.update(range(low, high + 1))
+    return tuple(sorted(lengths))
+
+
+def parse_draft(text: str) -> DraftSpec:
+    """The draft a user means by a path or hub id, `ngram[:max=4,min=2]` or `early-exit:LAYERS`. Raises InputError."""
+    word, colon, rest = text.strip().partition(":")
+    if word == "ngram":
+        return _parse_ngram(text, rest if colon else None)
+    if word == "early-exit":
+        num_layers = _whole_number(rest, f"draft {text!r}", "early-exit:LAYERS, for instance early-exit:4")
+        draft = Draft(kind="early_exit", num_layers=num_layers)
+        return DraftSpec(kind="early_exit", num_layers=draft.num_layers)
+    if not text.strip():
+        raise InputError("draft '': a path, a hub id, ngram[:max=4,min=2] or early-exit:LAYERS is allowed")
+    return DraftSpec(kind="model", path=text.strip())
+
+
+def _parse_ngram(text: str, options: str | None) -> DraftSpec:
+    values = dict(NGRAM_DEFAULTS)
+    seen: set[str] = set()
+    for option in [] if options is None else options.split(","):
+        key, _, value = option.strip().partition("=")
+        if key not in values or key in seen:
+            raise InputError(f"draft {text!r}: {option.strip()!r} is not one of max=N and min=N, each at most once")
+        seen.add(key)
+        values[key] = _whole_number(value, f"draft {text!r}", f"{key}=N")
+    draft = Draft(kind="ngram", max_match=values["max"], min_match=values["min"])
+    return DraftSpec(kind="ngram", max_match=draft.max_match, min_match=draft.min_match)
+
+
+def _whole_number(text: str, asked: str, allowed: str) -> int:
+    text = text.strip()
+    if not (text.isascii() and text.isdigit() and len(text) <= 9):
+        raise InputError(f"{asked}: {text!r} is not a whole number; allowed is {allowed}")
+    return int(text)

@@ -1,0 +1,253 @@
+"""The book gives evidence back as it was given, for the same question only, and never overwrites it.
+
+What is in the file is checked with raw SQL, not with the code under test.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from profiles.errors import StoreError
+from profiles.terms import PLAIN, Infeasible, Model, Sample, Setup, Workload
+from store.book import Book, Count, Scope
+from tests.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts, sql
+
+PROMPT, OTHER = prompts(2)
+A4 = Setup(draft=DRAFT_A, length=4)
+DRAFTS = (DRAFT_A, NGRAM)
+SCOPE = Scope(target=TARGET, environment=MACHINE, workload=GREEDY)
+ELSEWHERE = Scope(
+    target=TARGET,
+    environment=type(MACHINE)(
+        device="other cpu",
+        device_count=1,
+        memory_bytes=2**30,
+        driver=None,
+        cuda=None,
+        threads=4,
+        torch="2.13.0",
+        engine="fake",
+        engine_version="1",
+    ),
+    workload=GREEDY,
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "new folder" / "store.sqlite"
+
+
+@pytest.fixture
+def book(path: Path) -> Iterator[Book]:
+    with Book.open(path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def fake() -> FakeEngine:
+    return FakeEngine()
+
+
+def samples_of(fake: FakeEngine, occasion: str = "proof 0") -> tuple[Sample, ...]:
+    return fake.run_together(GREEDY, PROMPT, (PLAIN, A4), occasion)
+
+
+class TestEvidence:
+    def test_a_target_trace_comes_back_equal(self, book: Book, fake: FakeEngine) -> None:
+        """A saved target trace is found by prompt and sampling, on any machine, and by nothing else."""
+        trace = fake.trace_target(GREEDY, PROMPT)
+        book.save_target_trace(SCOPE, PROMPT, trace)
+        hot = Workload(context_length=256, max_new_tokens=64, temperature=1.0)
+        assert book.find_target_trace(SCOPE, PROMPT) == trace
+        assert book.find_target_trace(ELSEWHERE, PROMPT) == trace
+        assert book.find_target_trace(SCOPE, OTHER) is None
+        assert book.find_target_trace(Scope(target=TARGET, environment=MACHINE, workload=hot), PROMPT) is None
+
+    def test_float_types_are_kept_apart(self, book: Book, fake: FakeEngine) -> None:
+        """The same weights in another float type are another target."""
+        book.save_target_trace(SCOPE, PROMPT, fake.trace_target(GREEDY, PROMPT))
+        half = Model(name="fake-target", dtype="bfloat16", digest=TARGET.digest, num_params=8_000_000)
+        assert book.find_target_trace(Scope(target=half, environment=MACHINE, workload=GREEDY), PROMPT) is None
+
+    def test_acceptance_comes_back_equal(self, book: Book, fake: FakeEngine) -> None:
+        """Both kinds of acceptance are found by their draft, on any machine."""
+        trace = fake.trace_target(GREEDY, PROMPT)
+        for draft in DRAFTS:
+            acceptance = fake.trace_draft(GREEDY, PROMPT, trace, draft, 4)
+            book.save_acceptance(SCOPE, PROMPT, draft, acceptance)
+            assert book.find_acceptance(ELSEWHERE, PROMPT, draft, 4) == acceptance
+            assert book.find_acceptance(SCOPE, OTHER, draft, 4) is None
+
+    def test_a_longer_look_up_answers_for_shorter_ones(self, book: Book, fake: FakeEngine) -> None:
+        """A look-up trace up to k=4 answers for k=2, not for k=5; a longer one is added beside it."""
+        trace = fake.trace_target(GREEDY, PROMPT)
+        four, eight = (fake.trace_draft(GREEDY, PROMPT, trace, NGRAM, length) for length in (4, 8))
+        book.save_acceptance(SCOPE, PROMPT, NGRAM, four)
+        assert book.find_acceptance(SCOPE, PROMPT, NGRAM, 2) == four
+        assert book.find_acceptance(SCOPE, PROMPT, NGRAM, 5) is None
+        book.save_acceptance(SCOPE, PROMPT, NGRAM, eight)
+        assert book.find_acceptance(SCOPE, PROMPT, NGRAM, 2) == eight
+        assert sql(book.path, "SELECT max_length FROM lookup_traces ORDER BY id") == [(4,), (8,)]
+
+    def test_step_times_come_back_equal(self, book: Book, fake: FakeEngine) -> None:
+        """A sweep is found for its machine, anchor and every length it covers."""
+        times = fake.time_steps(GREEDY, 96, 4)
+        book.save_step_times(SCOPE, DRAFTS, 4, times)
+        assert book.find_step_times(SCOPE, DRAFTS, 96, 4) == times
+        assert book.find_step_times(SCOPE, (DRAFT_A,), 96, 2) == times
+        assert book.find_step_times(SCOPE, DRAFTS, 96, 5) is None
+        assert book.find_step_times(SCOPE, DRAFTS, 128, 4) is None
+        assert book.find_step_times(ELSEWHERE, DRAFTS, 96, 4) is None
+        two_rows = Workload(batch_size=2, context_length=256, max_new_tokens=64)
+        assert book.find_step_times(Scope(target=TARGET, environment=MACHINE, workload=two_rows), DRAFTS, 96, 4) is None
+
+    def test_the_newest_complete_sweep_answers(self, book: Book, fake: FakeEngine) -> None:
+        """A newer sweep wins as a whole; parts of two sweeps are never mixed."""
+        old, new = fake.time_steps(GREEDY, 96, 4), FakeEngine(seed=1).time_steps(GREEDY, 96, 4)
+        book.save_step_times(SCOPE, DRAFTS, 4, old)
+        book.save_step_times(SCOPE, (DRAFT_A,), 4, {part: new[part] for part in new if part != NGRAM.digest})
+        assert book.find_step_times(SCOPE, DRAFTS, 96, 4) == old
+        book.save_step_times(SCOPE, DRAFTS, 4, new)
+        assert book.find_step_times(SCOPE, DRAFTS, 96, 4) == new
+        assert sql(book.path, "SELECT count(DISTINCT sweep), count(*) FROM step_times") == [(3, 8)]
+
+    def test_an_incomplete_sweep_is_refused(self, book: Book, fake: FakeEngine) -> None:
+        """A sweep without a draft or a target width would never answer, so it is not saved."""
+        times = fake.time_steps(GREEDY, 96, 4)
+        without_draft = {part: staircase for part, staircase in times.items() if part != NGRAM.digest}
+        for bad, length in ((without_draft, 4), (times, 5)):
+            with pytest.raises(StoreError, match="lack a draft or a target width of 1 to"):
+                book.save_step_times(SCOPE, DRAFTS, length, bad)
+        assert sql(book.path, "SELECT count(*) FROM step_times") == [(0,)]
+
+    def test_samples_come_back_equal(self, book: Book, fake: FakeEngine) -> None:
+        """A unit of runs is found in its order, for its occasion and machine only."""
+        samples = samples_of(fake)
+        book.save_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0", samples)
+        assert book.find_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0") == samples
+        assert book.find_samples(SCOPE, PROMPT, (A4, PLAIN), "proof 0") is None
+        assert book.find_samples(SCOPE, PROMPT, (PLAIN, A4), "race 0") is None
+        assert book.find_samples(ELSEWHERE, PROMPT, (PLAIN, A4), "proof 0") is None
+        rows = sql(book.path, "SELECT position, setup_name, occasion, count(*) OVER (PARTITION BY unit) FROM samples")
+        assert rows == [(0, "plain", "proof 0", 2), (1, "draft-a k=4", "proof 0", 2)]
+
+    def test_failures_come_back_equal(self, book: Book) -> None:
+        """A failure is kept with its whole setup, as often as it happens."""
+        found = Infeasible(setup=A4, reason="OutOfMemoryError", detail="3 GiB were asked for")
+        book.save_infeasible(SCOPE, found)
+        book.save_infeasible(SCOPE, found)
+        assert book.find_infeasible(SCOPE) == (found, found)
+        assert book.find_infeasible(ELSEWHERE) == ()
+
+    def test_every_row_says_when_and_where_in_utc(self, book: Book, fake: FakeEngine) -> None:
+        """Evidence is stored with its time in UTC and its machine, even where the machine is no part of the key."""
+        book.save_target_trace(SCOPE, PROMPT, fake.trace_target(GREEDY, PROMPT))
+        query = "SELECT measured_at, device FROM target_traces JOIN environments ON digest = environment_digest"
+        [(measured_at, device)] = sql(book.path, query)
+        assert device == "fake cpu"
+        assert measured_at[:10] == time.strftime("%Y-%m-%d", time.gmtime())
+        assert measured_at.endswith("+00:00")
+
+
+class TestNothingIsOverwritten:
+    def test_saving_again_changes_nothing(self, book: Book, fake: FakeEngine) -> None:
+        """Equal evidence is saved once."""
+        trace = fake.trace_target(GREEDY, PROMPT)
+        for _ in range(2):
+            book.save_target_trace(SCOPE, PROMPT, trace)
+            book.save_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0", samples_of(fake))
+        assert sql(book.path, "SELECT count(*) FROM target_traces") == [(1,)]
+        assert sql(book.path, "SELECT count(*) FROM samples") == [(2,)]
+
+    def test_a_moved_draft_is_no_conflict(self, book: Book, fake: FakeEngine) -> None:
+        """Names are labels: the same weights under another name are the same evidence."""
+        moved = type(DRAFT_A)(
+            kind="model",
+            model=Model(name="elsewhere/draft-a", dtype="float32", digest=DRAFT_A.model.digest, num_params=500_000),  # type: ignore[union-attr]
+        )
+        acceptance = fake.trace_draft(GREEDY, PROMPT, fake.trace_target(GREEDY, PROMPT), DRAFT_A, 4)
+        book.save_acceptance(SCOPE, PROMPT, DRAFT_A, acceptance)
+        book.save_acceptance(SCOPE, PROMPT, moved, acceptance)
+        assert sql(book.path, "SELECT draft_name FROM acceptance_traces") == [("draft-a",)]
+
+    def test_other_values_under_a_key_are_refused(self, book: Book, fake: FakeEngine) -> None:
+        """A different value for a known key is an error that names the key, and the first value stays."""
+        trace, samples = fake.trace_target(GREEDY, PROMPT), samples_of(fake)
+        book.save_target_trace(SCOPE, PROMPT, trace)
+        book.save_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0", samples)
+        with pytest.raises(StoreError, match=f"target_traces of fake-target, .*prompt_digest {PROMPT.digest}.*never"):
+            book.save_target_trace(SCOPE, PROMPT, FakeEngine(seed=1).trace_target(GREEDY, PROMPT))
+        with pytest.raises(StoreError, match=r"samples of fake-target, .*occasion proof 0.*never"):
+            book.save_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0", samples_of(fake, "race 0"))
+        assert book.find_target_trace(SCOPE, PROMPT) == trace
+        assert book.find_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0") == samples
+
+    def test_evidence_of_another_key_is_refused(self, book: Book, fake: FakeEngine) -> None:
+        """A record is only saved under the prompt, draft and setups it is about."""
+        with pytest.raises(StoreError, match="does not answer for target_traces"):
+            book.save_target_trace(SCOPE, OTHER, fake.trace_target(GREEDY, PROMPT))
+        with pytest.raises(StoreError, match="not of the setups that were run"):
+            book.save_samples(SCOPE, PROMPT, (A4, PLAIN), "proof 0", samples_of(fake))
+        assert sql(book.path, "SELECT count(*) FROM models") == [(0,)]
+
+    def test_leaving_without_commit_rolls_back(self, book: Book, fake: FakeEngine) -> None:
+        """A unit of which one row cannot be written leaves no row at all."""
+        good, chosen = samples_of(fake)
+        bad = FakeEngine().run_together(GREEDY, PROMPT, (A4,), "proof 0")[0]
+        object.__setattr__(bad, "output_tokens", None)  # breaks NOT NULL in the second row
+        assert chosen != bad
+        with pytest.raises(StoreError, match=r"NOT NULL constraint failed: samples.output_tokens"):
+            book.save_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0", (good, bad))
+        assert sql(book.path, "SELECT count(*) FROM samples") == [(0,)]
+        assert sql(book.path, "SELECT count(*) FROM models") == [(0,)]
+
+    def test_numbers_that_are_not_finite_are_refused(self, book: Book, fake: FakeEngine) -> None:
+        """JSON has no NaN: such evidence is an error, not a row nobody else can read."""
+        acceptance = fake.trace_draft(GREEDY, PROMPT, fake.trace_target(GREEDY, PROMPT), DRAFT_A, 4)
+        object.__setattr__(acceptance, "confidences", (float("nan"),) * 64)
+        with pytest.raises(StoreError, match=r"a row cannot be read or written: .*not JSON compliant"):
+            book.save_acceptance(SCOPE, PROMPT, DRAFT_A, acceptance)
+
+
+class TestRunsAndPolicies:
+    def test_a_run_is_noted_at_both_ends(self, book: Book) -> None:
+        """A run has no end until it is finished, and can be finished once."""
+        run_id = book.save_run(SCOPE)
+        assert sql(book.path, "SELECT finished_at, outcome FROM runs") == [(None, None)]
+        book.finish_run(run_id, {"proven": True})
+        [(workload, finished_at, outcome)] = sql(
+            book.path, "SELECT json_extract(workload, '$.max_new_tokens'), finished_at, outcome FROM runs"
+        )
+        assert (workload, outcome) == (64, '{"proven":true}')
+        assert finished_at is not None
+        book.save_run(SCOPE)
+        assert book.latest_outcome(TARGET) == {"proven": True}
+        assert book.latest_outcome(Model(name="second", dtype="float32", digest="b" * 32, num_params=10)) == {}
+        for wrong in (run_id, run_id + 2):
+            with pytest.raises(StoreError, match=f"run {wrong} is not under way"):
+                book.finish_run(wrong, {})
+
+    def test_the_latest_policy_answers(self, book: Book) -> None:
+        """The policy saved last is given, of all targets or of one."""
+        second = Model(name="second", dtype="float32", digest="b" * 32, num_params=10)
+        assert book.latest_policy() is None
+        for text, target in (("one", TARGET), ("two", TARGET), ("three", second)):
+            book.save_policy(text, target, MACHINE)
+        assert book.latest_policy() == "three"
+        assert book.latest_policy(TARGET.digest) == book.latest_policy("fake-target") == "two"
+        assert book.latest_policy("c" * 32) is None
+
+    def test_counts_name_every_table_with_rows(self, book: Book, fake: FakeEngine) -> None:
+        """`show` learns how many rows there are about a target, and from when the newest is."""
+        book.save_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0", samples_of(fake))
+        book.save_policy("{}", TARGET, MACHINE)
+        [(sampled,)] = sql(book.path, "SELECT max(measured_at) FROM samples")
+        [(created,)] = sql(book.path, "SELECT created_at FROM policies")
+        about = {"target": "fake-target", "target_digest": TARGET.digest, "dtype": "float32"}
+        assert book.counts() == (
+            Count(**about, table="samples", rows=2, newest=sampled),
+            Count(**about, table="policies", rows=1, newest=created),
+        )

@@ -1,0 +1,149 @@
+"""What a choice becomes for a serving engine, checked by running it on tiny random models."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.generation.candidate_generator import AssistedCandidateGenerator, PromptLookupCandidateGenerator
+
+from profiles.errors import InputError
+from profiles.terms import PLAIN, Draft, Model, Setup
+from tests.policies import CODE_DRAFT, NGRAM, TARGET, choice
+from tests.tiny import write_model
+from tuner.export import emit
+
+PROMPT = torch.tensor([[5, 9, 7, 8, 5, 9, 7, 8, 5, 9, 7, 8, 5, 9]])
+
+
+def run_snippet(text: str) -> dict[str, Any]:
+    """The names a snippet defines."""
+    names: dict[str, Any] = {}
+    exec(compile(text, "snippet", "exec"), names)
+    return names
+
+
+def model_record(path: Path) -> Model:
+    return Model(name=str(path), dtype="float32", digest=path.name, num_params=1)
+
+
+@pytest.fixture
+def rounds(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(drafted, accepted) of every round, through the hook transformers calls after each."""
+    seen: list[tuple[int, int]] = []
+
+    def note(self: object, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
+        seen.append((scores.shape[1] - 1, int(num_matches)))
+
+    for kind in (AssistedCandidateGenerator, PromptLookupCandidateGenerator):
+        monkeypatch.setattr(kind, "update_candidate_strategy", note)
+    return seen
+
+
+def test_json_form() -> None:
+    """The JSON form is the choice with every field, plain decoding included."""
+    raw = json.loads(emit(choice(Setup(draft=NGRAM, length=3)), target=TARGET, form="json").text)
+    assert raw["setup"]["draft"]["max_match"] == 4
+    assert raw["setup"]["length"] == 3
+    assert raw["measured"]["speedup"]["estimate"] == 1.6
+    plain = emit(choice(PLAIN), target=TARGET, form="json")
+    assert json.loads(plain.text)["setup"] == {"draft": None, "length": 0, "stop_below": None}
+    assert plain.note is None
+
+
+def test_unknown_form() -> None:
+    """Another form is refused, naming those there are."""
+    with pytest.raises(InputError, match="format 'yaml': allowed are json, transformers"):
+        emit(choice(), target=TARGET, form="yaml")  # type: ignore[arg-type]
+
+
+def test_model_draft_snippet() -> None:
+    """The snippet is readable Python that sets the assistant's own generation config."""
+    text = emit(choice(Setup(draft=CODE_DRAFT, length=4)), target=TARGET, form="transformers").text
+    assert text == (
+        "# family/draft-code k=4 for mixed prompts, context up to 512\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "\n"
+        "model = AutoModelForCausalLM.from_pretrained('family/target', dtype='float32')\n"
+        "assistant = AutoModelForCausalLM.from_pretrained('family/draft-code', dtype='float32')\n"
+        "assistant.generation_config.num_assistant_tokens = 4\n"
+        'assistant.generation_config.num_assistant_tokens_schedule = "constant"\n'
+        "assistant.generation_config.assistant_confidence_threshold = 0.0\n"
+        'generate_kwargs = {"do_sample": False, "assistant_model": assistant}\n'
+        "# output_ids = model.generate(**inputs, **generate_kwargs)\n"
+    )
+
+
+def test_sampling_is_part_of_the_snippet() -> None:
+    """Temperature, top-p and top-k go out as they were measured."""
+    sampled = choice(Setup(draft=CODE_DRAFT, length=4), temperature=0.7, top_p=0.9, top_k=40)
+    text = emit(sampled, target=TARGET, form="transformers").text
+    assert '{"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 40, "assistant_model": assistant}' in text
+
+
+def test_names_cannot_break_out_of_the_snippet() -> None:
+    """A line break or a quote in a name or a domain stays inside its comment or string."""
+    nasty = Model(name="a'\nimport os", revision="main", dtype="bfloat16", digest="cc", num_params=1)
+    odd = choice(Setup(draft=Draft(kind="model", model=nasty), length=1), domain="x\nraise SystemExit")
+    text = emit(odd, target=nasty, form="transformers").text
+    compile(text, "snippet", "exec")
+    assert text.splitlines()[0] == "# a' import os k=1 for x raise SystemExit prompts, context up to 512"
+    assert """from_pretrained("a'\\nimport os", revision='main', dtype='bfloat16')""" in text
+
+
+@pytest.mark.parametrize(
+    ("setup", "changes", "note"),
+    [
+        (PLAIN, {}, "plain decoding is the choice. plain was the fastest."),
+        (Setup(draft=NGRAM, length=2), {"batch_size": 4}, "batch size 1 only, and the choice is for 4"),
+        (Setup(draft=CODE_DRAFT, length=2, stop_below=0.4), {}, "no stop before a proposal"),
+    ],
+)
+def test_nothing_to_emit(setup: Setup, changes: dict[str, object], note: str) -> None:
+    """Where transformers cannot, or need not, be told, the text is empty and the note says why."""
+    export = emit(choice(setup, **changes), target=TARGET, form="transformers")
+    assert export.text == ""
+    assert export.note is not None
+    assert re.search(re.escape(note), export.note)
+
+
+def test_caveat_is_told() -> None:
+    """A look-up that transformers does a little differently is said, in the snippet and beside it."""
+    export = emit(choice(Setup(draft=NGRAM, length=2)), target=TARGET, form="transformers")
+    assert export.note == "transformers also looks up single tokens; the choice was measured with matches of 2 or more"
+    assert f"# {export.note}\n" in export.text
+
+
+@pytest.mark.parametrize("length", [1, 3, 7])
+@pytest.mark.parametrize("kind", ["model", "ngram", "early_exit"])
+def test_snippet_drafts_that_many_tokens(kind: str, length: int, tmp_path: Path, rounds: list[tuple[int, int]]) -> None:
+    """Run on tiny random models, a round drafts k tokens, or all but one of those left; a look-up at most k."""
+    target = model_record(write_model(tmp_path / "target", num_layers=3, eos_token_id=None))
+    own = model_record(write_model(tmp_path / "draft", num_layers=1, seed=1, eos_token_id=None))
+    drafts = {
+        "model": Draft(kind="model", model=own),
+        "ngram": Draft(kind="ngram", max_match=3, min_match=1),
+        "early_exit": Draft(kind="early_exit", num_layers=2),
+    }
+    export = emit(choice(Setup(draft=drafts[kind], length=length)), target=target, form="transformers")
+    names = run_snippet(export.text)
+    mask = torch.ones_like(PROMPT)
+    names["model"].generate(PROMPT, attention_mask=mask, max_new_tokens=30, **names["generate_kwargs"])
+    assert max(drafted for drafted, _ in rounds) == length
+    generated = 0
+    for drafted, accepted in rounds:
+        expected = min(length, 30 - generated - 1)
+        assert drafted <= length if kind == "ngram" else drafted == expected
+        generated += accepted + 1
+
+
+def test_snippet_output_is_plain_output(tmp_path: Path) -> None:
+    """What the snippet generates is what the target generates alone (greedy)."""
+    target = model_record(write_model(tmp_path / "target", num_layers=3, eos_token_id=None))
+    draft = Draft(kind="early_exit", num_layers=2)
+    names = run_snippet(emit(choice(Setup(draft=draft, length=3)), target=target, form="transformers").text)
+    settings = {"attention_mask": torch.ones_like(PROMPT), "max_new_tokens": 30}
+    plain = names["model"].generate(PROMPT, do_sample=False, **settings)
+    assert torch.equal(plain, names["model"].generate(PROMPT, **settings, **names["generate_kwargs"]))

@@ -1,0 +1,162 @@
+"""The remembering engine never pays twice: it resumes after a failure, and failures are never numbers."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from profiles.errors import EngineError, InputError, OutOfMemoryError, StoreError
+from profiles.terms import PLAIN, Engine, Setup
+from store.book import Book
+from store.remember import Remember
+from tests.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts, sql
+
+PROMPTS = prompts(3)
+A4 = Setup(draft=DRAFT_A, length=4)
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Iterator[Book]:
+    with Book.open(tmp_path / "store.sqlite") as opened:
+        yield opened
+
+
+def measure_all(engine: Engine) -> list[object]:
+    """Three target traces, six acceptances, a sweep, three units of runs: 13 units."""
+    found: list[object] = []
+    for prompt in PROMPTS:
+        trace = engine.trace_target(GREEDY, prompt)
+        found += [trace, *(engine.trace_draft(GREEDY, prompt, trace, draft, 4) for draft in engine.drafts)]
+    found.append(engine.time_steps(GREEDY, 96, 4))
+    return found + [engine.run_together(GREEDY, prompt, (PLAIN, A4), "proof 0") for prompt in PROMPTS]
+
+
+def test_a_second_run_measures_nothing(book: Book) -> None:
+    """Everything asked again is reused, equal to what the engine said, and counted by kind."""
+    fake = FakeEngine()
+    first, second = Remember(fake, book), Remember(fake, book)
+    measured = measure_all(first)
+    calls = dict(fake.calls)
+    assert measured == measure_all(FakeEngine())
+    assert (first.measured_units, first.reused_units) == (13, 0)
+    assert measure_all(second) == measured
+    assert fake.calls == calls == {"trace_target": 3, "trace_draft": 6, "time_steps": 1, "run_together": 3}
+    assert (second.measured_units, second.reused_units, second.measured_seconds) == (0, 13, 0.0)
+    assert second.reused_by_kind == {"target traces": 3, "acceptance": 6, "step times": 1, "samples": 3}
+
+
+def test_an_interrupted_run_resumes(book: Book) -> None:
+    """What was measured before an interruption is in the file at once and is not measured again."""
+    fake = FakeEngine()
+    interrupted = Remember(fake, book)
+    interrupted.trace_target(GREEDY, PROMPTS[0])
+    fake.failure = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.trace_target(GREEDY, PROMPTS[1])
+    assert sql(book.path, "SELECT count(*) FROM target_traces") == [(1,)]
+    assert sql(book.path, "SELECT count(*) FROM infeasible") == [(0,)]
+    fake.failure = None
+    resumed = Remember(fake, book)
+    measure_all(resumed)
+    assert (resumed.measured_units, resumed.reused_units) == (12, 1)
+
+
+def test_a_failure_is_kept_as_infeasible_and_raised(book: Book) -> None:
+    """An engine's failure leaves a row with setup, reason and unit, no number, and may be tried again."""
+    fake = FakeEngine()
+    remember = Remember(fake, book)
+    trace = remember.trace_target(GREEDY, PROMPTS[0])
+    fake.failure = OutOfMemoryError("3 GiB were asked for, 1 GiB is free")
+    with pytest.raises(OutOfMemoryError):
+        remember.run_together(GREEDY, PROMPTS[0], (A4, PLAIN), "race 0")
+    with pytest.raises(OutOfMemoryError):
+        remember.trace_draft(GREEDY, PROMPTS[0], trace, NGRAM, 4)
+    fake.failure = EngineError("the device is gone")
+    with pytest.raises(EngineError):
+        remember.time_steps(GREEDY, 96, 4)
+    rows = sql(book.path, "SELECT setup_digest, reason, detail FROM infeasible ORDER BY id")
+    assert rows == [
+        (A4.digest, "OutOfMemoryError", "3 GiB were asked for, 1 GiB is free (in race 0: draft-a k=4, plain, code)"),
+        (
+            Setup(draft=NGRAM, length=4).digest,
+            "OutOfMemoryError",
+            "3 GiB were asked for, 1 GiB is free (in acceptance of ngram:max=4,min=2, code)",
+        ),
+        (PLAIN.digest, "EngineError", "the device is gone (in step times at batch 1, context 96)"),
+    ]
+    assert sql(book.path, "SELECT count(*) FROM samples") == [(0,)]
+    fake.failure = None
+    assert len(remember.run_together(GREEDY, PROMPTS[0], (A4, PLAIN), "race 0")) == 2
+
+
+def test_a_failure_among_several_drafts_is_put_down_to_none(book: Book) -> None:
+    """When several setups ran together, the row names plain decoding and the detail names them all."""
+    fake = FakeEngine()
+    fake.failure = EngineError("stopped")
+    with pytest.raises(EngineError):
+        Remember(fake, book).run_together(
+            GREEDY, PROMPTS[0], (PLAIN, A4, Setup(draft=NGRAM, length=2)), "calibration 0"
+        )
+    [(digest, detail)] = sql(book.path, "SELECT setup_digest, detail FROM infeasible")
+    assert digest == PLAIN.digest
+    assert "plain, draft-a k=4, ngram:max=4,min=2 k=2" in detail
+
+
+def test_a_refusal_is_no_failure(book: Book) -> None:
+    """What the caller asked wrongly is raised and leaves no row."""
+    fake = FakeEngine()
+    fake.failure = InputError("context 512: the target allows 256")
+    with pytest.raises(InputError):
+        Remember(fake, book).trace_target(GREEDY, PROMPTS[0])
+    assert sql(book.path, "SELECT count(*) FROM infeasible") == [(0,)]
+
+
+def test_the_listener_hears_of_every_unit(book: Book) -> None:
+    """Progress is told in a short line per unit, with whether it was reused."""
+    heard: list[tuple[str, bool]] = []
+    remember = Remember(FakeEngine(), book)
+    remember.listener = lambda unit, reused: heard.append((unit, reused))
+    remember.trace_target(GREEDY, PROMPTS[0])
+    remember.trace_target(GREEDY, PROMPTS[0])
+    remember.run_together(GREEDY, PROMPTS[0], (PLAIN, A4), "race 0")
+    assert heard == [
+        ("target trace, code", False),
+        ("target trace, code", True),
+        ("race 0: plain, draft-a k=4, code", False),
+    ]
+
+
+def test_only_the_engine_is_timed(book: Book, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured seconds are those of the wrapped engine, failures included: a reused unit adds nothing."""
+    ticks = iter([10.0, 12.5, 20.0, 21.0])
+    monkeypatch.setattr("store.remember.time.perf_counter", lambda: next(ticks))
+    fake = FakeEngine()
+    remember = Remember(fake, book)
+    remember.trace_target(GREEDY, PROMPTS[0])
+    remember.trace_target(GREEDY, PROMPTS[0])
+    assert remember.measured_seconds == 2.5
+    fake.failure = EngineError("the device is gone")
+    with pytest.raises(EngineError):
+        remember.trace_target(GREEDY, PROMPTS[1])
+    assert remember.measured_seconds == 3.5
+
+
+def test_more_drafts_and_lengths_are_measured(book: Book) -> None:
+    """A sweep that lacks a draft or a width, and a look-up that is too short, are measured again."""
+    fake = FakeEngine()
+    remember = Remember(fake, book)
+    trace = remember.trace_target(GREEDY, PROMPTS[0])
+    for length in (4, 6, 5):
+        remember.time_steps(GREEDY, 96, length)
+        remember.trace_draft(GREEDY, PROMPTS[0], trace, NGRAM, length)
+        remember.trace_draft(GREEDY, PROMPTS[0], trace, DRAFT_A, length)
+    assert fake.calls == {"trace_target": 1, "time_steps": 2, "trace_draft": 3}
+
+
+def test_what_cannot_be_saved_is_not_passed_on(book: Book, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that answers for another prompt is found out before anybody uses the answer."""
+    fake = FakeEngine()
+    confused = fake.trace_target(GREEDY, PROMPTS[1])
+    monkeypatch.setattr(fake, "trace_target", lambda workload, prompt: confused)
+    with pytest.raises(StoreError, match="does not answer for target_traces"):
+        Remember(fake, book).trace_target(GREEDY, PROMPTS[0])

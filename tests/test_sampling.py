@@ -1,0 +1,90 @@
+"""Sampled decoding keeps the target's law: chi-square against exact laws of a table-driven model."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from scipy import stats
+
+import profiles.decoding
+from profiles.sampling import Draws, accept_sampled, draw, keyed_draws, output_law
+from profiles.terms import Prompt, Workload
+from tests.toys import TableModel, near, run, sequence_law
+
+FALSE_ALARM = 1e-4  # each chi-square test fails a correct engine once in ten thousand different seeds
+RUNS = 3000
+PROMPT = Prompt(domain="toy", token_ids=(1, 2, 1, 2, 3, 1))
+WORKLOAD = Workload(context_length=64, max_new_tokens=4, temperature=0.9)
+TARGET = TableModel(seed=1)
+DRAFT = near(TARGET, seed=2, distance=1.0)
+
+
+def _p_value(draft: object, length: int, workload: Workload) -> float:
+    law = sequence_law(TARGET, workload, PROMPT.token_ids[-1])
+    seen = Counter(
+        tuple(run(TARGET, draft, length, replace(workload, seed=seed), PROMPT).token_ids) for seed in range(RUNS)
+    )
+    assert set(seen) <= set(law), "an output of probability zero was emitted"
+    large = [output for output, mass in law.items() if mass * RUNS >= 5.0]
+    rest = 1.0 - sum(law[output] for output in large)
+    expected = [law[output] * RUNS for output in large]
+    observed = [seen[output] for output in large]
+    if rest > 1e-9:
+        expected, observed = [*expected, rest * RUNS], [*observed, RUNS - sum(observed)]
+    return float(stats.chisquare(observed, expected).pvalue)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("draft", [None, DRAFT, "ngram"], ids=["plain", "model", "ngram"])
+def test_sampled_outputs_follow_the_exact_law(draft: object) -> None:
+    """Sequences of four tokens have the target's law whatever drafts them."""
+    assert _p_value(draft, 3, WORKLOAD) > FALSE_ALARM
+
+
+@pytest.mark.slow
+def test_filtered_law_is_kept() -> None:
+    """With top-p and top-k the filtered law is kept, and nothing outside it is emitted."""
+    assert _p_value(DRAFT, 2, replace(WORKLOAD, top_p=0.8, top_k=4)) > FALSE_ALARM
+
+
+@pytest.mark.slow
+def test_a_planted_bug_fails_the_chi_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing from the target's law instead of the residual after a rejection is noticed."""
+
+    def wrong(
+        proposals: list[int], draft_probs: torch.Tensor, target_probs: torch.Tensor, draws: Draws, position: int
+    ) -> tuple[int, int]:
+        accepted, token = accept_sampled(proposals, draft_probs, target_probs, draws, position)
+        if accepted < len(proposals):
+            token = draw(target_probs[accepted], draws.target[position + accepted])
+        return accepted, token
+
+    monkeypatch.setattr(profiles.decoding, "accept_sampled", wrong)
+    assert _p_value(DRAFT, 3, WORKLOAD) < FALSE_ALARM
+
+
+def test_output_law_keeps_the_smallest_nucleus() -> None:
+    """Top-p keeps the most likely tokens until their mass reaches it, top-k the k most likely, scaled to one."""
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    workload = Workload(context_length=64, max_new_tokens=2, temperature=1.0, top_p=0.7)
+    assert output_law(logits, workload)[0].tolist() == pytest.approx([0.625, 0.375, 0.0, 0.0])
+    workload = Workload(context_length=64, max_new_tokens=2, temperature=1.0, top_k=1)
+    assert output_law(logits, workload)[0].tolist() == pytest.approx([1.0, 0.0, 0.0, 0.0])
+
+
+def test_draws_are_keyed_by_seed_and_prompt() -> None:
+    """The same seed and prompt draw alike, another seed or prompt differently, and greedy decoding draws nothing."""
+    other = Prompt(domain="toy", token_ids=(1, 2, 3))
+    first = keyed_draws(WORKLOAD, PROMPT)
+    assert first == keyed_draws(WORKLOAD, PROMPT)
+    assert first != keyed_draws(replace(WORKLOAD, seed=1), PROMPT)
+    assert first != keyed_draws(WORKLOAD, other)
+    assert keyed_draws(replace(WORKLOAD, temperature=0.0), PROMPT) is None
+
+
+def test_draw_never_returns_a_token_of_probability_zero() -> None:
+    """Even at the very end of the cumulated law."""
+    probs = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])
+    assert draw(probs, 0.0) == 1
+    assert draw(probs, 1.0 - 1e-16) == 3

@@ -1,0 +1,254 @@
+"""The store's file survives mishaps: other versions, other programs, locks, a full disk and killed processes.
+
+What is in the file is checked with raw SQL, not with the code under test.
+"""
+
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import sqlalchemy
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from profiles.errors import NewerStoreError, StoreError
+from profiles.terms import PLAIN, Setup
+from store import migrations, tables
+from store.book import Book, Scope
+from tests.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts, sql
+
+ROOT = Path(__file__).parent.parent
+RELEASED_0001 = ROOT / "tests" / "assets" / "store-0001.sqlite"
+PROMPT, OTHER = prompts(2)
+A4 = Setup(draft=DRAFT_A, length=4)
+DRAFTS = (DRAFT_A, NGRAM)
+SCOPE = Scope(target=TARGET, environment=MACHINE, workload=GREEDY)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "new folder" / "store.sqlite"
+
+
+@pytest.fixture
+def book(path: Path) -> Iterator[Book]:
+    with Book.open(path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def fake() -> FakeEngine:
+    return FakeEngine()
+
+
+def save_traces(book: Book, fake: FakeEngine, count: int) -> None:
+    for prompt in prompts(count):
+        book.save_target_trace(SCOPE, prompt, fake.trace_target(GREEDY, prompt))
+
+
+def python(code: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+class TestTheFile:
+    def test_the_database_is_set_up_for_safety(self, book: Book) -> None:
+        """Write-ahead log, foreign keys and a busy timeout are on, and the folder was made."""
+        assert sql(book.path, "PRAGMA journal_mode") == [("wal",)]
+        with book._engine.connect() as connection:
+            assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
+            assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 30_000
+            assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+
+    def test_revisions_and_tables_agree(self, book: Book) -> None:
+        """The schema that the revisions make is the one the code is written against."""
+        engine = sqlalchemy.create_engine(f"sqlite:///{book.path}")
+        with engine.connect() as connection:
+            assert compare_metadata(MigrationContext.configure(connection), tables.metadata) == []
+            inspector = sqlalchemy.inspect(connection)
+            for table in tables.ABOUT_TARGETS:
+                unique = [columns["column_names"] for columns in inspector.get_unique_constraints(table.name)]
+                planned = [
+                    [column.name for column in constraint.columns]
+                    for constraint in table.constraints
+                    if isinstance(constraint, sqlalchemy.UniqueConstraint)
+                ]
+                assert unique == planned
+                assert len(inspector.get_foreign_keys(table.name)) == 2
+        engine.dispose()
+
+    def test_a_released_file_is_opened_and_read(self, tmp_path: Path) -> None:
+        """A file written at schema 0001 (all of it asked of FakeEngine) opens here and gives its evidence."""
+        path = tmp_path / "store.sqlite"
+        shutil.copy(RELEASED_0001, path)
+        fake = FakeEngine()
+        assert sql(path, "SELECT version_num FROM alembic_version") == [("0001",)]
+        with Book.open(path) as book:
+            trace = fake.trace_target(GREEDY, PROMPT)
+            assert book.find_target_trace(SCOPE, PROMPT) == trace
+            for draft in DRAFTS:
+                stored = book.find_acceptance(SCOPE, PROMPT, draft, 4)
+                assert stored == fake.trace_draft(GREEDY, PROMPT, trace, draft, 4)
+            assert book.find_step_times(SCOPE, DRAFTS, 96, 4) == fake.time_steps(GREEDY, 96, 4)
+            assert book.find_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0") == fake.run_together(
+                GREEDY, PROMPT, (PLAIN, A4), "proof 0"
+            )
+            assert book.latest_policy() == '{"made by": "0001"}'
+
+    def test_an_older_schema_is_upgraded_in_one_transaction(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A later revision is applied at opening; one that fails halfway leaves the file as it was."""
+        path, scripts = tmp_path / "store.sqlite", tmp_path / "migrations"
+        shutil.copy(RELEASED_0001, path)
+        shutil.copytree(migrations.LOCATION, scripts)
+        monkeypatch.setattr(migrations, "LOCATION", scripts)
+        later = scripts / "versions" / "0002_later.py"
+        head = "from alembic import op\nrevision, down_revision = '0002', '0001'\ndef upgrade():\n"
+        add = "    op.execute('ALTER TABLE runs ADD COLUMN host VARCHAR')\n"
+        later.write_text(head + add + "    op.execute('ALTER TABLE nowhere ADD COLUMN host VARCHAR')\n")
+        with pytest.raises(StoreError, match="no such table: nowhere"):
+            Book.open(path)
+        assert sql(path, "SELECT version_num FROM alembic_version") == [("0001",)]
+        assert sql(path, "SELECT count(*) FROM pragma_table_info('runs') WHERE name = 'host'") == [(0,)]
+        later.write_text(head + add + "\n")
+        with Book.open(path) as book:
+            assert book.find_target_trace(SCOPE, PROMPT) == FakeEngine().trace_target(GREEDY, PROMPT)
+        assert sql(path, "SELECT version_num FROM alembic_version") == [("0002",)]
+        assert sql(path, "SELECT count(*) FROM pragma_table_info('runs') WHERE name = 'host'") == [(1,)]
+
+    def test_a_newer_schema_is_refused(self, path: Path) -> None:
+        """A file of a later draftpick is left alone, and the error names both versions."""
+        Book.open(path).close()
+        sql(path, "UPDATE alembic_version SET version_num = '0099'")
+        with pytest.raises(NewerStoreError, match="schema 0099, this draftpick reads up to 0001"):
+            Book.open(path)
+        assert sql(path, "SELECT version_num FROM alembic_version") == [("0099",)]
+
+    def test_another_programs_file_is_refused(self, path: Path) -> None:
+        """A database that is not ours gets no tables of ours."""
+        path.parent.mkdir()
+        sql(path, "CREATE TABLE songs (name TEXT)")
+        with pytest.raises(StoreError, match="the table 'songs' of another program"):
+            Book.open(path)
+        assert sql(path, "SELECT name FROM sqlite_master") == [("songs",)]
+
+    def test_a_file_that_is_no_database_is_refused(self, path: Path) -> None:
+        """Text instead of a database is told in one line, and the file stays as it was."""
+        path.parent.mkdir()
+        path.write_text("not a database\n" * 100)
+        with pytest.raises(StoreError, match="file is not a database: it is not a SQLite database") as caught:
+            Book.open(path)
+        assert "\n" not in str(caught.value)
+        assert path.read_text() == "not a database\n" * 100
+
+    def test_a_folder_that_cannot_be_made_is_refused(self, tmp_path: Path) -> None:
+        """A file where the folder should be, or a folder where the file should be, is told in one line."""
+        (tmp_path / "file").write_text("")
+        with pytest.raises(StoreError, match="its folder cannot be made: "):
+            Book.open(tmp_path / "file" / "store.sqlite")
+        with pytest.raises(StoreError, match="unable to open database file"):
+            Book.open(tmp_path)
+
+    def test_a_damaged_row_is_told(self, book: Book, fake: FakeEngine) -> None:
+        """A row that is no longer a valid record is an error of the store, not a number."""
+        book.save_target_trace(SCOPE, PROMPT, fake.trace_target(GREEDY, PROMPT))
+        for damage, reason in (("'[1, 2'", "Expecting"), ("'[]'", "a target trace is empty")):
+            sql(book.path, f"UPDATE target_traces SET token_ids = {damage}")
+            with pytest.raises(StoreError, match=f"a row cannot be read or written: .*{reason}"):
+                book.find_target_trace(SCOPE, PROMPT)
+
+
+class TestMishaps:
+    def test_a_locked_store_is_told(self, path: Path, fake: FakeEngine) -> None:
+        """When another process does not let go, the error says so and nothing is lost."""
+        with Book.open(path, busy_timeout_s=0.1) as book, closing(sqlite3.connect(path)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(StoreError, match="database is locked: another process keeps it locked"):
+                book.save_target_trace(SCOPE, PROMPT, fake.trace_target(GREEDY, PROMPT))
+            other.rollback()
+            book.save_target_trace(SCOPE, PROMPT, fake.trace_target(GREEDY, PROMPT))
+        assert sql(path, "SELECT count(*) FROM target_traces") == [(1,)]
+
+    def test_a_read_only_store_is_told(self, book: Book, fake: FakeEngine) -> None:
+        """A store that cannot be written can still be read."""
+        trace = fake.trace_target(GREEDY, PROMPT)
+        book.save_target_trace(SCOPE, PROMPT, trace)
+        with book._engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA query_only = ON")
+        with pytest.raises(StoreError, match="readonly database: it is read-only"):
+            book.save_target_trace(SCOPE, OTHER, fake.trace_target(GREEDY, OTHER))
+        assert book.find_target_trace(SCOPE, PROMPT) == trace
+
+    def test_a_full_disk_loses_nothing(self, book: Book, fake: FakeEngine) -> None:
+        """When the disk is full, the unit under way fails as a whole and all before it stay."""
+        [(pages,)] = sql(book.path, "PRAGMA page_count")
+        with book._engine.connect() as connection:
+            connection.exec_driver_sql(f"PRAGMA max_page_count = {pages + 12}")
+        with pytest.raises(StoreError, match=r"is full: .*what was saved before is kept") as caught:
+            save_traces(book, fake, 100)
+        assert "\n" not in str(caught.value)
+        [(saved,)] = sql(book.path, "SELECT count(*) FROM target_traces")
+        assert 2 <= saved < 100
+        assert [book.find_target_trace(SCOPE, prompt) is not None for prompt in prompts(100)].index(False) == saved
+        assert sql(book.path, "PRAGMA integrity_check") == [("ok",)]
+        with book._engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA max_page_count = 100000")
+        save_traces(book, fake, saved + 1)
+        assert sql(book.path, "SELECT count(*) FROM target_traces") == [(saved + 1,)]
+
+    def test_a_killed_process_loses_at_most_one_unit(self, path: Path) -> None:
+        """After kill -9 in a loop of saves, all units told of are there, whole, and at most one more."""
+        saver = python(
+            "from pathlib import Path\n"
+            "from store.book import Book\n"
+            "from tests import test_store_file as t\n"
+            f"book = Book.open(Path({str(path)!r}))\n"
+            "for n in range(100000):\n"
+            "    units = t.FakeEngine().run_together(t.GREEDY, t.PROMPT, (t.PLAIN, t.A4), f'race {n}')\n"
+            "    book.save_samples(t.SCOPE, t.PROMPT, (t.PLAIN, t.A4), f'race {n}', units)\n"
+            "    print(n, flush=True)\n"
+        )
+        assert saver.stdout is not None
+        told = [saver.stdout.readline() for _ in range(20)]
+        saver.send_signal(signal.SIGKILL)
+        told += saver.communicate()[0].splitlines()
+        units = sql(path, "SELECT count(*) FROM samples GROUP BY unit")
+        assert saver.returncode == -signal.SIGKILL
+        assert set(units) == {(2,)}
+        assert len(told) <= len(units) <= len(told) + 1
+        assert sql(path, "PRAGMA integrity_check") == [("ok",)]
+
+    def test_processes_may_open_a_fresh_store_at_once(self, path: Path) -> None:
+        """Whoever comes first makes the tables; the others wait and find them."""
+        code = (
+            "from pathlib import Path\n"
+            "from store.book import Book\n"
+            "print('ready', flush=True)\n"
+            "input()\n"
+            f"Book.open(Path({str(path)!r})).close()\n"
+        )
+        openers = [python(code) for _ in range(3)]
+        for opener in openers:
+            assert opener.stdout is not None
+            assert opener.stdout.readline() == "ready\n"
+        for opener in openers:
+            assert opener.stdin is not None
+            opener.stdin.write("go\n")
+            opener.stdin.flush()
+        for opener in openers:
+            opener.communicate(timeout=60)
+            assert opener.returncode == 0
+        assert sql(path, "SELECT version_num FROM alembic_version") == [("0001",)]
+
+    def test_the_book_loads_no_heavy_library(self) -> None:
+        """Looking into the store needs neither torch, transformers nor optuna."""
+        code = "import sys, store.remember; assert not {'torch', 'transformers', 'optuna'} & set(sys.modules)"
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

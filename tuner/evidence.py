@@ -1,0 +1,110 @@
+"""Gathers what forecasts need from an engine: target traces, acceptance, staircases and a few calibration runs.
+
+Each call to the engine is one unit, so a remembering engine makes this resumable; a draft that fails is dropped with
+its reason and the rest goes on. Knows only the engine protocol.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from profiles.errors import EngineError, InputError
+from profiles.formulas import median
+from profiles.terms import (
+    PLAIN,
+    Acceptance,
+    Draft,
+    Engine,
+    Infeasible,
+    Prompt,
+    Sample,
+    Setup,
+    StepTimes,
+    TargetTrace,
+    Workload,
+)
+
+CALIBRATION_PROMPTS = 4
+CONTEXT_STEP = 32  # anchors are rounded up to this many tokens, so that like prompt sets share a staircase
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """Everything one workload's forecasts rest on; keys are prompt, (draft, prompt) and part digests."""
+
+    prompts: tuple[Prompt, ...]
+    traces: dict[str, TargetTrace]
+    acceptances: dict[tuple[str, str], Acceptance]
+    steps: dict[str, StepTimes]
+    calibration: tuple[tuple[Setup, Sample], ...]
+    drafts: tuple[Draft, ...]
+    infeasible: tuple[Infeasible, ...]
+
+
+def calibration_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
+    """The one or two lengths whose real runs set the per-round overhead; they are not used to grade forecasts."""
+    ordered = sorted(set(lengths))
+    return tuple(dict.fromkeys((ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4])))
+
+
+def typical_context(workload: Workload, prompts: Sequence[Prompt]) -> int:
+    """Tokens in the cache halfway through a typical run, rounded up to a multiple of 32."""
+    tokens = median(len(prompt.token_ids) for prompt in prompts) + workload.max_new_tokens / 2
+    return int(-(-tokens // CONTEXT_STEP)) * CONTEXT_STEP
+
+
+def spread_over_domains(prompts: Sequence[Prompt], count: int) -> tuple[Prompt, ...]:
+    """`count` prompts taken from the domains in turn; all of them when there are no more."""
+    by_domain: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_domain.setdefault(prompt.domain, []).append(prompt)
+    columns = list(by_domain.values())
+    longest = max(len(column) for column in columns)
+    in_turn = [column[row] for row in range(longest) for column in columns if row < len(column)]
+    return tuple(in_turn[:count])
+
+
+def gather(
+    engine: Engine, workload: Workload, prompts: Sequence[Prompt], lengths: Sequence[int], progress: Progress
+) -> Evidence:
+    """Measures or recalls all evidence for one workload. Raises InputError when there are no prompts."""
+    if not prompts:
+        raise InputError("no prompts: at least one is needed")
+    max_length = max(lengths)
+    traces: dict[str, TargetTrace] = {}
+    for done, prompt in enumerate(prompts):
+        progress("target trace", done, len(prompts))
+        traces[prompt.digest] = engine.trace_target(workload, prompt)
+    acceptances: dict[tuple[str, str], Acceptance] = {}
+    usable: list[Draft] = []
+    infeasible: list[Infeasible] = []
+    for number, draft in enumerate(engine.drafts):
+        try:
+            for done, prompt in enumerate(prompts):
+                progress("acceptance", number * len(prompts) + done, len(engine.drafts) * len(prompts))
+                trace = traces[prompt.digest]
+                acceptance = engine.trace_draft(workload, prompt, trace, draft, max_length)
+                acceptances[draft.digest, prompt.digest] = acceptance
+            usable.append(draft)
+        except EngineError as error:
+            setup = Setup(draft=draft, length=max_length)
+            infeasible.append(Infeasible(setup=setup, reason=type(error).__name__, detail=str(error)))
+    progress("step times", 0, 1)
+    steps = engine.time_steps(workload, typical_context(workload, prompts), max_length)
+    setups = (PLAIN, *(Setup(draft=draft, length=k) for draft in usable for k in calibration_lengths(lengths)))
+    calibration: list[tuple[Setup, Sample]] = []
+    chosen = spread_over_domains(prompts, CALIBRATION_PROMPTS)
+    for done, prompt in enumerate(chosen):
+        progress("calibration", done, len(chosen))
+        samples = engine.run_together(workload, prompt, setups, "calibration 0")
+        calibration += zip(setups, samples, strict=True)
+    return Evidence(
+        prompts=tuple(prompts),
+        traces=traces,
+        acceptances=acceptances,
+        steps=steps,
+        calibration=tuple(calibration),
+        drafts=tuple(usable),
+        infeasible=tuple(infeasible),
+    )

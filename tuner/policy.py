@@ -1,0 +1,290 @@
+"""What was decided for a target on a machine: one choice per anchor, the rule that answers a question, the JSON form.
+
+Serving code reads this file and nothing else, so it is standard library only. How a choice was found, and where its
+evidence is kept, it must not know.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from datetime import datetime, timedelta
+from functools import cache
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from profiles.errors import InputError, PolicyError
+from profiles.terms import PLAIN, Environment, Model, Setup
+from tuner.claims import Forecast, Measured
+
+POLICY_VERSION = 1
+MIXED = "mixed"  # the domain of a choice made over the prompts of all domains
+TEMPERATURE_TOLERANCE = 1e-6
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise PolicyError(message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The setup for one anchor, and why.
+
+    `evidence` holds ids of stored evidence. Beside plain decoding, `forecast` and `measured` are those of the setup
+    that failed to beat it. `proven`: the paired runs showed a win; it needs a draft and its own `measured`.
+    Raises: InputError: a value is not allowed, or `proven` without that proof.
+    """
+
+    batch_size: int
+    context_length: int
+    domain: str
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+    setup: Setup
+    reason: str
+    evidence: tuple[str, ...] = ()
+    forecast: Forecast | None = None
+    measured: Measured | None = None
+    proven: bool = False
+
+    def __post_init__(self) -> None:
+        check_asked(self.batch_size, self.context_length, self.temperature)
+        _require(0.0 < self.top_p <= 1.0, f"top-p {self.top_p}: allowed are fractions above 0, up to 1")
+        _require(self.top_k >= 0, f"top-k {self.top_k}: allowed are 0 (off) and up")
+        _require(bool(self.domain), f"a choice without a domain: name one, or {MIXED!r} for all")
+        _require(bool(self.reason), "a choice without a reason: one sentence is needed")
+        if self.proven:
+            own = self.measured is not None and self.measured.setup == self.setup
+            _require(
+                self.setup.draft is not None and own,
+                f"setup {self.setup.name!r} is called proven: only a drafting setup with its own measurement can be",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a policy says: `matched` is False where it falls back to plain decoding; `rule` says how it was found."""
+
+    choice: Choice
+    matched: bool
+    rule: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """The choices for a target in an environment, one per (batch, context, domain, temperature).
+
+    `created` is ISO 8601 in UTC. All choices of one temperature share top-p and top-k, so that a question need not
+    name them. Raises: PolicyError: two choices for one anchor, none over all domains, or another value not allowed.
+    """
+
+    version: int = POLICY_VERSION
+    created: str
+    target: Model
+    environment: Environment
+    choices: tuple[Choice, ...]
+
+    def __post_init__(self) -> None:
+        _require(self.version == POLICY_VERSION, f"version {self.version}: this draftpick knows {POLICY_VERSION}")
+        _require(
+            _is_utc(self.created), f"created {self.created!r}: a UTC time like 2026-01-31T12:00:00+00:00 is needed"
+        )
+        _require(any(choice.domain == MIXED for choice in self.choices), f"no choice of domain {MIXED!r}")
+        anchors = set()
+        filters: dict[float, tuple[float, int]] = {}
+        for choice in self.choices:
+            anchor = (choice.batch_size, choice.context_length, choice.domain, choice.temperature)
+            _require(anchor not in anchors, f"two choices for (batch, context, domain, temperature) = {anchor}")
+            anchors.add(anchor)
+            own = (choice.top_p, choice.top_k)
+            shared = filters.setdefault(choice.temperature, own)
+            _require(own == shared, f"temperature {choice.temperature:g} with (top-p, top-k) = {own} and {shared}")
+
+    @property
+    def headline(self) -> Choice:
+        """The choice over all domains at the first batch and context."""
+        return next(choice for choice in self.choices if choice.domain == MIXED)
+
+    def look_up(
+        self,
+        *,
+        batch_size: int = 1,
+        context_length: int | None = None,
+        domain: str | None = None,
+        temperature: float = 0.0,
+    ) -> Answer:
+        """The choice that holds for a request, or plain decoding where nothing measured covers it.
+
+        1. The temperature (with the top-p and top-k it was measured with) must equal a measured one within 1e-6.
+        2. The domain's own choices are asked first, then those over all domains (`domain` None: only these).
+        3. Of them, the smallest measured batch at least as large as asked, because drafting pays less in a larger
+           batch; at that batch, the shortest measured context at least as long as asked. Beyond the largest: plain.
+        4. `context_length` None (not known) takes the longest measured context: acceptance falls with length.
+
+        Raises: InputError: a value no measurement could have.
+        """
+        check_asked(batch_size, context_length, temperature)
+        measured = {choice.temperature for choice in self.choices}
+        matched = match_temperature(measured, temperature)
+        for source in dict.fromkeys((domain or MIXED, MIXED)):
+            rows = [row for row in self.choices if row.domain == source and row.temperature == matched]
+            found = _covering(rows, batch_size, context_length)
+            if found is not None:
+                at = f"{source} prompts at batch {found.batch_size}, context {found.context_length}"
+                return Answer(choice=found, matched=True, rule=f"measured on {at}")
+        if matched is None:
+            known = ", ".join(f"{one:g}" for one in sorted(measured))
+            rule = f"temperature {temperature:g} was not measured, only {known}"
+        else:
+            rule = self._why_uncovered(batch_size, context_length, domain, matched)
+        plain = Choice(
+            batch_size=batch_size,
+            context_length=context_length or self.headline.context_length,
+            domain=domain or MIXED,
+            temperature=temperature,
+            setup=PLAIN,
+            reason=f"Plain decoding, because {rule}.",
+        )
+        return Answer(choice=plain, matched=False, rule=rule)
+
+    def _why_uncovered(
+        self, batch_size: int, context_length: int | None, domain: str | None, temperature: float
+    ) -> str:
+        at_temperature = [row for row in self.choices if row.temperature == temperature]
+        rows = [row for row in at_temperature if row.domain in (domain, MIXED)]
+        if not rows:
+            return f"domain {domain or MIXED!r} was not measured at temperature {temperature:g}"
+        largest = max(row.batch_size for row in rows)
+        if batch_size > largest:
+            return f"batch size {batch_size} is beyond the largest measured, {largest}"
+        longest = max(row.context_length for row in rows if row.batch_size >= batch_size)
+        return f"context {context_length} is beyond the longest measured at this batch size, {longest}"
+
+
+def check_asked(batch_size: int, context_length: int | None, temperature: float) -> None:
+    """Raises InputError when a batch, a context (None: not known) or a temperature is impossible."""
+    if not (isinstance(batch_size, int) and batch_size >= 1):
+        raise InputError(f"batch size {batch_size!r}: whole numbers from 1 are allowed")
+    if context_length is not None and not (isinstance(context_length, int) and context_length >= 1):
+        raise InputError(f"context {context_length!r}: whole numbers from 1 are allowed")
+    if not (math.isfinite(temperature) and 0.0 <= temperature <= 10.0):
+        raise InputError(f"temperature {temperature}: allowed are 0 (greedy) to 10")
+
+
+def match_temperature(measured: Iterable[float], asked: float) -> float | None:
+    """The measured temperature that equals the asked one within the tolerance, or None."""
+    return next((one for one in sorted(measured) if abs(one - asked) <= TEMPERATURE_TOLERANCE), None)
+
+
+def _covering(rows: list[Choice], batch_size: int, context_length: int | None) -> Choice | None:
+    """Smallest batch, then shortest context, that is at least what was asked (context None: the longest)."""
+    rows = [row for row in rows if row.batch_size >= batch_size]
+    if context_length is None:
+        return min(rows, key=lambda row: (row.batch_size, -row.context_length), default=None)
+    rows = [row for row in rows if row.context_length >= context_length]
+    return min(rows, key=lambda row: (row.batch_size, row.context_length), default=None)
+
+
+def _is_utc(text: str) -> bool:
+    try:
+        return datetime.fromisoformat(text).utcoffset() == timedelta(0)
+    except ValueError:
+        return False
+
+
+def read(path: str | Path) -> Policy:
+    """The policy in a file. Raises PolicyError, naming the file, when it cannot be read or is not valid."""
+    try:
+        return from_json(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PolicyError(f"policy file {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # PolicyError is one; bytes that are no UTF-8 are another
+        raise PolicyError(f"policy file {path}: {error}") from error
+
+
+def write(path: str | Path, policy: Policy) -> None:
+    """Replaces the file in one step: a reader sees the old policy or the new one. Raises PolicyError."""
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = to_json(policy)
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise PolicyError(f"policy file {path} cannot be written: {error.strerror}") from error
+
+
+def to_json(policy: Policy) -> str:
+    """Indented JSON with every field in the order of its record; ends with a newline."""
+    try:
+        return json.dumps(asdict(policy), indent=2, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise PolicyError(f"a policy holds a number that is not finite: {error}") from error
+
+
+def from_json(text: str) -> Policy:
+    """The policy in `text`. Raises PolicyError, naming field, value and what is allowed."""
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PolicyError(f"not a JSON document: {error}") from error
+    version = raw.get("version") if isinstance(raw, dict) else None
+    if isinstance(version, int) and version > POLICY_VERSION:
+        raise PolicyError(
+            f"version {version} is newer than version {POLICY_VERSION}, which this draftpick reads: upgrade"
+        )
+    policy: Policy = _decode(Policy, raw, "policy")
+    return policy
+
+
+@cache
+def _hints(record: type) -> dict[str, Any]:
+    return get_type_hints(record)
+
+
+def _decode(kind: Any, raw: object, where: str) -> Any:
+    """`raw` JSON as an instance of `kind`: a record, a tuple of one type, an optional, or a plain value."""
+    if is_dataclass(kind) and isinstance(kind, type):
+        return _decode_record(kind, raw, where)
+    if get_origin(kind) is UnionType:  # X | None is the only union in the records
+        inner = next(one for one in get_args(kind) if one is not type(None))
+        return None if raw is None else _decode(inner, raw, where)
+    if get_origin(kind) is tuple:
+        _require(isinstance(raw, list), f"{where} is {_show(raw)}: a list is needed")
+        assert isinstance(raw, list)
+        return tuple(_decode(get_args(kind)[0], one, f"{where}[{index}]") for index, one in enumerate(raw))
+    kind = str if get_origin(kind) is Literal else kind
+    allowed = (int, float) if kind is float else (kind,)
+    # JSON's true is a Python int, and its NaN and 1e999 are floats
+    good = isinstance(raw, allowed) and isinstance(raw, bool) == (kind is bool)
+    names = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+    _require(good, f"{where} is {_show(raw)}: {names[kind]} is needed")
+    if kind is float:
+        assert isinstance(raw, int | float)
+        _require(abs(raw) < 1e300, f"{where} is {_show(raw)}: a finite number is needed")
+    return kind(raw)
+
+
+def _decode_record(record: type, raw: object, where: str) -> Any:
+    _require(isinstance(raw, dict), f"{where} is {_show(raw)}: an object is needed")
+    assert isinstance(raw, dict)
+    names = [field.name for field in fields(record)]
+    for key in raw:
+        _require(key in names, f"{where} has the unknown key {key!r}: allowed are {', '.join(names)}")
+    for name in names:
+        _require(name in raw, f"{where} lacks the key {name!r}: needed are {', '.join(names)}")
+    values = {name: _decode(_hints(record)[name], raw[name], f"{where}.{name}") for name in names}
+    try:
+        return record(**values)
+    except InputError as error:
+        raise PolicyError(f"{where}: {error}") from error
+
+
+def _show(raw: object) -> str:
+    text = json.dumps(raw)
+    return text if len(text) <= 60 else f"{text[:57]}..."

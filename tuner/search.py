@@ -1,0 +1,136 @@
+"""The two Optuna studies: one over forecasts, one that races the finalists in paired real runs.
+
+The only module that imports Optuna. Studies are kept in an Optuna storage of their own (optuna-dashboard opens it);
+evidence itself is never read back from there.
+"""
+
+import math
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import optuna
+
+from profiles.formulas import tpot_s
+from profiles.terms import PLAIN, Engine, Prompt, Sample, Setup, Workload
+from tuner.claims import Forecast
+from tuner.objective import among_equals, score
+
+EXHAUST_UP_TO = 2000
+TPE_TRIALS = 400
+KEPT_TRIALS = 100
+PRUNE_P = 0.1
+PRUNE_AFTER_STEPS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Race:
+    """What the race saw: geometric-mean speed-up of every finalist that finished, the noise floor, the winner."""
+
+    speedups: dict[Setup, float]
+    noise: float | None
+    pruned: tuple[Setup, ...]
+    winner: Setup | None
+
+
+def search_forecasts(
+    candidates: Sequence[Setup], forecast: Callable[[Setup], Forecast], name: str, storage: str | None
+) -> list[Forecast]:
+    """Study 1: the forecasts searched, best score first; plain decoding is always enqueued first.
+
+    A small space is exhausted, a large one searched by TPE with a fixed seed. The search runs in memory; the best
+    100 trials are then kept in `storage` under `name`.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    by_draft: dict[str, dict[int, Setup]] = {}
+    for setup in candidates:
+        if setup.draft is not None:
+            by_draft.setdefault(setup.draft.name, {})[setup.length] = setup
+    found: dict[Setup, Forecast] = {}
+
+    def objective(trial: optuna.Trial) -> float:
+        draft = trial.suggest_categorical("draft", ["plain", *by_draft])
+        setup = PLAIN
+        if draft != "plain":
+            lengths = sorted(by_draft[draft])
+            setup = by_draft[draft][trial.suggest_categorical(f"length {draft}", lengths)]
+        found[setup] = forecast(setup)
+        trial.set_user_attr("setup", setup.name)
+        trial.set_user_attr("speedup", found[setup].speedup.estimate)
+        return score(found[setup])
+
+    exhaust = len(candidates) <= EXHAUST_UP_TO
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.BruteForceSampler(seed=0) if exhaust else optuna.samplers.TPESampler(seed=0)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.enqueue_trial({"draft": "plain"})
+    study.optimize(objective, n_trials=None if exhaust else TPE_TRIALS)
+    if storage is not None:
+        best = sorted(study.trials, key=lambda trial: -(trial.value or 0.0))[:KEPT_TRIALS]
+        kept = optuna.create_study(study_name=name, storage=storage, direction="maximize")
+        kept.add_trials(sorted(best, key=lambda trial: trial.number))
+    return sorted(found.values(), key=score, reverse=True)
+
+
+def log_ratio(plain: Sample, chosen: Sample) -> float | None:
+    """Log of chosen over plain seconds per token: negative when the setup is faster; None without a second token."""
+    plain_s, chosen_s = tpot_s(plain), tpot_s(chosen)
+    return math.log(chosen_s / plain_s) if plain_s and chosen_s else None
+
+
+def pair_order(workload: Workload, prompt: Prompt, setup: Setup) -> tuple[Setup, Setup]:
+    """Plain decoding and the setup in an order drawn from seed, prompt and setup: random, but a rerun repeats it."""
+    plain_first = random.Random(f"{workload.seed}/{prompt.digest}/{setup.digest}").random() < 0.5
+    return (PLAIN, setup) if plain_first else (setup, PLAIN)
+
+
+def run_pair(engine: Engine, workload: Workload, prompt: Prompt, setup: Setup, occasion: str) -> tuple[Sample, Sample]:
+    """(plain, setup) of one prompt, run back to back in their drawn order."""
+    order = pair_order(workload, prompt, setup)
+    first, second = engine.run_together(workload, prompt, order, occasion)
+    return (first, second) if order[0] == PLAIN else (second, first)
+
+
+def race(
+    run: Callable[[Prompt, Setup], tuple[Sample, Sample]],
+    prompts: Sequence[Prompt],
+    finalists: Sequence[Setup],
+    name: str,
+    storage: str | None,
+) -> Race:
+    """Study 2: trial 0 is plain against plain, then one trial per finalist; step i is prompt i, paired.
+
+    The reported value is the log ratio of seconds per token; `WilcoxonPruner` stops a trial that loses, prompt by
+    prompt, to the best finished one. The race only selects: what it saw never counts as proof.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        pruner = optuna.pruners.WilcoxonPruner(p_threshold=PRUNE_P, n_startup_steps=PRUNE_AFTER_STEPS)
+    study = optuna.create_study(study_name=name, storage=storage, direction="minimize", pruner=pruner)
+    means: dict[Setup, float] = {}
+    pruned: list[Setup] = []
+    for setup in (PLAIN, *finalists):
+        trial = study.ask({"setup": optuna.distributions.CategoricalDistribution([setup.name])})
+        ratios: list[float] = []
+        stopped = False
+        for step, prompt in enumerate(prompts):
+            ratio = log_ratio(*run(prompt, setup))
+            if ratio is None:
+                continue
+            ratios.append(ratio)
+            trial.report(ratio, step)
+            stopped = setup != PLAIN and trial.should_prune()
+            if stopped:
+                break
+        if stopped or not ratios:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            pruned.append(setup)
+            continue
+        means[setup] = sum(ratios) / len(ratios)
+        study.tell(trial, means[setup])
+    noise = means.pop(PLAIN, None)
+    speedups = {setup: math.exp(-mean) for setup, mean in means.items()}
+    return Race(speedups=speedups, noise=noise, pruned=tuple(pruned), winner=among_equals(speedups))

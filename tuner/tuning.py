@@ -1,0 +1,272 @@
+"""From evidence to choices: for each anchor forecast, race, proof, and a sentence saying why.
+
+Everything is measured first and judged last, because Holm's step-down looks at all anchors together. Plain decoding
+is the choice wherever no win is proven. Knows the engine protocol, not which engine it is or where evidence is kept.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from profiles.errors import InputError
+from profiles.keys import run_point, unit_digest
+from profiles.terms import PLAIN, Engine, Infeasible, Interval, Prompt, Setup, Workload
+from tuner import proof, search
+from tuner.claims import Forecast, Measured
+from tuner.evidence import Evidence, Progress, gather, spread_over_domains
+from tuner.forecast import Forecaster
+from tuner.objective import finalists
+from tuner.policy import MIXED, Choice
+from tuner.space import candidates
+
+MIN_DOMAIN_PROMPTS = 24
+MIN_RACE_PROMPTS = 4
+
+
+class OutOfTimeError(Exception):
+    """The budget ended between two units; caught here, never by the caller."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How much is measured: the candidates' lengths, finalists per anchor, prompts per race and per proof."""
+
+    lengths: tuple[int, ...] = tuple(range(1, 9))
+    num_finalists: int = 3
+    race_prompts: int = 12
+    proof_prompts: int = 30
+    storage: str | None = None
+    run_name: str = "run"
+
+
+@dataclass(slots=True, kw_only=True)
+class Anchor:
+    """One row of the policy in the making."""
+
+    workload: Workload
+    domain: str
+    prompts: tuple[Prompt, ...]
+    race_pool: tuple[Prompt, ...]
+    proof_pool: tuple[Prompt, ...]
+    forecasts: list[Forecast] = field(default_factory=list)
+    race: search.Race | None = None
+    candidate: Setup | None = None
+    measured: Measured | None = None
+    evidence: tuple[str, ...] = ()
+    stopped: str | None = None
+
+    def measured_rate(self, setup: Setup) -> Interval | None:
+        """Tokens per second that the proof measured of a setup: its candidate, or plain decoding beside it."""
+        if self.measured is None or setup not in (PLAIN, self.measured.setup):
+            return None
+        return self.measured.plain_tok_per_s if setup == PLAIN else self.measured.tok_per_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """The choices, the anchors they came from, drafts that failed, and what the exhaustive grid would have cost."""
+
+    choices: tuple[Choice, ...]
+    anchors: tuple[Anchor, ...]
+    infeasible: tuple[Infeasible, ...]
+    grid_seconds_estimate: float | None
+
+
+class Tuner:
+    """Runs the whole decision over an engine; `out_of_time` is asked before every unit."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        options: Options,
+        progress: Progress,
+        out_of_time: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._engine = engine
+        self._options = options
+        self._report = progress
+        self._out_of_time = out_of_time
+
+    def tune(self, loads: Sequence[tuple[Workload, tuple[Prompt, ...]]]) -> Outcome:
+        """Choices for every (workload, prompts): one over all domains and one per domain of 24 prompts or more.
+
+        Raises EngineError when the target itself fails; a failing draft is dropped and listed.
+        """
+        anchors: list[Anchor] = []
+        infeasible: list[Infeasible] = []
+        grid_seconds: float | None = None
+        for workload, prompts in loads:
+            own = plan_anchors(workload, prompts)
+            anchors += own
+            try:
+                evidence = gather(self._engine, workload, prompts, self._options.lengths, self._progress)
+            except OutOfTimeError:
+                for anchor in own:
+                    anchor.stopped = "the budget ended before the evidence was complete"
+                continue
+            infeasible += evidence.infeasible
+            forecaster = Forecaster(evidence, workload, self._engine.target.run_digest, workload.seed)
+            for anchor in own:
+                self._decide(anchor, evidence, forecaster)
+            grid_seconds = (grid_seconds or 0.0) + _grid_seconds(own[0], evidence)
+        return Outcome(
+            choices=tuple(_judge(anchors)),
+            anchors=tuple(anchors),
+            infeasible=tuple(infeasible),
+            grid_seconds_estimate=grid_seconds,
+        )
+
+    def _decide(self, anchor: Anchor, evidence: Evidence, forecaster: Forecaster) -> None:
+        """Forecast, race and proof of one anchor; what was reached when the budget ends is kept."""
+        load, options = anchor.workload, self._options
+        where = f"{options.run_name} batch {load.batch_size} context {load.context_length} {anchor.domain}"
+        anchor.forecasts = search.search_forecasts(
+            candidates(evidence.drafts, options.lengths),
+            lambda setup: forecaster.forecast(setup, anchor.prompts),
+            f"forecasts, {where}",
+            options.storage,
+        )
+        hopeful = finalists(anchor.forecasts, options.num_finalists)
+        if not hopeful:
+            return
+        try:
+            anchor.candidate = self._race(anchor, hopeful, f"race, {where}")
+            if anchor.candidate is not None:
+                self._prove(anchor, anchor.candidate)
+        except OutOfTimeError:
+            anchor.stopped = "the budget ended before it was proven"
+
+    def _race(self, anchor: Anchor, hopeful: Sequence[Setup], name: str) -> Setup | None:
+        """The finalist to prove: the race's winner, or the best forecast where too few prompts are left to race."""
+        prompts = spread_over_domains(anchor.race_pool, self._options.race_prompts) if anchor.race_pool else ()
+        if len(prompts) < MIN_RACE_PROMPTS or len(hopeful) == 1:
+            return hopeful[0]
+        total, done = len(prompts) * (len(hopeful) + 1), 0
+
+        def run(prompt: Prompt, setup: Setup) -> proof.Pair:
+            nonlocal done
+            self._progress(f"race {anchor.domain}", done, total)
+            done += 1
+            return search.run_pair(self._engine, anchor.workload, prompt, setup, "race 0")
+
+        anchor.race = search.race(run, prompts, hopeful, name, self._options.storage)
+        winner = anchor.race.winner
+        return winner if winner is not None and anchor.race.speedups[winner] > 1.0 else None
+
+    def _prove(self, anchor: Anchor, setup: Setup) -> None:
+        prompts = spread_over_domains(anchor.proof_pool, self._options.proof_prompts)
+        pairs = []
+        for done, prompt in enumerate(prompts):
+            self._progress(f"proof {anchor.domain}", done, len(prompts))
+            pairs.append(search.run_pair(self._engine, anchor.workload, prompt, setup, "proof 0"))
+        if len(pairs) < 2:
+            anchor.stopped = f"only {len(pairs)} prompts were left to prove it"
+            return
+        anchor.measured = proof.measure(setup, pairs)
+        anchor.evidence = tuple(self._unit(anchor.workload, prompt, setup, "proof 0") for prompt in prompts)
+
+    def _unit(self, workload: Workload, prompt: Prompt, setup: Setup, occasion: str) -> str:
+        point = run_point(workload, prompt, search.pair_order(workload, prompt, setup), occasion)
+        return unit_digest(self._engine.target, self._engine.environment, point)
+
+    def _progress(self, stage: str, done: int, total: int) -> None:
+        if self._out_of_time():
+            raise OutOfTimeError
+        self._report(stage, done, total)
+
+
+def plan_anchors(workload: Workload, prompts: Sequence[Prompt]) -> list[Anchor]:
+    """The anchors of a workload, `mixed` first, each with prompts to race on and others to prove on.
+
+    24 prompts are held for the proof before any go to the race, which gets at most half. A single domain is `mixed`.
+    Raises InputError without prompts.
+    """
+    if not prompts:
+        raise InputError("no prompts: at least one is needed")
+    by_domain: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_domain.setdefault(prompt.domain, []).append(prompt)
+    share = max(0.0, min(0.5, (len(prompts) - MIN_DOMAIN_PROMPTS) / len(prompts)))
+    pools: dict[str, tuple[list[Prompt], list[Prompt]]] = {}
+    for domain, own in by_domain.items():
+        ordered = sorted(own, key=lambda prompt: prompt.digest)
+        num_race = int(len(own) * share)
+        if len(own) >= MIN_DOMAIN_PROMPTS:
+            num_race = min(num_race, len(own) - MIN_DOMAIN_PROMPTS)
+        pools[domain] = (ordered[:num_race], ordered[num_race:])
+    rows = [(MIXED, list(prompts), [pool[0] for pool in pools.values()], [pool[1] for pool in pools.values()])]
+    if len(by_domain) > 1:
+        large = [domain for domain, own in by_domain.items() if len(own) >= MIN_DOMAIN_PROMPTS]
+        rows += [(domain, by_domain[domain], [pools[domain][0]], [pools[domain][1]]) for domain in large]
+    return [
+        Anchor(
+            workload=workload,
+            domain=domain,
+            prompts=tuple(own),
+            race_pool=tuple(prompt for pool in race for prompt in pool),
+            proof_pool=tuple(prompt for pool in proofs for prompt in pool),
+        )
+        for domain, own, race, proofs in rows
+    ]
+
+
+def _judge(anchors: Sequence[Anchor]) -> list[Choice]:
+    measured = [anchor.measured for anchor in anchors if anchor.measured is not None]
+    verdicts = iter(proof.prove(measured))
+    return [_choice(anchor, anchor.measured is not None and next(verdicts)) for anchor in anchors]
+
+
+def _choice(anchor: Anchor, proven: bool) -> Choice:
+    load = anchor.workload
+    subject = anchor.candidate
+    if subject is None and len(anchor.forecasts) > 1:
+        subject = next(forecast.setup for forecast in anchor.forecasts if forecast.setup != PLAIN)
+    return Choice(
+        batch_size=load.batch_size,
+        context_length=load.context_length,
+        domain=anchor.domain,
+        temperature=load.temperature,
+        top_p=load.top_p,
+        top_k=load.top_k,
+        setup=anchor.candidate if proven and anchor.candidate is not None else PLAIN,
+        reason=_reason(anchor, subject, proven),
+        evidence=anchor.evidence,
+        forecast=next((one for one in anchor.forecasts if one.setup == subject), None),
+        measured=anchor.measured,
+        proven=proven,
+    )
+
+
+def _reason(anchor: Anchor, subject: Setup | None, proven: bool) -> str:
+    """One sentence: what was chosen and what the figures were."""
+    measured = anchor.measured
+    if subject is None:
+        return f"Plain decoding: {anchor.stopped or 'there was no draft to try'}."
+    if measured is not None and proven:
+        speedup = measured.speedup
+        return (
+            f"{subject.name} decodes {speedup.estimate:.2f} [{speedup.low:.2f}, {speedup.high:.2f}] times as fast as "
+            f"plain decoding on {measured.num_prompts} fresh prompts, {measured.end_to_end.estimate:.2f} end to end."
+        )
+    if measured is not None:
+        return f"Plain decoding: {subject.name} is not proven, because {proof.shortfall(measured)}."
+    if anchor.stopped is not None:
+        return f"Plain decoding: {subject.name} was not proven, because {anchor.stopped}."
+    if anchor.race is not None:
+        return "Plain decoding: no finalist was faster than plain decoding in the race."
+    best = next(forecast for forecast in anchor.forecasts if forecast.setup == subject)
+    return (
+        f"Plain decoding: the best draft, {subject.name}, is forecast at {best.speedup.estimate:.2f} times its speed."
+    )
+
+
+def _grid_seconds(mixed: Anchor, evidence: Evidence) -> float:
+    """Seconds that really running every candidate on every prompt would take, by the forecasts and seen prefills."""
+    tokens = sum(len(evidence.traces[prompt.digest].token_ids) - 1 for prompt in mixed.prompts)
+    prefills: dict[object, list[float]] = {}
+    for setup, sample in evidence.calibration:
+        prefills.setdefault(setup.draft, []).append(sample.ttft_s)
+    seconds = 0.0
+    for forecast in mixed.forecasts:
+        own = prefills[forecast.setup.draft]
+        seconds += tokens / forecast.tok_per_s.estimate + len(mixed.prompts) * sum(own) / len(own)
+    return seconds
