@@ -16,7 +16,8 @@ import platformdirs
 import typer
 from rich.console import Console
 from rich.table import Table
-from typer.exceptions import Abort, TyperException
+from rich.text import Text
+from typer.exceptions import TyperException
 
 from profiles import spelling
 from profiles.errors import DraftpickError, InputError, NotMeasuredError
@@ -37,7 +38,6 @@ BOOK_NAME = "evidence.db"
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     help="Measures which draft and speculation length decode fastest on this machine, and proves it.",
 )
@@ -102,14 +102,16 @@ def run(
     started = time.monotonic()
     _check_choices(objective, budget)
     specs = [spelling.parse_draft(text) for text in draft or (FAMILY_DRAFTS if target == FAMILY_TARGET else ["ngram"])]
+    asked_lengths = spelling.parse_lengths(lengths)
     folder = _store_folder(store)
     with Book.open(folder / BOOK_NAME) as book:
         with err.status("loading"):
             from profiles import loading
             from store import runs
 
+            shelf = runs.Shelf.of(book)
             question = loading.Question(
-                lengths=spelling.parse_lengths(lengths),
+                lengths=asked_lengths,
                 batch_sizes=tuple(dict.fromkeys(batch_size or [1])),
                 contexts=tuple(dict.fromkeys(context or [])),
                 max_new_tokens=max_new_tokens,
@@ -124,7 +126,6 @@ def run(
         deadline = math.inf if budget is None else started + budget
         with StageProgress(err) as progress:
             watch = (progress.update, lambda: time.monotonic() > deadline)
-            shelf = runs.Shelf(book=book, folder=folder)
             done = runs.tune(bench.engine, loads, shelf, question.lengths, watch)
     document = reports.document(done.policy, cost=done.cost, store=str(folder), policy_path=str(done.policy_path))
     if not json_only:
@@ -136,13 +137,15 @@ def run(
 def show(store: Store = None) -> None:
     """Tell what the store holds: evidence per target, how much and how old, and the latest policy."""
     with Book.open(_existing_store(store)) as book:
-        table = Table("target", "kind", "rows", "newest (UTC)", title=f"store {book.path.parent}", title_justify="left")
+        title = Text(f"store {book.path.parent}")
+        table = Table("target", "kind", "rows", "newest (UTC)", title=title, title_justify="left")
         for count in book.counts():
-            table.add_row(count.target, count.table.replace("_", " "), str(count.rows), count.newest[:19])
-        out.print(table)
+            table.add_row(Text(count.target), count.table.replace("_", " "), str(count.rows), count.newest[:19])
         text = book.latest_policy()
-    if text is not None:
-        out.print(reports.table(policies.from_json(text)))
+    policy = None if text is None else policies.from_json(text)
+    out.print(table)
+    if policy is not None:
+        out.print(reports.table(policy))
 
 
 @app.command()
@@ -157,18 +160,21 @@ def lookup(
     json_only: JsonOnly = False,
 ) -> None:
     """Answer which setup to use, from the latest policy; loads no torch."""
+    if form is not None and form not in export.FORMS:
+        raise InputError(f"format {form!r}: allowed are {', '.join(export.FORMS)}")
     path = _existing_store(store)
     with Book.open(path) as book:
         policy = _find_policy(book, target)
+        cost = book.latest_outcome(policy.target).get("cost", {})
     answer = policy.look_up(batch_size=batch_size, context_length=context, domain=domain, temperature=temperature)
     if json_only:
-        _print_json(reports.document(policy, cost={}, store=str(path.parent), policy_path=""))
+        policy_path = str(path.with_name(policy.file_name))
+        document = reports.document(policy, cost=cost, store=str(path.parent), policy_path=policy_path)
+        _print_json({**document, "answer": reports.answer(answer)})
     elif form is None:
         out.print(f"{answer.choice.setup.name}: {answer.rule}", markup=False, soft_wrap=True)
         out.print(answer.choice.reason, markup=False, soft_wrap=True)
     else:
-        if form not in export.FORMS:
-            raise InputError(f"format {form!r}: allowed are {', '.join(export.FORMS)}")
         made = export.emit(answer.choice, target=policy.target, form=form)
         if made.note:
             _say(made.note)
@@ -210,7 +216,8 @@ def _print_outcome(done: "FinishedRun") -> None:
     if grid is not None:
         text += f"; really running all {len(done.outcome.anchors[0].forecasts)} setups would take about {grid:.0f} s"
     partings, disturbed = sum(one.num_partings for one in measured), sum(one.num_disturbed for one in measured)
-    out.print(f"{text}\noutputs parted at near-ties: {partings}; runs disturbed by other programs: {disturbed}")
+    out.print(text, soft_wrap=True)
+    out.print(f"outputs parted at near-ties: {partings}; runs disturbed by other programs: {disturbed}")
     out.print(f"policy: {done.policy_path}", markup=False, soft_wrap=True)
 
 
@@ -246,13 +253,13 @@ def _say(*lines: str) -> None:
 def main() -> None:
     """Runs the asked verb; every failure is one line on stderr and the exit code that README lists."""
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
+        if code == EXIT_INTERRUPTED:  # what typer makes of Ctrl-C outside of the measuring
+            _say("error: interrupted")
+        sys.exit(code)
     except TyperException as error:
         _say(f"error: {error.format_message()}")
         sys.exit(2)
-    except (Abort, KeyboardInterrupt):
-        _say("interrupted")
-        sys.exit(EXIT_INTERRUPTED)
     except DraftpickError as error:
         _say(f"error: {error}")
         sys.exit(error.exit_code)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from profiles import environment, models, prompts
 from profiles.drafting import DraftSource
 from profiles.engine import TorchEngine
-from profiles.errors import InputError
+from profiles.errors import InputError, ModelError
 from profiles.spelling import DraftSpec
 from profiles.terms import DTYPES, Draft, Prompt, Workload
 
@@ -34,6 +34,8 @@ class Question:
         if self.batch_sizes != (1,):
             asked = ", ".join(str(size) for size in self.batch_sizes)
             raise InputError(f"batch size {asked}: the torch engine decodes one sequence at a time, allowed is 1")
+        if self.seed < 0:
+            raise InputError(f"seed {self.seed}: whole numbers from 0 are allowed")
         for context in self.contexts or (self.max_new_tokens + 1,):
             self.workload(context, ())
 
@@ -103,8 +105,7 @@ def workloads(
     room = min(loaded.max_positions for loaded in bench.loaded) - longest
     loads, warnings = [], []
     for context in question.contexts or (None,):
-        for loaded in bench.loaded:
-            models.check_room(loaded, context_length=context or question.max_new_tokens + 1, max_length=longest)
+        _check_room(bench, question, context)
         most_tokens = (context or room) - question.max_new_tokens
         tokenized, notes = prompts.tokenize(requests, target.tokenizer, most_tokens)
         warnings += notes
@@ -112,3 +113,15 @@ def workloads(
         fitting = min(room, -(-needed // CONTEXT_STEP) * CONTEXT_STEP)
         loads.append((question.workload(context or fitting, target.end_token_ids), tuple(tokenized)))
     return loads, warnings
+
+
+def _check_room(bench: Bench, question: Question, context: int | None) -> None:
+    """Refuses a context, or where none is asked the output length, that some model has no positions for."""
+    try:
+        for loaded in bench.loaded:
+            asked = context or question.max_new_tokens + 1
+            models.check_room(loaded, context_length=asked, max_length=max(question.lengths))
+    except ModelError as error:
+        if context is not None:
+            raise
+        raise ModelError(f"max-new-tokens {question.max_new_tokens} and a prompt: {error}") from error

@@ -118,9 +118,10 @@ def check_room(loaded: Loaded, *, context_length: int, max_length: int) -> None:
     if context_length > most:
         raise ModelError(f"context {context_length}: {model}; allowed are contexts up to {most - max_length}")
     if context_length + max_length > most:
+        shorter = f", or lengths up to {most - context_length} with that context" if context_length < most else ""
         raise ModelError(
             f"context {context_length} with speculation length {max_length}: {model}; allowed are contexts up to "
-            f"{most - max_length} with that length, or lengths up to {most - context_length} with that context"
+            f"{most - max_length} with that length{shorter}"
         )
 
 

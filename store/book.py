@@ -94,7 +94,7 @@ class Book:
             raise StoreError(f"store {path}: its folder cannot be made: {error.strerror}") from error
         book = cls(path, _connect(path, busy_timeout_s))
         try:
-            book._upgrade()
+            book._upgrade(busy_timeout_s)
         except BaseException:
             book.close()
             raise
@@ -265,7 +265,7 @@ class Book:
                 yield connection.execution_options(sqlite_begin=begin)
         except StoreError as error:
             raise type(error)(f"store {self._path}: {error}") from error
-        except sqlalchemy.exc.DBAPIError as error:
+        except (sqlalchemy.exc.DBAPIError, sqlite3.Error) as error:
             raise StoreError(f"store {self._path}: {_reason(error)}") from error
         except (sqlalchemy.exc.SQLAlchemyError, ValueError) as error:
             reason = str(error).splitlines()[0]
@@ -293,10 +293,13 @@ class Book:
                 _insert(connection, table, scope.target, scope.environment, rows)
                 connection.commit()
 
-    def _upgrade(self) -> None:
+    def _upgrade(self, busy_timeout_s: float) -> None:
         with self._transaction("read") as connection:
-            if migrations.is_current(connection):
-                return
+            is_current = migrations.is_current(connection)  # another program's file is refused before it is changed
+        with self._transaction("read") as connection:
+            _use_write_ahead_log(connection, busy_timeout_s)
+        if is_current:
+            return
         with self._transaction("write") as connection:
             if not migrations.is_current(connection):  # another process may have done it while this one waited
                 migrations.upgrade(connection)
@@ -314,15 +317,6 @@ def _connect(path: Path, busy_timeout_s: float) -> Engine:
     @sqlalchemy.event.listens_for(engine, "connect")
     def prepare(connection: sqlite3.Connection, _: object) -> None:
         connection.execute("PRAGMA foreign_keys = ON")
-        deadline = time.monotonic() + busy_timeout_s
-        while True:
-            try:
-                connection.execute("PRAGMA journal_mode = WAL")
-                return
-            except sqlite3.OperationalError as error:  # SQLite does not wait by itself when the mode is changed
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.02)
 
     @sqlalchemy.event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
@@ -331,9 +325,24 @@ def _connect(path: Path, busy_timeout_s: float) -> Engine:
     return engine
 
 
-def _reason(error: sqlalchemy.exc.DBAPIError) -> str:
-    code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF  # the low byte is the primary code
-    return f"{error.orig}: {_REASONS[code]}" if code in _REASONS else f"{error.orig}"
+def _use_write_ahead_log(connection: Connection, busy_timeout_s: float) -> None:
+    driver = connection.connection.driver_connection  # by SQLAlchemy, a transaction would begin: too late to change it
+    assert isinstance(driver, sqlite3.Connection)
+    deadline = time.monotonic() + busy_timeout_s
+    while True:
+        try:
+            driver.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:  # SQLite does not wait by itself when the mode is changed
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
+def _reason(error: sqlalchemy.exc.DBAPIError | sqlite3.Error) -> str:
+    cause = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error
+    code = getattr(cause, "sqlite_errorcode", 0) & 0xFF  # the low byte is the primary code
+    return f"{cause}: {_REASONS[code]}" if code in _REASONS else f"{cause}"
 
 
 def _find(connection: Connection, table: Table, key: Row) -> list[Row]:

@@ -15,6 +15,7 @@ from profiles.terms import PLAIN, Engine, Prompt, Workload
 from store.book import Book, Scope
 from store.remember import Remember
 from tuner import policy as policies
+from tuner import search
 from tuner.evidence import Progress
 from tuner.report import ChartRow
 from tuner.tuning import Anchor, Options, Outcome, Tuner
@@ -24,10 +25,15 @@ OPTUNA_NAME = "optuna.db"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shelf:
-    """An open book and the folder it is in; policies and Optuna's studies are kept beside it."""
+    """An open book and Optuna's studies beside it; policies are kept in the same folder."""
 
     book: Book
-    folder: Path
+    studies: search.Storage
+
+    @classmethod
+    def of(cls, book: Book) -> "Shelf":
+        """The studies are made where there are none. Raises StoreError when they cannot be opened."""
+        return cls(book=book, studies=search.open_storage(book.path.with_name(OPTUNA_NAME)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,17 +57,16 @@ def tune(
 
     Raises: RunInterruptedError: Ctrl-C; what was measured is kept. EngineError: the target itself failed.
     """
-    book, folder = shelf.book, shelf.folder
+    book, folder = shelf.book, shelf.book.path.parent
     remembering = Remember(engine, book)
     run_id = book.save_run(Scope(target=engine.target, environment=engine.environment, workload=loads[0][0]))
-    storage = f"sqlite:///{folder / OPTUNA_NAME}"
-    options = Options(lengths=lengths, storage=storage, run_name=f"run {run_id} of {_utc_now()}")
+    options = Options(lengths=lengths, storage=shelf.studies, run_name=f"run {run_id} of {_utc_now()}")
     with _interruptible(remembering, folder):
         outcome = Tuner(remembering, options, *watch).tune(loads)
     policy = policies.Policy(
         created=_utc_now(), target=engine.target, environment=engine.environment, choices=outcome.choices
     )
-    path = folder / f"policy-{policy.target.run_digest[:12]}.json"
+    path = folder / policy.file_name
     policies.write(path, policy)
     book.save_policy(policies.to_json(policy), policy.target, policy.environment)
     cost = {

@@ -105,6 +105,11 @@ class Policy:
             _require(own == shared, f"temperature {choice.temperature:g} with (top-p, top-k) = {own} and {shared}")
 
     @property
+    def file_name(self) -> str:
+        """The file a store keeps it in: one per target as it is run, replaced by a later policy."""
+        return f"policy-{self.target.run_digest[:12]}.json"
+
+    @property
     def headline(self) -> Choice:
         """The choice over all domains at the first batch and context."""
         return next(choice for choice in self.choices if choice.domain == MIXED)

@@ -11,14 +11,14 @@ class StageProgress:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        quiet = not console.is_terminal  # a disabled bar also leaves out the empty line at its end
         columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, TextColumn("left"), console=console, transient=True)
+        self._bar = Progress(*columns, TextColumn("left"), console=console, transient=True, disable=quiet)
         self._stage: str | None = None
         self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from profiles.errors import InputError
 from profiles.terms import Interval
-from tuner.policy import Choice, Policy
+from tuner.policy import Answer, Choice, Policy
 
 ONE = Interval(estimate=1.0, low=1.0, high=1.0)
 PLAIN_COLOUR = "#6b7280"
@@ -45,15 +45,12 @@ class ChartRow:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "ChartRow":
-        """The row that `dataclasses.asdict` turned into `raw`."""
-        forecast, measured = (raw[name] and Interval(**raw[name]) for name in ("forecast", "measured"))
-        return cls(
-            setup_name=raw["setup_name"],
-            group=raw["group"],
-            forecast=forecast,
-            measured=measured,
-            speedup=raw["speedup"],
-        )
+        """The row that `dataclasses.asdict` turned into `raw`. Raises InputError when it is not one."""
+        try:
+            forecast, measured = (raw[name] and Interval(**raw[name]) for name in ("forecast", "measured"))
+            return cls(**{**raw, "forecast": forecast, "measured": measured})
+        except (KeyError, TypeError) as error:
+            raise InputError(f"chart row {str(raw)[:60]!r} is not as this draftpick writes it: run again") from error
 
     @property
     def best_known(self) -> Interval:
@@ -122,6 +119,11 @@ def document(policy: Policy, *, cost: Mapping[str, object], store: str, policy_p
         "store": store,
         "policy": policy_path,
     }
+
+
+def answer(found: Answer) -> dict[str, Any]:
+    """What a look-up found, for the same document: how, and the figures of its choice."""
+    return {"matched": found.matched, "rule": found.rule, **_figures(found.choice)}
 
 
 def _figures(choice: Choice) -> dict[str, Any]:

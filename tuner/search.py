@@ -4,14 +4,19 @@ The only module that imports Optuna. Studies are kept in an Optuna storage of th
 evidence itself is never read back from there.
 """
 
+import contextlib
 import math
 import random
+import sqlite3
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
 
 import optuna
 
+from profiles.errors import StoreError
 from profiles.formulas import tpot_s
 from profiles.terms import PLAIN, Engine, Prompt, Sample, Setup, Workload
 from tuner.claims import Forecast
@@ -22,6 +27,8 @@ TPE_TRIALS = 400
 KEPT_TRIALS = 100
 PRUNE_P = 0.1
 PRUNE_AFTER_STEPS = 4
+
+Storage: TypeAlias = optuna.storages.BaseStorage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +41,32 @@ class Race:
     winner: Setup | None
 
 
+@contextlib.contextmanager
+def _kept(what: str) -> Iterator[None]:
+    """Turns what Optuna raises when its database fails into one line; evidence is in another file."""
+    try:
+        yield
+    except (sqlite3.Error, optuna.exceptions.StorageInternalError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise StoreError(f"{what}: {reason}; move the file away, no evidence is in it") from error
+
+
+def open_storage(path: Path) -> Storage:
+    """Optuna's own database, made where there is none. Raises StoreError: not Optuna's, newer, or not to be opened."""
+    with _kept(f"studies {path}"):
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.execute("PRAGMA schema_version")  # Optuna lets SQLAlchemy's errors through when it opens a file
+        try:
+            storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+        except RuntimeError as error:
+            raise StoreError(f"studies {path}: {error}") from error
+        storage.get_all_studies()
+    return storage
+
+
+@_kept("Optuna's studies")
 def search_forecasts(
-    candidates: Sequence[Setup], forecast: Callable[[Setup], Forecast], name: str, storage: str | None
+    candidates: Sequence[Setup], forecast: Callable[[Setup], Forecast], name: str, storage: Storage | None
 ) -> list[Forecast]:
     """Study 1: the forecasts searched, best score first; plain decoding is always enqueued first.
 
@@ -93,12 +124,13 @@ def run_pair(engine: Engine, workload: Workload, prompt: Prompt, setup: Setup, o
     return (first, second) if order[0] == PLAIN else (second, first)
 
 
+@_kept("Optuna's studies")
 def race(
     run: Callable[[Prompt, Setup], tuple[Sample, Sample]],
     prompts: Sequence[Prompt],
     finalists: Sequence[Setup],
     name: str,
-    storage: str | None,
+    storage: Storage | None,
 ) -> Race:
     """Study 2: trial 0 is plain against plain, then one trial per finalist; step i is prompt i, paired.
 
@@ -112,8 +144,10 @@ def race(
     study = optuna.create_study(study_name=name, storage=storage, direction="minimize", pruner=pruner)
     means: dict[Setup, float] = {}
     pruned: list[Setup] = []
+    names = optuna.distributions.CategoricalDistribution([setup.name for setup in (PLAIN, *finalists)])
     for setup in (PLAIN, *finalists):
-        trial = study.ask({"setup": optuna.distributions.CategoricalDistribution([setup.name])})
+        study.enqueue_trial({"setup": setup.name})
+        trial = study.ask({"setup": names})
         ratios: list[float] = []
         stopped = False
         for step, prompt in enumerate(prompts):

@@ -34,7 +34,7 @@ class Options:
     num_finalists: int = 3
     race_prompts: int = 12
     proof_prompts: int = 30
-    storage: str | None = None
+    storage: search.Storage | None = None
     run_name: str = "run"
 
 

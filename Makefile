@@ -1,0 +1,27 @@
+# The two commands of the README, and what they need: Python 3.11 or later; everything else is installed into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export DRAFTPICK_STORE ?= $(CURDIR)/.draftpick
+
+.PHONY: tune test check clean
+
+tune: $(VENV)/.installed
+	$(BIN)/python tune.py run
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest --durations=10
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+$(VENV)/.installed: requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,30 @@
+"""What the benchmarks share: the family that ships, a few prompts of every domain, and the last line in JSON."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from profiles import loading, spelling
+from profiles.loading import Bench, Question
+from profiles.terms import Prompt, Workload
+from tuner.evidence import spread_over_domains
+
+TARGET = "builtin:target"
+DRAFTS = ("builtin:draft-general", "builtin:draft-code", "builtin:draft-prose", "builtin:draft-deep", "ngram")
+LENGTHS = tuple(range(1, 9))
+
+
+def family(num_prompts: int, max_new_tokens: int) -> tuple[Bench, Workload, tuple[Prompt, ...]]:
+    """The engine, its workload, and `num_prompts` of the prompts that ship, domain by domain in turn."""
+    bench = loading.load(TARGET, [spelling.parse_draft(text) for text in DRAFTS], None, None)
+    question = Question(lengths=LENGTHS, max_new_tokens=max_new_tokens)
+    ((workload, prompts),), _ = loading.workloads(bench, question, ["builtin:all"])
+    return bench, workload, spread_over_domains(prompts, num_prompts)
+
+
+def finish(document: Mapping[str, Any]) -> None:
+    """Prints the document as the last line, with what a reader needs to judge the figures."""
+    machine = {"cores": os.cpu_count(), "load_average": [round(value, 2) for value in os.getloadavg()]}
+    sys.stdout.write(json.dumps({**document, "machine": machine}, allow_nan=False) + "\n")

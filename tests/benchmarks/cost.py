@@ -1,0 +1,107 @@
+"""What tuning costs against the exhaustive grid, and how far its pick is from the grid's best.
+
+`python -m tests.benchmarks.cost`: the tuner decides on a fresh store; then every setup is really run once on every one
+of the same prompts; then the pick and the grid's top three are run again, prompt by prompt back to back. `regret` is
+the pick's seconds per token over the fastest of the four's in that rerun, less 1 (0 when the pick is fastest; choosing
+the fastest by the same rerun makes it a little too large). All seconds are of measuring; loading is left out.
+"""
+
+import argparse
+import random
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from profiles.formulas import speedup_interval
+from profiles.terms import PLAIN, Engine, Prompt, Setup, Workload
+from store import runs as store_runs
+from store.book import Book
+from tests.benchmarks.common import LENGTHS, family, finish
+from tuner.space import candidates
+
+
+def run_grid(engine: Engine, workload: Workload, prompts: tuple[Prompt, ...]) -> tuple[float, dict[Setup, float]]:
+    """(seconds of measuring, tokens per second of every setup)."""
+    setups = candidates(engine.drafts, LENGTHS)
+    seconds: dict[Setup, float] = defaultdict(float)
+    tokens: dict[Setup, int] = defaultdict(int)
+    started = time.monotonic()
+    for prompt in prompts:
+        for setup in random.Random(prompt.digest).sample(setups, len(setups)):
+            (sample,) = engine.run_together(workload, prompt, (setup,), "grid")
+            seconds[setup] += sample.decode_s
+            tokens[setup] += sample.output_tokens - 1
+    return time.monotonic() - started, {setup: tokens[setup] / seconds[setup] for setup in setups}
+
+
+def rerun(
+    engine: Engine, workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], repeats: int
+) -> dict[Setup, tuple[list[float], list[int]]]:
+    """Decode seconds (summed over repeats) and tokens of each setup, prompt by prompt."""
+    found: dict[Setup, tuple[list[float], list[int]]] = {setup: ([], []) for setup in setups}
+    for prompt in prompts:
+        total = dict.fromkeys(setups, 0.0)
+        tokens = dict.fromkeys(setups, 0)
+        for repeat in range(repeats):
+            order = tuple(random.Random(f"{repeat}/{prompt.digest}").sample(setups, len(setups)))
+            for setup, sample in zip(order, engine.run_together(workload, prompt, order, "rerun"), strict=True):
+                total[setup] += sample.decode_s
+                tokens[setup] += sample.output_tokens - 1
+        for setup in setups:
+            if tokens[setup] > 0:
+                found[setup][0].append(total[setup])
+                found[setup][1].append(tokens[setup])
+    return found
+
+
+def main() -> None:
+    """Tuner, grid, rerun, JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompts", type=int, default=60)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=2, help="of the rerun")
+    options = parser.parse_args()
+    bench, workload, prompts = family(options.prompts, options.tokens)
+    engine = bench.engine
+    with tempfile.TemporaryDirectory() as folder, Book.open(Path(folder) / "evidence.db") as book:
+        shelf = store_runs.Shelf(book=book, folder=Path(folder))
+        loads = [(workload, prompts)]
+        done = store_runs.tune(engine, loads, shelf, LENGTHS, (lambda *_: None, lambda: False))
+    pick, tuner_seconds = done.policy.headline.setup, float(done.cost["measured_seconds"])
+    print(f"tuner: {tuner_seconds:.1f} s, pick {pick.name}: {done.policy.headline.reason}", flush=True)
+    grid_seconds, rates = run_grid(engine, workload, prompts)
+    top = sorted(rates, key=lambda setup: -rates[setup])[:3]
+    print(f"grid: {grid_seconds:.1f} s over {len(rates)} setups; plain {rates[PLAIN]:.1f} tok/s", flush=True)
+    again = rerun(engine, workload, prompts, tuple(dict.fromkeys((pick, *top))), options.repeats)
+    per_token = {setup: sum(seconds) / sum(tokens) for setup, (seconds, tokens) in again.items()}
+    fastest = min(per_token, key=lambda setup: per_token[setup])
+    for setup in again:
+        mark = "pick" if setup == pick else f"top {top.index(setup) + 1}"
+        print(f"{setup.name:32} {mark:6} grid {rates[setup]:7.1f} tok/s, rerun {1 / per_token[setup]:7.1f} tok/s")
+    low = high = regret = 0.0
+    if fastest != pick:
+        interval, _ = speedup_interval(*again[pick], *again[fastest])
+        regret, low, high = interval.estimate - 1.0, interval.low - 1.0, interval.high - 1.0
+    finish(
+        {
+            "benchmark": "cost",
+            "pick": pick.name,
+            "proven": done.policy.headline.proven,
+            "grid_top": [setup.name for setup in top],
+            "fastest_in_rerun": fastest.name,
+            "num_prompts": len(prompts),
+            "num_setups": len(rates),
+            "grid_seconds": round(grid_seconds, 2),
+            "grid_seconds_estimate": done.cost["grid_seconds_estimate"],
+            "tuner_seconds": tuner_seconds,
+            "cost_ratio": round(grid_seconds / tuner_seconds, 2),
+            "regret": round(regret, 4),
+            "regret_low": round(low, 4),
+            "regret_high": round(high, 4),
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
