@@ -20,7 +20,7 @@ from rich.text import Text
 from typer.exceptions import TyperException
 
 from profiles import spelling
-from profiles.errors import DraftpickError, InputError, NotMeasuredError
+from profiles.errors import DraftpickError, InputError, NotMeasuredError, PolicyError
 from store.book import Book
 from tuner import export
 from tuner import policy as policies
@@ -142,7 +142,7 @@ def show(store: Store = None) -> None:
         for count in book.counts():
             table.add_row(Text(count.target), count.table.replace("_", " "), str(count.rows), count.newest[:19])
         text = book.latest_policy()
-    policy = None if text is None else policies.from_json(text)
+        policy = None if text is None else _read_policy(book, text)
     out.print(table)
     if policy is not None:
         out.print(reports.table(policy))
@@ -242,7 +242,14 @@ def _find_policy(book: Book, target: str | None) -> policies.Policy:
     if text is None:
         asked = f"of target {target!r} " if target else ""
         raise NotMeasuredError(f"no policy {asked}in store {book.path}: run `tune.py run` first")
-    return policies.from_json(text)
+    return _read_policy(book, text)
+
+
+def _read_policy(book: Book, text: str) -> policies.Policy:
+    try:
+        return policies.from_json(text)
+    except PolicyError as error:
+        raise PolicyError(f"the policy in store {book.path}: {error}") from error
 
 
 def _say(*lines: str) -> None:

@@ -298,12 +298,11 @@ class Book:
             is_current = migrations.is_current(connection)  # another program's file is refused before it is changed
         with self._transaction("read") as connection:
             _use_write_ahead_log(connection, busy_timeout_s)
-        if is_current:
-            return
-        with self._transaction("write") as connection:
-            if not migrations.is_current(connection):  # another process may have done it while this one waited
-                migrations.upgrade(connection)
-                connection.commit()
+        if not is_current:
+            with self._transaction("write") as connection:
+                if not migrations.is_current(connection):  # another process may have done it while this one waited
+                    migrations.upgrade(connection)
+                    connection.commit()
 
 
 def _connect(path: Path, busy_timeout_s: float) -> Engine:
@@ -326,8 +325,7 @@ def _connect(path: Path, busy_timeout_s: float) -> Engine:
 
 
 def _use_write_ahead_log(connection: Connection, busy_timeout_s: float) -> None:
-    driver = connection.connection.driver_connection  # by SQLAlchemy, a transaction would begin: too late to change it
-    assert isinstance(driver, sqlite3.Connection)
+    driver: Any = connection.connection.driver_connection  # SQLAlchemy would begin a transaction: too late to change it
     deadline = time.monotonic() + busy_timeout_s
     while True:
         try:
@@ -339,8 +337,8 @@ def _use_write_ahead_log(connection: Connection, busy_timeout_s: float) -> None:
             time.sleep(0.02)
 
 
-def _reason(error: sqlalchemy.exc.DBAPIError | sqlite3.Error) -> str:
-    cause = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error
+def _reason(error: Exception) -> str:
+    cause = getattr(error, "orig", error)  # SQLAlchemy keeps the driver's error in it
     code = getattr(cause, "sqlite_errorcode", 0) & 0xFF  # the low byte is the primary code
     return f"{cause}: {_REASONS[code]}" if code in _REASONS else f"{cause}"
 

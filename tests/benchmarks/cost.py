@@ -65,9 +65,8 @@ def main() -> None:
     bench, workload, prompts = family(options.prompts, options.tokens)
     engine = bench.engine
     with tempfile.TemporaryDirectory() as folder, Book.open(Path(folder) / "evidence.db") as book:
-        shelf = store_runs.Shelf(book=book, folder=Path(folder))
         loads = [(workload, prompts)]
-        done = store_runs.tune(engine, loads, shelf, LENGTHS, (lambda *_: None, lambda: False))
+        done = store_runs.tune(engine, loads, store_runs.Shelf.of(book), LENGTHS, (lambda *_: None, lambda: False))
     pick, tuner_seconds = done.policy.headline.setup, float(done.cost["measured_seconds"])
     print(f"tuner: {tuner_seconds:.1f} s, pick {pick.name}: {done.policy.headline.reason}", flush=True)
     grid_seconds, rates = run_grid(engine, workload, prompts)

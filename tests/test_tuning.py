@@ -1,0 +1,220 @@
+"""The decision: what is raced and proven on what, what is claimed, and what is said when nothing is proven."""
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from profiles.errors import BadNumbersError, EngineError
+from profiles.terms import PLAIN, Interval, Prompt, Sample, Setup
+from store.book import Book
+from store.runs import Shelf, tune
+from tests.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts
+from tuner import proof, search
+from tuner.claims import Forecast, Measured
+from tuner.objective import among_equals, finalists
+from tuner.policy import MIXED
+from tuner.tuning import Options, Outcome, Tuner, plan_anchors
+
+TWO_DOMAINS = (*prompts(48, "code"), *prompts(48, "prose"))
+
+
+def _engine(**kept: Any) -> FakeEngine:
+    """Only the model draft, so that what is kept decides."""
+    engine = FakeEngine(**kept)
+    engine.drafts = (DRAFT_A,)
+    return engine
+
+
+def _tune(engine: FakeEngine, load: tuple[Prompt, ...] = TWO_DOMAINS, **limits: object) -> Outcome:
+    return Tuner(engine, Options(lengths=(1, 2, 3, 4)), lambda *_: None, **limits).tune([(GREEDY, load)])  # type: ignore[arg-type]
+
+
+def test_a_real_gain_is_proven() -> None:
+    """A draft that is kept often wins over all domains and in each, with an interval above 1."""
+    outcome = _tune(_engine(keep=0.9))
+    assert [choice.domain for choice in outcome.choices] == [MIXED, "code", "prose"]
+    for choice in outcome.choices:
+        assert choice.proven
+        assert choice.setup.draft == DRAFT_A
+        assert choice.measured is not None
+        assert choice.measured.speedup.low > 1.0
+        assert choice.measured.num_prompts >= 24
+        assert len(choice.evidence) == choice.measured.num_prompts
+
+
+def test_a_useless_draft_leaves_plain_decoding() -> None:
+    """Nothing is proven, the choice is plain, and the reason says what was forecast or measured."""
+    outcome = _tune(_engine(keep=0.0))
+    for choice in outcome.choices:
+        assert choice.setup == PLAIN
+        assert not choice.proven
+        assert choice.reason.startswith("Plain decoding")
+
+
+def test_domains_choose_differently() -> None:
+    """A domain where the draft is kept is proven; one where it is not stays plain."""
+    outcome = _tune(_engine(keep_by_domain={"code": 0.95, "prose": 0.0}))
+    by_domain = {choice.domain: choice for choice in outcome.choices}
+    assert by_domain["code"].proven
+    assert not by_domain["prose"].proven
+
+
+def test_race_and_proof_share_no_prompt() -> None:
+    """24 prompts are held for the proof of every domain; a small domain has no row of its own."""
+    anchors = plan_anchors(GREEDY, (*prompts(40, "code"), *prompts(10, "prose")))
+    assert [anchor.domain for anchor in anchors] == [MIXED, "code"]
+    for anchor in anchors:
+        race, proofs = ({prompt.digest for prompt in pool} for pool in (anchor.race_pool, anchor.proof_pool))
+        assert not race & proofs
+        assert len(proofs) >= 24
+
+
+def test_few_prompts_go_to_the_proof() -> None:
+    """Under 24 prompts nothing is left to race on."""
+    (anchor,) = plan_anchors(GREEDY, prompts(20))
+    assert anchor.race_pool == ()
+    outcome = _tune(FakeEngine(keep=0.9), prompts(20))
+    assert not outcome.choices[0].proven
+    assert "only 20 prompts" in outcome.choices[0].reason
+
+
+def test_a_failing_draft_is_left_out_and_the_rest_goes_on() -> None:
+    """Its reason is listed; the other draft is still tried."""
+
+    class Failing(FakeEngine):
+        def trace_draft(self, workload, prompt, trace, draft, max_length):  # type: ignore[no-untyped-def]
+            if draft == DRAFT_A:
+                raise BadNumbersError("draft draft-a: its logits are not finite")
+            return super().trace_draft(workload, prompt, trace, draft, max_length)
+
+    outcome = _tune(Failing())
+    assert [failed.reason for failed in outcome.infeasible] == ["BadNumbersError"]
+    assert all(forecast.setup.draft in (None, NGRAM) for forecast in outcome.anchors[0].forecasts)
+
+
+def test_the_budget_ends_between_units() -> None:
+    """What was not proven in time is plain decoding, and the reason says so."""
+    asked = iter(range(10_000))
+    outcome = _tune(FakeEngine(keep=0.9), out_of_time=lambda: next(asked) > 300)
+    assert any("budget ended" in choice.reason for choice in outcome.choices)
+    assert all(choice.proven or choice.setup == PLAIN for choice in outcome.choices)
+
+
+def test_a_second_run_measures_nothing(tmp_path: Path) -> None:
+    """Everything is answered from the book, and the choice is the same."""
+    with Book.open(tmp_path / "evidence.db") as book:
+        shelf = Shelf.of(book)
+        watch = (lambda *_: None, lambda: False)
+        first = tune(FakeEngine(keep=0.9), [(GREEDY, TWO_DOMAINS)], shelf, (1, 2, 3), watch)
+        engine = FakeEngine(keep=0.9)
+        second = tune(engine, [(GREEDY, TWO_DOMAINS)], shelf, (1, 2, 3), watch)
+    assert second.cost["measured_units"] == 0
+    assert engine.calls.total() == 0
+    assert second.policy.choices == first.policy.choices
+
+
+def test_both_studies_are_kept_where_the_dashboard_finds_them(tmp_path: Path) -> None:
+    """Forecast study and race of every anchor, with plain decoding as their first trial."""
+    with Book.open(tmp_path / "evidence.db") as book:
+        shelf = Shelf.of(book)
+        tune(FakeEngine(keep=0.9), [(GREEDY, TWO_DOMAINS)], shelf, (1, 2, 3), (lambda *_: None, lambda: False))
+    storage = f"sqlite:///{tmp_path / 'optuna.db'}"
+    names = optuna.get_all_study_names(storage)
+    assert sum("forecasts" in name for name in names) == 3
+    assert sum("race" in name for name in names) >= 1
+    for name in names:
+        first = optuna.load_study(study_name=name, storage=storage).trials[0]
+        assert "plain" in first.params.values()
+
+
+def _measured(estimate: float, low: float, p_value: float, num_prompts: int = 24) -> Measured:
+    one = Interval(estimate=1.2, low=1.1, high=1.3)
+    return Measured(
+        setup=Setup(draft=DRAFT_A, length=2),
+        speedup=Interval(estimate=estimate, low=low, high=estimate + 0.1),
+        end_to_end=one,
+        plain_tok_per_s=one,
+        tok_per_s=one,
+        p_value=p_value,
+        num_prompts=num_prompts,
+        num_partings=0,
+        num_disturbed=0,
+    )
+
+
+def test_conditions_of_a_proof() -> None:
+    """Interval above 1, at least 1.5 % faster, 24 prompts; Holm looks at all anchors together."""
+    assert proof.prove([_measured(1.2, 1.1, 0.001)]) == [True]
+    assert proof.prove([_measured(1.2, 0.99, 0.06)]) == [False]
+    assert proof.prove([_measured(1.01, 1.005, 0.001)]) == [False]
+    assert proof.prove([_measured(1.2, 1.1, 0.001, num_prompts=23)]) == [False]
+    assert proof.prove([_measured(1.2, 1.01, 0.03), _measured(1.2, 1.01, 0.04)]) == [False, False]
+    assert proof.prove([_measured(1.2, 1.01, 0.02), _measured(1.2, 1.01, 0.04)]) == [True, True]
+
+
+def test_near_equals_go_to_no_weights_then_short() -> None:
+    """Within 1.5 % of the fastest: the n-gram draft first, then the shorter length."""
+    model_2, model_3, ngram = (
+        Setup(draft=DRAFT_A, length=2),
+        Setup(draft=DRAFT_A, length=3),
+        Setup(draft=NGRAM, length=8),
+    )
+    assert among_equals({model_2: 1.49, model_3: 1.50}) == model_2
+    assert among_equals({model_2: 1.49, model_3: 1.50, ngram: 1.485}) == ngram
+    assert among_equals({model_2: 1.40, model_3: 1.50, ngram: 1.3}) == model_3
+    assert among_equals({}) is None
+
+
+def test_finalists_reach_the_best_score() -> None:
+    """A candidate whose interval stays under the best low end, or under 1, is not raced."""
+
+    def forecast(length: int, low: float, estimate: float, high: float) -> Forecast:
+        interval = Interval(estimate=estimate, low=low, high=high)
+        return Forecast(
+            setup=Setup(draft=DRAFT_A, length=length), tok_per_s=interval, speedup=interval, acceptance_length=2
+        )
+
+    chosen = finalists([forecast(1, 1.2, 1.3, 1.4), forecast(2, 1.1, 1.25, 1.35), forecast(3, 0.8, 0.9, 1.1)], 3)
+    assert [setup.length for setup in chosen] == [1, 2]
+    assert finalists([forecast(1, 0.7, 0.8, 0.9)], 3) == ()
+
+
+def test_pairs_run_in_a_drawn_order_that_repeats() -> None:
+    """Plain goes first on about half of the prompts, and on the same ones again."""
+    setup = Setup(draft=DRAFT_A, length=2)
+    orders = [search.pair_order(GREEDY, prompt, setup)[0] == PLAIN for prompt in prompts(60)]
+    assert 15 <= sum(orders) <= 45
+    assert orders == [search.pair_order(GREEDY, prompt, setup)[0] == PLAIN for prompt in prompts(60)]
+
+
+def test_engine_failure_of_the_target_is_raised() -> None:
+    """Without the target there is nothing to decide."""
+    engine = FakeEngine()
+    engine.failure = EngineError("the device is gone")
+    with pytest.raises(EngineError, match="the device is gone"):
+        _tune(engine)
+
+
+def test_ratio_of_totals_in_a_proof() -> None:
+    """Seconds per token over prompts, by hand: 3 s for 30 tokens against 2 s for 30 tokens."""
+
+    def sample(setup: Setup, decode_s: float, tokens: int) -> Sample:
+        return Sample(
+            setup_digest=setup.digest,
+            prompt_digest="p",
+            ttft_s=0.5,
+            decode_s=decode_s,
+            output_tokens=tokens + 1,
+            rounds={(0, 0): tokens},
+            output_digest="o",
+        )
+
+    setup = Setup(draft=DRAFT_A, length=2)
+    pairs = [(sample(PLAIN, 1.0, 10), sample(setup, 0.6, 10)), (sample(PLAIN, 2.0, 20), sample(setup, 1.4, 20))]
+    measured = proof.measure(setup, pairs)
+    assert measured.speedup.estimate == pytest.approx(1.5)
+    assert measured.end_to_end.estimate == pytest.approx(4.0 / 3.0)
+    assert measured.plain_tok_per_s.estimate == pytest.approx(10.0)
+    assert measured.tok_per_s.estimate == pytest.approx(15.0)
