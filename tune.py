@@ -154,7 +154,7 @@ def lookup(
     batch_size: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
     context: Annotated[int | None, typer.Option(help="Tokens of prompt and output; default: not known.")] = None,
     domain: Annotated[str | None, typer.Option(help="Domain of the prompts; default: all mixed.")] = None,
-    temperature: Temperature = 0.0,
+    temperature: Annotated[float | None, typer.Option(help="Default: the one that was tuned first.")] = None,
     form: Annotated[str | None, typer.Option("--format", help="json or transformers: what an engine takes.")] = None,
     store: Store = None,
     json_only: JsonOnly = False,
@@ -166,7 +166,8 @@ def lookup(
     with Book.open(path) as book:
         policy = _find_policy(book, target)
         cost = book.latest_outcome(policy.target).get("cost", {})
-    answer = policy.look_up(batch_size=batch_size, context_length=context, domain=domain, temperature=temperature)
+    asked = policy.headline.temperature if temperature is None else temperature
+    answer = policy.look_up(batch_size=batch_size, context_length=context, domain=domain, temperature=asked)
     if json_only:
         policy_path = str(path.with_name(policy.file_name))
         document = reports.document(policy, cost=cost, store=str(path.parent), policy_path=policy_path)

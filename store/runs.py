@@ -63,9 +63,8 @@ def tune(
     options = Options(lengths=lengths, storage=shelf.studies, run_name=f"run {run_id} of {_utc_now()}")
     with _interruptible(remembering, folder):
         outcome = Tuner(remembering, options, *watch).tune(loads)
-    policy = policies.Policy(
-        created=_utc_now(), target=engine.target, environment=engine.environment, choices=outcome.choices
-    )
+    choices = _best_known(book, engine, outcome)
+    policy = policies.Policy(created=_utc_now(), target=engine.target, environment=engine.environment, choices=choices)
     path = folder / policy.file_name
     policies.write(path, policy)
     book.save_policy(policies.to_json(policy), policy.target, policy.environment)
@@ -78,6 +77,20 @@ def tune(
     rows = [asdict(row) for row in _chart_rows(outcome.anchors[0])]
     book.finish_run(run_id, {"cost": cost, "chart": rows})
     return FinishedRun(policy=policy, policy_path=path, outcome=outcome, cost=cost)
+
+
+def _best_known(book: Book, engine: Engine, outcome: Outcome) -> tuple[policies.Choice, ...]:
+    """The run's choices; where its budget ended first, the earlier proven one of that anchor on this machine."""
+    text = book.latest_policy(engine.target.digest)
+    earlier: dict[object, policies.Choice] = {}
+    if text is not None:
+        policy = policies.from_json(text)
+        if (policy.target, policy.environment) == (engine.target, engine.environment):
+            earlier = {choice.anchor: choice for choice in policy.choices if choice.proven}
+    return tuple(
+        earlier.get(choice.anchor, choice) if anchor.stopped is not None else choice
+        for anchor, choice in zip(outcome.anchors, outcome.choices, strict=True)
+    )
 
 
 @contextlib.contextmanager

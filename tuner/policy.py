@@ -64,6 +64,11 @@ class Choice:
                 f"setup {self.setup.name!r} is called proven: only a drafting setup with its own measurement can be",
             )
 
+    @property
+    def anchor(self) -> tuple[int, int, str, float, float, int]:
+        """What the choice is for; a policy has one choice for each."""
+        return (self.batch_size, self.context_length, self.domain, self.temperature, self.top_p, self.top_k)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
@@ -94,7 +99,7 @@ class Policy:
             _is_utc(self.created), f"created {self.created!r}: a UTC time like 2026-01-31T12:00:00+00:00 is needed"
         )
         _require(any(choice.domain == MIXED for choice in self.choices), f"no choice of domain {MIXED!r}")
-        anchors = set()
+        anchors: set[object] = set()
         filters: dict[float, tuple[float, int]] = {}
         for choice in self.choices:
             anchor = (choice.batch_size, choice.context_length, choice.domain, choice.temperature)

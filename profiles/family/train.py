@@ -24,7 +24,7 @@ VOCAB_SIZE = 2048
 ROW_TOKENS = 384
 BATCH_ROWS = 12
 SHARE = {"prose": 0.35, "code": 0.35, "copy": 0.30}
-TARGET_STEPS, UNLIKELIHOOD_STEPS, DRAFT_STEPS = 2000, 90, 1500
+TARGET_STEPS, UNLIKELIHOOD_STEPS, DRAFT_STEPS = 2000, 120, 1500
 TARGET_LAYERS, HIDDEN = 20, 128
 # name -> (layers, domains it is trained on); the 8-layer draft is the one too dear to pay
 DRAFTS = {
@@ -125,9 +125,10 @@ class Optimizer:
             torch.optim.Muon(matrices, lr=0.02 * scale, weight_decay=0.01, momentum=0.95),
             torch.optim.AdamW(others, lr=0.003 * scale, betas=(0.9, 0.95), weight_decay=0.0),
         ]
+        warm_up = min(50, num_steps // 10)
         self.schedules = [
             torch.optim.lr_scheduler.LambdaLR(
-                part, lambda step: min((step + 1) / 50, max(0.0, 1 - step / num_steps) / 0.7, 1.0)
+                part, lambda step: min((step + 1) / warm_up, max(0.0, 1 - step / num_steps) / 0.7, 1.0)
             )
             for part in self.parts
         ]
@@ -168,7 +169,7 @@ def unlearn_loops(model: LlamaForCausalLM, rows: Rows, work: Path) -> None:
     Tokens that complete a 4-gram already generated are pushed down; every second step is plain language modelling
     on the full mixture, so that copying, where repeating is right, is kept.
     """
-    optimizer = Optimizer(model, UNLIKELIHOOD_STEPS * 2, scale=0.1)
+    optimizer = Optimizer(model, UNLIKELIHOOD_STEPS, scale=0.15)
     for step in range(UNLIKELIHOOD_STEPS):
         prompts = rows.batch(24, {"prose": 0.5, "code": 0.5})[:, : 48 + 8 * (step % 8)]
         model.eval()
