@@ -120,7 +120,7 @@ def run(
                 top_k=top_k,
                 seed=seed,
             )
-            bench = loading.load(target, specs, dtype, device)
+            bench = loading.load(target, specs, dtype, device, max(question.contexts, default=question.max_new_tokens))
             loads, warnings = loading.workloads(bench, question, prompts or ["builtin:all"])
         _say(f"target {target} on {bench.engine.environment.device}; store {folder}", *warnings)
         deadline = math.inf if budget is None else started + budget
@@ -154,7 +154,7 @@ def lookup(
     batch_size: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
     context: Annotated[int | None, typer.Option(help="Tokens of prompt and output; default: not known.")] = None,
     domain: Annotated[str | None, typer.Option(help="Domain of the prompts; default: all mixed.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Default: the one that was tuned first.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Default: the one that was tuned last.")] = None,
     form: Annotated[str | None, typer.Option("--format", help="json or transformers: what an engine takes.")] = None,
     store: Store = None,
     json_only: JsonOnly = False,
@@ -211,14 +211,17 @@ def _print_outcome(done: "FinishedRun") -> None:
     out.print(reports.table(done.policy))
     for failed in done.outcome.infeasible:
         out.print(f"left out: {failed.setup.name}: {failed.detail}", markup=False, soft_wrap=True)
-    measured = [choice.measured for choice in done.policy.choices if choice.measured is not None]
+    measured = [choice.measured for choice in done.outcome.choices if choice.measured is not None]
     grid = done.outcome.grid_seconds_estimate
     text = f"measured {done.cost['measured_seconds']:.0f} s, reused {done.cost['reused_units']} known units"
     if grid is not None:
         text += f"; really running all {len(done.outcome.anchors[0].forecasts)} setups would take about {grid:.0f} s"
     partings, disturbed = sum(one.num_partings for one in measured), sum(one.num_disturbed for one in measured)
     out.print(text, soft_wrap=True)
-    out.print(f"outputs parted at near-ties: {partings}; runs disturbed by other programs: {disturbed}")
+    out.print(f"outputs parted at near-ties: {partings}; pairs of runs disturbed by other programs: {disturbed}")
+    noises = [f"{anchor.race.noise:+.1%}" for anchor in done.outcome.anchors if anchor.race and anchor.race.noise]
+    if noises:
+        out.print(f"plain against plain, the races' noise floor: {', '.join(noises)}")
     out.print(f"policy: {done.policy_path}", markup=False, soft_wrap=True)
 
 

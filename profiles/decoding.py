@@ -4,6 +4,7 @@ A round drafts, lets the target check the proposals in one forward and adds one 
 same loop with nothing proposed. Knows nothing of stores, searches or why it is run.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -16,6 +17,8 @@ from profiles.drafting import Drafter, Proposal
 from profiles.errors import BadNumbersError
 from profiles.sampling import Draws, accept_greedy, accept_sampled, output_law
 from profiles.terms import Prompt, Workload
+
+NOT_FINITE = "the target's logits are not finite; check its weights, or use a wider dtype"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +52,7 @@ class TargetStepper:
         """Ingests the prompt and emits token 0. Raises BadNumbersError when its logits are not finite."""
         logits = self._cached.step(list(self.prompt.token_ids), keep=1)
         if not bool(torch.isfinite(logits).all()):
-            raise BadNumbersError("the target's logits are not finite; check its weights, or use a wider dtype")
+            raise BadNumbersError(NOT_FINITE)
         return self.check([], Proposal(token_ids=[], probs=None), 0, logits)[1]
 
     def check(
@@ -71,6 +74,8 @@ class TargetStepper:
 
     def _note(self, logits: torch.Tensor, prob: float) -> None:
         first, second = logits.float().topk(2).values.tolist()
+        if not math.isfinite(first - second):
+            raise BadNumbersError(NOT_FINITE)
         self.target_probs.append(prob)
         self.logit_gaps.append(first - second)
 

@@ -34,17 +34,18 @@ def time_steps(
     The target is timed at widths 1..length+1, a draft model at 1 and 2, an n-gram look-up at 1..length asked tokens.
     """
     context_length, max_length = shape
-    token_ids = [index % 97 + 4 for index in range(context_length)]
+    vocabulary = int(target[1].get_input_embeddings().num_embeddings)
+    token_ids = [index % 97 % vocabulary for index in range(context_length)]
     steps: list[tuple[str, int, Step]] = []
     with torch.inference_mode():
         cached = CachedModel(target[1])
         cached.step(token_ids, keep=1)
-        steps += [(target[0], width, _forward(cached, width)) for width in range(1, max_length + 2)]
+        steps += [(target[0], width, _forward(cached, width, width)) for width in range(1, max_length + 2)]
         for source in sources:
             if source.model is not None:
                 cached = CachedModel(source.model)
                 cached.step(token_ids, keep=1)
-                steps += [(source.draft.digest, width, _forward(cached, width)) for width in DRAFT_WIDTHS]
+                steps += [(source.draft.digest, width, _forward(cached, width, 1)) for width in DRAFT_WIDTHS]
             else:
                 drafter = source.new_drafter(workload, None)
                 assert isinstance(drafter, NgramDrafter)
@@ -66,12 +67,12 @@ def time_steps(
     }
 
 
-def _forward(cached: CachedModel, width: int) -> Step:
-    token_ids = list(range(5, 5 + width))
+def _forward(cached: CachedModel, width: int, keep: int) -> Step:
+    token_ids = [0] * width
 
     def step() -> object:
         length = cached.length
-        chosen = cached.step(token_ids, keep=width).argmax(-1).tolist()
+        chosen = cached.step(token_ids, keep=keep).argmax(-1).tolist()
         cached.rollback(length)
         return chosen
 

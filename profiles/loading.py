@@ -60,8 +60,12 @@ class Bench:
     loaded: tuple[models.Loaded, ...]
 
 
-def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str | None) -> Bench:
+def load(
+    target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str | None, num_tokens: int = 0
+) -> Bench:
     """The engine over a target and its drafts; `dtype` None is float32 on a CPU and bfloat16 on a GPU.
+
+    `num_tokens`: cached tokens that must fit in memory beside the weights.
 
     Raises: InputError: an unknown device or dtype. ModelError: a model that cannot be loaded or does not fit in
     memory. PairError: a draft that cannot serve the target.
@@ -71,7 +75,7 @@ def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str
     place = environment.pick_device(device)
     chosen = dtype or ("float32" if place == "cpu" else "bfloat16")
     names = list(dict.fromkeys([target, *(spec.path for spec in specs if spec.path is not None)]))
-    models.check_memory(names, dtype=chosen, device=place, num_tokens=0)
+    models.check_memory(names, dtype=chosen, device=place, num_tokens=num_tokens)
     by_name = {name: models.load(name, dtype=chosen, device=place) for name in names}
     sources: dict[str, DraftSource] = {}
     for spec in specs:
@@ -97,13 +101,15 @@ def workloads(
 ) -> tuple[list[tuple[Workload, tuple[Prompt, ...]]], list[str]]:
     """Every context as a workload with its prompts, and warnings about the prompts.
 
-    Prompts are cut to what the context leaves beside the new tokens. Raises ModelError when a model has no room for
+    Prompts are cut to what the context leaves beside the new tokens; a context they do not fill shrinks to what they
+    do, so that no row claims a length that was never run. Raises ModelError when a model has no room for
     a context and the longest speculation length, PromptError for prompts that cannot be used.
     """
     requests = [request for source in sources for request in prompts.read(source)]
     target, longest = bench.loaded[0], max(question.lengths)
     room = min(loaded.max_positions for loaded in bench.loaded) - longest
-    loads, warnings = [], []
+    loads: dict[int, tuple[Prompt, ...]] = {}
+    warnings: list[str] = []
     for context in question.contexts or (None,):
         _check_room(bench, question, context)
         most_tokens = (context or room) - question.max_new_tokens
@@ -111,8 +117,11 @@ def workloads(
         warnings += notes
         needed = max(len(prompt.token_ids) for prompt in tokenized) + question.max_new_tokens
         fitting = min(room, -(-needed // CONTEXT_STEP) * CONTEXT_STEP)
-        loads.append((question.workload(context or fitting, target.end_token_ids), tuple(tokenized)))
-    return loads, warnings
+        if context is not None and context > fitting:
+            warnings.append(f"context {context}: these prompts fill only {fitting} tokens, which is what is measured")
+        loads[min(context or fitting, fitting)] = tuple(tokenized)
+    ends = target.end_token_ids
+    return [(question.workload(context, ends), tokenized) for context, tokenized in loads.items()], warnings
 
 
 def _check_room(bench: Bench, question: Question, context: int | None) -> None:

@@ -71,10 +71,6 @@ def draft_from(data: Mapping[str, Any]) -> Draft:
     return Draft(**{**data, "model": None if data["model"] is None else model_from(data["model"])})
 
 
-def setup_from(data: Mapping[str, Any]) -> Setup:
-    return Setup(**{**data, "draft": None if data["draft"] is None else draft_from(data["draft"])})
-
-
 def target_trace_from(data: Mapping[str, Any]) -> TargetTrace:
     return TargetTrace(**_tuples(data))
 

@@ -17,6 +17,7 @@ from profiles.errors import InputError
 DraftKind = Literal["model", "ngram", "early_exit"]
 DRAFT_KINDS: tuple[DraftKind, ...] = ("model", "ngram", "early_exit")
 DTYPES = ("float32", "bfloat16", "float16")
+DECODING_VERSION = 1  # raised when the engine would emit or accept other tokens for the same question
 Rounds = Mapping[tuple[int, int], int]
 
 
@@ -204,7 +205,8 @@ class Workload:
     def sampling_digest(self) -> str:
         """Identity of the output law and its random numbers; what acceptance depends on beside prompt and models."""
         law = [self.temperature, self.top_p, self.top_k, self.seed] if self.temperature > 0.0 else [0.0]
-        return digest_of([self.acceptance_rule, law, self.max_new_tokens, sorted(self.end_token_ids)])
+        ends = sorted(self.end_token_ids)
+        return digest_of([DECODING_VERSION, self.acceptance_rule, law, self.max_new_tokens, ends])
 
     @property
     def anchor_digest(self) -> str:
@@ -303,13 +305,14 @@ class StepTimes:
     """A staircase: seconds of one forward at each width (tokens per sequence), with `context_length` tokens cached.
 
     `part_digest` is the target's or the draft's. For an n-gram draft, width is the number of tokens asked for and
-    the time is the host's search.
+    the time is the host's search. `disturbed`: other processes used the machine although the sweep was repeated.
     """
 
     part_digest: str
     batch_size: int
     context_length: int
     samples_s: Mapping[int, tuple[float, ...]]
+    disturbed: bool = False
 
     def __post_init__(self) -> None:
         _require(len(self.samples_s) > 0, "step times without a width")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import sqlalchemy
-from sqlalchemy import Connection, Engine, Table, func, select, update
+from sqlalchemy import Connection, Engine, Table, func, literal, select, update
 from sqlalchemy.dialects.sqlite import insert
 
 from profiles.errors import StoreError
@@ -79,7 +79,7 @@ class Book:
     """An open store; use it in a `with` block or call `close`. Every method raises StoreError, in one line."""
 
     def __init__(self, path: Path, engine: Engine) -> None:
-        self._path = path
+        self.path = path
         self._engine = engine
 
     @classmethod
@@ -99,10 +99,6 @@ class Book:
             book.close()
             raise
         return book
-
-    @property
-    def path(self) -> Path:
-        return self._path
 
     def close(self) -> None:
         self._engine.dispose()
@@ -142,7 +138,7 @@ class Book:
     def find_step_times(
         self, scope: Scope, drafts: tuple[Draft, ...], context_length: int, max_length: int
     ) -> dict[str, StepTimes] | None:
-        """The newest sweep that has the target at widths 1..max_length+1 and every draft, by part digest."""
+        """The newest sweep with the target at widths 1..max_length+1 and every draft; undisturbed ones go first."""
         key = {
             "target_key": scope.target.run_digest,
             "environment_digest": scope.environment.digest,
@@ -153,8 +149,9 @@ class Book:
         for sweep, measured_length, times in self._records(tables.step_times, key, tables.sweep_record):
             if measured_length >= max_length:
                 sweeps.setdefault(sweep, {})[times.part_digest] = times
-        newest_first = reversed(sweeps.values())
-        return next((sweep for sweep in newest_first if covers(sweep, scope.target, drafts, max_length)), None)
+        complete = [sweep for sweep in sweeps.values() if covers(sweep, scope.target, drafts, max_length)]
+        newest_first = reversed(complete)  # and `min` takes the first of equals
+        return min(newest_first, key=lambda sweep: any(part.disturbed for part in sweep.values()), default=None)
 
     def save_step_times(
         self, scope: Scope, drafts: tuple[Draft, ...], max_length: int, times: Mapping[str, StepTimes]
@@ -179,18 +176,17 @@ class Book:
 
     def save_samples(
         self, scope: Scope, prompt: Prompt, setups: tuple[Setup, ...], occasion: str, samples: tuple[Sample, ...]
-    ) -> None:
+    ) -> tuple[Sample, ...]:
+        """Save a unit unless the book has it; returns the unit in the book (two processes never time alike)."""
         if [sample.setup_digest for sample in samples] != [setup.digest for setup in setups]:
             raise StoreError(f"samples for {occasion!r} are not of the setups that were run: not saved")
         rows = [
             {**plain(sample), "position": position, "setup_name": setup.name}
             for position, (setup, sample) in enumerate(zip(setups, samples, strict=True))
         ]
-        self._save(scope, tables.samples, _unit_key(scope, prompt, setups, occasion), rows)
-
-    def find_infeasible(self, scope: Scope) -> tuple[Infeasible, ...]:
-        """Every failure of this target on this machine at this anchor, oldest first."""
-        return tuple(self._records(tables.infeasible, _anchor_key(scope), tables.infeasible_record))
+        unit = _unit_key(scope, prompt, setups, occasion)
+        self._save(scope, tables.samples, unit, rows, first_answers=True)
+        return tuple(self._records(tables.samples, unit, tables.sample_record))
 
     def save_infeasible(self, scope: Scope, found: Infeasible) -> None:
         with self._transaction("write") as connection:
@@ -222,12 +218,14 @@ class Book:
             _insert(connection, tables.policies, target, environment, [{"policy": json_text}])
             connection.commit()
 
-    def latest_policy(self, target: str | None = None) -> str | None:
-        """The policy saved last, of any target or of the one with this digest or name; None when there is none."""
+    def latest_policy(self, target: str | None = None, environment: Environment | None = None) -> str | None:
+        """The policy saved last, of any target or of one (its run digest, digest or name), on any machine or on one."""
         query = select(tables.policies.c.policy).order_by(tables.policies.c.id.desc())
         if target is not None:
             model = tables.models.c
-            query = query.join(tables.models).where((model.digest == target) | (model.name == target))
+            query = query.join(tables.models).where(literal(target).in_([model.key, model.digest, model.name]))
+        if environment is not None:
+            query = query.where(tables.policies.c.environment_digest == environment.digest)
         with self._transaction("read") as connection:
             return connection.scalar(query.limit(1))
 
@@ -264,27 +262,29 @@ class Book:
             with self._engine.connect() as connection:
                 yield connection.execution_options(sqlite_begin=begin)
         except StoreError as error:
-            raise type(error)(f"store {self._path}: {error}") from error
+            raise type(error)(f"store {self.path}: {error}") from error
         except (sqlalchemy.exc.DBAPIError, sqlite3.Error) as error:
-            raise StoreError(f"store {self._path}: {_reason(error)}") from error
+            raise StoreError(f"store {self.path}: {_reason(error)}") from error
         except (sqlalchemy.exc.SQLAlchemyError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise StoreError(f"store {self._path}: a row cannot be read or written: {reason}") from error
+            raise StoreError(f"store {self.path}: a row cannot be read or written: {reason}") from error
 
     def _records(self, table: Table, key: Row, record: Callable[[Row], Record]) -> list[Record]:
         """The rows with this key as records, oldest first."""
         with self._transaction("read") as connection:
             return [record(row) for row in _find(connection, table, key)]
 
-    def _save(self, scope: Scope, table: Table, key: dict[str, Any], records: list[dict[str, Any]]) -> None:
-        """Save a unit of evidence as rows in one transaction; saving an equal unit again changes nothing."""
+    def _save(
+        self, scope: Scope, table: Table, key: Row, records: list[dict[str, Any]], *, first_answers: bool = False
+    ) -> None:
+        """Save a unit as rows in one transaction; a stored one stays and, but for `first_answers`, must be equal."""
         rows = [{**key, **record} for record in records]
         named = f"{table.name} of {scope.target.name}, {', '.join(f'{name} {value}' for name, value in key.items())}"
         if any(row[name] != value for row in rows for name, value in key.items()):
             raise StoreError(f"a record does not answer for {named}: not saved")
         with self._transaction("write") as connection:
             stored = _find(connection, table, key)
-            if stored and not _equal(stored, rows):
+            if stored and not first_answers and not _equal(stored, rows):
                 raise StoreError(
                     f"it holds another value for {named}: evidence is never overwritten; run again to use the stored "
                     "one, or name another store"

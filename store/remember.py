@@ -5,11 +5,11 @@ wrapped engine measures, nor why it is asked.
 """
 
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from profiles.errors import EngineError
+from profiles.keys import run_point
 from profiles.terms import (
     PLAIN,
     Acceptance,
@@ -29,25 +29,23 @@ from store.book import Book, Scope
 
 Evidence = TypeVar("Evidence")
 
+MAX_REPEATS = 3  # of disturbed timed runs, each in a run of its own
+
 
 class Remember:
     """Fits `Engine`. An `EngineError` is kept as an `Infeasible` row, never as a number, and raised again.
 
-    `listener` hears of every unit: a short description and whether it was reused. `measured_seconds` is the time
-    spent in the wrapped engine, failures included.
+    Timings that other programs disturbed are measured again, but not by the object that measured them: a run that asks
+    twice gets one answer. `measured_seconds` is the time spent in the wrapped engine, failures included.
     """
 
     def __init__(self, engine: Engine, book: Book) -> None:
         self._engine = engine
         self._book = book
-        self.listener: Callable[[str, bool], None] | None = None
+        self._timed_here: set[tuple[object, ...]] = set()
         self.measured_units = 0
         self.measured_seconds = 0.0
-        self.reused_by_kind: Counter[str] = Counter()
-
-    @property
-    def reused_units(self) -> int:
-        return self.reused_by_kind.total()
+        self.reused_units = 0
 
     @property
     def environment(self) -> Environment:
@@ -63,56 +61,74 @@ class Remember:
 
     def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
         scope = self._scope(workload)
-        unit = f"target trace, {prompt.domain}"
         found = self._book.find_target_trace(scope, prompt)
         if found is not None:
-            return self._reused("target traces", unit, found)
+            return self._reused(found)
+        unit = f"target trace, {prompt.domain}"
         trace = self._measured(scope, PLAIN, unit, lambda: self._engine.trace_target(workload, prompt))
         self._book.save_target_trace(scope, prompt, trace)
-        return self._told(unit, trace)
+        return self._kept(trace)
 
     def trace_draft(
         self, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft, max_length: int
     ) -> Acceptance:
         scope = self._scope(workload)
-        unit = f"acceptance of {draft.name}, {prompt.domain}"
         found = self._book.find_acceptance(scope, prompt, draft, max_length)
         if found is not None:
-            return self._reused("acceptance", unit, found)
-        setup = Setup(draft=draft, length=max_length)
+            return self._reused(found)
+        setup, unit = Setup(draft=draft, length=max_length), f"acceptance of {draft.name}, {prompt.domain}"
         acceptance = self._measured(
             scope, setup, unit, lambda: self._engine.trace_draft(workload, prompt, trace, draft, max_length)
         )
         self._book.save_acceptance(scope, prompt, draft, acceptance)
-        return self._told(unit, acceptance)
+        return self._kept(acceptance)
 
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
-        scope = self._scope(workload)
-        unit = f"step times at batch {workload.batch_size}, context {context_length}"
+        scope, point = self._scope(workload), (workload.batch_size, context_length)
         found = self._book.find_step_times(scope, self.drafts, context_length, max_length)
-        if found is not None:
-            return self._reused("step times", unit, found)
+        if found is not None and (point in self._timed_here or not _disturbed(found.values())):
+            return self._reused(found)
+        unit = f"step times at batch {workload.batch_size}, context {context_length}"
         times = self._measured(
             scope, PLAIN, unit, lambda: self._engine.time_steps(workload, context_length, max_length)
         )
         self._book.save_step_times(scope, self.drafts, max_length, times)
-        return self._told(unit, times)
+        self._timed_here.add(point)
+        return self._kept(times)
 
     def run_together(
         self, workload: Workload, prompt: Prompt, setups: tuple[Setup, ...], occasion: str
     ) -> tuple[Sample, ...]:
-        scope = self._scope(workload)
+        scope, point = self._scope(workload), run_point(workload, prompt, setups, occasion)
+        known, free = self._recall(scope, prompt, setups, occasion)
+        if free is None or (known and point in self._timed_here):
+            return self._reused(known)
         unit = f"{occasion}: {', '.join(setup.name for setup in setups)}, {prompt.domain}"
-        found = self._book.find_samples(scope, prompt, setups, occasion)
-        if found is not None:
-            return self._reused("samples", unit, found)
         drafting = [setup for setup in dict.fromkeys(setups) if setup != PLAIN]
         suspect = drafting[0] if len(drafting) == 1 else PLAIN
         samples = self._measured(
             scope, suspect, unit, lambda: self._engine.run_together(workload, prompt, setups, occasion)
         )
-        self._book.save_samples(scope, prompt, setups, occasion, samples)
-        return self._told(unit, samples)
+        kept = self._book.save_samples(scope, prompt, setups, free, samples)  # another process's, if it was faster
+        self._timed_here.add(point)
+        return self._kept(kept)
+
+    def _recall(
+        self, scope: Scope, prompt: Prompt, setups: tuple[Setup, ...], occasion: str
+    ) -> tuple[tuple[Sample, ...], str | None]:
+        """The latest stored runs of a unit, and the occasion to repeat them under; None when they answer for good.
+
+        Nothing is stored after an undisturbed repeat, so the latest are the undisturbed ones if there are any.
+        """
+        known: tuple[Sample, ...] = ()
+        for name in (occasion, *(f"{occasion}, again {number}" for number in range(1, MAX_REPEATS + 1))):
+            found = self._book.find_samples(scope, prompt, setups, name)
+            if found is None:
+                return known, name
+            known = found
+            if not _disturbed(known):
+                break
+        return known, None
 
     def _scope(self, workload: Workload) -> Scope:
         return Scope(target=self.target, environment=self.environment, workload=workload)
@@ -130,14 +146,14 @@ class Remember:
             self._book.save_infeasible(scope, found)
             raise
 
-    def _told(self, unit: str, evidence: Evidence) -> Evidence:
+    def _kept(self, evidence: Evidence) -> Evidence:
         self.measured_units += 1
-        if self.listener is not None:
-            self.listener(unit, False)
         return evidence
 
-    def _reused(self, kind: str, unit: str, evidence: Evidence) -> Evidence:
-        self.reused_by_kind[kind] += 1
-        if self.listener is not None:
-            self.listener(unit, True)
+    def _reused(self, evidence: Evidence) -> Evidence:
+        self.reused_units += 1
         return evidence
+
+
+def _disturbed(timings: Iterable[Sample | StepTimes]) -> bool:
+    return any(timing.disturbed for timing in timings)

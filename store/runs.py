@@ -63,7 +63,7 @@ def tune(
     options = Options(lengths=lengths, storage=shelf.studies, run_name=f"run {run_id} of {_utc_now()}")
     with _interruptible(remembering, folder):
         outcome = Tuner(remembering, options, *watch).tune(loads)
-    choices = _best_known(book, engine, outcome)
+    choices = _joined(book, engine, outcome)
     policy = policies.Policy(created=_utc_now(), target=engine.target, environment=engine.environment, choices=choices)
     path = folder / policy.file_name
     policies.write(path, policy)
@@ -79,18 +79,23 @@ def tune(
     return FinishedRun(policy=policy, policy_path=path, outcome=outcome, cost=cost)
 
 
-def _best_known(book: Book, engine: Engine, outcome: Outcome) -> tuple[policies.Choice, ...]:
-    """The run's choices; where its budget ended first, the earlier proven one of that anchor on this machine."""
-    text = book.latest_policy(engine.target.digest)
-    earlier: dict[object, policies.Choice] = {}
-    if text is not None:
-        policy = policies.from_json(text)
-        if (policy.target, policy.environment) == (engine.target, engine.environment):
-            earlier = {choice.anchor: choice for choice in policy.choices if choice.proven}
-    return tuple(
-        earlier.get(choice.anchor, choice) if anchor.stopped is not None else choice
-        for anchor, choice in zip(outcome.anchors, outcome.choices, strict=True)
-    )
+def _joined(book: Book, engine: Engine, outcome: Outcome) -> tuple[policies.Choice, ...]:
+    """The run's choices, then those of the latest policy of this target and machine that they leave standing.
+
+    An anchor for which the budget ended first keeps its earlier proven choice. An earlier choice falls when the run
+    decided its anchor, or used its temperature with another top-p or top-k: a policy holds one of each.
+    """
+    text = book.latest_policy(engine.target.run_digest, engine.environment)
+    earlier = {} if text is None else {choice.anchor: choice for choice in policies.from_json(text).choices}
+    chosen = []
+    for anchor, choice in zip(outcome.anchors, outcome.choices, strict=True):
+        known = earlier.pop(choice.anchor, None)
+        chosen.append(known if anchor.stopped is not None and known is not None and known.proven else choice)
+    filters = {choice.temperature: (choice.top_p, choice.top_k) for choice in chosen}
+    standing = [
+        choice for choice in earlier.values() if filters.get(choice.temperature) in (None, (choice.top_p, choice.top_k))
+    ]
+    return (*chosen, *standing)
 
 
 @contextlib.contextmanager

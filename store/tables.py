@@ -27,7 +27,6 @@ from profiles.recorded import (
     lookup_trace_from,
     plain,
     sample_from,
-    setup_from,
     step_times_from,
     target_trace_from,
 )
@@ -146,6 +145,7 @@ step_times = Table(
     Column("context_length", Integer, nullable=False),
     Column("max_length", Integer, nullable=False),
     Column("samples_s", JSON, nullable=False),
+    Column("disturbed", Boolean, nullable=False),
     UniqueConstraint("sweep", "part_digest"),
 )
 
@@ -242,7 +242,3 @@ def sample_record(row: Row) -> Sample:
 
 def infeasible_row(found: Infeasible) -> dict[str, Any]:
     return {"setup_digest": found.setup.digest, **plain(found)}
-
-
-def infeasible_record(row: Row) -> Infeasible:
-    return Infeasible(setup=setup_from(row["setup"]), reason=row["reason"], detail=row["detail"])

@@ -76,7 +76,7 @@ class FakeEngine:
     """Fits `Engine`: plain steps take 5 ms, draft-a's tokens are kept with probability `keep` (by domain if given).
 
     Real runs follow the walk exactly and take the sum of their step times with 1.5 % noise. While `failure` is set,
-    every question raises it.
+    every question raises it; while `disturbed` is, timings say that other programs used the machine.
     """
 
     def __init__(self, seed: int = 0, keep: float = 0.7, keep_by_domain: Mapping[str, float] | None = None) -> None:
@@ -85,6 +85,7 @@ class FakeEngine:
         self.drafts: tuple[Draft, ...] = (DRAFT_A, NGRAM)
         self.calls: Counter[str] = Counter()
         self.failure: BaseException | None = None
+        self.disturbed = False
         self._seed = seed
         self._keep = keep
         self._keep_by_domain = dict(keep_by_domain or {})
@@ -114,6 +115,7 @@ class FakeEngine:
                 batch_size=workload.batch_size,
                 context_length=context_length,
                 samples_s={width: tuple(_noisy(step_s, rng) for _ in range(7)) for width, step_s in steps.items()},
+                disturbed=self.disturbed,
             )
             for part, steps in typical.items()
         }
@@ -185,6 +187,7 @@ class FakeEngine:
             output_tokens=len(trace.token_ids),
             rounds={outcome: round(count) for outcome, count in path.rounds.items()},
             output_digest=digest_of(list(trace.token_ids)),
+            disturbed=self.disturbed,
         )
 
     def _lucky(self, workload: Workload, prompt: Prompt, acceptance: Acceptance) -> Acceptance:

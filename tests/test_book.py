@@ -5,6 +5,7 @@ What is in the file is checked with raw SQL, not with the code under test.
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,21 @@ class TestEvidence:
         assert book.find_step_times(SCOPE, DRAFTS, 96, 4) == new
         assert sql(book.path, "SELECT count(DISTINCT sweep), count(*) FROM step_times") == [(3, 8)]
 
+    def test_an_undisturbed_sweep_goes_before_newer_ones(self, book: Book, fake: FakeEngine) -> None:
+        """Of disturbed sweeps the newest answers, until there is one that nothing disturbed."""
+        quiet, *disturbed = (FakeEngine(seed=seed).time_steps(GREEDY, 96, 4) for seed in range(4))
+        disturbed = [
+            {part: replace(times, disturbed=part == NGRAM.digest) for part, times in sweep.items()}
+            for sweep in disturbed
+        ]
+        for sweep in disturbed[:2]:
+            book.save_step_times(SCOPE, DRAFTS, 4, sweep)
+            assert book.find_step_times(SCOPE, DRAFTS, 96, 4) == sweep
+        for sweep in (quiet, disturbed[2]):
+            book.save_step_times(SCOPE, DRAFTS, 4, sweep)
+            assert book.find_step_times(SCOPE, DRAFTS, 96, 4) == quiet
+        assert sql(book.path, "SELECT sum(disturbed), count(*) FROM step_times") == [(3, 12)]
+
     def test_an_incomplete_sweep_is_refused(self, book: Book, fake: FakeEngine) -> None:
         """A sweep without a draft or a target width would never answer, so it is not saved."""
         times = fake.time_steps(GREEDY, 96, 4)
@@ -126,7 +142,7 @@ class TestEvidence:
     def test_samples_come_back_equal(self, book: Book, fake: FakeEngine) -> None:
         """A unit of runs is found in its order, for its occasion and machine only."""
         samples = samples_of(fake)
-        book.save_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0", samples)
+        assert book.save_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0", samples) == samples
         assert book.find_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0") == samples
         assert book.find_samples(SCOPE, PROMPT, (A4, PLAIN), "proof 0") is None
         assert book.find_samples(SCOPE, PROMPT, (PLAIN, A4), "race 0") is None
@@ -134,13 +150,13 @@ class TestEvidence:
         rows = sql(book.path, "SELECT position, setup_name, occasion, count(*) OVER (PARTITION BY unit) FROM samples")
         assert rows == [(0, "plain", "proof 0", 2), (1, "draft-a k=4", "proof 0", 2)]
 
-    def test_failures_come_back_equal(self, book: Book) -> None:
+    def test_failures_are_kept(self, book: Book) -> None:
         """A failure is kept with its whole setup, as often as it happens."""
         found = Infeasible(setup=A4, reason="OutOfMemoryError", detail="3 GiB were asked for")
         book.save_infeasible(SCOPE, found)
         book.save_infeasible(SCOPE, found)
-        assert book.find_infeasible(SCOPE) == (found, found)
-        assert book.find_infeasible(ELSEWHERE) == ()
+        query = "SELECT json_extract(setup, '$.length'), setup_digest, reason, detail FROM infeasible"
+        assert sql(book.path, query) == [(4, A4.digest, "OutOfMemoryError", "3 GiB were asked for")] * 2
 
     def test_every_row_says_when_and_where_in_utc(self, book: Book, fake: FakeEngine) -> None:
         """Evidence is stored with its time in UTC and its machine, even where the machine is no part of the key."""
@@ -175,15 +191,19 @@ class TestNothingIsOverwritten:
 
     def test_other_values_under_a_key_are_refused(self, book: Book, fake: FakeEngine) -> None:
         """A different value for a known key is an error that names the key, and the first value stays."""
-        trace, samples = fake.trace_target(GREEDY, PROMPT), samples_of(fake)
+        trace = fake.trace_target(GREEDY, PROMPT)
         book.save_target_trace(SCOPE, PROMPT, trace)
-        book.save_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0", samples)
         with pytest.raises(StoreError, match=f"target_traces of fake-target, .*prompt_digest {PROMPT.digest}.*never"):
             book.save_target_trace(SCOPE, PROMPT, FakeEngine(seed=1).trace_target(GREEDY, PROMPT))
-        with pytest.raises(StoreError, match=r"samples of fake-target, .*occasion proof 0.*never"):
-            book.save_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0", samples_of(fake, "race 0"))
         assert book.find_target_trace(SCOPE, PROMPT) == trace
-        assert book.find_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0") == samples
+
+    def test_the_first_runs_of_a_unit_answer(self, book: Book, fake: FakeEngine) -> None:
+        """Two processes never time alike: the later one is given what the first has saved."""
+        first = samples_of(fake)
+        book.save_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0", first)
+        assert book.save_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0", samples_of(FakeEngine(seed=1))) == first
+        assert book.find_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0") == first
+        assert sql(book.path, "SELECT count(*) FROM samples") == [(2,)]
 
     def test_evidence_of_another_key_is_refused(self, book: Book, fake: FakeEngine) -> None:
         """A record is only saved under the prompt, draft and setups it is about."""
@@ -231,7 +251,7 @@ class TestRunsAndPolicies:
                 book.finish_run(wrong, {})
 
     def test_the_latest_policy_answers(self, book: Book) -> None:
-        """The policy saved last is given, of all targets or of one."""
+        """The policy saved last is given, of all targets or of one, on any machine or on one."""
         second = Model(name="second", dtype="float32", digest="b" * 32, num_params=10)
         assert book.latest_policy() is None
         for text, target in (("one", TARGET), ("two", TARGET), ("three", second)):
@@ -239,6 +259,10 @@ class TestRunsAndPolicies:
         assert book.latest_policy() == "three"
         assert book.latest_policy(TARGET.digest) == book.latest_policy("fake-target") == "two"
         assert book.latest_policy("c" * 32) is None
+        book.save_policy("four", TARGET, ELSEWHERE.environment)
+        assert book.latest_policy(TARGET.run_digest) == book.latest_policy(environment=ELSEWHERE.environment) == "four"
+        assert book.latest_policy(TARGET.run_digest, MACHINE) == "two"
+        assert book.latest_policy(second.run_digest, ELSEWHERE.environment) is None
 
     def test_counts_name_every_table_with_rows(self, book: Book, fake: FakeEngine) -> None:
         """`show` learns how many rows there are about a target, and from when the newest is."""

@@ -70,6 +70,13 @@ def test_forecast_of_the_unknown_raises(evidence: Evidence) -> None:
         forecaster.forecast(Setup(draft=DRAFT_A, length=9), evidence.prompts)
 
 
+def test_stopping_below_a_confidence_is_not_forecast(evidence: Evidence) -> None:
+    """Its rounds are not replayed, so no figure is made up."""
+    setup = Setup(draft=DRAFT_A, length=4, stop_below=0.5)
+    with pytest.raises(NotMeasuredError, match="not replayed"):
+        Forecaster(evidence, GREEDY, TARGET.run_digest).forecast(setup, evidence.prompts)
+
+
 def test_calibration_lengths() -> None:
     """At most two, away from the ends where there are more."""
     assert calibration_lengths(LENGTHS) == (3, 7)

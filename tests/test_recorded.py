@@ -42,9 +42,17 @@ def test_recording_answers_as_the_engine_did(recording: RecordedEngine) -> None:
 
 
 def test_recording_survives_a_file(recording: RecordedEngine, tmp_path: Path) -> None:
-    """Loading what was saved gives an equal recording."""
+    """Loading what was saved gives an equal recording, and timings are still said to be disturbed where they were."""
     recording.save(tmp_path / "recording.json")
     assert RecordedEngine.load(tmp_path / "recording.json") == recording
+    fake = FakeEngine()
+    fake.disturbed = True
+    busy = Recorder(fake)
+    ask_everything(busy)
+    busy.recording.save(tmp_path / "busy.json")
+    loaded = RecordedEngine.load(tmp_path / "busy.json")
+    assert loaded == busy.recording
+    assert all(part.disturbed for part in loaded.time_steps(GREEDY, 96, 4).values())
 
 
 def test_unmeasured_points_are_named(recording: RecordedEngine) -> None:

@@ -1,5 +1,6 @@
 """The decision: what is raced and proven on what, what is claimed, and what is said when nothing is proven."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import optuna
 import pytest
 
 from profiles.errors import BadNumbersError, EngineError
-from profiles.terms import PLAIN, Interval, Prompt, Sample, Setup
+from profiles.terms import PLAIN, Interval, Prompt, Sample, Setup, TargetTrace, Workload
 from store.book import Book
 from store.runs import Shelf, tune
 from tests.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts
@@ -97,7 +98,7 @@ def test_a_failing_draft_is_left_out_and_the_rest_goes_on() -> None:
 def test_the_budget_ends_between_units() -> None:
     """What was not proven in time is plain decoding, and the reason says so."""
     asked = iter(range(10_000))
-    outcome = _tune(FakeEngine(keep=0.9), out_of_time=lambda: next(asked) > 300)
+    outcome = _tune(FakeEngine(keep=0.9), out_of_time=lambda: next(asked) > 150)
     assert any("budget ended" in choice.reason for choice in outcome.choices)
     assert all(choice.proven or choice.setup == PLAIN for choice in outcome.choices)
 
@@ -129,7 +130,7 @@ def test_both_studies_are_kept_where_the_dashboard_finds_them(tmp_path: Path) ->
         assert "plain" in first.params.values()
 
 
-def _measured(estimate: float, low: float, p_value: float, num_prompts: int = 24) -> Measured:
+def _measured(estimate: float, low: float, p_value: float, num_prompts: int = 24, num_disturbed: int = 0) -> Measured:
     one = Interval(estimate=1.2, low=1.1, high=1.3)
     return Measured(
         setup=Setup(draft=DRAFT_A, length=2),
@@ -140,7 +141,7 @@ def _measured(estimate: float, low: float, p_value: float, num_prompts: int = 24
         p_value=p_value,
         num_prompts=num_prompts,
         num_partings=0,
-        num_disturbed=0,
+        num_disturbed=num_disturbed,
     )
 
 
@@ -150,8 +151,24 @@ def test_conditions_of_a_proof() -> None:
     assert proof.prove([_measured(1.2, 0.99, 0.06)]) == [False]
     assert proof.prove([_measured(1.01, 1.005, 0.001)]) == [False]
     assert proof.prove([_measured(1.2, 1.1, 0.001, num_prompts=23)]) == [False]
+    assert proof.prove([_measured(1.2, 1.1, 0.001, num_disturbed=2)]) == [True]
+    assert proof.prove([_measured(1.2, 1.1, 0.001, num_disturbed=3)]) == [False]
     assert proof.prove([_measured(1.2, 1.01, 0.03), _measured(1.2, 1.01, 0.04)]) == [False, False]
     assert proof.prove([_measured(1.2, 1.01, 0.02), _measured(1.2, 1.01, 0.04)]) == [True, True]
+
+
+def test_outputs_of_one_token_prove_nothing() -> None:
+    """They have no time per token: plain decoding where there are no others, and the reason says so."""
+
+    class EndsAtOnce(FakeEngine):
+        def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
+            trace = super().trace_target(workload, prompt)
+            one = {name: getattr(trace, name)[:1] for name in ("token_ids", "target_probs", "logit_gaps")}
+            return replace(trace, **one, ended=True)
+
+    outcome = _tune(EndsAtOnce())
+    assert all(choice.setup == PLAIN for choice in outcome.choices)
+    assert "first token" in outcome.choices[0].reason
 
 
 def test_near_equals_go_to_no_weights_then_short() -> None:
@@ -213,7 +230,7 @@ def test_ratio_of_totals_in_a_proof() -> None:
 
     setup = Setup(draft=DRAFT_A, length=2)
     pairs = [(sample(PLAIN, 1.0, 10), sample(setup, 0.6, 10)), (sample(PLAIN, 2.0, 20), sample(setup, 1.4, 20))]
-    measured = proof.measure(setup, pairs)
+    measured = proof.measure(setup, pairs, greedy=True)
     assert measured.speedup.estimate == pytest.approx(1.5)
     assert measured.end_to_end.estimate == pytest.approx(4.0 / 3.0)
     assert measured.plain_tok_per_s.estimate == pytest.approx(10.0)

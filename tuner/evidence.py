@@ -4,6 +4,7 @@ Each call to the engine is one unit, so a remembering engine makes this resumabl
 its reason and the rest goes on. Knows only the engine protocol.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -49,20 +50,21 @@ def calibration_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
 
 
 def typical_context(workload: Workload, prompts: Sequence[Prompt]) -> int:
-    """Tokens in the cache halfway through a typical run, rounded up to a multiple of 32."""
+    """Tokens in the cache halfway through a typical run, rounded up to a multiple of 32 within the context."""
     tokens = median(len(prompt.token_ids) for prompt in prompts) + workload.max_new_tokens / 2
-    return int(-(-tokens // CONTEXT_STEP)) * CONTEXT_STEP
+    return min(int(-(-tokens // CONTEXT_STEP)) * CONTEXT_STEP, workload.context_length)
 
 
 def spread_over_domains(prompts: Sequence[Prompt], count: int) -> tuple[Prompt, ...]:
-    """`count` prompts taken from the domains in turn; all of them when there are no more."""
-    by_domain: dict[str, list[Prompt]] = {}
+    """`count` prompts, each domain with its share of the whole; all of them when there are no more."""
+    sizes = Counter(prompt.domain for prompt in prompts)
+    seen: Counter[str] = Counter()
+    places = []
     for prompt in prompts:
-        by_domain.setdefault(prompt.domain, []).append(prompt)
-    columns = list(by_domain.values())
-    longest = max(len(column) for column in columns)
-    in_turn = [column[row] for row in range(longest) for column in columns if row < len(column)]
-    return tuple(in_turn[:count])
+        places.append((seen[prompt.domain] + 0.5) / sizes[prompt.domain])
+        seen[prompt.domain] += 1
+    order = sorted(range(len(prompts)), key=lambda index: places[index])
+    return tuple(prompts[index] for index in order[:count])
 
 
 def gather(
@@ -92,13 +94,9 @@ def gather(
             infeasible.append(Infeasible(setup=setup, reason=type(error).__name__, detail=str(error)))
     progress("step times", 0, 1)
     steps = engine.time_steps(workload, typical_context(workload, prompts), max_length)
-    setups = (PLAIN, *(Setup(draft=draft, length=k) for draft in usable for k in calibration_lengths(lengths)))
-    calibration: list[tuple[Setup, Sample]] = []
-    chosen = spread_over_domains(prompts, CALIBRATION_PROMPTS)
-    for done, prompt in enumerate(chosen):
-        progress("calibration", done, len(chosen))
-        samples = engine.run_together(workload, prompt, setups, "calibration 0")
-        calibration += zip(setups, samples, strict=True)
+    calibration, failed = _calibrate(engine, workload, prompts, (tuple(usable), lengths), progress)
+    infeasible += failed
+    usable = [draft for draft in usable if draft not in {one.setup.draft for one in failed}]
     return Evidence(
         prompts=tuple(prompts),
         traces=traces,
@@ -108,3 +106,37 @@ def gather(
         drafts=tuple(usable),
         infeasible=tuple(infeasible),
     )
+
+
+def _calibrate(
+    engine: Engine,
+    workload: Workload,
+    prompts: Sequence[Prompt],
+    asked: tuple[tuple[Draft, ...], Sequence[int]],
+    progress: Progress,
+) -> tuple[list[tuple[Setup, Sample]], list[Infeasible]]:
+    """Real runs of plain decoding and of every (draft, calibration length), all of a prompt in one unit.
+
+    When a unit fails, each draft is tried alone, so that the one at fault is found and the rest goes on. Raises
+    EngineError when plain decoding itself fails.
+    """
+    drafts, lengths = asked
+    by_draft = {draft: [Setup(draft=draft, length=k) for k in calibration_lengths(lengths)] for draft in drafts}
+    found: list[tuple[Setup, Sample]] = []
+    infeasible: list[Infeasible] = []
+    chosen = spread_over_domains(prompts, CALIBRATION_PROMPTS)
+    for done, prompt in enumerate(chosen):
+        progress("calibration", done, len(chosen))
+        setups = (PLAIN, *(setup for own in by_draft.values() for setup in own))
+        try:
+            found += zip(setups, engine.run_together(workload, prompt, setups, "calibration 0"), strict=True)
+        except EngineError:
+            found += zip((PLAIN,), engine.run_together(workload, prompt, (PLAIN,), "calibration 0"), strict=True)
+            for draft, own in list(by_draft.items()):
+                try:
+                    samples = engine.run_together(workload, prompt, tuple(own), "calibration 0")
+                    found += zip(own, samples, strict=True)
+                except EngineError as error:
+                    del by_draft[draft]
+                    infeasible.append(Infeasible(setup=own[0], reason=type(error).__name__, detail=str(error)))
+    return found, infeasible

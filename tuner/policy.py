@@ -111,8 +111,8 @@ class Policy:
 
     @property
     def file_name(self) -> str:
-        """The file a store keeps it in: one per target as it is run, replaced by a later policy."""
-        return f"policy-{self.target.run_digest[:12]}.json"
+        """The file a store keeps it in: one per target as it is run and machine, replaced by a later policy."""
+        return f"policy-{self.target.run_digest[:12]}-{self.environment.digest[:8]}.json"
 
     @property
     def headline(self) -> Choice:

@@ -16,9 +16,9 @@ from typing import TypeAlias
 
 import optuna
 
-from profiles.errors import StoreError
+from profiles.errors import EngineError, StoreError
 from profiles.formulas import tpot_s
-from profiles.terms import PLAIN, Engine, Prompt, Sample, Setup, Workload
+from profiles.terms import PLAIN, Engine, Infeasible, Prompt, Sample, Setup, Workload
 from tuner.claims import Forecast
 from tuner.objective import among_equals, score
 
@@ -27,17 +27,22 @@ TPE_TRIALS = 400
 KEPT_TRIALS = 100
 PRUNE_P = 0.1
 PRUNE_AFTER_STEPS = 4
+NOISE_PROMPTS = 6  # plain against plain needs no more to show the noise floor
 
 Storage: TypeAlias = optuna.storages.BaseStorage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Race:
-    """What the race saw: geometric-mean speed-up of every finalist that finished, the noise floor, the winner."""
+    """What the race saw: geometric-mean speed-up of every finalist that finished, and the winner.
+
+    `noise` is the mean log ratio of plain against plain: how far from 0 nothing at all comes out.
+    """
 
     speedups: dict[Setup, float]
     noise: float | None
     pruned: tuple[Setup, ...]
+    failed: tuple[Infeasible, ...]
     winner: Setup | None
 
 
@@ -135,36 +140,53 @@ def race(
     """Study 2: trial 0 is plain against plain, then one trial per finalist; step i is prompt i, paired.
 
     The reported value is the log ratio of seconds per token; `WilcoxonPruner` stops a trial that loses, prompt by
-    prompt, to the best finished one. The race only selects: what it saw never counts as proof.
+    prompt, to the best finished one. A finalist that fails is listed. The race only selects: it never counts as proof.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         pruner = optuna.pruners.WilcoxonPruner(p_threshold=PRUNE_P, n_startup_steps=PRUNE_AFTER_STEPS)
     study = optuna.create_study(study_name=name, storage=storage, direction="minimize", pruner=pruner)
+    names = optuna.distributions.CategoricalDistribution([setup.name for setup in (PLAIN, *finalists)])
     means: dict[Setup, float] = {}
     pruned: list[Setup] = []
-    names = optuna.distributions.CategoricalDistribution([setup.name for setup in (PLAIN, *finalists)])
+    failed: list[Infeasible] = []
     for setup in (PLAIN, *finalists):
         study.enqueue_trial({"setup": setup.name})
         trial = study.ask({"setup": names})
-        ratios: list[float] = []
-        stopped = False
-        for step, prompt in enumerate(prompts):
-            ratio = log_ratio(*run(prompt, setup))
-            if ratio is None:
-                continue
-            ratios.append(ratio)
-            trial.report(ratio, step)
-            stopped = setup != PLAIN and trial.should_prune()
-            if stopped:
-                break
-        if stopped or not ratios:
+        try:
+            mean = _run_trial(trial, run, prompts if setup != PLAIN else prompts[:NOISE_PROMPTS], setup)
+        except EngineError as error:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            failed.append(Infeasible(setup=setup, reason=type(error).__name__, detail=str(error)))
+            continue
+        if mean is None:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             pruned.append(setup)
-            continue
-        means[setup] = sum(ratios) / len(ratios)
-        study.tell(trial, means[setup])
+        else:
+            study.tell(trial, mean)
+            means[setup] = mean
     noise = means.pop(PLAIN, None)
     speedups = {setup: math.exp(-mean) for setup, mean in means.items()}
-    return Race(speedups=speedups, noise=noise, pruned=tuple(pruned), winner=among_equals(speedups))
+    return Race(
+        speedups=speedups, noise=noise, pruned=tuple(pruned), failed=tuple(failed), winner=among_equals(speedups)
+    )
+
+
+def _run_trial(
+    trial: optuna.Trial,
+    run: Callable[[Prompt, Setup], tuple[Sample, Sample]],
+    prompts: Sequence[Prompt],
+    setup: Setup,
+) -> float | None:
+    """Mean log ratio over the prompts; None when it was pruned or no run had a time per token."""
+    ratios: list[float] = []
+    for step, prompt in enumerate(prompts):
+        ratio = log_ratio(*run(prompt, setup))
+        if ratio is None:
+            continue
+        ratios.append(ratio)
+        trial.report(ratio, step)
+        if setup != PLAIN and trial.should_prune():
+            return None
+    return sum(ratios) / len(ratios) if ratios else None

@@ -7,7 +7,7 @@ is the choice wherever no win is proven. Knows the engine protocol, not which en
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from profiles.errors import InputError
+from profiles.errors import EngineError, InputError
 from profiles.keys import run_point, unit_digest
 from profiles.terms import PLAIN, Engine, Infeasible, Interval, Prompt, Setup, Workload
 from tuner import proof, search
@@ -20,6 +20,7 @@ from tuner.space import candidates
 
 MIN_DOMAIN_PROMPTS = 24
 MIN_RACE_PROMPTS = 4
+MIN_FORECAST_PROMPTS = 12
 
 
 class OutOfTimeError(Exception):
@@ -44,7 +45,7 @@ class Anchor:
 
     workload: Workload
     domain: str
-    prompts: tuple[Prompt, ...]
+    forecast_pool: tuple[Prompt, ...]
     race_pool: tuple[Prompt, ...]
     proof_pool: tuple[Prompt, ...]
     forecasts: list[Forecast] = field(default_factory=list)
@@ -52,6 +53,7 @@ class Anchor:
     candidate: Setup | None = None
     measured: Measured | None = None
     evidence: tuple[str, ...] = ()
+    infeasible: list[Infeasible] = field(default_factory=list)
     stopped: str | None = None
 
     def measured_rate(self, setup: Setup) -> Interval | None:
@@ -97,8 +99,9 @@ class Tuner:
         for workload, prompts in loads:
             own = plan_anchors(workload, prompts)
             anchors += own
+            traced = tuple({prompt.digest: prompt for anchor in own for prompt in anchor.forecast_pool}.values())
             try:
-                evidence = gather(self._engine, workload, prompts, self._options.lengths, self._progress)
+                evidence = gather(self._engine, workload, traced, self._options.lengths, self._progress)
             except OutOfTimeError:
                 for anchor in own:
                     anchor.stopped = "the budget ended before the evidence was complete"
@@ -107,7 +110,8 @@ class Tuner:
             forecaster = Forecaster(evidence, workload, self._engine.target.run_digest, workload.seed)
             for anchor in own:
                 self._decide(anchor, evidence, forecaster)
-            grid_seconds = (grid_seconds or 0.0) + _grid_seconds(own[0], evidence)
+                infeasible += anchor.infeasible
+            grid_seconds = (grid_seconds or 0.0) + _grid_seconds(own[0], evidence, len(prompts))
         return Outcome(
             choices=tuple(_judge(anchors)),
             anchors=tuple(anchors),
@@ -119,9 +123,12 @@ class Tuner:
         """Forecast, race and proof of one anchor; what was reached when the budget ends is kept."""
         load, options = anchor.workload, self._options
         where = f"{options.run_name} batch {load.batch_size} context {load.context_length} {anchor.domain}"
+        if all(len(evidence.traces[prompt.digest].token_ids) < 2 for prompt in anchor.forecast_pool):
+            anchor.stopped = "every output ended with its first token, so there is no time per token"
+            return
         anchor.forecasts = search.search_forecasts(
             candidates(evidence.drafts, options.lengths),
-            lambda setup: forecaster.forecast(setup, anchor.prompts),
+            lambda setup: forecaster.forecast(setup, anchor.forecast_pool),
             f"forecasts, {where}",
             options.storage,
         )
@@ -134,6 +141,11 @@ class Tuner:
                 self._prove(anchor, anchor.candidate)
         except OutOfTimeError:
             anchor.stopped = "the budget ended before it was proven"
+        except EngineError as error:
+            assert anchor.candidate is not None  # the race lists its own failures
+            failed = Infeasible(setup=anchor.candidate, reason=type(error).__name__, detail=str(error))
+            anchor.infeasible.append(failed)
+            anchor.stopped = f"it failed in the proof: {error}"
 
     def _race(self, anchor: Anchor, hopeful: Sequence[Setup], name: str) -> Setup | None:
         """The finalist to prove: the race's winner, or the best forecast where too few prompts are left to race."""
@@ -149,6 +161,7 @@ class Tuner:
             return search.run_pair(self._engine, anchor.workload, prompt, setup, "race 0")
 
         anchor.race = search.race(run, prompts, hopeful, name, self._options.storage)
+        anchor.infeasible += anchor.race.failed
         winner = anchor.race.winner
         return winner if winner is not None and anchor.race.speedups[winner] > 1.0 else None
 
@@ -158,10 +171,10 @@ class Tuner:
         for done, prompt in enumerate(prompts):
             self._progress(f"proof {anchor.domain}", done, len(prompts))
             pairs.append(search.run_pair(self._engine, anchor.workload, prompt, setup, "proof 0"))
-        if len(pairs) < 2:
-            anchor.stopped = f"only {len(pairs)} prompts were left to prove it"
+        if len(decoded := proof.decoded_pairs(pairs)) < 2:
+            anchor.stopped = f"only {len(decoded)} outputs had a second token to time"
             return
-        anchor.measured = proof.measure(setup, pairs)
+        anchor.measured = proof.measure(setup, pairs, greedy=anchor.workload.temperature == 0.0)
         anchor.evidence = tuple(self._unit(anchor.workload, prompt, setup, "proof 0") for prompt in prompts)
 
     def _unit(self, workload: Workload, prompt: Prompt, setup: Setup, occasion: str) -> str:
@@ -177,7 +190,8 @@ class Tuner:
 def plan_anchors(workload: Workload, prompts: Sequence[Prompt]) -> list[Anchor]:
     """The anchors of a workload, `mixed` first, each with prompts to race on and others to prove on.
 
-    24 prompts are held for the proof before any go to the race, which gets at most half. A single domain is `mixed`.
+    24 prompts are held for the proof before any go to the race, which gets at most half. Forecasts are made on the
+    race's prompts too, so that the proof is fresh; where these are fewer than 12, on all. A single domain is `mixed`.
     Raises InputError without prompts.
     """
     if not prompts:
@@ -197,16 +211,19 @@ def plan_anchors(workload: Workload, prompts: Sequence[Prompt]) -> list[Anchor]:
     if len(by_domain) > 1:
         large = [domain for domain, own in by_domain.items() if len(own) >= MIN_DOMAIN_PROMPTS]
         rows += [(domain, by_domain[domain], [pools[domain][0]], [pools[domain][1]]) for domain in large]
-    return [
-        Anchor(
-            workload=workload,
-            domain=domain,
-            prompts=tuple(own),
-            race_pool=tuple(prompt for pool in race for prompt in pool),
-            proof_pool=tuple(prompt for pool in proofs for prompt in pool),
+    anchors = []
+    for domain, own, race, proofs in rows:
+        race_pool = tuple(prompt for pool in race for prompt in pool)
+        anchors.append(
+            Anchor(
+                workload=workload,
+                domain=domain,
+                forecast_pool=race_pool if len(race_pool) >= MIN_FORECAST_PROMPTS else tuple(own),
+                race_pool=race_pool,
+                proof_pool=tuple(prompt for pool in proofs for prompt in pool),
+            )
         )
-        for domain, own, race, proofs in rows
-    ]
+    return anchors
 
 
 def _judge(anchors: Sequence[Anchor]) -> list[Choice]:
@@ -245,7 +262,7 @@ def _reason(anchor: Anchor, subject: Setup | None, proven: bool) -> str:
         speedup = measured.speedup
         return (
             f"{subject.name} decodes {speedup.estimate:.2f} [{speedup.low:.2f}, {speedup.high:.2f}] times as fast as "
-            f"plain decoding on {measured.num_prompts} fresh prompts, {measured.end_to_end.estimate:.2f} end to end."
+            f"plain decoding on {measured.num_prompts} other prompts, {measured.end_to_end.estimate:.2f} end to end."
         )
     if measured is not None:
         return f"Plain decoding: {subject.name} is not proven, because {proof.shortfall(measured)}."
@@ -259,14 +276,15 @@ def _reason(anchor: Anchor, subject: Setup | None, proven: bool) -> str:
     )
 
 
-def _grid_seconds(mixed: Anchor, evidence: Evidence) -> float:
+def _grid_seconds(mixed: Anchor, evidence: Evidence, num_prompts: int) -> float:
     """Seconds that really running every candidate on every prompt would take, by the forecasts and seen prefills."""
-    tokens = sum(len(evidence.traces[prompt.digest].token_ids) - 1 for prompt in mixed.prompts)
+    seen = [len(evidence.traces[prompt.digest].token_ids) - 1 for prompt in mixed.forecast_pool]
+    tokens = sum(seen) * num_prompts / len(seen)
     prefills: dict[object, list[float]] = {}
     for setup, sample in evidence.calibration:
         prefills.setdefault(setup.draft, []).append(sample.ttft_s)
     seconds = 0.0
     for forecast in mixed.forecasts:
         own = prefills[forecast.setup.draft]
-        seconds += tokens / forecast.tok_per_s.estimate + len(mixed.prompts) * sum(own) / len(own)
+        seconds += tokens / forecast.tok_per_s.estimate + num_prompts * sum(own) / len(own)
     return seconds

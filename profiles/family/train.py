@@ -24,7 +24,7 @@ VOCAB_SIZE = 2048
 ROW_TOKENS = 384
 BATCH_ROWS = 12
 SHARE = {"prose": 0.35, "code": 0.35, "copy": 0.30}
-TARGET_STEPS, UNLIKELIHOOD_STEPS, DRAFT_STEPS = 2000, 120, 1500
+TARGET_STEPS, UNLIKELIHOOD_STEPS, DRAFT_STEPS = 2000, 120, 1000
 TARGET_LAYERS, HIDDEN = 20, 128
 # name -> (layers, domains it is trained on); the 8-layer draft is the one too dear to pay
 DRAFTS = {
@@ -203,29 +203,38 @@ def own_rows(model: LlamaForCausalLM, rows: Rows, num_batches: int) -> dict[str,
 
 
 def train_drafts(target: LlamaForCausalLM, rows: Rows, work: Path) -> None:
-    """All drafts side by side: each step the target scores a batch once, and every draft learns its law from that."""
-    own = own_rows(target, rows, 24)
+    """All drafts side by side: each step the target scores a batch once, and every draft learns its law from that.
+
+    The small ones also take a step on the target's own outputs as they are, which costs no run of the target.
+    """
+    own = own_rows(target, rows, 18)
     names = list(DRAFTS)
     drafts = {name: new_model(DRAFTS[name][0], SEED + 1 + names.index(name)) for name in names}
-    optimizers = {name: Optimizer(drafts[name], DRAFT_STEPS) for name in names}
+    optimizers = {name: Optimizer(draft, DRAFT_STEPS) for name, draft in drafts.items()}
     rng = random.Random(SEED)
     for step in range(DRAFT_STEPS):
         domain = corpus.DOMAINS[step % 3]
-        chosen = rng.sample(range(len(own[domain])), 8)
-        batch = rows.batch(8, {domain: 1.0}) if step % 4 == 0 else own[domain][chosen]
+        batch = rows.batch(6, {domain: 1.0}) if step % 4 == 0 else own[domain][rng.sample(range(len(own[domain])), 6)]
         with torch.no_grad():
             law = functional.softmax(target(batch, use_cache=False).logits, -1)
-        for name, (_, domains) in DRAFTS.items():
+        for name, (num_layers, domains) in DRAFTS.items():
+            losses = []
             # the deep draft costs as much as all others together: it learns from every second batch
-            if domain not in domains or (name == "draft-deep" and step % 2):
-                continue
-            guess = functional.log_softmax(drafts[name](batch, use_cache=False).logits, -1)
-            loss = -(law * guess).sum(-1).mean()
-            torch.autograd.backward(loss)
-            torch.nn.utils.clip_grad_norm_(drafts[name].parameters(), 1.0)
-            optimizers[name].step()
-            if step % 60 < 3:
-                print(f"drafts step {step} {domain} {name} {loss.item():.3f}", flush=True)
+            if domain in domains and (num_layers <= 2 or step % 2 == 0):
+                guess = functional.log_softmax(drafts[name](batch, use_cache=False).logits, -1)
+                losses.append(-(law * guess).sum(-1).mean())
+            if num_layers <= 2:
+                source = own[rng.choice(domains)]
+                losses.append(language_loss(drafts[name], source[rng.sample(range(len(source)), 8)]))
+            if losses:
+                torch.autograd.backward(torch.stack(losses).sum())
+                torch.nn.utils.clip_grad_norm_(drafts[name].parameters(), 1.0)
+                optimizers[name].step()
+                if step % 60 < 3:
+                    print(f"drafts step {step} {domain} {name} {losses[0].item():.3f}", flush=True)
+        if step % 200 == 199:
+            for name, draft in drafts.items():
+                draft.save_pretrained(work / name)
     for name, draft in drafts.items():
         draft.save_pretrained(work / name)
 

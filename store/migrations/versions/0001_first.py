@@ -104,6 +104,7 @@ def _timings() -> None:
         sa.Column("context_length", sa.Integer, nullable=False),
         sa.Column("max_length", sa.Integer, nullable=False),
         sa.Column("samples_s", sa.JSON, nullable=False),
+        sa.Column("disturbed", sa.Boolean, nullable=False),
         sa.UniqueConstraint("sweep", "part_digest", name="uq_step_times"),
     )
     op.create_table(

@@ -1,0 +1,91 @@
+"""A tuning run adds to what earlier runs decided: only what it decided anew is replaced."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from profiles.terms import Workload
+from store.book import Book
+from store.runs import FinishedRun, Shelf, tune
+from tests.fakes import DRAFT_A, MACHINE, FakeEngine, prompts
+from tuner import policy as policies
+
+PROMPTS = prompts(40)
+GREEDY = Workload(context_length=256, max_new_tokens=64)
+HOT = Workload(context_length=256, max_new_tokens=64, temperature=0.8)
+LONG = Workload(context_length=512, max_new_tokens=64)
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Iterator[Shelf]:
+    with Book.open(tmp_path / "evidence.db") as book:
+        yield Shelf.of(book)
+
+
+def run(
+    shelf: Shelf,
+    workload: Workload,
+    lengths: tuple[int, ...] = (2,),
+    engine: FakeEngine | None = None,
+    out_of_time: bool = False,
+) -> FinishedRun:
+    """One anchor, on an engine that drafting wins on."""
+    engine = engine or FakeEngine(keep=0.95)
+    engine.drafts = (DRAFT_A,)
+    return tune(engine, [(workload, PROMPTS)], shelf, lengths, (lambda *_: None, lambda: out_of_time))
+
+
+def chosen(policy: policies.Policy) -> list[tuple[float, int, int]]:
+    """Temperature, context and speculation length of every choice."""
+    return [(one.temperature, one.context_length, one.setup.length) for one in policy.choices]
+
+
+def test_a_second_run_adds_its_anchors(shelf: Shelf) -> None:
+    """Tuned at temperature 0, then 0.8, then at a longer context, the policy answers for all, the newest first."""
+    run(shelf, GREEDY)
+    run(shelf, HOT)
+    policy = policies.read(run(shelf, LONG).policy_path)
+    assert chosen(policy) == [(0.0, 512, 2), (0.8, 256, 2), (0.0, 256, 2)]
+    assert all(choice.proven for choice in policy.choices)
+    for temperature in (0.0, 0.8):
+        assert policy.look_up(temperature=temperature, context_length=200).matched
+    assert shelf.book.latest_policy() == policies.to_json(policy)
+
+
+def test_a_run_replaces_its_own_anchor(shelf: Shelf) -> None:
+    """Tuned again with other lengths, an anchor has the new choice and the others stay."""
+    run(shelf, GREEDY)
+    run(shelf, HOT)
+    assert chosen(run(shelf, GREEDY, (4,)).policy) == [(0.0, 256, 4), (0.8, 256, 2)]
+
+
+def test_one_filter_per_temperature(shelf: Shelf) -> None:
+    """A question does not name top-p and top-k, so a run with others replaces every choice of its temperature."""
+    run(shelf, GREEDY)
+    run(shelf, HOT)
+    narrow = Workload(context_length=512, max_new_tokens=64, temperature=0.8, top_p=0.9)
+    policy = run(shelf, narrow).policy
+    assert chosen(policy) == [(0.8, 512, 2), (0.0, 256, 2)]
+    assert policy.choices[0].top_p == 0.9
+
+
+def test_machines_share_a_folder(shelf: Shelf) -> None:
+    """Every machine has a policy file of its own, and adds only to its own choices."""
+    other = FakeEngine(keep=0.95)
+    other.environment = replace(MACHINE, device="other cpu")
+    here, there = run(shelf, GREEDY), run(shelf, HOT, engine=other)
+    assert here.policy_path != there.policy_path
+    assert here.policy_path.name.endswith(f"-{MACHINE.digest[:8]}.json")
+    assert chosen(policies.read(there.policy_path)) == [(0.8, 256, 2)]
+    assert chosen(run(shelf, LONG).policy) == [(0.0, 512, 2), (0.0, 256, 2)]
+
+
+def test_a_run_out_of_time_keeps_what_was_proven(shelf: Shelf) -> None:
+    """The earlier proven choice of the anchor stays where the budget ended before a new one was."""
+    first = run(shelf, GREEDY).policy
+    assert run(shelf, GREEDY, (4,), out_of_time=True).policy.choices == first.choices
+    cut = run(shelf, HOT, out_of_time=True).policy
+    assert chosen(cut) == [(0.8, 256, 0), (0.0, 256, 2)]
+    assert "budget ended" in cut.headline.reason
