@@ -1,9 +1,9 @@
 """Makes the family that ships: `python -m profiles.family.train --work DIR [--stage NAME]`.
 
-Four stages, each leaving files in `--work`: `tokenizer`, `target` (language modelling, then a short unlikelihood
-pass against loops), `drafts` (distilled together on the target's law, over real text and over the target's own
-outputs) and `ship` (float16 safetensors, held-out prompts and `training.json` beside this file). Everything is
-seeded; the same packages on the same number of threads give the same weights up to the CPU's rounding.
+Stages, each leaving files in `--work`: `tokenizer`; `target` (language modelling); `loops` (a short unlikelihood pass
+against loops); `drafts` and `refine` (all drafts distilled together on the target's law, first mostly over its own
+outputs, then over fresh text); `ship` (float16 safetensors, held-out prompts and `training.json` beside this file).
+Everything is seeded; the same packages and number of threads give the same weights up to the CPU's rounding.
 """
 
 import argparse
@@ -25,6 +25,7 @@ ROW_TOKENS = 384
 BATCH_ROWS = 12
 SHARE = {"prose": 0.35, "code": 0.35, "copy": 0.30}
 TARGET_STEPS, UNLIKELIHOOD_STEPS, DRAFT_STEPS = 2000, 120, 1000
+REFINE_STEPS = 400
 TARGET_LAYERS, HIDDEN = 20, 128
 # name -> (layers, domains it is trained on); the 8-layer draft is the one too dear to pay
 DRAFTS = {
@@ -33,6 +34,8 @@ DRAFTS = {
     "draft-prose": (1, ("prose",)),
     "draft-deep": (8, ("prose", "code", "copy")),
 }
+STAGES = ("tokenizer", "target", "loops", "drafts", "refine", "ship")
+STREAM = {"target": 6, "loops": 5, "drafts": 6, "refine": 7, "ship": 0}  # which stream of examples a stage draws
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -239,30 +242,58 @@ def train_drafts(target: LlamaForCausalLM, rows: Rows, work: Path) -> None:
         draft.save_pretrained(work / name)
 
 
+def refine_drafts(target: LlamaForCausalLM, rows: Rows, work: Path) -> None:
+    """Fresh text of all domains in every batch: the target's outputs are few, and small drafts learn them by heart."""
+    drafts = {name: LlamaForCausalLM.from_pretrained(work / name) for name in DRAFTS}
+    optimizers = {name: Optimizer(draft, REFINE_STEPS, scale=0.5) for name, draft in drafts.items()}
+    for step in range(REFINE_STEPS):
+        parts = {domain: rows.batch(5, {domain: 1.0}) for domain in corpus.DOMAINS}
+        with torch.no_grad():
+            laws = {
+                domain: functional.softmax(target(part, use_cache=False).logits, -1) for domain, part in parts.items()
+            }
+        for name, (num_layers, domains) in DRAFTS.items():
+            if num_layers > 2 and step % 4:
+                continue
+            batch = torch.cat([parts[domain] for domain in domains])
+            law = torch.cat([laws[domain] for domain in domains])
+            guess = functional.log_softmax(drafts[name](batch, use_cache=False).logits, -1)
+            loss = -(law * guess).sum(-1).mean()
+            torch.autograd.backward(loss)
+            torch.nn.utils.clip_grad_norm_(drafts[name].parameters(), 1.0)
+            optimizers[name].step()
+            if step % 20 == 0:
+                print(f"refine step {step} {name} {loss.item():.3f}", flush=True)
+        if step % 100 == 99 or step == REFINE_STEPS - 1:
+            for name, draft in drafts.items():
+                draft.save_pretrained(work / name)
+
+
 def main() -> None:
     """Runs the asked stage, or all four in order."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--stage", choices=["all", "tokenizer", "target", "loops", "drafts", "ship"], default="all")
+    parser.add_argument("--stage", choices=["all", *STAGES], default="all")
     options = parser.parse_args()
     torch.manual_seed(SEED)
     corpus.fetch_npm_text(options.work / "text")
     documents = corpus.read_documents(options.work / "text")
     training = [document for document in documents if not document.held_out]
     held_out = [document for document in documents if document.held_out]
-    stages = ["tokenizer", "target", "loops", "drafts", "ship"] if options.stage == "all" else [options.stage]
+    stages = STAGES if options.stage == "all" else (options.stage,)
     for stage in stages:
         if stage == "tokenizer":
             train_tokenizer(training, options.work / "tokenizer")
             continue
         tokenizer = PreTrainedTokenizerFast.from_pretrained(options.work / "tokenizer")
-        rows = Rows(tokenizer, training, SEED + len(stage))
+        rows = Rows(tokenizer, training, SEED + STREAM[stage])
         if stage == "target":
             train_target(rows, options.work)
         elif stage == "loops":
             unlearn_loops(LlamaForCausalLM.from_pretrained(options.work / "target-lm"), rows, options.work)
-        elif stage == "drafts":
-            train_drafts(LlamaForCausalLM.from_pretrained(options.work / "target"), rows, options.work)
+        elif stage in ("drafts", "refine"):
+            train = train_drafts if stage == "drafts" else refine_drafts
+            train(LlamaForCausalLM.from_pretrained(options.work / "target"), rows, options.work)
         else:
             evaluate.ship(options.work, tokenizer, held_out, ["target", *DRAFTS])
 
