@@ -60,9 +60,7 @@ class Bench:
     loaded: tuple[models.Loaded, ...]
 
 
-def load(
-    target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str | None, num_tokens: int = 0
-) -> Bench:
+def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str | None, num_tokens: int = 0) -> Bench:
     """The engine over a target and its drafts; `dtype` None is float32 on a CPU and bfloat16 on a GPU.
 
     `num_tokens`: cached tokens that must fit in memory beside the weights.

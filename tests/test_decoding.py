@@ -35,7 +35,6 @@ def _prompts() -> list[Prompt]:
     return [
         Prompt(domain="a", token_ids=tuple(range(20, 44))),
         Prompt(domain="b", token_ids=(30, 31, 32, 30, 31, 32, 30, 31)),
-        Prompt(domain="c", token_ids=(200,)),
     ]
 
 
@@ -118,9 +117,18 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length", [1, 4, 16])
-@pytest.mark.parametrize("kind", ["model", "ngram"])
-def test_sampled_rounds_in_expectation(length: int, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "length", "tokens", "num_runs"),  # long rounds are few and look-ups vary: more are needed for 1 %
+    [
+        ("model", 1, 48, 320),
+        ("model", 4, 48, 320),
+        ("model", 16, 128, 700),
+        ("ngram", 1, 48, 320),
+        ("ngram", 4, 96, 1000),
+        ("ngram", 16, 128, 1000),
+    ],
+)
+def test_sampled_rounds_in_expectation(kind: str, length: int, tokens: int, num_runs: int) -> None:
     """When sampling, the mean of the walk over traces equals the mean of real rounds: |z| < 3, error under 1 %."""
     from profiles.acceptance import trace_lookup, trace_model
     from profiles.terms import TargetTrace
@@ -129,9 +137,9 @@ def test_sampled_rounds_in_expectation(length: int, kind: str) -> None:
     draft_model = near(target, 6, 0.6)
     draft = Draft(kind="ngram", max_match=2, min_match=1) if kind == "ngram" else Draft(kind="early_exit", num_layers=1)
     real, walked = [], []
-    for seed in range(320):
+    for seed in range(num_runs):
         prompt = Prompt(domain="toy", token_ids=(1, 2, 3, 4, 5, 1))
-        workload = Workload(context_length=128, max_new_tokens=48, temperature=0.9, top_p=0.95, seed=seed)
+        workload = Workload(context_length=256, max_new_tokens=tokens, temperature=0.9, top_p=0.95, seed=seed)
         plain = run(target, None, 0, workload, prompt)
         trace = TargetTrace(
             prompt_digest=prompt.digest,
@@ -144,7 +152,7 @@ def test_sampled_rounds_in_expectation(length: int, kind: str) -> None:
             acceptance = trace_lookup(draft, prompt, trace, length)
         else:
             acceptance = trace_model(draft_model, draft, workload, prompt, trace)
-        walked.append(walk(trace, acceptance, length, 48).num_rounds)
+        walked.append(walk(trace, acceptance, length, tokens).num_rounds)
         other = replace(workload, seed=10_000 + seed)  # other random numbers: the two means are independent
         real.append(run(target, "ngram" if kind == "ngram" else draft_model, length, other, prompt).rounds.total())
     assert abs(_z(real, walked)) < 3.0

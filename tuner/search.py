@@ -187,6 +187,13 @@ def _run_trial(
             continue
         ratios.append(ratio)
         trial.report(ratio, step)
-        if setup != PLAIN and trial.should_prune():
+        if setup != PLAIN and _is_losing(trial):
             return None
     return sum(ratios) / len(ratios) if ratios else None
+
+
+def _is_losing(trial: optuna.Trial) -> bool:
+    with warnings.catch_warnings():
+        # plain against plain has fewer steps than the finalists: those they share are compared, which is meant
+        warnings.filterwarnings("ignore", message="WilcoxonPruner finds steps", category=UserWarning)
+        return trial.should_prune()
