@@ -1,5 +1,6 @@
 """Forecasts on made-up evidence: exact arithmetic on literal step times, and agreement with the fake engine's runs."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,14 @@ from tuner.evidence import Evidence, calibration_lengths, gather, spread_over_do
 from tuner.forecast import Forecaster, count_steps
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet() -> Iterator[None]:
+    """Little noise: the arithmetic is tested here, not how few calibration runs a draft gets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.fakes.NOISE", 0.002)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from profiles.terms import (
     Workload,
 )
 
-CALIBRATION_PROMPTS = 4
+CALIBRATION_PROMPTS = 3
 CONTEXT_STEP = 32  # anchors are rounded up to this many tokens, so that like prompt sets share a staircase
 
 Progress = Callable[[str, int, int], None]
@@ -115,10 +115,10 @@ def _calibrate(
     asked: tuple[tuple[Draft, ...], Sequence[int]],
     progress: Progress,
 ) -> tuple[list[tuple[Setup, Sample]], list[Infeasible]]:
-    """Real runs of plain decoding and of every (draft, calibration length), all of a prompt in one unit.
+    """Real runs of every (draft, calibration length), all of a prompt in one unit, plain decoding before each draft.
 
-    When a unit fails, each draft is tried alone, so that the one at fault is found and the rest goes on. Raises
-    EngineError when plain decoding itself fails.
+    Plain decoding is under every speed-up, so it is run as often as there are drafts. When a unit fails, each draft is
+    tried alone, so that the one at fault is found and the rest goes on. Raises EngineError when plain decoding fails.
     """
     drafts, lengths = asked
     by_draft = {draft: [Setup(draft=draft, length=k) for k in calibration_lengths(lengths)] for draft in drafts}
@@ -127,7 +127,7 @@ def _calibrate(
     chosen = spread_over_domains(prompts, CALIBRATION_PROMPTS)
     for done, prompt in enumerate(chosen):
         progress("calibration", done, len(chosen))
-        setups = (PLAIN, *(setup for own in by_draft.values() for setup in own))
+        setups = tuple(setup for own in by_draft.values() for setup in (PLAIN, *own)) or (PLAIN,)
         try:
             found += zip(setups, engine.run_together(workload, prompt, setups, "calibration 0"), strict=True)
         except EngineError:

@@ -96,7 +96,8 @@ class Forecaster:
         """Overhead seconds (per round, per drafted token) of each draft: what real runs took beyond their steps.
 
         A line through the two calibrated lengths; with one length, all of it per round. The median over prompts is
-        taken at each length, so that one disturbed run does not tilt the line.
+        taken at each length, and drafts with a model share the median of their slopes, because a drafted token costs
+        the same host work whatever the model: a single draft's slope rests on few runs and is mostly noise.
         """
         excess: dict[Setup, list[tuple[float, float]]] = {}
         for setup, sample in self._evidence.calibration:
@@ -110,8 +111,14 @@ class Forecaster:
         for setup, values in excess.items():
             point = (median(drafted for _, drafted in values), median(seconds for seconds, _ in values))
             points.setdefault(setup.draft, []).append(point)
-        lines = {draft: _line(sorted(values)) for draft, values in points.items()}
-        return {None: (0.0, 0.0)} | {draft: lines.get(draft, (0.0, 0.0)) for draft in self._evidence.drafts} | lines
+        modelled = {draft for draft in points if draft is not None and draft.kind != "ngram"}
+        slopes = [slope for draft in modelled if (slope := _slope(points[draft])) is not None]
+        shared = median(slopes) if slopes else 0.0
+        lines = {None: (0.0, 0.0)} | dict.fromkeys(self._evidence.drafts, (0.0, 0.0))
+        for draft, values in points.items():
+            slope = shared if draft in modelled else 0.0
+            lines[draft] = (median(seconds - slope * drafted for drafted, seconds in values), slope)
+        return lines
 
 
 def count_steps(
@@ -143,13 +150,10 @@ def _samples(steps: Mapping[str, StepTimes], part: str, width: int) -> tuple[flo
     return times.samples_s[width]
 
 
-def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """(intercept, slope) through the first and the last point; flat when they share their abscissa."""
-    (x0, y0), (x1, y1) = points[0], points[-1]
-    if x1 - x0 < 1.0:  # a look-up that seldom proposes: the slope would be noise
-        return (y0 + y1) / 2, 0.0
-    slope = (y1 - y0) / (x1 - x0)
-    return y0 - slope * x0, slope
+def _slope(points: list[tuple[float, float]]) -> float | None:
+    """Seconds per drafted token between the shortest and the longest calibrated length; None with one length."""
+    (x0, y0), (x1, y1) = min(points), max(points)
+    return (y1 - y0) / (x1 - x0) if x1 - x0 >= 1.0 else None
 
 
 def _percentiles(draws: numpy.ndarray) -> Interval:

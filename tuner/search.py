@@ -196,4 +196,4 @@ def _is_losing(trial: optuna.Trial) -> bool:
     with warnings.catch_warnings():
         # plain against plain has fewer steps than the finalists: those they share are compared, which is meant
         warnings.filterwarnings("ignore", message="WilcoxonPruner finds steps", category=UserWarning)
-        return trial.should_prune()
+        return bool(trial.should_prune())

@@ -58,8 +58,8 @@ def rerun(
 def main() -> None:
     """Tuner, grid, rerun, JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=60)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=40)
+    parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=2, help="of the rerun")
     options = parser.parse_args()
     bench, workload, prompts = family(options.prompts, options.tokens)
