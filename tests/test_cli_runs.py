@@ -71,7 +71,10 @@ def won(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     words = small_run(folder, prompts, "--draft", "early-exit:1", "--draft", "early-exit:2", "--lengths", "2-4")
     store = tmp_path_factory.mktemp("store")
-    return Tuned(words=words, store=store, said=call(store, *words))
+    said = call(store, *words)
+    if said.code == 0 and not said.document["proven"]:
+        pytest.skip(f"this machine was too noisy to prove a win of about 1.5: {said.document['reason']}")
+    return Tuned(words=words, store=store, said=said)
 
 
 class TestARun:
