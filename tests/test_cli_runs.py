@@ -99,7 +99,7 @@ class TestARun:
         rows = evidence(tuned.store)
         assert rows["target_traces"] == rows["acceptance_traces"] == rows["lookup_traces"] == NUM_PROMPTS
         assert (rows["step_times"], rows["infeasible"]) == (3, 0)
-        assert rows["samples"] >= 4 * 5
+        assert rows["samples"] >= 3 * 6  # prompts, by plain decoding and two lengths of each draft
 
     def test_the_second_run_measures_nothing(self, tuned: Tuned) -> None:
         """The same command again finds every unit in the store, and says so."""
@@ -293,7 +293,7 @@ def assert_completes(words: list[str], store: Path, kept: int) -> None:
     cost = said.document["cost"]
     assert said.code == 0
     assert cost["reused_units"] == kept
-    assert cost["measured_units"] + kept >= UNITS_BEFORE_CALIBRATION + 4
+    assert cost["measured_units"] + kept >= UNITS_BEFORE_CALIBRATION + 3
     assert evidence(store)["target_traces"] == NUM_PROMPTS
     assert sql(database(store), "PRAGMA integrity_check") == [("ok",)]
 
