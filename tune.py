@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -99,8 +100,8 @@ def run(
     json_only: JsonOnly = False,
 ) -> None:
     """Measure every draft at every length, choose, prove the choice, and write the policy."""
-    started = time.monotonic()
-    _check_choices(objective, budget)
+    out_of_time = _deadline(budget)
+    _check_objective(objective)
     specs = [spelling.parse_draft(text) for text in draft or (FAMILY_DRAFTS if target == FAMILY_TARGET else ["ngram"])]
     asked_lengths = spelling.parse_lengths(lengths)
     folder = _store_folder(store)
@@ -123,10 +124,8 @@ def run(
             bench = loading.load(target, specs, dtype, device, max(question.contexts, default=question.max_new_tokens))
             loads, warnings = loading.workloads(bench, question, prompts or ["builtin:all"])
         _say(f"target {target} on {bench.engine.environment.device}; store {folder}", *warnings)
-        deadline = math.inf if budget is None else started + budget
         with StageProgress(err) as progress:
-            watch = (progress.update, lambda: time.monotonic() > deadline)
-            done = runs.tune(bench.engine, loads, shelf, question.lengths, watch)
+            done = runs.tune(bench.engine, loads, shelf, question.lengths, (progress.update, out_of_time))
     document = reports.document(done.policy, cost=done.cost, store=str(folder), policy_path=str(done.policy_path))
     if not json_only:
         _print_outcome(done)
@@ -199,11 +198,17 @@ def report(
     _say(f"wrote {out_path}")
 
 
-def _check_choices(objective: str, budget: float | None) -> None:
+def _check_objective(objective: str) -> None:
     if objective not in OBJECTIVES:
         raise InputError(f"objective {objective!r}: allowed are {', '.join(OBJECTIVES)}")
+
+
+def _deadline(budget: float | None) -> Callable[[], bool]:
+    """Tells whether `budget` seconds from now are over; never when there is no budget."""
     if budget is not None and not budget > 0.0:
         raise InputError(f"budget {budget:g} seconds: more than 0 is needed")
+    deadline = math.inf if budget is None else time.monotonic() + budget
+    return lambda: time.monotonic() > deadline
 
 
 def _print_outcome(done: "FinishedRun") -> None:

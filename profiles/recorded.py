@@ -199,20 +199,11 @@ class Recorder:
     """Fits `Engine`; passes every question on and collects the answers in `recording`, the newest of equal keys."""
 
     def __init__(self, engine: Engine) -> None:
+        self.environment = engine.environment
+        self.target = engine.target
+        self.drafts = engine.drafts
         self._engine = engine
         self.recording = RecordedEngine(environment=engine.environment, target=engine.target, drafts=engine.drafts)
-
-    @property
-    def environment(self) -> Environment:
-        return self._engine.environment
-
-    @property
-    def target(self) -> Model:
-        return self._engine.target
-
-    @property
-    def drafts(self) -> tuple[Draft, ...]:
-        return self._engine.drafts
 
     def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
         trace = self._engine.trace_target(workload, prompt)

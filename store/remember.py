@@ -15,9 +15,7 @@ from profiles.terms import (
     Acceptance,
     Draft,
     Engine,
-    Environment,
     Infeasible,
-    Model,
     Prompt,
     Sample,
     Setup,
@@ -40,24 +38,15 @@ class Remember:
     """
 
     def __init__(self, engine: Engine, book: Book) -> None:
+        self.environment = engine.environment
+        self.target = engine.target
+        self.drafts = engine.drafts
         self._engine = engine
         self._book = book
         self._timed_here: set[tuple[object, ...]] = set()
         self.measured_units = 0
         self.measured_seconds = 0.0
         self.reused_units = 0
-
-    @property
-    def environment(self) -> Environment:
-        return self._engine.environment
-
-    @property
-    def target(self) -> Model:
-        return self._engine.target
-
-    @property
-    def drafts(self) -> tuple[Draft, ...]:
-        return self._engine.drafts
 
     def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
         scope = self._scope(workload)

@@ -121,7 +121,7 @@ def test_missing_recording_is_an_input_error(tmp_path: Path) -> None:
 def test_recorded_engine_loads_no_torch() -> None:
     """The recorded engine runs where torch is not installed."""
     code = "import sys, profiles.recorded; assert not {'torch', 'transformers', 'optuna'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parent.parent).returncode == 0
 
 
 def test_fake_runs_follow_the_walk_and_the_clock() -> None:

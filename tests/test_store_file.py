@@ -251,4 +251,4 @@ class TestMishaps:
     def test_the_book_loads_no_heavy_library(self) -> None:
         """Looking into the store needs neither torch, transformers nor optuna."""
         code = "import sys, store.remember; assert not {'torch', 'transformers', 'optuna'} & set(sys.modules)"
-        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+        assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0

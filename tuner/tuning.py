@@ -111,7 +111,8 @@ class Tuner:
             for anchor in own:
                 self._decide(anchor, evidence, forecaster)
                 infeasible += anchor.infeasible
-            grid_seconds = (grid_seconds or 0.0) + _grid_seconds(own[0], evidence, len(prompts))
+            if own[0].forecasts:
+                grid_seconds = (grid_seconds or 0.0) + _grid_seconds(own[0], evidence, len(prompts))
         return Outcome(
             choices=tuple(_judge(anchors)),
             anchors=tuple(anchors),
