@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from store.book import Book
 from tests import tiny
+from tests.fakes import FakeEngine
 
 
 @pytest.fixture(scope="session")
@@ -13,6 +15,25 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One tiny random model directory of three layers per architecture; tests that change files copy one first."""
     root = tmp_path_factory.mktemp("tiny")
     return {name: tiny.write_model(root / name, name, num_layers=3) for name in tiny.ARCHITECTURES}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a store may be made; its folder is not there yet."""
+    return tmp_path / "new folder" / "store.sqlite"
+
+
+@pytest.fixture
+def book(path: Path) -> Iterator[Book]:
+    """An open, empty store."""
+    with Book.open(path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def fake() -> FakeEngine:
+    """An engine without a model, its calls counted."""
+    return FakeEngine()
 
 
 @pytest.fixture(scope="session", autouse=True)

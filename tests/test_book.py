@@ -4,9 +4,7 @@ What is in the file is checked with raw SQL, not with the code under test.
 """
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -34,22 +32,6 @@ ELSEWHERE = Scope(
     ),
     workload=GREEDY,
 )
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "new folder" / "store.sqlite"
-
-
-@pytest.fixture
-def book(path: Path) -> Iterator[Book]:
-    with Book.open(path) as opened:
-        yield opened
-
-
-@pytest.fixture
-def fake() -> FakeEngine:
-    return FakeEngine()
 
 
 def samples_of(fake: FakeEngine, occasion: str = "proof 0") -> tuple[Sample, ...]:

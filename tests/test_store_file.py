@@ -8,7 +8,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -29,22 +28,6 @@ PROMPT, OTHER = prompts(2)
 A4 = Setup(draft=DRAFT_A, length=4)
 DRAFTS = (DRAFT_A, NGRAM)
 SCOPE = Scope(target=TARGET, environment=MACHINE, workload=GREEDY)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "new folder" / "store.sqlite"
-
-
-@pytest.fixture
-def book(path: Path) -> Iterator[Book]:
-    with Book.open(path) as opened:
-        yield opened
-
-
-@pytest.fixture
-def fake() -> FakeEngine:
-    return FakeEngine()
 
 
 def save_traces(book: Book, fake: FakeEngine, count: int) -> None:
