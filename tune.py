@@ -1,4 +1,4 @@
-"""draftpick's command line: `run` measures and decides, `show`, `lookup` and `report` tell what is known.
+"""draftpick's command line: `check` and `run` measure; `show`, `lookup`, `explain` and `report` tell.
 
 Each verb reads like the story; the rooms below do the work. Heavy libraries are imported by the verb that needs them,
 so that `lookup` answers a deploy script without loading torch.
@@ -10,31 +10,37 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import platformdirs
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from typer.exceptions import TyperException
 
 from profiles import spelling
 from profiles.errors import DraftpickError, InputError, NotMeasuredError, PolicyError
+from profiles.terms import PLAIN
 from store.book import Book
-from tuner import export
+from store.inventory import inventory, inventory_table
+from tuner import export, flags
 from tuner import policy as policies
 from tuner import report as reports
 from tuner.progress import StageProgress
 
 if TYPE_CHECKING:
+    from profiles.loading import Bench
+    from store.rehearsal import Loads, Rehearsal
     from store.runs import FinishedRun
+    from tuner.limits import Limits
 
-FAMILY_TARGET = "builtin:target"
 FAMILY_DRAFTS = ["builtin:draft-general", "builtin:draft-code", "builtin:draft-prose", "builtin:draft-deep", "ngram"]
 OBJECTIVES = ("tpot", "throughput")
-EXIT_INTERRUPTED = 130
+EXIT_NOT_PROVEN, EXIT_NOTHING_FEASIBLE, EXIT_INTERRUPTED = 5, 6, 130
 BOOK_NAME = "evidence.db"
 
 app = typer.Typer(
@@ -46,117 +52,117 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
-Target = Annotated[str, typer.Option(help="A directory, a hub id or builtin:target.")]
-Drafts = Annotated[
-    list[str] | None,
-    typer.Option("--draft", help="A directory, a hub id, ngram[:max=4,min=2] or early-exit:LAYERS; may be repeated."),
-]
-Lengths = Annotated[str, typer.Option(help="Speculation lengths: 1-8, 1,2,4 or 3.")]
-BatchSizes = Annotated[
-    list[int] | None, typer.Option("--batch-size", help="Sequences decoded together; this engine allows 1.")
-]
-Contexts = Annotated[
-    list[int] | None,
-    typer.Option("--context", help="Most tokens of prompt and output; default: what the prompts need. Repeatable."),
-]
-Prompts = Annotated[
-    list[str] | None, typer.Option("--prompts", help="A .jsonl, .json or .txt file, or builtin:NAME; may be repeated.")
-]
-Temperature = Annotated[float, typer.Option(help="0 decodes greedily.")]
-TopP = Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")]
-TopK = Annotated[int, typer.Option(help="Sample among the k most likely tokens; 0 is off.")]
-DType = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Output tokens per prompt at most.")]
-Store = Annotated[
-    Path | None,
-    typer.Option("--store", help="Folder of the store; default: $DRAFTPICK_STORE, else the user's data folder."),
-]
-Objective = Annotated[str, typer.Option(help="tpot or throughput; at batch 1 they agree.")]
-Budget = Annotated[float | None, typer.Option(help="Seconds after which no new measurement is started.")]
-Seed = Annotated[int, typer.Option(help="Of sampling and of the order of runs.")]
-JsonOnly = Annotated[bool, typer.Option("--json", help="Print nothing but one JSON document on stdout.")]
-TunedTarget = Annotated[str | None, typer.Option("--target", help="Name or digest of a tuned target; default: last.")]
-
-
-@app.command()
-def run(
-    target: Target = FAMILY_TARGET,
-    draft: Drafts = None,
-    lengths: Lengths = "1-8",
-    batch_size: BatchSizes = None,
-    context: Contexts = None,
-    prompts: Prompts = None,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    dtype: DType = None,
-    device: Device = None,
-    max_new_tokens: MaxNewTokens = 64,
-    store: Store = None,
-    objective: Objective = "tpot",
-    budget: Budget = None,
-    seed: Seed = 0,
-    json_only: JsonOnly = False,
-) -> None:
+@app.command("run")
+@flags.of_record(flags.RunFlags)
+def run(asked: flags.RunFlags) -> int:
     """Measure every draft at every length, choose, prove the choice, and write the policy."""
-    out_of_time = _deadline(budget)
-    _check_objective(objective)
-    specs = [spelling.parse_draft(text) for text in draft or (FAMILY_DRAFTS if target == FAMILY_TARGET else ["ngram"])]
-    asked_lengths = spelling.parse_lengths(lengths)
-    folder = _store_folder(store)
-    with Book.open(folder / BOOK_NAME) as book:
-        with err.status("loading"):
-            from profiles import loading
-            from store import runs
+    out_of_time = _deadline(asked.budget)
+    since_s = None if asked.max_age is None else spelling.parse_age(asked.max_age)
+    limits = _limits(asked)
+    path = _store_folder(asked.store) / BOOK_NAME
+    with err.status("loading"):
+        from store import rehearsal, runs
+        from tuner.tuning import Options, Watch
 
-            shelf = runs.Shelf.of(book)
-            question = loading.Question(
-                lengths=asked_lengths,
-                batch_sizes=tuple(dict.fromkeys(batch_size or [1])),
-                contexts=tuple(dict.fromkeys(context or [])),
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                seed=seed,
-            )
-            bench = loading.load(target, specs, dtype, device, max(question.contexts, default=question.max_new_tokens))
-            loads, warnings = loading.workloads(bench, question, prompts or ["builtin:all"])
-        _say(f"target {target} on {bench.engine.environment.device}; store {folder}", *warnings)
-        with StageProgress(err) as progress:
-            done = runs.tune(bench.engine, loads, shelf, question.lengths, (progress.update, out_of_time))
-    document = reports.document(done.policy, cost=done.cost, store=str(folder), policy_path=str(done.policy_path))
-    if not json_only:
+        if not asked.dry_run:
+            with Book.open(path) as book:  # a store that cannot be used is told before models are loaded
+                runs.Shelf.of(book)
+        bench, loads, warnings = _load(asked)
+    _say(f"target {asked.target} on {bench.engine.environment.device}; store {path.parent}", *warnings)
+    _say(*(f"left out: {one.name}: {one.detail}" for one in bench.refused))
+    lengths = spelling.parse_lengths(asked.lengths)
+    options = Options(lengths=lengths, limits=limits, needed_bytes=bench.needed_bytes, refused=bench.refused)
+    if asked.dry_run:
+        since = runs.utc_ago(since_s)
+        return _print_rehearsal(rehearsal.rehearse(bench.engine, loads, path, options, since), asked.json_only)
+    with Book.open(path) as book, StageProgress(err) as progress:
+        watch = Watch(progress=progress.update, out_of_time=out_of_time, show=progress.standings)
+        done = runs.tune(bench.engine, loads, runs.Shelf.of(book, runs.utc_ago(since_s)), options, watch)
+    document = reports.document(done.policy, cost=done.cost, store=str(path.parent), policy_path=str(done.policy_path))
+    if not asked.json_only:
         _print_outcome(done)
-    _print_json(document)
+    _print_json({**document, "left_out": [asdict(one) for one in done.left_out]})
+    return _exit_code(done)
+
+
+def _specs(target: str, drafts: list[str] | None) -> list[spelling.DraftSpec]:
+    """What was asked for, or the drafts that ship with the target that ships, or prompt look-up."""
+    default = FAMILY_DRAFTS if target == flags.FAMILY_TARGET else ["ngram"]
+    return [spelling.parse_draft(text) for text in drafts or default]
+
+
+def _load(asked: flags.RunFlags) -> "tuple[Bench, Loads, list[str]]":
+    """Everything that is refused is refused here, before anything is measured."""
+    from profiles import loading
+
+    specs = _specs(asked.target, asked.draft)
+    question = loading.Question(
+        lengths=spelling.parse_lengths(asked.lengths),
+        batch_sizes=tuple(dict.fromkeys(asked.batch_size or [1])),
+        contexts=tuple(dict.fromkeys(asked.context or [])),
+        max_new_tokens=asked.max_new_tokens,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=asked.top_k,
+        seed=asked.seed,
+    )
+    num_tokens = max(question.contexts, default=question.max_new_tokens)
+    bench = loading.load(asked.target, specs, asked.dtype, asked.device, num_tokens)
+    loads, warnings = loading.workloads(bench, question, asked.prompts or ["builtin:all"], asked.domain)
+    notes = [loaded.note for loaded in bench.loaded if loaded.note is not None]
+    return bench, loads, [*notes, *warnings]
 
 
 @app.command()
-def show(store: Store = None) -> None:
-    """Tell what the store holds: evidence per target, how much and how old, and the latest policy."""
+def check(
+    target: flags.Target = flags.FAMILY_TARGET,
+    draft: flags.Drafts = None,
+    batch_size: flags.AskedBatch = 1,
+    context: flags.AskedContext = None,
+    prompts: flags.Prompts = None,
+    dtype: flags.DType = None,
+    device: flags.Device = None,
+    json_only: flags.JsonOnly = False,
+) -> int:
+    """Tell in seconds whether drafts fit a target: tokens, positions, memory, and a first look at acceptance."""
+    specs = _specs(target, draft)
+    with err.status("loading"):
+        from profiles import check as checks
+        from profiles import prompts as files
+        from tuner.check_table import check_table
+
+        shape = checks.Shape(batch_size=batch_size, context_length=context, dtype=dtype, device=device)
+        requests = [request for source in prompts or [] for request in files.read(source)]
+        found = checks.check(target, specs, shape, requests)
+    if not json_only:
+        out.print(check_table(found))
+    _print_json(asdict(found))
+    return InputError.exit_code if any(one.problem is not None for one in found.drafts) else 0
+
+
+@app.command()
+def show(store: flags.Store = None) -> None:
+    """Tell what the store knows, how old it is and from which machine, and the latest policy."""
     with Book.open(_existing_store(store)) as book:
-        title = Text(f"store {book.path.parent}")
-        table = Table("target", "kind", "rows", "newest (UTC)", title=title, title_justify="left")
-        for count in book.counts():
-            table.add_row(Text(count.target), count.table.replace("_", " "), str(count.rows), count.newest[:19])
+        entries = inventory(book)
         text = book.latest_policy()
         policy = None if text is None else _read_policy(book, text)
-    out.print(table)
+    _say_out(f"store {book.path.parent}")
+    out.print(inventory_table(entries, datetime.now(UTC)))
     if policy is not None:
         out.print(reports.table(policy))
 
 
 @app.command()
 def lookup(
-    target: TunedTarget = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
-    context: Annotated[int | None, typer.Option(help="Tokens of prompt and output; default: not known.")] = None,
-    domain: Annotated[str | None, typer.Option(help="Domain of the prompts; default: all mixed.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Default: the one that was tuned last.")] = None,
+    target: flags.TunedTarget = None,
+    batch_size: flags.AskedBatch = 1,
+    context: flags.AskedContext = None,
+    domain: flags.AskedDomain = None,
+    temperature: flags.AskedTemperature = None,
     form: Annotated[str | None, typer.Option("--format", help="json or transformers: what an engine takes.")] = None,
-    store: Store = None,
-    json_only: JsonOnly = False,
+    store: flags.Store = None,
+    json_only: flags.JsonOnly = False,
 ) -> None:
     """Answer which setup to use, from the latest policy; loads no torch."""
     if form is not None and form not in export.FORMS:
@@ -164,16 +170,16 @@ def lookup(
     path = _existing_store(store)
     with Book.open(path) as book:
         policy = _find_policy(book, target)
-        cost = book.latest_outcome(policy.target).get("cost", {})
+        outcome = book.latest_outcome(policy.target)
     asked = policy.headline.temperature if temperature is None else temperature
     answer = policy.look_up(batch_size=batch_size, context_length=context, domain=domain, temperature=asked)
     if json_only:
         policy_path = str(path.with_name(policy.file_name))
+        cost, left_out = outcome.get("cost", {}), outcome.get("left_out", [])
         document = reports.document(policy, cost=cost, store=str(path.parent), policy_path=policy_path)
-        _print_json({**document, "answer": reports.answer(answer)})
+        _print_json({**document, "left_out": left_out, "answer": reports.answer(answer)})
     elif form is None:
-        out.print(f"{answer.choice.setup.name}: {answer.rule}", markup=False, soft_wrap=True)
-        out.print(answer.choice.reason, markup=False, soft_wrap=True)
+        _say_out(f"{answer.choice.setup.name}: {answer.rule}", answer.choice.reason)
     else:
         made = export.emit(answer.choice, target=policy.target, form=form)
         if made.note:
@@ -182,25 +188,81 @@ def lookup(
 
 
 @app.command()
-def report(
-    out_path: Annotated[Path, typer.Option("--out", help="The picture to write, .png or .svg.")],
-    target: TunedTarget = None,
-    store: Store = None,
+def explain(
+    target: flags.TunedTarget = None,
+    batch_size: flags.AskedBatch = 1,
+    context: flags.AskedContext = None,
+    domain: flags.AskedDomain = None,
+    temperature: flags.AskedTemperature = None,
+    instead: Annotated[str | None, typer.Option(help="A setup as tables name it: why it was not chosen.")] = None,
+    store: flags.Store = None,
+    json_only: flags.JsonOnly = False,
 ) -> None:
-    """Draw output tokens per second of every setup beside plain decoding, from the latest run."""
+    """Say why this setup and not that one: where a round's time goes, and what drafting must yield to pay."""
+    from tuner import explain as explains
+
     with Book.open(_existing_store(store)) as book:
         policy = _find_policy(book, target)
-        rows = [reports.ChartRow.from_json(row) for row in book.latest_outcome(policy.target).get("chart", [])]
-    if not rows:
-        raise NotMeasuredError(f"no finished run of {policy.target.name} is in the store: run `tune.py run` first")
-    subtitle = f"{policy.environment.device}, batch {policy.headline.batch_size}, prompts of all domains"
-    reports.bar_chart(rows, out_path, title=f"{policy.target.name}: output tokens per second", subtitle=subtitle)
+        dossier = _dossier(book, policy)
+    asked = policy.headline.temperature if temperature is None else temperature
+    answer = policy.look_up(batch_size=batch_size, context_length=context, domain=domain, temperature=asked)
+    figures = [anchor for anchor in dossier.anchors if anchor.choice.anchor == answer.choice.anchor]
+    if not figures:
+        raise NotMeasuredError(f"the last run did not decide this: {answer.rule}; run `tune.py run` for it")
+    found = explains.explain(explains.facts_of(figures[0]), instead)
+    if not json_only:
+        _say_out(*explains.sentences(found))
+        out.print(explains.comparison(found.accounts))
+    _print_json(found.to_json())
+
+
+@app.command()
+def report(
+    out_path: Annotated[Path, typer.Option("--out", help="The page (.html) or picture (.png, .svg) to write.")],
+    target: flags.TunedTarget = None,
+    store: flags.Store = None,
+) -> None:
+    """Draw the latest run: a page with everything, or the chart of output tokens per second as a picture."""
+    from tuner.report import page
+
+    suffixes = (*page.SUFFIXES, ".png", ".svg")
+    if out_path.suffix.lower() not in suffixes:
+        raise InputError(f"report {out_path}: the suffixes {', '.join(suffixes)} are allowed")
+    with Book.open(_existing_store(store)) as book:
+        dossier = _dossier(book, _find_policy(book, target))
+    write = page.write_page if out_path.suffix.lower() in page.SUFFIXES else page.write_picture
+    write(dossier, out_path)
     _say(f"wrote {out_path}")
 
 
-def _check_objective(objective: str) -> None:
-    if objective not in OBJECTIVES:
-        raise InputError(f"objective {objective!r}: allowed are {', '.join(OBJECTIVES)}")
+def _dossier(book: Book, policy: policies.Policy) -> reports.Dossier:
+    """What the target's last finished run left to be shown."""
+    raw = book.latest_outcome(policy.target).get("dossier")
+    if raw is None:
+        raise NotMeasuredError(f"no finished run of {policy.target.name} is in the store: run `tune.py run` first")
+    dossier = reports.Dossier.from_json(raw)
+    if not any(anchor.candidates for anchor in dossier.anchors):
+        raise NotMeasuredError(
+            f"the last run of {policy.target.name} ended before a forecast: run it again, for longer"
+        )
+    return dossier
+
+
+def _limits(asked: flags.RunFlags) -> "Limits":
+    """Raises InputError: a limit not above 0, or another objective than those that are known."""
+    from tuner.limits import Limits
+
+    if asked.objective not in OBJECTIVES:
+        raise InputError(f"objective {asked.objective!r}: allowed are {', '.join(OBJECTIVES)}")
+    for name in ("max_memory", "max_ttft", "max_p95_tpot"):
+        value = getattr(asked, name)
+        if value is not None and not (math.isfinite(value) and value > 0.0):
+            raise InputError(f"{name.replace('_', '-')} {value:g}: more than 0 is needed")
+    return Limits(
+        max_memory_bytes=None if asked.max_memory is None else asked.max_memory * 2**30,
+        max_ttft_s=None if asked.max_ttft is None else asked.max_ttft / 1e3,
+        max_p95_tpot_s=None if asked.max_p95_tpot is None else asked.max_p95_tpot / 1e3,
+    )
 
 
 def _deadline(budget: float | None) -> Callable[[], bool]:
@@ -214,8 +276,8 @@ def _deadline(budget: float | None) -> Callable[[], bool]:
 def _print_outcome(done: "FinishedRun") -> None:
     """The table, what was left out and why, and what it cost."""
     out.print(reports.table(done.policy))
-    for failed in done.outcome.infeasible:
-        out.print(f"left out: {failed.setup.name}: {failed.detail}", markup=False, soft_wrap=True)
+    _say_out(*(f"infeasible: {one.name} ({one.reason}): {one.detail}" for one in done.left_out))
+    _say_out(*(f"{anchor.domain}: {anchor.stopped}" for anchor in done.outcome.anchors if anchor.stopped))
     measured = [choice.measured for choice in done.outcome.choices if choice.measured is not None]
     grid = done.outcome.grid_seconds_estimate
     text = f"measured {done.cost['measured_seconds']:.0f} s, reused {done.cost['reused_units']} known units"
@@ -227,7 +289,26 @@ def _print_outcome(done: "FinishedRun") -> None:
     noises = [f"{anchor.race.noise:+.1%}" for anchor in done.outcome.anchors if anchor.race and anchor.race.noise]
     if noises:
         out.print(f"plain against plain, the races' noise floor: {', '.join(noises)}")
-    out.print(f"policy: {done.policy_path}", markup=False, soft_wrap=True)
+    _say_out(f"policy: {done.policy_path}")
+
+
+def _print_rehearsal(found: "Rehearsal", json_only: bool) -> int:
+    """What a run would measure; nothing was."""
+    if not json_only:
+        table = Table("stage", "units to measure", box=SIMPLE_HEAD)
+        for stage, count in found.new_units.items():
+            table.add_row(stage, str(count))
+        out.print(table)
+        out.print(f"{found.known_units} units are known; measuring the rest takes about {found.seconds:.0f} s")
+    _print_json(asdict(found))
+    return 0
+
+
+def _exit_code(done: "FinishedRun") -> int:
+    """0: something was proven. 5: nothing was, so the choice is plain decoding. 6: nothing is within the limits."""
+    if any(choice.proven for choice in done.outcome.choices):
+        return 0
+    return EXIT_NOTHING_FEASIBLE if done.outcome.anchors[0].ruled_out(PLAIN) else EXIT_NOT_PROVEN
 
 
 def _print_json(document: dict[str, Any]) -> None:
@@ -259,6 +340,11 @@ def _read_policy(book: Book, text: str) -> policies.Policy:
         return policies.from_json(text)
     except PolicyError as error:
         raise PolicyError(f"the policy in store {book.path}: {error}") from error
+
+
+def _say_out(*lines: str) -> None:
+    for line in lines:
+        out.print(line, markup=False, soft_wrap=True)
 
 
 def _say(*lines: str) -> None:

@@ -4,15 +4,19 @@ Loads target and drafts, checks that they fit each other, the device and the ask
 Knows nothing of what will be measured.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from profiles import environment, models, prompts
+import torch
+
+from profiles import environment, memory, models, prompts
 from profiles.drafting import DraftSource
 from profiles.engine import TorchEngine
-from profiles.errors import InputError, ModelError
-from profiles.spelling import DraftSpec
-from profiles.terms import DTYPES, Draft, Prompt, Workload
+from profiles.errors import InputError, ModelError, OutOfMemoryError
+from profiles.memory import Footprint, cached_values_per_token
+from profiles.sources import find
+from profiles.spelling import DraftSpec, Refused
+from profiles.terms import DTYPES, Draft, Prompt, Setup, Workload
 
 CONTEXT_STEP = 64  # a context that follows from the prompts is rounded up to a multiple of this
 
@@ -54,39 +58,63 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
-    """An engine and the models it runs, the target first."""
+    """An engine and the models it runs, the target first; what each draft adds to memory; drafts that were refused."""
 
     engine: TorchEngine
     loaded: tuple[models.Loaded, ...]
+    footprints: Mapping[Draft | None, Footprint]
+    refused: tuple[Refused, ...] = ()
+
+    def needed_bytes(self, setup: Setup, workload: Workload) -> int:
+        """Weights and full caches of the target and the setup's draft, in bytes; activations come on top."""
+        num_tokens = workload.batch_size * workload.context_length
+        return sum(self.footprints[part].total_bytes(num_tokens) for part in {None, setup.draft})
 
 
 def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str | None, num_tokens: int = 0) -> Bench:
     """The engine over a target and its drafts; `dtype` None is float32 on a CPU and bfloat16 on a GPU.
 
-    `num_tokens`: cached tokens that must fit in memory beside the weights.
+    `num_tokens`: cached tokens that must fit in memory beside the weights. A draft that cannot be used is refused and
+    the others go on.
 
-    Raises: InputError: an unknown device or dtype. ModelError: a model that cannot be loaded or does not fit in
-    memory. PairError: a draft that cannot serve the target.
+    Raises: InputError: an unknown device or dtype. ModelError: the target cannot be loaded or does not fit in memory.
+    The first draft's error, when there are drafts and none can be used.
     """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
     place = environment.pick_device(device)
     chosen = dtype or ("float32" if place == "cpu" else "bfloat16")
-    names = list(dict.fromkeys([target, *(spec.path for spec in specs if spec.path is not None)]))
-    models.check_memory(names, dtype=chosen, device=place, num_tokens=num_tokens)
-    by_name = {name: models.load(name, dtype=chosen, device=place) for name in names}
+    memory.check_memory([target], dtype=chosen, device=place, num_tokens=num_tokens)
+    by_name = {target: models.load(target, dtype=chosen, device=place)}
     sources: dict[str, DraftSource] = {}
+    errors: dict[str, ModelError | OutOfMemoryError] = {}
     for spec in specs:
-        source = _source(spec, by_name, by_name[target])
-        sources.setdefault(source.draft.digest, source)
-    loaded = tuple(by_name.values())
-    return Bench(engine=TorchEngine(by_name[target], tuple(sources.values()), place), loaded=loaded)
+        try:
+            if spec.path is not None and spec.path not in by_name:
+                memory.check_memory([spec.path], dtype=chosen, device=place, num_tokens=num_tokens)
+                loaded = models.load(spec.path, dtype=chosen, device=place)
+                models.check_pair(by_name[target], loaded)
+                by_name[spec.path] = loaded
+            source = _source(spec, by_name, by_name[target])
+            sources.setdefault(source.draft.digest, source)
+        except (ModelError, OutOfMemoryError) as error:
+            errors[spec.name] = error
+    if errors and not sources:
+        raise next(iter(errors.values()))
+    refused = [Refused(name=name, reason=type(error).__name__, detail=str(error)) for name, error in errors.items()]
+    prints: dict[Draft | None, Footprint] = {None: memory.footprint(find(target), chosen)}
+    prints |= {source.draft: _footprint(source, by_name[target]) for source in sources.values()}
+    return Bench(
+        engine=TorchEngine(by_name[target], tuple(sources.values()), place),
+        loaded=tuple(by_name.values()),
+        footprints=prints,
+        refused=tuple(refused),
+    )
 
 
 def _source(spec: DraftSpec, by_name: dict[str, models.Loaded], target: models.Loaded) -> DraftSource:
     if spec.path is not None:
         loaded = by_name[spec.path]
-        models.check_pair(target, loaded)
         return DraftSource(draft=Draft(kind="model", model=loaded.record), model=loaded.model)
     if spec.num_layers is not None:
         draft = Draft(kind="early_exit", num_layers=spec.num_layers)
@@ -94,16 +122,26 @@ def _source(spec: DraftSpec, by_name: dict[str, models.Loaded], target: models.L
     return DraftSource(draft=Draft(kind="ngram", max_match=spec.max_match, min_match=spec.min_match), model=None)
 
 
+def _footprint(source: DraftSource, target: models.Loaded) -> Footprint:
+    """What a draft adds: an early exit has the target's weights, a look-up next to nothing."""
+    if source.model is None:
+        return Footprint(weight_bytes=0, cache_bytes_per_token=0)
+    size = getattr(torch, target.record.dtype).itemsize
+    shares_weights = not source.draft.has_weights or source.model is target.model
+    own = 0 if shares_weights else sum(parameter.numel() for parameter in source.model.parameters())
+    return Footprint(weight_bytes=size * own, cache_bytes_per_token=size * cached_values_per_token(source.model.config))
+
+
 def workloads(
-    bench: Bench, question: Question, sources: Sequence[str]
+    bench: Bench, question: Question, sources: Sequence[str], domain: str | None = None
 ) -> tuple[list[tuple[Workload, tuple[Prompt, ...]]], list[str]]:
-    """Every context as a workload with its prompts, and warnings about the prompts.
+    """Every context as a workload with its prompts, and warnings about the prompts; `domain` labels them all.
 
     Prompts are cut to what the context leaves beside the new tokens; a context they do not fill shrinks to what they
     do, so that no row claims a length that was never run. Raises ModelError when a model has no room for
     a context and the longest speculation length, PromptError for prompts that cannot be used.
     """
-    requests = [request for source in sources for request in prompts.read(source)]
+    requests = [request for source in sources for request in prompts.read(source, domain=domain)]
     target, longest = bench.loaded[0], max(question.lengths)
     room = min(loaded.max_positions for loaded in bench.loaded) - longest
     loads: dict[int, tuple[Prompt, ...]] = {}

@@ -9,6 +9,7 @@ from profiles.errors import InputError
 from profiles.terms import Draft, DraftKind
 
 MAX_LENGTH = 64
+AGE_UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 NGRAM_DEFAULTS = {"max": 4, "min": 2}  # tokens
 
 
@@ -25,6 +26,32 @@ class DraftSpec:
     max_match: int | None = None
     min_match: int | None = None
     num_layers: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The spelling, as `Draft.name` gives it."""
+        if self.path is not None:
+            return self.path
+        if self.num_layers is not None:
+            return f"early-exit:{self.num_layers}"
+        return f"ngram:max={self.max_match},min={self.min_match}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """A draft that was named but cannot be used, and why."""
+
+    name: str
+    reason: str
+    detail: str
+
+
+def parse_age(text: str) -> float:
+    """Seconds from `90s`, `30m`, `12h` or `7d`. Raises InputError."""
+    number, unit = text[:-1], text[-1:]
+    if unit not in AGE_UNITS_S or not number.isdecimal() or int(number) == 0:
+        raise InputError(f"age {text!r}: allowed are whole numbers above 0 with s, m, h or d behind them, like 12h")
+    return int(number) * AGE_UNITS_S[unit]
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:

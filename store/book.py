@@ -10,14 +10,14 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import sqlalchemy
-from sqlalchemy import Connection, Engine, Table, func, literal, select, update
+from sqlalchemy import Connection, Engine, Table, literal, select, update
 from sqlalchemy.dialects.sqlite import insert
 
 from profiles.errors import StoreError
@@ -61,18 +61,6 @@ class Scope:
     target: Model
     environment: Environment
     workload: Workload
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Count:
-    """Rows of one table about one target; `newest` is the UTC time of the last one."""
-
-    target: str
-    target_digest: str
-    dtype: str
-    table: str
-    rows: int
-    newest: str
 
 
 class Book:
@@ -136,9 +124,13 @@ class Book:
         self._save(scope, table, key, [{**plain(acceptance), "draft_name": draft.name}])
 
     def find_step_times(
-        self, scope: Scope, drafts: tuple[Draft, ...], context_length: int, max_length: int
+        self, scope: Scope, drafts: tuple[Draft, ...], shape: tuple[int, int], since: str = ""
     ) -> dict[str, StepTimes] | None:
-        """The newest sweep with the target at widths 1..max_length+1 and every draft; undisturbed ones go first."""
+        """The newest sweep for `shape`, (cached tokens, longest length), with every draft; undisturbed ones go first.
+
+        `since`: only what was measured at that UTC time or later; so too in `find_samples`.
+        """
+        context_length, max_length = shape
         key = {
             "target_key": scope.target.run_digest,
             "environment_digest": scope.environment.digest,
@@ -146,7 +138,7 @@ class Book:
             "context_length": context_length,
         }
         sweeps: dict[str, dict[str, StepTimes]] = {}
-        for sweep, measured_length, times in self._records(tables.step_times, key, tables.sweep_record):
+        for sweep, measured_length, times in self._records(tables.step_times, key, tables.sweep_record, since):
             if measured_length >= max_length:
                 sweeps.setdefault(sweep, {})[times.part_digest] = times
         complete = [sweep for sweep in sweeps.values() if covers(sweep, scope.target, drafts, max_length)]
@@ -169,10 +161,10 @@ class Book:
         self._save(scope, tables.step_times, {"sweep": uuid.uuid4().hex}, rows)
 
     def find_samples(
-        self, scope: Scope, prompt: Prompt, setups: tuple[Setup, ...], occasion: str
+        self, scope: Scope, prompt: Prompt, setups: tuple[Setup, ...], occasion: str, since: str = ""
     ) -> tuple[Sample, ...] | None:
         unit = _unit_key(scope, prompt, setups, occasion)
-        return tuple(self._records(tables.samples, unit, tables.sample_record)) or None
+        return tuple(self._records(tables.samples, unit, tables.sample_record, since)) or None
 
     def save_samples(
         self, scope: Scope, prompt: Prompt, setups: tuple[Setup, ...], occasion: str, samples: tuple[Sample, ...]
@@ -236,20 +228,11 @@ class Book:
         with self._transaction("read") as connection:
             return connection.scalar(query.order_by(runs.id.desc()).limit(1)) or {}
 
-    def counts(self) -> tuple[Count, ...]:
-        """Rows of every table about every target; a table without a row about a target is left out."""
-        found: list[Count] = []
-        with self._transaction("read") as connection:
-            for table in tables.ABOUT_TARGETS:
-                newest = func.max(table.c[tables.time_name(table.name)])
-                model = tables.models.c
-                about = model.name.label("target"), model.digest.label("target_digest"), model.dtype
-                query = select(*about, func.count().label("rows"), newest.label("newest"))
-                rows = connection.execute(query.join_from(table, tables.models).group_by(model.key))
-                found += [Count(table=table.name, **row) for row in rows.mappings()]
-        return tuple(sorted(found, key=lambda count: (count.target, count.target_digest, count.dtype)))
-
     # --- the one way in and out ---
+
+    def reading(self) -> AbstractContextManager[Connection]:
+        """A transaction that only reads, for queries that other modules of the store bring along."""
+        return self._transaction("read")
 
     @contextmanager
     def _transaction(self, purpose: Literal["read", "write"]) -> Iterator[Connection]:
@@ -269,10 +252,10 @@ class Book:
             reason = str(error).splitlines()[0]
             raise StoreError(f"store {self.path}: a row cannot be read or written: {reason}") from error
 
-    def _records(self, table: Table, key: Row, record: Callable[[Row], Record]) -> list[Record]:
+    def _records(self, table: Table, key: Row, record: Callable[[Row], Record], since: str = "") -> list[Record]:
         """The rows with this key as records, oldest first."""
         with self._transaction("read") as connection:
-            return [record(row) for row in _find(connection, table, key)]
+            return [record(row) for row in _find(connection, table, key) if row["measured_at"] >= since]
 
     def _save(
         self, scope: Scope, table: Table, key: Row, records: list[dict[str, Any]], *, first_answers: bool = False

@@ -4,6 +4,7 @@ An interrupted run resumes where it stopped, and a second run pays only for what
 wrapped engine measures, nor why it is asked.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -34,15 +35,17 @@ class Remember:
     """Fits `Engine`. An `EngineError` is kept as an `Infeasible` row, never as a number, and raised again.
 
     Timings that other programs disturbed are measured again, but not by the object that measured them: a run that asks
-    twice gets one answer. `measured_seconds` is the time spent in the wrapped engine, failures included.
+    twice gets one answer. Timings from before `since` (UTC) do not answer; traces are pinned by their digests and do
+    not age. `measured_seconds` is the time spent in the wrapped engine, failures included.
     """
 
-    def __init__(self, engine: Engine, book: Book) -> None:
+    def __init__(self, engine: Engine, book: Book, since: str = "") -> None:
         self.environment = engine.environment
         self.target = engine.target
         self.drafts = engine.drafts
         self._engine = engine
         self._book = book
+        self._since = since
         self._timed_here: set[tuple[object, ...]] = set()
         self.measured_units = 0
         self.measured_seconds = 0.0
@@ -74,7 +77,7 @@ class Remember:
 
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
         scope, point = self._scope(workload), (workload.batch_size, context_length)
-        found = self._book.find_step_times(scope, self.drafts, context_length, max_length)
+        found = self._book.find_step_times(scope, self.drafts, (context_length, max_length), self._since)
         if found is not None and (point in self._timed_here or not _disturbed(found.values())):
             return self._reused(found)
         unit = f"step times at batch {workload.batch_size}, context {context_length}"
@@ -105,19 +108,21 @@ class Remember:
     def _recall(
         self, scope: Scope, prompt: Prompt, setups: tuple[Setup, ...], occasion: str
     ) -> tuple[tuple[Sample, ...], str | None]:
-        """The latest stored runs of a unit, and the occasion to repeat them under; None when they answer for good.
+        """The stored runs that answer for a unit, and the occasion to repeat them under; None when they do for good.
 
-        Nothing is stored after an undisturbed repeat, so the latest are the undisturbed ones if there are any.
+        A repeat is stored under an occasion of its own. Of those young enough the latest undisturbed answers, else
+        the latest; a unit that was disturbed four times is not tried again.
         """
-        known: tuple[Sample, ...] = ()
-        for name in (occasion, *(f"{occasion}, again {number}" for number in range(1, MAX_REPEATS + 1))):
-            found = self._book.find_samples(scope, prompt, setups, name)
-            if found is None:
-                return known, name
-            known = found
-            if not _disturbed(known):
+        young: list[tuple[Sample, ...]] = []
+        for number in itertools.count():
+            name = occasion if number == 0 else f"{occasion}, again {number}"
+            if self._book.find_samples(scope, prompt, setups, name) is None:
                 break
-        return known, None
+            found = self._book.find_samples(scope, prompt, setups, name, self._since)
+            young += [] if found is None else [found]
+        quiet = [samples for samples in young if not _disturbed(samples)]
+        answer = (quiet or young or [()])[-1]
+        return answer, None if quiet or len(young) > MAX_REPEATS else name
 
     def _scope(self, workload: Workload) -> Scope:
         return Scope(target=self.target, environment=self.environment, workload=workload)

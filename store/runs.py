@@ -4,45 +4,50 @@ Joins the remembering engine, the tuner and the book; how any of them works it m
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from profiles.errors import RunInterruptedError
-from profiles.terms import PLAIN, Engine, Prompt, Workload
+from profiles.spelling import Refused
+from profiles.terms import Engine, Prompt, Workload
 from store.book import Book, Scope
 from store.remember import Remember
 from tuner import policy as policies
 from tuner import search
-from tuner.evidence import Progress
-from tuner.report import ChartRow
-from tuner.tuning import Anchor, Options, Outcome, Tuner
+from tuner.report import assemble
+from tuner.tuning import Options, Outcome, Tuner, Watch
 
 OPTUNA_NAME = "optuna.db"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shelf:
-    """An open book and Optuna's studies beside it; policies are kept in the same folder."""
+    """An open book and Optuna's studies beside it; policies are kept in the same folder.
+
+    `since` is the UTC time before which timings are too old to answer; empty: none is.
+    """
 
     book: Book
     studies: search.Storage
+    since: str = ""
 
     @classmethod
-    def of(cls, book: Book) -> "Shelf":
+    def of(cls, book: Book, since: str = "") -> "Shelf":
         """The studies are made where there are none. Raises StoreError when they cannot be opened."""
-        return cls(book=book, studies=search.open_storage(book.path.with_name(OPTUNA_NAME)))
+        return cls(book=book, studies=search.open_storage(book.path.with_name(OPTUNA_NAME)), since=since)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedRun:
-    """What a run decided, where the policy is, and what it cost."""
+    """What a run decided, where the policy is, what was left out and why, and what it cost."""
 
     policy: policies.Policy
     policy_path: Path
     outcome: Outcome
+    left_out: tuple[Refused, ...]
     cost: dict[str, Any]
 
 
@@ -50,19 +55,19 @@ def tune(
     engine: Engine,
     loads: Sequence[tuple[Workload, tuple[Prompt, ...]]],
     shelf: Shelf,
-    lengths: tuple[int, ...],
-    watch: tuple[Progress, Callable[[], bool]],
+    options: Options,
+    watch: Watch,
 ) -> FinishedRun:
-    """Measures or recalls, decides, and keeps the policy; `watch` is (progress, whether the budget has ended).
+    """Measures or recalls, decides, and keeps the policy; timings older than the shelf's `since` are taken again.
 
     Raises: RunInterruptedError: Ctrl-C; what was measured is kept. EngineError: the target itself failed.
     """
     book, folder = shelf.book, shelf.book.path.parent
-    remembering = Remember(engine, book)
+    remembering = Remember(engine, book, shelf.since)
     run_id = book.save_run(Scope(target=engine.target, environment=engine.environment, workload=loads[0][0]))
-    options = Options(lengths=lengths, storage=shelf.studies, run_name=f"run {run_id} of {_utc_now()}")
+    options = replace(options, storage=shelf.studies, run_name=f"run {run_id} of {_utc_now()}")
     with _interruptible(remembering, folder):
-        outcome = Tuner(remembering, options, *watch).tune(loads)
+        outcome = Tuner(remembering, options, watch).tune(loads)
     choices = _joined(book, engine, outcome)
     policy = policies.Policy(created=_utc_now(), target=engine.target, environment=engine.environment, choices=choices)
     path = folder / policy.file_name
@@ -74,9 +79,14 @@ def tune(
         "reused_units": remembering.reused_units,
         "grid_seconds_estimate": outcome.grid_seconds_estimate,
     }
-    rows = [asdict(row) for row in _chart_rows(outcome.anchors[0])]
-    book.finish_run(run_id, {"cost": cost, "chart": rows})
-    return FinishedRun(policy=policy, policy_path=path, outcome=outcome, cost=cost)
+    failed = {
+        (one.setup.name, one.reason): Refused(name=one.setup.name, reason=one.reason, detail=one.detail)
+        for one in outcome.infeasible
+    }
+    left_out = (*options.refused, *failed.values())
+    dossier = assemble.dossier(outcome, policy).to_json()
+    book.finish_run(run_id, {"cost": cost, "left_out": [asdict(one) for one in left_out], "dossier": dossier})
+    return FinishedRun(policy=policy, policy_path=path, outcome=outcome, left_out=left_out, cost=cost)
 
 
 def _joined(book: Book, engine: Engine, outcome: Outcome) -> tuple[policies.Choice, ...]:
@@ -109,20 +119,9 @@ def _interruptible(remembering: Remember, folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _chart_rows(mixed: Anchor) -> list[ChartRow]:
-    """Every candidate of an anchor: its forecast, and what was measured of it."""
-    rows = []
-    for one in mixed.forecasts:
-        measured = mixed.measured_rate(one.setup)
-        speedup = one.speedup.estimate
-        if measured is not None and mixed.measured is not None and one.setup != PLAIN:
-            speedup = mixed.measured.speedup.estimate
-        group = one.setup.draft.name if one.setup.draft else PLAIN.name
-        row = ChartRow(
-            setup_name=one.setup.name, group=group, forecast=one.tok_per_s, measured=measured, speedup=speedup
-        )
-        rows.append(row)
-    return rows
+def utc_ago(age_s: float | None) -> str:
+    """The UTC time that many seconds ago as the store writes it; empty for None."""
+    return "" if age_s is None else (datetime.now(UTC) - timedelta(seconds=age_s)).isoformat()
 
 
 def _utc_now() -> str:

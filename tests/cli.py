@@ -13,6 +13,7 @@ import tune
 from tests.fakes import sql
 
 EVIDENCE = ("target_traces", "acceptance_traces", "lookup_traces", "step_times", "samples", "infeasible")
+DECIDED = (0, 5)  # a run's exit codes when it chose: a proven win, or plain decoding
 WORDS = ("fox", "dog", "river", "stone", "light", "garden", "flower", "evening", "animal", "water")
 
 

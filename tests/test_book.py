@@ -10,7 +10,7 @@ import pytest
 
 from profiles.errors import StoreError
 from profiles.terms import PLAIN, Infeasible, Model, Sample, Setup, Workload
-from store.book import Book, Count, Scope
+from store.book import Book, Scope
 from tests.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts, sql
 
 PROMPT, OTHER = prompts(2)
@@ -79,22 +79,24 @@ class TestEvidence:
         """A sweep is found for its machine, anchor and every length it covers."""
         times = fake.time_steps(GREEDY, 96, 4)
         book.save_step_times(SCOPE, DRAFTS, 4, times)
-        assert book.find_step_times(SCOPE, DRAFTS, 96, 4) == times
-        assert book.find_step_times(SCOPE, (DRAFT_A,), 96, 2) == times
-        assert book.find_step_times(SCOPE, DRAFTS, 96, 5) is None
-        assert book.find_step_times(SCOPE, DRAFTS, 128, 4) is None
-        assert book.find_step_times(ELSEWHERE, DRAFTS, 96, 4) is None
+        assert book.find_step_times(SCOPE, DRAFTS, (96, 4)) == times
+        assert book.find_step_times(SCOPE, (DRAFT_A,), (96, 2)) == times
+        assert book.find_step_times(SCOPE, DRAFTS, (96, 5)) is None
+        assert book.find_step_times(SCOPE, DRAFTS, (128, 4)) is None
+        assert book.find_step_times(ELSEWHERE, DRAFTS, (96, 4)) is None
         two_rows = Workload(batch_size=2, context_length=256, max_new_tokens=64)
-        assert book.find_step_times(Scope(target=TARGET, environment=MACHINE, workload=two_rows), DRAFTS, 96, 4) is None
+        assert (
+            book.find_step_times(Scope(target=TARGET, environment=MACHINE, workload=two_rows), DRAFTS, (96, 4)) is None
+        )
 
     def test_the_newest_complete_sweep_answers(self, book: Book, fake: FakeEngine) -> None:
         """A newer sweep wins as a whole; parts of two sweeps are never mixed."""
         old, new = fake.time_steps(GREEDY, 96, 4), FakeEngine(seed=1).time_steps(GREEDY, 96, 4)
         book.save_step_times(SCOPE, DRAFTS, 4, old)
         book.save_step_times(SCOPE, (DRAFT_A,), 4, {part: new[part] for part in new if part != NGRAM.digest})
-        assert book.find_step_times(SCOPE, DRAFTS, 96, 4) == old
+        assert book.find_step_times(SCOPE, DRAFTS, (96, 4)) == old
         book.save_step_times(SCOPE, DRAFTS, 4, new)
-        assert book.find_step_times(SCOPE, DRAFTS, 96, 4) == new
+        assert book.find_step_times(SCOPE, DRAFTS, (96, 4)) == new
         assert sql(book.path, "SELECT count(DISTINCT sweep), count(*) FROM step_times") == [(3, 8)]
 
     def test_an_undisturbed_sweep_goes_before_newer_ones(self, book: Book, fake: FakeEngine) -> None:
@@ -106,10 +108,10 @@ class TestEvidence:
         ]
         for sweep in disturbed[:2]:
             book.save_step_times(SCOPE, DRAFTS, 4, sweep)
-            assert book.find_step_times(SCOPE, DRAFTS, 96, 4) == sweep
+            assert book.find_step_times(SCOPE, DRAFTS, (96, 4)) == sweep
         for sweep in (quiet, disturbed[2]):
             book.save_step_times(SCOPE, DRAFTS, 4, sweep)
-            assert book.find_step_times(SCOPE, DRAFTS, 96, 4) == quiet
+            assert book.find_step_times(SCOPE, DRAFTS, (96, 4)) == quiet
         assert sql(book.path, "SELECT sum(disturbed), count(*) FROM step_times") == [(3, 12)]
 
     def test_an_incomplete_sweep_is_refused(self, book: Book, fake: FakeEngine) -> None:
@@ -245,15 +247,3 @@ class TestRunsAndPolicies:
         assert book.latest_policy(TARGET.run_digest) == book.latest_policy(environment=ELSEWHERE.environment) == "four"
         assert book.latest_policy(TARGET.run_digest, MACHINE) == "two"
         assert book.latest_policy(second.run_digest, ELSEWHERE.environment) is None
-
-    def test_counts_name_every_table_with_rows(self, book: Book, fake: FakeEngine) -> None:
-        """`show` learns how many rows there are about a target, and from when the newest is."""
-        book.save_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0", samples_of(fake))
-        book.save_policy("{}", TARGET, MACHINE)
-        [(sampled,)] = sql(book.path, "SELECT max(measured_at) FROM samples")
-        [(created,)] = sql(book.path, "SELECT created_at FROM policies")
-        about = {"target": "fake-target", "target_digest": TARGET.digest, "dtype": "float32"}
-        assert book.counts() == (
-            Count(**about, table="samples", rows=2, newest=sampled),
-            Count(**about, table="policies", rows=1, newest=created),
-        )

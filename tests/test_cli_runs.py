@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from profiles.engine import TorchEngine
 from tests import tiny
-from tests.cli import Said, call, database, evidence, small_run, write_prompts
+from tests.cli import DECIDED, Said, call, database, evidence, small_run, write_prompts
 from tests.fakes import sql
 from tuner import policy as policies
 from tuner.selector import Selector
@@ -72,7 +72,7 @@ def won(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     words = small_run(folder, prompts, "--draft", "early-exit:1", "--draft", "early-exit:2", "--lengths", "2-4")
     store = tmp_path_factory.mktemp("store")
     said = call(store, *words)
-    if said.code == 0 and not said.document["proven"]:
+    if said.code == 5:
         pytest.skip(f"this machine was too noisy to prove a win of about 1.5: {said.document['reason']}")
     return Tuned(words=words, store=store, said=said)
 
@@ -80,7 +80,7 @@ def won(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
 class TestARun:
     def test_its_last_line_is_one_document(self, tuned: Tuned) -> None:
         """The run ends well, and a program finds every figure in the last line of stdout."""
-        assert tuned.said.code == 0
+        assert tuned.said.code in DECIDED
         document = tuned.said.document
         assert document.keys() >= KEYS
         assert document["choice"].keys() >= {"draft", "length"}
@@ -106,7 +106,7 @@ class TestARun:
         before = evidence(tuned.store)
         said = call(tuned.store, *tuned.words)
         cost = said.document["cost"]
-        assert said.code == 0
+        assert said.code in DECIDED
         assert cost["measured_units"] == 0
         assert cost["measured_seconds"] == 0.0
         assert cost["reused_units"] == tuned.said.document["cost"]["measured_units"] > UNITS_BEFORE_CALIBRATION
@@ -255,7 +255,7 @@ class TestInterruptions:
     def test_a_spent_budget_ends_well(self, words: list[str], tmp_path: Path) -> None:
         """No unit is begun after the budget: plain decoding, and the reason says why."""
         said = call(tmp_path, *words, "--budget", "0.001")
-        assert said.code == 0
+        assert said.code == 5
         assert said.document["choice"] == {"draft": None, "length": 0}
         assert said.document["reason"] == "Plain decoding: the budget ended before the evidence was complete."
         assert sum(evidence(tmp_path).values()) == 0
@@ -291,7 +291,7 @@ def assert_completes(words: list[str], store: Path, kept: int) -> None:
     """The same command goes on from `kept` units and reaches a decision."""
     said = call(store, *words)
     cost = said.document["cost"]
-    assert said.code == 0
+    assert said.code in DECIDED
     assert cost["reused_units"] == kept
     assert cost["measured_units"] + kept >= UNITS_BEFORE_CALIBRATION + 3
     assert evidence(store)["target_traces"] == NUM_PROMPTS

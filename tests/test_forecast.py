@@ -9,7 +9,7 @@ from profiles.errors import NotMeasuredError
 from profiles.terms import PLAIN, Setup
 from tests.fakes import DRAFT_A, GREEDY, NGRAM, TARGET, FakeEngine, prompts
 from tuner.evidence import Evidence, calibration_lengths, gather, spread_over_domains, typical_context
-from tuner.forecast import Forecaster, count_steps
+from tuner.forecast import Forecaster
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8)
 
@@ -25,25 +25,6 @@ def _quiet() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def evidence() -> Evidence:
     return gather(FakeEngine(), GREEDY, prompts(12), LENGTHS, lambda *_: None)
-
-
-def test_steps_of_a_round_by_hand() -> None:
-    """Three rounds of two proposals and a plain step: verify widths 3 and 1, draft steps 1 and one catch-up of 2."""
-    setup = Setup(draft=DRAFT_A, length=2)
-    steps, host = count_steps(setup, {(2, 2): 1.0, (2, 0): 2.0, (0, 0): 1.0}, 1.0, TARGET.run_digest)
-    assert steps == {
-        (TARGET.run_digest, 3): 3.0,
-        (TARGET.run_digest, 1): 1.0,
-        (DRAFT_A.digest, 1): 5.0,
-        (DRAFT_A.digest, 2): 1.0,
-    }
-    assert host == (4.0, 6.0)
-
-
-def test_lookup_is_asked_once_a_round() -> None:
-    """Also in rounds where it proposes nothing."""
-    steps, _ = count_steps(Setup(draft=NGRAM, length=4), {(3, 1): 2.0, (0, 0): 5.0}, 0.0, TARGET.run_digest)
-    assert steps == {(TARGET.run_digest, 4): 2.0, (TARGET.run_digest, 1): 5.0, (NGRAM.digest, 4): 7.0}
 
 
 def test_plain_is_one_exactly(evidence: Evidence) -> None:

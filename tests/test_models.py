@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, GPTNeoConfig, GPTNeoForCausalLM, MambaConfig
 
-from profiles import models
+from profiles import memory, models, sources
 from profiles.errors import ModelError, OutOfMemoryError, PairError
 from profiles.models import Loaded
 from tests import tiny
@@ -167,7 +167,9 @@ def test_weights_that_the_config_does_not_describe_are_refused(broken: Path) -> 
     change_config(broken, num_hidden_layers=4)
     assert "9 weights are not in its files, first model.layers.3." in refusal(broken)
     change_config(broken, num_hidden_layers=3, intermediate_size=65)
-    refusal(broken)
+    message = refusal(broken)
+    assert "9 weights are of another size than its config.json says, first model.layers.0.mlp.down_proj" in message
+    assert "([32, 64] instead of [32, 65])" in message
 
 
 def test_an_architecture_without_fused_attention_falls_back(tmp_path: Path) -> None:
@@ -202,15 +204,18 @@ def test_a_gpt2_without_tokenizer_is_refused(tiny_folders: dict[str, Path], tmp_
 
 def test_a_model_without_positions_is_refused(tiny_folders: dict[str, Path]) -> None:
     """A config that states no longest context cannot be measured within it."""
-    source = models._find(str(tiny_folders["llama"]), trust_remote_code=False)
+    source = sources.find(str(tiny_folders["llama"]))
     with pytest.raises(ModelError, match="states no max_position_embeddings"):
-        models._max_positions(MambaConfig(), source)
+        sources.max_positions(MambaConfig(), source)
 
 
 @pytest.mark.parametrize("name", ["/nowhere/model", "./model", "~/model"])
 def test_a_missing_directory_is_named(name: str) -> None:
     """What is spelled like a path is never looked up on the hub."""
-    assert "no such directory; allowed are a model directory and a hub id like owner/name" in refusal(name)
+    assert (
+        "no such directory or file; allowed are a model directory, a .gguf file and a hub id like owner/name"
+        in refusal(name)
+    )
 
 
 def test_a_file_is_not_a_model(broken: Path) -> None:
@@ -305,19 +310,19 @@ def test_memory_is_checked_from_the_headers(tiny_folders: dict[str, Path]) -> No
     num_values = sum(tensor.numel() for tensor in load_file(tiny_folders["llama"] / "model.safetensors").values())
     needed = 2 * (num_values + 1000 * 2 * 3 * 2 * 8)
     options = {"dtype": "bfloat16", "device": "cpu", "num_tokens": 1000}
-    models.check_memory([name], **options, num_free_bytes=needed)  # type: ignore[arg-type]
-    models.check_memory([name], **options)  # type: ignore[arg-type]
+    memory.check_memory([name], **options, num_free_bytes=needed)  # type: ignore[arg-type]
+    memory.check_memory([name], **options)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=r"GiB of bfloat16 weights and .* GiB of cache for 1000 tokens; cpu has "):
-        models.check_memory([name], **options, num_free_bytes=needed - 1)  # type: ignore[arg-type]
+        memory.check_memory([name], **options, num_free_bytes=needed - 1)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="GiB free"):
-        models.check_memory([name, name], **options, num_free_bytes=needed)  # type: ignore[arg-type]
+        memory.check_memory([name, name], **options, num_free_bytes=needed)  # type: ignore[arg-type]
 
 
 def test_memory_of_a_broken_model_is_refused(broken: Path) -> None:
     """A truncated header is found before anything is loaded."""
     (broken / "model.safetensors").write_bytes(b"12345")
     with pytest.raises(ModelError, match="SafetensorError"):
-        models.check_memory([str(broken)], dtype="float32", device="cpu", num_tokens=10)
+        memory.check_memory([str(broken)], dtype="float32", device="cpu", num_tokens=10)
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

@@ -1,12 +1,15 @@
 """Reading prompt files, every way they can be wrong, and what a tokenizer makes of them."""
 
+import io
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import jinja2
 import pytest
+from transformers import AutoTokenizer
 
 from profiles import prompts
 from profiles.errors import PromptError
@@ -91,6 +94,74 @@ def test_the_domain_comes_from_caller_row_or_file(tmp_path: Path) -> None:
     source = write(tmp_path / "stem.jsonl", *rows)
     assert [request.domain for request in prompts.read(source)] == ["law", "maths", "stem"]
     assert [request.domain for request in prompts.read(source, domain="all")] == ["all", "all", "all"]
+    assert [request.domain for request in prompts.read(source, domain=" all ")] == ["all", "all", "all"]
+    for empty in ("", "  "):
+        with pytest.raises(PromptError, match=r"^domain '': a name is needed$"):
+            prompts.read(source, domain=empty)
+
+
+# Spec-Bench, questions 375, 239, 455, 117 and 125 (hemingkx/Spec-Bench, Apache-2.0)
+SPEC_BENCH = r"""
+{"question_id": 375, "category": "qa", "turns": ["What is the meaning of cc and bcc?"]}
+{"question_id": 239, "category": "translation", "turns": ["Translate German to English: Lesen auch unbekannte Menschen die E-Mails mit ?"]}
+{"question_id": 455, "category": "math_reasoning", "turns": ["Jack had $100. Sophia gave him 1/5 of her $100. How many dollars does Jack have now?"]}
+{"question_id": 117, "category": "math", "turns": ["How many integers are in the solution of the inequality |x + 5| < 10", "What about |x + 10| < 5"]}
+{"question_id": 125, "category": "coding", "turns": ["Write a function to find the highest common ancestor (not LCA) of two nodes in a binary tree.", "What if it is not a binary tree?"]}
+"""  # noqa: E501
+
+
+def test_spec_bench_is_read_as_it_is_published(tmp_path: Path) -> None:
+    """Of each question the first turn is asked, under its category; the caller's domain goes before it."""
+    path = tmp_path / "question.jsonl"
+    path.write_text(SPEC_BENCH, encoding="utf-8")
+    found = prompts.read(str(path))
+    assert [request.domain for request in found] == ["qa", "translation", "math_reasoning", "math", "coding"]
+    assert found[3].messages == (("user", "How many integers are in the solution of the inequality |x + 5| < 10"),)
+    assert {request.domain for request in prompts.read(str(path), domain="spec")} == {"spec"}
+    assert prompts.tokenize(found, Letters(), 1000)[1] == []
+
+
+def pipe(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+@pytest.mark.parametrize(
+    ("content", "asked"),
+    [
+        (b'\n  {"text": "a", "domain": "law"}\n{"prompt": "b"}\n', [("a", "law"), ((("user", "b"),), "stdin")]),
+        (b'\xef\xbb\xbf{"text": "a"}', [("a", "stdin")]),
+        (b"one\n---\ntwo {\n", [((("user", "one"),), "stdin"), ((("user", "two {"),), "stdin")]),
+        (b'["a"]', [((("user", '["a"]'),), "stdin")]),
+    ],
+)
+def test_a_dash_reads_standard_input(
+    monkeypatch: pytest.MonkeyPatch, content: bytes, asked: list[tuple[object, str]]
+) -> None:
+    """What begins with a brace is JSON lines, everything else is plain text."""
+    pipe(monkeypatch, content)
+    assert [(request.messages, request.domain) for request in prompts.read("-")] == asked
+    pipe(monkeypatch, content)
+    assert {request.domain for request in prompts.read("-", domain="mine")} == {"mine"}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ": it holds no prompts"),
+        (b" \n---\n", ": it holds no prompts"),
+        (b"caf\xe9", " line 1: byte 0xe9 is not UTF-8"),
+        (b'{"text": "a"}\n{"text": 7}', " line 2: field 'text': 7 is not text"),
+        (b"{not JSON}", " line 1: not JSON"),
+        (None, ": it is closed; pipe a file into it or name one"),
+    ],
+)
+def test_unusable_standard_input_is_named(monkeypatch: pytest.MonkeyPatch, content: bytes | None, words: str) -> None:
+    """The message says that it came from standard input, and what is wrong with it."""
+    if content is None:
+        monkeypatch.setattr(sys, "stdin", None)
+    else:
+        pipe(monkeypatch, content)
+    assert refusal("-").startswith("prompts from standard input" + words)
 
 
 def test_json_is_an_array_of_rows(tmp_path: Path) -> None:
@@ -203,7 +274,7 @@ def test_an_unusable_file_is_named(tmp_path: Path, name: str, content: bytes, wo
 
 def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
     """Neither ends in a traceback."""
-    assert "No such file or directory; allowed are readable files and builtin:NAME" in refusal(str(tmp_path / "no"))
+    assert "No such file or directory; allowed are readable files, builtin:NAME and -" in refusal(str(tmp_path / "no"))
     assert "a directory; allowed are files ending in .jsonl, .json, .txt" in refusal(str(tmp_path))
 
 
@@ -232,6 +303,49 @@ def test_repeats_are_dropped_and_counted() -> None:
     found, warnings = prompts.tokenize(requests, Letters(), 2)
     assert [(prompt.domain, text_of(prompt)) for prompt in found] == [("a", "XY")]
     assert warnings[1] == "2 of 3 prompts repeat another one and were dropped"
+
+
+WARNING = (
+    "1 of 2 prompts read like random tokens, of which hardly any comes twice: what drafts reach on them says nothing "
+    "about text"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_random"),
+    [
+        ("".join(random.Random(0).sample([chr(code) for code in range(0x4E00, 0x9000)], 96)), True),
+        ("".join(random.Random(0).sample([chr(code) for code in range(0x4E00, 0x9000)], 95)), False),  # too short
+        ("".join(chr(0x4E00 + code % 94) for code in range(100)), False),  # 6 repeats in 100
+        ("".join(chr(0x4E00 + code % 95) for code in range(100)), True),  # 5 repeats in 100
+        ("".join(map(chr, range(0x4E00, 0x4F00))) + "a" * 1000, True),  # only the first 256 are judged
+        ("the quick brown fox jumps over the lazy dog and then it does the very same once more " * 2, False),
+    ],
+)
+def test_random_tokens_are_warned_of(text: str, is_random: bool) -> None:
+    """A prompt of 96 tokens or more with under 6 % of repeats is counted, with or without a template around it."""
+    other = Request(messages="a", domain="a")
+    for messages in (text, (("user", text),)):
+        _, warnings = prompts.tokenize([Request(messages=messages, domain="a"), other], Letters(), 2000)
+        assert warnings == [WARNING] * is_random
+
+
+def test_the_built_in_prompts_do_not_look_random() -> None:
+    """No false alarm on the 144 prompts that ship, read with the tokenizer that ships."""
+    tokenizer = AutoTokenizer.from_pretrained(prompts.BUILTIN_FOLDER.parent / "target")
+    requests = prompts.read("builtin:all")
+    found, warnings = prompts.tokenize(requests, tokenizer, 1000)
+    assert len(found) == len(requests) == 144
+    assert warnings == []
+
+
+def test_a_set_s_digest_knows_no_order_and_no_domain() -> None:
+    """Only which prompts are in the set counts."""
+    one, two = (Prompt(domain="a", token_ids=(number,)) for number in (1, 2))
+    digest = prompts.set_digest([one, two])
+    assert digest == prompts.set_digest(iter([Prompt(domain="b", token_ids=(2,)), one]))
+    assert digest != prompts.set_digest([one])
+    assert digest == "995fc4700a73c4d7477ccc85d9a97bcb"
 
 
 @pytest.mark.parametrize(

@@ -234,3 +234,20 @@ def test_what_cannot_be_saved_is_not_passed_on(book: Book, monkeypatch: pytest.M
     monkeypatch.setattr(fake, "trace_target", lambda workload, prompt: confused)
     with pytest.raises(StoreError, match="does not answer for target_traces"):
         Remember(fake, book).trace_target(GREEDY, PROMPTS[0])
+
+
+def test_old_timings_are_taken_again_and_traces_are_not(book: Book) -> None:
+    """Only what was timed before `since`; the new ones then answer for everybody."""
+    first = measure_all(Remember(FakeEngine(), book))
+    later = FakeEngine(seed=0)
+    again = Remember(later, book, since="2999-01-01T00:00:00+00:00")
+    measure_all(again)
+    assert later.calls == {"time_steps": 1, "run_together": 3}
+    sql(book.path, "UPDATE samples SET decode_s = decode_s * 2 WHERE occasion LIKE '%again 1'")
+    latest = Remember(FakeEngine(), book)
+    found = measure_all(latest)
+    assert latest.measured_units == 0
+    assert found != first
+    fresh = Remember(FakeEngine(), book, since="2026-01-01T00:00:00+00:00")
+    assert measure_all(fresh) == found
+    assert fresh.measured_units == 0

@@ -11,6 +11,7 @@ from store.book import Book
 from store.runs import FinishedRun, Shelf, tune
 from tests.fakes import DRAFT_A, MACHINE, FakeEngine, prompts
 from tuner import policy as policies
+from tuner.tuning import Options, Watch
 
 PROMPTS = prompts(40)
 GREEDY = Workload(context_length=256, max_new_tokens=64)
@@ -34,7 +35,7 @@ def run(
     """One anchor, on an engine that drafting wins on."""
     engine = engine or FakeEngine(keep=0.95)
     engine.drafts = (DRAFT_A,)
-    return tune(engine, [(workload, PROMPTS)], shelf, lengths, (lambda *_: None, lambda: out_of_time))
+    return tune(engine, [(workload, PROMPTS)], shelf, Options(lengths=lengths), Watch(out_of_time=lambda: out_of_time))
 
 
 def chosen(policy: policies.Policy) -> list[tuple[float, int, int]]:

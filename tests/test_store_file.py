@@ -79,7 +79,7 @@ class TestTheFile:
             for draft in DRAFTS:
                 stored = book.find_acceptance(SCOPE, PROMPT, draft, 4)
                 assert stored == fake.trace_draft(GREEDY, PROMPT, trace, draft, 4)
-            assert book.find_step_times(SCOPE, DRAFTS, 96, 4) == fake.time_steps(GREEDY, 96, 4)
+            assert book.find_step_times(SCOPE, DRAFTS, (96, 4)) == fake.time_steps(GREEDY, 96, 4)
             assert book.find_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0") == fake.run_together(
                 GREEDY, PROMPT, (PLAIN, A4), "proof 0"
             )

@@ -20,6 +20,7 @@ FLOORS = {
     "profiles.terms": 0,
     "profiles.formulas": 1,
     "profiles.keys": 1,
+    "profiles.pairs": 1,
     "profiles.spelling": 1,
     "profiles": 2,
     "tuner": 3,

@@ -7,16 +7,17 @@ from typing import Any
 import optuna
 import pytest
 
-from profiles.errors import BadNumbersError, EngineError
+from profiles.errors import BadNumbersError, EngineError, InputError
 from profiles.terms import PLAIN, Interval, Prompt, Sample, Setup, TargetTrace, Workload
 from store.book import Book
 from store.runs import Shelf, tune
 from tests.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts
 from tuner import proof, search
-from tuner.claims import Forecast, Measured
+from tuner.claims import Forecast, Measured, Standing
+from tuner.limits import Limits
 from tuner.objective import among_equals, finalists
 from tuner.policy import MIXED
-from tuner.tuning import Options, Outcome, Tuner, plan_anchors
+from tuner.tuning import Options, Outcome, Tuner, Watch, plan_anchors
 
 TWO_DOMAINS = (*prompts(48, "code"), *prompts(48, "prose"))
 
@@ -28,8 +29,10 @@ def _engine(**kept: Any) -> FakeEngine:
     return engine
 
 
-def _tune(engine: FakeEngine, load: tuple[Prompt, ...] = TWO_DOMAINS, **limits: object) -> Outcome:
-    return Tuner(engine, Options(lengths=(1, 2, 3, 4)), lambda *_: None, **limits).tune([(GREEDY, load)])  # type: ignore[arg-type]
+def _tune(
+    engine: FakeEngine, load: tuple[Prompt, ...] = TWO_DOMAINS, watch: Watch | None = None, **options: Any
+) -> Outcome:
+    return Tuner(engine, Options(lengths=(1, 2, 3, 4), **options), watch).tune([(GREEDY, load)])
 
 
 def test_a_real_gain_is_proven() -> None:
@@ -72,6 +75,12 @@ def test_race_and_proof_share_no_prompt() -> None:
         assert len(proofs) >= 24
 
 
+def test_a_domain_may_not_be_called_mixed() -> None:
+    """The name stands for all domains together."""
+    with pytest.raises(InputError, match="domain 'mixed'"):
+        plan_anchors(GREEDY, prompts(30, "mixed"))
+
+
 def test_few_prompts_go_to_the_proof() -> None:
     """Under 24 prompts nothing is left to race on."""
     (anchor,) = plan_anchors(GREEDY, prompts(20))
@@ -98,7 +107,7 @@ def test_a_failing_draft_is_left_out_and_the_rest_goes_on() -> None:
 def test_the_budget_ends_between_units() -> None:
     """What was not proven in time is plain decoding, and the reason says so."""
     asked = iter(range(10_000))
-    outcome = _tune(FakeEngine(keep=0.9), out_of_time=lambda: next(asked) > 150)
+    outcome = _tune(FakeEngine(keep=0.9), watch=Watch(out_of_time=lambda: next(asked) > 150))
     assert any("budget ended" in choice.reason for choice in outcome.choices)
     assert all(choice.proven or choice.setup == PLAIN for choice in outcome.choices)
 
@@ -107,10 +116,9 @@ def test_a_second_run_measures_nothing(tmp_path: Path) -> None:
     """Everything is answered from the book, and the choice is the same."""
     with Book.open(tmp_path / "evidence.db") as book:
         shelf = Shelf.of(book)
-        watch = (lambda *_: None, lambda: False)
-        first = tune(FakeEngine(keep=0.9), [(GREEDY, TWO_DOMAINS)], shelf, (1, 2, 3), watch)
+        first = tune(FakeEngine(keep=0.9), [(GREEDY, TWO_DOMAINS)], shelf, Options(lengths=(1, 2, 3)), Watch())
         engine = FakeEngine(keep=0.9)
-        second = tune(engine, [(GREEDY, TWO_DOMAINS)], shelf, (1, 2, 3), watch)
+        second = tune(engine, [(GREEDY, TWO_DOMAINS)], shelf, Options(lengths=(1, 2, 3)), Watch())
     assert second.cost["measured_units"] == 0
     assert engine.calls.total() == 0
     assert second.policy.choices == first.policy.choices
@@ -120,7 +128,7 @@ def test_both_studies_are_kept_where_the_dashboard_finds_them(tmp_path: Path) ->
     """Forecast study and race of every anchor, with plain decoding as their first trial."""
     with Book.open(tmp_path / "evidence.db") as book:
         shelf = Shelf.of(book)
-        tune(FakeEngine(keep=0.9), [(GREEDY, TWO_DOMAINS)], shelf, (1, 2, 3), (lambda *_: None, lambda: False))
+        tune(FakeEngine(keep=0.9), [(GREEDY, TWO_DOMAINS)], shelf, Options(lengths=(1, 2, 3)), Watch())
     storage = f"sqlite:///{tmp_path / 'optuna.db'}"
     names = optuna.get_all_study_names(storage)
     assert sum("forecasts" in name for name in names) == 3
@@ -235,3 +243,56 @@ def test_ratio_of_totals_in_a_proof() -> None:
     assert measured.end_to_end.estimate == pytest.approx(4.0 / 3.0)
     assert measured.plain_tok_per_s.estimate == pytest.approx(10.0)
     assert measured.tok_per_s.estimate == pytest.approx(15.0)
+
+
+def test_a_setup_over_the_memory_limit_is_infeasible() -> None:
+    """With the figures; a draft without weights may still win."""
+    needed = {DRAFT_A: 3 * 2**30, NGRAM: 2**30, None: 2**30}
+    outcome = _tune(
+        FakeEngine(keep=0.9),
+        limits=Limits(max_memory_bytes=2 * 2**30),
+        needed_bytes=lambda setup, _: needed[setup.draft],
+    )
+    assert {failed.setup.draft for failed in outcome.infeasible} == {DRAFT_A}
+    assert outcome.infeasible[0].detail == "it needs 3 GiB; the limit is 2 GiB"
+    assert all(choice.setup.draft != DRAFT_A for choice in outcome.choices)
+
+
+def test_a_slow_first_token_rules_a_draft_out() -> None:
+    """The fake drafts wait 23 ms, plain decoding 20 ms: under 21.5 ms only plain decoding is feasible."""
+    outcome = _tune(_engine(keep=0.9), limits=Limits(max_ttft_s=0.0215))
+    assert {failed.reason for failed in outcome.infeasible} == {"max-ttft"}
+    assert all(choice.setup == PLAIN for choice in outcome.choices)
+    assert "infeasible" in outcome.choices[0].reason or "no feasible finalist" in outcome.choices[0].reason
+
+
+def test_nothing_is_feasible() -> None:
+    """Where plain decoding breaks a limit too, the reason says so with its figure."""
+    outcome = _tune(_engine(keep=0.0), limits=Limits(max_p95_tpot_s=0.001))
+    assert outcome.anchors[0].ruled_out(PLAIN) is not None
+    assert outcome.choices[0].reason.startswith("Nothing is feasible: ")
+    assert "of plain decoding time per token 5" in outcome.choices[0].reason
+
+
+def test_only_drafting_may_be_fast_enough() -> None:
+    """A limit that plain decoding breaks and a proven setup keeps is no obstacle."""
+    outcome = _tune(_engine(keep=0.95), limits=Limits(max_p95_tpot_s=0.0045))
+    assert outcome.choices[0].proven
+
+
+@pytest.mark.parametrize("limit", ["max_memory_bytes", "max_ttft_s", "max_p95_tpot_s"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_limit_must_be_above_zero(limit: str, value: float) -> None:
+    """Nothing and everything are no limits."""
+    with pytest.raises(InputError, match="more than 0"):
+        Limits(**{limit: value})
+
+
+def test_those_who_watch_see_every_state() -> None:
+    """Forecast first, then race and proof with what is measured so far."""
+    seen: list[tuple[Standing, ...]] = []
+    _tune(_engine(keep=0.9), watch=Watch(show=lambda rows: seen.append(tuple(rows))))
+    assert {row.state for row in seen[0]} == {"forecast"}
+    states = {row.state.split()[0] for rows in seen for row in rows}
+    assert {"forecast", "racing", "raced", "proving", "measured"} <= states
+    assert any(row.measured is not None for row in seen[-1])

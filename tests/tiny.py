@@ -1,14 +1,23 @@
-"""Writes tiny random model directories, so that tests load real files without a download.
+"""Writes tiny random model directories and GGUF files, so that tests load real files without a download.
 
 Hidden size 32, a byte-level BPE tokenizer of 300 tokens with a chat template, safetensors. The weights are wide
 (standard deviation 0.2) so that greedy choices are far from ties.
 """
 
+import json
 from pathlib import Path
 
+import gguf
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -18,6 +27,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
@@ -27,6 +38,12 @@ ARCHITECTURES = {
     "gpt2": (GPT2Config, GPT2LMHeadModel),
     "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+}
+MORE_ARCHITECTURES = {  # written by the tests that need them
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "gemma": (GemmaConfig, GemmaForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
 }
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
@@ -70,8 +87,11 @@ def tokenizer(text: str = _TEXT) -> PreTrainedTokenizerFast:
 def write_model(
     folder: Path, architecture: str = "llama", *, num_layers: int = 2, seed: int = 0, **changes: object
 ) -> Path:
-    """A model directory with its tokenizer; `changes` are further settings of the config, by name."""
-    config_class, model_class = ARCHITECTURES[architecture]
+    """A model directory with its tokenizer; `changes` are further settings of the config, by name.
+
+    Gemma 2 and 3 get a window of 8 tokens, which every text of the tests outgrows.
+    """
+    config_class, model_class = (ARCHITECTURES | MORE_ARCHITECTURES)[architecture]
     settings: dict[str, object] = {
         "vocab_size": NUM_TOKENS,
         "hidden_size": HIDDEN,
@@ -85,9 +105,84 @@ def write_model(
     }
     if architecture != "gpt2":
         settings["intermediate_size"] = 64
-    if architecture in {"llama", "qwen2"}:
+    if architecture not in {"gpt2", "gpt_neox"}:
         settings["num_key_value_heads"] = 2
+    if architecture in MORE_ARCHITECTURES:
+        settings["head_dim"] = HIDDEN // HEADS
+    if architecture in {"gemma2", "gemma3"}:
+        settings |= {"sliding_window": 8, "query_pre_attn_scalar": HIDDEN // HEADS}
     torch.manual_seed(seed)
     model_class(config_class(**settings | changes)).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def write_gguf(
+    path: Path, folder: Path, float_type: str = "F32", *, rope_factors: torch.Tensor | None = None, **fields: object
+) -> Path:
+    """The tiny Llama of `folder` as a GGUF file, as llama.cpp's converter writes it; 1-d tensors stay F32.
+
+    `fields` replace metadata by key, `__` for a dot; None leaves the key out.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    writer = gguf.GGUFWriter(path, "llama")
+    values: dict[str, object] = {
+        "llama.context_length": config["max_position_embeddings"],
+        "llama.block_count": config["num_hidden_layers"],
+        "llama.embedding_length": config["hidden_size"],
+        "llama.feed_forward_length": config["intermediate_size"],
+        "llama.attention.head_count": config["num_attention_heads"],
+        "llama.attention.head_count_kv": config["num_key_value_heads"],
+        "llama.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "llama.rope.dimension_count": config["hidden_size"] // config["num_attention_heads"],
+        "llama.rope.freq_base": config["rope_parameters"]["rope_theta"],
+        "general.file_type": int(next(one for one in gguf.LlamaFileType if one.name.endswith(f"_{float_type}"))),
+        **_gguf_tokenizer(folder),
+    }
+    for key, value in (values | {key.replace("__", "."): value for key, value in fields.items()}).items():
+        if value is not None:
+            writer.add_key_value(key, value, *_gguf_type(value))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        base, _, suffix = name.rpartition(".")
+        kind = gguf.GGMLQuantizationType[float_type if tensor.dim() > 1 else "F32"]
+        data = gguf.quants.quantize(_interleaved(name, tensor, config).float().numpy(), kind)
+        writer.add_tensor(f"{names.get_name(base)}.{suffix}", data, raw_dtype=kind)
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _interleaved(name: str, tensor: torch.Tensor, config: dict[str, int]) -> torch.Tensor:
+    """Rows of queries and keys in llama.cpp's order, which pairs what transformers keeps in two halves."""
+    for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+        if part in name:
+            return tensor.view(config[heads], 2, -1, tensor.shape[-1]).transpose(1, 2).reshape(tensor.shape)
+    return tensor
+
+
+def _gguf_tokenizer(folder: Path) -> dict[str, object]:
+    state = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = state["model"]["vocab"]
+    special = {token["content"] for token in state["added_tokens"]}
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3 if token in special else 1 for token in tokens],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in state["model"]["merges"]],
+        "tokenizer.ggml.eos_token_id": vocabulary[END],
+        "tokenizer.ggml.padding_token_id": vocabulary[PAD],
+        "tokenizer.chat_template": CHAT_TEMPLATE,
+    }
+
+
+def _gguf_type(value: object) -> tuple[gguf.GGUFValueType, ...]:
+    kinds = {int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32, str: gguf.GGUFValueType.STRING}
+    if isinstance(value, list):
+        return gguf.GGUFValueType.ARRAY, kinds[type(value[0])]
+    return (kinds[type(value)],)

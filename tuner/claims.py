@@ -31,3 +31,26 @@ class Measured:
     num_prompts: int
     num_partings: int
     num_disturbed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundSplit:
+    """Where the mean round's seconds go, by forecast: the draft's steps, the target's check, and the rest."""
+
+    draft_s: float
+    verify_s: float
+    overhead_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """How a candidate stands while its anchor is under way; the intervals are speed-ups over plain decoding.
+
+    `state` is a word or two for people: `forecast`, `racing`, `pruned`. Nothing is decided by it.
+    """
+
+    domain: str
+    setup_name: str
+    forecast: Interval | None
+    measured: Interval | None
+    state: str

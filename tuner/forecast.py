@@ -4,17 +4,20 @@ The seconds of a sequence are linear in what its rounds use: verify steps of eac
 a host overhead per round calibrated on real runs. Arithmetic on records only; nothing here is measured.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import astuple
 
 import numpy
 
 from profiles.errors import NotMeasuredError
 from profiles.formulas import Walk, acceptance_length, median, walk
-from profiles.terms import PLAIN, Draft, Interval, Prompt, Setup, StepTimes, Workload
-from tuner.claims import Forecast
+from profiles.terms import PLAIN, Draft, Interval, Prompt, Sample, Setup, Workload
+from tuner.claims import Forecast, RoundSplit
 from tuner.evidence import Evidence
+from tuner.overhead import Overhead, Use, calibrate, step_samples, use_of
 
 RESAMPLES = 400
+CALIBRATION_RESAMPLES = 40
 
 
 class Forecaster:
@@ -26,12 +29,12 @@ class Forecaster:
         self._target_part = target_part
         self._seed = seed
         self._walks: dict[tuple[Setup, str], Walk] = {}
-        self._overheads = self._calibrate()
+        self._overheads = self._calibrated()
 
     def forecast(self, setup: Setup, prompts: Sequence[Prompt]) -> Forecast:
         """Tokens per second and speed-up over plain decoding, with 95 % intervals; outputs of one token say nothing.
 
-        Percentile intervals of 400 joint resamplings of prompts and of step-time samples (medians). The same draws
+        Percentile intervals of 400 joint resamplings of prompts, step-time samples and calibration runs. The same draws
         serve the setup and plain decoding, so what they share cancels in the speed-up. Raises NotMeasuredError when
         evidence is missing or no output has a second token.
         """
@@ -55,16 +58,30 @@ class Forecaster:
             acceptance_length=acceptance_length(lengths) or 1.0,
         )
 
+    def split(self, setup: Setup, prompts: Sequence[Prompt]) -> RoundSplit:
+        """Where a mean round's time goes. Raises NotMeasuredError when no prompt has a round."""
+        parts = {"draft": 0.0, "verify": 0.0, "overhead": 0.0}
+        num_rounds = 0.0
+        for prompt in prompts:
+            use = self._use(setup, prompt)
+            num_rounds += use.idle + use.proposing
+            parts["overhead"] += float(use.overhead_s(self._overheads[setup.draft])[0])
+            for (part, width), count in use.steps.items():
+                seconds = count * median(step_samples(self._evidence.steps, part, width))
+                parts["verify" if part == self._target_part else "draft"] += seconds
+        if num_rounds == 0.0:
+            raise NotMeasuredError(f"{setup.name}: no output has a second token, so there is no round to look into")
+        draft_s, verify_s, overhead_s = (seconds / num_rounds for seconds in parts.values())
+        return RoundSplit(draft_s=draft_s, verify_s=verify_s, overhead_s=overhead_s)
+
     def _seconds(self, setup: Setup, prompts: Sequence[Prompt], weights: numpy.ndarray) -> numpy.ndarray:
         """Total seconds per resampling; row 0 of `weights` (resamplings + 1, prompts) is the point estimate."""
-        overhead = self._overheads[setup.draft]
         total = numpy.zeros(len(weights))
         uses: dict[tuple[str, int], numpy.ndarray] = {}
         for index, prompt in enumerate(prompts):
-            walked = self._walk(setup, prompt)
-            steps, host = count_steps(setup, walked.rounds, walked.catch_ups, self._target_part)
-            total += weights[:, index] * (overhead[0] * host[0] + overhead[1] * host[1])
-            for step, count in steps.items():
+            use = self._use(setup, prompt)
+            total += weights[:, index] * use.overhead_s(self._overheads[setup.draft])
+            for step, count in use.steps.items():
                 uses.setdefault(step, numpy.zeros(len(weights)))
                 uses[step] += weights[:, index] * count
         for (part, width), used in uses.items():
@@ -73,10 +90,14 @@ class Forecaster:
 
     def _resampled(self, part: str, width: int, size: int) -> numpy.ndarray:
         """Median step seconds: the measured one first, then `size - 1` resampled ones; the same for every setup."""
-        samples = numpy.array(_samples(self._evidence.steps, part, width))
+        samples = numpy.array(step_samples(self._evidence.steps, part, width))
         rng = numpy.random.default_rng([self._seed, width, int(part[:8], 16)])
         picks = rng.integers(0, len(samples), (size - 1, len(samples)))
         return numpy.concatenate([[numpy.median(samples)], numpy.median(samples[picks], axis=1)])
+
+    def _use(self, setup: Setup, prompt: Prompt) -> Use:
+        walked = self._walk(setup, prompt)
+        return use_of(setup, walked.rounds, walked.catch_ups, self._target_part)
 
     def _walk(self, setup: Setup, prompt: Prompt) -> Walk:
         if setup.stop_below is not None:
@@ -92,68 +113,23 @@ class Forecaster:
             self._walks[key] = walk(trace, acceptance, setup.length, self._workload.max_new_tokens)
         return self._walks[key]
 
-    def _calibrate(self) -> dict[Draft | None, tuple[float, float]]:
-        """Overhead seconds (per round, per drafted token) of each draft: what real runs took beyond their steps.
-
-        A line through the two calibrated lengths; with one length, all of it per round. The median over prompts is
-        taken at each length, and drafts with a model share the median of their slopes, because a drafted token costs
-        the same host work whatever the model: a single draft's slope rests on few runs and is mostly noise.
-        """
-        excess: dict[Setup, list[tuple[float, float]]] = {}
+    def _calibrated(self) -> dict[Draft | None, numpy.ndarray]:
+        """Overhead rates per draft, (3, resamplings + 1): all calibration runs first, then resampled ones."""
+        by_setup: dict[Setup, list[Sample]] = {}
         for setup, sample in self._evidence.calibration:
-            full = sum(count for (asked, kept), count in sample.rounds.items() if 0 < asked == kept)
-            steps, (rounds, drafted) = count_steps(setup, sample.rounds, full, self._target_part)
-            if rounds == 0:
-                continue
-            stepped = sum(n * median(_samples(self._evidence.steps, *step)) for step, n in steps.items())
-            excess.setdefault(setup, []).append(((sample.decode_s - stepped) / rounds, drafted / rounds))
-        points: dict[Draft | None, list[tuple[float, float]]] = {}
-        for setup, values in excess.items():
-            point = (median(drafted for _, drafted in values), median(seconds for seconds, _ in values))
-            points.setdefault(setup.draft, []).append(point)
-        modelled = {draft for draft in points if draft is not None and draft.kind != "ngram"}
-        slopes = [slope for draft in modelled if (slope := _slope(points[draft])) is not None]
-        shared = median(slopes) if slopes else 0.0
-        lines = {None: (0.0, 0.0)} | dict.fromkeys(self._evidence.drafts, (0.0, 0.0))
-        for draft, values in points.items():
-            slope = shared if draft in modelled else 0.0
-            lines[draft] = (median(seconds - slope * drafted for drafted, seconds in values), slope)
-        return lines
-
-
-def count_steps(
-    setup: Setup, rounds: Mapping[tuple[int, int], float], catch_ups: float, target_part: str
-) -> tuple[dict[tuple[str, int], float], tuple[float, float]]:
-    """Steps that `rounds` take, by (part digest, width), and (rounds, drafted tokens) for the overhead.
-
-    A round of d proposals costs one target step of width d + 1 and d draft steps; one step of a catch-up round is two
-    tokens wide. A look-up is asked once per round, also when it proposes nothing.
-    """
-    steps: dict[tuple[str, int], float] = {}
-    for (proposed, _), count in rounds.items():
-        steps[target_part, proposed + 1] = steps.get((target_part, proposed + 1), 0.0) + count
-    num_rounds = sum(rounds.values())
-    drafted = sum(proposed * count for (proposed, _), count in rounds.items())
-    draft = setup.draft
-    if draft is not None and draft.kind == "ngram":
-        steps[draft.digest, setup.length] = num_rounds
-    elif draft is not None:
-        steps[draft.digest, 1] = drafted - catch_ups
-        steps[draft.digest, 2] = catch_ups
-    return steps, (num_rounds, drafted)
-
-
-def _samples(steps: Mapping[str, StepTimes], part: str, width: int) -> tuple[float, ...]:
-    times = steps.get(part)
-    if times is None or width not in times.samples_s:
-        raise NotMeasuredError(f"step time of part {part} at width {width} is not known")
-    return times.samples_s[width]
-
-
-def _slope(points: list[tuple[float, float]]) -> float | None:
-    """Seconds per drafted token between the shortest and the longest calibrated length; None with one length."""
-    (x0, y0), (x1, y1) = min(points), max(points)
-    return (y1 - y0) / (x1 - x0) if x1 - x0 >= 1.0 else None
+            by_setup.setdefault(setup, []).append(sample)
+        rng = numpy.random.default_rng(self._seed)
+        variants = [list(self._evidence.calibration)]
+        for _ in range(CALIBRATION_RESAMPLES):
+            variants.append(
+                [(setup, own[pick]) for setup, own in by_setup.items() for pick in rng.integers(0, len(own), len(own))]
+            )
+        rates = [calibrate(self._evidence.steps, variant, self._target_part) for variant in variants]
+        order = [0, *(1 + draw % CALIBRATION_RESAMPLES for draw in range(RESAMPLES))]
+        return {
+            draft: numpy.array([astuple(rates[number].get(draft, Overhead())) for number in order]).T
+            for draft in (None, *self._evidence.drafts)
+        }
 
 
 def _percentiles(draws: numpy.ndarray) -> Interval:

@@ -7,7 +7,7 @@ prefill. A win is claimed only when every condition of `is_proven` holds. Knows 
 from collections.abc import Sequence
 
 from profiles.formulas import holm, rate_interval, speedup_interval
-from profiles.terms import Sample, Setup
+from profiles.terms import Interval, Sample, Setup
 from tuner.claims import Measured
 from tuner.objective import MIN_SPEEDUP
 
@@ -29,8 +29,7 @@ def measure(setup: Setup, pairs: Sequence[Pair], *, greedy: bool) -> Measured:
     differ are counted as partings. Raises InputError when fewer than two pairs remain.
     """
     decoded = decoded_pairs(pairs)
-    plain_s, chosen_s = ([pair[side].decode_s for pair in decoded] for side in (0, 1))
-    plain_tokens, chosen_tokens = ([pair[side].output_tokens - 1 for pair in decoded] for side in (0, 1))
+    plain_s, plain_tokens, chosen_s, chosen_tokens = _columns(decoded)
     speedup, p_value = speedup_interval(plain_s, plain_tokens, chosen_s, chosen_tokens)
     plain_all, chosen_all = ([pair[side].ttft_s + pair[side].decode_s for pair in pairs] for side in (0, 1))
     plain_out, chosen_out = ([pair[side].output_tokens for pair in pairs] for side in (0, 1))
@@ -46,6 +45,20 @@ def measure(setup: Setup, pairs: Sequence[Pair], *, greedy: bool) -> Measured:
         num_partings=sum(plain.output_digest != chosen.output_digest for plain, chosen in pairs) if greedy else 0,
         num_disturbed=sum(plain.disturbed or chosen.disturbed for plain, chosen in decoded),
     )
+
+
+def _columns(pairs: Sequence[Pair]) -> tuple[list[float], list[int], list[float], list[int]]:
+    """Decode seconds and tokens after the first, of plain decoding and of the setup."""
+    (plain_s, plain_tokens), (chosen_s, chosen_tokens) = (
+        ([pair[side].decode_s for pair in pairs], [pair[side].output_tokens - 1 for pair in pairs]) for side in (0, 1)
+    )
+    return plain_s, plain_tokens, chosen_s, chosen_tokens
+
+
+def speedup_so_far(pairs: Sequence[Pair]) -> Interval | None:
+    """Decode speed-up over the pairs there are; None under two with a second token. For people who watch."""
+    decoded = decoded_pairs(pairs)
+    return speedup_interval(*_columns(decoded))[0] if len(decoded) > 1 else None
 
 
 def prove(measured: Sequence[Measured]) -> list[bool]:

@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 
 from profiles.errors import EngineError, InputError
 from profiles.keys import run_point, unit_digest
-from profiles.terms import PLAIN, Engine, Infeasible, Interval, Prompt, Setup, Workload
+from profiles.spelling import Refused
+from profiles.terms import PLAIN, Engine, Infeasible, Interval, Prompt, Sample, Setup, Workload
 from tuner import proof, search
+from tuner.board import Board, Show
 from tuner.claims import Forecast, Measured
 from tuner.evidence import Evidence, Progress, gather, spread_over_domains
 from tuner.forecast import Forecaster
-from tuner.objective import finalists
+from tuner.limits import Limits
+from tuner.objective import among_equals, finalists
 from tuner.policy import MIXED, Choice
 from tuner.space import candidates
 
@@ -29,14 +32,29 @@ class OutOfTimeError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How much is measured: the candidates' lengths, finalists per anchor, prompts per race and per proof."""
+    """What is tried and how much is measured: lengths, finalists per anchor, prompts per race and per proof, limits.
+
+    `needed_bytes` says what a setup's weights and caches take; None is not known. `refused` are drafts that were asked
+    for and cannot be used.
+    """
 
     lengths: tuple[int, ...] = tuple(range(1, 9))
     num_finalists: int = 3
     race_prompts: int = 12
     proof_prompts: int = 30
+    limits: Limits = field(default_factory=Limits)
+    needed_bytes: Callable[[Setup, Workload], int | None] = lambda *_: None
+    refused: tuple[Refused, ...] = ()
     storage: search.Storage | None = None
     run_name: str = "run"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grounds:
+    """What an anchor's forecasts rest on; kept so that a report can show it."""
+
+    evidence: Evidence
+    forecaster: Forecaster
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,13 +66,19 @@ class Anchor:
     forecast_pool: tuple[Prompt, ...]
     race_pool: tuple[Prompt, ...]
     proof_pool: tuple[Prompt, ...]
+    grounds: Grounds | None = None
     forecasts: list[Forecast] = field(default_factory=list)
     race: search.Race | None = None
     candidate: Setup | None = None
     measured: Measured | None = None
     evidence: tuple[str, ...] = ()
+    plain_samples: tuple[Sample, ...] = ()
     infeasible: list[Infeasible] = field(default_factory=list)
     stopped: str | None = None
+
+    def ruled_out(self, setup: Setup) -> Infeasible | None:
+        """Why a setup cannot be chosen here, or None."""
+        return next((found for found in self.infeasible if found.setup == setup), None)
 
     def measured_rate(self, setup: Setup) -> Interval | None:
         """Tokens per second that the proof measured of a setup: its candidate, or plain decoding beside it."""
@@ -65,7 +89,7 @@ class Anchor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """The choices, the anchors they came from, drafts that failed, and what the exhaustive grid would have cost."""
+    """The choices, the anchors they came from, what was infeasible, and what the exhaustive grid would have cost."""
 
     choices: tuple[Choice, ...]
     anchors: tuple[Anchor, ...]
@@ -73,20 +97,23 @@ class Outcome:
     grid_seconds_estimate: float | None
 
 
-class Tuner:
-    """Runs the whole decision over an engine; `out_of_time` is asked before every unit."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """Who is told what happens: `progress` at every unit, `show` at every change; `out_of_time` is asked in between."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        options: Options,
-        progress: Progress,
-        out_of_time: Callable[[], bool] = lambda: False,
-    ) -> None:
+    progress: Progress = lambda *_: None
+    out_of_time: Callable[[], bool] = lambda: False
+    show: Show = lambda _: None
+
+
+class Tuner:
+    """Runs the whole decision over an engine."""
+
+    def __init__(self, engine: Engine, options: Options, watch: Watch | None = None) -> None:
         self._engine = engine
         self._options = options
-        self._report = progress
-        self._out_of_time = out_of_time
+        self._watch = watch or Watch()
+        self._board = Board(self._watch.show)
 
     def tune(self, loads: Sequence[tuple[Workload, tuple[Prompt, ...]]]) -> Outcome:
         """Choices for every (workload, prompts): one over all domains and one per domain of 24 prompts or more.
@@ -109,7 +136,8 @@ class Tuner:
             infeasible += evidence.infeasible
             forecaster = Forecaster(evidence, workload, self._engine.target.run_digest, workload.seed)
             for anchor in own:
-                self._decide(anchor, evidence, forecaster)
+                anchor.grounds = Grounds(evidence=evidence, forecaster=forecaster)
+                self._decide(anchor, anchor.grounds)
                 infeasible += anchor.infeasible
             if own[0].forecasts:
                 grid_seconds = (grid_seconds or 0.0) + _grid_seconds(own[0], evidence, len(prompts))
@@ -120,22 +148,37 @@ class Tuner:
             grid_seconds_estimate=grid_seconds,
         )
 
-    def _decide(self, anchor: Anchor, evidence: Evidence, forecaster: Forecaster) -> None:
-        """Forecast, race and proof of one anchor; what was reached when the budget ends is kept."""
-        load, options = anchor.workload, self._options
+    def _decide(self, anchor: Anchor, grounds: Grounds) -> None:
+        """Forecast, race and proof of one anchor."""
+        load, options, evidence = anchor.workload, self._options, grounds.evidence
         where = f"{options.run_name} batch {load.batch_size} context {load.context_length} {anchor.domain}"
         if all(len(evidence.traces[prompt.digest].token_ids) < 2 for prompt in anchor.forecast_pool):
             anchor.stopped = "every output ended with its first token, so there is no time per token"
             return
         anchor.forecasts = search.search_forecasts(
             candidates(evidence.drafts, options.lengths),
-            lambda setup: forecaster.forecast(setup, anchor.forecast_pool),
+            lambda setup: grounds.forecaster.forecast(setup, anchor.forecast_pool),
             f"forecasts, {where}",
             options.storage,
         )
-        hopeful = finalists(anchor.forecasts, options.num_finalists)
-        if not hopeful:
-            return
+        self._board.open(anchor.domain, anchor.forecasts)
+        for one in anchor.forecasts:
+            self._rule_out(anchor, options.limits.memory_breach(one.setup, options.needed_bytes(one.setup, load)))
+        feasible = [one for one in anchor.forecasts if anchor.ruled_out(one.setup) is None]
+        hopeful = finalists(feasible, options.num_finalists)
+        anchor.plain_samples = tuple(sample for setup, sample in evidence.calibration if setup == PLAIN)
+        if hopeful:
+            self._measure(anchor, hopeful, where)
+        if anchor.ruled_out(PLAIN) is None:
+            self._rule_out(anchor, options.limits.latency_breach(PLAIN, anchor.plain_samples))
+
+    def _rule_out(self, anchor: Anchor, found: Infeasible | None) -> None:
+        if found is not None:
+            anchor.infeasible.append(found)
+            self._board.note(found.setup, "infeasible")
+
+    def _measure(self, anchor: Anchor, hopeful: Sequence[Setup], where: str) -> None:
+        """Race and proof of the finalists; what was reached when the budget ends is kept."""
         try:
             anchor.candidate = self._race(anchor, hopeful, f"race, {where}")
             if anchor.candidate is not None:
@@ -144,8 +187,7 @@ class Tuner:
             anchor.stopped = "the budget ended before it was proven"
         except EngineError as error:
             assert anchor.candidate is not None  # the race lists its own failures
-            failed = Infeasible(setup=anchor.candidate, reason=type(error).__name__, detail=str(error))
-            anchor.infeasible.append(failed)
+            self._rule_out(anchor, Infeasible(setup=anchor.candidate, reason=type(error).__name__, detail=str(error)))
             anchor.stopped = f"it failed in the proof: {error}"
 
     def _race(self, anchor: Anchor, hopeful: Sequence[Setup], name: str) -> Setup | None:
@@ -154,38 +196,56 @@ class Tuner:
         if len(prompts) < MIN_RACE_PROMPTS or len(hopeful) == 1:
             return hopeful[0]
         total, done = len(prompts) * (len(hopeful) + 1), 0
+        ran: dict[Setup, list[proof.Pair]] = {}
 
         def run(prompt: Prompt, setup: Setup) -> proof.Pair:
             nonlocal done
             self._progress(f"race {anchor.domain}", done, total)
             done += 1
-            return search.run_pair(self._engine, anchor.workload, prompt, setup, "race 0")
+            pair = search.run_pair(self._engine, anchor.workload, prompt, setup, "race 0")
+            pairs = ran.setdefault(setup, [])
+            pairs.append(pair)
+            if setup != PLAIN:
+                self._board.note(setup, f"racing {len(pairs)}/{len(prompts)}", proof.speedup_so_far(pairs))
+            return pair
 
         anchor.race = search.race(run, prompts, hopeful, name, self._options.storage)
-        anchor.infeasible += anchor.race.failed
-        winner = anchor.race.winner
-        return winner if winner is not None and anchor.race.speedups[winner] > 1.0 else None
+        for failed in anchor.race.failed:
+            self._rule_out(anchor, failed)
+        for setup in anchor.race.pruned:
+            self._board.note(setup, "pruned in the race")
+        for setup in anchor.race.speedups:
+            chosen = [pair[1] for pair in ran[setup]]
+            self._board.note(setup, "raced")
+            self._rule_out(anchor, self._options.limits.latency_breach(setup, chosen))
+        known = {setup: ratio for setup, ratio in anchor.race.speedups.items() if anchor.ruled_out(setup) is None}
+        winner = among_equals(known)
+        return winner if winner is not None and known[winner] > 1.0 else None
 
     def _prove(self, anchor: Anchor, setup: Setup) -> None:
         prompts = spread_over_domains(anchor.proof_pool, self._options.proof_prompts)
-        pairs = []
+        pairs: list[proof.Pair] = []
         for done, prompt in enumerate(prompts):
             self._progress(f"proof {anchor.domain}", done, len(prompts))
             pairs.append(search.run_pair(self._engine, anchor.workload, prompt, setup, "proof 0"))
+            self._board.note(setup, f"proving {len(pairs)}/{len(prompts)}", proof.speedup_so_far(pairs))
+        anchor.plain_samples = tuple(plain for plain, _ in pairs)
+        self._rule_out(anchor, self._options.limits.latency_breach(setup, [chosen for _, chosen in pairs]))
         if len(decoded := proof.decoded_pairs(pairs)) < 2:
             anchor.stopped = f"only {len(decoded)} outputs had a second token to time"
             return
         anchor.measured = proof.measure(setup, pairs, greedy=anchor.workload.temperature == 0.0)
         anchor.evidence = tuple(self._unit(anchor.workload, prompt, setup, "proof 0") for prompt in prompts)
+        self._board.note(setup, "measured", anchor.measured.speedup)
 
     def _unit(self, workload: Workload, prompt: Prompt, setup: Setup, occasion: str) -> str:
         point = run_point(workload, prompt, search.pair_order(workload, prompt, setup), occasion)
         return unit_digest(self._engine.target, self._engine.environment, point)
 
     def _progress(self, stage: str, done: int, total: int) -> None:
-        if self._out_of_time():
+        if self._watch.out_of_time():
             raise OutOfTimeError
-        self._report(stage, done, total)
+        self._watch.progress(stage, done, total)
 
 
 def plan_anchors(workload: Workload, prompts: Sequence[Prompt]) -> list[Anchor]:
@@ -193,10 +253,12 @@ def plan_anchors(workload: Workload, prompts: Sequence[Prompt]) -> list[Anchor]:
 
     24 prompts are held for the proof before any go to the race, which gets at most half. Forecasts are made on the
     race's prompts too, so that the proof is fresh; where these are fewer than 12, on all. A single domain is `mixed`.
-    Raises InputError without prompts.
+    Raises InputError without prompts, or with a domain called `mixed`.
     """
     if not prompts:
         raise InputError("no prompts: at least one is needed")
+    if any(prompt.domain == MIXED for prompt in prompts):
+        raise InputError(f"domain {MIXED!r}: that name means all domains together; give the prompts another")
     by_domain: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         by_domain.setdefault(prompt.domain, []).append(prompt)
@@ -230,7 +292,11 @@ def plan_anchors(workload: Workload, prompts: Sequence[Prompt]) -> list[Anchor]:
 def _judge(anchors: Sequence[Anchor]) -> list[Choice]:
     measured = [anchor.measured for anchor in anchors if anchor.measured is not None]
     verdicts = iter(proof.prove(measured))
-    return [_choice(anchor, anchor.measured is not None and next(verdicts)) for anchor in anchors]
+    proven = [anchor.measured is not None and next(verdicts) for anchor in anchors]
+    return [
+        _choice(anchor, won and anchor.ruled_out(anchor.candidate or PLAIN) is None)
+        for anchor, won in zip(anchors, proven, strict=True)
+    ]
 
 
 def _choice(anchor: Anchor, proven: bool) -> Choice:
@@ -257,24 +323,32 @@ def _choice(anchor: Anchor, proven: bool) -> Choice:
 def _reason(anchor: Anchor, subject: Setup | None, proven: bool) -> str:
     """One sentence: what was chosen and what the figures were."""
     measured = anchor.measured
-    if subject is None:
-        return f"Plain decoding: {anchor.stopped or 'there was no draft to try'}."
-    if measured is not None and proven:
+    if proven and measured is not None:
         speedup = measured.speedup
         return (
-            f"{subject.name} decodes {speedup.estimate:.2f} [{speedup.low:.2f}, {speedup.high:.2f}] times as fast as "
-            f"plain decoding on {measured.num_prompts} other prompts, {measured.end_to_end.estimate:.2f} end to end."
+            f"{measured.setup.name} decodes {speedup.estimate:.2f} [{speedup.low:.2f}, {speedup.high:.2f}] times as "
+            f"fast as plain decoding on {measured.num_prompts} other prompts, "
+            f"{measured.end_to_end.estimate:.2f} end to end."
         )
-    if measured is not None:
-        return f"Plain decoding: {subject.name} is not proven, because {proof.shortfall(measured)}."
+    if (plain := anchor.ruled_out(PLAIN)) is not None:
+        return f"Nothing is feasible: no setup is proven within the limits, and of plain decoding {plain.detail}."
+    return f"Plain decoding: {_why_plain(anchor, subject)}."
+
+
+def _why_plain(anchor: Anchor, subject: Setup | None) -> str:
+    """Why nothing was proven; `subject` is the draft that came closest."""
+    if subject is None:
+        return anchor.stopped or "there was no draft to try"
+    if (broken := anchor.ruled_out(subject)) is not None:
+        return f"{subject.name} is infeasible ({broken.reason}): {broken.detail}"
+    if anchor.measured is not None:
+        return f"{subject.name} is not proven, because {proof.shortfall(anchor.measured)}"
     if anchor.stopped is not None:
-        return f"Plain decoding: {subject.name} was not proven, because {anchor.stopped}."
+        return f"{subject.name} was not proven, because {anchor.stopped}"
     if anchor.race is not None:
-        return "Plain decoding: no finalist was faster than plain decoding in the race."
+        return "no feasible finalist was faster than plain decoding in the race"
     best = next(forecast for forecast in anchor.forecasts if forecast.setup == subject)
-    return (
-        f"Plain decoding: the best draft, {subject.name}, is forecast at {best.speedup.estimate:.2f} times its speed."
-    )
+    return f"the best draft, {subject.name}, is forecast at {best.speedup.estimate:.2f} times its speed"
 
 
 def _grid_seconds(mixed: Anchor, evidence: Evidence, num_prompts: int) -> float:

@@ -19,6 +19,7 @@ from store import runs as store_runs
 from store.book import Book
 from tests.benchmarks.common import LENGTHS, family, finish
 from tuner.space import candidates
+from tuner.tuning import Options, Watch
 
 
 def run_grid(engine: Engine, workload: Workload, prompts: tuple[Prompt, ...]) -> tuple[float, dict[Setup, float]]:
@@ -66,7 +67,7 @@ def main() -> None:
     engine = bench.engine
     with tempfile.TemporaryDirectory() as folder, Book.open(Path(folder) / "evidence.db") as book:
         loads = [(workload, prompts)]
-        done = store_runs.tune(engine, loads, store_runs.Shelf.of(book), LENGTHS, (lambda *_: None, lambda: False))
+        done = store_runs.tune(engine, loads, store_runs.Shelf.of(book), Options(lengths=LENGTHS), Watch())
     pick, tuner_seconds = done.policy.headline.setup, float(done.cost["measured_seconds"])
     print(f"tuner: {tuner_seconds:.1f} s, pick {pick.name}: {done.policy.headline.reason}", flush=True)
     grid_seconds, rates = run_grid(engine, workload, prompts)

@@ -1,0 +1,178 @@
+"""What a store knows, how old it is and from which machine: the answer to `show`, as records and as a table.
+
+It counts rows and reads times; it loads no evidence and no torch, and what is counted it does not judge.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TypeVar
+
+import sqlalchemy
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+from sqlalchemy import Connection, Integer, cast, func, select
+
+from profiles.recorded import draft_from, environment_from, model_from
+from profiles.terms import Environment, Model, Setup
+from store import tables
+from store.book import Book
+
+Record = TypeVar("Record")
+Key = tuple[str, str]  # a target's run digest and a machine's digest
+
+MOST_FAILURES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A setup that could not be measured, why, and when that was last seen (UTC, ISO 8601)."""
+
+    setup_name: str
+    reason: str
+    detail: str
+    seen: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """Everything the store holds about one target, measured on one machine with one set of software.
+
+    `rows`: table -> number of rows, tables without any left out. `oldest` and `newest`: UTC, ISO 8601. `disturbed`:
+    share of the timed runs that other programs disturbed, None without a run. `is_here`: whether the machine is the
+    asked one, None when none was asked. `failures`: the latest three different ones, newest first.
+    """
+
+    target: Model
+    environment: Environment
+    rows: dict[str, int]
+    oldest: str
+    newest: str
+    disturbed: float | None
+    is_here: bool | None
+    failures: tuple[Failure, ...]
+
+
+def inventory(book: Book, here: str | None = None) -> tuple[Entry, ...]:
+    """One entry per target (float type included) and machine, newest first; `here` is this machine's digest.
+
+    Raises StoreError when the store cannot be read.
+    """
+    with book.reading() as connection:
+        spans = {table.name: list(_spans(connection, table)) for table in tables.ABOUT_TARGETS}
+        disturbed, failures = _disturbed(connection), _failures(connection)
+        models = _records(connection, tables.models, "key", model_from)
+        machines = _records(connection, tables.environments, "digest", environment_from)
+    rows: dict[Key, dict[str, int]] = {}
+    times: dict[Key, list[str]] = {}
+    for table, found in spans.items():
+        for key, count, oldest, newest in found:
+            rows.setdefault(key, {})[table] = count
+            times.setdefault(key, []).extend((oldest, newest))
+    entries = [
+        Entry(
+            target=models[key[0]],
+            environment=machines[key[1]],
+            rows=counted,
+            oldest=min(times[key]),
+            newest=max(times[key]),
+            disturbed=disturbed.get(key),
+            is_here=None if here is None else key[1] == here,
+            failures=tuple(failures.get(key, ())),
+        )
+        for key, counted in rows.items()
+    ]
+    return tuple(sorted(entries, key=lambda entry: entry.newest, reverse=True))
+
+
+def inventory_table(entries: Sequence[Entry], now: datetime) -> Table:
+    """One row per entry: whose evidence, from where, how much, how old; `now` needs its time zone."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, leading=1)
+    table.add_column("target, and where it was measured", overflow="fold")
+    table.add_column("what is known, and how old", no_wrap=True)
+    for entry in entries:
+        target, machine = entry.target, entry.environment
+        place = {True: "\nthis machine", False: "\nanother machine or other software", None: ""}[entry.is_here]
+        table.add_row(
+            Text.assemble(
+                (target.name, "bold"),
+                f"\n{target.dtype}, digest {target.digest[:8]}",
+                f"\n{machine.device}, {machine.threads} threads",
+                f"\ntorch {machine.torch}",
+                f"\n{machine.engine} {machine.engine_version}",
+                (place, "green" if entry.is_here else "dim"),
+            ),
+            "\n".join(_known(entry, now)),
+        )
+        for failure in entry.failures:
+            told = Text(f"{failure.setup_name} failed: {failure.reason}, {failure.detail}")
+            table.add_row(told, age(failure.seen, now), style="dim")
+    return table
+
+
+def _known(entry: Entry, now: datetime) -> Iterator[str]:
+    for table, count in entry.rows.items():
+        yield f"{table.replace('_', ' ')}: {count}"
+    if entry.disturbed is not None:
+        yield f"{entry.disturbed:.1%} of samples disturbed"
+    yield f"newest: {age(entry.newest, now)}"
+    yield f"oldest: {age(entry.oldest, now)}"
+
+
+def age(then: str, now: datetime) -> str:
+    """How long ago an ISO 8601 time with its zone was, in the largest unit that has passed: `3 hours ago`."""
+    seconds = (now - datetime.fromisoformat(then)).total_seconds()
+    if seconds < -60.0:
+        return "in the future: a clock was wrong"
+    for unit, size in (("year", 365 * 86400), ("month", 30 * 86400), ("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= size:
+            count = int(seconds // size)
+            return f"{count} {unit}{'s' * (count > 1)} ago"
+    return "just now"
+
+
+def _spans(connection: Connection, table: sqlalchemy.Table) -> Iterator[tuple[Key, int, str, str]]:
+    """Of every target and machine in a table: how many rows, the first one's time and the last one's."""
+    made = table.c[tables.time_name(table.name)]
+    about = table.c.target_key, table.c.environment_digest
+    query = select(*about, func.count(), func.min(made), func.max(made)).group_by(*about)
+    for target_key, machine, count, oldest, newest in connection.execute(query):
+        yield (target_key, machine), count, oldest, newest
+
+
+def _disturbed(connection: Connection) -> dict[Key, float]:
+    samples = tables.samples.c
+    about = samples.target_key, samples.environment_digest
+    query = select(*about, func.avg(cast(samples.disturbed, Integer))).group_by(*about)
+    return {(target_key, machine): float(share) for target_key, machine, share in connection.execute(query)}
+
+
+def _failures(connection: Connection) -> dict[Key, list[Failure]]:
+    """The latest different failures, at most three of a target and machine; one that repeats is told once."""
+    found: dict[Key, dict[tuple[str, str], Failure]] = {}
+    query = select(tables.infeasible).order_by(tables.infeasible.c.id.desc())
+    for row in connection.execute(query).mappings():
+        latest = found.setdefault((row["target_key"], row["environment_digest"]), {})
+        if len(latest) < MOST_FAILURES:
+            failure = Failure(
+                setup_name=_setup_name(row["setup"]),
+                reason=row["reason"],
+                detail=row["detail"],
+                seen=row["measured_at"],
+            )
+            latest.setdefault((row["setup_digest"], row["reason"]), failure)
+    return {key: list(latest.values()) for key, latest in found.items()}
+
+
+def _setup_name(stored: tables.Row) -> str:
+    draft = None if stored["draft"] is None else draft_from(stored["draft"])
+    return Setup(draft=draft, length=stored["length"], stop_below=stored["stop_below"]).name
+
+
+def _records(
+    connection: Connection, table: sqlalchemy.Table, key: str, record: Callable[[tables.Row], Record]
+) -> dict[str, Record]:
+    """A table of named things by their key, which is no part of the record."""
+    rows = connection.execute(select(table)).mappings()
+    return {row[key]: record({name: row[name] for name in row if name != key}) for row in rows}

@@ -1,0 +1,193 @@
+"""What a run would measure and how long that would take, before it measures: the real decision over made-up answers.
+
+The decision runs over a copy of the book and an engine that imagines whatever the copy lacks, so that known units
+count as known and nothing imagined is ever kept. Only a glance at a few prompts is really run, for the pace, in a
+scratch book.
+"""
+
+import contextlib
+import random
+import sqlite3
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from profiles.errors import EngineError
+from profiles.terms import (
+    PLAIN,
+    Acceptance,
+    AcceptanceTrace,
+    Draft,
+    Engine,
+    LookupTrace,
+    Prompt,
+    Sample,
+    Setup,
+    StepTimes,
+    TargetTrace,
+    Workload,
+    digest_of,
+)
+from store.book import Book
+from store.remember import Remember
+from tuner.evidence import spread_over_domains, typical_context
+from tuner.tuning import Options, Tuner
+
+GLANCE_PROMPTS = 3
+# What is imagined lets drafting win, by other setups in other domains and with wide intervals, so that every stage is
+# reached and little is shared between anchors: seconds per token or step, and shares kept.
+PLAIN_S, STEP_S, DRAFTING_S, KEPT, SPREAD = 0.010, 0.001, 0.006, 0.9, (0.5, 0.8, 1.0, 1.2, 1.5)
+
+Loads = Sequence[tuple[Workload, tuple[Prompt, ...]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """Seconds of one unit of each kind on this machine, and tokens of a typical output.
+
+    `run_s` is a whole run of plain decoding (None) or of a draft at a middle length; `widths_s` one sweep of step
+    times per width of the target.
+    """
+
+    trace_s: float
+    acceptance_s: Mapping[Draft, float]
+    run_s: Mapping[Draft | None, float]
+    widths_s: float
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsal:
+    """Units to measure by stage, units already known, and the seconds the new ones take, pruned races not foreseen."""
+
+    new_units: Mapping[str, int]
+    known_units: int
+    seconds: float
+
+
+def rehearse(engine: Engine, loads: Loads, path: Path, options: Options, since: str = "") -> Rehearsal:
+    """Rehearses a run over the book at `path` (or an empty one) without changing it."""
+    with tempfile.TemporaryDirectory() as folder:
+        with Book.open(Path(folder) / "glance.db") as scratch:
+            imagined = Imagined(engine, glance(Remember(engine, scratch), loads, max(options.lengths)))
+        copy = Path(folder) / path.name
+        if path.exists():
+            Book.open(path).close()  # refuses what is no book, under its own name
+            with contextlib.closing(sqlite3.connect(path)) as source, contextlib.closing(sqlite3.connect(copy)) as twin:
+                source.backup(twin)
+        with Book.open(copy) as book:
+            remembering = Remember(imagined, book, since)
+            Tuner(remembering, options).tune(loads)
+    return Rehearsal(new_units=dict(imagined.units), known_units=remembering.reused_units, seconds=imagined.seconds)
+
+
+def glance(engine: Remember, loads: Loads, max_length: int) -> Pace:
+    """Times a few units of each kind for real; a draft that fails is left out."""
+    workload, prompts = loads[0]
+    chosen = spread_over_domains(prompts, GLANCE_PROMPTS + 1)
+    engine.trace_target(workload, chosen[-1])  # the first run pays for what is set up once
+    chosen = chosen[:GLANCE_PROMPTS]
+    started = engine.measured_seconds
+    traces = [engine.trace_target(workload, prompt) for prompt in chosen]
+    trace_s = (engine.measured_seconds - started) / len(chosen)
+    started = engine.measured_seconds
+    engine.time_steps(workload, typical_context(workload, chosen), 1)
+    widths_s = (engine.measured_seconds - started) / 2  # of the target's two widths; the drafts' are timed beside them
+    acceptance_s: dict[Draft, float] = {}
+    for draft in engine.drafts:
+        with contextlib.suppress(EngineError):
+            started = engine.measured_seconds
+            engine.trace_draft(workload, chosen[0], traces[0], draft, max_length)
+            acceptance_s[draft] = engine.measured_seconds - started
+    setups = (PLAIN, *(Setup(draft=draft, length=(max_length + 1) // 2) for draft in acceptance_s))
+    runs = [sample for prompt in chosen for sample in engine.run_together(workload, prompt, setups, "glance")]
+    run_s = {
+        setup.draft: sum(run.ttft_s + run.decode_s for run in runs[number :: len(setups)]) / len(chosen)
+        for number, setup in enumerate(setups)
+    }
+    tokens = sum(len(trace.token_ids) for trace in traces) // len(traces)
+    return Pace(trace_s=trace_s, acceptance_s=acceptance_s, run_s=run_s, widths_s=widths_s, output_tokens=tokens)
+
+
+class Imagined:
+    """Fits `Engine`: answers at once with made-up evidence, and adds up what the real units would take."""
+
+    def __init__(self, engine: Engine, pace: Pace) -> None:
+        self.environment = engine.environment
+        self.target = engine.target
+        self.drafts = tuple(draft for draft in engine.drafts if draft in pace.run_s)
+        self.units: Counter[str] = Counter()
+        self.seconds = 0.0
+        self._pace = pace
+        self._warm: set[Setup] = set()
+
+    def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
+        self._count("target trace", self._pace.trace_s)
+        size = max(2, min(self._pace.output_tokens, workload.max_new_tokens))
+        return TargetTrace(
+            prompt_digest=prompt.digest,
+            token_ids=tuple(range(size)),
+            target_probs=(1.0,) * size,
+            logit_gaps=(1.0,) * size,
+            ended=False,
+        )
+
+    def trace_draft(
+        self,
+        workload: Workload,  # noqa: ARG002 -- the protocol's
+        prompt: Prompt,
+        trace: TargetTrace,
+        draft: Draft,
+        max_length: int,
+    ) -> Acceptance:
+        self._count("acceptance", self._pace.acceptance_s[draft])
+        names, size = {"prompt_digest": prompt.digest, "draft_digest": draft.digest}, len(trace.token_ids)
+        if draft.kind == "ngram":
+            proposed = (0, *(min(max_length, size - start) for start in range(1, size)))
+            return LookupTrace(**names, max_length=max_length, proposed=proposed, kept=proposed)
+        return AcceptanceTrace(**names, keep_probs=(KEPT,) * size, confidences=(KEPT,) * size)
+
+    def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
+        self._count("step times", self._pace.widths_s * (max_length + 1))
+        widths = range(1, max_length + 2)
+        parts = {self.target.run_digest: PLAIN_S} | {draft.digest: STEP_S for draft in self.drafts}
+        return {
+            part: StepTimes(
+                part_digest=part,
+                batch_size=workload.batch_size,
+                context_length=context_length,
+                samples_s=dict.fromkeys(widths, tuple(step_s * share for share in SPREAD)),
+            )
+            for part, step_s in parts.items()
+        }
+
+    def run_together(
+        self, workload: Workload, prompt: Prompt, setups: tuple[Setup, ...], occasion: str
+    ) -> tuple[Sample, ...]:
+        warm_up = {setup for setup in setups if setup not in self._warm}
+        self._warm |= warm_up
+        self._count(occasion.split(maxsplit=1)[0], sum(self._pace.run_s[setup.draft] for setup in (*setups, *warm_up)))
+        size = max(2, min(self._pace.output_tokens, workload.max_new_tokens))
+        return tuple(_imagined_run(prompt, setup, size) for setup in setups)
+
+    def _count(self, stage: str, seconds: float) -> None:
+        self.units[stage] += 1
+        self.seconds += seconds
+
+
+def _imagined_run(prompt: Prompt, setup: Setup, size: int) -> Sample:
+    """A run of `size` tokens: a setup is as fast as its domain lets it, a little different for every prompt."""
+    luck = random.Random(f"{prompt.domain} {setup.digest}").uniform(0.9, 1.1)
+    pace_s = PLAIN_S if setup == PLAIN else DRAFTING_S * luck
+    rng = random.Random(f"{prompt.digest} {setup.digest}")
+    return Sample(
+        setup_digest=setup.digest,
+        prompt_digest=prompt.digest,
+        ttft_s=PLAIN_S,
+        decode_s=(size - 1) * pace_s * rng.uniform(0.99, 1.01),
+        output_tokens=size,
+        rounds={(setup.length, 0): size - 1},
+        output_digest=digest_of(size),
+    )

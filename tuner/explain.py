@@ -1,0 +1,318 @@
+"""Why this setup and not that one, at one anchor: where a round's time goes, what it must yield, and who lost by what.
+
+Arithmetic and words over records that the caller fills; how the figures were measured or kept it must not know.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+from scipy.optimize import brentq
+
+from profiles.errors import InputError
+from profiles.terms import PLAIN, Interval
+from tuner.claims import RoundSplit
+from tuner.objective import TIE
+from tuner.report.dossier import AnchorFigures
+
+INFEASIBLE, PRUNED = "infeasible", "pruned"  # how such states begin; every other word is for people only
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateFacts:
+    """What is known of a setup at an anchor.
+
+    `speedup` and `tok_per_s` are the forecast, `measured` is the proof's speed-up, `race_speedup` only selected.
+    `acceptance_length` and `split` are the forecast's mean round. `reason` says why it came no further than `state`.
+    """
+
+    setup_name: str
+    length: int
+    speedup: Interval
+    measured: Interval | None
+    race_speedup: float | None
+    acceptance_length: float
+    split: RoundSplit
+    tok_per_s: Interval
+    state: str
+    reason: str
+
+    def __post_init__(self) -> None:
+        if not self.round_s > 0.0:
+            raise InputError(f"{self.setup_name}: a round of {self.round_s} s; more than 0 is needed")
+
+    @property
+    def round_s(self) -> float:
+        """Seconds of the mean round; its overhead may be below 0, where steps in a row are faster than alone."""
+        return self.split.draft_s + self.split.verify_s + self.split.overhead_s
+
+    @property
+    def best_known(self) -> float:
+        """The speed-up over plain decoding: measured, else of the race, else forecast."""
+        if self.measured is not None:
+            return self.measured.estimate
+        return self.speedup.estimate if self.race_speedup is None else self.race_speedup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnchorFacts:
+    """An anchor, what was chosen there and all candidates with a forecast, plain decoding among them.
+
+    Raises InputError when plain decoding or what was chosen is not among the candidates.
+    """
+
+    domain: str
+    batch_size: int
+    context_length: int
+    temperature: float
+    chosen: str
+    proven: bool
+    reason: str
+    candidates: tuple[CandidateFacts, ...]
+
+    def __post_init__(self) -> None:
+        for name in (PLAIN.name, self.chosen):
+            self.candidate(name)
+
+    def candidate(self, name: str) -> CandidateFacts:
+        """Raises InputError, naming those there are, for an unknown name."""
+        for one in self.candidates:
+            if one.setup_name == name:
+                return one
+        known = ", ".join(one.setup_name for one in self.candidates)
+        raise InputError(f"setup {name!r} is no candidate for domain {self.domain!r}; allowed are {known or 'none'}")
+
+
+def facts_of(figures: AnchorFigures) -> AnchorFacts:
+    """The facts in a report's anchor; candidates that failed before they had a forecast have no round to explain.
+
+    Raises InputError when the policy keeps an earlier run's choice, which this run's figures do not explain.
+    """
+    choice = figures.choice
+    if figures.from_earlier:
+        raise InputError(
+            f"domain {choice.domain!r}: {choice.setup.name} was chosen by an earlier run than the last, which ended "
+            "before it could decide; run again to have it explained"
+        )
+    candidates = [
+        CandidateFacts(
+            setup_name=one.setup_name,
+            length=one.length,
+            speedup=one.forecast_speedup,
+            measured=one.measured_speedup,
+            race_speedup=one.race_speedup,
+            acceptance_length=one.acceptance_length,
+            split=one.round_split,
+            tok_per_s=one.forecast_tok_per_s,
+            state=one.state,
+            reason=one.reason,
+        )
+        for one in figures.candidates
+        if one.forecast_speedup and one.forecast_tok_per_s and one.acceptance_length and one.round_split
+    ]
+    if not candidates:
+        raise InputError(f"domain {choice.domain!r}: {figures.stopped or 'nothing was forecast'}; run again")
+    return AnchorFacts(
+        domain=choice.domain,
+        batch_size=choice.batch_size,
+        context_length=choice.context_length,
+        temperature=choice.temperature,
+        chosen=choice.setup.name,
+        proven=choice.proven,
+        reason=choice.reason,
+        candidates=tuple(candidates),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """A candidate's mean round against plain decoding, by forecast.
+
+    `break_even_length`: tokens a round must yield to be as fast as plain decoding. `break_even_acceptance`: the
+    acceptance of every single token that yields them when each round drafts k tokens, None when none does;
+    `acceptance` is what the candidate's own acceptance length comes to in the same way. `why_not` is empty for what
+    was chosen.
+    """
+
+    setup_name: str
+    state: str
+    speedup: Interval
+    measured: Interval | None
+    race_speedup: float | None
+    tok_per_s: Interval
+    acceptance_length: float
+    acceptance: float | None
+    draft_s: float
+    verify_s: float
+    overhead_s: float
+    round_s: float
+    break_even_length: float
+    break_even_acceptance: float | None
+    why_not: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """The answer for one anchor; `accounts` hold the choice first, then the rival, then the rest, fastest first.
+
+    `rival` is the setup asked about, else the runner-up; None where plain decoding is the only candidate.
+    """
+
+    domain: str
+    batch_size: int
+    context_length: int
+    temperature: float
+    chosen: str
+    proven: bool
+    reason: str
+    plain_s_per_token: float
+    rival: str | None
+    accounts: tuple[Account, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Lists, objects, strings, numbers and None only."""
+        return {**asdict(self), "accounts": [asdict(account) for account in self.accounts]}
+
+
+def explain(facts: AnchorFacts, instead: str | None = None) -> Explanation:
+    """Why the anchor's choice and not `instead`, or when None, not the runner-up.
+
+    The runner-up has the best known speed-up of those that could have been chosen. Raises InputError for a setup that
+    is no candidate, or is the choice itself.
+    """
+    plain, chosen = facts.candidate(PLAIN.name), facts.candidate(facts.chosen)
+    if instead == facts.chosen:
+        raise InputError(f"setup {instead!r} is what was chosen for domain {facts.domain!r}; name another one")
+    others = [one for one in facts.candidates if one is not chosen]
+    others.sort(key=lambda one: (one.state.startswith(INFEASIBLE), -one.best_known))
+    if instead is not None:
+        others.sort(key=lambda one: one is not facts.candidate(instead))
+    return Explanation(
+        domain=facts.domain,
+        batch_size=facts.batch_size,
+        context_length=facts.context_length,
+        temperature=facts.temperature,
+        chosen=facts.chosen,
+        proven=facts.proven,
+        reason=facts.reason,
+        plain_s_per_token=plain.round_s,
+        rival=others[0].setup_name if others else None,
+        accounts=(_account(chosen, plain, ""), *(_account(one, plain, _why_not(one, chosen)) for one in others)),
+    )
+
+
+def needed_acceptance(acceptance_length: float, length: int) -> float | None:
+    """The acceptance of each token at which rounds of `length` drafted tokens yield `acceptance_length` tokens.
+
+    Solves (1 - a^(k+1)) / (1 - a) = acceptance length (Leviathan et al. 2023, eq. 1) for a; 0 where a round needs no
+    accepted token, None where k accepted tokens are not enough.
+    """
+    if acceptance_length <= 1.0:
+        return 0.0
+    if acceptance_length > length + 1:
+        return None
+    return float(brentq(lambda a: sum(a**power for power in range(length + 1)) - acceptance_length, 0.0, 1.0))
+
+
+def _account(one: CandidateFacts, plain: CandidateFacts, why_not: str) -> Account:
+    break_even_length = one.round_s / plain.round_s
+    drafts = one.length > 0
+    return Account(
+        setup_name=one.setup_name,
+        state=one.state,
+        speedup=one.speedup,
+        measured=one.measured,
+        race_speedup=one.race_speedup,
+        tok_per_s=one.tok_per_s,
+        acceptance_length=one.acceptance_length,
+        acceptance=needed_acceptance(one.acceptance_length, one.length) if drafts else None,
+        draft_s=one.split.draft_s,
+        verify_s=one.split.verify_s,
+        overhead_s=one.split.overhead_s,
+        round_s=one.round_s,
+        break_even_length=break_even_length,
+        break_even_acceptance=needed_acceptance(break_even_length, one.length) if drafts else None,
+        why_not=why_not,
+    )
+
+
+def _why_not(one: CandidateFacts, chosen: CandidateFacts) -> str:
+    """By the strongest evidence there is: it could not run, the proof, the race, the forecast."""
+    if one.state.startswith((INFEASIBLE, PRUNED)):
+        return f"{one.state}: {one.reason}"
+    if one.length == 0:
+        known = chosen.measured or chosen.speedup
+        return f"{chosen.setup_name} is {'measured' if chosen.measured else 'forecast'} at {_figure(known)} times it"
+    if one.measured is not None:
+        return f"not proven: measured at {_figure(one.measured)}; {one.reason}"
+    if one.race_speedup is not None:
+        return _lost_race(one, chosen)
+    if one.speedup.estimate < chosen.speedup.estimate:
+        than = "plain decoding" if chosen.length == 0 else f"{_figure(chosen.speedup)} for {chosen.setup_name}"
+        return f"forecast lower: {_figure(one.speedup)} against {than}"
+    return f"forecast at {_figure(one.speedup)}, but {one.state}: {one.reason}"
+
+
+def _lost_race(one: CandidateFacts, chosen: CandidateFacts) -> str:
+    assert one.race_speedup is not None
+    if chosen.race_speedup is None:
+        return f"{one.race_speedup:.2f} times plain decoding in the race; {one.reason}"
+    if one.race_speedup * (1.0 + TIE) >= chosen.race_speedup:
+        return (
+            f"within {TIE:.1%} of it in the race, {one.race_speedup:.2f} against {chosen.race_speedup:.2f}: of equals "
+            "the one without weights of its own is taken, then the shortest"
+        )
+    return f"slower in the race: {one.race_speedup:.2f} against {chosen.race_speedup:.2f} times plain decoding"
+
+
+def sentences(found: Explanation) -> list[str]:
+    """The answer in a few lines for a terminal: the choice, what k = 0 costs, the rounds, and why the rival lost."""
+    where = f"batch {found.batch_size}, context {found.context_length}, temperature {found.temperature:g}"
+    lines = [
+        f"{found.domain}, {where}: {found.chosen}, {'proven' if found.proven else 'not proven'}",
+        found.reason,
+        f"Plain decoding (k = 0) takes {_ms(found.plain_s_per_token)} ms a token.",
+    ]
+    drafting = [one for one in found.accounts if one.setup_name in (found.chosen, found.rival)]
+    lines += [_round_sentence(one) for one in drafting if one.setup_name != PLAIN.name]
+    lines += [f"Not {one.setup_name}: {one.why_not}." for one in drafting if one.setup_name == found.rival]
+    return lines
+
+
+def _round_sentence(one: Account) -> str:
+    split = f"draft {_ms(one.draft_s)}, verify {_ms(one.verify_s)}, overhead {_ms(one.overhead_s)}"
+    if one.break_even_acceptance is None:
+        needed = "which no acceptance yields"
+    else:
+        has = "" if one.acceptance is None else f" (it has {one.acceptance:.2f})"
+        needed = f"an acceptance of {one.break_even_acceptance:.2f} of each token{has}"
+    return (
+        f"A round of {one.setup_name} takes {_ms(one.round_s)} ms ({split}) and yields {one.acceptance_length:.2f} "
+        f"tokens; it breaks even with plain decoding at {one.break_even_length:.2f} tokens, {needed}."
+    )
+
+
+def comparison(accounts: Sequence[Account], most_rows: int = 12) -> Table:
+    """The first candidates side by side: tokens a round against what it needs, and where its time goes."""
+    title = Text("forecast of the mean round: tokens, and milliseconds")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left")
+    table.add_column("setup", overflow="fold")
+    for name in ("tokens", "needed", "draft", "verify", "overhead", "speed-up"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in accounts[:most_rows]:
+        times = (_ms(one.draft_s), _ms(one.verify_s), _ms(one.overhead_s))
+        tokens = f"{one.acceptance_length:.2f}", f"{one.break_even_length:.2f}"
+        style = "bold" if not one.why_not else "dim" if one.state.startswith(INFEASIBLE) else ""
+        table.add_row(Text(one.setup_name), *tokens, *times, f"{one.speedup.estimate:.2f}", style=style)
+    return table
+
+
+def _figure(known: Interval) -> str:
+    return f"{known.estimate:.2f} ({known.low:.2f} to {known.high:.2f})"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}"

@@ -1,0 +1,218 @@
+"""The report: one HTML file that opens without a network, and the bar chart as a picture.
+
+Both are drawn from a dossier alone. The template holds the words and the style; here figures become what it shows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from profiles.errors import InputError
+from profiles.terms import Interval
+from tuner.claims import Forecast, Measured
+from tuner.policy import MIXED, Choice
+from tuner.report import pictures
+from tuner.report.charts import ChartRow, bar_chart
+from tuner.report.dossier import AnchorFigures, Dossier, LoadFigures
+
+SUFFIXES = (".html", ".htm")
+LABEL_LENGTH = 40  # characters of a label in the forest plot; names in full stand in the tables
+ANCHOR = {"batch": "batch_size", "context": "context_length", "temperature": "temperature"}
+
+
+def write_page(dossier: Dossier, path: str | Path) -> None:
+    """Writes one self-contained HTML file. Raises InputError: another suffix, or a file that cannot be written."""
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"page {path}: the suffixes .html and .htm are allowed")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("tuner.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"interval": _interval, "seconds": _seconds, "number": "{:,}".format}
+    page = environment.get_template("page.html.jinja").render(_content(dossier))
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"page {path} cannot be written: {error.strerror}") from error
+
+
+def write_picture(dossier: Dossier, path: str | Path) -> None:
+    """The bar chart of the first anchor as .png or .svg. Raises InputError as `bar_chart` does."""
+    headline = dossier.anchors[0]
+    subtitle = f"{dossier.environment.device}, {_place(headline.choice)}, prompts of all domains"
+    bar_chart(chart_rows(headline), path, title=f"{dossier.target.name}: output tokens per second", subtitle=subtitle)
+
+
+def chart_rows(anchor: AnchorFigures) -> list[ChartRow]:
+    """A row for every candidate with a figure, drafts by their best forecast, then by length.
+
+    The multiplier is the measured one where there is one.
+    """
+    names = [one.draft_name for one in anchor.candidates]
+    rows = []
+    for one in sorted(anchor.candidates, key=lambda one: (names.index(one.draft_name), one.length)):
+        if one.forecast_tok_per_s is None or one.forecast_speedup is None:
+            continue
+        row = ChartRow(
+            setup_name=one.setup_name,
+            group=one.draft_name,
+            forecast=one.forecast_tok_per_s,
+            measured=one.measured_tok_per_s,
+            speedup=(one.measured_speedup or one.forecast_speedup).estimate,
+        )
+        rows.append(row)
+    return rows
+
+
+def _content(dossier: Dossier) -> dict[str, Any]:
+    """What the template fills in; pictures are markup, everything else is escaped there."""
+    anchors, hues = dossier.anchors, _hues(dossier)
+    drawn = dict.fromkeys(one.draft_name for anchor in anchors for one in anchor.candidates if one.forecast_speedup)
+    varied = _varied([*(anchor.choice for anchor in anchors), *dossier.standing])
+    noises = [anchor.noise for anchor in anchors if anchor.noise is not None]
+    measured = [anchor.choice.measured for anchor in anchors if anchor.choice.measured is not None]
+    return {
+        "dossier": dossier,
+        "headline": _decision(anchors[0].choice, varied),
+        "feasible": all(one.state != "infeasible" for one in anchors[0].candidates if one.draft_name == "plain"),
+        "place": _place(anchors[0].choice),
+        "decisions": [{**_decision(anchor.choice, varied), "from_earlier": anchor.from_earlier} for anchor in anchors],
+        "standing": [_decision(choice, varied) for choice in dossier.standing],
+        "key": [(name, pictures.css_variable(hues[name])) for name in drawn if name != "plain"],
+        "speedups": _speedups(anchors, hues, varied),
+        "scatter": _scatter(anchors, hues),
+        "loads": [_load(index, load, hues) for index, load in enumerate(dossier.loads)],
+        "tables": [
+            {
+                "title": _title(anchor.choice, varied),
+                "anchor": anchor,
+                "rows": [{"one": one, "state": one.state.replace(" ", "-")} for one in anchor.candidates],
+            }
+            for anchor in anchors
+        ],
+        "environment": {name.replace("_", " "): value for name, value in asdict(dossier.environment).items()},
+        "noises": [f"{noise:+.1%}" for noise in noises],
+        "num_partings": sum(one.num_partings for one in measured),
+        "num_disturbed": sum(one.num_disturbed for one in measured),
+        "num_pairs": sum(one.num_prompts for one in measured),
+    }
+
+
+def _hues(dossier: Dossier) -> dict[str, str]:
+    """A colour for every draft the report names, in the order of the first anchor's forecasts."""
+    names = [one.draft_name for anchor in dossier.anchors for one in anchor.candidates]
+    subjects = [_subject(anchor.choice) for anchor in dossier.anchors]  # an earlier run's draft may be gone
+    names += [one.setup.draft.name for one in subjects if one is not None and one.setup.draft is not None]
+    return pictures.PAGE.hues([*names, *(draft.name for draft in dossier.drafts)])
+
+
+def _subject(choice: Choice) -> Measured | Forecast | None:
+    """What is best known of the setup that was chosen, or that came closest to it."""
+    return choice.measured or choice.forecast
+
+
+def _decision(choice: Choice, varied: Sequence[str]) -> dict[str, Any]:
+    """A choice, with the figures of the chosen setup only: a loser's stand in the reason."""
+    measured = choice.measured if choice.measured is not None and choice.measured.setup == choice.setup else None
+    return {
+        "title": _title(choice, varied),
+        "setup": "plain decoding" if choice.setup.draft is None else choice.setup.name,
+        "drafts": choice.setup.draft is not None,
+        "speedup": measured.speedup if measured else None,
+        "end_to_end": measured.end_to_end if measured else None,
+        "rate": measured.tok_per_s if measured else None,
+        "num_prompts": measured.num_prompts if measured else None,
+        "proven": choice.proven,
+        "reason": choice.reason,
+    }
+
+
+def _speedups(anchors: Sequence[AnchorFigures], hues: dict[str, str], varied: Sequence[str]) -> Markup | None:
+    """The forest plot: of every anchor the setup that was measured, or the best forecast."""
+    rows = []
+    for anchor in anchors:
+        known = _subject(anchor.choice)
+        if known is not None and known.setup.draft is not None:
+            label = f"{_title(anchor.choice, varied)}: {known.setup.name}"
+            label = label if len(label) <= LABEL_LENGTH else label[: LABEL_LENGTH - 1] + "…"
+            rows.append((label, known.speedup, anchor.choice.measured is not None, hues[known.setup.draft.name]))
+    return _safe(pictures.speedups("speedups", rows)) if rows else None
+
+
+def _scatter(anchors: Sequence[AnchorFigures], hues: dict[str, str]) -> Markup | None:
+    """Every setup that really ran: the proof's speed-up, else the race's, which has no interval."""
+    points = []
+    for one in (one for anchor in anchors for one in anchor.candidates):
+        measured = one.measured_speedup
+        if measured is None and (raced := one.race_speedup) is not None:
+            measured = Interval(estimate=raced, low=raced, high=raced)
+        if one.forecast_speedup is not None and measured is not None:
+            points.append((one.forecast_speedup, measured, hues[one.draft_name]))
+    return _safe(pictures.forecast_against_measured("scatter", points)) if points else None
+
+
+def _load(index: int, load: LoadFigures, hues: dict[str, str]) -> dict[str, Any]:
+    """The panels of one load, as (heading, picture); plain decoding has its own bar only where nothing else has."""
+    every = chart_rows(load.anchors[0])
+    bars = []
+    for number, draft in enumerate(dict.fromkeys(row.group for row in every if row.group != "plain") or ["plain"]):
+        if rows := [row for row in every if row.group == draft]:
+            bars.append((draft, _safe(pictures.rate_bars(f"bars-{index}-{number}", rows, hues[draft], every))))
+    curves = []
+    for number, domain in enumerate(dict.fromkeys(curve.domain for curve in load.curves)):
+        own = [curve for curve in load.curves if curve.domain == domain]
+        heading = f"{_domain(domain)}, {max(curve.num_prompts for curve in own)} prompts"
+        curves.append((heading, _safe(pictures.acceptance(f"kept-{index}-{number}", own, hues))))
+    stairs = []
+    for number, part in enumerate(load.staircases):
+        hue = hues["plain" if part.kind == "target" else part.name]
+        stairs.append((part.name, _safe(pictures.staircase(f"stairs-{index}-{number}", part, hue))))
+    return {
+        "place": _place(load.anchors[0].choice),
+        "plain": next((row.best_known for row in every if row.group == "plain"), None),
+        "stopped": load.anchors[0].stopped,
+        "bars": bars,
+        "curves": curves,
+        "stairs": stairs,
+        "disturbed": [part.name for part in load.staircases if part.disturbed],
+    }
+
+
+def _safe(picture: str) -> Markup:
+    return Markup(picture)  # noqa: S704  matplotlib and ElementTree have escaped its text
+
+
+def _domain(name: str) -> str:
+    return "all domains" if name == MIXED else name
+
+
+def _title(choice: Choice, varied: Sequence[str]) -> str:
+    """The domain, and what else sets the anchor apart from the others."""
+    return ", ".join((_domain(choice.domain), *(f"{name} {getattr(choice, ANCHOR[name]):g}" for name in varied)))
+
+
+def _varied(choices: Sequence[Choice]) -> list[str]:
+    return [name for name, field in ANCHOR.items() if len({getattr(choice, field) for choice in choices}) > 1]
+
+
+def _place(choice: Choice) -> str:
+    sampled = "" if choice.temperature == 0.0 else f", top-p {choice.top_p:g}, top-k {choice.top_k}"
+    where = f"batch {choice.batch_size}, context {choice.context_length}"
+    return f"{where}, temperature {choice.temperature:g}{sampled}"
+
+
+def _interval(known: Interval | None, digits: int = 2) -> str:
+    return "" if known is None else f"{known.estimate:.{digits}f} ({known.low:.{digits}f} to {known.high:.{digits}f})"
+
+
+def _seconds(seconds: float) -> str:
+    text = f"{seconds * 1e3:.3g} ms" if abs(seconds) >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+    return text.replace("-", "\N{MINUS SIGN}")  # the calibrated rest of a round can come out below 0

@@ -1,0 +1,128 @@
+"""Says what was decided: a table for the terminal, and a JSON document for programs.
+
+It reads policies and changes nothing. How the figures were measured it must not know.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from profiles.errors import InputError
+from profiles.terms import Interval
+from tuner.policy import Answer, Choice, Policy
+
+ONE = Interval(estimate=1.0, low=1.0, high=1.0)
+
+
+def table(policy: Policy) -> Table:
+    """The choices, one row per anchor, with the reason under each setup; what all anchors share stands in the title."""
+    anchors = {
+        "batch": [str(choice.batch_size) for choice in policy.choices],
+        "context": [str(choice.context_length) for choice in policy.choices],
+        "temperature": [f"{choice.temperature:g}" for choice in policy.choices],
+    }
+    varied = {name: cells for name, cells in anchors.items() if len(set(cells)) > 1}
+    shared = ", ".join(f"{name} {cells[0]}" for name, cells in anchors.items() if name not in varied)
+    title = f"{policy.target.name} on {policy.environment.device}, {policy.created[:10]}"
+    shown = Table(title=Text(f"{title}\n{shared}" if shared else title), title_justify="left", box=SIMPLE_HEAD)
+    for name in varied:
+        shown.add_column(name, justify="right", no_wrap=True)
+    shown.add_column("domain", no_wrap=True)
+    shown.add_column("setup, and why", overflow="fold")
+    for name in ("speed-up (95 %)", "end to end", "proven"):
+        shown.add_column(name, no_wrap=True)
+    for index, choice in enumerate(policy.choices):
+        anchor = [Text(cells[index]) for cells in varied.values()]
+        setup = Text.assemble((choice.setup.name, "bold"), "\n", (choice.reason, "dim"))
+        shown.add_row(*anchor, Text(choice.domain), setup, *_cells(choice))
+    return shown
+
+
+def _cells(choice: Choice) -> tuple[str, str, str]:
+    if choice.setup.draft is None:
+        return "1", "1", "no"
+    speedup, end_to_end = _speedup(choice), _end_to_end(choice)
+    return (
+        f"{speedup.estimate:.2f} ({speedup.low:.2f} to {speedup.high:.2f})",
+        "unknown" if end_to_end is None else f"{end_to_end:.2f}",
+        "yes" if choice.proven else "no",
+    )
+
+
+def document(policy: Policy, *, cost: Mapping[str, object], store: str, policy_path: str) -> dict[str, Any]:
+    """The policy as the one JSON document a program reads: the headline choice's figures, then every anchor's.
+
+    Rates are output tokens per second, decode only; `end_to_end` is the ratio with prefill. A figure that is not known
+    is None. `cost` is passed through.
+    """
+    return {
+        "target": asdict(policy.target),
+        "environment": {**asdict(policy.environment), "digest": policy.environment.digest},
+        **_figures(policy.headline),
+        "anchors": [
+            {
+                "batch_size": choice.batch_size,
+                "context_length": choice.context_length,
+                "domain": choice.domain,
+                "temperature": choice.temperature,
+                **_figures(choice),
+            }
+            for choice in policy.choices
+        ],
+        "cost": dict(cost),
+        "store": store,
+        "policy": policy_path,
+    }
+
+
+def answer(found: Answer) -> dict[str, Any]:
+    """What a look-up found, for the same document: how, and the figures of its choice."""
+    return {"matched": found.matched, "rule": found.rule, **_figures(found.choice)}
+
+
+def _figures(choice: Choice) -> dict[str, Any]:
+    setup, draft = choice.setup, choice.setup.draft
+    chosen: dict[str, object] = {"draft": None if draft is None else draft.name, "length": setup.length}
+    if draft is not None:
+        chosen |= {"kind": draft.kind, "stop_below": setup.stop_below}
+    plain_tok_per_s, chosen_tok_per_s = _rates(choice)
+    return {
+        "choice": chosen,
+        "speedup": asdict(_speedup(choice)),
+        "end_to_end": _end_to_end(choice),
+        "plain_tok_per_s": plain_tok_per_s,
+        "chosen_tok_per_s": chosen_tok_per_s,
+        "proven": choice.proven,
+        "reason": choice.reason,
+    }
+
+
+def _speedup(choice: Choice) -> Interval:
+    """Of the chosen setup: beside plain decoding the record may hold the figures of the setup that lost to it."""
+    if choice.setup.draft is None:
+        return ONE
+    for known in (choice.measured, choice.forecast):
+        if known is not None and known.setup == choice.setup:
+            return known.speedup
+    raise InputError(f"the choice {choice.setup.name!r} has neither a measurement nor a forecast of its own")
+
+
+def _end_to_end(choice: Choice) -> float | None:
+    if choice.setup.draft is None:
+        return 1.0
+    return choice.measured.end_to_end.estimate if choice.measured else None
+
+
+def _rates(choice: Choice) -> tuple[float | None, float | None]:
+    """Tokens per second of plain decoding and of the choice."""
+    if choice.measured is not None:
+        plain = choice.measured.plain_tok_per_s.estimate
+        return plain, choice.measured.tok_per_s.estimate if choice.setup.draft else plain
+    if choice.forecast is None:
+        return None, None
+    plain = choice.forecast.tok_per_s.estimate / choice.forecast.speedup.estimate
+    return plain, choice.forecast.tok_per_s.estimate if choice.setup.draft else plain
