@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from profiles.errors import EngineError
-from profiles.keys import run_point
+from profiles.keys import run_point, unit_digest
 from profiles.terms import (
     PLAIN,
     Acceptance,
@@ -36,7 +36,8 @@ class Remember:
 
     Timings that other programs disturbed are measured again, but not by the object that measured them: a run that asks
     twice gets one answer. Timings from before `since` (UTC) do not answer; traces are pinned by their digests and do
-    not age. `measured_seconds` is the time spent in the wrapped engine, failures included.
+    not age. `measured_seconds` is the time spent in the wrapped engine, failures included; `answered_by` maps the id of
+    every unit of runs that was asked for to the id under which the answer is kept.
     """
 
     def __init__(self, engine: Engine, book: Book, since: str = "") -> None:
@@ -47,6 +48,7 @@ class Remember:
         self._book = book
         self._since = since
         self._timed_here: set[tuple[object, ...]] = set()
+        self.answered_by: dict[str, str] = {}
         self.measured_units = 0
         self.measured_seconds = 0.0
         self.reused_units = 0
@@ -92,9 +94,12 @@ class Remember:
         self, workload: Workload, prompt: Prompt, setups: tuple[Setup, ...], occasion: str
     ) -> tuple[Sample, ...]:
         scope, point = self._scope(workload), run_point(workload, prompt, setups, occasion)
-        known, free = self._recall(scope, prompt, setups, occasion)
+        young, free = self._recall(scope, prompt, setups, occasion)
+        known = ([samples for samples in young.items() if not _disturbed(samples[1])] or [*young.items()])[-1:]
         if free is None or (known and point in self._timed_here):
-            return self._reused(known)
+            [(answering, samples)] = known
+            self._note(workload, prompt, setups, (occasion, answering))
+            return self._reused(samples)
         unit = f"{occasion}: {', '.join(setup.name for setup in setups)}, {prompt.domain}"
         drafting = [setup for setup in dict.fromkeys(setups) if setup != PLAIN]
         suspect = drafting[0] if len(drafting) == 1 else PLAIN
@@ -103,26 +108,35 @@ class Remember:
         )
         kept = self._book.save_samples(scope, prompt, setups, free, samples)  # another process's, if it was faster
         self._timed_here.add(point)
+        self._note(workload, prompt, setups, (occasion, free))
         return self._kept(kept)
 
     def _recall(
         self, scope: Scope, prompt: Prompt, setups: tuple[Setup, ...], occasion: str
-    ) -> tuple[tuple[Sample, ...], str | None]:
-        """The stored runs that answer for a unit, and the occasion to repeat them under; None when they do for good.
+    ) -> tuple[dict[str, tuple[Sample, ...]], str | None]:
+        """The stored runs of a unit that are young enough, by occasion, and the occasion to repeat it under.
 
-        A repeat is stored under an occasion of its own. Of those young enough the latest undisturbed answers, else
-        the latest; a unit that was disturbed four times is not tried again.
+        A repeat is stored under an occasion of its own. The latest undisturbed runs answer, else the latest; None of
+        an occasion: they do so for good, because one was undisturbed or four were not.
         """
-        young: list[tuple[Sample, ...]] = []
+        young: dict[str, tuple[Sample, ...]] = {}
         for number in itertools.count():
             name = occasion if number == 0 else f"{occasion}, again {number}"
-            if self._book.find_samples(scope, prompt, setups, name) is None:
+            samples = self._book.find_samples(scope, prompt, setups, name)
+            if samples is None:
                 break
-            found = self._book.find_samples(scope, prompt, setups, name, self._since)
-            young += [] if found is None else [found]
-        quiet = [samples for samples in young if not _disturbed(samples)]
-        answer = (quiet or young or [()])[-1]
-        return answer, None if quiet or len(young) > MAX_REPEATS else name
+            if not self._since or self._book.find_samples(scope, prompt, setups, name, self._since) is not None:
+                young[name] = samples
+        done = len(young) > MAX_REPEATS or not all(map(_disturbed, young.values()))
+        return young, None if done else name
+
+    def _note(self, workload: Workload, prompt: Prompt, setups: tuple[Setup, ...], occasions: tuple[str, str]) -> None:
+        """Remembers under which id the unit that was asked for is really kept."""
+        asked, answering = (
+            unit_digest(self.target, self.environment, run_point(workload, prompt, setups, occasion))
+            for occasion in occasions
+        )
+        self.answered_by[asked] = answering
 
     def _scope(self, workload: Workload) -> Scope:
         return Scope(target=self.target, environment=self.environment, workload=workload)

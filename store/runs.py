@@ -68,6 +68,7 @@ def tune(
     options = replace(options, storage=shelf.studies, run_name=f"run {run_id} of {_utc_now()}")
     with _interruptible(remembering, folder):
         outcome = Tuner(remembering, options, watch).tune(loads)
+    outcome = _with_kept_ids(outcome, remembering)
     choices = _joined(book, engine, outcome)
     policy = policies.Policy(created=_utc_now(), target=engine.target, environment=engine.environment, choices=choices)
     path = folder / policy.file_name
@@ -87,6 +88,15 @@ def tune(
     dossier = assemble.dossier(outcome, policy).to_json()
     book.finish_run(run_id, {"cost": cost, "left_out": [asdict(one) for one in left_out], "dossier": dossier})
     return FinishedRun(policy=policy, policy_path=path, outcome=outcome, left_out=left_out, cost=cost)
+
+
+def _with_kept_ids(outcome: Outcome, remembering: Remember) -> Outcome:
+    """The choices with the ids under which their evidence is kept: a unit measured again has one of its own."""
+    kept = [
+        replace(choice, evidence=tuple(remembering.answered_by[unit] for unit in choice.evidence))
+        for choice in outcome.choices
+    ]
+    return replace(outcome, choices=tuple(kept))
 
 
 def _joined(book: Book, engine: Engine, outcome: Outcome) -> tuple[policies.Choice, ...]:

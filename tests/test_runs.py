@@ -9,12 +9,11 @@ import pytest
 from profiles.terms import Workload
 from store.book import Book
 from store.runs import FinishedRun, Shelf, tune
-from tests.fakes import DRAFT_A, MACHINE, FakeEngine, prompts
+from tests.fakes import DRAFT_A, GREEDY, MACHINE, FakeEngine, prompts, sql
 from tuner import policy as policies
 from tuner.tuning import Options, Watch
 
 PROMPTS = prompts(40)
-GREEDY = Workload(context_length=256, max_new_tokens=64)
 HOT = Workload(context_length=256, max_new_tokens=64, temperature=0.8)
 LONG = Workload(context_length=512, max_new_tokens=64)
 
@@ -90,3 +89,15 @@ def test_a_run_out_of_time_keeps_what_was_proven(shelf: Shelf) -> None:
     cut = run(shelf, HOT, out_of_time=True).policy
     assert chosen(cut) == [(0.8, 256, 0), (0.0, 256, 2)]
     assert "budget ended" in cut.headline.reason
+
+
+def test_evidence_ids_are_those_in_the_file(tmp_path: Path) -> None:
+    """Also when old runs were measured again: the policy names the new ones."""
+    with Book.open(tmp_path / "evidence.db") as book:
+        first = run(Shelf.of(book), GREEDY)
+        again = run(Shelf.of(book, "2999-01-01T00:00:00+00:00"), GREEDY)
+    kept = {unit for (unit,) in sql(tmp_path / "evidence.db", "SELECT unit FROM samples")}
+    old, new = set(first.policy.headline.evidence), set(again.policy.headline.evidence)
+    assert old <= kept
+    assert new <= kept
+    assert not old & new
