@@ -147,6 +147,7 @@ def test_positions_of_the_draft(tiny_folders: dict[str, Path], tmp_path: Path) -
     assert row(run(tiny_folders["llama"], short), short).glance is not None
 
 
+@tiny.READS_GGUF
 def test_a_dequantised_draft_is_noted(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     """What a GGUF file holds and how it is run stands below the table."""
     packed = str(tiny.write_gguf(tmp_path / "draft.gguf", tiny_folders["llama"], "Q8_0"))

@@ -13,6 +13,7 @@ from profiles.models import Loaded
 from profiles.terms import Prompt, Workload
 from tests import tiny
 
+pytestmark = tiny.READS_GGUF
 TOKEN_IDS = torch.tensor([[2, 40, 77, 105, 260, 33, 1, 3, *range(50, 90)]])
 TEXT = "The quick\nbrown fox 12345 ünï<|end|>"
 
