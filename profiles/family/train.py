@@ -1,16 +1,14 @@
 """Makes the family that ships: `python -m profiles.family.train --work DIR [--stage NAME]`.
 
 Stages, each leaving files in `--work`: `tokenizer`; `target` (language modelling); `loops` (a short unlikelihood pass
-against loops); `drafts`, `refine` and `answers` (all drafts distilled together on the target's law: over some of its
-own outputs, over fresh text, over new answers of its own to whole requests); `ship` (float16 safetensors, held-out
-prompts and `training.json` beside this file).
+against loops); `drafts` and `refine` (all drafts distilled together on the target's law, first mostly over its own
+outputs, then over fresh text); `ship` (float16 safetensors, held-out prompts and `training.json` beside this file).
 Everything is seeded; the same packages and number of threads give the same weights up to the CPU's rounding.
 """
 
 import argparse
 import random
 import time
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +26,6 @@ BATCH_ROWS = 12
 SHARE = {"prose": 0.35, "code": 0.35, "copy": 0.30}
 TARGET_STEPS, UNLIKELIHOOD_STEPS, DRAFT_STEPS = 2000, 120, 1000
 REFINE_STEPS = 400
-ANSWER_STEPS, ANSWER_SHIFT, NUM_ASKED, NUM_ANSWERED = 1000, 4, 160, 72
 TARGET_LAYERS, HIDDEN = 20, 128
 # name -> (layers, domains it is trained on); the 8-layer draft is the one too dear to pay
 DRAFTS = {
@@ -37,15 +34,8 @@ DRAFTS = {
     "draft-prose": (1, ("prose",)),
     "draft-deep": (8, ("prose", "code", "copy")),
 }
-STAGES = ("tokenizer", "target", "loops", "drafts", "refine", "answers", "ship")
-STREAM = {
-    "target": 6,
-    "loops": 5,
-    "drafts": 6,
-    "refine": 7,
-    "answers": 8,
-    "ship": 0,
-}  # which stream of examples a stage draws
+STAGES = ("tokenizer", "target", "loops", "drafts", "refine", "ship")
+STREAM = {"target": 6, "loops": 5, "drafts": 6, "refine": 7, "ship": 0}  # which stream of examples a stage draws
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -102,15 +92,6 @@ class Rows:
             text = f"{corpus.USER}{example.request}{corpus.END}{corpus.ASSISTANT}{example.answer}{corpus.END}"
             ids += self.encode(text).ids
         return ids[:ROW_TOKENS]
-
-    def asked(self, domain: str, num_rows: int) -> torch.Tensor:
-        """(rows, NUM_ASKED) tokens that end where an answer is due; what was said before fills the front."""
-        rows = []
-        for _ in range(num_rows):
-            example = next(self.streams[domain])
-            ids = self.encode(f"{corpus.USER}{example.request}{corpus.END}{corpus.ASSISTANT}").ids
-            rows.append((self.row(domain) + ids)[-NUM_ASKED:])
-        return torch.tensor(rows)
 
     def batch(self, num_rows: int, share: dict[str, float]) -> torch.Tensor:
         counts = {domain: round(num_rows * part / sum(share.values())) for domain, part in share.items()}
@@ -288,59 +269,8 @@ def refine_drafts(target: LlamaForCausalLM, rows: Rows, work: Path) -> None:
                 draft.save_pretrained(work / name)
 
 
-def answer_drafts(target: LlamaForCausalLM, rows: Rows, work: Path) -> None:
-    """The target answers requests it has not seen; every draft learns the law and the first choice of each token.
-
-    New answers come in every fourth step and are kept with their laws for the last 60 of these batches, so that a
-    step mostly costs the drafts alone. Three batches of four are greedy, which is what is served most.
-    """
-    drafts = {name: LlamaForCausalLM.from_pretrained(work / name) for name in DRAFTS}
-    optimizers = {name: Optimizer(draft, ANSWER_STEPS, scale=0.5) for name, draft in drafts.items()}
-    kept: dict[str, deque[tuple[torch.Tensor, torch.Tensor]]] = {domain: deque(maxlen=20) for domain in corpus.DOMAINS}
-    rng = random.Random(SEED)
-    target.eval()
-    for step in range(ANSWER_STEPS):
-        if step % ANSWER_SHIFT == 0:
-            number = step // ANSWER_SHIFT
-            domain = corpus.DOMAINS[number % 3]
-            asked = rows.asked(domain, 48)
-            answers = evaluate.generate_rows(target, asked, NUM_ANSWERED, 0.8 if number // 3 % 4 == 3 else 0.0)
-            whole = torch.cat([asked, answers], 1)
-            with torch.no_grad():
-                law = functional.softmax(target(whole, use_cache=False, logits_to_keep=NUM_ANSWERED + 1).logits, -1)
-            kept[domain].append((whole, law[:, :-1].half()))
-        for name, (num_layers, domains) in DRAFTS.items():
-            if num_layers > 2 and step % 8:
-                continue
-            filled = [domain for domain in domains if kept[domain]]
-            if not filled:
-                continue
-            whole, law = rng.choice(kept[rng.choice(filled)])
-            picked = torch.tensor(rng.sample(range(len(whole)), 24))
-            loss = answer_loss(drafts[name], whole[picked], law[picked].float())
-            torch.autograd.backward(loss)
-            torch.nn.utils.clip_grad_norm_(drafts[name].parameters(), 1.0)
-            optimizers[name].step()
-            if step % 40 < 8 and step % 8 == 0:
-                print(f"answers step {step} {name} {loss.item():.3f}", flush=True)
-        if step % 100 == 99:
-            for name, draft in drafts.items():
-                draft.save_pretrained(work / name)
-
-
-def answer_loss(draft: LlamaForCausalLM, whole: torch.Tensor, law: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy with the target's law and with its first choice, half each, over the answered tokens."""
-    logits = draft(whole, use_cache=False, logits_to_keep=NUM_ANSWERED + 1).logits[:, :-1]
-    guess = functional.log_softmax(logits, -1)
-    first = guess.gather(-1, law.argmax(-1, keepdim=True))
-    return -0.5 * (law * guess).sum(-1).mean() - 0.5 * first.mean()
-
-
-DISTILLING = {"drafts": train_drafts, "refine": refine_drafts, "answers": answer_drafts}
-
-
 def main() -> None:
-    """Runs the asked stage, or all in order."""
+    """Runs the asked stage, or all four in order."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--stage", choices=["all", *STAGES], default="all")
@@ -361,8 +291,9 @@ def main() -> None:
             train_target(rows, options.work)
         elif stage == "loops":
             unlearn_loops(LlamaForCausalLM.from_pretrained(options.work / "target-lm"), rows, options.work)
-        elif stage in DISTILLING:
-            DISTILLING[stage](LlamaForCausalLM.from_pretrained(options.work / "target"), rows, options.work)
+        elif stage in ("drafts", "refine"):
+            train = train_drafts if stage == "drafts" else refine_drafts
+            train(LlamaForCausalLM.from_pretrained(options.work / "target"), rows, options.work)
         else:
             evaluate.ship(options.work, tokenizer, held_out, ["target", *DRAFTS])
 
