@@ -94,6 +94,7 @@ def _specs(target: str, drafts: list[str] | None) -> list[spelling.DraftSpec]:
 def _load(asked: flags.RunFlags) -> "tuple[Bench, Loads, list[str]]":
     """Everything that is refused is refused here, before anything is measured."""
     from profiles import loading
+    from tuner.tuning import plan_anchors
 
     specs = _specs(asked.target, asked.draft)
     question = loading.Question(
@@ -109,6 +110,8 @@ def _load(asked: flags.RunFlags) -> "tuple[Bench, Loads, list[str]]":
     num_tokens = max(question.contexts, default=question.max_new_tokens)
     bench = loading.load(asked.target, specs, asked.dtype, asked.device, num_tokens)
     loads, warnings = loading.workloads(bench, question, asked.prompts or ["builtin:all"], asked.domain)
+    for workload, prompts in loads:
+        plan_anchors(workload, prompts)  # refuses a domain's name, which the run would only do once it is noted
     notes = [loaded.note for loaded in bench.loaded if loaded.note is not None]
     return bench, loads, [*notes, *warnings]
 
@@ -184,7 +187,7 @@ def lookup(
         made = export.emit(answer.choice, target=policy.target, form=form)
         if made.note:
             _say(made.note)
-        sys.stdout.write(made.text)
+        print(made.text, end="")
 
 
 @app.command()
@@ -240,7 +243,10 @@ def _dossier(book: Book, policy: policies.Policy) -> reports.Dossier:
     raw = book.latest_outcome(policy.target).get("dossier")
     if raw is None:
         raise NotMeasuredError(f"no finished run of {policy.target.name} is in the store: run `tune.py run` first")
-    dossier = reports.Dossier.from_json(raw)
+    try:
+        dossier = reports.Dossier.from_json(raw)
+    except InputError as error:
+        raise InputError(f"the last run in store {book.path}: {error}") from error
     if not any(anchor.candidates for anchor in dossier.anchors):
         raise NotMeasuredError(
             f"the last run of {policy.target.name} ended before a forecast: run it again, for longer"
@@ -257,7 +263,7 @@ def _limits(asked: flags.RunFlags) -> "Limits":
     for name in ("max_memory", "max_ttft", "max_p95_tpot"):
         value = getattr(asked, name)
         if value is not None and not (math.isfinite(value) and value > 0.0):
-            raise InputError(f"{name.replace('_', '-')} {value:g}: more than 0 is needed")
+            raise InputError(f"{name.replace('_', '-')} {value:g}: a finite number above 0 is needed")
     return Limits(
         max_memory_bytes=None if asked.max_memory is None else asked.max_memory * 2**30,
         max_ttft_s=None if asked.max_ttft is None else asked.max_ttft / 1e3,
@@ -312,7 +318,7 @@ def _exit_code(done: "FinishedRun") -> int:
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
+    print(json.dumps(document, allow_nan=False))
 
 
 def _store_folder(asked: Path | None) -> Path:
@@ -352,15 +358,25 @@ def _say(*lines: str) -> None:
         err.print(line, markup=False, soft_wrap=True)
 
 
+def _usage_message(error: TyperException) -> str:
+    """typer's sentence, and the value that it could not read, which it leaves out."""
+    unread: list[dict[str, Any]] = getattr(error.__cause__, "errors", list)()  # pydantic's
+    return error.format_message() + (f", not {unread[0]['input']!r}" if unread else "")
+
+
 def main() -> None:
     """Runs the asked verb; every failure is one line on stderr and the exit code that README lists."""
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
+        print(end="", flush=True)  # a full disk is told here; unlike a write, fine where stdout is closed
         if code == EXIT_INTERRUPTED:  # what typer makes of Ctrl-C outside of the measuring
             _say("error: interrupted")
         sys.exit(code)
+    except OSError as error:  # all others are translated where they arise
+        _say(f"error: output: {error.strerror or error}")
+        sys.exit(2)
     except TyperException as error:
-        _say(f"error: {error.format_message()}")
+        _say(f"error: {_usage_message(error)}")
         sys.exit(2)
     except DraftpickError as error:
         _say(f"error: {error}")

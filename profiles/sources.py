@@ -62,6 +62,8 @@ def find(name: str, *, trust_remote_code: bool = False) -> Source:
 
     A directory without safetensors weights but with one GGUF file is that file. Raises ModelError.
     """
+    if not name.strip():
+        raise ModelError(f"model {name!r}: {_ALLOWED}")  # as a path it would be the working directory
     path = Path(name)
     if name.startswith(_BUILTIN):
         path = FAMILY_FOLDER / name.removeprefix(_BUILTIN)

@@ -10,6 +10,7 @@ from profiles.terms import Draft, DraftKind
 
 MAX_LENGTH = 64
 AGE_UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+MAX_AGE_S = 36500 * AGE_UNITS_S["d"]  # further back the calendar ends
 NGRAM_DEFAULTS = {"max": 4, "min": 2}  # tokens
 
 
@@ -49,9 +50,11 @@ class Refused:
 def parse_age(text: str) -> float:
     """Seconds from `90s`, `30m`, `12h` or `7d`. Raises InputError."""
     number, unit = text[:-1], text[-1:]
-    if unit not in AGE_UNITS_S or not number.isdecimal() or int(number) == 0:
-        raise InputError(f"age {text!r}: allowed are whole numbers above 0 with s, m, h or d behind them, like 12h")
-    return int(number) * AGE_UNITS_S[unit]
+    age_s = int(number) * AGE_UNITS_S.get(unit, 0.0) if number.isdecimal() and len(number) <= 10 else 0.0
+    if not 0.0 < age_s <= MAX_AGE_S:
+        allowed = "whole numbers above 0 with s, m, h or d behind them, like 12h, up to 36500d"
+        raise InputError(f"age {text!r}: allowed are {allowed}")
+    return age_s
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:

@@ -226,7 +226,13 @@ class Book:
         runs = tables.runs.c
         query = select(runs.outcome).where(runs.target_key == target.run_digest, runs.finished_at.is_not(None))
         with self._transaction("read") as connection:
-            return connection.scalar(query.order_by(runs.id.desc()).limit(1)) or {}
+            found = connection.scalar(query.order_by(runs.id.desc()).limit(1)) or {}
+            if not isinstance(found, dict):
+                kind = type(found).__name__
+                raise StoreError(
+                    f"the outcome of the last run of {target.name} is damaged: {kind} instead of an object"
+                )
+        return found
 
     # --- the one way in and out ---
 

@@ -37,7 +37,8 @@ class Remember:
     Timings that other programs disturbed are measured again, but not by the object that measured them: a run that asks
     twice gets one answer. Timings from before `since` (UTC) do not answer; traces are pinned by their digests and do
     not age. `measured_seconds` is the time spent in the wrapped engine, failures included; `answered_by` maps the id of
-    every unit of runs that was asked for to the id under which the answer is kept.
+    every unit of runs that was asked for to the id under which the answer is kept. A unit counts once as reused, and not
+    when this object measured it.
     """
 
     def __init__(self, engine: Engine, book: Book, since: str = "") -> None:
@@ -48,6 +49,7 @@ class Remember:
         self._book = book
         self._since = since
         self._timed_here: set[tuple[object, ...]] = set()
+        self._asked_here: set[tuple[object, ...]] = set()
         self.answered_by: dict[str, str] = {}
         self.measured_units = 0
         self.measured_seconds = 0.0
@@ -98,8 +100,10 @@ class Remember:
         known = ([samples for samples in young.items() if not _disturbed(samples[1])] or [*young.items()])[-1:]
         if free is None or (known and point in self._timed_here):
             [(answering, samples)] = known
+            again = point in self._asked_here or point in self._timed_here
+            self._asked_here.add(point)
             self._note(workload, prompt, setups, (occasion, answering))
-            return self._reused(samples)
+            return samples if again else self._reused(samples)
         unit = f"{occasion}: {', '.join(setup.name for setup in setups)}, {prompt.domain}"
         drafting = [setup for setup in dict.fromkeys(setups) if setup != PLAIN]
         suspect = drafting[0] if len(drafting) == 1 else PLAIN

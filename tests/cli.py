@@ -1,8 +1,10 @@
-"""Calls the command line in this process, so that torch is loaded once, and counts a store's rows with raw SQL."""
+"""Calls the command line in this process, so that torch is loaded once, and reads a store with raw SQL."""
 
 import io
 import json
+import sqlite3
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ class Said:
         return found
 
 
-def call(store: Path, *words: str | Path) -> Said:
+def call(store: Path, *words: str | Path, stdin: bytes = b"") -> Said:
     """`tune.py WORDS` with `store` as the store; any exception but SystemExit fails the test."""
     stdout, stderr = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
@@ -40,11 +42,22 @@ def call(store: Path, *words: str | Path) -> Said:
         patch.setenv("DRAFTPICK_STORE", str(store))
         # another program on the machine must not make a second run measure again
         patch.setattr("profiles.clock.OtherLoad.disturbed", False)
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         patch.setattr(sys, "stdout", stdout)
         patch.setattr(sys, "stderr", stderr)
         with pytest.raises(SystemExit) as ended:
             tune.main()
     return Said(code=int(ended.value.code or 0), stdout=stdout.getvalue(), stderr=stderr.getvalue())
+
+
+def assert_refused(said: Said, code: int, wanted: str) -> None:
+    """One line that starts with `error:` and holds `wanted`, nothing on stdout, and the code."""
+    assert said.stderr.startswith("error: ")
+    assert wanted in said.stderr
+    assert said.stderr.count("\n") == 1
+    assert said.stderr.endswith("\n")
+    assert said.stdout == ""
+    assert said.code == code
 
 
 def small_run(target: Path, prompts: Path, *more: str) -> list[str]:
@@ -73,3 +86,9 @@ def database(store: Path) -> Path:
 def evidence(store: Path) -> dict[str, int]:
     """How many rows each evidence table has."""
     return {table: sql(database(store), f"SELECT count(*) FROM {table}")[0][0] for table in EVIDENCE}
+
+
+def content(store: Path) -> list[str]:
+    """Every row of every table, as SQL."""
+    with closing(sqlite3.connect(database(store))) as connection:
+        return list(connection.iterdump())

@@ -7,6 +7,7 @@ import pytest
 
 from store.book import Book
 from tests import tiny
+from tests.cli import DECIDED, call, small_run, write_prompts
 from tests.fakes import FakeEngine
 
 
@@ -15,6 +16,20 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One tiny random model directory of three layers per architecture; tests that change files copy one first."""
     root = tmp_path_factory.mktemp("tiny")
     return {name: tiny.write_model(root / name, name, num_layers=3) for name in tiny.ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def sound_words(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A run of which nothing is wrong; without drafts, ngram is tried."""
+    return small_run(tiny_folders["llama"], write_prompts(tmp_path_factory.mktemp("sound") / "prompts.jsonl", 6))
+
+
+@pytest.fixture(scope="session")
+def sound_store(sound_words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with that run in it; refused commands must not change it."""
+    folder = tmp_path_factory.mktemp("store")
+    assert call(folder, *sound_words).code in DECIDED
+    return folder
 
 
 @pytest.fixture
