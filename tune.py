@@ -187,7 +187,7 @@ def lookup(
         made = export.emit(answer.choice, target=policy.target, form=form)
         if made.note:
             _say(made.note)
-        print(made.text, end="")
+        typer.echo(made.text, nl=False)
 
 
 @app.command()
@@ -318,7 +318,7 @@ def _exit_code(done: "FinishedRun") -> int:
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    print(json.dumps(document, allow_nan=False))
+    typer.echo(json.dumps(document, allow_nan=False))  # flushed: a full disk is told; fine where stdout is closed
 
 
 def _store_folder(asked: Path | None) -> Path:
@@ -368,7 +368,6 @@ def main() -> None:
     """Runs the asked verb; every failure is one line on stderr and the exit code that README lists."""
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
-        print(end="", flush=True)  # a full disk is told here; unlike a write, fine where stdout is closed
         if code == EXIT_INTERRUPTED:  # what typer makes of Ctrl-C outside of the measuring
             _say("error: interrupted")
         sys.exit(code)
