@@ -37,8 +37,8 @@ class Remember:
     Timings that other programs disturbed are measured again, but not by the object that measured them: a run that asks
     twice gets one answer. Timings from before `since` (UTC) do not answer; traces are pinned by their digests and do
     not age. `measured_seconds` is the time spent in the wrapped engine, failures included; `answered_by` maps the id of
-    every unit of runs that was asked for to the id under which the answer is kept. Runs count once as reused, and not when
-    this object measured them.
+    every unit of runs that was asked for to the id under which the answer is kept. Runs count once as reused, and not
+    when this object measured them.
     """
 
     def __init__(self, engine: Engine, book: Book, since: str = "") -> None:

@@ -43,11 +43,13 @@ def chart_row(group: str, length: int, speedup: float, *, confirmed: bool) -> Ch
 
 
 def test_table_rows() -> None:
-    """A row per anchor: interval, end to end, proven, and the reason under the setup; what is shared is the title."""
+    """A row per anchor: interval, end to end, proven, and the reasons below; what is shared is the title."""
     shown = printed(choice(CODE4), choice(PLAIN, domain="code", reason="Plain decoding: k=2 [sic] is not proven."))
     assert "family/target on Example CPU, 2026-11-21 \nbatch 1, context 512, temperature 0 \n" in shown
-    assert "\n mixed family/draft-code k=4 1.60 (1.55 to 1.65) 1.50 yes \n family/draft-code k=4 was the fas" in shown
-    assert "\n code plain 1 1 no \n Plain decoding: k=2 [sic] is not proven. \n" in shown
+    assert "\n mixed family/draft-code k=4 1.60 (1.55 to 1.65) 1.50 yes \n" in shown
+    assert "\n code plain 1 1 no \n" in shown
+    assert "\nmixed: family/draft-code k=4 was the fas" in shown
+    assert "\ncode: Plain decoding: k=2 [sic] is not proven." in shown
 
 
 def test_table_shows_anchors_that_differ() -> None:
@@ -56,6 +58,7 @@ def test_table_shows_anchors_that_differ() -> None:
     assert "\ncontext 512 \n" in shown
     assert "\n 1 0 mixed family/draft-code k=4 1.60" in shown
     assert "\n 8 0.7 mixed ngram:max=4,min=2 k=2 1.60" in shown
+    assert "\nmixed, batch 8, temperature 0.7: " in shown
 
 
 def test_document_of_a_win() -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -18,8 +19,8 @@ from tuner.policy import Answer, Choice, Policy
 ONE = Interval(estimate=1.0, low=1.0, high=1.0)
 
 
-def table(policy: Policy) -> Table:
-    """The choices, one row per anchor, with the reason under each setup; what all anchors share stands in the title."""
+def table(policy: Policy) -> Group:
+    """The choices, one row per anchor, and the reasons below; what all anchors share stands in the title."""
     anchors = {
         "batch": [str(choice.batch_size) for choice in policy.choices],
         "context": [str(choice.context_length) for choice in policy.choices],
@@ -32,14 +33,18 @@ def table(policy: Policy) -> Table:
     for name in varied:
         shown.add_column(name, justify="right", no_wrap=True)
     shown.add_column("domain", no_wrap=True)
-    shown.add_column("setup, and why", overflow="fold")
+    shown.add_column("setup", overflow="fold")
     for name in ("speed-up (95 %)", "end to end", "proven"):
         shown.add_column(name, no_wrap=True)
+    reasons = Text(overflow="fold")
     for index, choice in enumerate(policy.choices):
-        anchor = [Text(cells[index]) for cells in varied.values()]
-        setup = Text.assemble((choice.setup.name, "bold"), "\n", (choice.reason, "dim"))
-        shown.add_row(*anchor, Text(choice.domain), setup, *_cells(choice))
-    return shown
+        anchor = {name: cells[index] for name, cells in varied.items()}
+        shown.add_row(
+            *map(Text, anchor.values()), Text(choice.domain), Text(choice.setup.name, "bold"), *_cells(choice)
+        )
+        place = ", ".join([choice.domain, *(f"{name} {value}" for name, value in anchor.items())])
+        reasons.append(f"{place}: ", "bold").append(f"{choice.reason}\n")
+    return Group(shown, reasons)
 
 
 def _cells(choice: Choice) -> tuple[str, str, str]:
