@@ -137,9 +137,10 @@ def check(
         shape = checks.Shape(batch_size=batch_size, context_length=context, dtype=dtype, device=device)
         requests = [request for source in prompts or [] for request in files.read(source)]
         found = checks.check(target, specs, shape, requests)
-    if not json_only:
+    if json_only:
+        _print_json(asdict(found))
+    else:
         out.print(check_table(found))
-    _print_json(asdict(found))
     return InputError.exit_code if any(one.problem is not None for one in found.drafts) else 0
 
 
@@ -213,10 +214,11 @@ def explain(
     if not figures:
         raise NotMeasuredError(f"the last run did not decide this: {answer.rule}; run `tune.py run` for it")
     found = explains.explain(explains.facts_of(figures[0]), instead)
-    if not json_only:
+    if json_only:
+        _print_json(found.to_json())
+    else:
         _say_out(*explains.sentences(found))
         out.print(explains.comparison(found.accounts))
-    _print_json(found.to_json())
 
 
 @app.command()

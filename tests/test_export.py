@@ -12,7 +12,7 @@ from transformers.generation.candidate_generator import AssistedCandidateGenerat
 from profiles.errors import InputError
 from profiles.terms import PLAIN, Draft, Model, Setup
 from tests.policies import CODE_DRAFT, NGRAM, TARGET, choice
-from tests.tiny import write_model
+from tests.tiny import READS_GGUF, write_gguf, write_model
 from tuner.export import emit
 
 PROMPT = torch.tensor([[5, 9, 7, 8, 5, 9, 7, 8, 5, 9, 7, 8, 5, 9]])
@@ -74,6 +74,16 @@ def test_model_draft_snippet() -> None:
         'generate_kwargs = {"do_sample": False, "assistant_model": assistant}\n'
         "# output_ids = model.generate(**inputs, **generate_kwargs)\n"
     )
+
+
+@READS_GGUF
+def test_every_spelling_of_a_model_loads(tmp_path: Path) -> None:
+    """A GGUF file and a model that ships are named as transformers takes them."""
+    packed = write_gguf(tmp_path / "target.gguf", write_model(tmp_path / "llama", num_layers=2))
+    for name, num_layers in ((str(packed), 2), ("builtin:draft-code", 1)):
+        target = Model(name=name, dtype="float32", digest="target", num_params=1)
+        text = emit(choice(Setup(draft=NGRAM, length=2)), target=target, form="transformers").text
+        assert run_snippet(text)["model"].config.num_hidden_layers == num_layers
 
 
 def test_sampling_is_part_of_the_snippet() -> None:

@@ -4,9 +4,15 @@
 and its defaults (20 tokens, growing, confidence 0.4) are not the length that was measured. It imports no transformers.
 """
 
+from pathlib import Path
+
+import profiles
 from profiles.terms import Draft, Model
 from tuner.export.terms import Export
 from tuner.policy import Choice
+
+BUILTIN = "builtin:"
+FAMILY = Path(profiles.__path__[0]) / "family"  # where the models that ship lie
 
 
 def emit(choice: Choice, target: Model) -> Export:
@@ -57,8 +63,13 @@ def _weights(draft: Draft) -> Model:
 
 
 def _load(variable: str, model: Model) -> str:
-    revision = "" if model.revision is None else f", revision={model.revision!r}"
-    return f"{variable} = AutoModelForCausalLM.from_pretrained({model.name!r}{revision}, dtype={model.dtype!r})"
+    place, more = model.name, "" if model.revision is None else f", revision={model.revision!r}"
+    if place.startswith(BUILTIN):
+        place = str(FAMILY / place.removeprefix(BUILTIN))
+    elif place.lower().endswith(".gguf"):
+        more += f", gguf_file={Path(place).name!r}"
+        place = str(Path(place).parent)
+    return f"{variable} = AutoModelForCausalLM.from_pretrained({place!r}{more}, dtype={model.dtype!r})"
 
 
 def _fixed_length(variable: str, length: int) -> list[str]:
