@@ -262,15 +262,7 @@ def _limits(asked: flags.RunFlags) -> "Limits":
 
     if asked.objective not in OBJECTIVES:
         raise InputError(f"objective {asked.objective!r}: allowed are {', '.join(OBJECTIVES)}")
-    for name in ("max_memory", "max_ttft", "max_p95_tpot"):
-        value = getattr(asked, name)
-        if value is not None and not (math.isfinite(value) and value > 0.0):
-            raise InputError(f"{name.replace('_', '-')} {value:g}: a finite number above 0 is needed")
-    return Limits(
-        max_memory_bytes=None if asked.max_memory is None else asked.max_memory * 2**30,
-        max_ttft_s=None if asked.max_ttft is None else asked.max_ttft / 1e3,
-        max_p95_tpot_s=None if asked.max_p95_tpot is None else asked.max_p95_tpot / 1e3,
-    )
+    return Limits(max_memory_gib=asked.max_memory, max_ttft_ms=asked.max_ttft, max_p95_tpot_ms=asked.max_p95_tpot)
 
 
 def _deadline(budget: float | None) -> Callable[[], bool]:
@@ -314,7 +306,8 @@ def _print_rehearsal(found: "Rehearsal", json_only: bool) -> int:
 
 def _exit_code(done: "FinishedRun") -> int:
     """0: something was proven. 5: nothing was, so the choice is plain decoding. 6: nothing is within the limits."""
-    if any(choice.proven for choice in done.outcome.choices):
+    own = done.policy.choices[: len(done.outcome.choices)]  # then come those of earlier runs
+    if any(choice.proven for choice in own):
         return 0
     return EXIT_NOTHING_FEASIBLE if done.outcome.anchors[0].ruled_out(PLAIN) else EXIT_NOT_PROVEN
 

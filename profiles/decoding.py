@@ -23,7 +23,7 @@ NOT_FINITE = "the target's logits are not finite; check its weights, or use a wi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """What one run emitted and what it took: tokens (the end token included), rounds and seconds."""
+    """What one run emitted and what it took: tokens (the end token included), rounds, seconds, the allocator's peak."""
 
     token_ids: list[int]
     rounds: Counter[tuple[int, int]]
@@ -32,6 +32,7 @@ class Generation:
     decode_s: float
     target_probs: list[float] = field(default_factory=list)
     logit_gaps: list[float] = field(default_factory=list)
+    peak_memory_bytes: int | None = None
 
 
 class TargetStepper:

@@ -124,10 +124,12 @@ class TorchEngine:
         drafter = None
         if setup.draft is not None:
             drafter = self._source(setup.draft).new_drafter(workload, draws, setup.stop_below)
-        return generate(stepper, drafter, setup.length, self._clock)
+        run = generate(stepper, drafter, setup.length, self._clock)
+        if self._device.startswith("cuda"):
+            run = replace(run, peak_memory_bytes=torch.cuda.max_memory_allocated(self._device))
+        return run
 
     def _sample(self, setup: Setup, prompt: Prompt, run: Generation, disturbed: bool) -> Sample:
-        peak = torch.cuda.max_memory_allocated(self._device) if self._device.startswith("cuda") else None
         return Sample(
             setup_digest=setup.digest,
             prompt_digest=prompt.digest,
@@ -136,7 +138,7 @@ class TorchEngine:
             output_tokens=len(run.token_ids),
             rounds=dict(run.rounds),
             output_digest=digest_of(run.token_ids),
-            peak_memory_bytes=peak,
+            peak_memory_bytes=run.peak_memory_bytes,
             disturbed=disturbed,
         )
 

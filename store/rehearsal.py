@@ -11,7 +11,7 @@ import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from profiles.errors import EngineError
@@ -33,6 +33,7 @@ from profiles.terms import (
 from store.book import Book
 from store.remember import Remember
 from tuner.evidence import spread_over_domains, typical_context
+from tuner.limits import Limits
 from tuner.tuning import Options, Tuner
 
 GLANCE_PROMPTS = 3
@@ -77,6 +78,8 @@ def rehearse(engine: Engine, loads: Loads, path: Path, options: Options, since: 
             Book.open(path).close()  # refuses what is no book, under its own name
             with contextlib.closing(sqlite3.connect(path)) as source, contextlib.closing(sqlite3.connect(copy)) as twin:
                 source.backup(twin)
+        # imagined times must not be held to real limits
+        options = replace(options, limits=Limits(max_memory_gib=options.limits.max_memory_gib))
         with Book.open(copy) as book:
             remembering = Remember(imagined, book, since)
             Tuner(remembering, options).tune(loads)
@@ -101,13 +104,17 @@ def glance(engine: Remember, loads: Loads, max_length: int) -> Pace:
             started = engine.measured_seconds
             engine.trace_draft(workload, chosen[0], traces[0], draft, max_length)
             acceptance_s[draft] = engine.measured_seconds - started
-    setups = (PLAIN, *(Setup(draft=draft, length=(max_length + 1) // 2) for draft in acceptance_s))
-    runs = [sample for prompt in chosen for sample in engine.run_together(workload, prompt, setups, "glance")]
-    run_s = {
-        setup.draft: sum(run.ttft_s + run.decode_s for run in runs[number :: len(setups)]) / len(chosen)
-        for number, setup in enumerate(setups)
-    }
+
+    def mean_run_s(setup: Setup) -> float:
+        runs = [run for prompt in chosen for run in engine.run_together(workload, prompt, (setup,), "glance")]
+        return sum(run.ttft_s + run.decode_s for run in runs) / len(chosen)
+
+    run_s: dict[Draft | None, float] = {None: mean_run_s(PLAIN)}
+    for draft in acceptance_s:
+        with contextlib.suppress(EngineError):
+            run_s[draft] = mean_run_s(Setup(draft=draft, length=(max_length + 1) // 2))
     tokens = sum(len(trace.token_ids) for trace in traces) // len(traces)
+    trace_s = max(trace_s, run_s[None])  # with few prompts the traces were known from the warm-up
     return Pace(trace_s=trace_s, acceptance_s=acceptance_s, run_s=run_s, widths_s=widths_s, output_tokens=tokens)
 
 

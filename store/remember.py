@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from profiles.errors import EngineError
-from profiles.keys import run_point, unit_digest
+from profiles.keys import run_point, trace_point, unit_digest
 from profiles.terms import (
     PLAIN,
     Acceptance,
@@ -37,8 +37,8 @@ class Remember:
     Timings that other programs disturbed are measured again, but not by the object that measured them: a run that asks
     twice gets one answer. Timings from before `since` (UTC) do not answer; traces are pinned by their digests and do
     not age. `measured_seconds` is the time spent in the wrapped engine, failures included; `answered_by` maps the id of
-    every unit of runs that was asked for to the id under which the answer is kept. Runs count once as reused, and not
-    when this object measured them.
+    every unit of runs that was asked for to the id under which the answer is kept. A unit counts once as reused, and
+    not when this object measured it.
     """
 
     def __init__(self, engine: Engine, book: Book, since: str = "") -> None:
@@ -49,48 +49,48 @@ class Remember:
         self._book = book
         self._since = since
         self._timed_here: set[tuple[object, ...]] = set()
-        self._asked_here: set[tuple[object, ...]] = set()
+        self._counted: set[tuple[object, ...]] = set()
         self.answered_by: dict[str, str] = {}
         self.measured_units = 0
         self.measured_seconds = 0.0
         self.reused_units = 0
 
     def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
-        scope = self._scope(workload)
+        scope, point = self._scope(workload), trace_point(workload, prompt)
         found = self._book.find_target_trace(scope, prompt)
         if found is not None:
-            return self._reused(found)
+            return self._reused(found, point)
         unit = f"target trace, {prompt.domain}"
         trace = self._measured(scope, PLAIN, unit, lambda: self._engine.trace_target(workload, prompt))
         self._book.save_target_trace(scope, prompt, trace)
-        return self._kept(trace)
+        return self._kept(trace, point)
 
     def trace_draft(
         self, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft, max_length: int
     ) -> Acceptance:
-        scope = self._scope(workload)
+        scope, point = self._scope(workload), (*trace_point(workload, prompt), draft.digest, max_length)
         found = self._book.find_acceptance(scope, prompt, draft, max_length)
         if found is not None:
-            return self._reused(found)
+            return self._reused(found, point)
         setup, unit = Setup(draft=draft, length=max_length), f"acceptance of {draft.name}, {prompt.domain}"
         acceptance = self._measured(
             scope, setup, unit, lambda: self._engine.trace_draft(workload, prompt, trace, draft, max_length)
         )
         self._book.save_acceptance(scope, prompt, draft, acceptance)
-        return self._kept(acceptance)
+        return self._kept(acceptance, point)
 
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
         scope, point = self._scope(workload), (workload.batch_size, context_length)
         found = self._book.find_step_times(scope, self.drafts, (context_length, max_length), self._since)
         if found is not None and (point in self._timed_here or not _disturbed(found.values())):
-            return self._reused(found)
+            return self._reused(found, point)
         unit = f"step times at batch {workload.batch_size}, context {context_length}"
         times = self._measured(
             scope, PLAIN, unit, lambda: self._engine.time_steps(workload, context_length, max_length)
         )
         self._book.save_step_times(scope, self.drafts, max_length, times)
         self._timed_here.add(point)
-        return self._kept(times)
+        return self._kept(times, point)
 
     def run_together(
         self, workload: Workload, prompt: Prompt, setups: tuple[Setup, ...], occasion: str
@@ -100,10 +100,8 @@ class Remember:
         known = ([samples for samples in young.items() if not _disturbed(samples[1])] or [*young.items()])[-1:]
         if free is None or (known and point in self._timed_here):
             [(answering, samples)] = known
-            again = point in self._asked_here or point in self._timed_here
-            self._asked_here.add(point)
             self._note(workload, prompt, setups, (occasion, answering))
-            return samples if again else self._reused(samples)
+            return self._reused(samples, point)
         unit = f"{occasion}: {', '.join(setup.name for setup in setups)}, {prompt.domain}"
         drafting = [setup for setup in dict.fromkeys(setups) if setup != PLAIN]
         suspect = drafting[0] if len(drafting) == 1 else PLAIN
@@ -113,7 +111,7 @@ class Remember:
         kept = self._book.save_samples(scope, prompt, setups, free, samples)  # another process's, if it was faster
         self._timed_here.add(point)
         self._note(workload, prompt, setups, (occasion, free))
-        return self._kept(kept)
+        return self._kept(kept, point)
 
     def _recall(
         self, scope: Scope, prompt: Prompt, setups: tuple[Setup, ...], occasion: str
@@ -158,12 +156,14 @@ class Remember:
             self._book.save_infeasible(scope, found)
             raise
 
-    def _kept(self, evidence: Evidence) -> Evidence:
+    def _kept(self, evidence: Evidence, point: tuple[object, ...]) -> Evidence:
         self.measured_units += 1
+        self._counted.add(point)
         return evidence
 
-    def _reused(self, evidence: Evidence) -> Evidence:
-        self.reused_units += 1
+    def _reused(self, evidence: Evidence, point: tuple[object, ...]) -> Evidence:
+        self.reused_units += point not in self._counted
+        self._counted.add(point)
         return evidence
 
 

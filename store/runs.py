@@ -17,6 +17,7 @@ from store.book import Book, Scope
 from store.remember import Remember
 from tuner import policy as policies
 from tuner import search
+from tuner.limits import Limits
 from tuner.report import assemble
 from tuner.tuning import Options, Outcome, Tuner, Watch
 
@@ -69,7 +70,7 @@ def tune(
     with _interruptible(remembering, folder):
         outcome = Tuner(remembering, options, watch).tune(loads)
     outcome = _with_kept_ids(outcome, remembering)
-    choices = _joined(book, engine, outcome)
+    choices = _joined(book, engine, outcome, options)
     policy = policies.Policy(created=_utc_now(), target=engine.target, environment=engine.environment, choices=choices)
     path = folder / policy.file_name
     policies.write(path, policy)
@@ -80,11 +81,7 @@ def tune(
         "reused_units": remembering.reused_units,
         "grid_seconds_estimate": outcome.grid_seconds_estimate,
     }
-    failed = {
-        (one.setup.name, one.reason): Refused(name=one.setup.name, reason=one.reason, detail=one.detail)
-        for one in outcome.infeasible
-    }
-    left_out = (*options.refused, *failed.values())
+    left_out = (*options.refused, *_left_out(outcome))
     dossier = assemble.dossier(outcome, policy).to_json()
     book.finish_run(run_id, {"cost": cost, "left_out": [asdict(one) for one in left_out], "dossier": dossier})
     return FinishedRun(policy=policy, policy_path=path, outcome=outcome, left_out=left_out, cost=cost)
@@ -99,18 +96,36 @@ def _with_kept_ids(outcome: Outcome, remembering: Remember) -> Outcome:
     return replace(outcome, choices=tuple(kept))
 
 
-def _joined(book: Book, engine: Engine, outcome: Outcome) -> tuple[policies.Choice, ...]:
+def _left_out(outcome: Outcome) -> tuple[Refused, ...]:
+    """What failed while evidence was gathered, and what is infeasible at an anchor, by the anchor's domain."""
+    failed = [
+        Refused(name=one.setup.name, reason=one.reason, detail=one.detail)
+        for anchor in outcome.anchors
+        if anchor.grounds is not None
+        for one in anchor.grounds.evidence.infeasible
+    ]
+    ruled_out = [
+        Refused(name=one.setup.name, reason=one.reason, detail=f"{anchor.domain}: {one.detail}")
+        for anchor in outcome.anchors
+        for one in anchor.infeasible
+    ]
+    return tuple(dict.fromkeys([*failed, *ruled_out]))
+
+
+def _joined(book: Book, engine: Engine, outcome: Outcome, options: Options) -> tuple[policies.Choice, ...]:
     """The run's choices, then those of the latest policy of this target and machine that they leave standing.
 
-    An anchor for which the budget ended first keeps its earlier proven choice. An earlier choice falls when the run
-    decided its anchor, or used its temperature with another top-p or top-k: a policy holds one of each.
+    An anchor for which the budget ended first keeps its earlier proven choice, but not in a run with limits, which
+    that choice was not held to. An earlier choice falls when the run decided its anchor, or used its temperature with
+    another top-p or top-k: a policy holds one of each.
     """
     text = book.latest_policy(engine.target.run_digest, engine.environment)
     earlier = {} if text is None else {choice.anchor: choice for choice in policies.from_json(text).choices}
     chosen = []
     for anchor, choice in zip(outcome.anchors, outcome.choices, strict=True):
         known = earlier.pop(choice.anchor, None)
-        chosen.append(known if anchor.stopped is not None and known is not None and known.proven else choice)
+        keeps = anchor.out_of_time and options.limits == Limits()
+        chosen.append(known if keeps and known is not None and known.proven else choice)
     filters = {choice.temperature: (choice.top_p, choice.top_k) for choice in chosen}
     standing = [
         choice for choice in earlier.values() if filters.get(choice.temperature) in (None, (choice.top_p, choice.top_k))

@@ -68,7 +68,7 @@ def test_a_limit_that_nothing_keeps(tiny_folders: dict[str, Path], tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_dry_run_measures_nothing(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_dry_run_keeps_nothing(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     """It prints units and seconds, and makes no store."""
     words = small_run(tiny_folders["llama"], write_prompts(tmp_path / "prompts.jsonl"))
     said = call(tmp_path / "store", *words, "--dry-run")

@@ -11,6 +11,7 @@ from store.book import Book
 from store.runs import FinishedRun, Shelf, tune
 from tests.fakes import DRAFT_A, GREEDY, MACHINE, FakeEngine, prompts, sql
 from tuner import policy as policies
+from tuner.limits import Limits
 from tuner.tuning import Options, Watch
 
 PROMPTS = prompts(40)
@@ -101,3 +102,13 @@ def test_evidence_ids_are_those_in_the_file(tmp_path: Path) -> None:
     assert old <= kept
     assert new <= kept
     assert not old & new
+
+
+def test_an_earlier_choice_is_not_kept_for_new_limits(shelf: Shelf) -> None:
+    """It was not held to them, and the budget ended before anything else was proven."""
+    assert run(shelf, GREEDY).policy.headline.proven
+    engine = FakeEngine(keep=0.95)
+    engine.drafts = (DRAFT_A,)
+    options = Options(lengths=(2,), limits=Limits(max_memory_gib=1.0))
+    late = tune(engine, [(GREEDY, PROMPTS)], shelf, options, Watch(out_of_time=lambda: True))
+    assert not late.policy.headline.proven

@@ -4,6 +4,7 @@ Everything is measured first and judged last, because Holm's step-down looks at 
 is the choice wherever no win is proven. Knows the engine protocol, not which engine it is or where evidence is kept.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -75,6 +76,7 @@ class Anchor:
     plain_samples: tuple[Sample, ...] = ()
     infeasible: list[Infeasible] = field(default_factory=list)
     stopped: str | None = None
+    out_of_time: bool = False
 
     def ruled_out(self, setup: Setup) -> Infeasible | None:
         """Why a setup cannot be chosen here, or None."""
@@ -131,7 +133,7 @@ class Tuner:
                 evidence = gather(self._engine, workload, traced, self._options.lengths, self._progress)
             except OutOfTimeError:
                 for anchor in own:
-                    anchor.stopped = "the budget ended before the evidence was complete"
+                    anchor.out_of_time, anchor.stopped = True, "the budget ended before the evidence was complete"
                 continue
             infeasible += evidence.infeasible
             forecaster = Forecaster(evidence, workload, self._engine.target.run_digest, workload.seed)
@@ -164,13 +166,26 @@ class Tuner:
         self._board.open(anchor.domain, anchor.forecasts)
         for one in anchor.forecasts:
             self._rule_out(anchor, options.limits.memory_breach(one.setup, options.needed_bytes(one.setup, load)))
-        feasible = [one for one in anchor.forecasts if anchor.ruled_out(one.setup) is None]
-        hopeful = finalists(feasible, options.num_finalists)
         anchor.plain_samples = tuple(sample for setup, sample in evidence.calibration if setup == PLAIN)
-        if hopeful:
-            self._measure(anchor, hopeful, where)
+        self._measure_feasible(anchor, where)
         if anchor.ruled_out(PLAIN) is None:
             self._rule_out(anchor, options.limits.latency_breach(PLAIN, anchor.plain_samples))
+
+    def _measure_feasible(self, anchor: Anchor, where: str) -> None:
+        """Races and proves, and again without those that turned out infeasible: they may have beaten feasible ones.
+
+        Known runs are recalled, so that only new finalists cost time.
+        """
+        for number in itertools.count(1):
+            num_ruled_out = len(anchor.infeasible)
+            feasible = [one for one in anchor.forecasts if anchor.ruled_out(one.setup) is None]
+            hopeful = finalists(feasible, self._options.num_finalists)
+            if not hopeful:
+                return
+            anchor.candidate = anchor.measured = anchor.race = anchor.stopped = None
+            self._measure(anchor, hopeful, where if number == 1 else f"{where}, again {number}")
+            if anchor.out_of_time or len(anchor.infeasible) == num_ruled_out:
+                return
 
     def _rule_out(self, anchor: Anchor, found: Infeasible | None) -> None:
         if found is not None:
@@ -184,7 +199,7 @@ class Tuner:
             if anchor.candidate is not None:
                 self._prove(anchor, anchor.candidate)
         except OutOfTimeError:
-            anchor.stopped = "the budget ended before it was proven"
+            anchor.out_of_time, anchor.stopped = True, "the budget ended before it was proven"
         except EngineError as error:
             assert anchor.candidate is not None  # the race lists its own failures
             self._rule_out(anchor, Infeasible(setup=anchor.candidate, reason=type(error).__name__, detail=str(error)))
@@ -195,7 +210,7 @@ class Tuner:
         prompts = spread_over_domains(anchor.race_pool, self._options.race_prompts) if anchor.race_pool else ()
         if len(prompts) < MIN_RACE_PROMPTS or len(hopeful) == 1:
             return hopeful[0]
-        total, done = len(prompts) * (len(hopeful) + 1), 0
+        total, done = len(prompts) * len(hopeful) + min(len(prompts), search.NOISE_PROMPTS), 0
         ran: dict[Setup, list[proof.Pair]] = {}
 
         def run(prompt: Prompt, setup: Setup) -> proof.Pair:
@@ -210,8 +225,10 @@ class Tuner:
             return pair
 
         anchor.race = search.race(run, prompts, hopeful, name, self._options.storage)
+        anchor.plain_samples = tuple(plain for pairs in ran.values() for plain, _ in pairs)
         for failed in anchor.race.failed:
-            self._rule_out(anchor, failed)
+            if failed.setup != PLAIN:  # plain against plain only shows the noise
+                self._rule_out(anchor, failed)
         for setup in anchor.race.pruned:
             self._board.note(setup, "pruned in the race")
         for setup in anchor.race.speedups:
@@ -303,7 +320,8 @@ def _choice(anchor: Anchor, proven: bool) -> Choice:
     load = anchor.workload
     subject = anchor.candidate
     if subject is None and len(anchor.forecasts) > 1:
-        subject = next(forecast.setup for forecast in anchor.forecasts if forecast.setup != PLAIN)
+        drafting = [one.setup for one in anchor.forecasts if one.setup != PLAIN]
+        subject = next((setup for setup in drafting if anchor.ruled_out(setup) is None), drafting[0])
     return Choice(
         batch_size=load.batch_size,
         context_length=load.context_length,

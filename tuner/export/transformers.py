@@ -6,13 +6,12 @@ and its defaults (20 tokens, growing, confidence 0.4) are not the length that wa
 
 from pathlib import Path
 
-import profiles
 from profiles.terms import Draft, Model
 from tuner.export.terms import Export
 from tuner.policy import Choice
 
 BUILTIN = "builtin:"
-FAMILY = Path(profiles.__path__[0]) / "family"  # where the models that ship lie
+FAMILY = Path(__file__).parents[2] / "profiles" / "family"  # where the models that ship lie
 
 
 def emit(choice: Choice, target: Model) -> Export:
