@@ -74,8 +74,8 @@ class Bench:
 def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str | None, num_tokens: int = 0) -> Bench:
     """The engine over a target and its drafts; `dtype` None is float32 on a CPU and bfloat16 on a GPU.
 
-    `num_tokens`: cached tokens that must fit in memory beside the weights and in every draft's positions. A draft that
-    cannot be used is refused and the others go on.
+    `num_tokens`: cached tokens that must fit in memory beside the weights. A draft that cannot be used is refused and
+    the others go on.
 
     Raises: InputError: an unknown device or dtype. ModelError: the target cannot be loaded or does not fit in memory.
     The first draft's error, when there are drafts and none can be used.
@@ -94,7 +94,6 @@ def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str
                 memory.check_memory([spec.path], dtype=chosen, device=place, num_tokens=num_tokens)
                 loaded = models.load(spec.path, dtype=chosen, device=place)
                 models.check_pair(by_name[target], loaded)
-                models.check_room(loaded, context_length=max(num_tokens, 1), max_length=1)
                 by_name[spec.path] = loaded
             source = _source(spec, by_name, by_name[target])
             sources.setdefault(source.draft.digest, source)
