@@ -24,11 +24,9 @@ _STDIN = "-"
 _SEPARATOR = "---"
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
-# A prompt reads like random tokens when under 6 % of its first 256 tokens are repeats; prompts under 96 tokens are not
-# judged. Text repeats 14 % or more: no false alarm among the 144 built-in prompts and the 240 of Spec-Bench's odd half,
-# with vocabularies of 2,048, 65,000 and 129,280. With the two large ones, 600 of 600 prompts of random tokens and 595
-# of 600 of random English words are found, at 128 to 512 draws each; the small one hides them, because random tokens
-# fall into short pieces that repeat.
+# A prompt reads like random tokens when hardly any of its first tokens is a repeat; short prompts are not judged. Text
+# repeats more than twice as much, whatever the vocabulary. A small vocabulary hides random tokens: decoded and read
+# again they fall into short pieces that repeat.
 _JUDGED_FROM, _JUDGED_UP_TO, _LEAST_REPEATS = 96, 256, 0.06
 
 
