@@ -96,7 +96,7 @@ def _load(asked: flags.RunFlags) -> "tuple[Bench, Loads, list[str]]":
     from profiles import loading
     from tuner.tuning import plan_anchors
 
-    specs = _specs(asked.target, asked.draft)
+    specs = spelling.with_composites(_specs(asked.target, asked.draft))
     question = loading.Question(
         lengths=spelling.parse_lengths(asked.lengths),
         batch_sizes=tuple(dict.fromkeys(asked.batch_size or [1])),
@@ -107,7 +107,7 @@ def _load(asked: flags.RunFlags) -> "tuple[Bench, Loads, list[str]]":
         top_k=asked.top_k,
         seed=asked.seed,
     )
-    num_tokens = max(question.contexts, default=question.max_new_tokens)
+    num_tokens = max(question.contexts, default=question.max_new_tokens) * max(question.batch_sizes)
     bench = loading.load(asked.target, specs, asked.dtype, asked.device, num_tokens)
     loads, warnings = loading.workloads(bench, question, asked.prompts or ["builtin:all"], asked.domain)
     for workload, prompts in loads:

@@ -7,7 +7,7 @@ speculation length (`formulas.walk`). Knows nothing of time.
 import torch
 from transformers import PreTrainedModel
 
-from profiles.drafting import NgramDrafter
+from profiles.drafting import NgramIndex
 from profiles.errors import BadNumbersError
 from profiles.sampling import output_law
 from profiles.terms import AcceptanceTrace, Draft, LookupTrace, Prompt, TargetTrace, Workload
@@ -51,12 +51,11 @@ def trace_lookup(draft: Draft, prompt: Prompt, trace: TargetTrace, max_length: i
     """
     assert draft.max_match is not None
     assert draft.min_match is not None
-    drafter = NgramDrafter(draft.max_match, draft.min_match)
-    drafter.start(prompt.token_ids)
+    index = NgramIndex(draft.max_match, draft.min_match)
     proposed, kept = [0], [0]
     for start in range(1, len(trace.token_ids)):
         committed = [*prompt.token_ids, *trace.token_ids[:start]]
-        tokens = drafter.propose(committed, max_length, start).token_ids
+        tokens = index.look_up(committed, max_length)
         emitted = trace.token_ids[start : start + len(tokens)]
         agreed = 0
         while agreed < len(emitted) and tokens[agreed] == emitted[agreed]:

@@ -1,122 +1,201 @@
-"""Plain and speculative decoding of one sequence: one loop, so that both arms of a comparison share every line.
+"""Plain and speculative decoding of a queue of prompts, several rows at once: one loop for both arms of a comparison.
 
-A round drafts, lets the target check the proposals in one forward and adds one target token. Plain decoding is the
-same loop with nothing proposed. Knows nothing of stores, searches or why it is run.
+A round drafts for every row, lets the target check all proposals in one forward and adds one target token to each row;
+plain decoding is the same loop with nothing proposed. A finished row is refilled from the queue. Acceptance and the
+next inputs are computed on the device; the host reads one small tensor a round. Knows nothing of stores or searches.
 """
 
 import math
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedModel
+from torch.nn import functional
 
-from profiles.cache import CachedModel
 from profiles.clock import Clock
-from profiles.drafting import Drafter, Proposal
+from profiles.drafting import Drafted, Drafter, Text, nothing
 from profiles.errors import BadNumbersError
-from profiles.sampling import Draws, accept_greedy, accept_sampled, output_law
-from profiles.terms import Prompt, Workload
+from profiles.rows import RowStepper
+from profiles.sampling import Draws, accept_greedy, accept_sampled, draw, output_law
+from profiles.terms import Prompt
 
 NOT_FINITE = "the target's logits are not finite; check its weights, or use a wider dtype"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Generation:
-    """What one run emitted and what it took: tokens (the end token included), rounds, seconds, the allocator's peak."""
+    """What was emitted for one prompt (the end token included) and what it took.
+
+    `rounds` counts (proposed, accepted) of its row. `shapes` counts the forwards that the whole batch ran meanwhile:
+    (width of the target's step, steps of the draft model, width of the first of them). `refills`: other rows' prefills
+    that it waited for.
+    """
 
     token_ids: list[int]
-    rounds: Counter[tuple[int, int]]
-    ended: bool
-    ttft_s: float
-    decode_s: float
+    rounds: Counter[tuple[int, int]] = field(default_factory=Counter)
+    shapes: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    refills: int = 0
+    ended: bool = False
+    ttft_s: float = 0.0
+    decode_s: float = 0.0
     target_probs: list[float] = field(default_factory=list)
     logit_gaps: list[float] = field(default_factory=list)
     peak_memory_bytes: int | None = None
 
 
-class TargetStepper:
-    """The target over one prompt: prefill, then check proposals; with `watch`, probabilities and gaps are kept."""
+@dataclass(slots=True, kw_only=True)
+class _Row:
+    """A prompt under way: when its first token was there, and what it has so far."""
+
+    prompt_tokens: int
+    first_s: float
+    run: Generation
+
+    def place(self, text: list[int]) -> int:
+        """The next output position."""
+        return len(text) - self.prompt_tokens
+
+
+class Decoder:
+    """Decodes queues of prompts on `target`'s rows; `length` proposals a row and round at most.
+
+    `watch` keeps the target's probability and logit gap of every emitted token; rows are then read one by one.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, workload: Workload, prompt: Prompt, draws: Draws | None, *, watch: bool = False
+        self,
+        target: RowStepper,
+        drafter: Drafter | None,
+        draws: Draws,
+        *,
+        length: int = 0,
+        watch: bool = False,
     ) -> None:
-        self.workload = workload
-        self.prompt = prompt
-        self._cached = CachedModel(model)
+        self._target = target
+        self._drafter = drafter
+        self._workload = workload = draws.workload
         self._draws = draws
+        self._length = length
         self._watch = watch
-        self.target_probs: list[float] = []
-        self.logit_gaps: list[float] = []
+        self._ends = frozenset(workload.end_token_ids)
+        capacity = workload.context_length + length + 2  # what is proposed past the last token is written too
+        self._text = Text(target.num_rows, capacity, target.device)
+        self._prompt_tokens = torch.ones_like(self._text.lengths)
+        self._active = torch.zeros_like(self._text.lengths)
+        self._rows: list[_Row | None] = [None] * target.num_rows
 
-    def prefill(self) -> int:
-        """Ingests the prompt and emits token 0. Raises BadNumbersError when its logits are not finite."""
-        logits = self._cached.step(list(self.prompt.token_ids), keep=1)
+    def run(self, prompts: Sequence[Prompt], clock: Clock) -> list[Generation]:
+        """One generation per prompt, in the order given. Raises BadNumbersError when logits are not finite."""
+        runs = [Generation(token_ids=[]) for _ in prompts]
+        waiting = deque(zip(prompts, runs, strict=True))
+        with torch.inference_mode():
+            for row in range(len(self._rows)):
+                self._refill(row, waiting, clock)
+            while any(row is not None for row in self._rows):
+                self._round()
+                for number in self._leave(clock):
+                    self._refill(number, waiting, clock)
+        return runs
+
+    def _leave(self, clock: Clock) -> list[int]:
+        """The rows that are done, now empty; all at the same time, whoever is refilled first."""
+        done = [(number, row) for number, row in enumerate(self._rows) if row and self._is_done(number, row)]
+        now = clock.read() if done else 0.0
+        for number, row in done:
+            row.run.decode_s = now - row.first_s
+            row.run.token_ids = self._text.host[number][row.prompt_tokens :]
+            self._rows[number] = None
+            self._active[number] = 0
+        return [number for number, _ in done]
+
+    def _is_done(self, number: int, row: _Row) -> bool:
+        return row.run.ended or row.place(self._text.host[number]) >= self._workload.max_new_tokens
+
+    def _refill(self, number: int, waiting: deque[tuple[Prompt, Generation]], clock: Clock) -> None:
+        """Puts the next prompt into a row and emits its first token; an output that ends there makes room again."""
+        while waiting and self._rows[number] is None:
+            prompt, run = waiting.popleft()
+            for other in self._rows:
+                if other is not None:
+                    other.run.refills += 1
+            started = clock.read()
+            self._draws.load(number, prompt)
+            token = self._prefill(number, prompt, run)
+            self._text.load(number, [*prompt.token_ids, token])
+            if self._drafter is not None:
+                self._drafter.start(number, self._text)
+            first = clock.read()
+            run.ttft_s, run.ended = first - started, token in self._ends
+            row = _Row(prompt_tokens=len(prompt.token_ids), first_s=first, run=run)
+            if self._is_done(number, row):
+                run.token_ids = [token]
+                continue
+            self._rows[number] = row
+            self._prompt_tokens[number] = row.prompt_tokens
+            self._active[number] = 1
+
+    def _prefill(self, number: int, prompt: Prompt, run: Generation) -> int:
+        tokens = torch.tensor([prompt.token_ids], device=self._target.device)
+        positions = torch.arange(tokens.shape[1], device=self._target.device)[None]
+        logits = self._target.step(tokens, positions, tokens.shape[1], row=number)[:, 0]
         if not bool(torch.isfinite(logits).all()):
             raise BadNumbersError(NOT_FINITE)
-        return self.check([], Proposal(token_ids=[], probs=None), 0, logits)[1]
+        law = output_law(logits, self._workload) if self._watch or not self._draws.is_greedy else logits
+        token = int(logits.argmax(-1)) if self._draws.is_greedy else int(draw(law, self._draws.first(number)))
+        if self._watch:
+            self._note(run, logits[0], float(law[0, token]))
+        return token
 
-    def check(
-        self, token_ids: list[int], proposal: Proposal, position: int, logits: torch.Tensor | None = None
-    ) -> tuple[int, int]:
-        """(accepted, target token) for a proposal after the committed `token_ids`; one forward of 1 + proposed."""
-        if logits is None:
-            self._cached.rollback(len(token_ids) - 1)
-            logits = self._cached.step([token_ids[-1], *proposal.token_ids], keep=1 + len(proposal.token_ids))
-        if self._draws is None:
-            result = accept_greedy(proposal.token_ids, logits.argmax(-1).tolist())
-            probs = output_law(logits, self.workload) if self._watch else None
+    def _round(self) -> None:
+        text = self._text
+        asked = [
+            0 if row is None else min(self._length, self._workload.max_new_tokens - row.place(host) - 1)
+            for row, host in zip(self._rows, text.host, strict=True)
+        ]
+        places = text.lengths - self._prompt_tokens
+        drafted = Drafted(proposal=nothing(len(asked), text.lengths.device))
+        if self._drafter is not None and max(asked) > 0:
+            drafted = self._drafter.propose(text, asked, places)
+        proposal = drafted.proposal
+        widest = proposal.token_ids.shape[1]
+        last, positions = text.last(1)
+        ahead = torch.arange(widest + 1, device=positions.device)
+        logits = self._target.step(
+            torch.cat([last, proposal.token_ids], 1), positions + ahead, text.reach + widest, keep=widest + 1
+        )
+        law = None
+        if self._draws.is_greedy:
+            accepted, token = accept_greedy(proposal, logits)
         else:
-            probs = output_law(logits, self.workload)
-            result = accept_sampled(proposal.token_ids, proposal.probs, probs, self._draws, position)
-        if self._watch and probs is not None:
-            self._note(logits[result[0]], float(probs[result[0], result[1]]))
-        return result
+            law = output_law(logits, self._workload)
+            accepted, token = accept_sampled(proposal, law, self._draws, places)
+        block = functional.pad(proposal.token_ids, (0, 1)).scatter(1, accepted[:, None], token[:, None])
+        text.token_ids.scatter_(1, text.lengths[:, None] + ahead, block)
+        text.lengths += (accepted + 1) * self._active
+        read = torch.cat([proposal.counts[:, None], accepted[:, None], block], 1).tolist()  # the round's one transfer
+        for number, (proposed, kept, *tokens) in enumerate(read):
+            row = self._rows[number]
+            if row is not None:
+                row.run.shapes[widest + 1, drafted.steps, drafted.first_width] += 1
+                self._commit(number, row, proposed, tokens[: kept + 1])
+                if self._watch:
+                    probs = output_law(logits[number], self._workload) if law is None else law[number]
+                    self._note(row.run, logits[number, kept], float(probs[kept, tokens[kept]]))
 
-    def _note(self, logits: torch.Tensor, prob: float) -> None:
+    def _commit(self, number: int, row: _Row, proposed: int, tokens: list[int]) -> None:
+        """Tokens proposed after an accepted end token count as drafted, not accepted; no target token follows it."""
+        accepted = len(tokens) - 1
+        end = next((index for index, token in enumerate(tokens) if token in self._ends), None)
+        if end is not None:
+            tokens, row.run.ended = tokens[: end + 1], True
+            accepted = min(accepted, end + 1)
+        row.run.rounds[proposed, accepted] += 1
+        self._text.host[number] += tokens
+
+    def _note(self, run: Generation, logits: torch.Tensor, prob: float) -> None:
         first, second = logits.float().topk(2).values.tolist()
         if not math.isfinite(first - second):
             raise BadNumbersError(NOT_FINITE)
-        self.target_probs.append(prob)
-        self.logit_gaps.append(first - second)
-
-
-def generate(stepper: TargetStepper, drafter: Drafter | None, length: int, clock: Clock) -> Generation:
-    """Decodes one prompt, `length` proposals a round at most; times are taken at the first and the last token.
-
-    Tokens proposed after an accepted end token count as drafted, not accepted, and no target token follows it.
-    """
-    workload, prompt = stepper.workload, stepper.prompt
-    ends = frozenset(workload.end_token_ids)
-    nothing = Proposal(token_ids=[], probs=None)
-    rounds: Counter[tuple[int, int]] = Counter()
-    with torch.inference_mode():
-        started = clock.read()
-        token_ids = [*prompt.token_ids, stepper.prefill()]
-        if drafter is not None:
-            drafter.start(prompt.token_ids)
-        first = clock.read()
-        base, limit = len(prompt.token_ids), len(prompt.token_ids) + workload.max_new_tokens
-        ended = token_ids[-1] in ends
-        while not ended and len(token_ids) < limit:
-            position = len(token_ids) - base
-            asked = min(length, workload.max_new_tokens - position - 1)
-            proposal = drafter.propose(token_ids, asked, position) if drafter is not None and asked > 0 else nothing
-            accepted, token = stepper.check(token_ids, proposal, position)
-            kept = [*proposal.token_ids[:accepted], token]
-            end = next((index for index, kept_token in enumerate(kept) if kept_token in ends), None)
-            if end is not None:
-                kept, ended = kept[: end + 1], True
-                accepted = min(accepted, end + 1)
-            rounds[len(proposal.token_ids), accepted] += 1
-            token_ids += kept
-        last = clock.read()
-    return Generation(
-        token_ids=token_ids[base:],
-        rounds=rounds,
-        ended=ended,
-        ttft_s=first - started,
-        decode_s=last - first,
-        target_probs=stepper.target_probs,
-        logit_gaps=stepper.logit_gaps,
-    )
+        run.target_probs.append(prob)
+        run.logit_gaps.append(first - second)

@@ -1,78 +1,169 @@
-"""What proposes tokens: a draft model (or the target's own first layers) and a look-up of n-grams in the text.
+"""What proposes tokens for every row of a batch: a draft model, a look-up of n-grams in the text, or both.
 
-A drafter serves one sequence. It is handed the committed tokens at every round and finds out itself how far it is
-behind; it never sees the target.
+A drafter reads the committed text of the rows and finds out itself how far it is behind; it never sees the target.
 """
 
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch.nn import functional
 from transformers import PreTrainedModel
 
-from profiles.cache import CachedModel
-from profiles.sampling import Draws, draw, output_law
-from profiles.terms import Draft, Workload
+from profiles.formulas import WIDEST_CATCH_UP, catch_up_width
+from profiles.rows import RowStepper
+from profiles.sampling import Draws, Proposal, draw, output_law
+from profiles.terms import Draft
+
+
+class Text:
+    """The committed tokens of every row, on the device for forwards and on the host for look-ups.
+
+    `token_ids` (rows, capacity) and `lengths` (rows,) are the device's; `host[row]` is the same text as a list.
+    """
+
+    def __init__(self, num_rows: int, capacity: int, device: torch.device) -> None:
+        self.token_ids = torch.zeros((num_rows, capacity), dtype=torch.long, device=device)
+        self.lengths = torch.ones(num_rows, dtype=torch.long, device=device)
+        self.host: list[list[int]] = [[0] for _ in range(num_rows)]
+
+    @property
+    def reach(self) -> int:
+        """Tokens of the longest row."""
+        return max(map(len, self.host))
+
+    def load(self, row: int, token_ids: list[int]) -> None:
+        """From now on `row` holds this text."""
+        self.host[row] = token_ids
+        self.token_ids[row, : len(token_ids)] = torch.tensor(token_ids)
+        self.lengths[row] = len(token_ids)
+
+    def last(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last `width` tokens of every row and their positions, (rows, width); positions below 0 are padding."""
+        positions = self.lengths[:, None] + torch.arange(-width, 0, device=self.lengths.device)
+        return self.token_ids.gather(1, positions.clamp_min(0)), positions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Proposal:
-    """Drafted tokens and the laws they were drawn from (tokens, vocabulary); None: the draft was certain."""
+class Drafted:
+    """A proposal and what the draft model ran for it: steps, and the width of the first one; 0 and 0 without it.
 
-    token_ids: list[int]
-    probs: torch.Tensor | None
+    `found` says which rows a look-up found something for.
+    """
+
+    proposal: Proposal
+    found: tuple[bool, ...] = ()
+    steps: int = 0
+    first_width: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftSource:
+    """A draft that is ready to use: its record and, where it has one, its model."""
+
+    draft: Draft
+    model: PreTrainedModel | None
 
 
 class Drafter(Protocol):
-    """Proposes tokens for one sequence."""
+    """Proposes tokens for the rows of a batch."""
 
-    def start(self, prompt_ids: tuple[int, ...]) -> None:
-        """Takes in the prompt; part of the time to first token."""
+    def start(self, row: int, text: Text) -> None:
+        """Takes in a row's text, a prompt and its first token; part of the time to first token."""
         ...
 
-    def propose(self, token_ids: list[int], asked: int, position: int) -> Proposal:
-        """At most `asked` tokens to follow the committed `token_ids`; `position` is the next output position."""
+    def propose(self, text: Text, asked: list[int], places: torch.Tensor) -> Drafted:
+        """At most `asked[row]` tokens to follow each row; `places` (rows,) are the next output positions."""
         ...
+
+
+def nothing(num_rows: int, device: torch.device) -> Proposal:
+    """No row proposes."""
+    counts = torch.zeros(num_rows, dtype=torch.long, device=device)
+    return Proposal(token_ids=counts[:, None][:, :0], counts=counts, probs=None, certain=counts == 0)
 
 
 class ModelDrafter:
-    """A causal language model drafting token by token, greedily or from its law under the workload's sampling."""
+    """A causal language model drafting token by token, greedily or from its law under the workload's sampling.
 
-    def __init__(
-        self, model: PreTrainedModel, workload: Workload, draws: Draws | None, stop_below: float | None = None
-    ) -> None:
-        self._cached = CachedModel(model)
-        self._workload = workload
+    The first step of a round takes in the last tokens of every row, as many as the furthest row is behind, in one of
+    a few widths; what a row had already taken in is written again with the same values.
+    """
+
+    def __init__(self, model: RowStepper, draws: Draws, stop_below: float | None = None) -> None:
+        self._model = model
         self._draws = draws
         self._stop_below = stop_below
+        self._taken_in = [0] * model.num_rows
+        self._drafted = [(0, 0)] * model.num_rows  # text length at the last proposal, drafted tokens taken in then
 
-    def start(self, prompt_ids: tuple[int, ...]) -> None:
-        self._cached.step(list(prompt_ids), keep=1)
+    def start(self, row: int, text: Text) -> None:
+        prompt = text.host[row][:-1]
+        positions = torch.arange(len(prompt), device=self._model.device)[None]
+        self._model.step(text.token_ids[row : row + 1, : len(prompt)], positions, len(prompt), row=row)
+        self._taken_in[row], self._drafted[row] = len(prompt), (0, 0)
 
-    def propose(self, token_ids: list[int], asked: int, position: int) -> Proposal:
-        # All but the last committed token may be ingested already: what was kept of the last round was our own.
-        self._cached.rollback(len(token_ids) - 1)
-        pending = token_ids[self._cached.length :]
-        proposed: list[int] = []
+    def settle(self, text: Text) -> None:
+        """Notes what was kept of the last proposals: of those taken in, these are right. Once after every round."""
+        for row, (length, taken_in) in enumerate(self._drafted):
+            if taken_in > 0:
+                self._taken_in[row] += min(taken_in, len(text.host[row]) - length - 1)
+                self._drafted[row] = (0, 0)
+
+    def propose(self, text: Text, asked: list[int], places: torch.Tensor) -> Drafted:
+        self.settle(text)
+        tokens, positions, width = self._catch_up(text, asked)
+        chosen: list[torch.Tensor] = []
         laws: list[torch.Tensor] = []
-        while len(proposed) < asked:
-            logits = self._cached.step(pending, keep=1)
-            # A round stops before a proposal is drawn, never after: dropping a drawn token would bend the output law.
-            if self._stop_below is not None and float(torch.softmax(logits.float(), -1).max()) < self._stop_below:
-                break
-            if self._draws is None:
-                token = int(logits[0].argmax())
+        alive = torch.ones_like(places, dtype=torch.bool)
+        counts, wanted = torch.zeros_like(places), torch.tensor(asked, device=places.device)
+        for number in range(max(asked)):
+            logits = self._model.step(tokens, positions, text.reach + number)[:, 0]
+            if self._stop_below is not None:
+                # a round stops before a proposal is drawn, never after: dropping a drawn token would bend the law
+                alive = alive & (torch.softmax(logits.float(), -1).amax(-1) >= self._stop_below)
+                if not bool(alive.any()):
+                    break
+            if self._draws.is_greedy:
+                token = logits.argmax(-1)
             else:
-                law = output_law(logits, self._workload)[0]
-                token = draw(law, self._draws.draft[position + len(proposed)])
-                laws.append(law)
-            proposed.append(token)
-            pending = [token]
-        return Proposal(token_ids=proposed, probs=torch.stack(laws) if laws else None)
+                laws.append(output_law(logits, self._draws.workload))
+                token = draw(laws[-1], self._draws.at("draft", (places + number)[:, None])[:, 0])
+            counts = counts + (alive & (number < wanted)).long()
+            chosen.append(token)
+            tokens, positions = token[:, None], (text.lengths + number)[:, None]
+        self._note(text, asked, (len(chosen), width))
+        if not chosen:
+            return Drafted(proposal=nothing(len(asked), places.device), steps=1, first_width=width)
+        proposal = Proposal(
+            token_ids=torch.stack(chosen, 1),
+            counts=counts,
+            probs=torch.stack(laws, 1) if laws else None,
+            certain=torch.zeros_like(alive),
+        )
+        return Drafted(proposal=proposal, steps=len(chosen), first_width=width)
+
+    def _catch_up(self, text: Text, asked: list[int]) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """(tokens, positions, whole width) of the first step; what does not fit into one step is taken in before."""
+        behind = [len(host) - self._taken_in[row] for row, host in enumerate(text.host)]
+        width = catch_up_width(max(most for row, most in enumerate(behind) if asked[row] > 0))
+        tokens, positions = text.last(width)
+        for first in range(0, width - WIDEST_CATCH_UP, WIDEST_CATCH_UP):
+            chunk = slice(first, first + WIDEST_CATCH_UP)
+            self._model.step(tokens[:, chunk], positions[:, chunk], text.reach)
+        return tokens[:, -WIDEST_CATCH_UP:], positions[:, -WIDEST_CATCH_UP:], width
+
+    def _note(self, text: Text, asked: list[int], ran: tuple[int, int]) -> None:
+        steps, width = ran
+        for row, host in enumerate(text.host):
+            if len(host) - self._taken_in[row] <= width:
+                self._taken_in[row] = len(host)
+                if asked[row] > 0:
+                    self._drafted[row] = (len(host), max(0, steps - 1))
 
 
-class NgramDrafter:
-    """Prompt look-up: what followed the earliest occurrence of the longest matching suffix of the text.
+class NgramIndex:
+    """Prompt look-up in one text: what followed the earliest occurrence of the longest matching suffix.
 
     Lengths from `max_match` down to `min_match` are tried, the rule of transformers' prompt look-up. Each n-gram is
     indexed once, when the token after it is known, so a round costs a few dictionary reads however long the text.
@@ -83,38 +174,85 @@ class NgramDrafter:
         self._follower: dict[tuple[int, ...], int] = {}
         self._indexed = 0
 
-    def start(self, prompt_ids: tuple[int, ...]) -> None:
-        self._index(list(prompt_ids))
-
-    def propose(self, token_ids: list[int], asked: int, position: int) -> Proposal:  # noqa: ARG002 -- the protocol's
-        self._index(token_ids)
-        for size in self._sizes:
-            if size < len(token_ids):
-                start = self._follower.get(tuple(token_ids[-size:]))
-                if start is not None:
-                    return Proposal(token_ids=token_ids[start : start + asked], probs=None)
-        return Proposal(token_ids=[], probs=None)
-
-    def _index(self, token_ids: list[int]) -> None:
+    def look_up(self, token_ids: list[int], asked: int) -> list[int]:
+        """At most `asked` tokens to follow the text, which is the last one or grew from it."""
         for follower in range(max(self._indexed, 1), len(token_ids)):
             for size in self._sizes:
                 if size <= follower:
                     self._follower.setdefault(tuple(token_ids[follower - size : follower]), follower)
         self._indexed = len(token_ids)
+        for size in self._sizes:
+            if size < len(token_ids):
+                start = self._follower.get(tuple(token_ids[-size:]))
+                if start is not None:
+                    return token_ids[start : start + asked]
+        return []
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DraftSource:
-    """A draft that is ready to use: its record and, where it has one, its model."""
+class NgramDrafter:
+    """Prompt look-up for every row, on the host."""
 
-    draft: Draft
-    model: PreTrainedModel | None
+    def __init__(self, num_rows: int, max_match: int, min_match: int) -> None:
+        self._sizes = (max_match, min_match)
+        self._indexes = [NgramIndex(*self._sizes) for _ in range(num_rows)]
 
-    def new_drafter(self, workload: Workload, draws: Draws | None, stop_below: float | None = None) -> Drafter:
-        """A drafter for one sequence."""
-        if self.model is not None:
-            return ModelDrafter(self.model, workload, draws, stop_below)
-        draft = self.draft
-        assert draft.max_match is not None
-        assert draft.min_match is not None
-        return NgramDrafter(draft.max_match, draft.min_match)
+    def start(self, row: int, text: Text) -> None:
+        self._indexes[row] = NgramIndex(*self._sizes)
+        self._indexes[row].look_up(text.host[row], 0)
+
+    def propose(self, text: Text, asked: list[int], places: torch.Tensor) -> Drafted:
+        found = [
+            index.look_up(host, most) if most > 0 else []
+            for index, host, most in zip(self._indexes, text.host, asked, strict=True)
+        ]
+        widest = max(map(len, found))
+        padded = torch.tensor([[*tokens, *[0] * (widest - len(tokens))] for tokens in found], dtype=torch.long)
+        counts = torch.tensor([len(tokens) for tokens in found])
+        proposal = Proposal(
+            token_ids=padded.to(places.device),
+            counts=counts.to(places.device),
+            probs=None,
+            certain=torch.ones_like(places, dtype=torch.bool),
+        )
+        return Drafted(proposal=proposal, found=tuple(map(bool, found)))
+
+
+class CompositeDrafter:
+    """A look-up where the text has a match, else the draft model: one source per row and round."""
+
+    def __init__(self, ngram: NgramDrafter, model: ModelDrafter) -> None:
+        self._ngram = ngram
+        self._model = model
+
+    def start(self, row: int, text: Text) -> None:
+        self._ngram.start(row, text)
+        self._model.start(row, text)
+
+    def propose(self, text: Text, asked: list[int], places: torch.Tensor) -> Drafted:
+        self._model.settle(text)
+        matched = self._ngram.propose(text, asked, places)
+        unmatched = [0 if found else most for found, most in zip(matched.found, asked, strict=True)]
+        if not any(unmatched):
+            return matched
+        drafted = self._model.propose(text, unmatched, places)
+        return Drafted(
+            proposal=_either(matched.proposal, drafted.proposal),
+            steps=drafted.steps,
+            first_width=drafted.first_width,
+        )
+
+
+def _either(certain: Proposal, drafted: Proposal) -> Proposal:
+    """The rows of `certain` that propose anything, and of `drafted` the others."""
+    is_certain = certain.counts > 0
+    widest = max(certain.token_ids.shape[1], drafted.token_ids.shape[1])
+    ours, theirs = (functional.pad(one.token_ids, (0, widest - one.token_ids.shape[1])) for one in (certain, drafted))
+    probs = drafted.probs
+    if probs is not None:
+        probs = functional.pad(probs, (0, 0, 0, widest - probs.shape[1]))
+    return Proposal(
+        token_ids=torch.where(is_certain[:, None], ours, theirs),
+        counts=torch.where(is_certain, certain.counts, drafted.counts),
+        probs=probs,
+        certain=is_certain,
+    )

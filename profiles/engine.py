@@ -1,4 +1,4 @@
-"""`TorchEngine`: the engine protocol on transformers' model classes, one sequence at a time.
+"""`TorchEngine`: the engine protocol on transformers' model classes, a batch of rows at a time.
 
 Every method measures one unit: the caller decides what to measure, keeps it and may stop between units. Timed units
 are repeated while other processes disturb the machine. Knows nothing of stores or searches.
@@ -6,19 +6,21 @@ are repeated while other processes disturb the machine. Knows nothing of stores 
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 import torch
+from transformers import PreTrainedModel
 
 from profiles import acceptance, latency, models
 from profiles.clock import Clock, OtherLoad
-from profiles.decoding import Generation, TargetStepper, generate
-from profiles.drafting import DraftSource
+from profiles.decoding import Decoder, Generation
+from profiles.drafting import CompositeDrafter, Drafter, DraftSource, ModelDrafter, NgramDrafter
 from profiles.environment import fingerprint
 from profiles.errors import EngineError, InputError, OutOfMemoryError
-from profiles.sampling import keyed_draws
+from profiles.rows import RowModel
+from profiles.sampling import Draws
 from profiles.terms import (
     PLAIN,
     Acceptance,
@@ -37,19 +39,29 @@ from profiles.terms import (
 Measurement = TypeVar("Measurement")
 
 MAX_REPEATS = 2
+MAX_BATCH = 64
 NEAR_TIE = 1e-4  # greedy float32 outputs may part only where the two largest logits lie this close
+_SPARE = 66  # slots beyond a workload's context: the longest speculation length, and the round's own token
 
 
 class TorchEngine:
-    """A target and its drafts on one device; fits `terms.Engine`."""
+    """A target and its drafts on one device; fits `protocol.Engine`."""
 
     def __init__(self, target: models.Loaded, sources: tuple[DraftSource, ...], device: str) -> None:
         self._target = target
-        self._sources = {source.draft: source for source in sources}
+        self._drafts = tuple(source.draft for source in sources)
+        self._models: dict[str, PreTrainedModel | None] = {
+            part.digest: source.model if part.kind != "ngram" else None
+            for source in sources
+            for part in source.draft.parts
+        }
+        self._models[target.record.run_digest] = target.model
         self._clock = Clock(device)
         self._device = device
         self._environment = fingerprint(device)
-        self._warm: set[Setup] = set()
+        self._warm: set[tuple[Setup, int]] = set()
+        self._rows: dict[int, dict[str, RowModel]] = {}  # by batch size, then by part: caches are kept between runs
+        self._capacity = 0
         gc.collect()
         gc.freeze()  # the loaded models are not walked again by a collection in the middle of a timed run
 
@@ -63,13 +75,13 @@ class TorchEngine:
 
     @property
     def drafts(self) -> tuple[Draft, ...]:
-        return tuple(self._sources)
+        return self._drafts
 
     def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
         """One plain run with the probability and the logit gap of every emitted token kept."""
-        self._check(workload, prompt, 0)
+        self._check(workload, (prompt,), 0)
         with _translated(self._device):
-            run = self._generate(workload, prompt, PLAIN, watch=True)
+            [run] = self._generate(replace(workload, batch_size=1), (prompt,), PLAIN, watch=True)
         return TargetTrace(
             prompt_digest=prompt.digest,
             token_ids=tuple(run.token_ids),
@@ -81,86 +93,130 @@ class TorchEngine:
     def trace_draft(
         self, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft, max_length: int
     ) -> Acceptance:
-        """The draft over the trace: a teacher-forced pass, or a look-up at every position."""
-        source = self._source(draft)
+        """A draft's part over the trace: a teacher-forced pass, or a look-up at every position."""
+        model = self._model(draft)
         with _translated(self._device):
-            if source.model is None:
+            if model is None:
                 return acceptance.trace_lookup(draft, prompt, trace, max_length)
-            return acceptance.trace_model(source.model, draft, workload, prompt, trace)
+            return acceptance.trace_model(model, draft, workload, prompt, trace)
 
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
         """All staircases in one interleaved sweep, repeated while the machine is disturbed."""
         models.check_room(self._target, context_length=context_length, max_length=max_length)
-        sources = tuple(self._sources.values())
+        composed = {part.digest for draft in self._drafts if draft.kind == "composite" for part in draft.parts}
         with _translated(self._device):
-            part = (self.target.run_digest, self._target.model)
+            parts = latency.Parts(
+                target=(self.target.run_digest, self._stepper(self.target.run_digest, workload)),
+                models={
+                    digest: (
+                        self._stepper(digest, workload),
+                        latency.COMPOSITE_FIRST_WIDTHS if digest in composed else latency.FIRST_WIDTHS,
+                    )
+                    for digest, model in self._models.items()
+                    if model is not None and digest != self.target.run_digest
+                },
+                lookups={part.digest: part for draft in self._drafts for part in draft.parts if part.kind == "ngram"},
+            )
             shape = (context_length, max_length)
-            times, disturbed = _quietest(lambda: latency.time_steps(part, sources, workload, shape, self._clock))
+            times, disturbed = _quietest(lambda: latency.time_steps(parts, workload, shape, self._clock))
         return {digest: replace(staircase, disturbed=disturbed) for digest, staircase in times.items()}
 
     def run_together(
         self,
         workload: Workload,
-        prompt: Prompt,
+        prompts: tuple[Prompt, ...],
         setups: tuple[Setup, ...],
         occasion: str,  # noqa: ARG002 -- a key of stored evidence
     ) -> tuple[Sample, ...]:
         """Timed runs back to back; all of them again while the machine is disturbed, at most twice."""
         for setup in setups:
-            self._check(workload, prompt, setup.length)
+            self._check(workload, prompts, setup.length)
         with _translated(self._device):
             for setup in setups:
-                self._warm_up(workload, prompt, setup)
-            runs, disturbed = _quietest(lambda: [self._generate(workload, prompt, setup) for setup in setups])
+                self._warm_up(workload, prompts, setup)
+            runs, disturbed = _quietest(lambda: [self._generate(workload, prompts, setup) for setup in setups])
         if workload.temperature == 0.0:
-            self._check_partings(workload, prompt, setups, runs)
-        return tuple(self._sample(setup, prompt, run, disturbed) for setup, run in zip(setups, runs, strict=True))
-
-    def _generate(self, workload: Workload, prompt: Prompt, setup: Setup, watch: bool = False) -> Generation:
-        if self._device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats(self._device)
-        draws = keyed_draws(workload, prompt)
-        stepper = TargetStepper(self._target.model, workload, prompt, draws, watch=watch)
-        drafter = None
-        if setup.draft is not None:
-            drafter = self._source(setup.draft).new_drafter(workload, draws, setup.stop_below)
-        run = generate(stepper, drafter, setup.length, self._clock)
-        if self._device.startswith("cuda"):
-            run = replace(run, peak_memory_bytes=torch.cuda.max_memory_allocated(self._device))
-        return run
-
-    def _sample(self, setup: Setup, prompt: Prompt, run: Generation, disturbed: bool) -> Sample:
-        return Sample(
-            setup_digest=setup.digest,
-            prompt_digest=prompt.digest,
-            ttft_s=run.ttft_s,
-            decode_s=run.decode_s,
-            output_tokens=len(run.token_ids),
-            rounds=dict(run.rounds),
-            output_digest=digest_of(run.token_ids),
-            peak_memory_bytes=run.peak_memory_bytes,
-            disturbed=disturbed,
+            for number, prompt in enumerate(prompts):
+                self._check_partings(workload, prompt, setups, [own[number] for own in runs])
+        return tuple(
+            _sample(setup, prompt, run, disturbed)
+            for setup, own in zip(setups, runs, strict=True)
+            for prompt, run in zip(prompts, own, strict=True)
         )
 
-    def _warm_up(self, workload: Workload, prompt: Prompt, setup: Setup) -> None:
+    def _generate(
+        self, workload: Workload, prompts: Sequence[Prompt], setup: Setup, watch: bool = False
+    ) -> list[Generation]:
+        draws = Draws(workload.batch_size, workload, self._target.model.device)
+        decoder = Decoder(
+            self._stepper(self.target.run_digest, workload),
+            self._drafter(setup, draws),
+            draws,
+            length=setup.length,
+            watch=watch,
+        )
+        on_gpu = self._device.startswith("cuda")
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        runs = decoder.run(prompts, self._clock)
+        if on_gpu:
+            for run in runs:
+                run.peak_memory_bytes = torch.cuda.max_memory_allocated(self._device)
+        return runs
+
+    def _drafter(self, setup: Setup, draws: Draws) -> Drafter | None:
+        if setup.draft is None:
+            return None
+        made: list[Drafter] = []
+        for part in setup.draft.parts:
+            if self._model(part) is not None:
+                made.append(ModelDrafter(self._stepper(part.digest, draws.workload), draws, setup.stop_below))
+            else:
+                assert part.max_match is not None
+                assert part.min_match is not None
+                made.append(NgramDrafter(draws.workload.batch_size, part.max_match, part.min_match))
+        match made:
+            case [NgramDrafter() as ngram, ModelDrafter() as model_drafter]:
+                return CompositeDrafter(ngram, model_drafter)
+        return made[0]
+
+    def _stepper(self, part: str, workload: Workload) -> RowModel:
+        """A part's model with a cache for this workload; caches of another batch size go when a new one is made."""
+        if self._capacity < workload.context_length + _SPARE:
+            self._rows.clear()
+            self._capacity = workload.context_length + _SPARE
+        size = workload.batch_size
+        if size not in self._rows:
+            self._rows = {old: rows for old, rows in self._rows.items() if old == 1}  # traces are made at batch 1
+            self._rows[size] = {}
+        if part not in self._rows[size]:
+            model = self._models[part]
+            assert model is not None
+            self._rows[size][part] = RowModel(model, size, self._capacity)
+        return self._rows[size][part]
+
+    def _warm_up(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
         """The first runs of a setup pay for allocation and lazy set-up: one is thrown away."""
-        if setup not in self._warm:
-            self._generate(workload, prompt, setup)
-            self._warm.add(setup)
+        if (setup, workload.batch_size) not in self._warm:
+            self._generate(workload, prompts[: workload.batch_size], setup)
+            self._warm.add((setup, workload.batch_size))
 
-    def _source(self, draft: Draft) -> DraftSource:
-        if draft not in self._sources:
-            known = ", ".join(known.name for known in self._sources) or "none"
+    def _model(self, draft: Draft) -> PreTrainedModel | None:
+        if draft.digest not in self._models:
+            known = ", ".join(known.name for known in self._drafts) or "none"
             raise InputError(f"draft {draft.name} is not loaded; loaded are {known}")
-        return self._sources[draft]
+        return self._models[draft.digest]
 
-    def _check(self, workload: Workload, prompt: Prompt, length: int) -> None:
-        if workload.batch_size != 1:
-            raise InputError(
-                f"batch size {workload.batch_size}: this engine decodes one sequence at a time, allowed is 1"
-            )
-        tokens = len(prompt.token_ids) + workload.max_new_tokens
+    def _check(self, workload: Workload, prompts: Sequence[Prompt], length: int) -> None:
+        if workload.batch_size > MAX_BATCH:
+            raise InputError(f"batch size {workload.batch_size}: this engine decodes up to {MAX_BATCH} rows at a time")
+        tokens = max(len(prompt.token_ids) for prompt in prompts) + workload.max_new_tokens
         models.check_room(self._target, context_length=tokens, max_length=length)
+        if tokens > workload.context_length:
+            raise InputError(
+                f"a prompt of {tokens - workload.max_new_tokens} tokens with {workload.max_new_tokens} new ones: "
+                f"allowed are {workload.context_length} together, the workload's context"
+            )
 
     def _check_partings(
         self, workload: Workload, prompt: Prompt, setups: tuple[Setup, ...], runs: list[Generation]
@@ -183,6 +239,22 @@ class TorchEngine:
                     f"{setup.name} parted from plain decoding at token {place} of prompt {prompt.digest} where the "
                     f"two largest logits are {gap:.2g} apart; allowed are partings under {NEAR_TIE:g}"
                 )
+
+
+def _sample(setup: Setup, prompt: Prompt, run: Generation, disturbed: bool) -> Sample:
+    return Sample(
+        setup_digest=setup.digest,
+        prompt_digest=prompt.digest,
+        ttft_s=run.ttft_s,
+        decode_s=run.decode_s,
+        output_tokens=len(run.token_ids),
+        rounds=dict(run.rounds),
+        shapes=dict(run.shapes),
+        refills=run.refills,
+        output_digest=digest_of(run.token_ids),
+        peak_memory_bytes=run.peak_memory_bytes,
+        disturbed=disturbed,
+    )
 
 
 def _quietest(measure: Callable[[], Measurement]) -> tuple[Measurement, bool]:

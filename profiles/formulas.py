@@ -3,6 +3,7 @@
 Every figure draftpick prints is derived here or in `tuner.forecast` from raw counts and times. No models, no files.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,80 +12,130 @@ import numpy
 from scipy import stats
 
 from profiles.errors import InputError, NotMeasuredError
-from profiles.terms import Acceptance, Interval, LookupTrace, Sample, TargetTrace
+from profiles.terms import Acceptance, AcceptanceTrace, Interval, LookupTrace, Sample, TargetTrace
+
+WIDEST_CATCH_UP = 64
+
+
+def catch_up_width(behind: int) -> int:
+    """How wide a draft model's first step of a round is when it is `behind` tokens behind: 2, 4, ... 64, 128, 192, ...
+
+    A few widths, so that every one is timed and, on a GPU, captured; past 64 tokens several steps of 64 take their
+    turn.
+    """
+    for width in (2, 4, 8, 16, 32):
+        if behind <= width:
+            return width
+    return -(-behind // WIDEST_CATCH_UP) * WIDEST_CATCH_UP
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompositeAcceptance:
+    """The parts of a composite draft over one target trace; a round asks the model where the look-up finds nothing."""
+
+    lookup: LookupTrace
+    model: AcceptanceTrace
+
+
+Replayed = Acceptance | CompositeAcceptance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Walk:
-    """The rounds of one sequence: expected count of each (proposed, accepted), and of catch-up rounds.
+    """The rounds of one sequence alone in its batch: expected counts of each (proposed, accepted) and of each shape.
 
-    A catch-up round follows one whose proposals were all kept: the draft is one token behind and its first step is
-    two tokens wide.
+    A shape is (width of the target's step, steps of the draft model, width of the first of them), as in `Sample`.
     """
 
     rounds: Mapping[tuple[int, int], float]
-    catch_ups: float
+    shapes: Mapping[tuple[int, int, int], float]
 
     @property
     def num_rounds(self) -> float:
         return sum(self.rounds.values())
 
 
-def walk(trace: TargetTrace, acceptance: Acceptance | None, length: int, max_new_tokens: int) -> Walk:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundOutcome:
+    """One way a round can go: its probability, and whether the draft model was asked."""
+
+    proposed: int
+    accepted: int
+    share: float
+    by_model: bool
+
+    def behind(self, before: int) -> int:
+        """Tokens the draft model is behind afterwards; its last proposal is never taken in by itself."""
+        if not self.by_model:
+            return before + self.accepted + 1
+        return 2 if self.accepted == self.proposed else 1
+
+
+def walk(trace: TargetTrace, acceptance: Replayed | None, length: int, max_new_tokens: int) -> Walk:
     """The rounds the engine would go through, in expectation over the draft's luck given the emitted tokens.
 
-    Exact for greedy decoding, where every keep probability is 0 or 1. A forward pass over (start, behind) states of
-    the recursion in Leviathan et al. 2023, conditional on the trace: O(tokens x length). Token 0 comes from the
-    prefill; a round drafts at most `max_new_tokens - generated - 1`; an accepted end token ends it with no target
-    token. `acceptance` None is plain decoding.
+    Exact for greedy decoding, where every keep probability is 0 or 1. A forward pass over (start, tokens behind)
+    states of the recursion in Leviathan et al. 2023, conditional on the trace. Token 0 comes from the prefill; a round
+    drafts at most `max_new_tokens - generated - 1`; an accepted end token ends it with no target token. `acceptance`
+    None is plain decoding.
 
     Raises: NotMeasuredError: the look-up trace is shorter than `length`. InputError: a draft with length 0.
     """
     size = len(trace.token_ids)
     if acceptance is None:
-        return Walk(rounds={(0, 0): float(size - 1)} if size > 1 else {}, catch_ups=0.0)
+        if size == 1:
+            return Walk(rounds={}, shapes={})
+        return Walk(rounds={(0, 0): float(size - 1)}, shapes={(1, 0, 0): float(size - 1)})
+    _check_length(acceptance, length)
+    states: list[dict[int, float]] = [{} for _ in range(size + 1)]
+    states[min(1, size)] = {1: 1.0}
+    rounds: dict[tuple[int, int], float] = {}
+    shapes: dict[tuple[int, int, int], float] = {}
+    for start in range(1, size):
+        asked = min(length, max_new_tokens - start - 1)
+        outcomes = list(round_outcomes(acceptance, start, asked, size)) if states[start] else []
+        for (behind, mass), outcome in itertools.product(states[start].items(), outcomes):
+            weight = mass * outcome.share
+            counted = outcome.proposed, outcome.accepted
+            rounds[counted] = rounds.get(counted, 0.0) + weight
+            steps = (outcome.proposed, catch_up_width(behind)) if outcome.by_model else (0, 0)
+            shape = (outcome.proposed + 1, *steps)
+            shapes[shape] = shapes.get(shape, 0.0) + weight
+            following = states[min(start + outcome.accepted + 1, size)]
+            after = outcome.behind(behind) if isinstance(acceptance, CompositeAcceptance) else 1
+            following[after] = following.get(after, 0.0) + weight
+    return Walk(rounds=dict(sorted(rounds.items())), shapes=dict(sorted(shapes.items())))
+
+
+def _check_length(acceptance: Replayed, length: int) -> None:
     if length < 1:
         raise InputError(f"speculation length {length}: at least 1 is needed with a draft")
-    if isinstance(acceptance, LookupTrace) and acceptance.max_length < length:
-        raise NotMeasuredError(f"look-up measured for lengths up to {acceptance.max_length}, not {length}")
-    fresh, behind = [0.0] * (size + 1), [0.0] * (size + 1)
-    fresh[min(1, size)] = 1.0
-    rounds: dict[tuple[int, int], float] = {}
-    catch_ups = 0.0
-    for start in range(1, size):
-        mass = fresh[start] + behind[start]
-        if mass == 0.0:
-            continue
-        asked = min(length, max_new_tokens - start - 1)
-        for proposed, accepted, share in _outcomes(acceptance, start, asked, size):
-            weight = mass * share
-            rounds[proposed, accepted] = rounds.get((proposed, accepted), 0.0) + weight
-            following = min(start + accepted + 1, size)
-            if proposed > 0 and proposed == accepted:
-                behind[following] += weight
-            else:
-                fresh[following] += weight
-        if asked > 0:
-            catch_ups += behind[start]
-    return Walk(rounds=dict(sorted(rounds.items())), catch_ups=catch_ups)
+    lookup = acceptance.lookup if isinstance(acceptance, CompositeAcceptance) else acceptance
+    if isinstance(lookup, LookupTrace) and lookup.max_length < length:
+        raise NotMeasuredError(f"look-up measured for lengths up to {lookup.max_length}, not {length}")
 
 
-def _outcomes(acceptance: Acceptance, start: int, asked: int, size: int) -> Iterator[tuple[int, int, float]]:
-    """(proposed, accepted, probability) of a round that starts at `start` and may draft `asked` tokens."""
+def round_outcomes(acceptance: Replayed, start: int, asked: int, size: int) -> Iterator[RoundOutcome]:
+    """How a round that starts at `start` of `size` tokens and may draft `asked` tokens can go."""
+    if asked <= 0:
+        yield RoundOutcome(proposed=0, accepted=0, share=1.0, by_model=False)
+        return
+    if isinstance(acceptance, CompositeAcceptance):
+        acceptance = acceptance.lookup if acceptance.lookup.proposed[start] > 0 else acceptance.model
     if isinstance(acceptance, LookupTrace):
-        proposed = min(asked, acceptance.proposed[start]) if asked > 0 else 0
-        yield proposed, min(proposed, acceptance.kept[start]), 1.0
+        proposed = min(asked, acceptance.proposed[start])
+        yield RoundOutcome(proposed=proposed, accepted=min(proposed, acceptance.kept[start]), share=1.0, by_model=False)
         return
     survival = 1.0
     most = min(asked, size - start)  # past an accepted end token nothing is kept
     for accepted in range(most):
         keep = acceptance.keep_probs[start + accepted]
         if keep < 1.0:
-            yield asked, accepted, survival * (1.0 - keep)
+            yield RoundOutcome(proposed=asked, accepted=accepted, share=survival * (1.0 - keep), by_model=True)
         survival *= keep
         if survival == 0.0:
             return
-    yield max(asked, 0), most if asked > 0 else 0, survival
+    yield RoundOutcome(proposed=asked, accepted=most, share=survival, by_model=True)
 
 
 def acceptance_rate(rounds: Mapping[tuple[int, int], float]) -> float | None:

@@ -13,9 +13,15 @@ def trace_point(workload: Workload, prompt: Prompt) -> Key:
     return workload.sampling_digest, prompt.digest
 
 
-def run_point(workload: Workload, prompt: Prompt, setups: tuple[Setup, ...], occasion: str) -> Key:
-    """What a unit of timed runs measured, beside target and machine; the order of the setups matters."""
-    return workload.anchor_digest, prompt.digest, occasion, *(setup.digest for setup in setups)
+def queue_digest(prompts: tuple[Prompt, ...]) -> str:
+    """Identity of the prompts of a unit in their order; a single one's is its own."""
+    digests = [prompt.digest for prompt in prompts]
+    return digests[0] if len(digests) == 1 else digest_of(digests)
+
+
+def run_point(workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], occasion: str) -> Key:
+    """What a unit of timed runs measured, beside target and machine; the order of prompts and setups matters."""
+    return workload.anchor_digest, queue_digest(prompts), occasion, *(setup.digest for setup in setups)
 
 
 def unit_digest(target: Model, environment: Environment, point: Key) -> str:

@@ -4,6 +4,7 @@ Loads target and drafts, checks that they fit each other, the device and the ask
 Knows nothing of what will be measured.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import torch
 
 from profiles import environment, memory, models, prompts
 from profiles.drafting import DraftSource
-from profiles.engine import TorchEngine
+from profiles.engine import MAX_BATCH, TorchEngine
 from profiles.errors import InputError, ModelError, OutOfMemoryError
 from profiles.memory import Footprint, cached_values_per_token
 from profiles.sources import find
@@ -35,17 +36,18 @@ class Question:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch_sizes != (1,):
-            asked = ", ".join(str(size) for size in self.batch_sizes)
-            raise InputError(f"batch size {asked}: the torch engine decodes one sequence at a time, allowed is 1")
+        for size in self.batch_sizes:
+            if not 1 <= size <= MAX_BATCH:
+                raise InputError(f"batch size {size}: the torch engine takes 1 to {MAX_BATCH} rows at a time")
         if self.seed < 0:
             raise InputError(f"seed {self.seed}: whole numbers from 0 are allowed")
         for context in self.contexts or (self.max_new_tokens + 1,):
             self.workload(context, ())
 
-    def workload(self, context_length: int, end_token_ids: tuple[int, ...]) -> Workload:
-        """The workload at one context. Raises InputError when a value is not allowed."""
+    def workload(self, context_length: int, end_token_ids: tuple[int, ...], batch_size: int = 1) -> Workload:
+        """The workload at one context and batch size. Raises InputError when a value is not allowed."""
         return Workload(
+            batch_size=batch_size,
             context_length=context_length,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
@@ -115,7 +117,8 @@ def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str
 def _source(spec: DraftSpec, by_name: dict[str, models.Loaded], target: models.Loaded) -> DraftSource:
     if spec.path is not None:
         loaded = by_name[spec.path]
-        return DraftSource(draft=Draft(kind="model", model=loaded.record), model=loaded.model)
+        draft = Draft(kind=spec.kind, model=loaded.record, max_match=spec.max_match, min_match=spec.min_match)
+        return DraftSource(draft=draft, model=loaded.model)
     if spec.num_layers is not None:
         draft = Draft(kind="early_exit", num_layers=spec.num_layers)
         return DraftSource(draft=draft, model=models.early_exit(target, spec.num_layers))
@@ -135,7 +138,7 @@ def _footprint(source: DraftSource, target: models.Loaded) -> Footprint:
 def workloads(
     bench: Bench, question: Question, sources: Sequence[str], domain: str | None = None
 ) -> tuple[list[tuple[Workload, tuple[Prompt, ...]]], list[str]]:
-    """Every context as a workload with its prompts, and warnings about the prompts; `domain` labels them all.
+    """Every batch size and context as a workload with its prompts, and warnings; `domain` labels all prompts.
 
     Prompts are cut to what the context leaves beside the new tokens; a context they do not fill shrinks to what they
     do, so that no row claims a length that was never run. Raises ModelError when a model has no room for
@@ -157,7 +160,8 @@ def workloads(
             warnings.append(f"context {context}: these prompts fill only {fitting} tokens, which is what is measured")
         loads[min(context or fitting, fitting)] = tuple(tokenized)
     ends = target.end_token_ids
-    return [(question.workload(context, ends), tokenized) for context, tokenized in loads.items()], warnings
+    anchors = itertools.product(question.batch_sizes, loads.items())
+    return [(question.workload(context, ends, size), tokenized) for size, (context, tokenized) in anchors], warnings
 
 
 def _check_room(bench: Bench, question: Question, context: int | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from profiles import gguf_file, sources
+from profiles import gguf_file, rows, sources
 from profiles.errors import ModelError, PairError
 from profiles.memory import check_dtype
 from profiles.sources import Source, translated
@@ -43,7 +43,8 @@ def load(name: str, *, dtype: str, device: str, trust_remote_code: bool = False)
     """Loads a directory, a GGUF file or a hub id on `device`, its float weights as `dtype`.
 
     Raises: ModelError: nothing there, pickled or broken files, weights missing or not finite, no tokenizer, an
-    architecture that transformers does not know or that cannot take tokens back. OutOfMemoryError: the device is full.
+    architecture that transformers does not know, that cannot take tokens back or not be run in rows.
+    OutOfMemoryError: the device is full.
     """
     check_dtype(dtype)
     source = sources.find(name, trust_remote_code=trust_remote_code)
@@ -54,6 +55,7 @@ def load(name: str, *, dtype: str, device: str, trust_remote_code: bool = False)
         tokenizer = sources.tokenizer_of(source)
         model = _without_padding(name, _load_weights(source, config, dtype), tokenizer).to(device)
         _check_finite(model, source, dtype)
+        rows.check_rows(model, name)
         record = Model(
             name=name,
             revision=source.revision,
@@ -215,10 +217,10 @@ def _check_complete(source: Source, info: dict[str, Any]) -> None:
 def _without_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Cuts embedding rows that no token names, so that target and draft laws have one width and emit only tokens."""
     num_tokens = max(tokenizer.get_vocab().values()) + 1
-    rows = model.get_input_embeddings().weight.shape[0]
-    if rows < num_tokens:
-        raise ModelError(f"model {name!r} embeds {rows} tokens; its tokenizer needs at least {num_tokens}")
-    if rows > num_tokens:
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    if num_rows < num_tokens:
+        raise ModelError(f"model {name!r} embeds {num_rows} tokens; its tokenizer needs at least {num_tokens}")
+    if num_rows > num_tokens:
         model.resize_token_embeddings(num_tokens)
         model.requires_grad_(False)
     return model

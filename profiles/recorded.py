@@ -12,11 +12,11 @@ from typing import Any
 
 from profiles.errors import InputError, NotMeasuredError
 from profiles.keys import Key, run_point, trace_point
+from profiles.protocol import Engine
 from profiles.terms import (
     Acceptance,
     AcceptanceTrace,
     Draft,
-    Engine,
     Environment,
     LookupTrace,
     Model,
@@ -28,17 +28,17 @@ from profiles.terms import (
     Workload,
 )
 
-RECORDING_VERSION = 1  # 1: the first form
+RECORDING_VERSION = 2  # 1: the first form; 2: shapes and refills of a sample
 
 Sweep = tuple[int, dict[str, StepTimes]]  # longest speculation length asked for, staircases by part digest
 
 
 def covers(times: Mapping[str, StepTimes], target: Model, drafts: tuple[Draft, ...], max_length: int) -> bool:
-    """Whether a sweep has the target at widths 1..max_length+1 and every draft."""
+    """Whether a sweep has the target at widths 1..max_length+1 and every part of every draft."""
     staircase = times.get(target.run_digest)
     if staircase is None or not set(range(1, max_length + 2)) <= set(staircase.samples_s):
         return False
-    return all(draft.digest in times for draft in drafts)
+    return all(part.digest in times for draft in drafts for part in draft.parts)
 
 
 # --- records as plain JSON values: the one form that store rows and recordings share ---
@@ -94,7 +94,8 @@ def step_times_from(data: Mapping[str, Any]) -> StepTimes:
 
 def sample_from(data: Mapping[str, Any]) -> Sample:
     rounds = {(proposed, accepted): count for proposed, accepted, count in data["rounds"]}
-    return Sample(**{**data, "rounds": rounds})
+    shapes = {tuple(shape): count for *shape, count in data["shapes"]}
+    return Sample(**{**data, "rounds": rounds, "shapes": shapes})
 
 
 # --- the engines ---
@@ -141,12 +142,13 @@ class RecordedEngine:
         return dict(times)
 
     def run_together(
-        self, workload: Workload, prompt: Prompt, setups: tuple[Setup, ...], occasion: str
+        self, workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], occasion: str
     ) -> tuple[Sample, ...]:
-        samples = self.samples.get(run_point(workload, prompt, setups, occasion))
+        samples = self.samples.get(run_point(workload, prompts, setups, occasion))
         if samples is None:
             names = ", ".join(setup.name for setup in setups)
-            raise NotMeasuredError(f"runs of {names} on {_named(prompt)} for {occasion!r} were never measured")
+            shown = _named(prompts[0]) + (f" and {len(prompts) - 1} more" if len(prompts) > 1 else "")
+            raise NotMeasuredError(f"runs of {names} on {shown} for {occasion!r} were never measured")
         return samples
 
     def save(self, path: Path) -> None:
@@ -223,10 +225,10 @@ class Recorder:
         return times
 
     def run_together(
-        self, workload: Workload, prompt: Prompt, setups: tuple[Setup, ...], occasion: str
+        self, workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], occasion: str
     ) -> tuple[Sample, ...]:
-        samples = self._engine.run_together(workload, prompt, setups, occasion)
-        self.recording.samples[run_point(workload, prompt, setups, occasion)] = samples
+        samples = self._engine.run_together(workload, prompts, setups, occasion)
+        self.recording.samples[run_point(workload, prompts, setups, occasion)] = samples
         return samples
 
 

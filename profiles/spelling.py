@@ -3,7 +3,8 @@
 A model draft is only a path or a hub id here; whether it exists or fits the target is found out when it is loaded.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from profiles.errors import InputError
 from profiles.terms import Draft, DraftKind
@@ -18,8 +19,8 @@ NGRAM_DEFAULTS = {"max": 4, "min": 2}  # tokens
 class DraftSpec:
     """A draft as the user spelled it, before any model is loaded; exactly the parameters of its kind are set.
 
-    `path`: directory, GGUF file or hub id of a model draft. `max_match` and `min_match`: tokens of an n-gram match.
-    `num_layers`: the target's first layers that an early-exit draft runs.
+    `path`: directory, GGUF file or hub id of a model draft, or of the model in a composite. `max_match` and
+    `min_match`: tokens of an n-gram match. `num_layers`: the target's first layers that an early-exit draft runs.
     """
 
     kind: DraftKind
@@ -31,11 +32,10 @@ class DraftSpec:
     @property
     def name(self) -> str:
         """The spelling, as `Draft.name` gives it."""
-        if self.path is not None:
-            return self.path
         if self.num_layers is not None:
             return f"early-exit:{self.num_layers}"
-        return f"ngram:max={self.max_match},min={self.min_match}"
+        match = f"ngram:max={self.max_match},min={self.min_match}" if self.max_match is not None else None
+        return "+".join(part for part in (match, self.path) if part is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,17 @@ def parse_lengths(text: str) -> tuple[int, ...]:
 
 
 def parse_draft(text: str) -> DraftSpec:
-    """The draft a user means by a path or hub id, `ngram[:max=4,min=2]` or `early-exit:LAYERS`. Raises InputError."""
+    """The draft a user means. Raises InputError.
+
+    `ngram[:max=4,min=2]`, `early-exit:LAYERS`, a path or hub id, or `ngram[...]+PATH`: both, the model where the text
+    offers no match.
+    """
+    ngram, plus, path = text.strip().partition("+")
+    if plus and ngram.partition(":")[0] == "ngram":
+        match = _parse_ngram(text, ngram.partition(":")[2] or None)
+        if parse_draft(path).kind != "model":
+            raise InputError(f"draft {text!r}: behind the + a path or hub id of a draft model is allowed")
+        return replace(match, kind="composite", path=path.strip())
     word, colon, rest = text.strip().partition(":")
     if word == "ngram":
         return _parse_ngram(text, rest if colon else None)
@@ -80,8 +90,16 @@ def parse_draft(text: str) -> DraftSpec:
         draft = Draft(kind="early_exit", num_layers=num_layers)
         return DraftSpec(kind="early_exit", num_layers=draft.num_layers)
     if not text.strip():
-        raise InputError("draft '': a path, a hub id, ngram[:max=4,min=2] or early-exit:LAYERS is allowed")
+        allowed = "a path, a hub id, ngram[:max=4,min=2], early-exit:LAYERS or ngram+PATH"
+        raise InputError(f"draft {text!r}: {allowed} is allowed")
     return DraftSpec(kind="model", path=text.strip())
+
+
+def with_composites(specs: Sequence[DraftSpec]) -> list[DraftSpec]:
+    """The drafts asked for, and for each draft model its composite with the default look-up."""
+    ngram = parse_draft("ngram")
+    composites = [replace(ngram, kind="composite", path=spec.path) for spec in specs if spec.kind == "model"]
+    return list(dict.fromkeys([*specs, *composites]))
 
 
 def _parse_ngram(text: str, options: str | None) -> DraftSpec:

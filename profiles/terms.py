@@ -1,4 +1,4 @@
-"""The records every room shares and the protocol of an engine.
+"""The records every room shares.
 
 Records are frozen and validate on creation; they hold raw counts and times, never rates (`formulas` derives those).
 Units are the last word of a name; fractions are never percent. Standard library only: serving code imports this.
@@ -8,17 +8,18 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import Literal
 
 from profiles.errors import InputError
 
-DraftKind = Literal["model", "ngram", "early_exit"]
-DRAFT_KINDS: tuple[DraftKind, ...] = ("model", "ngram", "early_exit")
+DraftKind = Literal["model", "ngram", "early_exit", "composite"]
+DRAFT_KINDS: tuple[DraftKind, ...] = ("model", "ngram", "early_exit", "composite")
 DTYPES = ("float32", "bfloat16", "float16")
 DECODING_VERSION = 1  # raised when the engine would emit or accept other tokens for the same question
 Rounds = Mapping[tuple[int, int], int]
+Shapes = Mapping[tuple[int, int, int], int]
 
 
 def digest_of(value: object) -> str:
@@ -81,20 +82,25 @@ class Draft:
 
     def __post_init__(self) -> None:
         _require(self.kind in DRAFT_KINDS, f"draft kind {self.kind!r}: allowed are {', '.join(DRAFT_KINDS)}")
-        _require((self.kind == "model") == (self.model is not None), f"draft kind {self.kind!r} and its model disagree")
+        has_model, has_match = self.kind in ("model", "composite"), self.kind in ("ngram", "composite")
+        _require(has_model == (self.model is not None), f"draft kind {self.kind!r} and its model disagree")
         _require((self.kind == "early_exit") == (self.num_layers is not None), "only early-exit drafts have layers")
-        if self.kind == "ngram":
-            low, high = self.min_match, self.max_match
+        low, high = self.min_match, self.max_match
+        if has_match:
             _require(
                 low is not None and high is not None and 1 <= low <= high,
                 f"ngram matches max={high},min={low}: allowed are 1 <= min <= max",
             )
+        else:
+            _require(low is None and high is None, f"draft kind {self.kind!r} has no n-gram matches")
         if self.num_layers is not None:
             _require(self.num_layers >= 1, f"early-exit layers {self.num_layers}: at least 1 is needed")
 
     @property
     def name(self) -> str:
-        """The spelling the command line takes: a model's name, `ngram:max=4,min=2` or `early-exit:4`."""
+        """The spelling the command line takes: a model's name, `ngram:max=4,min=2`, `early-exit:4` or a `+` of two."""
+        if self.kind == "composite":
+            return "+".join(part.name for part in self.parts)
         if self.model is not None:
             return self.model.name
         if self.kind == "ngram":
@@ -104,14 +110,29 @@ class Draft:
     @property
     def digest(self) -> str:
         """Identity of what it proposes (for early exit: together with the target's digest)."""
+        if self.kind == "composite":
+            return digest_of([self.kind, *(part.digest for part in self.parts)])
         if self.model is not None:
             return digest_of([self.kind, self.model.digest, self.model.dtype])
         return digest_of([self.kind, self.max_match, self.min_match, self.num_layers])
 
     @property
+    def parts(self) -> tuple["Draft", ...]:
+        """What is traced and timed on its own: of a composite its look-up and its model, else the draft itself."""
+        if self.kind != "composite":
+            return (self,)
+        ngram = Draft(kind="ngram", max_match=self.max_match, min_match=self.min_match)
+        return ngram, Draft(kind="model", model=self.model)
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether every round searches the text on the host."""
+        return self.kind in ("ngram", "composite")
+
+    @property
     def has_weights(self) -> bool:
         """Whether it needs weights of its own in memory."""
-        return self.kind == "model"
+        return self.model is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,7 +323,7 @@ Acceptance = AcceptanceTrace | LookupTrace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimes:
-    """A staircase: seconds of one forward at each width (tokens per sequence), with `context_length` tokens cached.
+    """A staircase: seconds of one step at each width (tokens per sequence), with `context_length` tokens cached.
 
     `part_digest` is the target's or the draft's. For an n-gram draft, width is the number of tokens asked for and
     the time is the host's search. `disturbed`: other processes used the machine although the sweep was repeated.
@@ -324,10 +345,12 @@ class StepTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One timed run of one prompt.
+    """One timed run of one prompt, in a row of a batch.
 
-    `ttft_s`: request start to first token, both prefills included. `decode_s`: first token to last. `rounds` counts
-    each (proposed, accepted). `disturbed`: other processes used the machine although the run was repeated.
+    `ttft_s`: its prefills, from the row's start to its first token. `decode_s`: first token to last. `rounds` counts
+    its own (proposed, accepted). `shapes` counts what the whole batch ran for it: (width of the target's step, steps of
+    the draft model, width of the first of them); empty where an older engine did not say. `refills`: other rows'
+    prefills it waited for. `disturbed`: other processes used the machine although the run was repeated.
     """
 
     setup_digest: str
@@ -336,6 +359,8 @@ class Sample:
     decode_s: float
     output_tokens: int
     rounds: Rounds
+    shapes: Shapes = field(default_factory=dict)
+    refills: int = 0
     output_digest: str
     peak_memory_bytes: int | None = None
     disturbed: bool = False
@@ -346,7 +371,11 @@ class Sample:
         _require(good, f"a run took {self.ttft_s} + {self.decode_s} s")
         for (proposed, accepted), count in self.rounds.items():
             _require(0 <= accepted <= proposed and count >= 1, f"round ({proposed}, {accepted}) counted {count} times")
+        for shape, count in self.shapes.items():
+            _require(min(shape) >= 0 and count >= 1, f"shape {shape} counted {count} times")
+        _require(self.refills >= 0, f"a run waited for {self.refills} prefills")
         object.__setattr__(self, "rounds", MappingProxyType(dict(sorted(self.rounds.items()))))
+        object.__setattr__(self, "shapes", MappingProxyType(dict(sorted(self.shapes.items()))))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -356,43 +385,3 @@ class Infeasible:
     setup: Setup
     reason: str
     detail: str
-
-
-class Engine(Protocol):
-    """What can be measured. The torch engine, the recorded engine and the remembering wrapper all fit.
-
-    A method measures one unit; a caller may stop between units and lose nothing. Every method raises `EngineError`
-    when the device fails and `InputError` when the models do not allow the workload.
-    """
-
-    @property
-    def environment(self) -> Environment: ...
-
-    @property
-    def target(self) -> Model: ...
-
-    @property
-    def drafts(self) -> tuple[Draft, ...]: ...
-
-    def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
-        """One plain run of the target; not timed."""
-        ...
-
-    def trace_draft(
-        self, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft, max_length: int
-    ) -> Acceptance:
-        """The draft over the target's trace of this prompt, for every length up to `max_length`."""
-        ...
-
-    def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
-        """The staircases of the target (widths 1..max_length+1) and of every draft, interleaved; by part digest."""
-        ...
-
-    def run_together(
-        self, workload: Workload, prompt: Prompt, setups: tuple[Setup, ...], occasion: str
-    ) -> tuple[Sample, ...]:
-        """Real timed runs of one prompt, back to back in the order given.
-
-        `occasion` names why (`race 0`, `proof 0`): evidence taken for one purpose never answers for another.
-        """
-        ...

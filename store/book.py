@@ -5,6 +5,7 @@ not know how evidence is measured or judged, nor import torch, transformers or o
 """
 
 import functools
+import itertools
 import json
 import sqlite3
 import time
@@ -153,7 +154,8 @@ class Book:
             raise StoreError(
                 f"step times of {scope.target.name} lack a draft or a target width of 1 to {max_length + 1}: not saved"
             )
-        names = {scope.target.run_digest: scope.target.name} | {draft.digest: draft.name for draft in drafts}
+        parts = {part.digest: part.name for draft in drafts for part in draft.parts}
+        names = {scope.target.run_digest: scope.target.name} | parts
         rows = [
             {**plain(part), "part_name": names.get(digest, digest), "max_length": max_length}
             for digest, part in times.items()
@@ -161,22 +163,30 @@ class Book:
         self._save(scope, tables.step_times, {"sweep": uuid.uuid4().hex}, rows)
 
     def find_samples(
-        self, scope: Scope, prompt: Prompt, setups: tuple[Setup, ...], occasion: str, since: str = ""
+        self, scope: Scope, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], occasion: str, since: str = ""
     ) -> tuple[Sample, ...] | None:
-        unit = _unit_key(scope, prompt, setups, occasion)
+        unit = _unit_key(scope, prompts, setups, occasion)
         return tuple(self._records(tables.samples, unit, tables.sample_record, since)) or None
 
     def save_samples(
-        self, scope: Scope, prompt: Prompt, setups: tuple[Setup, ...], occasion: str, samples: tuple[Sample, ...]
+        self,
+        scope: Scope,
+        prompts: tuple[Prompt, ...],
+        setups: tuple[Setup, ...],
+        occasion: str,
+        samples: tuple[Sample, ...],
     ) -> tuple[Sample, ...]:
         """Save a unit unless the book has it; returns the unit in the book (two processes never time alike)."""
-        if [sample.setup_digest for sample in samples] != [setup.digest for setup in setups]:
-            raise StoreError(f"samples for {occasion!r} are not of the setups that were run: not saved")
+        asked = list(itertools.product(setups, prompts))
+        if [(sample.setup_digest, sample.prompt_digest) for sample in samples] != [
+            (setup.digest, prompt.digest) for setup, prompt in asked
+        ]:
+            raise StoreError(f"samples for {occasion!r} are not of the setups and prompts that were run: not saved")
         rows = [
             {**plain(sample), "position": position, "setup_name": setup.name}
-            for position, (setup, sample) in enumerate(zip(setups, samples, strict=True))
+            for position, ((setup, _), sample) in enumerate(zip(asked, samples, strict=True))
         ]
-        unit = _unit_key(scope, prompt, setups, occasion)
+        unit = _unit_key(scope, prompts, setups, occasion)
         self._save(scope, tables.samples, unit, rows, first_answers=True)
         return tuple(self._records(tables.samples, unit, tables.sample_record))
 
@@ -378,9 +388,9 @@ def _anchor_key(scope: Scope) -> dict[str, Any]:
     }
 
 
-def _unit_key(scope: Scope, prompt: Prompt, setups: tuple[Setup, ...], occasion: str) -> dict[str, Any]:
-    key = {**_anchor_key(scope), "prompt_digest": prompt.digest, "occasion": occasion}
-    point = run_point(scope.workload, prompt, setups, occasion)
+def _unit_key(scope: Scope, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], occasion: str) -> dict[str, Any]:
+    key = {**_anchor_key(scope), "occasion": occasion}
+    point = run_point(scope.workload, prompts, setups, occasion)
     return {**key, "unit": unit_digest(scope.target, scope.environment, point)}
 
 

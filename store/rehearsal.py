@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from profiles.errors import EngineError
+from profiles.formulas import WIDEST_CATCH_UP, catch_up_width
+from profiles.protocol import Engine
 from profiles.terms import (
     PLAIN,
     Acceptance,
     AcceptanceTrace,
     Draft,
-    Engine,
     LookupTrace,
     Prompt,
     Sample,
@@ -32,7 +33,7 @@ from profiles.terms import (
 )
 from store.book import Book
 from store.remember import Remember
-from tuner.evidence import spread_over_domains, typical_context
+from tuner.evidence import queues, spread_over_domains, typical_context
 from tuner.limits import Limits
 from tuner.tuning import Options, Tuner
 
@@ -99,18 +100,21 @@ def glance(engine: Remember, loads: Loads, max_length: int) -> Pace:
     engine.time_steps(workload, typical_context(workload, chosen), 1)
     widths_s = (engine.measured_seconds - started) / 2  # of the target's two widths; the drafts' are timed beside them
     acceptance_s: dict[Draft, float] = {}
-    for draft in engine.drafts:
+    for part in dict.fromkeys(part for draft in engine.drafts for part in draft.parts):
         with contextlib.suppress(EngineError):
             started = engine.measured_seconds
-            engine.trace_draft(workload, chosen[0], traces[0], draft, max_length)
-            acceptance_s[draft] = engine.measured_seconds - started
+            engine.trace_draft(workload, chosen[0], traces[0], part, max_length)
+            acceptance_s[part] = engine.measured_seconds - started
 
     def mean_run_s(setup: Setup) -> float:
-        runs = [run for prompt in chosen for run in engine.run_together(workload, prompt, (setup,), "glance")]
-        return sum(run.ttft_s + run.decode_s for run in runs) / len(chosen)
+        glances = queues(chosen, workload.batch_size, len(chosen), (1, 1))
+        runs = [run for queue in glances for run in engine.run_together(workload, queue, (setup,), "glance")]
+        return sum(run.ttft_s + run.decode_s for run in runs) / len(runs)
 
     run_s: dict[Draft | None, float] = {None: mean_run_s(PLAIN)}
-    for draft in acceptance_s:
+    for draft in engine.drafts:
+        if not set(draft.parts) <= acceptance_s.keys():
+            continue
         with contextlib.suppress(EngineError):
             run_s[draft] = mean_run_s(Setup(draft=draft, length=(max_length + 1) // 2))
     tokens = sum(len(trace.token_ids) for trace in traces) // len(traces)
@@ -151,15 +155,16 @@ class Imagined:
     ) -> Acceptance:
         self._count("acceptance", self._pace.acceptance_s[draft])
         names, size = {"prompt_digest": prompt.digest, "draft_digest": draft.digest}, len(trace.token_ids)
-        if draft.kind == "ngram":
+        if draft.looks_up:
             proposed = (0, *(min(max_length, size - start) for start in range(1, size)))
             return LookupTrace(**names, max_length=max_length, proposed=proposed, kept=proposed)
         return AcceptanceTrace(**names, keep_probs=(KEPT,) * size, confidences=(KEPT,) * size)
 
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
         self._count("step times", self._pace.widths_s * (max_length + 1))
-        widths = range(1, max_length + 2)
-        parts = {self.target.run_digest: PLAIN_S} | {draft.digest: STEP_S for draft in self.drafts}
+        widths = sorted({*range(1, max_length + 2), *map(catch_up_width, range(1, WIDEST_CATCH_UP + 1))})
+        parts = {self.target.run_digest: PLAIN_S}
+        parts |= {part.digest: STEP_S for draft in self.drafts for part in draft.parts}
         return {
             part: StepTimes(
                 part_digest=part,
@@ -171,13 +176,15 @@ class Imagined:
         }
 
     def run_together(
-        self, workload: Workload, prompt: Prompt, setups: tuple[Setup, ...], occasion: str
+        self, workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], occasion: str
     ) -> tuple[Sample, ...]:
         warm_up = {setup for setup in setups if setup not in self._warm}
         self._warm |= warm_up
-        self._count(occasion.split(maxsplit=1)[0], sum(self._pace.run_s[setup.draft] for setup in (*setups, *warm_up)))
+        turns = len(prompts) / workload.batch_size
+        seconds = sum(turns * self._pace.run_s[setup.draft] for setup in (*setups, *warm_up))
+        self._count(occasion.split(maxsplit=1)[0], seconds)
         size = max(2, min(self._pace.output_tokens, workload.max_new_tokens))
-        return tuple(_imagined_run(prompt, setup, size) for setup in setups)
+        return tuple(_imagined_run(prompt, setup, size) for setup in setups for prompt in prompts)
 
     def _count(self, stage: str, seconds: float) -> None:
         self.units[stage] += 1
@@ -189,6 +196,7 @@ def _imagined_run(prompt: Prompt, setup: Setup, size: int) -> Sample:
     luck = random.Random(f"{prompt.domain} {setup.digest}").uniform(0.9, 1.1)
     pace_s = PLAIN_S if setup == PLAIN else DRAFTING_S * luck
     rng = random.Random(f"{prompt.digest} {setup.digest}")
+    with_model = setup.draft is not None and setup.draft.kind != "ngram"
     return Sample(
         setup_digest=setup.digest,
         prompt_digest=prompt.digest,
@@ -196,5 +204,6 @@ def _imagined_run(prompt: Prompt, setup: Setup, size: int) -> Sample:
         decode_s=(size - 1) * pace_s * rng.uniform(0.99, 1.01),
         output_tokens=size,
         rounds={(setup.length, 0): size - 1},
+        shapes={(setup.length + 1, *((setup.length, 2) if with_model else (0, 0))): size - 1},
         output_digest=digest_of(size),
     )

@@ -11,11 +11,11 @@ from typing import TypeVar
 
 from profiles.errors import EngineError
 from profiles.keys import run_point, trace_point, unit_digest
+from profiles.protocol import Engine
 from profiles.terms import (
     PLAIN,
     Acceptance,
     Draft,
-    Engine,
     Infeasible,
     Prompt,
     Sample,
@@ -93,28 +93,28 @@ class Remember:
         return self._kept(times, point)
 
     def run_together(
-        self, workload: Workload, prompt: Prompt, setups: tuple[Setup, ...], occasion: str
+        self, workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], occasion: str
     ) -> tuple[Sample, ...]:
-        scope, point = self._scope(workload), run_point(workload, prompt, setups, occasion)
-        young, free = self._recall(scope, prompt, setups, occasion)
+        scope, point = self._scope(workload), run_point(workload, prompts, setups, occasion)
+        young, free = self._recall(scope, prompts, setups, occasion)
         known = ([samples for samples in young.items() if not _disturbed(samples[1])] or [*young.items()])[-1:]
         if free is None or (known and point in self._timed_here):
             [(answering, samples)] = known
-            self._note(workload, prompt, setups, (occasion, answering))
+            self._note(workload, prompts, setups, (occasion, answering))
             return self._reused(samples, point)
-        unit = f"{occasion}: {', '.join(setup.name for setup in setups)}, {prompt.domain}"
+        unit = f"{occasion}: {', '.join(setup.name for setup in setups)}, {prompts[0].domain}"
         drafting = [setup for setup in dict.fromkeys(setups) if setup != PLAIN]
         suspect = drafting[0] if len(drafting) == 1 else PLAIN
         samples = self._measured(
-            scope, suspect, unit, lambda: self._engine.run_together(workload, prompt, setups, occasion)
+            scope, suspect, unit, lambda: self._engine.run_together(workload, prompts, setups, occasion)
         )
-        kept = self._book.save_samples(scope, prompt, setups, free, samples)  # another process's, if it was faster
+        kept = self._book.save_samples(scope, prompts, setups, free, samples)  # another process's, if it was faster
         self._timed_here.add(point)
-        self._note(workload, prompt, setups, (occasion, free))
+        self._note(workload, prompts, setups, (occasion, free))
         return self._kept(kept, point)
 
     def _recall(
-        self, scope: Scope, prompt: Prompt, setups: tuple[Setup, ...], occasion: str
+        self, scope: Scope, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], occasion: str
     ) -> tuple[dict[str, tuple[Sample, ...]], str | None]:
         """The stored runs of a unit that are young enough, by occasion, and the occasion to repeat it under.
 
@@ -124,18 +124,20 @@ class Remember:
         young: dict[str, tuple[Sample, ...]] = {}
         for number in itertools.count():
             name = occasion if number == 0 else f"{occasion}, again {number}"
-            samples = self._book.find_samples(scope, prompt, setups, name)
+            samples = self._book.find_samples(scope, prompts, setups, name)
             if samples is None:
                 break
-            if not self._since or self._book.find_samples(scope, prompt, setups, name, self._since) is not None:
+            if not self._since or self._book.find_samples(scope, prompts, setups, name, self._since) is not None:
                 young[name] = samples
         done = len(young) > MAX_REPEATS or not all(map(_disturbed, young.values()))
         return young, None if done else name
 
-    def _note(self, workload: Workload, prompt: Prompt, setups: tuple[Setup, ...], occasions: tuple[str, str]) -> None:
+    def _note(
+        self, workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], occasions: tuple[str, str]
+    ) -> None:
         """Remembers under which id the unit that was asked for is really kept."""
         asked, answering = (
-            unit_digest(self.target, self.environment, run_point(workload, prompt, setups, occasion))
+            unit_digest(self.target, self.environment, run_point(workload, prompts, setups, occasion))
             for occasion in occasions
         )
         self.answered_by[asked] = answering

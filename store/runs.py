@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from profiles.errors import RunInterruptedError
+from profiles.protocol import Engine
 from profiles.spelling import Refused
-from profiles.terms import Engine, Prompt, Workload
+from profiles.terms import Prompt, Workload
 from store.book import Book, Scope
 from store.remember import Remember
 from tuner import policy as policies

@@ -149,7 +149,7 @@ step_times = Table(
     UniqueConstraint("sweep", "part_digest"),
 )
 
-# `unit` is the digest of the whole key: target, environment, anchor, prompt, setups in order, occasion.
+# `unit` is the digest of the whole key: target, environment, anchor, prompts and setups in order, occasion.
 samples = Table(
     "samples",
     metadata,
@@ -165,6 +165,8 @@ samples = Table(
     Column("decode_s", Float, nullable=False),
     Column("output_tokens", Integer, nullable=False),
     Column("rounds", JSON, nullable=False),
+    Column("shapes", JSON, nullable=False, server_default="[]"),
+    Column("refills", Integer, nullable=False, server_default="0"),
     Column("output_digest", String, nullable=False),
     Column("peak_memory_bytes", Integer),
     Column("disturbed", Boolean, nullable=False),

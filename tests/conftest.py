@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from store.book import Book
 from tests import tiny
@@ -57,3 +58,12 @@ def _no_repeats() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("profiles.engine.MAX_REPEATS", 0)
         yield
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Toy models are too small to share among threads, which only wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -12,7 +12,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from profiles import formulas
+from profiles.formulas import CompositeAcceptance, Replayed, RoundOutcome
+from profiles.replay import replay, rounds_of
 from profiles.terms import (
     Acceptance,
     AcceptanceTrace,
@@ -51,7 +52,7 @@ GREEDY = Workload(context_length=256, max_new_tokens=64)
 TARGET_STEP_S = 0.005
 WIDER_BY = 0.03  # a target step takes this fraction longer for each further token
 DRAFT_STEP_S = 0.0006
-CATCH_UP_S = 0.00065
+FIRST_STEP_S = 0.00065  # of a round; it takes in what the draft is behind
 LOOK_UP_S = 0.00002
 NOISE = 0.015
 
@@ -105,7 +106,7 @@ class FakeEngine:
         lengths = range(1, max_length + 1)
         typical = {
             TARGET.run_digest: {width: _target_step_s(width) for width in range(1, max_length + 2)},
-            DRAFT_A.digest: {1: DRAFT_STEP_S, 2: CATCH_UP_S},
+            DRAFT_A.digest: {1: DRAFT_STEP_S, **dict.fromkeys(self._first_widths(), FIRST_STEP_S)},
             NGRAM.digest: dict.fromkeys(lengths, LOOK_UP_S),
         }
         rng = self._random("steps", workload.batch_size, context_length, max_length)
@@ -121,10 +122,13 @@ class FakeEngine:
         }
 
     def run_together(
-        self, workload: Workload, prompt: Prompt, setups: tuple[Setup, ...], occasion: str
+        self, workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], occasion: str
     ) -> tuple[Sample, ...]:
         self._asked("run_together")
-        return tuple(self._run(workload, prompt, setup, occasion) for setup in setups)
+        return tuple(sample for setup in setups for sample in self._runs(workload, prompts, setup, occasion))
+
+    def _first_widths(self) -> tuple[int, ...]:
+        return (2, 4, 8, 16, 32, 64) if any(draft.kind == "composite" for draft in self.drafts) else (2,)
 
     def _asked(self, what: str) -> None:
         self.calls[what] += 1
@@ -168,27 +172,44 @@ class FakeEngine:
             keep_probs = tuple(min(1.0, 2.0 * keep * draw) for draw in draws)
         return AcceptanceTrace(**names, keep_probs=keep_probs, confidences=tuple(0.3 + 0.7 * draw for draw in draws))
 
-    def _run(self, workload: Workload, prompt: Prompt, setup: Setup, occasion: str) -> Sample:
-        rng = self._random("run", workload.anchor_digest, prompt.digest, setup.digest, occasion)
+    def _runs(self, workload: Workload, prompts: tuple[Prompt, ...], setup: Setup, occasion: str) -> list[Sample]:
+        """A queue replayed over its traces; in a batch every step takes as long as alone."""
+        rounds = [self._rounds(workload, prompt, setup) for prompt in prompts]
+        samples = []
+        for prompt, run in zip(prompts, replay(rounds, workload.batch_size), strict=True):
+            rng = self._random("run", workload.anchor_digest, prompt.digest, setup.digest, occasion)
+            trace = self._trace(workload, prompt)
+            prefill_s = 0.020 if setup.draft is None else 0.023
+            decode_s = run.refills * prefill_s
+            for (width, steps, first_width), count in run.shapes.items():
+                decode_s += count * (_target_step_s(width) + _drafting_s(setup.draft, steps, first_width))
+            samples.append(
+                Sample(
+                    setup_digest=setup.digest,
+                    prompt_digest=prompt.digest,
+                    ttft_s=_noisy(prefill_s, rng),
+                    decode_s=_noisy(decode_s, rng),
+                    output_tokens=len(trace.token_ids),
+                    rounds=Counter((one.proposed, one.accepted) for one in run.rounds),
+                    shapes=run.shapes,
+                    refills=run.refills,
+                    output_digest=digest_of(list(trace.token_ids)),
+                    disturbed=self.disturbed,
+                )
+            )
+        return samples
+
+    def _rounds(self, workload: Workload, prompt: Prompt, setup: Setup) -> list[RoundOutcome]:
         trace = self._trace(workload, prompt)
-        acceptance = None
-        if setup.draft is not None:
-            acceptance = self._acceptance(workload, prompt, trace, setup.draft, setup.length)
-            acceptance = self._lucky(workload, prompt, acceptance)
-        path = formulas.walk(trace, acceptance, setup.length, workload.max_new_tokens)
-        decode_s = path.catch_ups * (CATCH_UP_S - DRAFT_STEP_S) if setup.draft == DRAFT_A else 0.0
-        for (proposed, _), count in path.rounds.items():
-            decode_s += count * (_target_step_s(proposed + 1) + _drafting_s(setup.draft, proposed))
-        return Sample(
-            setup_digest=setup.digest,
-            prompt_digest=prompt.digest,
-            ttft_s=_noisy(0.020 if setup.draft is None else 0.023, rng),
-            decode_s=_noisy(decode_s, rng),
-            output_tokens=len(trace.token_ids),
-            rounds={outcome: round(count) for outcome, count in path.rounds.items()},
-            output_digest=digest_of(list(trace.token_ids)),
-            disturbed=self.disturbed,
-        )
+        found = [
+            self._lucky(workload, prompt, self._acceptance(workload, prompt, trace, part, setup.length))
+            for part in (setup.draft.parts if setup.draft is not None else ())
+        ]
+        acceptance: Replayed | None = found[0] if found else None
+        match found:
+            case [LookupTrace() as lookup, AcceptanceTrace() as model]:
+                acceptance = CompositeAcceptance(lookup=lookup, model=model)
+        return rounds_of(trace, acceptance, setup.length, workload.max_new_tokens, random.Random(0))
 
     def _lucky(self, workload: Workload, prompt: Prompt, acceptance: Acceptance) -> Acceptance:
         """The acceptance of one run: every keep probability drawn to 0 or 1 (greedy ones are already)."""
@@ -207,10 +228,11 @@ def _target_step_s(width: int) -> float:
     return TARGET_STEP_S * (1.0 + WIDER_BY * (width - 1))
 
 
-def _drafting_s(draft: Draft | None, proposed: int) -> float:
+def _drafting_s(draft: Draft | None, steps: int, first_width: int) -> float:
     if draft is None:
         return 0.0
-    return LOOK_UP_S if draft.kind == "ngram" else DRAFT_STEP_S * proposed
+    look_up_s = LOOK_UP_S if draft.looks_up else 0.0
+    return look_up_s + (FIRST_STEP_S + DRAFT_STEP_S * (steps - 1) if first_width else 0.0)
 
 
 def _noisy(seconds: float, rng: random.Random) -> float:

@@ -46,7 +46,7 @@ def check_lossless(engine: TorchEngine) -> tuple[int, ...]:
     """Outputs of every draft at two lengths are plain decoding's and their rounds the walk's; what was emitted."""
     trace = engine.trace_target(WORKLOAD, PROMPT)
     setups = [Setup(draft=draft, length=length) for draft in engine.drafts for length in (2, 5)]
-    plain, *samples = engine.run_together(WORKLOAD, PROMPT, (PLAIN, *setups), "test 0")
+    plain, *samples = engine.run_together(WORKLOAD, (PROMPT,), (PLAIN, *setups), "test 0")
     for setup, sample in zip(setups, samples, strict=True):
         assert setup.draft is not None
         acceptance = engine.trace_draft(WORKLOAD, PROMPT, trace, setup.draft, 5)
@@ -94,7 +94,7 @@ def test_every_float_type_decodes(folders: dict[str, Path], architecture: str, d
     assert {parameter.dtype for parameter in target.model.parameters()} == {getattr(torch, dtype)}
     engine = engine_of(target, target)
     setups = (PLAIN, *(Setup(draft=draft, length=3) for draft in engine.drafts))
-    for sample in engine.run_together(WORKLOAD, PROMPT, setups, "test 0"):
+    for sample in engine.run_together(WORKLOAD, (PROMPT,), setups, "test 0"):
         assert sample.output_tokens == 24
         assert 1 + sum((1 + kept) * count for (_, kept), count in sample.rounds.items()) == 24
 

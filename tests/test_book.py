@@ -35,7 +35,7 @@ ELSEWHERE = Scope(
 
 
 def samples_of(fake: FakeEngine, occasion: str = "proof 0") -> tuple[Sample, ...]:
-    return fake.run_together(GREEDY, PROMPT, (PLAIN, A4), occasion)
+    return fake.run_together(GREEDY, (PROMPT,), (PLAIN, A4), occasion)
 
 
 class TestEvidence:
@@ -126,11 +126,11 @@ class TestEvidence:
     def test_samples_come_back_equal(self, book: Book, fake: FakeEngine) -> None:
         """A unit of runs is found in its order, for its occasion and machine only."""
         samples = samples_of(fake)
-        assert book.save_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0", samples) == samples
-        assert book.find_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0") == samples
-        assert book.find_samples(SCOPE, PROMPT, (A4, PLAIN), "proof 0") is None
-        assert book.find_samples(SCOPE, PROMPT, (PLAIN, A4), "race 0") is None
-        assert book.find_samples(ELSEWHERE, PROMPT, (PLAIN, A4), "proof 0") is None
+        assert book.save_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0", samples) == samples
+        assert book.find_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0") == samples
+        assert book.find_samples(SCOPE, (PROMPT,), (A4, PLAIN), "proof 0") is None
+        assert book.find_samples(SCOPE, (PROMPT,), (PLAIN, A4), "race 0") is None
+        assert book.find_samples(ELSEWHERE, (PROMPT,), (PLAIN, A4), "proof 0") is None
         rows = sql(book.path, "SELECT position, setup_name, occasion, count(*) OVER (PARTITION BY unit) FROM samples")
         assert rows == [(0, "plain", "proof 0", 2), (1, "draft-a k=4", "proof 0", 2)]
 
@@ -158,7 +158,7 @@ class TestNothingIsOverwritten:
         trace = fake.trace_target(GREEDY, PROMPT)
         for _ in range(2):
             book.save_target_trace(SCOPE, PROMPT, trace)
-            book.save_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0", samples_of(fake))
+            book.save_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0", samples_of(fake))
         assert sql(book.path, "SELECT count(*) FROM target_traces") == [(1,)]
         assert sql(book.path, "SELECT count(*) FROM samples") == [(2,)]
 
@@ -184,27 +184,27 @@ class TestNothingIsOverwritten:
     def test_the_first_runs_of_a_unit_answer(self, book: Book, fake: FakeEngine) -> None:
         """Two processes never time alike: the later one is given what the first has saved."""
         first = samples_of(fake)
-        book.save_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0", first)
-        assert book.save_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0", samples_of(FakeEngine(seed=1))) == first
-        assert book.find_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0") == first
+        book.save_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0", first)
+        assert book.save_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0", samples_of(FakeEngine(seed=1))) == first
+        assert book.find_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0") == first
         assert sql(book.path, "SELECT count(*) FROM samples") == [(2,)]
 
     def test_evidence_of_another_key_is_refused(self, book: Book, fake: FakeEngine) -> None:
         """A record is only saved under the prompt, draft and setups it is about."""
         with pytest.raises(StoreError, match="does not answer for target_traces"):
             book.save_target_trace(SCOPE, OTHER, fake.trace_target(GREEDY, PROMPT))
-        with pytest.raises(StoreError, match="not of the setups that were run"):
-            book.save_samples(SCOPE, PROMPT, (A4, PLAIN), "proof 0", samples_of(fake))
+        with pytest.raises(StoreError, match="not of the setups and prompts that were run"):
+            book.save_samples(SCOPE, (PROMPT,), (A4, PLAIN), "proof 0", samples_of(fake))
         assert sql(book.path, "SELECT count(*) FROM models") == [(0,)]
 
     def test_leaving_without_commit_rolls_back(self, book: Book, fake: FakeEngine) -> None:
         """A unit of which one row cannot be written leaves no row at all."""
         good, chosen = samples_of(fake)
-        bad = FakeEngine().run_together(GREEDY, PROMPT, (A4,), "proof 0")[0]
+        bad = FakeEngine().run_together(GREEDY, (PROMPT,), (A4,), "proof 0")[0]
         object.__setattr__(bad, "output_tokens", None)  # breaks NOT NULL in the second row
         assert chosen != bad
         with pytest.raises(StoreError, match=r"NOT NULL constraint failed: samples.output_tokens"):
-            book.save_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0", (good, bad))
+            book.save_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0", (good, bad))
         assert sql(book.path, "SELECT count(*) FROM samples") == [(0,)]
         assert sql(book.path, "SELECT count(*) FROM models") == [(0,)]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from profiles import models
-from profiles.drafting import DraftSource, NgramDrafter
+from profiles.drafting import DraftSource, NgramIndex
 from profiles.engine import TorchEngine
 from profiles.errors import BadNumbersError, InputError, ModelError
 from profiles.formulas import walk
@@ -57,7 +57,7 @@ def test_greedy_output_and_rounds(engine: TorchEngine, kind: int, ends: bool) ->
         trace = engine.trace_target(workload, prompt)
         acceptance = engine.trace_draft(workload, prompt, trace, draft, 16)
         setups = (PLAIN, *(Setup(draft=draft, length=length) for length in LENGTHS))
-        plain, *samples = engine.run_together(workload, prompt, setups, "test")
+        plain, *samples = engine.run_together(workload, (prompt,), setups, "test")
         assert dict(plain.rounds) == dict(walk(trace, None, 0, 40).rounds)
         for length, sample in zip(LENGTHS, samples, strict=True):
             assert sample.output_digest == plain.output_digest
@@ -68,7 +68,7 @@ def test_the_target_as_its_own_draft_is_always_kept(engine: TorchEngine) -> None
     """A stale or missing key in the draft's cache would show as a rejection here."""
     prompt = _prompts()[0]
     workload = Workload(context_length=128, max_new_tokens=40)
-    (sample,) = engine.run_together(workload, prompt, (Setup(draft=engine.drafts[0], length=4),), "test")
+    (sample,) = engine.run_together(workload, (prompt,), (Setup(draft=engine.drafts[0], length=4),), "test")
     assert all(kept == proposed for proposed, kept in sample.rounds)
 
 
@@ -78,7 +78,7 @@ def test_stopping_early_keeps_the_output(engine: TorchEngine) -> None:
     workload = Workload(context_length=128, max_new_tokens=40)
     draft = engine.drafts[1]
     setups = (PLAIN, Setup(draft=draft, length=6), Setup(draft=draft, length=6, stop_below=0.5))
-    plain, full, stopped = engine.run_together(workload, prompt, setups, "test")
+    plain, full, stopped = engine.run_together(workload, (prompt,), setups, "test")
     assert plain.output_digest == full.output_digest == stopped.output_digest
     assert _drafted(stopped.rounds) < _drafted(full.rounds)
 
@@ -89,23 +89,22 @@ def _drafted(rounds: object) -> int:
 
 def test_lookup_prefers_the_longest_match_and_its_earliest_place() -> None:
     """The rule of transformers' prompt look-up, on literal tokens."""
-    drafter = NgramDrafter(2, 1)
-    drafter.start((1, 2, 9, 1, 3, 1, 2))
-    assert drafter.propose([1, 2, 9, 1, 3, 1, 2], 3, 0).token_ids == [9, 1, 3]
-    assert drafter.propose([1, 2, 9, 1, 3, 1, 2, 1], 2, 0).token_ids == [2, 9]  # (2, 1) is new
-    assert drafter.propose([1, 2, 9, 1, 3, 1, 2, 1, 7], 2, 0).token_ids == []
+    index = NgramIndex(2, 1)
+    assert index.look_up([1, 2, 9, 1, 3, 1, 2], 3) == [9, 1, 3]
+    assert index.look_up([1, 2, 9, 1, 3, 1, 2, 1], 2) == [2, 9]  # (2, 1) is new
+    assert index.look_up([1, 2, 9, 1, 3, 1, 2, 1, 7], 2) == []
 
 
 def test_refusals_before_a_run(engine: TorchEngine) -> None:
     """A batch the engine lacks, a context beyond the model and a draft not loaded are named."""
     prompt = _prompts()[0]
-    with pytest.raises(InputError, match="batch size 2"):
-        engine.run_together(Workload(batch_size=2, context_length=64, max_new_tokens=8), prompt, (PLAIN,), "test")
+    with pytest.raises(InputError, match="batch size 65"):
+        engine.run_together(Workload(batch_size=65, context_length=64, max_new_tokens=8), (prompt,), (PLAIN,), "test")
     with pytest.raises(ModelError, match="positions"):
         engine.trace_target(Workload(context_length=9000, max_new_tokens=8000), prompt)
     unknown = Setup(draft=Draft(kind="ngram", max_match=9, min_match=9), length=1)
     with pytest.raises(InputError, match="max=9"):
-        engine.run_together(Workload(context_length=64, max_new_tokens=8), prompt, (unknown,), "test")
+        engine.run_together(Workload(context_length=64, max_new_tokens=8), (prompt,), (unknown,), "test")
 
 
 def test_logits_that_are_not_finite_are_an_error() -> None:
@@ -117,6 +116,7 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("kind", "length", "tokens", "num_runs"),  # long rounds are few and look-ups vary: more are needed for 1 %
     [

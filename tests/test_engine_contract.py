@@ -10,8 +10,9 @@ from profiles.drafting import DraftSource
 from profiles.engine import TorchEngine
 from profiles.errors import InputError, NotMeasuredError
 from profiles.formulas import walk
+from profiles.protocol import Engine
 from profiles.recorded import RecordedEngine, Recorder
-from profiles.terms import PLAIN, AcceptanceTrace, Draft, Engine, LookupTrace, Prompt, Setup, Workload
+from profiles.terms import PLAIN, AcceptanceTrace, Draft, LookupTrace, Prompt, Setup, Workload
 from store.book import Book
 from store.remember import Remember
 
@@ -30,7 +31,7 @@ def _ask_everything(engine: Engine) -> None:
     for draft in engine.drafts:
         engine.trace_draft(WORKLOAD, PROMPT, trace, draft, MAX_LENGTH)
     engine.time_steps(WORKLOAD, 32, MAX_LENGTH)
-    engine.run_together(WORKLOAD, PROMPT, _setups(engine), "test 0")
+    engine.run_together(WORKLOAD, (PROMPT,), _setups(engine), "test 0")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ class TestEngineContract:
     def test_real_runs_in_the_order_asked(self, engine: Engine) -> None:
         """One sample per setup, equal greedy outputs, and rounds as the walk has them."""
         setups = _setups(engine)
-        samples = engine.run_together(WORKLOAD, PROMPT, setups, "test 0")
+        samples = engine.run_together(WORKLOAD, (PROMPT,), setups, "test 0")
         assert [sample.setup_digest for sample in samples] == [setup.digest for setup in setups]
         assert len({sample.output_digest for sample in samples}) == 1
         trace = engine.trace_target(WORKLOAD, PROMPT)
@@ -117,4 +118,4 @@ class TestEngineContract:
         """A draft never loaded or measured is refused with a message that names it."""
         unknown = Setup(draft=Draft(kind="ngram", max_match=7, min_match=7), length=2)
         with pytest.raises((InputError, NotMeasuredError)):
-            engine.run_together(WORKLOAD, PROMPT, (unknown,), "test 0")
+            engine.run_together(WORKLOAD, (PROMPT,), (unknown,), "test 0")

@@ -64,7 +64,7 @@ def test_trained_models_walk_as_they_run() -> None:
         for draft in bench.engine.drafts:
             acceptance = bench.engine.trace_draft(workload, prompt, trace, draft, 16)
             setups = (PLAIN, *(Setup(draft=draft, length=length) for length in range(1, 17)))
-            plain, *samples = bench.engine.run_together(workload, prompt, setups, "test")
+            plain, *samples = bench.engine.run_together(workload, (prompt,), setups, "test")
             for length, sample in enumerate(samples, start=1):
                 assert sample.output_digest == plain.output_digest
                 assert dict(sample.rounds) == dict(walk(trace, acceptance, length, 24).rounds)

@@ -43,7 +43,7 @@ def test_forecast_agrees_with_real_runs(evidence: Evidence, draft: object) -> No
         setup = Setup(draft=draft, length=length)  # type: ignore[arg-type]
         plain_s = chosen_s = 0.0
         for prompt in evidence.prompts:
-            plain, chosen = engine.run_together(GREEDY, prompt, (PLAIN, setup), "grid")
+            plain, chosen = engine.run_together(GREEDY, (prompt,), (PLAIN, setup), "grid")
             plain_s, chosen_s = plain_s + plain.decode_s, chosen_s + chosen.decode_s
         forecast = forecaster.forecast(setup, evidence.prompts)
         assert forecast.speedup.estimate == pytest.approx(plain_s / chosen_s, rel=0.04)

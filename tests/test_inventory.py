@@ -33,7 +33,7 @@ def fill(book: Book) -> None:
     busy.disturbed = True
     book.save_target_trace(HERE, FIRST, quiet.trace_target(GREEDY, FIRST))
     for prompt, fake in ((FIRST, quiet), (SECOND, busy)):
-        book.save_samples(HERE, prompt, (PLAIN,), "race 0", fake.run_together(GREEDY, prompt, (PLAIN,), "race 0"))
+        book.save_samples(HERE, (prompt,), (PLAIN,), "race 0", fake.run_together(GREEDY, (prompt,), (PLAIN,), "race 0"))
     for scope in (HERE, LATER_TORCH, HALF):
         book.save_policy("{}", scope.target, scope.environment)
 

@@ -1,5 +1,8 @@
 """What rounds use, counted by hand, and overheads found again in runs that were made with known ones."""
 
+from collections import Counter
+from dataclasses import replace
+
 import numpy
 import pytest
 
@@ -26,9 +29,12 @@ STEPS = {
 
 
 def _run(setup: Setup, rounds: dict[tuple[int, int], int], beyond_s: float) -> tuple[Setup, Sample]:
-    """A run that takes its steps, one catch-up for every round kept whole, and `beyond_s`."""
-    full = sum(count for (proposed, kept), count in rounds.items() if 0 < proposed == kept)
-    use = use_of(setup, rounds, full, PART)
+    """A run that takes its steps, the first of every round two tokens wide, and `beyond_s`."""
+    with_model = setup.draft is not None and setup.draft != NGRAM
+    shapes: Counter[tuple[int, int, int]] = Counter()
+    for (proposed, _), count in rounds.items():
+        shapes[proposed + 1, *((proposed, 2) if with_model and proposed else (0, 0))] += count
+    use = use_of(setup, shapes, 0.0, PART)
     stepped = sum(count * STEPS[part].samples_s[width][0] for (part, width), count in use.steps.items())
     sample = Sample(
         setup_digest=setup.digest,
@@ -37,23 +43,48 @@ def _run(setup: Setup, rounds: dict[tuple[int, int], int], beyond_s: float) -> t
         decode_s=stepped + beyond_s,
         output_tokens=64,
         rounds=rounds,
+        shapes=shapes,
         output_digest="output",
     )
     return setup, sample
 
 
 def test_steps_of_a_round_by_hand() -> None:
-    """Three rounds of two proposals and a plain step: verify widths 3 and 1, draft steps 1 and one catch-up of 2."""
-    use = use_of(Setup(draft=DRAFT_A, length=2), {(2, 2): 1.0, (2, 0): 2.0, (0, 0): 1.0}, 1.0, PART)
-    assert use.steps == {(PART, 3): 3.0, (PART, 1): 1.0, (DRAFT_A.digest, 1): 5.0, (DRAFT_A.digest, 2): 1.0}
-    assert (use.idle, use.proposing, use.drafted) == (1.0, 3.0, 6.0)
-    assert use.overhead_s(numpy.array([[0.5], [2.0], [0.25]])) == pytest.approx([0.5 + 6.0 + 1.5])
+    """Three rounds of two proposals and a plain step: verify widths 3 and 1, a first draft step of 2 and one of 1."""
+    use = use_of(Setup(draft=DRAFT_A, length=2), {(3, 2, 2): 3.0, (1, 0, 0): 1.0}, 4.0, PART)
+    assert use.steps == {(PART, 3): 3.0, (PART, 1): 1.0, (DRAFT_A.digest, 1): 3.0, (DRAFT_A.digest, 2): 3.0}
+    assert (use.idle, use.proposing, use.drafted, use.refills) == (1.0, 3.0, 6.0, 4.0)
+    rates = numpy.array([[0.5], [2.0], [0.25], [0.1]])
+    assert use.overhead_s(rates) == pytest.approx([0.5 + 6.0 + 1.5 + 0.4])
 
 
 def test_lookup_is_asked_once_a_round() -> None:
     """Also in rounds where it proposes nothing."""
-    use = use_of(Setup(draft=NGRAM, length=4), {(3, 1): 2.0, (0, 0): 5.0}, 0.0, PART)
+    use = use_of(Setup(draft=NGRAM, length=4), {(4, 0, 0): 2.0, (1, 0, 0): 5.0}, 0.0, PART)
     assert use.steps == {(PART, 4): 2.0, (PART, 1): 5.0, (NGRAM.digest, 4): 7.0}
+
+
+def test_a_composite_uses_its_parts() -> None:
+    """A look-up round, a round of the model that is 5 tokens behind, and one that is 130 behind: three steps of 64."""
+    composite = Draft(kind="composite", model=DRAFT_A.model, max_match=4, min_match=2)
+    shapes = {(3, 0, 0): 1.0, (5, 4, 8): 1.0, (5, 4, 192): 1.0}
+    use = use_of(Setup(draft=composite, length=4), shapes, 0.0, PART)
+    assert use.steps == {
+        (PART, 3): 1.0,
+        (PART, 5): 2.0,
+        (NGRAM.digest, 4): 3.0,
+        (DRAFT_A.digest, 8): 1.0,
+        (DRAFT_A.digest, 64): 3.0,
+        (DRAFT_A.digest, 1): 6.0,
+    }
+
+
+def test_other_rows_prefills_are_told_apart() -> None:
+    """In a batch a row waits for the prompts that come in; that is no overhead of its rounds."""
+    setup, sample = _run(PLAIN, {(0, 0): 50}, 50 * 0.002)
+    waited = replace(sample, decode_s=sample.decode_s + 3 * 0.1, refills=3)
+    rate = calibrate(STEPS, [(setup, waited)], PART)[None]
+    assert (rate.idle_s, rate.refill_s) == pytest.approx((0.002, 0.1))
 
 
 def test_drafts_share_what_a_row_of_steps_saves() -> None:

@@ -8,8 +8,9 @@ import pytest
 
 from profiles import formulas
 from profiles.errors import InputError, NotMeasuredError
+from profiles.protocol import Engine
 from profiles.recorded import RecordedEngine, Recorder
-from profiles.terms import PLAIN, Engine, Setup, Workload
+from profiles.terms import PLAIN, Setup, Workload
 from tests.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts
 
 PROMPT, OTHER = prompts(2)
@@ -23,7 +24,7 @@ def ask_everything(engine: Engine) -> list[object]:
         engine.trace_draft(GREEDY, PROMPT, trace, DRAFT_A, 4),
         engine.trace_draft(GREEDY, PROMPT, trace, NGRAM, 4),
         engine.time_steps(GREEDY, 96, 4),
-        engine.run_together(GREEDY, PROMPT, (PLAIN, A4), "proof 0"),
+        engine.run_together(GREEDY, (PROMPT,), (PLAIN, A4), "proof 0"),
     ]
 
 
@@ -73,9 +74,9 @@ def test_unmeasured_points_are_named(recording: RecordedEngine) -> None:
     with pytest.raises(NotMeasuredError, match="up to k=4, not every part up to k=5"):
         recording.time_steps(GREEDY, 96, 5)
     with pytest.raises(NotMeasuredError, match="'race 0'"):
-        recording.run_together(GREEDY, PROMPT, (PLAIN, A4), "race 0")
+        recording.run_together(GREEDY, (PROMPT,), (PLAIN, A4), "race 0")
     with pytest.raises(NotMeasuredError, match="draft-a k=4, plain"):
-        recording.run_together(GREEDY, PROMPT, (A4, PLAIN), "proof 0")
+        recording.run_together(GREEDY, (PROMPT,), (A4, PLAIN), "proof 0")
 
 
 def test_acceptance_over_another_trace_is_refused(recording: RecordedEngine) -> None:
@@ -100,8 +101,8 @@ def test_shorter_lengths_are_answered_by_longer_ones(recording: RecordedEngine) 
         ("", "Expecting value"),
         ("[]", "list indices"),
         ("{}", "it has no 'recording_version'"),
-        ('{"recording_version": 2}', "it has version 2, this draftpick reads version 1"),
-        ('{"recording_version": 1}', "it has no 'environment'"),
+        ('{"recording_version": 1}', "it has version 1, this draftpick reads version 2"),
+        ('{"recording_version": 2}', "it has no 'environment'"),
     ],
 )
 def test_bad_recording_is_refused_in_one_line(text: str, reason: str, tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_fake_runs_follow_the_walk_and_the_clock() -> None:
     """The fake engine is what the other tests think it is: plain 5 ms per token, rounds as walked, draft-a faster."""
     fake = FakeEngine()
     trace = fake.trace_target(GREEDY, PROMPT)
-    plain, chosen = fake.run_together(GREEDY, PROMPT, (PLAIN, A4), "proof 0")
+    plain, chosen = fake.run_together(GREEDY, (PROMPT,), (PLAIN, A4), "proof 0")
     walked = formulas.walk(trace, fake.trace_draft(GREEDY, PROMPT, trace, DRAFT_A, 4), 4, 64)
     assert dict(chosen.rounds) == dict(walked.rounds)
     assert plain.rounds == {(0, 0): 63}

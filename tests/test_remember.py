@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from profiles.errors import EngineError, InputError, OutOfMemoryError, StoreError
-from profiles.terms import PLAIN, Engine, Sample, Setup
+from profiles.protocol import Engine
+from profiles.terms import PLAIN, Sample, Setup
 from store.book import Book, Scope
 from store.remember import Remember
 from tests.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts, sql
@@ -29,7 +30,7 @@ def measure_all(engine: Engine) -> list[object]:
         trace = engine.trace_target(GREEDY, prompt)
         found += [trace, *(engine.trace_draft(GREEDY, prompt, trace, draft, 4) for draft in engine.drafts)]
     found.append(engine.time_steps(GREEDY, 96, 4))
-    return found + [engine.run_together(GREEDY, prompt, (PLAIN, A4), "proof 0") for prompt in PROMPTS]
+    return found + [engine.run_together(GREEDY, (prompt,), (PLAIN, A4), "proof 0") for prompt in PROMPTS]
 
 
 def test_a_second_run_measures_nothing(book: Book) -> None:
@@ -68,7 +69,7 @@ def test_a_failure_is_kept_as_infeasible_and_raised(book: Book) -> None:
     trace = remember.trace_target(GREEDY, PROMPTS[0])
     fake.failure = OutOfMemoryError("3 GiB were asked for, 1 GiB is free")
     with pytest.raises(OutOfMemoryError):
-        remember.run_together(GREEDY, PROMPTS[0], (A4, PLAIN), "race 0")
+        remember.run_together(GREEDY, (PROMPTS[0],), (A4, PLAIN), "race 0")
     with pytest.raises(OutOfMemoryError):
         remember.trace_draft(GREEDY, PROMPTS[0], trace, NGRAM, 4)
     fake.failure = EngineError("the device is gone")
@@ -86,7 +87,7 @@ def test_a_failure_is_kept_as_infeasible_and_raised(book: Book) -> None:
     ]
     assert sql(book.path, "SELECT count(*) FROM samples") == [(0,)]
     fake.failure = None
-    assert len(remember.run_together(GREEDY, PROMPTS[0], (A4, PLAIN), "race 0")) == 2
+    assert len(remember.run_together(GREEDY, (PROMPTS[0],), (A4, PLAIN), "race 0")) == 2
 
 
 def test_a_failure_among_several_drafts_is_put_down_to_none(book: Book) -> None:
@@ -95,7 +96,7 @@ def test_a_failure_among_several_drafts_is_put_down_to_none(book: Book) -> None:
     fake.failure = EngineError("stopped")
     with pytest.raises(EngineError):
         Remember(fake, book).run_together(
-            GREEDY, PROMPTS[0], (PLAIN, A4, Setup(draft=NGRAM, length=2)), "calibration 0"
+            GREEDY, (PROMPTS[0],), (PLAIN, A4, Setup(draft=NGRAM, length=2)), "calibration 0"
         )
     [(digest, detail)] = sql(book.path, "SELECT setup_digest, detail FROM infeasible")
     assert digest == PLAIN.digest
@@ -117,7 +118,7 @@ class TestDisturbed:
     @staticmethod
     def ask(book: Book, fake: FakeEngine) -> tuple[Sample, ...]:
         """One pair, as a run of its own asks for it."""
-        return Remember(fake, book).run_together(GREEDY, PROMPTS[0], (PLAIN, A4), "proof 0")
+        return Remember(fake, book).run_together(GREEDY, (PROMPTS[0],), (PLAIN, A4), "proof 0")
 
     @staticmethod
     def occasions(book: Book) -> list[tuple[str, int]]:
@@ -142,9 +143,9 @@ class TestDisturbed:
     def test_one_disturbed_run_of_a_unit_is_enough(self, book: Book) -> None:
         """A pair of which only plain decoding was disturbed is no pair: both are run again."""
         fake = FakeEngine()
-        plain, chosen = fake.run_together(GREEDY, PROMPTS[0], (PLAIN, A4), "proof 0")
+        plain, chosen = fake.run_together(GREEDY, (PROMPTS[0],), (PLAIN, A4), "proof 0")
         scope = Scope(target=fake.target, environment=fake.environment, workload=GREEDY)
-        book.save_samples(scope, PROMPTS[0], (PLAIN, A4), "proof 0", (replace(plain, disturbed=True), chosen))
+        book.save_samples(scope, (PROMPTS[0],), (PLAIN, A4), "proof 0", (replace(plain, disturbed=True), chosen))
         assert self.ask(book, fake) == (plain, chosen)
         assert self.occasions(book) == [("proof 0", 1), ("proof 0, again 1", 0)]
 
@@ -190,13 +191,13 @@ def test_a_faster_process_answers(book: Book) -> None:
     theirs: list[tuple[Sample, ...]] = []
 
     class Slow(FakeEngine):
-        def run_together(self, workload, prompt, setups, occasion):  # type: ignore[no-untyped-def]
+        def run_together(self, workload, prompts, setups, occasion):  # type: ignore[no-untyped-def]
             with Book.open(book.path) as other:
-                theirs.append(Remember(FakeEngine(seed=1), other).run_together(workload, prompt, setups, occasion))
-            return super().run_together(workload, prompt, setups, occasion)
+                theirs.append(Remember(FakeEngine(seed=1), other).run_together(workload, prompts, setups, occasion))
+            return super().run_together(workload, prompts, setups, occasion)
 
     slow = Slow()
-    assert [Remember(slow, book).run_together(GREEDY, PROMPTS[0], (PLAIN, A4), "proof 0")] == theirs
+    assert [Remember(slow, book).run_together(GREEDY, (PROMPTS[0],), (PLAIN, A4), "proof 0")] == theirs
     assert slow.calls == {"run_together": 1}
     assert sql(book.path, "SELECT count(*) FROM samples") == [(2,)]
 

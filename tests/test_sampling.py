@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 import profiles.decoding
-from profiles.sampling import Draws, accept_sampled, draw, keyed_draws, output_law
+from profiles.sampling import PURPOSES, Draws, Proposal, accept_sampled, draw, output_law
 from profiles.terms import Prompt, Workload
 from tests.toys import TableModel, near, run, sequence_law
 
@@ -36,6 +36,7 @@ def _p_value(draft: object, length: int, workload: Workload) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("draft", [None, DRAFT, "ngram"], ids=["plain", "model", "ngram"])
 def test_sampled_outputs_follow_the_exact_law(draft: object) -> None:
     """Sequences of four tokens have the target's law whatever drafts them."""
@@ -43,22 +44,24 @@ def test_sampled_outputs_follow_the_exact_law(draft: object) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_filtered_law_is_kept() -> None:
     """With top-p and top-k the filtered law is kept, and nothing outside it is emitted."""
     assert _p_value(DRAFT, 2, replace(WORKLOAD, top_p=0.8, top_k=4)) > FALSE_ALARM
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_a_planted_bug_fails_the_chi_square(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing from the target's law instead of the residual after a rejection is noticed."""
 
     def wrong(
-        proposals: list[int], draft_probs: torch.Tensor, target_probs: torch.Tensor, draws: Draws, position: int
-    ) -> tuple[int, int]:
-        accepted, token = accept_sampled(proposals, draft_probs, target_probs, draws, position)
-        if accepted < len(proposals):
-            token = draw(target_probs[accepted], draws.target[position + accepted])
-        return accepted, token
+        proposal: Proposal, target_probs: torch.Tensor, draws: Draws, places: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        accepted, token = accept_sampled(proposal, target_probs, draws, places)
+        law = target_probs[torch.arange(len(accepted)), accepted]
+        unfit = draw(law, draws.at("target", (places + accepted)[:, None])[:, 0])
+        return accepted, torch.where(accepted < proposal.counts, unfit, token)
 
     monkeypatch.setattr(profiles.decoding, "accept_sampled", wrong)
     assert _p_value(DRAFT, 3, WORKLOAD) < FALSE_ALARM
@@ -76,15 +79,22 @@ def test_output_law_keeps_the_smallest_nucleus() -> None:
 def test_draws_are_keyed_by_seed_and_prompt() -> None:
     """The same seed and prompt draw alike, another seed or prompt differently, and greedy decoding draws nothing."""
     other = Prompt(domain="toy", token_ids=(1, 2, 3))
-    first = keyed_draws(WORKLOAD, PROMPT)
-    assert first == keyed_draws(WORKLOAD, PROMPT)
-    assert first != keyed_draws(replace(WORKLOAD, seed=1), PROMPT)
-    assert first != keyed_draws(WORKLOAD, other)
-    assert keyed_draws(replace(WORKLOAD, temperature=0.0), PROMPT) is None
+
+    def drawn(workload: Workload, prompt: Prompt) -> list[list[float]]:
+        draws = Draws(1, workload, torch.device("cpu"))
+        draws.load(0, prompt)
+        places = torch.arange(workload.max_new_tokens)[None]
+        return [draws.at(purpose, places)[0].tolist() for purpose in PURPOSES]
+
+    first = drawn(WORKLOAD, PROMPT)
+    assert first == drawn(WORKLOAD, PROMPT)
+    assert first != drawn(replace(WORKLOAD, seed=1), PROMPT)
+    assert first != drawn(WORKLOAD, other)
+    assert len({tuple(column) for column in first}) == len(PURPOSES)
+    assert Draws(1, replace(WORKLOAD, temperature=0.0), torch.device("cpu")).is_greedy
 
 
 def test_draw_never_returns_a_token_of_probability_zero() -> None:
     """Even at the very end of the cumulated law."""
-    probs = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])
-    assert draw(probs, 0.0) == 1
-    assert draw(probs, 1.0 - 1e-16) == 3
+    probs = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]] * 2)
+    assert draw(probs, torch.tensor([0.0, 1.0 - 1e-16], dtype=torch.float64)).tolist() == [1, 3]

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,7 @@ class TestTheFile:
         shutil.copy(RELEASED_0001, path)
         fake = FakeEngine()
         assert sql(path, "SELECT version_num FROM alembic_version") == [("0001",)]
+        decode_s = sql(path, "SELECT decode_s FROM samples ORDER BY id")
         with Book.open(path) as book:
             trace = fake.trace_target(GREEDY, PROMPT)
             assert book.find_target_trace(SCOPE, PROMPT) == trace
@@ -80,9 +82,13 @@ class TestTheFile:
                 stored = book.find_acceptance(SCOPE, PROMPT, draft, 4)
                 assert stored == fake.trace_draft(GREEDY, PROMPT, trace, draft, 4)
             assert book.find_step_times(SCOPE, DRAFTS, (96, 4)) == fake.time_steps(GREEDY, 96, 4)
-            assert book.find_samples(SCOPE, PROMPT, (PLAIN, A4), "proof 0") == fake.run_together(
-                GREEDY, PROMPT, (PLAIN, A4), "proof 0"
-            )
+            stored_runs = book.find_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0")
+            assert stored_runs is not None
+            assert [run.decode_s for run in stored_runs] == [seconds for (seconds,) in decode_s]
+            like_today = fake.run_together(GREEDY, (PROMPT,), (PLAIN, A4), "proof 0")
+            for old, new in zip(stored_runs, like_today, strict=True):
+                # it did not say yet what its rounds ran, and its draft's first steps were one token wide
+                assert old == replace(new, decode_s=old.decode_s, shapes={}, refills=0)
             assert book.latest_policy() == '{"made by": "0001"}'
 
     def test_an_older_schema_is_upgraded_in_one_transaction(
@@ -93,8 +99,8 @@ class TestTheFile:
         shutil.copy(RELEASED_0001, path)
         shutil.copytree(migrations.LOCATION, scripts)
         monkeypatch.setattr(migrations, "LOCATION", scripts)
-        later = scripts / "versions" / "0002_later.py"
-        head = "from alembic import op\nrevision, down_revision = '0002', '0001'\ndef upgrade():\n"
+        later = scripts / "versions" / "9999_later.py"
+        head = "from alembic import op\nrevision, down_revision = '9999', '0002'\ndef upgrade():\n"
         add = "    op.execute('ALTER TABLE runs ADD COLUMN host VARCHAR')\n"
         later.write_text(head + add + "    op.execute('ALTER TABLE nowhere ADD COLUMN host VARCHAR')\n")
         with pytest.raises(StoreError, match="no such table: nowhere"):
@@ -104,16 +110,16 @@ class TestTheFile:
         later.write_text(head + add + "\n")
         with Book.open(path) as book:
             assert book.find_target_trace(SCOPE, PROMPT) == FakeEngine().trace_target(GREEDY, PROMPT)
-        assert sql(path, "SELECT version_num FROM alembic_version") == [("0002",)]
+        assert sql(path, "SELECT version_num FROM alembic_version") == [("9999",)]
         assert sql(path, "SELECT count(*) FROM pragma_table_info('runs') WHERE name = 'host'") == [(1,)]
 
     def test_a_newer_schema_is_refused(self, path: Path) -> None:
         """A file of a later draftpick is left alone, and the error names both versions."""
         Book.open(path).close()
-        sql(path, "UPDATE alembic_version SET version_num = '0099'")
-        with pytest.raises(NewerStoreError, match="schema 0099, this draftpick reads up to 0001"):
+        sql(path, "UPDATE alembic_version SET version_num = '9998'")
+        with pytest.raises(NewerStoreError, match="schema 9998, this draftpick reads up to 0002"):
             Book.open(path)
-        assert sql(path, "SELECT version_num FROM alembic_version") == [("0099",)]
+        assert sql(path, "SELECT version_num FROM alembic_version") == [("9998",)]
 
     def test_another_programs_file_is_refused(self, path: Path) -> None:
         """A database that is not ours gets no tables of ours."""
@@ -195,8 +201,8 @@ class TestMishaps:
             "from tests import test_store_file as t\n"
             f"book = Book.open(Path({str(path)!r}))\n"
             "for n in range(100000):\n"
-            "    units = t.FakeEngine().run_together(t.GREEDY, t.PROMPT, (t.PLAIN, t.A4), f'race {n}')\n"
-            "    book.save_samples(t.SCOPE, t.PROMPT, (t.PLAIN, t.A4), f'race {n}', units)\n"
+            "    units = t.FakeEngine().run_together(t.GREEDY, (t.PROMPT,), (t.PLAIN, t.A4), f'race {n}')\n"
+            "    book.save_samples(t.SCOPE, (t.PROMPT,), (t.PLAIN, t.A4), f'race {n}', units)\n"
             "    print(n, flush=True)\n"
         )
         assert saver.stdout is not None
@@ -229,7 +235,7 @@ class TestMishaps:
         for opener in openers:
             opener.communicate(timeout=60)
             assert opener.returncode == 0
-        assert sql(path, "SELECT version_num FROM alembic_version") == [("0001",)]
+        assert sql(path, "SELECT version_num FROM alembic_version") == [("0002",)]
 
     def test_the_book_loads_no_heavy_library(self) -> None:
         """Looking into the store needs neither torch, transformers nor optuna."""

@@ -209,9 +209,9 @@ def test_finalists_reach_the_best_score() -> None:
 def test_pairs_run_in_a_drawn_order_that_repeats() -> None:
     """Plain goes first on about half of the prompts, and on the same ones again."""
     setup = Setup(draft=DRAFT_A, length=2)
-    orders = [search.pair_order(GREEDY, prompt, setup)[0] == PLAIN for prompt in prompts(60)]
+    orders = [search.pair_order(GREEDY, (prompt,), setup)[0] == PLAIN for prompt in prompts(60)]
     assert 15 <= sum(orders) <= 45
-    assert orders == [search.pair_order(GREEDY, prompt, setup)[0] == PLAIN for prompt in prompts(60)]
+    assert orders == [search.pair_order(GREEDY, (prompt,), setup)[0] == PLAIN for prompt in prompts(60)]
 
 
 def test_engine_failure_of_the_target_is_raised() -> None:
@@ -269,8 +269,8 @@ def test_a_slow_first_token_rules_a_draft_out() -> None:
 class SlowLookUp(FakeEngine):
     """Look-up is fastest of all, but waits 50 ms for its first token."""
 
-    def run_together(self, workload, prompt, setups, occasion):  # type: ignore[no-untyped-def]
-        samples = super().run_together(workload, prompt, setups, occasion)
+    def run_together(self, workload, prompts, setups, occasion):  # type: ignore[no-untyped-def]
+        samples = super().run_together(workload, prompts, setups, occasion)
         return tuple(
             replace(sample, ttft_s=0.05, decode_s=sample.decode_s / 4) if setup.draft == NGRAM else sample
             for setup, sample in zip(setups, samples, strict=True)
@@ -290,10 +290,10 @@ def test_plain_against_plain_may_fail() -> None:
     """It only shows the noise: its failure makes nothing infeasible."""
 
     class NoNoise(FakeEngine):
-        def run_together(self, workload, prompt, setups, occasion):  # type: ignore[no-untyped-def]
+        def run_together(self, workload, prompts, setups, occasion):  # type: ignore[no-untyped-def]
             if setups == (PLAIN, PLAIN):
                 raise EngineError("full")
-            return super().run_together(workload, prompt, setups, occasion)
+            return super().run_together(workload, prompts, setups, occasion)
 
     outcome = _tune(NoNoise(keep=0.9))
     assert outcome.infeasible == ()

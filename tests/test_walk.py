@@ -51,7 +51,7 @@ def test_greedy_walk_by_hand() -> None:
     """Rounds start after a rejection or after the target token; the last one drafts what is left."""
     walked = walk(_trace(10), _kept(0, 1, 1, 0, 1, 1, 1, 0, 1, 1), 2, 10)
     assert walked.rounds == {(2, 2): 2.0, (2, 0): 1.0, (1, 1): 1.0}
-    assert walked.catch_ups == 2.0
+    assert walked.shapes == {(3, 2, 2): 3.0, (2, 1, 2): 1.0}
 
 
 def test_accepted_end_token_ends_the_walk_without_a_target_token() -> None:

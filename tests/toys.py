@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from profiles.clock import Clock
-from profiles.decoding import Generation, TargetStepper, generate
-from profiles.drafting import ModelDrafter, NgramDrafter
-from profiles.sampling import keyed_draws, output_law
+from profiles.decoding import Decoder, Generation
+from profiles.drafting import Drafter, ModelDrafter, NgramDrafter
+from profiles.sampling import Draws, output_law
 from profiles.terms import Prompt, Workload
 
 VOCABULARY = 5
@@ -24,6 +24,25 @@ class TableModel:
     def __call__(self, tokens: torch.Tensor, *, logits_to_keep: int = 0, **_: Any) -> SimpleNamespace:
         return SimpleNamespace(logits=self.table[tokens[:, -logits_to_keep:]])
 
+    def rows(self, num_rows: int) -> "TableRows":
+        return TableRows(self, num_rows)
+
+
+class TableRows:
+    """A table as rounds step it (`profiles.rows.RowStepper`)."""
+
+    def __init__(self, model: TableModel, num_rows: int) -> None:
+        self.num_rows = num_rows
+        self.device = model.device
+        self._table = model.table
+
+    def step(
+        self, tokens: torch.Tensor, positions: torch.Tensor, reach: int, keep: int = 1, row: int | None = None
+    ) -> torch.Tensor:
+        assert tokens.shape == positions.shape == (self.num_rows if row is None else 1, tokens.shape[1])
+        assert reach > int(positions.max())
+        return self._table[tokens[:, -keep:]]
+
 
 def near(model: TableModel, seed: int, distance: float) -> TableModel:
     """A draft for `model`: the same table, disturbed."""
@@ -33,15 +52,23 @@ def near(model: TableModel, seed: int, distance: float) -> TableModel:
 
 
 def run(target: Any, draft: Any, length: int, workload: Workload, prompt: Prompt) -> Generation:
-    """Decodes `prompt` with a model draft, `ngram`, or plain (None)."""
-    draws = keyed_draws(workload, prompt)
-    drafter = None
+    """Decodes `prompt` with a model draft, `ngram`, or plain (None), keeping probabilities of plain runs."""
+    [generation] = run_queue(target, draft, length, workload, [prompt], watch=draft is None)
+    return generation
+
+
+def run_queue(
+    target: Any, draft: Any, length: int, workload: Workload, prompts: list[Prompt], **watch: bool
+) -> list[Generation]:
+    """Decodes a queue of prompts, `batch_size` rows at a time."""
+    draws = Draws(workload.batch_size, workload, torch.device("cpu"))
+    drafter: Drafter | None = None
     if draft == "ngram":
-        drafter = NgramDrafter(2, 1)
+        drafter = NgramDrafter(workload.batch_size, 2, 1)
     elif draft is not None:
-        drafter = ModelDrafter(draft, workload, draws)
-    stepper = TargetStepper(target, workload, prompt, draws, watch=draft is None)
-    return generate(stepper, drafter, length, Clock("cpu"))
+        drafter = ModelDrafter(draft.rows(workload.batch_size), draws)
+    decoder = Decoder(target.rows(workload.batch_size), drafter, draws, length=length, **watch)
+    return decoder.run(prompts, Clock("cpu"))
 
 
 def sequence_law(model: TableModel, workload: Workload, first: int) -> dict[tuple[int, ...], float]:

@@ -4,17 +4,18 @@ Each call to the engine is one unit, so a remembering engine makes this resumabl
 its reason and the rest goes on. Knows only the engine protocol.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from profiles.errors import EngineError, InputError
 from profiles.formulas import median
+from profiles.protocol import Engine
 from profiles.terms import (
     PLAIN,
     Acceptance,
     Draft,
-    Engine,
     Infeasible,
     Prompt,
     Sample,
@@ -24,7 +25,9 @@ from profiles.terms import (
     Workload,
 )
 
-CALIBRATION_PROMPTS = 3
+CALIBRATION_PROMPTS = 3  # at batch 1
+CALIBRATION_QUEUES = (2, 2)  # in a batch: how many queues, and their length in batches
+QUEUE_BATCHES = 4  # of a queue that keeps the batch full
 CONTEXT_STEP = 32  # anchors are rounded up to this many tokens, so that like prompt sets share a staircase
 
 Progress = Callable[[str, int, int], None]
@@ -32,7 +35,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """Everything one workload's forecasts rest on; keys are prompt, (draft, prompt) and part digests."""
+    """Everything one workload's forecasts rest on; keys are prompt, (draft's part, prompt) and part digests."""
 
     prompts: tuple[Prompt, ...]
     traces: dict[str, TargetTrace]
@@ -67,6 +70,21 @@ def spread_over_domains(prompts: Sequence[Prompt], count: int) -> tuple[Prompt, 
     return tuple(prompts[index] for index in order[:count])
 
 
+def queues(
+    prompts: Sequence[Prompt], batch_size: int, alone: int, in_batch: tuple[int, int]
+) -> tuple[tuple[Prompt, ...], ...]:
+    """What is run together: at batch 1 each of `alone` prompts, at most as many as there are.
+
+    In a batch queues, `in_batch` is how many and their length in batches: they go round the prompts as often as it
+    takes, each beginning where the last one ended.
+    """
+    if batch_size == 1:
+        return tuple((prompt,) for prompt in spread_over_domains(prompts, alone))
+    count, num_batches = in_batch
+    endless = itertools.cycle(spread_over_domains(prompts, len(prompts)))
+    return tuple(tuple(itertools.islice(endless, num_batches * batch_size)) for _ in range(count))
+
+
 def gather(
     engine: Engine, workload: Workload, prompts: Sequence[Prompt], lengths: Sequence[int], progress: Progress
 ) -> Evidence:
@@ -83,11 +101,15 @@ def gather(
     infeasible: list[Infeasible] = []
     for number, draft in enumerate(engine.drafts):
         try:
-            for done, prompt in enumerate(prompts):
-                progress("acceptance", number * len(prompts) + done, len(engine.drafts) * len(prompts))
+            for done, (prompt, part) in enumerate(itertools.product(prompts, draft.parts)):
+                if (part.digest, prompt.digest) in acceptances:
+                    continue
+                progress(
+                    "acceptance", number * len(prompts) + done // len(draft.parts), len(engine.drafts) * len(prompts)
+                )
                 trace = traces[prompt.digest]
-                acceptance = engine.trace_draft(workload, prompt, trace, draft, max_length)
-                acceptances[draft.digest, prompt.digest] = acceptance
+                acceptance = engine.trace_draft(workload, prompt, trace, part, max_length)
+                acceptances[part.digest, prompt.digest] = acceptance
             usable.append(draft)
         except EngineError as error:
             setup = Setup(draft=draft, length=max_length)
@@ -115,7 +137,7 @@ def _calibrate(
     asked: tuple[tuple[Draft, ...], Sequence[int]],
     progress: Progress,
 ) -> tuple[list[tuple[Setup, Sample]], list[Infeasible]]:
-    """Real runs of every (draft, calibration length), all of a prompt in one unit, plain decoding before each draft.
+    """Real runs of every (draft, calibration length), all of a queue in one unit, plain decoding before each draft.
 
     Plain decoding is under every speed-up, so it is run as often as there are drafts. When a unit fails, each draft is
     tried alone, so that the one at fault is found and the rest goes on. Raises EngineError when plain decoding fails.
@@ -124,18 +146,22 @@ def _calibrate(
     by_draft = {draft: [Setup(draft=draft, length=k) for k in calibration_lengths(lengths)] for draft in drafts}
     found: list[tuple[Setup, Sample]] = []
     infeasible: list[Infeasible] = []
-    chosen = spread_over_domains(prompts, CALIBRATION_PROMPTS)
-    for done, prompt in enumerate(chosen):
+    chosen = queues(prompts, workload.batch_size, CALIBRATION_PROMPTS, CALIBRATION_QUEUES)
+
+    def run(queue: tuple[Prompt, ...], setups: tuple[Setup, ...]) -> list[tuple[Setup, Sample]]:
+        samples = engine.run_together(workload, queue, setups, "calibration 0")
+        return [(setup, sample) for (setup, _), sample in zip(itertools.product(setups, queue), samples, strict=True)]
+
+    for done, queue in enumerate(chosen):
         progress("calibration", done, len(chosen))
         setups = tuple(setup for own in by_draft.values() for setup in (PLAIN, *own)) or (PLAIN,)
         try:
-            found += zip(setups, engine.run_together(workload, prompt, setups, "calibration 0"), strict=True)
+            found += run(queue, setups)
         except EngineError:
-            found += zip((PLAIN,), engine.run_together(workload, prompt, (PLAIN,), "calibration 0"), strict=True)
+            found += run(queue, (PLAIN,))
             for draft, own in list(by_draft.items()):
                 try:
-                    samples = engine.run_together(workload, prompt, tuple(own), "calibration 0")
-                    found += zip(own, samples, strict=True)
+                    found += run(queue, tuple(own))
                 except EngineError as error:
                     del by_draft[draft]
                     infeasible.append(Infeasible(setup=own[0], reason=type(error).__name__, detail=str(error)))

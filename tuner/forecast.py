@@ -1,19 +1,23 @@
 """Acceptance x staircase -> expected speed with an interval, for any setup and any part of the prompts.
 
-The seconds of a sequence are linear in what its rounds use: verify steps of each width, draft steps, catch-up steps,
-a host overhead per round calibrated on real runs. Arithmetic on records only; nothing here is measured.
+The seconds of a sequence are linear in what its batch ran for it: target steps of each width, draft steps, first steps
+that catch up, other rows' prefills, and a host overhead per round calibrated on real runs. Arithmetic on records only;
+nothing here is measured.
 """
 
+import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple
 
 import numpy
 
 from profiles.errors import NotMeasuredError
-from profiles.formulas import Walk, acceptance_length, median, walk
-from profiles.terms import PLAIN, Draft, Interval, Prompt, Sample, Setup, Workload
+from profiles.formulas import CompositeAcceptance, Replayed, Walk, acceptance_length, median, walk
+from profiles.replay import replay, rounds_of
+from profiles.terms import PLAIN, AcceptanceTrace, Draft, Interval, LookupTrace, Prompt, Sample, Setup, Workload
 from tuner.claims import Forecast, RoundSplit
-from tuner.evidence import Evidence
+from tuner.evidence import QUEUE_BATCHES, Evidence
 from tuner.overhead import Overhead, Use, calibrate, step_samples, use_of
 
 RESAMPLES = 400
@@ -29,10 +33,11 @@ class Forecaster:
         self._target_part = target_part
         self._seed = seed
         self._walks: dict[tuple[Setup, str], Walk] = {}
+        self._replays: dict[tuple[Setup, tuple[str, ...]], list[Use]] = {}
         self._overheads = self._calibrated()
 
     def forecast(self, setup: Setup, prompts: Sequence[Prompt]) -> Forecast:
-        """Tokens per second and speed-up over plain decoding, with 95 % intervals; outputs of one token say nothing.
+        """Tokens per second of a row and speed-up over plain, 95 % intervals; outputs of one token say nothing.
 
         Percentile intervals of 400 joint resamplings of prompts, step-time samples and calibration runs. The same draws
         serve the setup and plain decoding, so what they share cancels in the speed-up. Raises NotMeasuredError when
@@ -62,8 +67,7 @@ class Forecaster:
         """Where a mean round's time goes. Raises NotMeasuredError when no prompt has a round."""
         parts = {"draft": 0.0, "verify": 0.0, "overhead": 0.0}
         num_rounds = 0.0
-        for prompt in prompts:
-            use = self._use(setup, prompt)
+        for use in self._uses(setup, prompts):
             num_rounds += use.idle + use.proposing
             parts["overhead"] += float(use.overhead_s(self._overheads[setup.draft])[0])
             for (part, width), count in use.steps.items():
@@ -78,8 +82,7 @@ class Forecaster:
         """Total seconds per resampling; row 0 of `weights` (resamplings + 1, prompts) is the point estimate."""
         total = numpy.zeros(len(weights))
         uses: dict[tuple[str, int], numpy.ndarray] = {}
-        for index, prompt in enumerate(prompts):
-            use = self._use(setup, prompt)
+        for index, use in enumerate(self._uses(setup, prompts)):
             total += weights[:, index] * use.overhead_s(self._overheads[setup.draft])
             for step, count in use.steps.items():
                 uses.setdefault(step, numpy.zeros(len(weights)))
@@ -95,26 +98,65 @@ class Forecaster:
         picks = rng.integers(0, len(samples), (size - 1, len(samples)))
         return numpy.concatenate([[numpy.median(samples)], numpy.median(samples[picks], axis=1)])
 
-    def _use(self, setup: Setup, prompt: Prompt) -> Use:
-        walked = self._walk(setup, prompt)
-        return use_of(setup, walked.rounds, walked.catch_ups, self._target_part)
+    def _uses(self, setup: Setup, prompts: Sequence[Prompt]) -> list[Use]:
+        """What every prompt's rounds use: alone by its walk, in a batch by a replay of the prompts as a full queue."""
+        if self._workload.batch_size == 1:
+            walks = [self._walk(setup, prompt) for prompt in prompts]
+            return [use_of(setup, walked.shapes, 0.0, self._target_part) for walked in walks]
+        key = (setup, tuple(prompt.digest for prompt in prompts))
+        if key not in self._replays:
+            self._replays[key] = self._replay(setup, prompts)
+        return self._replays[key]
 
-    def _walk(self, setup: Setup, prompt: Prompt) -> Walk:
+    def _replay(self, setup: Setup, prompts: Sequence[Prompt]) -> list[Use]:
+        """The mean of each prompt's turns in a queue long enough to keep the batch full."""
+        turns = -(-QUEUE_BATCHES * self._workload.batch_size // len(prompts))
+        luck = random.Random(f"{self._seed} {setup.digest}")
+        queue = [
+            rounds_of(
+                self._evidence.traces[prompt.digest],
+                self._acceptance(setup, prompt),
+                setup.length,
+                self._workload.max_new_tokens,
+                luck,
+            )
+            for _ in range(turns)
+            for prompt in prompts
+        ]
+        runs = replay(queue, self._workload.batch_size)
+        uses = []
+        for index in range(len(prompts)):
+            own = runs[index :: len(prompts)]
+            shapes: Counter[tuple[int, int, int]] = Counter()
+            for run in own:
+                shapes.update(run.shapes)
+            mean = {shape: count / turns for shape, count in shapes.items()}
+            uses.append(use_of(setup, mean, sum(run.refills for run in own) / turns, self._target_part))
+        return uses
+
+    def _acceptance(self, setup: Setup, prompt: Prompt) -> Replayed | None:
+        """How a setup's draft does on a prompt's trace. Raises NotMeasuredError when a part was not measured."""
         if setup.stop_below is not None:
             raise NotMeasuredError(f"{setup.name}: rounds that stop below a confidence are not replayed yet")
+        if setup.draft is None:
+            return None
+        found = [self._evidence.acceptances.get((part.digest, prompt.digest)) for part in setup.draft.parts]
+        match found:
+            case [LookupTrace() as lookup, AcceptanceTrace() as model]:
+                return CompositeAcceptance(lookup=lookup, model=model)
+            case [LookupTrace() | AcceptanceTrace() as acceptance]:
+                return acceptance
+        raise NotMeasuredError(f"acceptance of {setup.draft.name} on prompt {prompt.digest} is not known")
+
+    def _walk(self, setup: Setup, prompt: Prompt) -> Walk:
         key = (setup, prompt.digest)
         if key not in self._walks:
-            trace = self._evidence.traces[prompt.digest]
-            acceptance = None
-            if setup.draft is not None:
-                acceptance = self._evidence.acceptances.get((setup.draft.digest, prompt.digest))
-                if acceptance is None:
-                    raise NotMeasuredError(f"acceptance of {setup.draft.name} on prompt {prompt.digest} is not known")
+            trace, acceptance = self._evidence.traces[prompt.digest], self._acceptance(setup, prompt)
             self._walks[key] = walk(trace, acceptance, setup.length, self._workload.max_new_tokens)
         return self._walks[key]
 
     def _calibrated(self) -> dict[Draft | None, numpy.ndarray]:
-        """Overhead rates per draft, (3, resamplings + 1): all calibration runs first, then resampled ones."""
+        """Overhead rates per draft, (4, resamplings + 1): all calibration runs first, then resampled ones."""
         by_setup: dict[Setup, list[Sample]] = {}
         for setup, sample in self._evidence.calibration:
             by_setup.setdefault(setup, []).append(sample)

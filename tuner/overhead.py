@@ -4,14 +4,15 @@ A step timed alone is not a step in a round: caches are warmer in a row of draft
 own. Arithmetic on records; how a forecast uses it is elsewhere.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy
 
 from profiles.errors import NotMeasuredError
-from profiles.formulas import median
-from profiles.terms import PLAIN, Draft, Sample, Setup, StepTimes
+from profiles.formulas import WIDEST_CATCH_UP, median
+from profiles.terms import Draft, Sample, Setup, StepTimes
 
 Steps = Mapping[str, StepTimes]
 Calibration = Iterable[tuple[Setup, Sample]]
@@ -19,47 +20,65 @@ Calibration = Iterable[tuple[Setup, Sample]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overhead:
-    """Seconds beyond the steps: per round that proposed nothing, per round that did, per drafted token."""
+    """Seconds beyond the steps: per round that proposed nothing, per round that did, per step of the draft model.
+
+    `refill_s` is what another row's prefill takes.
+    """
 
     idle_s: float = 0.0
     round_s: float = 0.0
     drafted_s: float = 0.0
+    refill_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Use:
-    """What rounds use: steps by (part digest, width), rounds without and with proposals, drafted tokens."""
+    """What rounds use: steps by (part digest, width), rounds without and with proposals, draft steps, refills."""
 
     steps: Mapping[tuple[str, int], float]
     idle: float
     proposing: float
     drafted: float
+    refills: float
 
     def overhead_s(self, rates: numpy.ndarray) -> numpy.ndarray:
-        """Seconds beyond the steps for `rates` (3, any), the fields of `Overhead` down the rows."""
-        seconds: numpy.ndarray = numpy.array([self.idle, self.proposing, self.drafted]) @ rates
+        """Seconds beyond the steps for `rates` (4, any), the fields of `Overhead` down the rows."""
+        seconds: numpy.ndarray = numpy.array([self.idle, self.proposing, self.drafted, self.refills]) @ rates
         return seconds
 
 
-def use_of(setup: Setup, rounds: Mapping[tuple[int, int], float], catch_ups: float, target_part: str) -> Use:
-    """What `rounds` use.
+def use_of(setup: Setup, shapes: Mapping[tuple[int, int, int], float], refills: float, target_part: str) -> Use:
+    """What rounds of these `shapes` use, each (width of the target's step, draft steps, width of the first of them).
 
-    A round of d proposals costs one target step of width d + 1 and d draft steps; one step of a catch-up round is two
-    tokens wide. A look-up is asked once per round, also when it proposes nothing.
+    A first step wider than the widest there is was several of that width. A look-up is asked once per round, also when
+    it proposes nothing.
     """
-    steps: dict[tuple[str, int], float] = {}
-    for (proposed, _), count in rounds.items():
-        steps[target_part, proposed + 1] = steps.get((target_part, proposed + 1), 0.0) + count
-    proposing = sum(count for (proposed, _), count in rounds.items() if proposed > 0)
-    idle = sum(rounds.values()) - proposing
-    drafted = sum(proposed * count for (proposed, _), count in rounds.items())
-    draft = setup.draft
-    if draft is not None and draft.kind == "ngram":
-        steps[draft.digest, setup.length] = idle + proposing
-    elif draft is not None:
-        steps[draft.digest, 1] = drafted - catch_ups
-        steps[draft.digest, 2] = catch_ups
-    return Use(steps=steps, idle=idle, proposing=proposing, drafted=drafted)
+    steps: defaultdict[tuple[str, int], float] = defaultdict(float)
+    idle = proposing = drafted = 0.0
+    ngram, model = _parts(setup.draft)
+    for (width, draft_steps, first_width), count in shapes.items():
+        steps[target_part, width] += count
+        idle, proposing = (idle, proposing + count) if width > 1 else (idle + count, proposing)
+        if ngram is not None:
+            steps[ngram, setup.length] += count
+        if model is not None and draft_steps > 0:
+            widest = min(first_width, WIDEST_CATCH_UP)
+            steps[model, widest] += count * first_width / widest
+            steps[model, 1] += count * (draft_steps - 1)
+            drafted += count * draft_steps
+    return Use(
+        steps={step: count for step, count in steps.items() if count},
+        idle=idle,
+        proposing=proposing,
+        drafted=drafted,
+        refills=refills,
+    )
+
+
+def _parts(draft: Draft | None) -> tuple[str | None, str | None]:
+    """Part digests of a draft's look-up and of its model, where it has them."""
+    by_kind = {part.kind == "ngram": part.digest for part in draft.parts} if draft is not None else {}
+    return by_kind.get(True), by_kind.get(False)
 
 
 def step_samples(steps: Steps, part: str, width: int) -> tuple[float, ...]:
@@ -73,35 +92,49 @@ def step_samples(steps: Steps, part: str, width: int) -> tuple[float, ...]:
 def calibrate(steps: Steps, calibration: Calibration, target_part: str) -> dict[Draft | None, Overhead]:
     """The overheads of plain decoding (None) and of every draft that was run.
 
-    A round without a proposal is a plain round, whatever the draft. Per drafted token, drafts with a model share one
-    figure *relative to their own step*: what a row of steps saves over single ones is a share of the step, and one
-    draft's line through two lengths is mostly noise. The rest is per round that proposed. Medians weighted by rounds.
+    A round without a proposal is a plain round, whatever the draft. Per step of a draft model, drafts share one figure
+    *relative to their own step*: what a row of steps saves over single ones is a share of the step, and one draft's
+    line through two lengths is mostly noise. The rest is per round that proposed. Medians weighted by rounds.
     """
-    runs: dict[Setup, list[tuple[Use, float]]] = {}
-    for setup, sample in calibration:
-        full = sum(count for (asked, kept), count in sample.rounds.items() if 0 < asked == kept)
-        use = use_of(setup, sample.rounds, full, target_part)
+    runs = list(calibration)
+    refill_s = {
+        draft: median(sample.ttft_s for setup, sample in runs if setup.draft == draft)
+        for draft in dict.fromkeys(setup.draft for setup, _ in runs)
+    }
+    beyond: dict[Draft | None, list[tuple[Use, float]]] = {}
+    for setup, sample in runs:
+        use = use_of(setup, sample.shapes, sample.refills, target_part)
         stepped = sum(count * median(step_samples(steps, *step)) for step, count in use.steps.items())
-        runs.setdefault(setup, []).append((use, sample.decode_s - stepped))
-    idle_s = _weighted_median([(beyond_s / use.idle, use.idle) for use, beyond_s in runs.get(PLAIN, []) if use.idle])
-    # per draft: (drafted tokens a round, seconds beyond an idle round's, rounds) of every run that proposed
-    points: dict[Draft, list[tuple[float, float, float]]] = {}
-    for setup, own in runs.items():
-        if setup.draft is not None:
-            points.setdefault(setup.draft, []).extend(
-                (use.drafted / use.proposing, (beyond_s - use.idle * idle_s) / use.proposing, use.proposing)
-                for use, beyond_s in own
-                if use.proposing
-            )
-    step_s = {draft: median(step_samples(steps, draft.digest, 1)) for draft in points if draft.kind != "ngram"}
-    slopes = [slope / step_s[draft] for draft in step_s if (slope := _slope(points[draft])) is not None]
+        left_s = sample.decode_s - stepped - sample.refills * refill_s[setup.draft]
+        beyond.setdefault(setup.draft, []).append((use, left_s))
+    idle_s = _weighted_median([(left_s / use.idle, use.idle) for use, left_s in beyond.get(None, []) if use.idle])
+    # per draft: (draft steps a round, seconds beyond an idle round's, rounds) of every run that proposed
+    points = {
+        draft: [
+            (use.drafted / use.proposing, (left_s - use.idle * idle_s) / use.proposing, use.proposing)
+            for use, left_s in own
+            if use.proposing
+        ]
+        for draft, own in beyond.items()
+        if draft is not None
+    }
+    step_s = {draft: _model_step_s(steps, draft) for draft in points}
+    slopes = [
+        slope / step_s[draft] for draft in points if step_s[draft] and (slope := _slope(points[draft])) is not None
+    ]
     share = median(slopes) if slopes else 0.0
-    rates: dict[Draft | None, Overhead] = {None: Overhead(idle_s=idle_s)}
+    rates: dict[Draft | None, Overhead] = {None: Overhead(idle_s=idle_s, refill_s=refill_s.get(None, 0.0))}
     for draft, own_points in points.items():
-        drafted_s = share * step_s.get(draft, 0.0)
+        drafted_s = share * step_s[draft]
         round_s = _weighted_median([(seconds - drafted_s * drafted, rounds) for drafted, seconds, rounds in own_points])
-        rates[draft] = Overhead(idle_s=idle_s, round_s=round_s, drafted_s=drafted_s)
+        rates[draft] = Overhead(idle_s=idle_s, round_s=round_s, drafted_s=drafted_s, refill_s=refill_s[draft])
     return rates
+
+
+def _model_step_s(steps: Steps, draft: Draft) -> float:
+    """Seconds of a single-token step of a draft's model; 0 where it has none."""
+    model = _parts(draft)[1]
+    return 0.0 if model is None else median(step_samples(steps, model, 1))
 
 
 def _slope(points: list[tuple[float, float, float]]) -> float | None:

@@ -22,17 +22,26 @@ def decoded_pairs(pairs: Sequence[Pair]) -> list[Pair]:
     return [pair for pair in pairs if min(sample.output_tokens for sample in pair) > 1]
 
 
-def measure(setup: Setup, pairs: Sequence[Pair], *, greedy: bool) -> Measured:
-    """Speed-ups and rates from (plain, setup) pairs, one per prompt.
+def measure(setup: Setup, pairs: Sequence[Pair], *, greedy: bool, queue_size: int = 1) -> Measured:
+    """Speed-ups and rates from (plain, setup) pairs, `queue_size` of them in a row run as one queue.
 
     Only `decoded_pairs` count, in `num_prompts` too; the end-to-end ratio is over all pairs. Greedy outputs that
-    differ are counted as partings. Raises InputError when fewer than two pairs remain.
+    differ are counted as partings. In a batch prompts repeat and share their queue's noise: the interval is the wider
+    of those over prompts and over queues. Raises InputError when fewer than two pairs remain.
     """
     decoded = decoded_pairs(pairs)
-    plain_s, plain_tokens, chosen_s, chosen_tokens = _columns(decoded)
-    speedup, p_value = speedup_interval(plain_s, plain_tokens, chosen_s, chosen_tokens)
-    plain_all, chosen_all = ([pair[side].ttft_s + pair[side].decode_s for pair in pairs] for side in (0, 1))
-    plain_out, chosen_out = ([pair[side].output_tokens for pair in pairs] for side in (0, 1))
+    by_prompt = _by_prompt(decoded, queue_size)
+    groupings = [by_prompt]
+    if queue_size > 1:
+        kept = [number // queue_size for number, pair in enumerate(pairs) if pair in decoded]
+        groupings.append(_grouped(decoded, kept))
+    speedup, p_value = max(
+        (speedup_interval(*_columns(groups)) for groups in groupings), key=lambda found: found[0].high - found[0].low
+    )
+    plain_s, plain_tokens, chosen_s, chosen_tokens = _columns(by_prompt)
+    whole = _by_prompt(pairs, queue_size)
+    plain_all, chosen_all = ([_total_s(group, side) for group in whole] for side in (0, 1))
+    plain_out, chosen_out = ([sum(pair[side].output_tokens for pair in group) for group in whole] for side in (0, 1))
     end_to_end, _ = speedup_interval(plain_all, plain_out, chosen_all, chosen_out)
     return Measured(
         setup=setup,
@@ -41,16 +50,37 @@ def measure(setup: Setup, pairs: Sequence[Pair], *, greedy: bool) -> Measured:
         plain_tok_per_s=rate_interval(plain_s, plain_tokens),
         tok_per_s=rate_interval(chosen_s, chosen_tokens),
         p_value=p_value,
-        num_prompts=len(decoded),
+        num_prompts=len(by_prompt),
         num_partings=sum(plain.output_digest != chosen.output_digest for plain, chosen in pairs) if greedy else 0,
-        num_disturbed=sum(plain.disturbed or chosen.disturbed for plain, chosen in decoded),
+        num_disturbed=sum(any(run.disturbed for pair in group for run in pair) for group in by_prompt),
     )
 
 
-def _columns(pairs: Sequence[Pair]) -> tuple[list[float], list[int], list[float], list[int]]:
-    """Decode seconds and tokens after the first, of plain decoding and of the setup."""
+def _grouped(pairs: Sequence[Pair], keys: Sequence[object]) -> list[list[Pair]]:
+    """Pairs with equal keys together, in the order of their first."""
+    groups: dict[object, list[Pair]] = {}
+    for key, pair in zip(keys, pairs, strict=True):
+        groups.setdefault(key, []).append(pair)
+    return list(groups.values())
+
+
+def _by_prompt(pairs: Sequence[Pair], queue_size: int) -> list[list[Pair]]:
+    """The pairs of each prompt; at batch 1 every pair is one of its own."""
+    return _grouped(pairs, [number if queue_size == 1 else pair[0].prompt_digest for number, pair in enumerate(pairs)])
+
+
+def _total_s(group: Sequence[Pair], side: int) -> float:
+    return sum(pair[side].ttft_s + pair[side].decode_s for pair in group)
+
+
+def _columns(groups: Sequence[Sequence[Pair]]) -> tuple[list[float], list[int], list[float], list[int]]:
+    """Decode seconds and tokens after the first of every group, of plain decoding and of the setup."""
     (plain_s, plain_tokens), (chosen_s, chosen_tokens) = (
-        ([pair[side].decode_s for pair in pairs], [pair[side].output_tokens - 1 for pair in pairs]) for side in (0, 1)
+        (
+            [sum(pair[side].decode_s for pair in group) for group in groups],
+            [sum(pair[side].output_tokens - 1 for pair in group) for group in groups],
+        )
+        for side in (0, 1)
     )
     return plain_s, plain_tokens, chosen_s, chosen_tokens
 
@@ -58,7 +88,7 @@ def _columns(pairs: Sequence[Pair]) -> tuple[list[float], list[int], list[float]
 def speedup_so_far(pairs: Sequence[Pair]) -> Interval | None:
     """Decode speed-up over the pairs there are; None under two with a second token. For people who watch."""
     decoded = decoded_pairs(pairs)
-    return speedup_interval(*_columns(decoded))[0] if len(decoded) > 1 else None
+    return speedup_interval(*_columns([[pair] for pair in decoded]))[0] if len(decoded) > 1 else None
 
 
 def prove(measured: Sequence[Measured]) -> list[bool]:

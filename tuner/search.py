@@ -18,7 +18,9 @@ import optuna
 
 from profiles.errors import EngineError, StoreError
 from profiles.formulas import tpot_s
-from profiles.terms import PLAIN, Engine, Infeasible, Prompt, Sample, Setup, Workload
+from profiles.keys import queue_digest
+from profiles.protocol import Engine
+from profiles.terms import PLAIN, Infeasible, Prompt, Sample, Setup, Workload
 from tuner.claims import Forecast
 from tuner.objective import among_equals, score
 
@@ -27,9 +29,11 @@ TPE_TRIALS = 400
 KEPT_TRIALS = 100
 PRUNE_P = 0.1
 PRUNE_AFTER_STEPS = 4
-NOISE_PROMPTS = 6  # plain against plain needs no more to show the noise floor
+NOISE_QUEUES = 6  # plain against plain needs no more to show the noise floor
 
 Storage: TypeAlias = optuna.storages.BaseStorage
+Pair: TypeAlias = tuple[Sample, Sample]  # plain decoding, a setup
+Queue: TypeAlias = tuple[Prompt, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,37 +114,47 @@ def search_forecasts(
     return sorted(found.values(), key=score, reverse=True)
 
 
-def log_ratio(plain: Sample, chosen: Sample) -> float | None:
-    """Log of chosen over plain seconds per token: negative when the setup is faster; None without a second token."""
-    plain_s, chosen_s = tpot_s(plain), tpot_s(chosen)
-    return math.log(chosen_s / plain_s) if plain_s and chosen_s else None
+def log_ratio(pairs: Sequence[Pair]) -> float | None:
+    """Log of the setup's over plain seconds per token, over all pairs: negative when the setup is faster.
+
+    None without a pair whose outputs have a second token.
+    """
+    timed = [pair for pair in pairs if all(tpot_s(sample) for sample in pair)]
+    if not timed:
+        return None
+    plain_s, chosen_s = (
+        sum(pair[side].decode_s for pair in timed) / sum(pair[side].output_tokens - 1 for pair in timed)
+        for side in (0, 1)
+    )
+    return math.log(chosen_s / plain_s)
 
 
-def pair_order(workload: Workload, prompt: Prompt, setup: Setup) -> tuple[Setup, Setup]:
-    """Plain decoding and the setup in an order drawn from seed, prompt and setup: random, but a rerun repeats it."""
-    plain_first = random.Random(f"{workload.seed}/{prompt.digest}/{setup.digest}").random() < 0.5
+def pair_order(workload: Workload, queue: Queue, setup: Setup) -> tuple[Setup, Setup]:
+    """Plain decoding and the setup in an order drawn from seed, prompts and setup: random, but a rerun repeats it."""
+    plain_first = random.Random(f"{workload.seed}/{queue_digest(queue)}/{setup.digest}").random() < 0.5
     return (PLAIN, setup) if plain_first else (setup, PLAIN)
 
 
-def run_pair(engine: Engine, workload: Workload, prompt: Prompt, setup: Setup, occasion: str) -> tuple[Sample, Sample]:
-    """(plain, setup) of one prompt, run back to back in their drawn order."""
-    order = pair_order(workload, prompt, setup)
-    first, second = engine.run_together(workload, prompt, order, occasion)
-    return (first, second) if order[0] == PLAIN else (second, first)
+def run_pairs(engine: Engine, workload: Workload, queue: Queue, setup: Setup, occasion: str) -> list[Pair]:
+    """(plain, setup) of every prompt of a queue, the two run back to back in their drawn order."""
+    order = pair_order(workload, queue, setup)
+    samples = engine.run_together(workload, queue, order, occasion)
+    first, second = samples[: len(queue)], samples[len(queue) :]
+    return list(zip(first, second, strict=True) if order[0] == PLAIN else zip(second, first, strict=True))
 
 
 @_kept("Optuna's studies")
 def race(
-    run: Callable[[Prompt, Setup], tuple[Sample, Sample]],
-    prompts: Sequence[Prompt],
+    run: Callable[[Queue, Setup], Sequence[Pair]],
+    queues: Sequence[Queue],
     finalists: Sequence[Setup],
     name: str,
     storage: Storage | None,
 ) -> Race:
-    """Study 2: trial 0 is plain against plain, then one trial per finalist; step i is prompt i, paired.
+    """Study 2: trial 0 is plain against plain, then one trial per finalist; step i is queue i, paired.
 
-    The reported value is the log ratio of seconds per token; `WilcoxonPruner` stops a trial that loses, prompt by
-    prompt, to the best finished one. A finalist that fails is listed. The race only selects: it never counts as proof.
+    The reported value is the log ratio of seconds per token; `WilcoxonPruner` stops a trial that loses, queue by
+    queue, to the best finished one. A finalist that fails is listed. The race only selects: it never counts as proof.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
@@ -155,7 +169,7 @@ def race(
         study.enqueue_trial({"setup": setup.name})
         trial = study.ask({"setup": names})
         try:
-            mean = _run_trial(trial, run, prompts if setup != PLAIN else prompts[:NOISE_PROMPTS], setup)
+            mean = _run_trial(trial, run, queues if setup != PLAIN else queues[:NOISE_QUEUES], setup)
         except EngineError as error:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             failed.append(Infeasible(setup=setup, reason=type(error).__name__, detail=str(error)))
@@ -175,14 +189,14 @@ def race(
 
 def _run_trial(
     trial: optuna.Trial,
-    run: Callable[[Prompt, Setup], tuple[Sample, Sample]],
-    prompts: Sequence[Prompt],
+    run: Callable[[Queue, Setup], Sequence[Pair]],
+    queues: Sequence[Queue],
     setup: Setup,
 ) -> float | None:
-    """Mean log ratio over the prompts; None when it was pruned or no run had a time per token."""
+    """Mean log ratio over the queues; None when it was pruned or no run had a time per token."""
     ratios: list[float] = []
-    for step, prompt in enumerate(prompts):
-        ratio = log_ratio(*run(prompt, setup))
+    for step, queue in enumerate(queues):
+        ratio = log_ratio(run(queue, setup))
         if ratio is None:
             continue
         ratios.append(ratio)

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 
 from profiles.errors import EngineError, InputError
 from profiles.keys import run_point, unit_digest
+from profiles.protocol import Engine
 from profiles.spelling import Refused
-from profiles.terms import PLAIN, Engine, Infeasible, Interval, Prompt, Sample, Setup, Workload
+from profiles.terms import PLAIN, Infeasible, Interval, Prompt, Sample, Setup, Workload
 from tuner import proof, search
 from tuner.board import Board, Show
 from tuner.claims import Forecast, Measured
 from tuner.evidence import Evidence, Progress, gather, spread_over_domains
+from tuner.evidence import queues as queues_of
 from tuner.forecast import Forecaster
 from tuner.limits import Limits
 from tuner.objective import among_equals, finalists
@@ -25,6 +27,7 @@ from tuner.space import candidates
 MIN_DOMAIN_PROMPTS = 24
 MIN_RACE_PROMPTS = 4
 MIN_FORECAST_PROMPTS = 12
+RACE_QUEUES, PROOF_QUEUES = (4, 2), (6, 4)  # in a batch: how many queues, and their length in batches
 
 
 class OutOfTimeError(Exception):
@@ -210,21 +213,24 @@ class Tuner:
         prompts = spread_over_domains(anchor.race_pool, self._options.race_prompts) if anchor.race_pool else ()
         if len(prompts) < MIN_RACE_PROMPTS or len(hopeful) == 1:
             return hopeful[0]
-        total, done = len(prompts) * len(hopeful) + min(len(prompts), search.NOISE_PROMPTS), 0
+        queues = queues_of(prompts, anchor.workload.batch_size, len(prompts), RACE_QUEUES)
+        total, done = len(queues) * len(hopeful) + min(len(queues), search.NOISE_QUEUES), 0
         ran: dict[Setup, list[proof.Pair]] = {}
 
-        def run(prompt: Prompt, setup: Setup) -> proof.Pair:
+        def run(queue: search.Queue, setup: Setup) -> list[proof.Pair]:
             nonlocal done
             self._progress(f"race {anchor.domain}", done, total)
             done += 1
-            pair = search.run_pair(self._engine, anchor.workload, prompt, setup, "race 0")
+            occasion = _occasion("race", anchor, len(ran.get(setup, ())) // len(queue))
+            found = search.run_pairs(self._engine, anchor.workload, queue, setup, occasion)
             pairs = ran.setdefault(setup, [])
-            pairs.append(pair)
+            pairs += found
             if setup != PLAIN:
-                self._board.note(setup, f"racing {len(pairs)}/{len(prompts)}", proof.speedup_so_far(pairs))
-            return pair
+                place = f"{len(pairs)}/{sum(map(len, queues))}"
+                self._board.note(setup, f"racing {place}", proof.speedup_so_far(pairs))
+            return found
 
-        anchor.race = search.race(run, prompts, hopeful, name, self._options.storage)
+        anchor.race = search.race(run, queues, hopeful, name, self._options.storage)
         anchor.plain_samples = tuple(plain for pairs in ran.values() for plain, _ in pairs)
         for failed in anchor.race.failed:
             if failed.setup != PLAIN:  # plain against plain only shows the noise
@@ -240,29 +246,39 @@ class Tuner:
         return winner if winner is not None and known[winner] > 1.0 else None
 
     def _prove(self, anchor: Anchor, setup: Setup) -> None:
-        prompts = spread_over_domains(anchor.proof_pool, self._options.proof_prompts)
+        most = self._options.proof_prompts
+        queues = queues_of(anchor.proof_pool, anchor.workload.batch_size, most, PROOF_QUEUES)
         pairs: list[proof.Pair] = []
-        for done, prompt in enumerate(prompts):
-            self._progress(f"proof {anchor.domain}", done, len(prompts))
-            pairs.append(search.run_pair(self._engine, anchor.workload, prompt, setup, "proof 0"))
-            self._board.note(setup, f"proving {len(pairs)}/{len(prompts)}", proof.speedup_so_far(pairs))
+        for done, queue in enumerate(queues):
+            self._progress(f"proof {anchor.domain}", done, len(queues))
+            pairs += search.run_pairs(self._engine, anchor.workload, queue, setup, _occasion("proof", anchor, done))
+            self._board.note(setup, f"proving {done + 1}/{len(queues)}", proof.speedup_so_far(pairs))
         anchor.plain_samples = tuple(plain for plain, _ in pairs)
         self._rule_out(anchor, self._options.limits.latency_breach(setup, [chosen for _, chosen in pairs]))
         if len(decoded := proof.decoded_pairs(pairs)) < 2:
             anchor.stopped = f"only {len(decoded)} outputs had a second token to time"
             return
-        anchor.measured = proof.measure(setup, pairs, greedy=anchor.workload.temperature == 0.0)
-        anchor.evidence = tuple(self._unit(anchor.workload, prompt, setup, "proof 0") for prompt in prompts)
+        greedy = anchor.workload.temperature == 0.0
+        anchor.measured = proof.measure(setup, pairs, greedy=greedy, queue_size=len(queues[0]))
+        anchor.evidence = tuple(
+            self._unit(anchor.workload, queue, setup, _occasion("proof", anchor, number))
+            for number, queue in enumerate(queues)
+        )
         self._board.note(setup, "measured", anchor.measured.speedup)
 
-    def _unit(self, workload: Workload, prompt: Prompt, setup: Setup, occasion: str) -> str:
-        point = run_point(workload, prompt, search.pair_order(workload, prompt, setup), occasion)
+    def _unit(self, workload: Workload, queue: search.Queue, setup: Setup, occasion: str) -> str:
+        point = run_point(workload, queue, search.pair_order(workload, queue, setup), occasion)
         return unit_digest(self._engine.target, self._engine.environment, point)
 
     def _progress(self, stage: str, done: int, total: int) -> None:
         if self._watch.out_of_time():
             raise OutOfTimeError
         self._watch.progress(stage, done, total)
+
+
+def _occasion(purpose: str, anchor: Anchor, number: int) -> str:
+    """At batch 1 anchors share their runs of a prompt; in a batch the same queue may be run again for its noise."""
+    return f"{purpose} {0 if anchor.workload.batch_size == 1 else number}"
 
 
 def plan_anchors(workload: Workload, prompts: Sequence[Prompt]) -> list[Anchor]:

@@ -14,7 +14,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from profiles.formulas import speedup_interval
-from profiles.terms import PLAIN, Engine, Prompt, Setup, Workload
+from profiles.protocol import Engine
+from profiles.terms import PLAIN, Prompt, Setup, Workload
 from store import runs as store_runs
 from store.book import Book
 from tests.benchmarks.common import LENGTHS, family, finish

@@ -1,0 +1,63 @@
+"""What can be measured, and how it is asked: the protocol of an engine.
+
+The torch engine, the recorded engine and the remembering wrapper all fit. Knows records only.
+"""
+
+from typing import Protocol
+
+from profiles.terms import (
+    Acceptance,
+    Draft,
+    Environment,
+    Model,
+    Prompt,
+    Sample,
+    Setup,
+    StepTimes,
+    TargetTrace,
+    Workload,
+)
+
+
+class Engine(Protocol):
+    """A target and its drafts on a device.
+
+    A method measures one unit; a caller may stop between units and lose nothing. Every method raises `EngineError`
+    when the device fails and `InputError` when the models do not allow the workload.
+    """
+
+    @property
+    def environment(self) -> Environment: ...
+
+    @property
+    def target(self) -> Model: ...
+
+    @property
+    def drafts(self) -> tuple[Draft, ...]: ...
+
+    def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
+        """One plain run of the target, alone in its batch; not timed."""
+        ...
+
+    def trace_draft(
+        self, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft, max_length: int
+    ) -> Acceptance:
+        """A draft, or a part of one, over the target's trace of this prompt, for every length up to `max_length`."""
+        ...
+
+    def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
+        """The staircases of the target (widths 1..max_length+1) and of all drafts' parts, interleaved; by part digest.
+
+        Each step is that of a whole batch, with `context_length` tokens cached in every row.
+        """
+        ...
+
+    def run_together(
+        self, workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], occasion: str
+    ) -> tuple[Sample, ...]:
+        """Real timed runs of a queue of prompts, one setup after another as given: a sample per setup and prompt.
+
+        A batch of rows is kept full until the queue is empty; samples of one setup stand together. `occasion` names why
+        (`race 0`, `proof 0`): evidence taken for one purpose never answers for another.
+        """
+        ...
