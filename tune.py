@@ -213,7 +213,7 @@ def explain(
     figures = [anchor for anchor in dossier.anchors if anchor.choice.anchor == answer.choice.anchor]
     if not figures:
         raise NotMeasuredError(f"the last run did not decide this: {answer.rule}; run `tune.py run` for it")
-    found = explains.explain(explains.facts_of(figures[0]), instead)
+    found = explains.explain(figures[0], instead)
     if json_only:
         _print_json(found.to_json())
     else:
