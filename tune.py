@@ -138,7 +138,7 @@ def check(
         requests = [request for source in prompts or [] for request in files.read(source)]
         found = checks.check(target, specs, shape, requests)
     if json_only:
-        _print_json(asdict(found))
+        _print_json(found.to_json())
     else:
         out.print(check_table(found))
     return InputError.exit_code if any(one.problem is not None for one in found.drafts) else 0
