@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.exceptions import TyperException
 
-from profiles import spelling
+from profiles import shipped, spelling
 from profiles.errors import DraftpickError, InputError, NotMeasuredError, PolicyError
 from profiles.terms import PLAIN
 from store.book import Book
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from store.runs import FinishedRun
     from tuner.limits import Limits
 
-FAMILY_DRAFTS = ["builtin:draft-general", "builtin:draft-code", "builtin:draft-prose", "builtin:draft-deep", "ngram"]
 OBJECTIVES = ("tpot", "throughput")
 EXIT_NOT_PROVEN, EXIT_NOTHING_FEASIBLE, EXIT_INTERRUPTED = 5, 6, 130
 BOOK_NAME = "evidence.db"
@@ -87,7 +86,7 @@ def run(asked: flags.RunFlags) -> int:
 
 def _specs(target: str, drafts: list[str] | None) -> list[spelling.DraftSpec]:
     """What was asked for, or the drafts that ship with the target that ships, or prompt look-up."""
-    default = FAMILY_DRAFTS if target == flags.FAMILY_TARGET else ["ngram"]
+    default = [*(shipped.DRAFTS if target == shipped.TARGET else ()), "ngram"]
     return [spelling.parse_draft(text) for text in drafts or default]
 
 
@@ -109,7 +108,7 @@ def _load(asked: flags.RunFlags) -> "tuple[Bench, Loads, list[str]]":
     )
     num_tokens = max(question.contexts, default=question.max_new_tokens)
     bench = loading.load(asked.target, specs, asked.dtype, asked.device, num_tokens)
-    loads, warnings = loading.workloads(bench, question, asked.prompts or ["builtin:all"], asked.domain)
+    loads, warnings = loading.workloads(bench, question, asked.prompts or [shipped.ALL_PROMPTS], asked.domain)
     for workload, prompts in loads:
         plan_anchors(workload, prompts)  # refuses a domain's name, which the run would only do once it is noted
     notes = [loaded.note for loaded in bench.loaded if loaded.note is not None]
@@ -118,7 +117,7 @@ def _load(asked: flags.RunFlags) -> "tuple[Bench, Loads, list[str]]":
 
 @app.command()
 def check(
-    target: flags.Target = flags.FAMILY_TARGET,
+    target: flags.Target = shipped.TARGET,
     draft: flags.Drafts = None,
     batch_size: flags.AskedBatch = 1,
     context: flags.AskedContext = None,

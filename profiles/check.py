@@ -15,6 +15,7 @@ from profiles.loading import Bench
 from profiles.models import Loaded
 from profiles.pairs import DraftCheck, Glance, PairReport
 from profiles.prompts import Request
+from profiles.shipped import ALL_PROMPTS
 from profiles.sizes import Footprint
 from profiles.spelling import NGRAM_DEFAULTS, DraftSpec
 from profiles.terms import Draft, Prompt, TargetTrace, Workload
@@ -100,7 +101,7 @@ def _look(
 ) -> tuple[Workload, tuple[tuple[Prompt, TargetTrace], ...], list[str]]:
     """A few short greedy outputs of the target, on prompts of as many domains as there are, and warnings."""
     target = bench.loaded[0]
-    chosen = _spread(requests or prompts.read("builtin:all"))
+    chosen = _spread(requests or prompts.read(ALL_PROMPTS))
     room = min(MOST_PROMPT_TOKENS, target.max_positions - NEW_TOKENS - LENGTH)
     tokenized, warnings = prompts.tokenize(chosen, target.tokenizer, room)
     longest = max(len(prompt.token_ids) for prompt in tokenized)

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from profiles import prompts
 from profiles.errors import PromptError
 from profiles.prompts import Request
+from profiles.shipped import FAMILY_FOLDER
 from profiles.terms import Prompt
 from tests import tiny
 
@@ -332,7 +333,7 @@ def test_random_tokens_are_warned_of(text: str, is_random: bool) -> None:
 
 def test_the_built_in_prompts_do_not_look_random() -> None:
     """No false alarm on the 144 prompts that ship, read with the tokenizer that ships."""
-    tokenizer = AutoTokenizer.from_pretrained(prompts.BUILTIN_FOLDER.parent / "target")
+    tokenizer = AutoTokenizer.from_pretrained(FAMILY_FOLDER / "target")
     requests = prompts.read("builtin:all")
     found, warnings = prompts.tokenize(requests, tokenizer, 1000)
     assert len(found) == len(requests) == 144

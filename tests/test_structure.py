@@ -21,6 +21,7 @@ FLOORS = {
     "profiles.formulas": 1,
     "profiles.keys": 1,
     "profiles.pairs": 1,
+    "profiles.shipped": 1,
     "profiles.sizes": 1,
     "profiles.spelling": 1,
     "profiles": 2,
