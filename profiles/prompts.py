@@ -6,7 +6,7 @@ whatever encodes text and applies a chat template, so this module loads no torch
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ import jinja2
 
 from profiles.errors import PromptError
 from profiles.shipped import ALL_PROMPTS, BUILTIN, FAMILY_FOLDER
-from profiles.terms import Prompt, digest_of
+from profiles.terms import Prompt
 
 Messages = tuple[tuple[str, str], ...]
 
@@ -103,11 +103,6 @@ def tokenize(requests: Sequence[Request], tokenizer: Tokenizer, most_tokens: int
             "drafts reach on them says nothing about text"
         )
     return list(unique.values()), warnings
-
-
-def set_digest(prompts: Iterable[Prompt]) -> str:
-    """Identity of a set of prompts, in any order; domains are labels and not part of it."""
-    return digest_of(sorted(prompt.digest for prompt in prompts))
 
 
 def _looks_random(token_ids: Sequence[int]) -> bool:

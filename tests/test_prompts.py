@@ -340,15 +340,6 @@ def test_the_built_in_prompts_do_not_look_random() -> None:
     assert warnings == []
 
 
-def test_a_set_s_digest_knows_no_order_and_no_domain() -> None:
-    """Only which prompts are in the set counts."""
-    one, two = (Prompt(domain="a", token_ids=(number,)) for number in (1, 2))
-    digest = prompts.set_digest([one, two])
-    assert digest == prompts.set_digest(iter([Prompt(domain="b", token_ids=(2,)), one]))
-    assert digest != prompts.set_digest([one])
-    assert digest == "995fc4700a73c4d7477ccc85d9a97bcb"
-
-
 @pytest.mark.parametrize(
     ("requests", "most_tokens", "words"),
     [
