@@ -174,8 +174,7 @@ def lookup(
     with Book.open(path) as book:
         policy = _find_policy(book, target)
         outcome = book.latest_outcome(policy.target)
-    asked = policy.headline.temperature if temperature is None else temperature
-    answer = policy.look_up(batch_size=batch_size, context_length=context, domain=domain, temperature=asked)
+    answer = _ask(policy, batch_size, context, domain, temperature)
     if json_only:
         policy_path = str(path.with_name(policy.file_name))
         cost, left_out = outcome.get("cost", {}), outcome.get("left_out", [])
@@ -207,8 +206,7 @@ def explain(
     with Book.open(_existing_store(store)) as book:
         policy = _find_policy(book, target)
         dossier = _dossier(book, policy)
-    asked = policy.headline.temperature if temperature is None else temperature
-    answer = policy.look_up(batch_size=batch_size, context_length=context, domain=domain, temperature=asked)
+    answer = _ask(policy, batch_size, context, domain, temperature)
     figures = [anchor for anchor in dossier.anchors if anchor.choice.anchor == answer.choice.anchor]
     if not figures:
         raise NotMeasuredError(f"the last run did not decide this: {answer.rule}; run `tune.py run` for it")
@@ -229,14 +227,18 @@ def report(
     """Draw the latest run: a page with everything, or the chart of output tokens per second as a picture."""
     from tuner.report import page
 
-    suffixes = (*page.SUFFIXES, ".png", ".svg")
-    if out_path.suffix.lower() not in suffixes:
-        raise InputError(f"report {out_path}: the suffixes {', '.join(suffixes)} are allowed")
     with Book.open(_existing_store(store)) as book:
         dossier = _dossier(book, _find_policy(book, target))
-    write = page.write_page if out_path.suffix.lower() in page.SUFFIXES else page.write_picture
-    write(dossier, out_path)
+    page.write(dossier, out_path)
     _say(f"wrote {out_path}")
+
+
+def _ask(
+    policy: policies.Policy, batch_size: int, context: int | None, domain: str | None, temperature: float | None
+) -> policies.Answer:
+    """The policy's answer; without a temperature, at the one that was tuned last."""
+    asked = policy.headline.temperature if temperature is None else temperature
+    return policy.look_up(batch_size=batch_size, context_length=context, domain=domain, temperature=asked)
 
 
 def _dossier(book: Book, policy: policies.Policy) -> reports.Dossier:
