@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.exceptions import TyperException
 
-from profiles import spelling
+from profiles import shipped, spelling
 from profiles.errors import DraftpickError, InputError, NotMeasuredError, PolicyError
 from profiles.terms import PLAIN
 from store.book import Book
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from store.runs import FinishedRun
     from tuner.limits import Limits
 
-FAMILY_DRAFTS = ["builtin:draft-general", "builtin:draft-code", "builtin:draft-prose", "builtin:draft-deep", "ngram"]
 OBJECTIVES = ("tpot", "throughput")
 EXIT_NOT_PROVEN, EXIT_NOTHING_FEASIBLE, EXIT_INTERRUPTED = 5, 6, 130
 BOOK_NAME = "evidence.db"
@@ -87,7 +86,7 @@ def run(asked: flags.RunFlags) -> int:
 
 def _specs(target: str, drafts: list[str] | None) -> list[spelling.DraftSpec]:
     """What was asked for, or the drafts that ship with the target that ships, or prompt look-up."""
-    default = FAMILY_DRAFTS if target == flags.FAMILY_TARGET else ["ngram"]
+    default = [*(shipped.DRAFTS if target == shipped.TARGET else ()), "ngram"]
     return [spelling.parse_draft(text) for text in drafts or default]
 
 
@@ -109,7 +108,7 @@ def _load(asked: flags.RunFlags) -> "tuple[Bench, Loads, list[str]]":
     )
     num_tokens = max(question.contexts, default=question.max_new_tokens) * max(question.batch_sizes)
     bench = loading.load(asked.target, specs, asked.dtype, asked.device, num_tokens)
-    loads, warnings = loading.workloads(bench, question, asked.prompts or ["builtin:all"], asked.domain)
+    loads, warnings = loading.workloads(bench, question, asked.prompts or [shipped.ALL_PROMPTS], asked.domain)
     for workload, prompts in loads:
         plan_anchors(workload, prompts)  # refuses a domain's name, which the run would only do once it is noted
     notes = [loaded.note for loaded in bench.loaded if loaded.note is not None]
@@ -118,7 +117,7 @@ def _load(asked: flags.RunFlags) -> "tuple[Bench, Loads, list[str]]":
 
 @app.command()
 def check(
-    target: flags.Target = flags.FAMILY_TARGET,
+    target: flags.Target = shipped.TARGET,
     draft: flags.Drafts = None,
     batch_size: flags.AskedBatch = 1,
     context: flags.AskedContext = None,
@@ -138,7 +137,7 @@ def check(
         requests = [request for source in prompts or [] for request in files.read(source)]
         found = checks.check(target, specs, shape, requests)
     if json_only:
-        _print_json(asdict(found))
+        _print_json(found.to_json())
     else:
         out.print(check_table(found))
     return InputError.exit_code if any(one.problem is not None for one in found.drafts) else 0
@@ -175,8 +174,7 @@ def lookup(
     with Book.open(path) as book:
         policy = _find_policy(book, target)
         outcome = book.latest_outcome(policy.target)
-    asked = policy.headline.temperature if temperature is None else temperature
-    answer = policy.look_up(batch_size=batch_size, context_length=context, domain=domain, temperature=asked)
+    answer = _ask(policy, batch_size, context, domain, temperature)
     if json_only:
         policy_path = str(path.with_name(policy.file_name))
         cost, left_out = outcome.get("cost", {}), outcome.get("left_out", [])
@@ -208,12 +206,11 @@ def explain(
     with Book.open(_existing_store(store)) as book:
         policy = _find_policy(book, target)
         dossier = _dossier(book, policy)
-    asked = policy.headline.temperature if temperature is None else temperature
-    answer = policy.look_up(batch_size=batch_size, context_length=context, domain=domain, temperature=asked)
+    answer = _ask(policy, batch_size, context, domain, temperature)
     figures = [anchor for anchor in dossier.anchors if anchor.choice.anchor == answer.choice.anchor]
     if not figures:
         raise NotMeasuredError(f"the last run did not decide this: {answer.rule}; run `tune.py run` for it")
-    found = explains.explain(explains.facts_of(figures[0]), instead)
+    found = explains.explain(figures[0], instead)
     if json_only:
         _print_json(found.to_json())
     else:
@@ -230,14 +227,18 @@ def report(
     """Draw the latest run: a page with everything, or the chart of output tokens per second as a picture."""
     from tuner.report import page
 
-    suffixes = (*page.SUFFIXES, ".png", ".svg")
-    if out_path.suffix.lower() not in suffixes:
-        raise InputError(f"report {out_path}: the suffixes {', '.join(suffixes)} are allowed")
     with Book.open(_existing_store(store)) as book:
         dossier = _dossier(book, _find_policy(book, target))
-    write = page.write_page if out_path.suffix.lower() in page.SUFFIXES else page.write_picture
-    write(dossier, out_path)
+    page.write(dossier, out_path)
     _say(f"wrote {out_path}")
+
+
+def _ask(
+    policy: policies.Policy, batch_size: int, context: int | None, domain: str | None, temperature: float | None
+) -> policies.Answer:
+    """The policy's answer; without a temperature, at the one that was tuned last."""
+    asked = policy.headline.temperature if temperature is None else temperature
+    return policy.look_up(batch_size=batch_size, context_length=context, domain=domain, temperature=asked)
 
 
 def _dossier(book: Book, policy: policies.Policy) -> reports.Dossier:

@@ -12,10 +12,11 @@ from profiles import environment, loading, memory, models, prompts, sources
 from profiles.errors import DraftpickError, InputError, ModelError, PairError
 from profiles.formulas import acceptance_length, acceptance_rate, walk
 from profiles.loading import Bench
-from profiles.memory import Footprint
 from profiles.models import Loaded
-from profiles.pairs import DraftCheck, Glance, Need, PairReport
+from profiles.pairs import DraftCheck, Glance, PairReport
 from profiles.prompts import Request
+from profiles.shipped import ALL_PROMPTS
+from profiles.sizes import Footprint
 from profiles.spelling import NGRAM_DEFAULTS, DraftSpec
 from profiles.terms import Draft, Prompt, TargetTrace, Workload
 
@@ -45,12 +46,11 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Look:
-    """The target's short outputs, and the shape that memory is told for."""
+    """The target's short outputs, and the shape that positions are checked for."""
 
     workload: Workload
     traces: tuple[tuple[Prompt, TargetTrace], ...]
     shape: Shape
-    num_tokens: int
 
 
 def check(target: str, specs: Sequence[DraftSpec], shape: Shape, requests: Sequence[Request] = ()) -> PairReport:
@@ -64,12 +64,11 @@ def check(target: str, specs: Sequence[DraftSpec], shape: Shape, requests: Seque
     """
     specs = list(dict.fromkeys([*specs, LOOKUP]))
     context = shape.context_length or min(DEFAULT_CONTEXT, _from_header(target, "float32")[0] or DEFAULT_CONTEXT)
-    num_tokens = shape.batch_size * context
     free = environment.free_bytes(environment.pick_device(shape.device))
-    bench = loading.load(target, specs, shape.dtype, shape.device, num_tokens)
+    bench = loading.load(target, specs, shape.dtype, shape.device, shape.batch_size * context)
     models.check_room(bench.loaded[0], context_length=context, max_length=0)
     workload, traces, warnings = _look(bench, requests)
-    look = _Look(workload=workload, traces=traces, shape=shape, num_tokens=num_tokens)
+    look = _Look(workload=workload, traces=traces, shape=shape)
     notes = [loaded.note for loaded in bench.loaded if loaded.note is not None]
     little = f"acceptance at k={LENGTH} over {len(traces)} prompts says little: `tune.py run` measures it"
     return PairReport(
@@ -79,7 +78,7 @@ def check(target: str, specs: Sequence[DraftSpec], shape: Shape, requests: Seque
         batch_size=shape.batch_size,
         context_length=context,
         max_positions=bench.loaded[0].max_positions,
-        need=_need(bench.footprints[None], num_tokens),
+        need=bench.footprints[None],
         free_bytes=free,
         drafts=tuple(_row(bench, spec, look) for spec in specs),
         notes=(*notes, *warnings, little),
@@ -102,7 +101,7 @@ def _look(
 ) -> tuple[Workload, tuple[tuple[Prompt, TargetTrace], ...], list[str]]:
     """A few short greedy outputs of the target, on prompts of as many domains as there are, and warnings."""
     target = bench.loaded[0]
-    chosen = _spread(requests or prompts.read("builtin:all"))
+    chosen = _spread(requests or prompts.read(ALL_PROMPTS))
     room = min(MOST_PROMPT_TOKENS, target.max_positions - NEW_TOKENS - LENGTH)
     tokenized, warnings = prompts.tokenize(chosen, target.tokenizer, room)
     longest = max(len(prompt.token_ids) for prompt in tokenized)
@@ -132,7 +131,7 @@ def _row(bench: Bench, spec: DraftSpec, look: _Look) -> DraftCheck:
             name=spec.name,
             same_tokens=False if differs else None,
             max_positions=positions,
-            need=None if footprint is None else _need(footprint, look.num_tokens),
+            need=footprint,
             glance=None,
             problem=problem.detail,
         )
@@ -149,7 +148,7 @@ def _row(bench: Bench, spec: DraftSpec, look: _Look) -> DraftCheck:
         name=spec.name,
         same_tokens=True,
         max_positions=None if loaded is None else loaded.max_positions,
-        need=_need(bench.footprints[draft], look.num_tokens),
+        need=bench.footprints[draft],
         glance=glance,
         problem=reason,
     )
@@ -180,12 +179,4 @@ def _glance(bench: Bench, draft: Draft, look: _Look) -> Glance:
         length=LENGTH,
         acceptance_rate=acceptance_rate(rounds),
         acceptance_length=acceptance_length(rounds),
-    )
-
-
-def _need(footprint: Footprint, num_tokens: int) -> Need:
-    return Need(
-        weight_bytes=footprint.weight_bytes,
-        cache_bytes_per_token=footprint.cache_bytes_per_token,
-        total_bytes=footprint.total_bytes(num_tokens),
     )

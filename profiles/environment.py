@@ -14,10 +14,10 @@ import pynvml
 import torch
 
 from profiles.errors import InputError
+from profiles.sizes import GIB
 from profiles.terms import Environment
 
 ENGINE = "draftpick-torch"
-_GIB = 2**30
 
 
 def pick_device(asked: str | None) -> str:
@@ -56,7 +56,7 @@ def fingerprint(device: str) -> Environment:
     return Environment(
         device=name,
         device_count=count,
-        memory_bytes=max(1, round(memory_bytes / _GIB)) * _GIB,
+        memory_bytes=max(1, round(memory_bytes / GIB)) * GIB,
         driver=_driver() if on_gpu else None,
         cuda=torch.version.cuda if on_gpu else None,
         threads=torch.get_num_threads(),

@@ -4,7 +4,6 @@ Weights and key/value caches only: what is needed at least, because activations 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig
@@ -12,22 +11,11 @@ from transformers import PreTrainedConfig
 from profiles import sources
 from profiles.environment import free_bytes
 from profiles.errors import ModelError
+from profiles.sizes import GIB, Footprint
 from profiles.sources import Source
 from profiles.terms import DTYPES
 
-GIB = 2**30
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Footprint:
-    """Bytes a model takes: its weights once, and keys and values for every token of every sequence."""
-
-    weight_bytes: int
-    cache_bytes_per_token: int
-
-    def total_bytes(self, num_tokens: int) -> int:
-        """With `num_tokens` (batch times context) cached."""
-        return self.weight_bytes + num_tokens * self.cache_bytes_per_token
+__all__ = ["Footprint", "cached_values_per_token", "check_dtype", "check_memory", "footprint"]
 
 
 def check_dtype(dtype: str) -> None:

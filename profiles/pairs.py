@@ -1,18 +1,12 @@
 """What a check of a target with its drafts found: plain records, so that a report shows them without loading a model.
 
-Bytes are told at the batch and context asked for. How they were found out these records must not know.
+How they were found out these records must not know.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Need:
-    """Memory in bytes: weights once, keys and values per token of each sequence, and both at the asked shape."""
-
-    weight_bytes: int
-    cache_bytes_per_token: int
-    total_bytes: int
+from profiles.sizes import Footprint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +33,7 @@ class DraftCheck:
     name: str
     same_tokens: bool | None
     max_positions: int | None
-    need: Need | None
+    need: Footprint | None
     glance: Glance | None
     problem: str | None
 
@@ -54,7 +48,21 @@ class PairReport:
     batch_size: int
     context_length: int
     max_positions: int
-    need: Need
+    need: Footprint
     free_bytes: int
     drafts: tuple[DraftCheck, ...]
     notes: tuple[str, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are cached at the batch and context asked for."""
+        return self.batch_size * self.context_length
+
+    def to_json(self) -> dict[str, Any]:
+        """Lists, objects, strings, numbers and None only; every `need` tells its `total_bytes` too."""
+        raw = asdict(self)
+        needs = (self.need, *(draft.need for draft in self.drafts))
+        for told, need in zip((raw, *raw["drafts"]), needs, strict=True):
+            if need is not None:
+                told["need"]["total_bytes"] = need.total_bytes(self.num_tokens)
+        return raw

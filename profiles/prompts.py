@@ -6,7 +6,7 @@ whatever encodes text and applies a chat template, so this module loads no torch
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,12 +14,12 @@ from typing import Any, Protocol
 import jinja2
 
 from profiles.errors import PromptError
-from profiles.terms import Prompt, digest_of
+from profiles.shipped import ALL_PROMPTS, BUILTIN, FAMILY_FOLDER
+from profiles.terms import Prompt
 
 Messages = tuple[tuple[str, str], ...]
 
-BUILTIN_FOLDER = Path(__file__).parent / "family" / "prompts"
-_BUILTIN = "builtin:"
+BUILTIN_FOLDER = FAMILY_FOLDER / "prompts"
 _STDIN = "-"
 _SEPARATOR = "---"
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -68,7 +68,7 @@ def read(source: str, *, domain: str | None = None) -> list[Request]:
             raise PromptError("domain '': a name is needed")
     if source == _STDIN:
         return _read_stdin(domain)
-    paths = _builtin_paths(source) if source.startswith(_BUILTIN) else [Path(source)]
+    paths = _builtin_paths(source) if source.startswith(BUILTIN) else [Path(source)]
     return [request for path in paths for request in _read_file(path, domain)]
 
 
@@ -105,11 +105,6 @@ def tokenize(requests: Sequence[Request], tokenizer: Tokenizer, most_tokens: int
     return list(unique.values()), warnings
 
 
-def set_digest(prompts: Iterable[Prompt]) -> str:
-    """Identity of a set of prompts, in any order; domains are labels and not part of it."""
-    return digest_of(sorted(prompt.digest for prompt in prompts))
-
-
 def _looks_random(token_ids: Sequence[int]) -> bool:
     judged = token_ids[:_JUDGED_UP_TO]
     return len(judged) >= _JUDGED_FROM and 1.0 - len(set(judged)) / len(judged) < _LEAST_REPEATS
@@ -141,11 +136,13 @@ def _token_ids(request: Request, tokenizer: Tokenizer, where: str) -> list[int]:
 
 def _builtin_paths(source: str) -> list[Path]:
     known = {path.stem: path for path in sorted(BUILTIN_FOLDER.glob("*.jsonl"))}
-    name = source.removeprefix(_BUILTIN)
-    if name == "all" and known:
+    name = source.removeprefix(BUILTIN)
+    if source == ALL_PROMPTS and known:
         return list(known.values())
     if name not in known:
-        allowed = ", ".join(_BUILTIN + stem for stem in [*known, "all"]) if known else "none, no set is installed"
+        allowed = (
+            ", ".join([*(BUILTIN + stem for stem in known), ALL_PROMPTS]) if known else "none, no set is installed"
+        )
         raise PromptError(f"prompts {source!r}: no built-in set of that name; allowed are {allowed}")
     return [known[name]]
 
@@ -159,7 +156,7 @@ def _read_file(path: Path, domain: str | None) -> list[Request]:
         raw = path.read_bytes()
     except OSError as error:
         raise PromptError(
-            f"{where}: {error.strerror or error}; allowed are readable files, {_BUILTIN}NAME and -"
+            f"{where}: {error.strerror or error}; allowed are readable files, {BUILTIN}NAME and -"
         ) from error
     reader = _READERS.get(path.suffix.lower())
     if reader is None:

@@ -23,13 +23,12 @@ from transformers.utils import logging as transformers_logging
 from profiles import gguf_file
 from profiles.errors import ModelError, OutOfMemoryError
 from profiles.gguf_file import GgufFile
+from profiles.shipped import BUILTIN, FAMILY_FOLDER
 from profiles.terms import digest_of
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "*.model", "*.tiktoken", "vocab.*")
-FAMILY_FOLDER = Path(__file__).parent / "family"
-_BUILTIN = "builtin:"
 _HUB_FILES = ("model*.safetensors", "*.json", "*.jinja", "*.txt", *_TOKENIZER_FILES)
 _ALLOWED = "allowed are a model directory, a .gguf file and a hub id like owner/name"
 
@@ -65,10 +64,10 @@ def find(name: str, *, trust_remote_code: bool = False) -> Source:
     if not name.strip():
         raise ModelError(f"model {name!r}: {_ALLOWED}")  # as a path it would be the working directory
     path = Path(name)
-    if name.startswith(_BUILTIN):
-        path = FAMILY_FOLDER / name.removeprefix(_BUILTIN)
-        known = sorted(f"{_BUILTIN}{config.parent.name}" for config in FAMILY_FOLDER.glob("*/config.json"))
-        if f"{_BUILTIN}{path.name}" not in known:
+    if name.startswith(BUILTIN):
+        path = FAMILY_FOLDER / name.removeprefix(BUILTIN)
+        known = sorted(f"{BUILTIN}{config.parent.name}" for config in FAMILY_FOLDER.glob("*/config.json"))
+        if f"{BUILTIN}{path.name}" not in known:
             raise ModelError(f"model {name!r}: not one that ships; allowed are {', '.join(known) or 'none'}")
     if path.is_file() and path.suffix.lower() == ".gguf":
         return _gguf_source(name, path)

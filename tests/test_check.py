@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -86,13 +87,25 @@ def test_memory_at_the_batch_and_context_asked(tiny_folders: dict[str, Path]) ->
     assert report.dtype == "bfloat16"
     assert report.need.weight_bytes == 2 * num_values
     assert report.need.cache_bytes_per_token == 2 * VALUES_PER_TOKEN
-    assert report.need.total_bytes == 2 * (num_values + 800 * VALUES_PER_TOKEN)
-    assert report.free_bytes > report.need.total_bytes
+    assert report.need.total_bytes(report.num_tokens) == 2 * (num_values + 800 * VALUES_PER_TOKEN)
+    assert report.free_bytes > report.need.total_bytes(report.num_tokens)
     early, lookup = row(report, "early-exit:1").need, row(report, "ngram:max=4,min=2").need
     assert early is not None
     assert (early.weight_bytes, early.cache_bytes_per_token) == (0, 2 * VALUES_PER_TOKEN // 3)
     assert lookup is not None
-    assert lookup.total_bytes == 0
+    assert lookup.total_bytes(report.num_tokens) == 0
+
+
+def test_the_json_form_tells_memory_in_all(tiny_folders: dict[str, Path]) -> None:
+    """Of the target and of every draft whose size is known, at the shape asked for; it survives JSON as it is."""
+    report = run(tiny_folders["llama"], "early-exit:1", "/nowhere", batch_size=8, context_length=100)
+    raw = report.to_json()
+    assert json.loads(json.dumps(raw)) == raw | {"drafts": list(raw["drafts"]), "notes": list(raw["notes"])}
+    assert raw["need"]["total_bytes"] == report.need.weight_bytes + 800 * report.need.cache_bytes_per_token
+    early, missing, lookup = (draft["need"] for draft in raw["drafts"])
+    assert early == {"weight_bytes": 0, "cache_bytes_per_token": 128, "total_bytes": 102_400}
+    assert missing is None
+    assert lookup == {"weight_bytes": 0, "cache_bytes_per_token": 0, "total_bytes": 0}
 
 
 def test_a_draft_that_fails_does_not_hide_the_others(tiny_folders: dict[str, Path], nan: str, stranger: str) -> None:
@@ -130,11 +143,12 @@ def test_a_draft_that_does_not_fit_in_memory(
     """Needed and free are told; the target alone fits."""
     large = str(tiny.write_model(tmp_path / "large", num_layers=30))
     monkeypatch.setattr("profiles.memory.free_bytes", lambda device: 600_000)
-    failed = row(run(tiny_folders["llama"], large), large)
+    report = run(tiny_folders["llama"], large)
+    failed = row(report, large)
     assert failed.problem is not None
     assert "GiB of float32 weights" in failed.problem
     assert failed.need is not None
-    assert failed.need.total_bytes > 600_000
+    assert failed.need.total_bytes(report.num_tokens) > 600_000
 
 
 def test_positions_of_the_draft(tiny_folders: dict[str, Path], tmp_path: Path) -> None:

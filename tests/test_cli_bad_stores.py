@@ -9,10 +9,29 @@ import pytest
 from tests.cli import assert_refused, call, database
 from tests.fakes import sql
 
+Maker = Callable[[Path, Path], None]
 
-def newer(folder: Path, store: Path) -> None:
-    shutil.copytree(store, folder)
-    sql(database(folder), "UPDATE alembic_version SET version_num = '0999'")
+
+def changed(query: str, file: str = "evidence.db") -> Maker:
+    """Copies a sound store and runs `query` on one of its files."""
+
+    def make(folder: Path, store: Path) -> None:
+        shutil.copytree(store, folder)
+        sql(folder / file, query)
+
+    return make
+
+
+newer = changed("UPDATE alembic_version SET version_num = '0999'")
+damaged_policy = changed("UPDATE policies SET policy = '{}'")
+policy_not_json = changed("UPDATE policies SET policy = 'none'")
+newer_policy = changed("UPDATE policies SET policy = json_set(policy, '$.version', 99)")
+damaged_dossier = changed("""UPDATE runs SET outcome = '{"dossier": {"version": 1}}'""")
+newer_dossier = changed("UPDATE runs SET outcome = json_set(outcome, '$.dossier.version', 99)")
+no_dossier = changed("UPDATE runs SET outcome = '{}'")
+damaged_outcome = changed("UPDATE runs SET outcome = 'none'")
+outcome_is_list = changed("UPDATE runs SET outcome = '[7]'")
+newer_studies = changed("UPDATE alembic_version SET version_num = 'v9.9.0'", "optuna.db")
 
 
 def not_sqlite(folder: Path, store: Path) -> None:
@@ -35,54 +54,9 @@ def a_directory(folder: Path, store: Path) -> None:
     database(folder).mkdir(parents=True)
 
 
-def damaged_policy(folder: Path, store: Path) -> None:
-    shutil.copytree(store, folder)
-    sql(database(folder), "UPDATE policies SET policy = '{}'")
-
-
-def policy_not_json(folder: Path, store: Path) -> None:
-    shutil.copytree(store, folder)
-    sql(database(folder), "UPDATE policies SET policy = 'none'")
-
-
-def newer_policy(folder: Path, store: Path) -> None:
-    shutil.copytree(store, folder)
-    sql(database(folder), "UPDATE policies SET policy = json_set(policy, '$.version', 99)")
-
-
-def damaged_dossier(folder: Path, store: Path) -> None:
-    shutil.copytree(store, folder)
-    sql(database(folder), """UPDATE runs SET outcome = '{"dossier": {"version": 1}}'""")
-
-
-def newer_dossier(folder: Path, store: Path) -> None:
-    shutil.copytree(store, folder)
-    sql(database(folder), "UPDATE runs SET outcome = json_set(outcome, '$.dossier.version', 99)")
-
-
-def no_dossier(folder: Path, store: Path) -> None:
-    shutil.copytree(store, folder)
-    sql(database(folder), "UPDATE runs SET outcome = '{}'")
-
-
-def damaged_outcome(folder: Path, store: Path) -> None:
-    shutil.copytree(store, folder)
-    sql(database(folder), "UPDATE runs SET outcome = 'none'")
-
-
-def outcome_is_list(folder: Path, store: Path) -> None:
-    shutil.copytree(store, folder)
-    sql(database(folder), "UPDATE runs SET outcome = '[7]'")
-
-
 def damaged_studies(folder: Path, store: Path) -> None:
     shutil.copytree(store, folder)
     (folder / "optuna.db").write_bytes(b"prompt,answer\n" * 500)
-
-
-def newer_studies(folder: Path, store: Path) -> None:
-    shutil.copytree(store, folder)
-    sql(folder / "optuna.db", "UPDATE alembic_version SET version_num = 'v9.9.0'")
 
 
 def foreign_studies(folder: Path, store: Path) -> None:
@@ -139,7 +113,7 @@ BAD_STORES = [
 @pytest.mark.parametrize(("verb", "make", "code", "wanted"), BAD_STORES)
 def test_a_store_is_refused(
     verb: str,
-    make: Callable[[Path, Path], None],
+    make: Maker,
     code: int,
     wanted: str,
     sound_store: Path,

@@ -7,10 +7,13 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from profiles import terms
 from profiles.errors import InputError
-from profiles.terms import Interval
+from profiles.terms import Draft, Interval, Model, Setup
+from tests.policies import choice
 from tuner.claims import RoundSplit
-from tuner.explain import AnchorFacts, CandidateFacts, comparison, explain, needed_acceptance, sentences
+from tuner.explain import comparison, explain, needed_acceptance, sentences
+from tuner.report.dossier import AnchorFigures, Candidate
 
 
 def interval(estimate: float, reach: float = 0.1) -> Interval:
@@ -18,62 +21,75 @@ def interval(estimate: float, reach: float = 0.1) -> Interval:
 
 
 # Plain decoding: one token in 5 ms.
-PLAIN = CandidateFacts(
+PLAIN = Candidate(
     setup_name="plain",
+    draft_name="plain",
     length=0,
-    speedup=interval(1.0, 0.0),
-    measured=None,
-    race_speedup=None,
+    forecast_speedup=interval(1.0, 0.0),
     acceptance_length=1.0,
-    split=RoundSplit(draft_s=0.0, verify_s=0.005, overhead_s=0.0),
-    tok_per_s=interval(200.0, 5.0),
+    round_split=RoundSplit(draft_s=0.0, verify_s=0.005, overhead_s=0.0),
+    forecast_tok_per_s=interval(200.0, 5.0),
     state="baseline",
     reason="what every other setup must beat",
 )
 # A round of 1.5 + 5.5 + 0.5 = 7.5 ms costs 1.5 plain tokens; it yields 2.4: 1.6 times as fast.
-CHOSEN = CandidateFacts(
+CHOSEN = Candidate(
     setup_name="draft-a k=2",
+    draft_name="draft-a",
     length=2,
-    speedup=interval(1.6),
-    measured=interval(1.55),
+    forecast_speedup=interval(1.6),
+    measured_speedup=interval(1.55),
     race_speedup=1.58,
     acceptance_length=2.4,
-    split=RoundSplit(draft_s=0.0015, verify_s=0.0055, overhead_s=0.0005),
-    tok_per_s=interval(320.0, 20.0),
+    round_split=RoundSplit(draft_s=0.0015, verify_s=0.0055, overhead_s=0.0005),
+    forecast_tok_per_s=interval(320.0, 20.0),
     state="proven",
     reason="faster than plain decoding on 24 prompts the race did not use",
 )
 RACED = replace(
-    CHOSEN, setup_name="draft-b k=3", length=3, measured=None, race_speedup=1.3, speedup=interval(1.7), state="raced"
+    CHOSEN,
+    setup_name="draft-b k=3",
+    length=3,
+    measured_speedup=None,
+    race_speedup=1.3,
+    forecast_speedup=interval(1.7),
+    state="raced",
 )
 FORECAST_ONLY = replace(
-    RACED, setup_name="draft-c k=1", length=1, race_speedup=None, speedup=interval(1.2), state="forecast only"
+    RACED, setup_name="draft-c k=1", length=1, race_speedup=None, forecast_speedup=interval(1.2), state="forecast only"
 )
 INFEASIBLE = replace(
     FORECAST_ONLY,
     setup_name="draft-d k=1",
-    speedup=interval(2.5),
+    forecast_speedup=interval(2.5),
     state="infeasible",
     reason="it needs 9 GiB, 8 GiB are allowed",
 )
 
 
-def facts(*candidates: CandidateFacts, chosen: CandidateFacts = CHOSEN) -> AnchorFacts:
+def setup_of(one: Candidate) -> Setup:
+    if one.length == 0:
+        return terms.PLAIN
+    model = Model(name=one.draft_name, dtype="float32", digest="dd" * 16, num_params=400_000)
+    return Setup(draft=Draft(kind="model", model=model), length=one.length)
+
+
+def facts(*candidates: Candidate, chosen: Candidate = CHOSEN) -> AnchorFigures:
     """An anchor with the choice, plain decoding and `candidates`."""
     own = () if chosen is PLAIN else (chosen,)
-    return AnchorFacts(
-        domain="code",
-        batch_size=1,
-        context_length=384,
-        temperature=0.0,
-        chosen=chosen.setup_name,
-        proven=chosen is not PLAIN,
-        reason="It decodes 1.55 times as fast.",
+    return AnchorFigures(
+        choice=choice(
+            setup_of(chosen), domain="code", context_length=384, reason="It decodes 1.55 times as fast.", evidence=()
+        ),
+        from_earlier=False,
+        stopped=None,
+        noise=None,
+        num_forecast_prompts=12,
         candidates=(PLAIN, *own, *candidates),
     )
 
 
-def why_not(one: CandidateFacts, chosen: CandidateFacts = CHOSEN) -> str:
+def why_not(one: Candidate, chosen: Candidate = CHOSEN) -> str:
     accounts = explain(facts(one, chosen=chosen)).accounts
     return next(account.why_not for account in accounts if account.setup_name == one.setup_name)
 
@@ -146,12 +162,12 @@ PRUNED = replace(
     RACED, race_speedup=None, state="pruned in the race", reason="it was losing, prompt by prompt, to the best so far"
 )
 EQUAL = replace(RACED, race_speedup=1.6)
-NOT_RACED = replace(FORECAST_ONLY, speedup=interval(1.9), reason="three were raced, and it came fourth")
+NOT_RACED = replace(FORECAST_ONLY, forecast_speedup=interval(1.9), reason="three were raced, and it came fourth")
 NOT_PROVEN = replace(
-    CHOSEN, measured=interval(1.05, 0.07), state="not proven", reason="its speed-up is not clearly above 1"
+    CHOSEN, measured_speedup=interval(1.05, 0.07), state="not proven", reason="its speed-up is not clearly above 1"
 )
 SLOW_IN_RACE = replace(RACED, race_speedup=0.97, reason="no finalist was faster than plain decoding")
-SLOW_FORECAST = replace(FORECAST_ONLY, speedup=interval(0.9))
+SLOW_FORECAST = replace(FORECAST_ONLY, forecast_speedup=interval(0.9))
 
 
 @pytest.mark.parametrize(
@@ -177,13 +193,13 @@ SLOW_FORECAST = replace(FORECAST_ONLY, speedup=interval(0.9))
             "forecast at 1.90 (1.80 to 2.00), but forecast only: three were raced, and it came fourth",
         ),
         (PLAIN, CHOSEN, "draft-a k=2 is measured at 1.55 (1.45 to 1.65) times it"),
-        (PLAIN, replace(CHOSEN, measured=None), "draft-a k=2 is forecast at 1.60 (1.50 to 1.70) times it"),
+        (PLAIN, replace(CHOSEN, measured_speedup=None), "draft-a k=2 is forecast at 1.60 (1.50 to 1.70) times it"),
         (NOT_PROVEN, PLAIN, "not proven: measured at 1.05 (0.98 to 1.12); its speed-up is not clearly above 1"),
         (SLOW_IN_RACE, PLAIN, "0.97 times plain decoding in the race; no finalist was faster than plain decoding"),
         (SLOW_FORECAST, PLAIN, "forecast lower: 0.90 (0.80 to 1.00) against plain decoding"),
     ],
 )
-def test_every_way_to_lose_is_said(one: CandidateFacts, chosen: CandidateFacts, words: str) -> None:
+def test_every_way_to_lose_is_said(one: Candidate, chosen: Candidate, words: str) -> None:
     """By the strongest evidence there is, with figures."""
     assert why_not(one, chosen) == words
 
@@ -204,7 +220,7 @@ def test_what_the_terminal_says() -> None:
 
 def test_a_round_that_cannot_pay_is_said() -> None:
     """10 ms of drafting for one token cannot be won back at 5 ms a plain token."""
-    dear = replace(SLOW_FORECAST, split=RoundSplit(draft_s=0.01, verify_s=0.005, overhead_s=-0.001))
+    dear = replace(SLOW_FORECAST, round_split=RoundSplit(draft_s=0.01, verify_s=0.005, overhead_s=-0.001))
     found = explain(facts(dear, chosen=PLAIN))
     assert found.accounts[1].break_even_acceptance is None
     assert "it breaks even with plain decoding at 2.80 tokens, which no acceptance yields." in "\n".join(
@@ -244,7 +260,19 @@ def test_the_json_form_holds_all_of_it() -> None:
 
 def test_facts_that_do_not_fit_are_refused() -> None:
     """A choice that is no candidate, and a round that takes no time."""
+    elsewhere = replace(CHOSEN, setup_name="draft-z k=1", draft_name="draft-z", length=1)
     with pytest.raises(InputError, match="setup 'draft-z k=1' is no candidate for domain 'code'; allowed are plain"):
-        replace(facts(), chosen="draft-z k=1")
+        explain(replace(facts(), choice=facts(chosen=elsewhere).choice))
+    timeless = replace(CHOSEN, round_split=RoundSplit(draft_s=0.0, verify_s=0.0, overhead_s=0.0))
     with pytest.raises(InputError, match=r"draft-a k=2: a round of 0\.0 s; more than 0 is needed"):
-        replace(CHOSEN, split=RoundSplit(draft_s=0.0, verify_s=0.0, overhead_s=0.0))
+        explain(facts(chosen=timeless))
+
+
+def test_what_the_last_run_did_not_decide_is_refused() -> None:
+    """An earlier run's choice, and an anchor without a forecast; a draft that failed before it had one is left out."""
+    with pytest.raises(InputError, match="domain 'code': draft-a k=2 was chosen by an earlier run than the last"):
+        explain(replace(facts(), from_earlier=True))
+    with pytest.raises(InputError, match="domain 'code': the budget ended; run again"):
+        explain(replace(facts(), candidates=(), stopped="the budget ended"))
+    failed = Candidate(setup_name="draft-f", draft_name="draft-f", length=1, state="infeasible", reason="it failed")
+    assert explain(facts(failed)) == explain(facts())

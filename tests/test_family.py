@@ -1,25 +1,24 @@
 """The family that ships: its size, its prompts, one token map, and the walk against real rounds of trained models."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from profiles import loading, prompts, spelling
 from profiles.family import corpus, evaluate
 from profiles.formulas import walk
+from profiles.shipped import FAMILY_FOLDER, TARGET
 from profiles.terms import PLAIN, Setup
-from tests.benchmarks.common import DRAFTS, TARGET
+from tests.benchmarks.common import DRAFTS
 from tuner.evidence import spread_over_domains
 
-FAMILY = Path(prompts.BUILTIN_FOLDER).parent
 MEGABYTES = 1_000_000
 
 
 def test_the_family_is_small() -> None:
     """At most 25 MB together, weights and tokenizers, with at least four drafts."""
-    assert sum(path.stat().st_size for path in FAMILY.rglob("*") if path.is_file()) <= 25 * MEGABYTES
-    assert len(list(FAMILY.glob("draft-*/model.safetensors"))) >= 4
+    assert sum(path.stat().st_size for path in FAMILY_FOLDER.rglob("*") if path.is_file()) <= 25 * MEGABYTES
+    assert len(list(FAMILY_FOLDER.glob("draft-*/model.safetensors"))) >= 4
 
 
 def test_held_out_prompts_of_three_domains() -> None:
@@ -32,7 +31,7 @@ def test_held_out_prompts_of_three_domains() -> None:
 
 def test_the_training_record_tells_loss_and_loops() -> None:
     """What `train` printed is kept beside the weights."""
-    record = json.loads((FAMILY / "training.json").read_text(encoding="utf-8"))
+    record = json.loads((FAMILY_FOLDER / "training.json").read_text(encoding="utf-8"))
     for domain in corpus.DOMAINS:
         assert record["target"][domain]["loss"] > 0.0
         assert 0.0 <= record["target"][domain]["repeated_4grams"] <= 1.0

@@ -15,7 +15,7 @@ from tests.policies import choice as a_choice
 from tuner.policy import Policy
 from tuner.report.assemble import dossier
 from tuner.report.dossier import Dossier
-from tuner.report.page import chart_rows, write_page, write_picture
+from tuner.report.page import chart_rows, write
 from tuner.tuning import Options, Tuner, Watch
 
 NASTY = "<script>alert('x')</script> & \"d$a_1$\""
@@ -58,7 +58,7 @@ def dossier_of(engine: FakeEngine, *, domain: str = "prose", watch: Watch | None
 
 
 def written(made: Dossier, folder: Path) -> str:
-    write_page(made, folder / "report.html")
+    write(made, folder / "report.html")
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -169,7 +169,7 @@ def test_a_run_without_evidence(tmp_path: Path) -> None:
     assert "<svg" not in text
     assert "Nothing was forecast: the budget ended before the evidence was complete." in text
     with pytest.raises(InputError, match="there is no setup to draw"):
-        write_picture(made, tmp_path / "chart.png")
+        write(made, tmp_path / "chart.png")
 
 
 def test_several_loads_and_earlier_choices(made: Dossier, tmp_path: Path) -> None:
@@ -206,15 +206,15 @@ def test_the_picture_is_the_bar_chart(made: Dossier, tmp_path: Path) -> None:
     for group in ("draft-a", "ngram:max=4,min=2"):
         assert [row.setup_name for row in rows if row.group == group] == [f"{group} k={length}" for length in (1, 2, 3)]
     assert sum(row.measured is not None for row in rows) == 2
-    write_picture(made, tmp_path / "chart.png")
+    write(made, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
-    write_picture(made, tmp_path / "chart.svg")
+    write(made, tmp_path / "chart.svg")
     assert "fake-target: output tokens per second" in (tmp_path / "chart.svg").read_text()
 
 
 def test_page_refusals(made: Dossier, tmp_path: Path) -> None:
     """Another suffix and a missing folder are one-line errors."""
-    with pytest.raises(InputError, match=r"page .*report\.pdf: the suffixes \.html and \.htm are allowed"):
-        write_page(made, tmp_path / "report.pdf")
+    with pytest.raises(InputError, match=r"report .*report\.pdf: the suffixes \.html, \.htm, \.png, \.svg are allowed"):
+        write(made, tmp_path / "report.pdf")
     with pytest.raises(InputError, match="cannot be written: No such file"):
-        write_page(made, tmp_path / "missing" / "report.html")
+        write(made, tmp_path / "missing" / "report.html")

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from profiles import prompts
 from profiles.errors import PromptError
 from profiles.prompts import Request
+from profiles.shipped import FAMILY_FOLDER
 from profiles.terms import Prompt
 from tests import tiny
 
@@ -332,20 +333,11 @@ def test_random_tokens_are_warned_of(text: str, is_random: bool) -> None:
 
 def test_the_built_in_prompts_do_not_look_random() -> None:
     """No false alarm on the 144 prompts that ship, read with the tokenizer that ships."""
-    tokenizer = AutoTokenizer.from_pretrained(prompts.BUILTIN_FOLDER.parent / "target")
+    tokenizer = AutoTokenizer.from_pretrained(FAMILY_FOLDER / "target")
     requests = prompts.read("builtin:all")
     found, warnings = prompts.tokenize(requests, tokenizer, 1000)
     assert len(found) == len(requests) == 144
     assert warnings == []
-
-
-def test_a_set_s_digest_knows_no_order_and_no_domain() -> None:
-    """Only which prompts are in the set counts."""
-    one, two = (Prompt(domain="a", token_ids=(number,)) for number in (1, 2))
-    digest = prompts.set_digest([one, two])
-    assert digest == prompts.set_digest(iter([Prompt(domain="b", token_ids=(2,)), one]))
-    assert digest != prompts.set_digest([one])
-    assert digest == "995fc4700a73c4d7477ccc85d9a97bcb"
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ FLOORS = {
     "profiles.pairs": 1,
     "profiles.protocol": 0,
     "profiles.replay": 1,
+    "profiles.shipped": 1,
+    "profiles.sizes": 1,
     "profiles.spelling": 1,
     "profiles": 2,
     "tuner": 3,

@@ -286,6 +286,26 @@ def test_an_infeasible_leader_does_not_block_the_rest() -> None:
         assert choice.setup.draft == DRAFT_A
 
 
+def test_a_choice_keeps_no_evidence_of_a_setup_that_was_ruled_out() -> None:
+    """The proof of k = 4 breaks the limit and all others fail: what is left was not measured, and cites no runs."""
+
+    class OneSlowOthersBroken(FakeEngine):
+        def run_together(self, workload, prompt, setups, occasion):  # type: ignore[no-untyped-def]
+            samples = super().run_together(workload, prompt, setups, occasion)
+            if occasion.startswith(("race", "proof")) and any(setup.length in (1, 2, 3) for setup in setups):
+                raise EngineError("full")
+            if occasion.startswith("proof"):
+                return tuple(replace(sample, ttft_s=0.05) for sample in samples)
+            return samples
+
+    engine = OneSlowOthersBroken(keep=0.9)
+    engine.drafts = (DRAFT_A,)
+    outcome = _tune(engine, limits=Limits(max_ttft_ms=30.0))
+    assert (4, "max-ttft") in {(failed.setup.length, failed.reason) for failed in outcome.infeasible}
+    for choice in outcome.choices:
+        assert (choice.setup, choice.measured, choice.evidence) == (PLAIN, None, ())
+
+
 def test_plain_against_plain_may_fail() -> None:
     """It only shows the noise: its failure makes nothing infeasible."""
 

@@ -20,13 +20,12 @@ def check_table(report: PairReport) -> Table:
     `adds in all` is what a draft needs beside the target, weights and caches at the batch and context of the title;
     `kept` is the acceptance rate.
     """
-    need = report.need
+    need, shape = report.need, f"at batch {report.batch_size}, context {report.context_length}"
     title = (
         f"{report.target}, {report.dtype} on {report.device}\n"
         f"{report.max_positions} positions; weights {spelled_bytes(need.weight_bytes)}, "
         f"cache {spelled_bytes(need.cache_bytes_per_token)} per token\n"
-        f"{spelled_bytes(need.total_bytes)} at batch {report.batch_size}, context {report.context_length}; "
-        f"{spelled_bytes(report.free_bytes)} were free"
+        f"{spelled_bytes(need.total_bytes(report.num_tokens))} {shape}; {spelled_bytes(report.free_bytes)} were free"
     )
     reasons = [f"cannot be used: {draft.problem}" for draft in report.drafts if draft.problem is not None]
     table = Table(
@@ -42,17 +41,17 @@ def check_table(report: PairReport) -> Table:
     for name in ("longest\ncontext", "weights", "cache\n/token", "adds\nin all", "kept", "accept\nlength"):
         table.add_column(name, justify="right", no_wrap=True)
     for draft in report.drafts:
-        table.add_row(*_cells(draft))
+        table.add_row(*_cells(draft, report.num_tokens))
     return table
 
 
-def _cells(draft: DraftCheck) -> tuple[Text, ...]:
+def _cells(draft: DraftCheck, num_tokens: int) -> tuple[Text, ...]:
     need, glance = draft.need, draft.glance
     cells = [_SAME_TOKENS[draft.same_tokens], UNKNOWN if draft.max_positions is None else str(draft.max_positions)]
     if need is None:
         cells += [UNKNOWN] * 3
     else:
-        cells += map(spelled_bytes, (need.weight_bytes, need.cache_bytes_per_token, need.total_bytes))
+        cells += map(spelled_bytes, (need.weight_bytes, need.cache_bytes_per_token, need.total_bytes(num_tokens)))
     figures = (None, None) if glance is None else (glance.acceptance_rate, glance.acceptance_length)
     cells += [UNKNOWN if figure is None else f"{figure:.2f}" for figure in figures]
     style = "" if draft.problem is None else "dim"

@@ -41,6 +41,11 @@ class RoundSplit:
     verify_s: float
     overhead_s: float
 
+    @property
+    def total_s(self) -> float:
+        """Of the whole round; the overhead may be below 0, where steps in a row are faster than alone."""
+        return self.draft_s + self.verify_s + self.overhead_s
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:

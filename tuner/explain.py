@@ -1,10 +1,10 @@
 """Why this setup and not that one, at one anchor: where a round's time goes, what it must yield, and who lost by what.
 
-Arithmetic and words over records that the caller fills; how the figures were measured or kept it must not know.
+Arithmetic and words over a dossier's figures; how they were measured or kept it must not know.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -14,117 +14,10 @@ from scipy.optimize import brentq
 
 from profiles.errors import InputError
 from profiles.terms import PLAIN, Interval
-from tuner.claims import RoundSplit
 from tuner.objective import TIE
-from tuner.report.dossier import AnchorFigures
+from tuner.report.dossier import AnchorFigures, Candidate
 
-INFEASIBLE, PRUNED = "infeasible", "pruned"  # how such states begin; every other word is for people only
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CandidateFacts:
-    """What is known of a setup at an anchor.
-
-    `speedup` and `tok_per_s` are the forecast, `measured` is the proof's speed-up, `race_speedup` only selected.
-    `acceptance_length` and `split` are the forecast's mean round. `reason` says why it came no further than `state`.
-    """
-
-    setup_name: str
-    length: int
-    speedup: Interval
-    measured: Interval | None
-    race_speedup: float | None
-    acceptance_length: float
-    split: RoundSplit
-    tok_per_s: Interval
-    state: str
-    reason: str
-
-    def __post_init__(self) -> None:
-        if not self.round_s > 0.0:
-            raise InputError(f"{self.setup_name}: a round of {self.round_s} s; more than 0 is needed")
-
-    @property
-    def round_s(self) -> float:
-        """Seconds of the mean round; its overhead may be below 0, where steps in a row are faster than alone."""
-        return self.split.draft_s + self.split.verify_s + self.split.overhead_s
-
-    @property
-    def best_known(self) -> float:
-        """The speed-up over plain decoding: measured, else of the race, else forecast."""
-        if self.measured is not None:
-            return self.measured.estimate
-        return self.speedup.estimate if self.race_speedup is None else self.race_speedup
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnchorFacts:
-    """An anchor, what was chosen there and all candidates with a forecast, plain decoding among them.
-
-    Raises InputError when plain decoding or what was chosen is not among the candidates.
-    """
-
-    domain: str
-    batch_size: int
-    context_length: int
-    temperature: float
-    chosen: str
-    proven: bool
-    reason: str
-    candidates: tuple[CandidateFacts, ...]
-
-    def __post_init__(self) -> None:
-        for name in (PLAIN.name, self.chosen):
-            self.candidate(name)
-
-    def candidate(self, name: str) -> CandidateFacts:
-        """Raises InputError, naming those there are, for an unknown name."""
-        for one in self.candidates:
-            if one.setup_name == name:
-                return one
-        known = ", ".join(one.setup_name for one in self.candidates)
-        raise InputError(f"setup {name!r} is no candidate for domain {self.domain!r}; allowed are {known or 'none'}")
-
-
-def facts_of(figures: AnchorFigures) -> AnchorFacts:
-    """The facts in a report's anchor; candidates that failed before they had a forecast have no round to explain.
-
-    Raises InputError when the policy keeps an earlier run's choice, which this run's figures do not explain.
-    """
-    choice = figures.choice
-    if figures.from_earlier:
-        raise InputError(
-            f"domain {choice.domain!r}: {choice.setup.name} was chosen by an earlier run than the last, which ended "
-            "before it could decide; run again to have it explained"
-        )
-    candidates = [
-        CandidateFacts(
-            setup_name=one.setup_name,
-            length=one.length,
-            speedup=one.forecast_speedup,
-            measured=one.measured_speedup,
-            race_speedup=one.race_speedup,
-            acceptance_length=one.acceptance_length,
-            split=one.round_split,
-            tok_per_s=one.forecast_tok_per_s,
-            state=one.state,
-            reason=one.reason,
-        )
-        for one in figures.candidates
-        if one.forecast_speedup and one.forecast_tok_per_s and one.acceptance_length and one.round_split
-    ]
-    if not candidates:
-        raise InputError(f"domain {choice.domain!r}: {figures.stopped or 'nothing was forecast'}; run again")
-    return AnchorFacts(
-        domain=choice.domain,
-        batch_size=choice.batch_size,
-        context_length=choice.context_length,
-        temperature=choice.temperature,
-        chosen=choice.setup.name,
-        proven=choice.proven,
-        reason=choice.reason,
-        candidates=tuple(candidates),
-    )
+INFEASIBLE, PRUNED = "infeasible", "pruned in the race"  # of the dossier's states; the others are for people only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +44,14 @@ class Account:
     round_s: float
     break_even_length: float
     break_even_acceptance: float | None
-    why_not: str
+    why_not: str = ""
+
+    @property
+    def best_known(self) -> float:
+        """The speed-up over plain decoding: measured, else of the race, else forecast."""
+        if self.measured is not None:
+            return self.measured.estimate
+        return self.speedup.estimate if self.race_speedup is None else self.race_speedup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,31 +77,57 @@ class Explanation:
         return {**asdict(self), "accounts": [asdict(account) for account in self.accounts]}
 
 
-def explain(facts: AnchorFacts, instead: str | None = None) -> Explanation:
+def explain(figures: AnchorFigures, instead: str | None = None) -> Explanation:
     """Why the anchor's choice and not `instead`, or when None, not the runner-up.
 
-    The runner-up has the best known speed-up of those that could have been chosen. Raises InputError for a setup that
-    is no candidate, or is the choice itself.
+    The runner-up has the best known speed-up of those that could have been chosen. Candidates that failed before they
+    had a forecast have no round to explain. Raises InputError for a setup that is no candidate, or is the choice
+    itself, where nothing was forecast, and for an earlier run's choice, which this run's figures do not explain.
     """
-    plain, chosen = facts.candidate(PLAIN.name), facts.candidate(facts.chosen)
-    if instead == facts.chosen:
-        raise InputError(f"setup {instead!r} is what was chosen for domain {facts.domain!r}; name another one")
-    others = [one for one in facts.candidates if one is not chosen]
-    others.sort(key=lambda one: (one.state.startswith(INFEASIBLE), -one.best_known))
-    if instead is not None:
-        others.sort(key=lambda one: one is not facts.candidate(instead))
+    choice, known = figures.choice, _forecast_candidates(figures)
+    chosen_name = choice.setup.name
+    for name in (PLAIN.name, chosen_name, instead):
+        if name is not None and name not in known:
+            allowed = ", ".join(known)
+            raise InputError(f"setup {name!r} is no candidate for domain {choice.domain!r}; allowed are {allowed}")
+    if instead == chosen_name:
+        raise InputError(f"setup {instead!r} is what was chosen for domain {choice.domain!r}; name another one")
+    plain_s = _round_s(known[PLAIN.name])
+    accounts = {name: _account(one, plain_s) for name, one in known.items()}
+    chosen = accounts.pop(chosen_name)
+    others = [
+        replace(account, why_not=_why_not(account, chosen, known[name].reason)) for name, account in accounts.items()
+    ]
+    others.sort(key=lambda one: (one.setup_name != instead, one.state == INFEASIBLE, -one.best_known))
     return Explanation(
-        domain=facts.domain,
-        batch_size=facts.batch_size,
-        context_length=facts.context_length,
-        temperature=facts.temperature,
-        chosen=facts.chosen,
-        proven=facts.proven,
-        reason=facts.reason,
-        plain_s_per_token=plain.round_s,
+        domain=choice.domain,
+        batch_size=choice.batch_size,
+        context_length=choice.context_length,
+        temperature=choice.temperature,
+        chosen=chosen_name,
+        proven=choice.proven,
+        reason=choice.reason,
+        plain_s_per_token=plain_s,
         rival=others[0].setup_name if others else None,
-        accounts=(_account(chosen, plain, ""), *(_account(one, plain, _why_not(one, chosen)) for one in others)),
+        accounts=(chosen, *others),
     )
+
+
+def _forecast_candidates(figures: AnchorFigures) -> dict[str, Candidate]:
+    domain = figures.choice.domain
+    if figures.from_earlier:
+        raise InputError(
+            f"domain {domain!r}: {figures.choice.setup.name} was chosen by an earlier run than the last, which ended "
+            "before it could decide; run again to have it explained"
+        )
+    known = {
+        one.setup_name: one
+        for one in figures.candidates
+        if one.forecast_speedup and one.forecast_tok_per_s and one.acceptance_length and one.round_split
+    }
+    if not known:
+        raise InputError(f"domain {domain!r}: {figures.stopped or 'nothing was forecast'}; run again")
+    return known
 
 
 def needed_acceptance(acceptance_length: float, length: int) -> float | None:
@@ -217,55 +143,68 @@ def needed_acceptance(acceptance_length: float, length: int) -> float | None:
     return float(brentq(lambda a: sum(a**power for power in range(length + 1)) - acceptance_length, 0.0, 1.0))
 
 
-def _account(one: CandidateFacts, plain: CandidateFacts, why_not: str) -> Account:
-    break_even_length = one.round_s / plain.round_s
+def _round_s(one: Candidate) -> float:
+    assert one.round_split is not None  # else it would have been left out
+    round_s = one.round_split.total_s
+    if not round_s > 0.0:
+        raise InputError(f"{one.setup_name}: a round of {round_s} s; more than 0 is needed")
+    return round_s
+
+
+def _account(one: Candidate, plain_s: float) -> Account:
+    assert one.forecast_speedup  # else it would have been left out, here and below
+    assert one.forecast_tok_per_s
+    assert one.acceptance_length
+    assert one.round_split
+    round_s = _round_s(one)
+    break_even_length = round_s / plain_s
     drafts = one.length > 0
     return Account(
         setup_name=one.setup_name,
         state=one.state,
-        speedup=one.speedup,
-        measured=one.measured,
+        speedup=one.forecast_speedup,
+        measured=one.measured_speedup,
         race_speedup=one.race_speedup,
-        tok_per_s=one.tok_per_s,
+        tok_per_s=one.forecast_tok_per_s,
         acceptance_length=one.acceptance_length,
         acceptance=needed_acceptance(one.acceptance_length, one.length) if drafts else None,
-        draft_s=one.split.draft_s,
-        verify_s=one.split.verify_s,
-        overhead_s=one.split.overhead_s,
-        round_s=one.round_s,
+        draft_s=one.round_split.draft_s,
+        verify_s=one.round_split.verify_s,
+        overhead_s=one.round_split.overhead_s,
+        round_s=round_s,
         break_even_length=break_even_length,
         break_even_acceptance=needed_acceptance(break_even_length, one.length) if drafts else None,
-        why_not=why_not,
     )
 
 
-def _why_not(one: CandidateFacts, chosen: CandidateFacts) -> str:
+def _why_not(one: Account, chosen: Account, reason: str) -> str:
     """By the strongest evidence there is: it could not run, the proof, the race, the forecast."""
-    if one.state.startswith((INFEASIBLE, PRUNED)):
-        return f"{one.state}: {one.reason}"
-    if one.length == 0:
+    if one.state in (INFEASIBLE, PRUNED):
+        return f"{one.state}: {reason}"
+    if one.setup_name == PLAIN.name:
         known = chosen.measured or chosen.speedup
         return f"{chosen.setup_name} is {'measured' if chosen.measured else 'forecast'} at {_figure(known)} times it"
     if one.measured is not None:
-        return f"not proven: measured at {_figure(one.measured)}; {one.reason}"
+        return f"not proven: measured at {_figure(one.measured)}; {reason}"
     if one.race_speedup is not None:
-        return _lost_race(one, chosen)
+        return _lost_race(one.race_speedup, chosen.race_speedup, reason)
     if one.speedup.estimate < chosen.speedup.estimate:
-        than = "plain decoding" if chosen.length == 0 else f"{_figure(chosen.speedup)} for {chosen.setup_name}"
+        plain = chosen.setup_name == PLAIN.name
+        than = "plain decoding" if plain else f"{_figure(chosen.speedup)} for {chosen.setup_name}"
         return f"forecast lower: {_figure(one.speedup)} against {than}"
-    return f"forecast at {_figure(one.speedup)}, but {one.state}: {one.reason}"
+    return f"forecast at {_figure(one.speedup)}, but {one.state}: {reason}"
 
 
-def _lost_race(one: CandidateFacts, chosen: CandidateFacts) -> str:
-    assert one.race_speedup is not None
-    if chosen.race_speedup is None:
-        return f"{one.race_speedup:.2f} times plain decoding in the race; {one.reason}"
-    if one.race_speedup * (1.0 + TIE) >= chosen.race_speedup:
+def _lost_race(own: float, best: float | None, reason: str) -> str:
+    """`best` is the race's speed-up of what was chosen; None where that did not race."""
+    if best is None:
+        return f"{own:.2f} times plain decoding in the race; {reason}"
+    if own * (1.0 + TIE) >= best:
         return (
-            f"within {TIE:.1%} of it in the race, {one.race_speedup:.2f} against {chosen.race_speedup:.2f}: of equals "
-            "the one without weights of its own is taken, then the shortest"
+            f"within {TIE:.1%} of it in the race, {own:.2f} against {best:.2f}: of equals the one without weights of "
+            "its own is taken, then the shortest"
         )
-    return f"slower in the race: {one.race_speedup:.2f} against {chosen.race_speedup:.2f} times plain decoding"
+    return f"slower in the race: {own:.2f} against {best:.2f} times plain decoding"
 
 
 def sentences(found: Explanation) -> list[str]:
@@ -305,7 +244,7 @@ def comparison(accounts: Sequence[Account], most_rows: int = 12) -> Table:
     for one in accounts[:most_rows]:
         times = (_ms(one.draft_s), _ms(one.verify_s), _ms(one.overhead_s))
         tokens = f"{one.acceptance_length:.2f}", f"{one.break_even_length:.2f}"
-        style = "bold" if not one.why_not else "dim" if one.state.startswith(INFEASIBLE) else ""
+        style = "bold" if not one.why_not else "dim" if one.state == INFEASIBLE else ""
         table.add_row(Text(one.setup_name), *tokens, *times, f"{one.speedup.estimate:.2f}", style=style)
     return table
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-FAMILY_TARGET = "builtin:target"
+from profiles import shipped
 
 Record = TypeVar("Record")
 
@@ -71,7 +71,7 @@ AskedTemperature = Annotated[float | None, typer.Option("--temperature", help="D
 class RunFlags:
     """The options of `tune.py run`."""
 
-    target: Target = FAMILY_TARGET
+    target: Target = shipped.TARGET
     draft: Drafts = None
     lengths: Lengths = "1-8"
     batch_size: BatchSizes = None

@@ -12,10 +12,10 @@ import numpy
 
 from profiles.errors import InputError
 from profiles.formulas import tpot_s
+from profiles.sizes import GIB
 from profiles.terms import Infeasible, Sample, Setup
 
 TAIL = 95.0  # the percentile over requests that latency limits hold for
-GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

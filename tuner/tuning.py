@@ -186,6 +186,7 @@ class Tuner:
             if not hopeful:
                 return
             anchor.candidate = anchor.measured = anchor.race = anchor.stopped = None
+            anchor.evidence = ()
             self._measure(anchor, hopeful, where if number == 1 else f"{where}, again {number}")
             if anchor.out_of_time or len(anchor.infeasible) == num_ruled_out:
                 return

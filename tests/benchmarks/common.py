@@ -6,21 +6,20 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from profiles import loading, spelling
+from profiles import loading, shipped, spelling
 from profiles.loading import Bench, Question
 from profiles.terms import Prompt, Workload
 from tuner.evidence import spread_over_domains
 
-TARGET = "builtin:target"
-DRAFTS = ("builtin:draft-general", "builtin:draft-code", "builtin:draft-prose", "builtin:draft-deep", "ngram")
+DRAFTS = (*shipped.DRAFTS, "ngram")
 LENGTHS = tuple(range(1, 9))
 
 
 def family(num_prompts: int, max_new_tokens: int) -> tuple[Bench, Workload, tuple[Prompt, ...]]:
     """The engine, its workload, and `num_prompts` of the prompts that ship, domain by domain in turn."""
-    bench = loading.load(TARGET, [spelling.parse_draft(text) for text in DRAFTS], None, None)
+    bench = loading.load(shipped.TARGET, [spelling.parse_draft(text) for text in DRAFTS], None, None)
     question = Question(lengths=LENGTHS, max_new_tokens=max_new_tokens)
-    ((workload, prompts),), _ = loading.workloads(bench, question, ["builtin:all"])
+    ((workload, prompts),), _ = loading.workloads(bench, question, [shipped.ALL_PROMPTS])
     return bench, workload, spread_over_domains(prompts, num_prompts)
 
 

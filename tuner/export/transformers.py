@@ -6,12 +6,10 @@ and its defaults (20 tokens, growing, confidence 0.4) are not the length that wa
 
 from pathlib import Path
 
+from profiles.shipped import BUILTIN, FAMILY_FOLDER
 from profiles.terms import Draft, Model
 from tuner.export.terms import Export
 from tuner.policy import Choice
-
-BUILTIN = "builtin:"
-FAMILY = Path(__file__).parents[2] / "profiles" / "family"  # where the models that ship lie
 
 
 def emit(choice: Choice, target: Model) -> Export:
@@ -64,7 +62,7 @@ def _weights(draft: Draft) -> Model:
 def _load(variable: str, model: Model) -> str:
     place, more = model.name, "" if model.revision is None else f", revision={model.revision!r}"
     if place.startswith(BUILTIN):
-        place = str(FAMILY / place.removeprefix(BUILTIN))
+        place = str(FAMILY_FOLDER / place.removeprefix(BUILTIN))
     elif place.lower().endswith(".gguf"):
         more += f", gguf_file={Path(place).name!r}"
         place = str(Path(place).parent)

@@ -11,6 +11,7 @@ from typing import Any
 from profiles.errors import InputError
 from profiles.terms import Interval
 
+SUFFIXES = (".png", ".svg")
 # the chart's measures, in rows of ROW_INCHES
 BAR_HEIGHT, HEADING, GAP, MOST_ROWS = 0.64, 1.0, 0.5, 40.0
 ROW_INCHES, COLUMN_INCHES = 0.22, 8.0
@@ -92,8 +93,8 @@ def bar_chart(rows: Sequence[ChartRow], path: str | Path, *, title: str, subtitl
     from matplotlib import rc_context
 
     path = Path(path)
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise InputError(f"picture {path}: the suffixes .png and .svg are allowed")
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"picture {path}: the suffixes {' and '.join(SUFFIXES)} are allowed")
     if not rows:
         raise InputError(f"picture {path}: there is no setup to draw")
     metadata = {"Date": None} if path.suffix.lower() == ".svg" else None  # no time of drawing in the file

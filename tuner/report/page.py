@@ -15,20 +15,32 @@ from profiles.errors import InputError
 from profiles.terms import Interval
 from tuner.claims import Forecast, Measured
 from tuner.policy import MIXED, Choice
-from tuner.report import pictures
-from tuner.report.charts import ChartRow, bar_chart
+from tuner.report import charts, pictures
+from tuner.report.charts import ChartRow
 from tuner.report.dossier import AnchorFigures, Dossier, LoadFigures
 
-SUFFIXES = (".html", ".htm")
+PAGES = (".html", ".htm")
 LABEL_LENGTH = 40  # characters of a label in the forest plot; names in full stand in the tables
 ANCHOR = {"batch": "batch_size", "context": "context_length", "temperature": "temperature"}
 
 
-def write_page(dossier: Dossier, path: str | Path) -> None:
-    """Writes one self-contained HTML file. Raises InputError: another suffix, or a file that cannot be written."""
+def write(dossier: Dossier, path: str | Path) -> None:
+    """The page (.html, .htm), or the bar chart of the first anchor as a picture (.png, .svg).
+
+    Raises InputError: another suffix, no setup to draw a picture of, or a file that cannot be written.
+    """
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"page {path}: the suffixes .html and .htm are allowed")
+    suffix, allowed = path.suffix.lower(), (*PAGES, *charts.SUFFIXES)
+    if suffix not in allowed:
+        raise InputError(f"report {path}: the suffixes {', '.join(allowed)} are allowed")
+    if suffix in PAGES:
+        _write_page(dossier, path)
+    else:
+        _write_picture(dossier, path)
+
+
+def _write_page(dossier: Dossier, path: Path) -> None:
+    """One self-contained HTML file."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tuner.report", "."),
         autoescape=True,
@@ -44,11 +56,11 @@ def write_page(dossier: Dossier, path: str | Path) -> None:
         raise InputError(f"page {path} cannot be written: {error.strerror}") from error
 
 
-def write_picture(dossier: Dossier, path: str | Path) -> None:
-    """The bar chart of the first anchor as .png or .svg. Raises InputError as `bar_chart` does."""
+def _write_picture(dossier: Dossier, path: Path) -> None:
     headline = dossier.anchors[0]
     subtitle = f"{dossier.environment.device}, {_place(headline.choice)}, prompts of all domains"
-    bar_chart(chart_rows(headline), path, title=f"{dossier.target.name}: output tokens per second", subtitle=subtitle)
+    title = f"{dossier.target.name}: output tokens per second"
+    charts.bar_chart(chart_rows(headline), path, title=title, subtitle=subtitle)
 
 
 def chart_rows(anchor: AnchorFigures) -> list[ChartRow]:

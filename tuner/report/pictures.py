@@ -24,14 +24,6 @@ WIDTH_INCHES = 3.6
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 # colours no picture uses otherwise: they become the page's CSS variables
-VARIABLES = {
-    "#01fe01": "ink",
-    "#01fe02": "faint",
-    "#01fe03": "grid",
-    "#01fe04": "surface",
-    "#01fe05": "loss",
-    "#01fe06": "plain",
-} | {f"#01fe1{index}": f"series-{index}" for index in range(8)}
 PAGE = Palette(
     ink="#01fe01",
     faint="#01fe02",
@@ -41,6 +33,8 @@ PAGE = Palette(
     plain="#01fe06",
     series=tuple(f"#01fe1{index}" for index in range(8)),
 )
+VARIABLES = {getattr(PAGE, name): name for name in ("ink", "faint", "grid", "surface", "loss", "plain")}
+VARIABLES |= {colour: f"series-{index}" for index, colour in enumerate(PAGE.series)}
 RC = {
     "axes.prop_cycle": cycler(color=[PAGE.ink]),
     "svg.fonttype": "none",

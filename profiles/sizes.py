@@ -1,0 +1,17 @@
+"""Memory in bytes: what a model takes, and the unit it is told in. Standard library only."""
+
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """Bytes a model takes: its weights once, and keys and values for every token of every sequence."""
+
+    weight_bytes: int
+    cache_bytes_per_token: int
+
+    def total_bytes(self, num_tokens: int) -> int:
+        """With `num_tokens` (batch times context) cached."""
+        return self.weight_bytes + num_tokens * self.cache_bytes_per_token
