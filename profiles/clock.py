@@ -1,7 +1,7 @@
 """Reads time: the only module that synchronises the device and looks at a clock.
 
-A figure taken while other programs use the processor is worth nothing, so this module also watches how many cores
-they took. It knows nothing of models or of what is being timed.
+A figure taken while other programs use the processor, or while a GPU is slowed down, is worth nothing, so this module
+also watches for both. It knows nothing of models or of what is being timed.
 """
 
 import os
@@ -11,6 +11,8 @@ from typing import Self
 
 import psutil
 import torch
+
+from profiles.gpu_watch import GpuWatch
 
 _SHORTEST_S = 0.2  # the kernel counts processor time in ticks of 10 ms: a shorter unit cannot be judged
 _MOST_CORES = 0.35
@@ -83,3 +85,40 @@ class OtherLoad:
     def disturbed(self) -> bool:
         """Whether others used more than 0.35 cores; False when the block was too short to tell."""
         return self.cores is not None and self.cores > _MOST_CORES
+
+
+class Disturbance:
+    """Watches the processor and every GPU among `devices` inside a `with` block; one object serves one block at a time.
+
+    `load` stands in for the watch on the processor in tests.
+    """
+
+    def __init__(self, *devices: str, load: OtherLoad | None = None) -> None:
+        self._load = load or OtherLoad()
+        self._gpus = [GpuWatch(device) for device in devices]
+
+    def __enter__(self) -> Self:
+        for gpu in self._gpus:
+            gpu.__enter__()
+        self._load.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._load.__exit__(*error)
+        for gpu in self._gpus:
+            gpu.__exit__(*error)
+
+    @property
+    def cores(self) -> float | None:
+        """Mean number of cores busy with other work; None when the block was too short to tell."""
+        return self._load.cores
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether others used the processor too much, or a GPU was slowed down or used by others."""
+        return self._load.disturbed or any(gpu.disturbed for gpu in self._gpus)
+
+    @property
+    def worst(self) -> str | None:
+        """What disturbed the GPUs, in one line; None when nothing did. The processor's part is `cores`."""
+        return "; ".join(gpu.worst for gpu in self._gpus if gpu.worst is not None) or None

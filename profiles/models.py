@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from profiles import gguf_file, rows, sources
@@ -21,6 +22,7 @@ from profiles.terms import Model
 
 # what a layer may keep per token, so that tokens can be taken back; a recurrent state cannot give them up
 _CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+_FILLED = 0.9  # of a GPU's free memory: caches and activations need the rest
 _NO_ROLLBACK = "model {name!r}: {what} keep a running state, which cannot take tokens back; a key/value cache is needed"
 
 
@@ -39,8 +41,11 @@ class Loaded:
     note: str | None = None
 
 
-def load(name: str, *, dtype: str, device: str, trust_remote_code: bool = False) -> Loaded:
+def load(name: str, *, dtype: str, device: str, trust_remote_code: bool = False, several_gpus: bool = True) -> Loaded:
     """Loads a directory, a GGUF file or a hub id on `device`, its float weights as `dtype`.
+
+    On `cuda`, which names no GPU, a model too large for the first is spread over all; `several_gpus` False, meant for
+    drafts, keeps it on the first.
 
     Raises: ModelError: nothing there, pickled or broken files, weights missing or not finite, no tokenizer, an
     architecture that transformers does not know, that cannot take tokens back or not be run in rows.
@@ -53,7 +58,12 @@ def load(name: str, *, dtype: str, device: str, trust_remote_code: bool = False)
         config = sources.config_of(source)
         _check_cache(name, config)
         tokenizer = sources.tokenizer_of(source)
-        model = _without_padding(name, _load_weights(source, config, dtype), tokenizer).to(device)
+        placement = _placement(source, dtype, device) if several_gpus else {}
+        model = _without_padding(name, _load_weights(source, config, dtype, placement), tokenizer)
+        if placement:
+            _check_spread(model, name, dtype)
+        else:
+            model = model.to(device)
         _check_finite(model, source, dtype)
         rows.check_rows(model, name)
         record = Model(
@@ -69,7 +79,7 @@ def load(name: str, *, dtype: str, device: str, trust_remote_code: bool = False)
             record=record,
             max_positions=sources.max_positions(config, source),
             end_token_ids=_end_token_ids(source, model, tokenizer),
-            note=_note(source, dtype),
+            note=_note(source, dtype, placement),
         )
 
 
@@ -163,6 +173,10 @@ def _twin(module: Any, copies: dict[int, Any]) -> Any:
     twin._modules = dict(module._modules)
     if hasattr(module, "config"):
         twin.config = copy.deepcopy(module.config, copies)
+    if hasattr(module, "_hf_hook"):  # on several GPUs: what accelerate made of `forward` runs the module, not its twin
+        del twin._hf_hook, twin._old_forward, twin.forward
+        add_hook_to_module(twin, ModelHook())
+        twin._hf_hook = module._hf_hook  # set afterwards: adding it would place the shared weights again
     return twin
 
 
@@ -173,7 +187,30 @@ def _check_cache(name: str, config: PreTrainedConfig) -> None:
         raise ModelError(_NO_ROLLBACK.format(name=name, what=f"{min(kinds)} layers"))
 
 
-def _load_weights(source: Source, config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
+def _placement(source: Source, dtype: str, device: str) -> dict[str, object]:
+    """What `from_pretrained` is told of GPUs: nothing for a model that one device is to hold, else to spread it."""
+    num_gpus = torch.cuda.device_count() if device == "cuda" else 0
+    if num_gpus < 2:
+        return {}
+    usable = {index: int(_FILLED * torch.cuda.mem_get_info(index)[0]) for index in range(num_gpus)}
+    if getattr(torch, dtype).itemsize * sources.num_values(source) <= usable[0]:
+        return {}
+    return {"device_map": "auto", "max_memory": usable}
+
+
+def _check_spread(model: PreTrainedModel, name: str, dtype: str) -> None:
+    """Refuses a model of which a part is not on a GPU, or none on the first, where tokens go in and drafts are."""
+    places = set(getattr(model, "hf_device_map", {}).values())
+    if 0 not in places or places & {"cpu", "disk"}:
+        raise ModelError(
+            f"model {name!r}: its {dtype} weights cannot be spread over {torch.cuda.device_count()} GPUs from the "
+            f"first on, filling {_FILLED:.0%} of their free memory; take a smaller model or a 16-bit dtype"
+        )
+
+
+def _load_weights(
+    source: Source, config: PreTrainedConfig, dtype: str, placement: dict[str, object]
+) -> PreTrainedModel:
     """The model in evaluation mode, with fused attention where the architecture has it; never with made-up weights."""
     options = {
         "config": config,
@@ -182,6 +219,7 @@ def _load_weights(source: Source, config: PreTrainedConfig, dtype: str) -> PreTr
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # refused below, by name
         **source.options,
+        **placement,
     }
     with contextlib.redirect_stderr(io.StringIO()):  # the progress bar of dequantising cannot be turned off
         try:
@@ -246,10 +284,15 @@ def _end_token_ids(source: Source, model: PreTrainedModel, tokenizer: PreTrained
     return ()
 
 
-def _note(source: Source, dtype: str) -> str | None:
-    if source.gguf is None:
-        return None
-    return (
-        f"model {source.name!r}: a GGUF of {source.gguf.float_type} weights, dequantised and run as {dtype}; "
-        "acceptance is that of its weights, speed and memory are not those of an engine that keeps them packed"
-    )
+def _note(source: Source, dtype: str, placement: dict[str, object]) -> str | None:
+    notes = []
+    if source.gguf is not None:
+        notes.append(
+            f"model {source.name!r}: a GGUF of {source.gguf.float_type} weights, dequantised and run as {dtype}; "
+            "acceptance is that of its weights, speed and memory are not those of an engine that keeps them packed"
+        )
+    if placement:
+        notes.append(
+            f"model {source.name!r}: too large for one GPU, spread over {torch.cuda.device_count()}, which take turns"
+        )
+    return "; ".join(notes) or None

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from profiles import environment
-from profiles.clock import Clock, OtherLoad
+from profiles.clock import Clock, Disturbance, OtherLoad
 from profiles.errors import InputError
+from profiles.gpu_watch import GpuWatch
 
 
 def readings(*values: float) -> Callable[[], float]:
@@ -181,3 +182,62 @@ def test_another_process_is_seen_by_the_real_readers() -> None:
         child.wait()
     assert load.cores is not None
     assert load.cores > 0.0
+
+
+def load_of(cores: float) -> OtherLoad:
+    """A watch that finds this many cores busy with other work over one second."""
+    return OtherLoad(now=readings(0.0, 1.0), machine_s=readings(0.0, cores), own_s=readings(0.0, 0.0))
+
+
+class FakeGpuWatch(GpuWatch):
+    """A watch on a GPU that finds every device with an odd number slowed down, and tells when its block begins."""
+
+    def __enter__(self) -> "FakeGpuWatch":
+        self.entered = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.entered
+
+    @property
+    def worst(self) -> str | None:
+        return f"GPU {self._device} was slowed" if self._device.endswith(("1", "3")) else None
+
+
+@pytest.mark.parametrize(
+    ("cores", "devices", "disturbed", "worst"),
+    [
+        (0.0, ("cpu",), False, None),
+        (0.5, ("cpu",), True, None),
+        (0.0, ("cuda:0",), False, None),
+        (0.5, ("cuda:0",), True, None),
+        (0.0, ("cuda:1",), True, "GPU cuda:1 was slowed"),
+        (0.5, ("cuda:0", "cuda:1"), True, "GPU cuda:1 was slowed"),
+        (0.0, ("cuda:1", "cuda:2", "cuda:3"), True, "GPU cuda:1 was slowed; GPU cuda:3 was slowed"),
+    ],
+)
+def test_processor_and_gpus_are_watched_together(
+    monkeypatch: pytest.MonkeyPatch, cores: float, devices: tuple[str, ...], disturbed: bool, worst: str | None
+) -> None:
+    """Either disturbs; the cores are those of the watch on the processor, the sentence names the GPUs."""
+    monkeypatch.setattr("profiles.clock.GpuWatch", FakeGpuWatch)
+    with Disturbance(*devices, load=load_of(cores)) as watch:
+        pass
+    assert (watch.cores, watch.disturbed, watch.worst) == (cores, disturbed, worst)
+
+
+def test_both_watches_end_when_the_unit_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error inside the block passes through, and what disturbed it is known all the same."""
+    monkeypatch.setattr("profiles.clock.GpuWatch", FakeGpuWatch)
+    watch = Disturbance("cuda:1", load=load_of(0.25))
+    with pytest.raises(InputError, match="planted"), watch:
+        raise InputError("planted")
+    assert watch.cores == 0.25
+    assert watch.disturbed
+
+
+def test_the_real_watches_run_on_a_cpu() -> None:
+    """Without a GPU the combined watch is the one on the processor: a block of no length is not disturbed."""
+    with Disturbance("cpu") as watch:
+        pass
+    assert (watch.cores, watch.disturbed, watch.worst) == (None, False, None)
