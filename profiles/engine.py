@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from profiles import acceptance, latency, models
-from profiles.clock import Clock, OtherLoad
+from profiles.clock import Clock, Disturbance
 from profiles.decoding import Decoder, Generation
 from profiles.drafting import CompositeDrafter, Drafter, DraftSource, ModelDrafter, NgramDrafter
 from profiles.environment import fingerprint
@@ -58,6 +58,7 @@ class TorchEngine:
         self._models[target.record.run_digest] = target.model
         self._clock = Clock(device)
         self._device = device
+        self._gpus = sorted({str(one.device) for one in target.model.parameters() if one.device.type == "cuda"})
         self._environment = fingerprint(device)
         self._warm: set[tuple[Setup, int]] = set()
         self._rows: dict[int, dict[str, RowModel]] = {}  # by batch size, then by part: caches are kept between runs
@@ -118,7 +119,7 @@ class TorchEngine:
                 lookups={part.digest: part for draft in self._drafts for part in draft.parts if part.kind == "ngram"},
             )
             shape = (context_length, max_length)
-            times, disturbed = _quietest(lambda: latency.time_steps(parts, workload, shape, self._clock))
+            times, disturbed = self._quietest(lambda: latency.time_steps(parts, workload, shape, self._clock))
         return {digest: replace(staircase, disturbed=disturbed) for digest, staircase in times.items()}
 
     def run_together(
@@ -134,7 +135,7 @@ class TorchEngine:
         with _translated(self._device):
             for setup in setups:
                 self._warm_up(workload, prompts, setup)
-            runs, disturbed = _quietest(lambda: [self._generate(workload, prompts, setup) for setup in setups])
+            runs, disturbed = self._quietest(lambda: [self._generate(workload, prompts, setup) for setup in setups])
         if workload.temperature == 0.0:
             for number, prompt in enumerate(prompts):
                 self._check_partings(workload, prompt, setups, [own[number] for own in runs])
@@ -218,6 +219,17 @@ class TorchEngine:
                 f"allowed are {workload.context_length} together, the workload's context"
             )
 
+    def _quietest(self, measure: Callable[[], Measurement]) -> tuple[Measurement, bool]:
+        """The quietest of at most three tries, ended by the first undisturbed one, and whether it was disturbed."""
+        tries: list[tuple[float, Measurement]] = []
+        for _ in range(MAX_REPEATS + 1):
+            with Disturbance(*self._gpus) as load:
+                found = measure()
+            if not load.disturbed:
+                return found, False
+            tries.append((load.cores or 0.0, found))
+        return min(tries, key=lambda one: one[0])[1], True
+
     def _check_partings(
         self, workload: Workload, prompt: Prompt, setups: tuple[Setup, ...], runs: list[Generation]
     ) -> None:
@@ -255,18 +267,6 @@ def _sample(setup: Setup, prompt: Prompt, run: Generation, disturbed: bool) -> S
         peak_memory_bytes=run.peak_memory_bytes,
         disturbed=disturbed,
     )
-
-
-def _quietest(measure: Callable[[], Measurement]) -> tuple[Measurement, bool]:
-    """The quietest of at most three tries, ended by the first undisturbed one, and whether it was disturbed."""
-    tries: list[tuple[float, Measurement]] = []
-    for _ in range(MAX_REPEATS + 1):
-        with OtherLoad() as load:
-            found = measure()
-        if not load.disturbed:
-            return found, False
-        tries.append((load.cores or 0.0, found))
-    return min(tries, key=lambda one: one[0])[1], True
 
 
 @contextlib.contextmanager

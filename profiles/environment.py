@@ -42,6 +42,13 @@ def free_bytes(device: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def free_bytes_of_all(device: str) -> int:
+    """As `free_bytes`; of all GPUs together where `device` names none of them."""
+    if device == "cuda":
+        return sum(int(torch.cuda.mem_get_info(index)[0]) for index in range(torch.cuda.device_count()))
+    return free_bytes(device)
+
+
 def fingerprint(device: str) -> Environment:
     """What the times measured on `device` are true for.
 

@@ -14,7 +14,8 @@ from profiles import environment, memory, models, prompts
 from profiles.drafting import DraftSource
 from profiles.engine import MAX_BATCH, TorchEngine
 from profiles.errors import InputError, ModelError, OutOfMemoryError
-from profiles.memory import Footprint, cached_values_per_token
+from profiles.memory import cached_values_per_token
+from profiles.sizes import Footprint
 from profiles.sources import find
 from profiles.spelling import DraftSpec, Refused
 from profiles.terms import DTYPES, Draft, Prompt, Setup, Workload
@@ -86,7 +87,8 @@ def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str
         raise InputError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
     place = environment.pick_device(device)
     chosen = dtype or ("float32" if place == "cpu" else "bfloat16")
-    memory.check_memory([target], dtype=chosen, device=place, num_tokens=num_tokens)
+    free = environment.free_bytes_of_all(place)  # a target may be spread over several GPUs
+    memory.check_memory([target], dtype=chosen, device=place, num_tokens=num_tokens, num_free_bytes=free)
     by_name = {target: models.load(target, dtype=chosen, device=place)}
     sources: dict[str, DraftSource] = {}
     errors: dict[str, ModelError | OutOfMemoryError] = {}
@@ -94,7 +96,7 @@ def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str
         try:
             if spec.path is not None and spec.path not in by_name:
                 memory.check_memory([spec.path], dtype=chosen, device=place, num_tokens=num_tokens)
-                loaded = models.load(spec.path, dtype=chosen, device=place)
+                loaded = models.load(spec.path, dtype=chosen, device=place, several_gpus=False)
                 models.check_pair(by_name[target], loaded)
                 by_name[spec.path] = loaded
             source = _source(spec, by_name, by_name[target])

@@ -49,7 +49,9 @@ class RowModel:
         self.device = model.device
         self._cache = RowCache(num_rows, capacity, model.device)
         self._forward = _forward_of(model, self._cache)
-        self._graphs: dict[tuple[int, int], _Graph] | None = {} if model.device.type == "cuda" else None
+        devices = {parameter.device for parameter in model.parameters()}
+        on_one_gpu = len(devices) == 1 and model.device.type == "cuda"
+        self._graphs: dict[tuple[int, int], _Graph] | None = {} if on_one_gpu else None
 
     def step(
         self, tokens: torch.Tensor, positions: torch.Tensor, reach: int, keep: int = 1, row: int | None = None

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from profiles import models, sources
-from profiles.cache import CachedModel
 from profiles.errors import ModelError
 from profiles.models import Loaded
+from profiles.rows import RowModel
 from tests import tiny
 
 TOKEN_IDS = torch.tensor([[2, 40, 77, 105, 260, 33, 1, 3]])
@@ -171,11 +171,10 @@ def test_a_hooked_model_decodes_and_takes_tokens_back(
     assert hasattr(model, "_hf_hook")
     with torch.inference_mode():
         expected = whole(TOKEN_IDS).logits[0]
-        cached = CachedModel(model)
-        cached.step(TOKEN_IDS[0, :6].tolist(), keep=1)
-        cached.step([9, 9], keep=1)
-        cached.rollback(6)
-        torch.testing.assert_close(cached.step(TOKEN_IDS[0, 6:].tolist(), keep=2), expected[6:])
+        rows, places = RowModel(model, 1, 16), torch.arange(8)[None]
+        rows.step(TOKEN_IDS[:, :6], places[:, :6], 6)
+        rows.step(torch.tensor([[9, 9]]), places[:, 6:], 8)
+        torch.testing.assert_close(rows.step(TOKEN_IDS[:, 6:], places[:, 6:], 8, keep=2)[0], expected[6:])
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

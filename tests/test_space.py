@@ -80,7 +80,7 @@ def test_draft_names_parse_back() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "draft '': a path, a hub id, ngram[:max=4,min=2] or early-exit:LAYERS is allowed"),
+        ("", "draft '': a path, a hub id, ngram[:max=4,min=2], early-exit:LAYERS or ngram+PATH is allowed"),
         ("ngram:", "draft 'ngram:': '' is not one of max=N and min=N"),
         ("ngram:size=3", "draft 'ngram:size=3': 'size=3' is not one of max=N and min=N"),
         ("ngram:max=3,max=4", "draft 'ngram:max=3,max=4': 'max=4' is not one of max=N and min=N, each at most once"),
