@@ -34,14 +34,16 @@ from profiles.engine import MAX_REPEATS
 from profiles.formulas import speedup_interval
 from profiles.loading import Bench, Question
 from profiles.models import Loaded
+from profiles.shipped import TARGET
 from profiles.spelling import parse_draft
 from profiles.terms import PLAIN, Interval, Prompt, Setup, TargetTrace, Workload, digest_of
-from tests.benchmarks.common import TARGET, finish
+from tests.benchmarks.common import finish
 
 # ---- the setups that race to be "our best" beside plain decoding: (spelling of a draft, its lengths); add others here
 RACED: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("ngram", (4, 6, 8)),
     ("builtin:draft-general", (2, 4)),
+    ("ngram+builtin:draft-general", (3, 6)),
 )
 # ----
 DRAFT = "builtin:draft-general"
@@ -98,7 +100,7 @@ class Tally:
 
 def ours(bench: Bench, workload: Workload, prompt: Prompt, setup: Setup) -> Run:
     """One run of our engine: the only place that calls its timed runs."""
-    (sample,) = bench.engine.run_together(workload, prompt, (setup,), "bench")
+    (sample,) = bench.engine.run_together(workload, (prompt,), (setup,), "bench")
     return Run(seconds=sample.ttft_s + sample.decode_s, num_tokens=sample.output_tokens, digest=sample.output_digest)
 
 
