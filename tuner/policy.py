@@ -117,6 +117,16 @@ class Policy:
         """The choice over all domains at the first batch and context."""
         return next(choice for choice in self.choices if choice.domain == MIXED)
 
+    @property
+    def crossover_batch(self) -> int | None:
+        """The smallest measured batch from which on plain decoding is the choice, over all domains, as in the headline.
+
+        None: a draft still wins at the largest. With several contexts, plain decoding is the choice at all of them.
+        """
+        rows = [row for row in self.choices if row.domain == MIXED and row.temperature == self.headline.temperature]
+        drafted = max((row.batch_size for row in rows if row.setup != PLAIN), default=0)
+        return min((row.batch_size for row in rows if row.batch_size > drafted), default=None)
+
     def look_up(
         self,
         *,

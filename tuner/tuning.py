@@ -396,5 +396,7 @@ def _grid_seconds(mixed: Anchor, evidence: Evidence, num_prompts: int) -> float:
     seconds = 0.0
     for forecast in mixed.forecasts:
         own = prefills[forecast.setup.draft]
-        seconds += tokens / forecast.tok_per_s.estimate + num_prompts * sum(own) / len(own)
+        seconds += tokens / (mixed.workload.batch_size * forecast.tok_per_s.estimate) + num_prompts * sum(own) / len(
+            own
+        )
     return seconds

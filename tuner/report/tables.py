@@ -44,7 +44,15 @@ def table(policy: Policy) -> Group:
         )
         place = ", ".join([choice.domain, *(f"{name} {value}" for name, value in anchor.items())])
         reasons.append(f"{place}: ", "bold").append(f"{choice.reason}\n")
+    if "batch" in varied:
+        reasons.append(_crossover(policy))
     return Group(shown, reasons)
+
+
+def _crossover(policy: Policy) -> str:
+    if policy.crossover_batch is None:
+        return "A draft still wins at the largest measured batch.\n"
+    return f"From batch {policy.crossover_batch} on plain decoding is the choice over all domains.\n"
 
 
 def _cells(choice: Choice) -> tuple[str, str, str]:
@@ -61,8 +69,8 @@ def _cells(choice: Choice) -> tuple[str, str, str]:
 def document(policy: Policy, *, cost: Mapping[str, object], store: str, policy_path: str) -> dict[str, Any]:
     """The policy as the one JSON document a program reads: the headline choice's figures, then every anchor's.
 
-    Rates are output tokens per second, decode only; `end_to_end` is the ratio with prefill. A figure that is not known
-    is None. `cost` is passed through.
+    Rates are output tokens per second of one row of the batch, decode only; `end_to_end` is the ratio with prefill. A
+    figure that is not known is None. `cost` is passed through.
     """
     return {
         "target": asdict(policy.target),
@@ -78,6 +86,7 @@ def document(policy: Policy, *, cost: Mapping[str, object], store: str, policy_p
             }
             for choice in policy.choices
         ],
+        "crossover_batch": policy.crossover_batch,
         "cost": dict(cost),
         "store": store,
         "policy": policy_path,
