@@ -247,8 +247,8 @@ class Tuner:
         return winner if winner is not None and known[winner] > 1.0 else None
 
     def _prove(self, anchor: Anchor, setup: Setup) -> None:
-        most = self._options.proof_prompts
-        queues = queues_of(anchor.proof_pool, anchor.workload.batch_size, most, PROOF_QUEUES)
+        most, batch_size = self._options.proof_prompts, anchor.workload.batch_size
+        queues = queues_of(anchor.proof_pool, batch_size, most, PROOF_QUEUES)
         pairs: list[proof.Pair] = []
         for done, queue in enumerate(queues):
             self._progress(f"proof {anchor.domain}", done, len(queues))
@@ -394,9 +394,7 @@ def _grid_seconds(mixed: Anchor, evidence: Evidence, num_prompts: int) -> float:
     for setup, sample in evidence.calibration:
         prefills.setdefault(setup.draft, []).append(sample.ttft_s)
     seconds = 0.0
-    for forecast in mixed.forecasts:
-        own = prefills[forecast.setup.draft]
-        seconds += tokens / (mixed.workload.batch_size * forecast.tok_per_s.estimate) + num_prompts * sum(own) / len(
-            own
-        )
+    for one in mixed.forecasts:
+        own = prefills[one.setup.draft]
+        seconds += tokens / (mixed.workload.batch_size * one.tok_per_s.estimate) + num_prompts * sum(own) / len(own)
     return seconds
