@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+ALIGNMENT = 64  # slots; attention kernels on a GPU want rows of even lengths
+
 
 class RowCache:
     """Keys and values of `num_rows` sequences, `capacity` tokens each, allocated once.
@@ -21,11 +23,11 @@ class RowCache:
     def __init__(self, num_rows: int, capacity: int, device: torch.device) -> None:
         self.num_rows = num_rows
         self.capacity = capacity
-        self._width = capacity + 1  # the last slot of a row takes what is padding
+        self.width = -(-(capacity + 1) // ALIGNMENT) * ALIGNMENT  # the last slot of a row takes what is padding
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
-        self._places = torch.arange(self._width, device=device)
-        self._starts = torch.arange(num_rows, device=device)[:, None] * self._width
+        self._places = torch.arange(self.width, device=device)
+        self._starts = torch.arange(num_rows, device=device)[:, None] * self.width
         self._slots = self._starts
         self._rows = slice(0, num_rows)
         self.view = 0
@@ -34,7 +36,7 @@ class RowCache:
     def place(self, positions: torch.Tensor, view: int, row: int | None = None) -> None:
         """Tokens at `positions` (rows, width) come next, of all rows or of one; `view` slots of a row are seen."""
         self._rows = slice(0, self.num_rows) if row is None else slice(row, row + 1)
-        slots = torch.where(positions < 0, self.capacity, positions)
+        slots = torch.where(positions < 0, self.width - 1, positions)
         self._slots = (slots + self._starts[self._rows]).flatten()
         self.queries = positions.clamp_min(0)
         self.view = view
@@ -53,12 +55,12 @@ class RowCache:
         """Stores (rows, width, heads, head size) of a layer; everything in view as (rows, view, heads, head size)."""
         if layer not in self._keys:
             for store, new in ((self._keys, keys), (self._values, values)):
-                store[layer] = new.new_zeros((self.num_rows * self._width, *new.shape[2:]))
+                store[layer] = new.new_zeros((self.num_rows * self.width, *new.shape[2:]))
         return self._put(self._keys[layer], keys), self._put(self._values[layer], values)
 
     def _put(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         store.index_copy_(0, self._slots.to(store.device), new.flatten(0, 1))  # layers may lie on several GPUs
-        return store.view(self.num_rows, self._width, *store.shape[1:])[self._rows, : self.view]
+        return store.view(self.num_rows, self.width, *store.shape[1:])[self._rows, : self.view]
 
 
 class TransformersCache(Cache):  # type: ignore[misc]

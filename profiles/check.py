@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from profiles import environment, loading, memory, models, prompts, sources
 from profiles.errors import DraftpickError, InputError, ModelError, PairError
-from profiles.formulas import acceptance_length, acceptance_rate, walk
+from profiles.formulas import acceptance_length, acceptance_rate, joined, walk
 from profiles.loading import Bench
 from profiles.models import Loaded
 from profiles.pairs import DraftCheck, Glance, PairReport
@@ -159,10 +159,15 @@ def _found(bench: Bench, spec: DraftSpec) -> tuple[Draft, Loaded | None]:
     loaded: Loaded | None
     if spec.path is not None:
         loaded = next(one for one in bench.loaded if one.record.name == spec.path)
-        asked = Draft(kind="model", model=loaded.record)
     else:
         loaded = None if spec.num_layers is None else bench.loaded[0]
-        asked = Draft(kind=spec.kind, max_match=spec.max_match, min_match=spec.min_match, num_layers=spec.num_layers)
+    asked = Draft(
+        kind=spec.kind,
+        model=None if spec.path is None or loaded is None else loaded.record,
+        max_match=spec.max_match,
+        min_match=spec.min_match,
+        num_layers=spec.num_layers,
+    )
     return next(draft for draft in bench.engine.drafts if draft.digest == asked.digest), loaded
 
 
@@ -170,7 +175,9 @@ def _glance(bench: Bench, draft: Draft, look: _Look) -> Glance:
     """Rounds of the walk over the short outputs; the target is not run again."""
     rounds: dict[tuple[int, int], float] = {}
     for prompt, trace in look.traces:
-        acceptance = bench.engine.trace_draft(look.workload, prompt, trace, draft, LENGTH)
+        acceptance = joined(
+            [bench.engine.trace_draft(look.workload, prompt, trace, part, LENGTH) for part in draft.parts]
+        )
         for outcome, count in walk(trace, acceptance, LENGTH, NEW_TOKENS).rounds.items():
             rounds[outcome] = rounds.get(outcome, 0.0) + count
     return Glance(

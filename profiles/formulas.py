@@ -40,6 +40,16 @@ class CompositeAcceptance:
 Replayed = Acceptance | CompositeAcceptance
 
 
+def joined(parts: Sequence[Acceptance]) -> Replayed:
+    """What a draft's parts accept, together: a look-up and a model make a composite, one part stands for itself."""
+    match list(parts):
+        case [LookupTrace() as lookup, AcceptanceTrace() as model]:
+            return CompositeAcceptance(lookup=lookup, model=model)
+        case [LookupTrace() | AcceptanceTrace() as alone]:
+            return alone
+    raise InputError(f"{len(parts)} acceptance records: one, or a look-up's and a model's are allowed")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Walk:
     """The rounds of one sequence alone in its batch: expected counts of each (proposed, accepted) and of each shape.

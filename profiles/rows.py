@@ -66,8 +66,8 @@ class RowModel:
         return self._graphs[key].replay(tokens, positions)
 
     def _whole(self, keep: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """A step that sees the whole capacity, whatever the text's length: the shape never changes."""
-        self._cache.place(positions, self._cache.capacity + 1)
+        """A step that sees every slot, whatever the text's length: the shape never changes."""
+        self._cache.place(positions, self._cache.width)
         return self._forward(tokens, self._cache, keep)
 
 

@@ -96,12 +96,12 @@ class Remember:
         self, workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], occasion: str
     ) -> tuple[Sample, ...]:
         scope, point = self._scope(workload), run_point(workload, prompts, setups, occasion)
-        young, free = self._recall(scope, prompts, setups, occasion)
-        known = ([samples for samples in young.items() if not _disturbed(samples[1])] or [*young.items()])[-1:]
-        if free is None or (known and point in self._timed_here):
-            [(answering, samples)] = known
+        known, free = self._recall(scope, prompts, setups, occasion)
+        if known is not None and (free is None or point in self._timed_here):
+            answering, samples = known
             self._note(workload, prompts, setups, (occasion, answering))
             return self._reused(samples, point)
+        assert free is not None  # what is not known has an occasion to be measured under
         unit = f"{occasion}: {', '.join(setup.name for setup in setups)}, {prompts[0].domain}"
         drafting = [setup for setup in dict.fromkeys(setups) if setup != PLAIN]
         suspect = drafting[0] if len(drafting) == 1 else PLAIN
@@ -115,22 +115,23 @@ class Remember:
 
     def _recall(
         self, scope: Scope, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], occasion: str
-    ) -> tuple[dict[str, tuple[Sample, ...]], str | None]:
-        """The stored runs of a unit that are young enough, by occasion, and the occasion to repeat it under.
+    ) -> tuple[tuple[str, tuple[Sample, ...]] | None, str | None]:
+        """The runs of a unit that answer, with their occasion, and the occasion to repeat it under.
 
-        A repeat is stored under an occasion of its own. The latest undisturbed runs answer, else the latest; None of
-        an occasion: they do so for good, because one was undisturbed or four were not.
+        A repeat is stored under an occasion of its own. Of those young enough the latest undisturbed runs answer, else
+        the latest; without an occasion to repeat they do so for good, because one was undisturbed or four were not.
         """
-        young: dict[str, tuple[Sample, ...]] = {}
+        young: list[tuple[str, tuple[Sample, ...]]] = []
         for number in itertools.count():
             name = occasion if number == 0 else f"{occasion}, again {number}"
             samples = self._book.find_samples(scope, prompts, setups, name)
             if samples is None:
                 break
             if not self._since or self._book.find_samples(scope, prompts, setups, name, self._since) is not None:
-                young[name] = samples
-        done = len(young) > MAX_REPEATS or not all(map(_disturbed, young.values()))
-        return young, None if done else name
+                young.append((name, samples))
+        quiet = [one for one in young if not _disturbed(one[1])]
+        done = bool(quiet) or len(young) > MAX_REPEATS
+        return next(reversed(quiet or young), None), None if done else name
 
     def _note(
         self, workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], occasions: tuple[str, str]

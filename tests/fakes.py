@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from profiles.formulas import CompositeAcceptance, Replayed, RoundOutcome
+from profiles.formulas import RoundOutcome, joined
 from profiles.replay import replay, rounds_of
 from profiles.terms import (
     Acceptance,
@@ -205,10 +205,7 @@ class FakeEngine:
             self._lucky(workload, prompt, self._acceptance(workload, prompt, trace, part, setup.length))
             for part in (setup.draft.parts if setup.draft is not None else ())
         ]
-        acceptance: Replayed | None = found[0] if found else None
-        match found:
-            case [LookupTrace() as lookup, AcceptanceTrace() as model]:
-                acceptance = CompositeAcceptance(lookup=lookup, model=model)
+        acceptance = joined(found) if found else None
         return rounds_of(trace, acceptance, setup.length, workload.max_new_tokens, random.Random(0))
 
     def _lucky(self, workload: Workload, prompt: Prompt, acceptance: Acceptance) -> Acceptance:

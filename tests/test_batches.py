@@ -9,7 +9,7 @@ import pytest
 from profiles import models
 from profiles.drafting import DraftSource
 from profiles.engine import TorchEngine
-from profiles.formulas import CompositeAcceptance, Replayed, catch_up_width, walk
+from profiles.formulas import CompositeAcceptance, Replayed, catch_up_width, joined, walk
 from profiles.replay import replay, rounds_of
 from profiles.terms import (
     PLAIN,
@@ -62,11 +62,7 @@ def acceptance_of(
     engine: TorchEngine, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft
 ) -> Replayed:
     """Of a composite both parts together."""
-    found = [engine.trace_draft(workload, prompt, trace, part, max(LENGTHS)) for part in draft.parts]
-    match found:
-        case [LookupTrace() as lookup, AcceptanceTrace() as model]:
-            return CompositeAcceptance(lookup=lookup, model=model)
-    return found[0]
+    return joined([engine.trace_draft(workload, prompt, trace, part, max(LENGTHS)) for part in draft.parts])
 
 
 def ending(engine: TorchEngine) -> Workload:

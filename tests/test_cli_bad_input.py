@@ -35,8 +35,8 @@ BAD_RUNS = {
     "--max-new-tokens 255": "allowed are contexts up to 254 with that length\n",
     # numbers and names
     "--batch-size 0": "batch size 0",
-    "--batch-size 4": "batch size 4",
-    "--batch-size 1 --batch-size 4": "batch size 1, 4",
+    "--batch-size 65": "batch size 65: the torch engine takes 1 to 64 rows at a time",
+    "--batch-size 1 --batch-size 400": "batch size 400",
     "--batch-size x": "unable to parse string as an integer, not 'x'",
     "--temperature -1": "temperature -1",
     "--temperature nan": "temperature nan",

@@ -27,7 +27,7 @@ DRAFTS = ["--draft", "ngram", "--draft", "early-exit:1"]
 NUM_PROMPTS = 30
 KEYS = {
     "target", "environment", "choice", "speedup", "end_to_end", "plain_tok_per_s", "chosen_tok_per_s", "proven",
-    "anchors", "cost", "store", "policy",
+    "anchors", "crossover_batch", "cost", "store", "policy",
 }  # fmt: skip
 UNITS_BEFORE_CALIBRATION = NUM_PROMPTS * 3 + 1  # a target trace and two drafts' traces a prompt, and the step times
 
@@ -315,3 +315,28 @@ def test_lookup_loads_nothing_heavy(tuned: Tuned) -> None:
     *answer, heavy = asked.stdout.splitlines()
     assert answer[0].endswith("measured on mixed prompts at batch 1, context 64")
     assert heavy == "set()"
+
+
+def test_a_run_over_batches(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    """A row per batch size, throughput from full queues; traces are shared, and a second run measures nothing."""
+    words = small_run(tiny_folders["llama"], write_prompts(tmp_path / "prompts.jsonl", 30), "--draft")
+    words += [str(tiny_folders["qwen2"]), "--batch-size", "1", "--batch-size", "3"]
+    said = call(tmp_path / "store", *words)
+    assert said.code in DECIDED, said.stderr
+    assert [anchor["batch_size"] for anchor in said.document["anchors"]] == [1, 3]
+    assert said.document["crossover_batch"] in (None, 1, 3)
+    assert "batch" in said.stdout
+    stored = tmp_path / "store" / "evidence.db"
+    assert sql(stored, "SELECT DISTINCT batch_size FROM step_times ORDER BY batch_size") == [(1,), (3,)]
+    [(most,)] = sql(stored, "SELECT max(refills) FROM samples")
+    assert most > 0
+    [(num_traces, num_prompts)] = sql(stored, "SELECT count(*), count(DISTINCT prompt_digest) FROM target_traces")
+    assert num_traces == num_prompts
+    [(composites,)] = sql(stored, "SELECT count(*) FROM samples WHERE setup_name LIKE 'ngram:max=4,min=2+%'")
+    assert composites > 0
+    again = call(tmp_path / "store", *words)
+    assert again.document["cost"]["measured_units"] == 0
+    report = call(tmp_path / "store", "report", "--out", str(tmp_path / "report.html"))
+    assert report.code == 0, report.stderr
+    answer = call(tmp_path / "store", "lookup", "--json", "--batch-size", "2").document["answer"]
+    assert answer["rule"].startswith("measured on mixed prompts at batch 3")

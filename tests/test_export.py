@@ -103,12 +103,16 @@ def test_names_cannot_break_out_of_the_snippet() -> None:
     assert """from_pretrained("a'\\nimport os", revision='main', dtype='bfloat16')""" in text
 
 
+COMPOSITE = Draft(kind="composite", model=CODE_DRAFT.model, max_match=4, min_match=2)
+
+
 @pytest.mark.parametrize(
     ("setup", "changes", "note"),
     [
         (PLAIN, {}, "plain decoding is the choice. plain was the fastest."),
         (Setup(draft=NGRAM, length=2), {"batch_size": 4}, "batch size 1 only, and the choice is for 4"),
         (Setup(draft=CODE_DRAFT, length=2, stop_below=0.4), {}, "no stop before a proposal"),
+        (Setup(draft=COMPOSITE, length=2), {}, "a look-up or a draft model, not both"),
     ],
 )
 def test_nothing_to_emit(setup: Setup, changes: dict[str, object], note: str) -> None:

@@ -241,3 +241,22 @@ def test_look_up_refuses_the_impossible(question: dict[str, object]) -> None:
     """A batch, context or temperature that cannot exist is an error, not plain decoding."""
     with pytest.raises(InputError, match="allowed"):
         grid().look_up(**question)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wins", "crossover"),
+    [
+        ({1: True, 4: True, 16: False, 64: False}, 16),
+        ({1: True, 4: False, 16: True}, None),
+        ({1: False, 4: False}, 1),
+        ({1: False}, 1),
+        ({1: True}, None),
+    ],
+)
+def test_crossover_batch(wins: dict[int, bool], crossover: int | None) -> None:
+    """Where plain decoding starts to be the choice for good, over all domains and at every context."""
+    rows = [choice(NGRAM2 if won else PLAIN, batch_size=size) for size, won in wins.items()]
+    assert policy(*rows).crossover_batch == crossover
+    assert policy(*rows, choice(CODE4, batch_size=99, domain="code")).crossover_batch == crossover
+    last = max(wins)
+    assert policy(*rows, choice(NGRAM2, batch_size=last, context_length=4096)).crossover_batch is None

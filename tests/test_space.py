@@ -5,7 +5,7 @@ import re
 import pytest
 
 from profiles.errors import InputError
-from profiles.spelling import DraftSpec, parse_draft, parse_lengths
+from profiles.spelling import DraftSpec, parse_draft, parse_lengths, with_composites
 from profiles.terms import PLAIN, Draft, Model
 from tests.policies import CODE_DRAFT, NGRAM
 from tuner.space import candidates
@@ -57,6 +57,9 @@ def test_wrong_lengths(text: str) -> None:
     ("text", "spec"),
     [
         ("ngram", DraftSpec(kind="ngram", max_match=4, min_match=2)),
+        ("ngram+a/draft", DraftSpec(kind="composite", path="a/draft", max_match=4, min_match=2)),
+        ("ngram:max=6,min=1+x+y", DraftSpec(kind="composite", path="x+y", max_match=6, min_match=1)),
+        ("a+b", DraftSpec(kind="model", path="a+b")),
         ("ngram:max=6", DraftSpec(kind="ngram", max_match=6, min_match=2)),
         ("ngram:min=1,max=3", DraftSpec(kind="ngram", max_match=3, min_match=1)),
         ("early-exit:4", DraftSpec(kind="early_exit", num_layers=4)),
@@ -87,6 +90,9 @@ def test_draft_names_parse_back() -> None:
         ("ngram:max=many", "draft 'ngram:max=many': 'many' is not a whole number; allowed is max=N"),
         ("ngram:max=2,min=3", "ngram matches max=2,min=3: allowed are 1 <= min <= max"),
         ("ngram:min=0", "ngram matches max=4,min=0: allowed are 1 <= min <= max"),
+        ("ngram+", "draft '': a path, a hub id"),
+        ("ngram+ngram", "draft 'ngram+ngram': behind the + a path or hub id of a draft model is allowed"),
+        ("ngram:size=3+a", "draft 'ngram:size=3+a': 'size=3' is not one of max=N and min=N"),
         ("early-exit", "draft 'early-exit': '' is not a whole number; allowed is early-exit:LAYERS"),
         ("early-exit:half", "draft 'early-exit:half': 'half' is not a whole number"),
         ("early-exit:0", "early-exit layers 0: at least 1 is needed"),
@@ -96,3 +102,22 @@ def test_wrong_draft(text: str, message: str) -> None:
     """A misspelt draft is refused, naming the part and what is allowed."""
     with pytest.raises(InputError, match=re.escape(message)):
         parse_draft(text)
+
+
+def test_every_draft_model_gets_its_composite() -> None:
+    """With the default look-up, and not twice when it was asked for."""
+    specs = [parse_draft(text) for text in ("a", "ngram", "early-exit:2", "ngram+a", "b")]
+    names = [spec.name for spec in with_composites(specs)]
+    both = "ngram:max=4,min=2+"
+    assert names == ["a", "ngram:max=4,min=2", "early-exit:2", f"{both}a", "b", f"{both}b"]
+
+
+def test_a_composite_is_named_as_it_is_spelled() -> None:
+    """Its parts are drafts of their own, and its identity is neither's."""
+    assert CODE_DRAFT.model is not None
+    composite = Draft(kind="composite", model=CODE_DRAFT.model, max_match=4, min_match=2)
+    assert composite.name == "ngram:max=4,min=2+family/draft-code"
+    assert composite.parts == (NGRAM, CODE_DRAFT)
+    assert len({composite.digest, NGRAM.digest, CODE_DRAFT.digest}) == 3
+    spec = parse_draft(composite.name)
+    assert (spec.kind, spec.path, spec.name) == ("composite", CODE_DRAFT.model.name, composite.name)

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from profiles.errors import EngineError, InputError
-from profiles.formulas import median
+from profiles.errors import EngineError, InputError, NotMeasuredError
+from profiles.formulas import Replayed, joined, median
 from profiles.protocol import Engine
 from profiles.terms import (
     PLAIN,
@@ -44,6 +44,18 @@ class Evidence:
     calibration: tuple[tuple[Setup, Sample], ...]
     drafts: tuple[Draft, ...]
     infeasible: tuple[Infeasible, ...]
+
+    @property
+    def parts(self) -> tuple[Draft, ...]:
+        """What was traced and timed: the drafts, of composites their parts, each once."""
+        return tuple({part.digest: part for draft in self.drafts for part in draft.parts}.values())
+
+    def acceptance(self, draft: Draft, prompt: Prompt) -> Replayed:
+        """How a draft did on a prompt's trace. Raises NotMeasuredError when a part was not measured."""
+        found = [self.acceptances.get((part.digest, prompt.digest)) for part in draft.parts]
+        if None in found:
+            raise NotMeasuredError(f"acceptance of {draft.name} on prompt {prompt.digest} is not known")
+        return joined([one for one in found if one is not None])
 
 
 def calibration_lengths(lengths: Sequence[int]) -> tuple[int, ...]:

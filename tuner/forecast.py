@@ -13,9 +13,9 @@ from dataclasses import astuple
 import numpy
 
 from profiles.errors import NotMeasuredError
-from profiles.formulas import CompositeAcceptance, Replayed, Walk, acceptance_length, median, walk
+from profiles.formulas import Replayed, Walk, acceptance_length, median, walk
 from profiles.replay import replay, rounds_of
-from profiles.terms import PLAIN, AcceptanceTrace, Draft, Interval, LookupTrace, Prompt, Sample, Setup, Workload
+from profiles.terms import PLAIN, Draft, Interval, Prompt, Sample, Setup, Workload
 from tuner.claims import Forecast, RoundSplit
 from tuner.evidence import QUEUE_BATCHES, Evidence
 from tuner.overhead import Overhead, Use, calibrate, step_samples, use_of
@@ -135,18 +135,9 @@ class Forecaster:
         return uses
 
     def _acceptance(self, setup: Setup, prompt: Prompt) -> Replayed | None:
-        """How a setup's draft does on a prompt's trace. Raises NotMeasuredError when a part was not measured."""
         if setup.stop_below is not None:
             raise NotMeasuredError(f"{setup.name}: rounds that stop below a confidence are not replayed yet")
-        if setup.draft is None:
-            return None
-        found = [self._evidence.acceptances.get((part.digest, prompt.digest)) for part in setup.draft.parts]
-        match found:
-            case [LookupTrace() as lookup, AcceptanceTrace() as model]:
-                return CompositeAcceptance(lookup=lookup, model=model)
-            case [LookupTrace() | AcceptanceTrace() as acceptance]:
-                return acceptance
-        raise NotMeasuredError(f"acceptance of {setup.draft.name} on prompt {prompt.digest} is not known")
+        return None if setup.draft is None else self._evidence.acceptance(setup.draft, prompt)
 
     def _walk(self, setup: Setup, prompt: Prompt) -> Walk:
         key = (setup, prompt.digest)

@@ -31,7 +31,8 @@ from flashspec.engine.verifier import TargetModel
 from profiles import loading
 from profiles.clock import Clock, OtherLoad
 from profiles.engine import MAX_REPEATS
-from profiles.formulas import speedup_interval
+from profiles.evidence import make
+from profiles.formulas import median, speedup_interval
 from profiles.loading import Bench, Question
 from profiles.models import Loaded
 from profiles.shipped import TARGET
@@ -53,6 +54,7 @@ LENGTH = 4
 DOMAINS = ("prose", "code", "copy")
 TEMPERATURES = (0.0, 0.8)
 TURNS = 2
+ROOFLINE_SHAPES = ("llama-3.2-1b", "llama-3.1-8b")
 RACE_PROMPTS = 3
 RACE_SHARE = 0.25  # of a cell's seconds
 # the ratio's name -> (our arm, the peer's)
@@ -270,23 +272,19 @@ def compare(
                 tallies[name].add(run, trace)
 
 
-def roofline_fraction(bench: Bench, cells: Sequence[Cell]) -> float | None:
-    """Our slowest greedy plain rate over the rate at which the weights alone can be read; None on a CPU.
+def roofline_fraction(device: str) -> float | None:
+    """Plain decoding of the 1B and the 8B shape over the rate at which weights and cache can be read; the lower one.
 
-    The bandwidth is that of copying 1 GiB on the device, each byte read once and written once.
+    Random weights, batch 1, 512 tokens cached; the bandwidth is that of copying on the device. None on a CPU.
     """
-    device = str(bench.loaded[0].model.device)
     if not device.startswith("cuda"):
         return None
-    block, clock = torch.zeros(2**30, dtype=torch.uint8, device=device), Clock(device)
-    copy, seconds = torch.empty_like(block), []
-    for _ in range(10):
-        started = clock.read()
-        copy.copy_(block)
-        seconds.append(clock.read() - started)
-    allowed = 2.0 * block.numel() / min(seconds) / bench.footprints[None].weight_bytes
-    rates = [cell["tok_per_s"]["plain"] for cell in cells if cell["temperature"] == 0.0]
-    return round(min(rates) / allowed, 4)
+    fractions = []
+    for name in ROOFLINE_SHAPES:
+        [point] = make.points((name,), "bfloat16", (1,), (512,))
+        times = make.sweep(make.random_model(name, "bfloat16", device), point, device, 1)
+        fractions.append(point.num_bytes / median(times.samples_s[1]) / make.copy_bytes_per_s(device))
+    return round(min(fractions), 4)
 
 
 def asked() -> argparse.Namespace:
@@ -334,7 +332,7 @@ def main() -> None:
         {
             "benchmark": "peers",
             **{f"{name}_ratio": min(cell[f"{name}_ratio"] for cell in cells) for name in PAIRS},
-            "roofline_fraction": roofline_fraction(bench, cells),
+            "roofline_fraction": roofline_fraction(str(bench.loaded[0].model.device)),
             "device": bench.engine.environment.device,
             "threads": torch.get_num_threads(),
             "dtype": bench.engine.target.dtype,

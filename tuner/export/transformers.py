@@ -23,6 +23,9 @@ def emit(choice: Choice, target: Model) -> Export:
     if choice.setup.stop_below is not None:
         note = f"transformers has no stop before a proposal, and the choice is {choice.setup.name!r}"
         return Export(text="", note=note)
+    if draft.kind == "composite":
+        note = f"transformers takes a look-up or a draft model, not both, and the choice is {choice.setup.name!r}"
+        return Export(text="", note=note)
     kwargs, caveat = _sampling(choice), _caveat(draft)
     lines = ["from transformers import AutoModelForCausalLM", "", _load("model", target)]
     if draft.kind == "ngram":

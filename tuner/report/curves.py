@@ -28,7 +28,7 @@ def acceptance_curves(evidence: Evidence, workload: Workload, target_part: str) 
     if len(domains) > 1:
         domains = {MIXED: list(evidence.prompts)} | domains
     curves = []
-    for draft in evidence.drafts:
+    for draft in evidence.parts:
         counted = {
             prompt.digest: _positions(evidence, workload, (draft, prompt), length) for prompt in evidence.prompts
         }
@@ -95,9 +95,9 @@ def share_interval(kept: Sequence[float], tried: Sequence[float], design: float)
 
 
 def staircases(evidence: Evidence, target: Model) -> tuple[Staircase, ...]:
-    """The target's staircase, then each draft's, by name."""
+    """The target's staircase, then those of the drafts' parts, by name."""
     parts = {target.run_digest: (target.name, "target")}
-    parts |= {draft.digest: (draft.name, draft.kind) for draft in evidence.drafts}
+    parts |= {part.digest: (part.name, part.kind) for part in evidence.parts}
     found = []
     for digest, (name, kind) in parts.items():
         times = evidence.steps[digest]

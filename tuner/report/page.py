@@ -119,11 +119,12 @@ def _content(dossier: Dossier) -> dict[str, Any]:
 
 
 def _hues(dossier: Dossier) -> dict[str, str]:
-    """A colour for every draft the report names, in the order of the first anchor's forecasts."""
-    names = [one.draft_name for anchor in dossier.anchors for one in anchor.candidates]
+    """A colour for every draft the report names; those with curves of their own go first, so that theirs differ."""
+    names = [part.name for draft in dossier.drafts for part in draft.parts]
+    names += [one.draft_name for anchor in dossier.anchors for one in anchor.candidates]
     subjects = [_subject(anchor.choice) for anchor in dossier.anchors]  # an earlier run's draft may be gone
     names += [one.setup.draft.name for one in subjects if one is not None and one.setup.draft is not None]
-    return pictures.PAGE.hues([*names, *(draft.name for draft in dossier.drafts)])
+    return pictures.PAGE.hues(names)
 
 
 def _subject(choice: Choice) -> Measured | Forecast | None:
