@@ -76,8 +76,8 @@ class LlamaForward:
         mask = None
         if (rows, width) != (1, 1) or cache.view > cache.capacity:
             # added, not applied: the attention kernels would turn it into that in every layer
-            seen = cache.mask().repeat(1, 1, groups, 1)
-            mask = torch.zeros_like(seen, dtype=self._cos.dtype).masked_fill_(~seen, -torch.inf)
+            visible = cache.mask().repeat(1, 1, groups, 1)
+            mask = torch.zeros_like(visible, dtype=self._cos.dtype).masked_fill_(~visible, -torch.inf)
         hidden = functional.embedding(tokens, self._embedding)
         size = hidden.shape[-1:]
         for number, layer in enumerate(self._layers):

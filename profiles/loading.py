@@ -93,6 +93,8 @@ def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str
     sources: dict[str, DraftSource] = {}
     errors: dict[str, ModelError | OutOfMemoryError] = {}
     for spec in specs:
+        if spec.kind == "composite" and spec.path in errors:
+            continue  # its model is refused already, which is said once
         try:
             if spec.path is not None and spec.path not in by_name:
                 memory.check_memory([spec.path], dtype=chosen, device=place, num_tokens=num_tokens)

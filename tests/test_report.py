@@ -69,8 +69,10 @@ def test_document_of_a_win() -> None:
     assert (whole["end_to_end"], whole["plain_tok_per_s"], whole["chosen_tok_per_s"]) == (1.5, 100.0, 160.0)
     assert whole["proven"] is True
     assert [anchor["domain"] for anchor in whole["anchors"]] == ["code", "mixed"]
+    assert whole["crossover_batch"] is None
+    about_the_policy = {"target", "environment", "anchors", "crossover_batch", "store", "policy"}
     assert {**whole["anchors"][1], "cost": COST} == {
-        **{key: whole[key] for key in whole.keys() - {"target", "environment", "anchors", "store", "policy"}},
+        **{key: whole[key] for key in whole.keys() - about_the_policy},
         "batch_size": 1,
         "context_length": 512,
         "domain": "mixed",

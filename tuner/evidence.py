@@ -111,7 +111,10 @@ def gather(
     acceptances: dict[tuple[str, str], Acceptance] = {}
     usable: list[Draft] = []
     infeasible: list[Infeasible] = []
+    failed_parts: set[str] = set()
     for number, draft in enumerate(engine.drafts):
+        if failed_parts.intersection(part.digest for part in draft.parts):
+            continue  # a composite of what failed already, which is said once
         try:
             for done, (prompt, part) in enumerate(itertools.product(prompts, draft.parts)):
                 if (part.digest, prompt.digest) in acceptances:
@@ -124,6 +127,7 @@ def gather(
                 acceptances[part.digest, prompt.digest] = acceptance
             usable.append(draft)
         except EngineError as error:
+            failed_parts.add(part.digest)
             setup = Setup(draft=draft, length=max_length)
             infeasible.append(Infeasible(setup=setup, reason=type(error).__name__, detail=str(error)))
     progress("step times", 0, 1)
