@@ -16,8 +16,9 @@ LENGTHS = tuple(range(1, 9))
 
 
 def family(num_prompts: int, max_new_tokens: int) -> tuple[Bench, Workload, tuple[Prompt, ...]]:
-    """The engine, its workload, and `num_prompts` of the prompts that ship, domain by domain in turn."""
-    bench = loading.load(shipped.TARGET, [spelling.parse_draft(text) for text in DRAFTS], None, None)
+    """The engine with all drafts and composites, its workload, and `num_prompts` that ship, domain by domain."""
+    specs = spelling.with_composites([spelling.parse_draft(text) for text in DRAFTS])
+    bench = loading.load(shipped.TARGET, specs, None, None)
     question = Question(lengths=LENGTHS, max_new_tokens=max_new_tokens)
     ((workload, prompts),), _ = loading.workloads(bench, question, [shipped.ALL_PROMPTS])
     return bench, workload, spread_over_domains(prompts, num_prompts)

@@ -31,7 +31,7 @@ def run_grid(engine: Engine, workload: Workload, prompts: tuple[Prompt, ...]) ->
     started = time.monotonic()
     for prompt in prompts:
         for setup in random.Random(prompt.digest).sample(setups, len(setups)):
-            (sample,) = engine.run_together(workload, prompt, (setup,), "grid")
+            (sample,) = engine.run_together(workload, (prompt,), (setup,), "grid")
             seconds[setup] += sample.decode_s
             tokens[setup] += sample.output_tokens - 1
     return time.monotonic() - started, {setup: tokens[setup] / seconds[setup] for setup in setups}
@@ -47,7 +47,7 @@ def rerun(
         tokens = dict.fromkeys(setups, 0)
         for repeat in range(repeats):
             order = tuple(random.Random(f"{repeat}/{prompt.digest}").sample(setups, len(setups)))
-            for setup, sample in zip(order, engine.run_together(workload, prompt, order, "rerun"), strict=True):
+            for setup, sample in zip(order, engine.run_together(workload, (prompt,), order, "rerun"), strict=True):
                 total[setup] += sample.decode_s
                 tokens[setup] += sample.output_tokens - 1
         for setup in setups:

@@ -16,9 +16,10 @@ from collections import defaultdict
 import numpy
 
 from profiles.engine import TorchEngine
+from profiles.formulas import median
 from profiles.terms import PLAIN, Prompt, Setup, Workload
 from tests.benchmarks.common import LENGTHS, family, finish
-from tuner.evidence import calibration_lengths, gather
+from tuner.evidence import Evidence, calibration_lengths, gather
 from tuner.forecast import Forecaster
 from tuner.space import candidates
 
@@ -32,7 +33,7 @@ def run_pass(engine: TorchEngine, workload: Workload, prompts: tuple[Prompt, ...
     cells = [("plain again", PLAIN), *((setup.name, setup) for setup in candidates(engine.drafts, LENGTHS))]
     for prompt in prompts:
         shuffled = random.Random(f"{number}/{prompt.digest}").sample(cells, len(cells))
-        samples = engine.run_together(workload, prompt, tuple(setup for _, setup in shuffled), "grid")
+        samples = engine.run_together(workload, (prompt,), tuple(setup for _, setup in shuffled), "grid")
         for (name, _), sample in zip(shuffled, samples, strict=True):
             runs[name, prompt.digest].append(sample.decode_s)
 
@@ -73,7 +74,7 @@ def main() -> None:
             break
     tokens = sum(len(evidence.traces[prompt.digest].token_ids) - 1 for prompt in prompts)
     cells = []
-    print(f"{'setup':32} {'forecast':>9} {'measured':>9} {'+-':>6} {'error':>7} {'tok/s err':>9}  graded")
+    print(f"{'setup':46} {'forecast':>9} {'measured':>9} {'+-':>6} {'error':>7} {'tok/s err':>9}  graded")
     for setup in candidates(engine.drafts, LENGTHS):
         cells.append(_cell(setup, forecaster, runs, prompts, tokens))
     graded = numpy.array([abs(cell["error"]) for cell in cells if cell["graded"]])
@@ -88,10 +89,17 @@ def main() -> None:
             "p95_abs_error": float(numpy.percentile(graded, 95)),
             "max_abs_error": float(graded.max()),
             "aa_error": again - 1.0,
+            "target_over_cheapest_draft_step": round(_target_over_cheapest(evidence, engine.target.run_digest), 2),
             "median_abs_rate_error": float(numpy.median([abs(cell["rate_error"]) for cell in cells])),
             "cells_not_known_to_3_percent": sum(cell["known_to"] > KNOWN_TO for cell in cells),
         }
     )
+
+
+def _target_over_cheapest(evidence: Evidence, target_part: str) -> float:
+    """How many steps of the cheapest draft model one plain step of the target takes."""
+    drafts = [evidence.steps[part.digest] for part in evidence.parts if part.kind == "model"]
+    return median(evidence.steps[target_part].samples_s[1]) / min(median(times.samples_s[1]) for times in drafts)
 
 
 def _cell(
@@ -110,7 +118,7 @@ def _cell(
         "graded": setup != PLAIN and setup.length not in calibration_lengths(LENGTHS),
     }
     print(
-        f"{setup.name:32} {cell['forecast']:9.3f} {cell['measured']:9.3f} {cell['known_to']:6.1%} "
+        f"{setup.name:46} {cell['forecast']:9.3f} {cell['measured']:9.3f} {cell['known_to']:6.1%} "
         f"{cell['error']:+7.1%} {cell['rate_error']:+9.1%}  {'yes' if cell['graded'] else 'no'}",
         flush=True,
     )
