@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-ALIGNMENT = 64  # slots; attention kernels on a GPU want rows of even lengths
+from profiles.sizes import SLOTS_STEP
 
 
 class RowCache:
@@ -23,7 +23,7 @@ class RowCache:
     def __init__(self, num_rows: int, capacity: int, device: torch.device) -> None:
         self.num_rows = num_rows
         self.capacity = capacity
-        self.width = -(-(capacity + 1) // ALIGNMENT) * ALIGNMENT  # the last slot of a row takes what is padding
+        self.width = -(-(capacity + 1) // SLOTS_STEP) * SLOTS_STEP  # the last slot of a row takes what is padding
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
         self._places = torch.arange(self.width, device=device)

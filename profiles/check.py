@@ -123,7 +123,8 @@ def _spread(requests: Sequence[Request]) -> list[Request]:
 
 def _row(bench: Bench, spec: DraftSpec, look: _Look) -> DraftCheck:
     """One draft's row: what could be found out, and the first reason against it."""
-    problem = next((refused for refused in bench.refused if refused.name == spec.name), None)
+    # a composite is refused with its model, which is named once
+    problem = next((refused for refused in bench.refused if refused.name in (spec.name, spec.path)), None)
     if problem is not None:
         differs = problem.reason == PairError.__name__ and spec.path is not None
         positions, footprint = _from_header(spec.path, bench.engine.target.dtype) if spec.path else (None, None)

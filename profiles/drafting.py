@@ -115,10 +115,11 @@ class ModelDrafter:
         tokens, positions, width = self._catch_up(text, asked)
         chosen: list[torch.Tensor] = []
         laws: list[torch.Tensor] = []
-        alive = torch.ones_like(places, dtype=torch.bool)
         counts, wanted = torch.zeros_like(places), torch.tensor(asked, device=places.device)
+        alive, forwards = wanted > 0, 0
         for number in range(max(asked)):
             logits = self._model.step(tokens, positions, text.reach + number)[:, 0]
+            alive, forwards = alive & (number < wanted), forwards + 1
             if self._stop_below is not None:
                 # a round stops before a proposal is drawn, never after: dropping a drawn token would bend the law
                 alive = alive & (torch.softmax(logits.float(), -1).amax(-1) >= self._stop_below)
@@ -129,19 +130,19 @@ class ModelDrafter:
             else:
                 laws.append(output_law(logits, self._draws.workload))
                 token = draw(laws[-1], self._draws.at("draft", (places + number)[:, None])[:, 0])
-            counts = counts + (alive & (number < wanted)).long()
+            counts = counts + alive.long()
             chosen.append(token)
             tokens, positions = token[:, None], (text.lengths + number)[:, None]
         self._note(text, asked, (len(chosen), width))
         if not chosen:
-            return Drafted(proposal=nothing(len(asked), places.device), steps=1, first_width=width)
+            return Drafted(proposal=nothing(len(asked), places.device), steps=forwards, first_width=width)
         proposal = Proposal(
             token_ids=torch.stack(chosen, 1),
             counts=counts,
             probs=torch.stack(laws, 1) if laws else None,
             certain=torch.zeros_like(alive),
         )
-        return Drafted(proposal=proposal, steps=len(chosen), first_width=width)
+        return Drafted(proposal=proposal, steps=forwards, first_width=width)
 
     def _catch_up(self, text: Text, asked: list[int]) -> tuple[torch.Tensor, torch.Tensor, int]:
         """(tokens, positions, whole width) of the first step; what does not fit into one step is taken in before."""

@@ -18,9 +18,10 @@ from profiles.clock import Clock, Disturbance
 from profiles.decoding import Decoder, Generation
 from profiles.drafting import CompositeDrafter, Drafter, DraftSource, ModelDrafter, NgramDrafter
 from profiles.environment import fingerprint
-from profiles.errors import EngineError, InputError, OutOfMemoryError
+from profiles.errors import BadNumbersError, EngineError, InputError, OutOfMemoryError
 from profiles.rows import RowModel
 from profiles.sampling import Draws
+from profiles.sizes import SPARE_SLOTS
 from profiles.terms import (
     PLAIN,
     Acceptance,
@@ -41,7 +42,6 @@ Measurement = TypeVar("Measurement")
 MAX_REPEATS = 2
 MAX_BATCH = 64
 NEAR_TIE = 1e-4  # greedy float32 outputs may part only where the two largest logits lie this close
-_SPARE = 66  # slots beyond a workload's context: the longest speculation length, and the round's own token
 
 
 class TorchEngine:
@@ -159,7 +159,11 @@ class TorchEngine:
         on_gpu = self._device.startswith("cuda")
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self._device)
-        runs = decoder.run(prompts, self._clock)
+        try:
+            runs = decoder.run(prompts, self._clock)
+        except BadNumbersError:
+            self._drop_rows()  # a value that is not finite would spoil what is decoded over it, masked or not
+            raise
         if on_gpu:
             for run in runs:
                 run.peak_memory_bytes = torch.cuda.max_memory_allocated(self._device)
@@ -183,18 +187,25 @@ class TorchEngine:
 
     def _stepper(self, part: str, workload: Workload) -> RowModel:
         """A part's model with a cache for this workload; caches of another batch size go when a new one is made."""
-        if self._capacity < workload.context_length + _SPARE:
-            self._rows.clear()
-            self._capacity = workload.context_length + _SPARE
+        if self._capacity < workload.context_length + SPARE_SLOTS:
+            self._drop_rows()
+            self._capacity = workload.context_length + SPARE_SLOTS
         size = workload.batch_size
         if size not in self._rows:
-            self._rows = {old: rows for old, rows in self._rows.items() if old == 1}  # traces are made at batch 1
+            if size > 1:  # batch 1 is kept and drops nothing: traces are made there
+                self._drop_rows(*(other for other in self._rows if other > 1))
             self._rows[size] = {}
         if part not in self._rows[size]:
             model = self._models[part]
             assert model is not None
             self._rows[size][part] = RowModel(model, size, self._capacity)
         return self._rows[size][part]
+
+    def _drop_rows(self, *sizes: int) -> None:
+        """Lets caches go, all of them or those of some batch sizes; their first run will not be timed."""
+        dropped = sizes or tuple(self._rows)
+        self._rows = {size: rows for size, rows in self._rows.items() if size not in dropped}
+        self._warm = {(setup, size) for setup, size in self._warm if size not in dropped}
 
     def _warm_up(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
         """The first runs of a setup pay for allocation and lazy set-up: one is thrown away."""

@@ -15,7 +15,7 @@ from profiles.drafting import DraftSource
 from profiles.engine import MAX_BATCH, TorchEngine
 from profiles.errors import InputError, ModelError, OutOfMemoryError
 from profiles.memory import cached_values_per_token
-from profiles.sizes import Footprint
+from profiles.sizes import Footprint, cache_slots
 from profiles.sources import find
 from profiles.spelling import DraftSpec, Refused
 from profiles.terms import DTYPES, Draft, Prompt, Setup, Workload
@@ -69,8 +69,8 @@ class Bench:
     refused: tuple[Refused, ...] = ()
 
     def needed_bytes(self, setup: Setup, workload: Workload) -> int:
-        """Weights and full caches of the target and the setup's draft, in bytes; activations come on top."""
-        num_tokens = workload.batch_size * workload.context_length
+        """Weights and caches as allocated of the target and the setup's draft, in bytes; activations come on top."""
+        num_tokens = workload.batch_size * cache_slots(workload.context_length)
         return sum(self.footprints[part].total_bytes(num_tokens) for part in {None, setup.draft})
 
 

@@ -6,7 +6,7 @@ drafts, rounds or which tokens are proposals.
 
 import functools
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -15,6 +15,7 @@ from profiles import llama
 from profiles.cache import RowCache, TransformersCache
 from profiles.errors import ModelError
 
+SMALLEST_VIEW = 256  # slots
 WIDEST_GRAPH = 65  # tokens a row: a round of the longest speculation length
 _WARM_UPS = 3
 _TOLERANCE = 2e-3  # of the largest logit, in float32; wrong masks or positions are off by far more
@@ -51,34 +52,54 @@ class RowModel:
         self._forward = _forward_of(model, self._cache)
         devices = {parameter.device for parameter in model.parameters()}
         on_one_gpu = len(devices) == 1 and model.device.type == "cuda"
-        self._graphs: dict[tuple[int, int], _Graph] | None = {} if on_one_gpu else None
+        self._graphs: dict[tuple[int, int, int], _Graph] | None = {} if on_one_gpu else None
+        self._pool = torch.cuda.graph_pool_handle() if on_one_gpu else None
 
     def step(
         self, tokens: torch.Tensor, positions: torch.Tensor, reach: int, keep: int = 1, row: int | None = None
     ) -> torch.Tensor:
-        """See `RowStepper`. What a GPU returns is overwritten by the next step of the same width."""
+        """See `RowStepper`. What a GPU returns is overwritten by the next step."""
         if self._graphs is None or row is not None or tokens.shape[1] > WIDEST_GRAPH:
             self._cache.place(positions, reach, row)
             return self._forward(tokens, self._cache, keep)
-        key = (tokens.shape[1], keep)
+        view = min(graph_view(reach), self._cache.width)
+        key = (tokens.shape[1], keep, view)
         if key not in self._graphs:
-            self._graphs[key] = _Graph(functools.partial(self._whole, keep), tokens, positions)
+            stream = torch.cuda.current_stream(self.device)
+            try:
+                step = functools.partial(self._seeing, view, keep)
+                self._graphs[key] = _Graph(step, tokens, positions, self._pool)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # a forward that waits for the device cannot be captured; it can still be run
+                torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
+                self._graphs = None
+                return self.step(tokens, positions, reach, keep)
         return self._graphs[key].replay(tokens, positions)
 
-    def _whole(self, keep: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """A step that sees every slot, whatever the text's length: the shape never changes."""
-        self._cache.place(positions, self._cache.width)
+    def _seeing(self, view: int, keep: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """A step of one shape for all texts of up to `view` tokens."""
+        self._cache.place(positions, view)
         return self._forward(tokens, self._cache, keep)
 
 
+def graph_view(reach: int) -> int:
+    """Slots that a captured step sees: 256, 512, 1,024 ..., so that a time depends on the text and on few shapes."""
+    return max(SMALLEST_VIEW, 1 << (reach - 1).bit_length())
+
+
 class _Graph:
-    """A step captured once and replayed on its own inputs and outputs (torch.cuda.CUDAGraph)."""
+    """A step captured once and replayed on its own inputs and outputs (torch.cuda.CUDAGraph).
+
+    Graphs of one model share a memory pool: what one returns is overwritten by the next replay of any of them.
+    """
 
     def __init__(
         self,
         step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         tokens: torch.Tensor,
         positions: torch.Tensor,
+        pool: Any,
     ) -> None:
         self._tokens, self._positions = tokens.clone(), positions.clone()
         current = torch.cuda.current_stream(tokens.device)
@@ -89,7 +110,7 @@ class _Graph:
                 step(self._tokens, self._positions)
         current.wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, pool=pool):
             self._logits = step(self._tokens, self._positions)
 
     def replay(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

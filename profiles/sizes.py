@@ -3,6 +3,13 @@
 from dataclasses import dataclass
 
 GIB = 2**30
+SPARE_SLOTS = 66  # beyond a context: the longest speculation length, and the round's own tokens
+SLOTS_STEP = 64  # attention kernels on a GPU want rows of even lengths
+
+
+def cache_slots(context_length: int) -> int:
+    """Tokens a row's cache has room for when it decodes contexts of that length; one of them takes padding."""
+    return -(-(context_length + SPARE_SLOTS + 1) // SLOTS_STEP) * SLOTS_STEP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

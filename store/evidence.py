@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from profiles.errors import InputError
+from profiles.evidence import FILE_VERSION
 from profiles.recorded import environment_from, model_from, step_times_from
 from profiles.terms import Workload
 from store.book import Book, Scope
-
-FILE_VERSION = 1
 
 
 def load(book: Book, path: Path) -> int:

@@ -73,7 +73,9 @@ def rehearse(engine: Engine, loads: Loads, path: Path, options: Options, since: 
     """Rehearses a run over the book at `path` (or an empty one) without changing it."""
     with tempfile.TemporaryDirectory() as folder:
         with Book.open(Path(folder) / "glance.db") as scratch:
-            imagined = Imagined(engine, glance(Remember(engine, scratch), loads, max(options.lengths)))
+            first = {workload.batch_size: (workload, prompts) for workload, prompts in reversed(loads)}
+            glancing, longest = Remember(engine, scratch), max(options.lengths)
+            imagined = Imagined(engine, {size: glance(glancing, load, longest) for size, load in first.items()})
         copy = Path(folder) / path.name
         if path.exists():
             Book.open(path).close()  # refuses what is no book, under its own name
@@ -87,9 +89,9 @@ def rehearse(engine: Engine, loads: Loads, path: Path, options: Options, since: 
     return Rehearsal(new_units=dict(imagined.units), known_units=remembering.reused_units, seconds=imagined.seconds)
 
 
-def glance(engine: Remember, loads: Loads, max_length: int) -> Pace:
+def glance(engine: Remember, load: tuple[Workload, tuple[Prompt, ...]], max_length: int) -> Pace:
     """Times a few units of each kind for real; a draft that fails is left out."""
-    workload, prompts = loads[0]
+    workload, prompts = load
     chosen = spread_over_domains(prompts, GLANCE_PROMPTS + 1)
     engine.trace_target(workload, chosen[-1])  # the first run pays for what is set up once
     chosen = chosen[:GLANCE_PROMPTS]
@@ -125,18 +127,19 @@ def glance(engine: Remember, loads: Loads, max_length: int) -> Pace:
 class Imagined:
     """Fits `Engine`: answers at once with made-up evidence, and adds up what the real units would take."""
 
-    def __init__(self, engine: Engine, pace: Pace) -> None:
+    def __init__(self, engine: Engine, paces: Mapping[int, Pace]) -> None:
         self.environment = engine.environment
         self.target = engine.target
-        self.drafts = tuple(draft for draft in engine.drafts if draft in pace.run_s)
+        self.drafts = tuple(draft for draft in engine.drafts if all(draft in pace.run_s for pace in paces.values()))
         self.units: Counter[str] = Counter()
         self.seconds = 0.0
-        self._pace = pace
-        self._warm: set[Setup] = set()
+        self._paces = paces
+        self._warm: set[tuple[Setup, int]] = set()
 
     def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
-        self._count("target trace", self._pace.trace_s)
-        size = max(2, min(self._pace.output_tokens, workload.max_new_tokens))
+        pace = self._paces[workload.batch_size]
+        self._count("target trace", pace.trace_s)
+        size = max(2, min(pace.output_tokens, workload.max_new_tokens))
         return TargetTrace(
             prompt_digest=prompt.digest,
             token_ids=tuple(range(size)),
@@ -147,13 +150,13 @@ class Imagined:
 
     def trace_draft(
         self,
-        workload: Workload,  # noqa: ARG002 -- the protocol's
+        workload: Workload,
         prompt: Prompt,
         trace: TargetTrace,
         draft: Draft,
         max_length: int,
     ) -> Acceptance:
-        self._count("acceptance", self._pace.acceptance_s[draft])
+        self._count("acceptance", self._paces[workload.batch_size].acceptance_s[draft])
         names, size = {"prompt_digest": prompt.digest, "draft_digest": draft.digest}, len(trace.token_ids)
         if draft.looks_up:
             proposed = (0, *(min(max_length, size - start) for start in range(1, size)))
@@ -161,7 +164,7 @@ class Imagined:
         return AcceptanceTrace(**names, keep_probs=(KEPT,) * size, confidences=(KEPT,) * size)
 
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
-        self._count("step times", self._pace.widths_s * (max_length + 1))
+        self._count("step times", self._paces[workload.batch_size].widths_s * (max_length + 1))
         widths = sorted({*range(1, max_length + 2), *map(catch_up_width, range(1, WIDEST_CATCH_UP + 1))})
         parts = {self.target.run_digest: PLAIN_S}
         parts |= {part.digest: STEP_S for draft in self.drafts for part in draft.parts}
@@ -178,12 +181,14 @@ class Imagined:
     def run_together(
         self, workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], occasion: str
     ) -> tuple[Sample, ...]:
-        warm_up = {setup for setup in setups if setup not in self._warm}
+        pace, size = self._paces[workload.batch_size], workload.batch_size
+        warm_up = {(setup, size) for setup in setups} - self._warm
         self._warm |= warm_up
-        turns = len(prompts) / workload.batch_size
-        seconds = sum(turns * self._pace.run_s[setup.draft] for setup in (*setups, *warm_up))
+        turns = len(prompts) / size
+        seconds = sum(turns * pace.run_s[setup.draft] for setup in setups)
+        seconds += sum(min(1.0, turns) * pace.run_s[setup.draft] for setup, _ in warm_up)  # of one batch of prompts
         self._count(occasion.split(maxsplit=1)[0], seconds)
-        size = max(2, min(self._pace.output_tokens, workload.max_new_tokens))
+        size = max(2, min(pace.output_tokens, workload.max_new_tokens))
         return tuple(_imagined_run(prompt, setup, size) for setup in setups for prompt in prompts)
 
     def _count(self, stage: str, seconds: float) -> None:

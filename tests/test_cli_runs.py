@@ -340,3 +340,22 @@ def test_a_run_over_batches(tiny_folders: dict[str, Path], tmp_path: Path) -> No
     assert report.code == 0, report.stderr
     answer = call(tmp_path / "store", "lookup", "--json", "--batch-size", "2").document["answer"]
     assert answer["rule"].startswith("measured on mixed prompts at batch 3")
+
+
+def test_a_batch_of_one_prompt_is_decided(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Queues go round the only prompt; that is no interval, which is said, and nothing fails."""
+    words = small_run(tiny_folders["llama"], write_prompts(tmp_path / "prompts.jsonl", 1), "--draft", "ngram")
+    said = call(tmp_path / "store", *words, "--batch-size", "4")
+    assert said.code in DECIDED, said.stderr
+    assert said.document["proven"] is False
+
+
+def test_a_refused_model_is_told_beside_its_composite(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    """`check` names the model's fault for both, and `run` lists it once."""
+    bad = ["--draft", "nowhere", "--draft", "ngram+nowhere", "--draft", "ngram"]
+    checked = call(tmp_path / "store", "check", "--target", str(tiny_folders["llama"]), *bad, "--json")
+    problems = [row["problem"] for row in checked.document["drafts"]]
+    assert problems[0] == problems[1] is not None
+    assert problems[2] is None
+    words = small_run(tiny_folders["llama"], write_prompts(tmp_path / "prompts.jsonl", 6), *bad)
+    assert [one["name"] for one in call(tmp_path / "store", *words).document["left_out"]] == ["nowhere"]

@@ -117,3 +117,10 @@ def test_an_unknown_width_is_named() -> None:
     """Nothing is made up for a step that was never timed."""
     with pytest.raises(NotMeasuredError, match="width 12"):
         step_samples(STEPS, PART, 12)
+
+
+def test_a_run_that_does_not_say_its_shapes_is_refused() -> None:
+    """Evidence of an older engine is no calibration."""
+    setup, sample = _run(PLAIN, {(0, 0): 50}, 0.0)
+    with pytest.raises(NotMeasuredError, match="plain does not say what its rounds ran"):
+        calibrate(STEPS, [(setup, replace(sample, shapes={}))], PART)

@@ -350,3 +350,43 @@ def test_those_who_watch_see_every_state() -> None:
     states = {row.state.split()[0] for rows in seen for row in rows}
     assert {"forecast", "racing", "raced", "proving", "measured"} <= states
     assert any(row.measured is not None for row in seen[-1])
+
+
+def _queue_pair(number: int, plain_s: float, disturbed: bool = False) -> tuple[Sample, Sample]:
+    """Ten tokens of prompt `number`; the setup always takes 1 s."""
+    made = [
+        Sample(
+            setup_digest=setup.digest,
+            prompt_digest=f"p{number}",
+            ttft_s=0.5,
+            decode_s=seconds,
+            output_tokens=11,
+            rounds={(0, 0): 10},
+            output_digest="o",
+            disturbed=disturbed,
+        )
+        for setup, seconds in ((PLAIN, plain_s), (Setup(draft=DRAFT_A, length=2), 1.0))
+    ]
+    return made[0], made[1]
+
+
+def test_in_a_batch_the_wider_interval_counts() -> None:
+    """Six queues of the same four prompts: what differs between queues shows, though prompts are alike."""
+    setup = Setup(draft=DRAFT_A, length=2)
+    alike = [_queue_pair(number, 1.5 + 0.01 * number) for _ in range(6) for number in range(4)]
+    noisy = [_queue_pair(number, 1.5 + 0.2 * queue) for queue in range(6) for number in range(4)]
+    by_prompts = proof.measure(setup, alike, greedy=True, queue_size=4)
+    by_queues = proof.measure(setup, noisy, greedy=True, queue_size=4)
+    assert (by_prompts.num_prompts, by_queues.num_prompts) == (4, 4)
+    assert by_queues.speedup.estimate == pytest.approx(2.0)
+    assert by_queues.speedup.high - by_queues.speedup.low > 0.3
+    assert by_prompts.speedup.high - by_prompts.speedup.low < 0.1
+
+
+def test_disturbed_queues_are_left_out() -> None:
+    """As long as four are left; else all count and the proof says how many were disturbed."""
+    setup = Setup(draft=DRAFT_A, length=2)
+    pairs = [_queue_pair(number, 9.0 if queue < 2 else 1.5, queue < 2) for queue in range(6) for number in range(4)]
+    quiet = proof.measure(setup, pairs, greedy=True, queue_size=4)
+    assert (quiet.speedup.estimate, quiet.num_disturbed) == (pytest.approx(1.5), 0)
+    assert proof.measure(setup, pairs[:16], greedy=True, queue_size=4).num_disturbed == 4

@@ -165,7 +165,8 @@ def _calibrate(
     chosen = queues(prompts, workload.batch_size, CALIBRATION_PROMPTS, CALIBRATION_QUEUES)
 
     def run(queue: tuple[Prompt, ...], setups: tuple[Setup, ...]) -> list[tuple[Setup, Sample]]:
-        samples = engine.run_together(workload, queue, setups, "calibration 0")
+        occasion = f"calibration {0 if workload.batch_size == 1 else done}"  # few prompts make equal queues
+        samples = engine.run_together(workload, queue, setups, occasion)
         return [(setup, sample) for (setup, _), sample in zip(itertools.product(setups, queue), samples, strict=True)]
 
     for done, queue in enumerate(chosen):

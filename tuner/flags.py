@@ -20,12 +20,13 @@ Target = Annotated[str, typer.Option(help="A directory, a .gguf file, a hub id o
 Drafts = Annotated[
     list[str] | None,
     typer.Option(
-        "--draft", help="A directory, a .gguf file, a hub id, ngram[:max=4,min=2] or early-exit:LAYERS; repeatable."
+        "--draft",
+        help="A directory, a .gguf file, a hub id, ngram[:max=4,min=2], early-exit:LAYERS or ngram+PATH; repeatable.",
     ),
 ]
 Lengths = Annotated[str, typer.Option(help="Speculation lengths: 1-8, 1,2,4 or 3.")]
 BatchSizes = Annotated[
-    list[int] | None, typer.Option("--batch-size", help="Sequences decoded together; this engine allows 1.")
+    list[int] | None, typer.Option("--batch-size", help="Rows decoded at a time, 1 to 64; repeatable.")
 ]
 Contexts = Annotated[
     list[int] | None,
@@ -46,7 +47,7 @@ Store = Annotated[
     Path | None,
     typer.Option("--store", help="Folder of the store; default: $DRAFTPICK_STORE, else the user's data folder."),
 ]
-Objective = Annotated[str, typer.Option(help="tpot or throughput; at batch 1 they agree.")]
+Objective = Annotated[str, typer.Option(help="tpot or throughput; at one batch size they agree.")]
 Budget = Annotated[float | None, typer.Option(help="Seconds after which no new measurement is started.")]
 MaxMemory = Annotated[float | None, typer.Option(help="GiB that weights and caches of a setup may take.")]
 MaxTtft = Annotated[float | None, typer.Option(help="Milliseconds to the first token, at the 95th percentile.")]

@@ -103,6 +103,8 @@ def calibrate(steps: Steps, calibration: Calibration, target_part: str) -> dict[
     }
     beyond: dict[Draft | None, list[tuple[Use, float]]] = {}
     for setup, sample in runs:
+        if sample.rounds and not sample.shapes:
+            raise NotMeasuredError(f"a run of {setup.name} does not say what its rounds ran: it must be measured again")
         use = use_of(setup, sample.shapes, sample.refills, target_part)
         stepped = sum(count * median(step_samples(steps, *step)) for step, count in use.steps.items())
         left_s = sample.decode_s - stepped - sample.refills * refill_s[setup.draft]

@@ -7,7 +7,7 @@ evidence is kept, it must not know.
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -119,13 +119,8 @@ class Policy:
 
     @property
     def crossover_batch(self) -> int | None:
-        """The smallest measured batch from which on plain decoding is the choice, over all domains, as in the headline.
-
-        None: a draft still wins at the largest. With several contexts, plain decoding is the choice at all of them.
-        """
-        rows = [row for row in self.choices if row.domain == MIXED and row.temperature == self.headline.temperature]
-        drafted = max((row.batch_size for row in rows if row.setup != PLAIN), default=0)
-        return min((row.batch_size for row in rows if row.batch_size > drafted), default=None)
+        """Of the headline's temperature; see `crossover_of`."""
+        return crossover_of([row for row in self.choices if row.temperature == self.headline.temperature])
 
     def look_up(
         self,
@@ -181,6 +176,17 @@ class Policy:
             return f"batch size {batch_size} is beyond the largest measured, {largest}"
         longest = max(row.context_length for row in rows if row.batch_size >= batch_size)
         return f"context {context_length} is beyond the longest measured at this batch size, {longest}"
+
+
+def crossover_of(choices: Sequence[Choice]) -> int | None:
+    """The smallest measured batch from which on plain decoding is the choice over all domains.
+
+    None: a draft still wins at the largest, or nothing was decided there. With several contexts, plain decoding is the
+    choice at all of them.
+    """
+    rows = [row for row in choices if row.domain == MIXED and (row.measured or row.forecast)]
+    drafted = max((row.batch_size for row in rows if row.setup != PLAIN), default=0)
+    return min((row.batch_size for row in rows if row.batch_size > drafted), default=None)
 
 
 def check_asked(batch_size: int, context_length: int | None, temperature: float) -> None:

@@ -12,6 +12,7 @@ from tuner.claims import Measured
 from tuner.objective import MIN_SPEEDUP
 
 MIN_PROOF_PROMPTS = 24
+MIN_QUEUES = 4
 MOST_DISTURBED = 0.1  # share of the pairs
 
 Pair = tuple[Sample, Sample]
@@ -22,13 +23,20 @@ def decoded_pairs(pairs: Sequence[Pair]) -> list[Pair]:
     return [pair for pair in pairs if min(sample.output_tokens for sample in pair) > 1]
 
 
+def num_timed(pairs: Sequence[Pair], queue_size: int) -> int:
+    """How many prompts have a time per token; in a batch a prompt that was run again counts once."""
+    return len(_by_prompt(decoded_pairs(pairs), queue_size))
+
+
 def measure(setup: Setup, pairs: Sequence[Pair], *, greedy: bool, queue_size: int = 1) -> Measured:
     """Speed-ups and rates from (plain, setup) pairs, `queue_size` of them in a row run as one queue.
 
     Only `decoded_pairs` count, in `num_prompts` too; the end-to-end ratio is over all pairs. Greedy outputs that
     differ are counted as partings. In a batch prompts repeat and share their queue's noise: the interval is the wider
-    of those over prompts and over queues. Raises InputError when fewer than two pairs remain.
+    of those over prompts and over queues, and disturbed queues are left out where four others are left. Raises
+    InputError when fewer than two prompts remain.
     """
+    pairs = _quiet(pairs, queue_size)
     decoded = decoded_pairs(pairs)
     by_prompt = _by_prompt(decoded, queue_size)
     groupings = [by_prompt]
@@ -62,6 +70,12 @@ def _grouped(pairs: Sequence[Pair], keys: Sequence[object]) -> list[list[Pair]]:
     for key, pair in zip(keys, pairs, strict=True):
         groups.setdefault(key, []).append(pair)
     return list(groups.values())
+
+
+def _quiet(pairs: Sequence[Pair], queue_size: int) -> Sequence[Pair]:
+    queues = [pairs[start : start + queue_size] for start in range(0, len(pairs), queue_size)]
+    quiet = [queue for queue in queues if not any(run.disturbed for pair in queue for run in pair)]
+    return pairs if queue_size == 1 or len(quiet) < MIN_QUEUES else [pair for queue in quiet for pair in queue]
 
 
 def _by_prompt(pairs: Sequence[Pair], queue_size: int) -> list[list[Pair]]:

@@ -256,8 +256,8 @@ class Tuner:
             self._board.note(setup, f"proving {done + 1}/{len(queues)}", proof.speedup_so_far(pairs))
         anchor.plain_samples = tuple(plain for plain, _ in pairs)
         self._rule_out(anchor, self._options.limits.latency_breach(setup, [chosen for _, chosen in pairs]))
-        if len(decoded := proof.decoded_pairs(pairs)) < 2:
-            anchor.stopped = f"only {len(decoded)} outputs had a second token to time"
+        if (num_timed := proof.num_timed(pairs, len(queues[0]))) < 2:
+            anchor.stopped = f"only {num_timed} outputs had a second token to time"
             return
         greedy = anchor.workload.temperature == 0.0
         anchor.measured = proof.measure(setup, pairs, greedy=greedy, queue_size=len(queues[0]))

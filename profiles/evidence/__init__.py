@@ -2,3 +2,5 @@
 
 Weights do not change how long a step takes; acceptance is not in these files and cannot be.
 """
+
+FILE_VERSION = 1  # 1: the first form

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 from profiles import environment
 from profiles.clock import Clock, Disturbance
+from profiles.evidence import FILE_VERSION
 from profiles.latency import Parts, time_steps
 from profiles.memory import cached_values_per_token
 from profiles.recorded import plain
@@ -32,7 +33,6 @@ from profiles.rows import RowModel
 from profiles.sizes import GIB
 from profiles.terms import DTYPES, Model, StepTimes, Workload, digest_of
 
-FILE_VERSION = 1
 MAX_LENGTH = 16
 BATCH_SIZES, CONTEXTS = (1, 4, 16, 64), (512, 4096)
 COPIED_BYTES, COPIES = GIB, 10
@@ -105,7 +105,7 @@ def random_model(name: str, dtype: str, device: str) -> PreTrainedModel:
 
 def record(name: str, dtype: str) -> Model:
     """What stands for the shape in a store: its digest is the config's, because there are no weights to speak of."""
-    config = SHAPES[name].to_diff_dict()
+    config = {key: value for key, value in SHAPES[name].to_diff_dict().items() if key != "transformers_version"}
     return Model(
         name=f"shape:{name}",
         dtype=dtype,
@@ -142,6 +142,7 @@ def measure(planned: list[Point], device: str, max_length: int) -> Iterator[Mapp
     """One entry per point: its staircase, or why there is none."""
     for name, own in itertools.groupby(planned, key=lambda point: point.shape):
         model = None
+        _let_go(device)
         for point in own:
             entry = {"target": plain(record(name, point.dtype)), "max_length": max_length, **plain(point)}
             free = environment.free_bytes(device) + (0 if model is None else _held_bytes(model))
@@ -154,9 +155,14 @@ def measure(planned: list[Point], device: str, max_length: int) -> Iterator[Mapp
                 yield {**entry, "step_times": plain(sweep(model, point, device, max_length))}
             except torch.OutOfMemoryError as error:
                 yield {**entry, "infeasible": str(error).splitlines()[0][:200]}
-            gc.collect()
-            if device.startswith("cuda"):
-                torch.cuda.empty_cache()
+            _let_go(device)
+
+
+def _let_go(device: str) -> None:
+    """Gives freed memory back to the device, so that what is free can be asked."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
 
 
 def _held_bytes(model: PreTrainedModel) -> int:

@@ -19,7 +19,6 @@ from profiles.terms import PLAIN, Prompt, Setup, Workload
 from tests.benchmarks.common import finish
 from tuner.evidence import calibration_lengths, gather, queues, spread_over_domains
 from tuner.forecast import Forecaster
-from tuner.objective import MIN_SPEEDUP
 from tuner.proof import measure
 from tuner.search import Pair, run_pairs
 from tuner.space import candidates
@@ -78,10 +77,10 @@ def measure_anchor(bench: Bench, workload: Workload, prompts: Sequence[Prompt], 
 
 
 def crossover(anchors: Mapping[int, list[dict[str, Any]]]) -> int | None:
-    """The smallest batch from which on no setup is 1.5 % faster than plain decoding; None: one is at the largest."""
+    """The smallest batch from which on no setup's interval is above 1; None: one is at the largest."""
     found = None
     for size in sorted(anchors, reverse=True):
-        if anchors[size][0]["speedup"] >= MIN_SPEEDUP:
+        if any(row["interval"][0] > 1.0 for row in anchors[size]):
             break
         found = size
     return found

@@ -18,6 +18,7 @@ from tuner.policy import MIXED, Choice
 from tuner.report import charts, pictures
 from tuner.report.charts import ChartRow
 from tuner.report.dossier import AnchorFigures, Dossier, LoadFigures
+from tuner.report.tables import crossover_sentence
 
 PAGES = (".html", ".htm")
 LABEL_LENGTH = 40  # characters of a label in the forest plot; names in full stand in the tables
@@ -97,6 +98,7 @@ def _content(dossier: Dossier) -> dict[str, Any]:
         "feasible": all(one.state != "infeasible" for one in anchors[0].candidates if one.draft_name == "plain"),
         "place": _place(anchors[0].choice),
         "decisions": [{**_decision(anchor.choice, varied), "from_earlier": anchor.from_earlier} for anchor in anchors],
+        "crossover": crossover_sentence([*(anchor.choice for anchor in anchors), *dossier.standing]),
         "standing": [_decision(choice, varied) for choice in dossier.standing],
         "key": [(name, pictures.css_variable(hues[name])) for name in drawn if name != "plain"],
         "speedups": _speedups(anchors, hues, varied),

@@ -3,7 +3,7 @@
 It reads policies and changes nothing. How the figures were measured it must not know.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich.text import Text
 
 from profiles.errors import InputError
 from profiles.terms import Interval
-from tuner.policy import Answer, Choice, Policy
+from tuner.policy import Answer, Choice, Policy, crossover_of
 
 ONE = Interval(estimate=1.0, low=1.0, high=1.0)
 
@@ -44,15 +44,20 @@ def table(policy: Policy) -> Group:
         )
         place = ", ".join([choice.domain, *(f"{name} {value}" for name, value in anchor.items())])
         reasons.append(f"{place}: ", "bold").append(f"{choice.reason}\n")
-    if "batch" in varied:
-        reasons.append(_crossover(policy))
+    if (crossover := crossover_sentence(policy.choices)) is not None:
+        reasons.append(f"{crossover}\n")
     return Group(shown, reasons)
 
 
-def _crossover(policy: Policy) -> str:
-    if policy.crossover_batch is None:
-        return "A draft still wins at the largest measured batch.\n"
-    return f"From batch {policy.crossover_batch} on plain decoding is the choice over all domains.\n"
+def crossover_sentence(choices: Sequence[Choice]) -> str | None:
+    """From which batch on plain decoding is the choice, at the first choice's temperature; None with one batch size."""
+    rows = [one for one in choices if one.temperature == choices[0].temperature and (one.measured or one.forecast)]
+    if len({choice.batch_size for choice in rows}) < 2:
+        return None
+    crossover = crossover_of(rows)
+    if crossover is None:
+        return "A draft still wins at the largest measured batch."
+    return f"From batch {crossover} on plain decoding is the choice over all domains."
 
 
 def _cells(choice: Choice) -> tuple[str, str, str]:
