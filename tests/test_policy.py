@@ -260,3 +260,10 @@ def test_crossover_batch(wins: dict[int, bool], crossover: int | None) -> None:
     assert policy(*rows, choice(CODE4, batch_size=99, domain="code")).crossover_batch == crossover
     last = max(wins)
     assert policy(*rows, choice(NGRAM2, batch_size=last, context_length=4096)).crossover_batch is None
+
+
+def test_what_was_not_decided_is_no_crossover() -> None:
+    """A run whose budget ended before the larger batch says nothing of it."""
+    undecided = choice(PLAIN, batch_size=16, evidence=())
+    assert policy(choice(NGRAM2), undecided).crossover_batch is None
+    assert policy(choice(PLAIN), undecided).crossover_batch == 1

@@ -67,6 +67,11 @@ class Choice:
         """What the choice is for; a policy has one choice for each."""
         return (self.batch_size, self.context_length, self.domain, self.temperature, self.top_p, self.top_k)
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether anything was found out: a run whose budget ended leaves plain decoding with nothing behind it."""
+        return self.measured is not None or self.forecast is not None or bool(self.evidence)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
@@ -184,7 +189,7 @@ def crossover_of(choices: Sequence[Choice]) -> int | None:
     None: a draft still wins at the largest, or nothing was decided there. With several contexts, plain decoding is the
     choice at all of them.
     """
-    rows = [row for row in choices if row.domain == MIXED and (row.measured or row.forecast)]
+    rows = [row for row in choices if row.domain == MIXED and row.is_decided]
     drafted = max((row.batch_size for row in rows if row.setup != PLAIN), default=0)
     return min((row.batch_size for row in rows if row.batch_size > drafted), default=None)
 

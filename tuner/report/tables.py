@@ -51,7 +51,7 @@ def table(policy: Policy) -> Group:
 
 def crossover_sentence(choices: Sequence[Choice]) -> str | None:
     """From which batch on plain decoding is the choice, at the first choice's temperature; None with one batch size."""
-    rows = [one for one in choices if one.temperature == choices[0].temperature and (one.measured or one.forecast)]
+    rows = [one for one in choices if one.temperature == choices[0].temperature and one.is_decided]
     if len({choice.batch_size for choice in rows}) < 2:
         return None
     crossover = crossover_of(rows)
