@@ -23,6 +23,7 @@ from profiles.rows import RowModel
 from profiles.sampling import Draws
 from profiles.sizes import SPARE_SLOTS
 from profiles.terms import (
+    CATCH_UP_WIDTHS,
     PLAIN,
     Acceptance,
     Draft,
@@ -111,7 +112,7 @@ class TorchEngine:
                 models={
                     digest: (
                         self._stepper(digest, workload),
-                        latency.COMPOSITE_FIRST_WIDTHS if digest in composed else latency.FIRST_WIDTHS,
+                        CATCH_UP_WIDTHS if digest in composed else CATCH_UP_WIDTHS[:1],
                     )
                     for digest, model in self._models.items()
                     if model is not None and digest != self.target.run_digest

@@ -12,9 +12,9 @@ import numpy
 from scipy import stats
 
 from profiles.errors import InputError, NotMeasuredError
-from profiles.terms import Acceptance, AcceptanceTrace, Interval, LookupTrace, Sample, TargetTrace
+from profiles.terms import CATCH_UP_WIDTHS, Acceptance, AcceptanceTrace, Interval, LookupTrace, Sample, TargetTrace
 
-WIDEST_CATCH_UP = 64
+WIDEST_CATCH_UP = CATCH_UP_WIDTHS[-1]
 
 
 def catch_up_width(behind: int) -> int:
@@ -23,7 +23,7 @@ def catch_up_width(behind: int) -> int:
     A few widths, so that every one is timed and, on a GPU, captured; past 64 tokens several steps of 64 take their
     turn.
     """
-    for width in (2, 4, 8, 16, 32):
+    for width in CATCH_UP_WIDTHS:
         if behind <= width:
             return width
     return -(-behind // WIDEST_CATCH_UP) * WIDEST_CATCH_UP

@@ -12,15 +12,12 @@ import torch
 
 from profiles.clock import Clock
 from profiles.drafting import NgramIndex
-from profiles.formulas import WIDEST_CATCH_UP
 from profiles.rows import RowStepper
 from profiles.terms import Draft, StepTimes, Workload
 
 WARM_UP_CYCLES = 3
 CYCLES = 24
 CHAIN = 4  # a draft's single-token steps come in a row: so many are timed together
-FIRST_WIDTHS = (2,)  # a draft model's first step of a round, which takes in what it is behind
-COMPOSITE_FIRST_WIDTHS = (2, 4, 8, 16, 32, WIDEST_CATCH_UP)  # behind by whole look-up rounds
 
 Step = Callable[[], object]
 

@@ -14,6 +14,7 @@ from profiles.errors import InputError, NotMeasuredError
 from profiles.keys import Key, run_point, trace_point
 from profiles.protocol import Engine
 from profiles.terms import (
+    CATCH_UP_WIDTHS,
     Acceptance,
     AcceptanceTrace,
     Draft,
@@ -34,11 +35,17 @@ Sweep = tuple[int, dict[str, StepTimes]]  # longest speculation length asked for
 
 
 def covers(times: Mapping[str, StepTimes], target: Model, drafts: tuple[Draft, ...], max_length: int) -> bool:
-    """Whether a sweep has the target at widths 1..max_length+1 and every part of every draft."""
+    """Whether a sweep has the target at widths 1..max_length+1 and every part of every draft.
+
+    The model of a composite is needed at all widths of a first step.
+    """
     staircase = times.get(target.run_digest)
     if staircase is None or not set(range(1, max_length + 2)) <= set(staircase.samples_s):
         return False
-    return all(part.digest in times for draft in drafts for part in draft.parts)
+    if not all(part.digest in times for draft in drafts for part in draft.parts):
+        return False
+    models = [draft.parts[1].digest for draft in drafts if draft.kind == "composite"]
+    return all(set(CATCH_UP_WIDTHS) <= times[model].samples_s.keys() for model in models)
 
 
 # --- records as plain JSON values: the one form that store rows and recordings share ---

@@ -17,6 +17,7 @@ from profiles.errors import InputError
 DraftKind = Literal["model", "ngram", "early_exit", "composite"]
 DRAFT_KINDS: tuple[DraftKind, ...] = ("model", "ngram", "early_exit", "composite")
 DTYPES = ("float32", "bfloat16", "float16")
+CATCH_UP_WIDTHS = (2, 4, 8, 16, 32, 64)  # of a draft model's first step of a round; wider ones are several of the last
 DECODING_VERSION = 1  # raised when the engine would emit or accept other tokens for the same question
 Rounds = Mapping[tuple[int, int], int]
 Shapes = Mapping[tuple[int, int, int], int]

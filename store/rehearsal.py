@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from profiles.errors import EngineError
-from profiles.formulas import WIDEST_CATCH_UP, catch_up_width
 from profiles.protocol import Engine
 from profiles.terms import (
+    CATCH_UP_WIDTHS,
     PLAIN,
     Acceptance,
     AcceptanceTrace,
@@ -165,7 +165,7 @@ class Imagined:
 
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
         self._count("step times", self._paces[workload.batch_size].widths_s * (max_length + 1))
-        widths = sorted({*range(1, max_length + 2), *map(catch_up_width, range(1, WIDEST_CATCH_UP + 1))})
+        widths = sorted({*range(1, max_length + 2), *CATCH_UP_WIDTHS})
         parts = {self.target.run_digest: PLAIN_S}
         parts |= {part.digest: STEP_S for draft in self.drafts for part in draft.parts}
         return {

@@ -15,6 +15,7 @@ from typing import Any
 from profiles.formulas import RoundOutcome, joined
 from profiles.replay import replay, rounds_of
 from profiles.terms import (
+    CATCH_UP_WIDTHS,
     Acceptance,
     AcceptanceTrace,
     Draft,
@@ -128,7 +129,7 @@ class FakeEngine:
         return tuple(sample for setup in setups for sample in self._runs(workload, prompts, setup, occasion))
 
     def _first_widths(self) -> tuple[int, ...]:
-        return (2, 4, 8, 16, 32, 64) if any(draft.kind == "composite" for draft in self.drafts) else (2,)
+        return CATCH_UP_WIDTHS[: None if any(draft.kind == "composite" for draft in self.drafts) else 1]
 
     def _asked(self, what: str) -> None:
         self.calls[what] += 1

@@ -9,8 +9,8 @@ import pytest
 from profiles import formulas
 from profiles.errors import InputError, NotMeasuredError
 from profiles.protocol import Engine
-from profiles.recorded import RecordedEngine, Recorder
-from profiles.terms import PLAIN, Setup, Workload
+from profiles.recorded import RecordedEngine, Recorder, covers
+from profiles.terms import PLAIN, Draft, Setup, Workload
 from tests.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts
 
 PROMPT, OTHER = prompts(2)
@@ -136,3 +136,14 @@ def test_fake_runs_follow_the_walk_and_the_clock() -> None:
     assert plain.decode_s / 63 == pytest.approx(0.005, rel=0.06)
     assert sum(count * (accepted + 1) for (_, accepted), count in chosen.rounds.items()) == 63
     assert 1.1 < plain.decode_s / chosen.decode_s < 3.0
+
+
+def test_a_sweep_without_catching_up_does_not_cover_a_composite() -> None:
+    """A draft model timed without its composite lacks the widths that the composite needs."""
+    fake = FakeEngine()
+    composite = Draft(kind="composite", model=DRAFT_A.model, max_match=4, min_match=2)
+    alone = fake.time_steps(GREEDY, 64, 4)
+    assert covers(alone, fake.target, (DRAFT_A, NGRAM), 4)
+    assert not covers(alone, fake.target, (DRAFT_A, NGRAM, composite), 4)
+    fake.drafts = (*fake.drafts, composite)
+    assert covers(fake.time_steps(GREEDY, 64, 4), fake.target, fake.drafts, 4)
