@@ -31,15 +31,20 @@ class RowCache:
         self._slots = self._starts
         self._rows = slice(0, num_rows)
         self.view = 0
+        self.needs_mask = True
         self.queries = self._starts
 
-    def place(self, positions: torch.Tensor, view: int, row: int | None = None) -> None:
-        """Tokens at `positions` (rows, width) come next, of all rows or of one; `view` slots of a row are seen."""
+    def place(self, positions: torch.Tensor, view: int, row: int | None = None, *, exact: bool = True) -> None:
+        """Tokens at `positions` (rows, width) come next, of all rows or of one; `view` slots of a row are seen.
+
+        `exact`: `view` ends with the last of the positions, so that a single token may see all of it.
+        """
         self._rows = slice(0, self.num_rows) if row is None else slice(row, row + 1)
         slots = torch.where(positions < 0, self.width - 1, positions)
         self._slots = (slots + self._starts[self._rows]).flatten()
         self.queries = positions.clamp_min(0)
         self.view = view
+        self.needs_mask = not exact or positions.shape != (1, 1)
 
     def mask(self, window: int | None = None, chunk: int | None = None) -> torch.Tensor:
         """(rows, 1, width, view): which slots each query sees; of the last `window` ones, or of its own `chunk`."""
@@ -50,6 +55,10 @@ class RowCache:
         if chunk is not None:
             seen = seen & (keys // chunk == queries // chunk)
         return seen
+
+    def added_mask(self, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A mask that is added to scores instead of applied; every query sees its own slot, so none is all minus."""
+        return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores (rows, width, heads, head size) of a layer; everything in view as (rows, view, heads, head size)."""

@@ -163,7 +163,9 @@ class TorchEngine:
         try:
             runs = decoder.run(prompts, self._clock)
         except BadNumbersError:
-            self._drop_rows()  # a value that is not finite would spoil what is decoded over it, masked or not
+            self._drop_rows(
+                tuple(self._rows)
+            )  # a value that is not finite would spoil what is decoded over it, masked or not
             raise
         if on_gpu:
             for run in runs:
@@ -189,12 +191,12 @@ class TorchEngine:
     def _stepper(self, part: str, workload: Workload) -> RowModel:
         """A part's model with a cache for this workload; caches of another batch size go when a new one is made."""
         if self._capacity < workload.context_length + SPARE_SLOTS:
-            self._drop_rows()
+            self._drop_rows(tuple(self._rows))
             self._capacity = workload.context_length + SPARE_SLOTS
         size = workload.batch_size
         if size not in self._rows:
             if size > 1:  # batch 1 is kept and drops nothing: traces are made there
-                self._drop_rows(*(other for other in self._rows if other > 1))
+                self._drop_rows([other for other in self._rows if other > 1])
             self._rows[size] = {}
         if part not in self._rows[size]:
             model = self._models[part]
@@ -202,11 +204,10 @@ class TorchEngine:
             self._rows[size][part] = RowModel(model, size, self._capacity)
         return self._rows[size][part]
 
-    def _drop_rows(self, *sizes: int) -> None:
-        """Lets caches go, all of them or those of some batch sizes; their first run will not be timed."""
-        dropped = sizes or tuple(self._rows)
-        self._rows = {size: rows for size, rows in self._rows.items() if size not in dropped}
-        self._warm = {(setup, size) for setup, size in self._warm if size not in dropped}
+    def _drop_rows(self, sizes: Sequence[int]) -> None:
+        """Lets the caches of these batch sizes go; their next run of a setup will not be timed."""
+        self._rows = {size: rows for size, rows in self._rows.items() if size not in sizes}
+        self._warm = {(setup, size) for setup, size in self._warm if size not in sizes}
 
     def _warm_up(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
         """The first runs of a setup pay for allocation and lazy set-up: one is thrown away."""

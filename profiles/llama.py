@@ -74,10 +74,10 @@ class LlamaForward:
         cos, sin = self._cos[cache.queries], self._sin[cache.queries]
         groups = self._heads // self._key_heads
         mask = None
-        if (rows, width) != (1, 1) or cache.view > cache.capacity:
+        if cache.needs_mask:
             # added, not applied: the attention kernels would turn it into that in every layer
-            visible = cache.mask().repeat(1, 1, groups, 1)
-            mask = torch.zeros_like(visible, dtype=self._cos.dtype).masked_fill_(~visible, -torch.inf)
+            mask = cache.added_mask(cache.mask(), self._cos.dtype)
+            mask = mask.repeat(1, 1, groups, 1) if groups > 1 else mask
         hidden = functional.embedding(tokens, self._embedding)
         size = hidden.shape[-1:]
         for number, layer in enumerate(self._layers):

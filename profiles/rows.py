@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from profiles import llama
 from profiles.cache import RowCache, TransformersCache
 from profiles.errors import ModelError
+from profiles.spelling import MAX_LENGTH
 
 SMALLEST_VIEW = 256  # slots
-WIDEST_GRAPH = 65  # tokens a row: a round of the longest speculation length
+WIDEST_GRAPH = MAX_LENGTH + 1  # tokens a row: a round of the longest speculation length
 _WARM_UPS = 3
 _TOLERANCE = 2e-3  # of the largest logit, in float32; wrong masks or positions are off by far more
 
@@ -79,7 +80,7 @@ class RowModel:
 
     def _seeing(self, view: int, keep: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """A step of one shape for all texts of up to `view` tokens."""
-        self._cache.place(positions, view)
+        self._cache.place(positions, view, exact=False)
         return self._forward(tokens, self._cache, keep)
 
 
@@ -157,15 +158,12 @@ class _TransformersForward:
             "chunked_attention": lambda: cache.mask(chunk=self._chunk),
         }
         if not self._kinds:
-            return self._finished(cache.mask(window=self._window))
-        masks = {kind: self._finished(by_kind[kind]()) for kind in self._kinds}
-        return masks[self._kinds[0]] if len(masks) == 1 else masks
-
-    def _finished(self, seen: torch.Tensor) -> torch.Tensor:
-        if not self._added:
-            return seen
-        lowest = torch.finfo(self._model.dtype).min
-        return torch.zeros_like(seen, dtype=self._model.dtype).masked_fill(~seen, lowest)
+            seen = {"all": cache.mask(window=self._window)}
+        else:
+            seen = {kind: by_kind[kind]() for kind in self._kinds}
+        if self._added:
+            seen = {kind: cache.added_mask(mask, self._model.dtype) for kind, mask in seen.items()}
+        return seen if len(seen) > 1 else next(iter(seen.values()))
 
 
 def check_rows(model: PreTrainedModel, name: str) -> None:

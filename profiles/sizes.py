@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+from profiles.spelling import MAX_LENGTH
+
 GIB = 2**30
-SPARE_SLOTS = 66  # beyond a context: the longest speculation length, and the round's own tokens
+SPARE_SLOTS = MAX_LENGTH + 2  # beyond a context: the longest speculation length, and the round's own tokens
 SLOTS_STEP = 64  # attention kernels on a GPU want rows of even lengths
 
 

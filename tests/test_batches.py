@@ -159,3 +159,14 @@ def test_the_walk_of_a_composite_is_the_mean_of_its_replays() -> None:
 def test_catch_up_widths_are_few(behind: int, width: int) -> None:
     """So that each is timed, and captured on a GPU."""
     assert catch_up_width(behind) == width
+
+
+def test_caches_of_batch_1_outlive_larger_batches(engine: TorchEngine) -> None:
+    """Traces are made there between batches; of larger ones only the last is kept, and what it warmed up."""
+    engine.trace_target(WORKLOAD, PROMPTS[0])
+    alone = engine._rows[1]
+    for batch_size in (2, 4):
+        engine.run_together(replace(WORKLOAD, batch_size=batch_size), PROMPTS[:4], (PLAIN,), "test")
+        assert engine._rows[1] is alone
+        assert set(engine._rows) == {1, batch_size}
+        assert {size for _, size in engine._warm} <= {1, batch_size}

@@ -139,8 +139,12 @@ def test_a_spread_model_is_not_moved_again(
     tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, calls: Calls
 ) -> None:
     """Moving it to one device would undo the map and not fit."""
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_: pytest.fail("moved"))
-    spread(tiny_folders["llama"], monkeypatch)
+    moved: list[object] = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *places: moved.append(places) or self)
+    loaded = spread(tiny_folders["llama"], monkeypatch)
+    assert moved == []
+    assert calls[0]["device_map"] == "auto"
+    assert set(loaded.model.hf_device_map.values()) == {0, 1}
 
 
 @pytest.mark.parametrize("places", [{"a": 0, "b": "disk"}, {"a": 0, "b": 1, "c": "cpu"}, {"": 1}, {}])
