@@ -16,7 +16,7 @@ TEXTS = ("device", "torch", "engine", "engine_version", "compute_capability")
 NUMBERS = ("device_count", "memory_bytes", "threads", "memory_bandwidth_bytes_s")
 OPTIONAL_TEXTS = ("driver", "cuda")  # null: there is none, as on a CPU
 # What a card's name says beside its kind: who makes it, how it is mounted, and its memory, which is compared by itself.
-_NOT_THE_KIND = re.compile(r"\b(NVIDIA|TESLA|GRAPHICS DEVICE|PCIE?|SXM\d*|NVL\d*|HBM\w*|\d+ ?GB|OAM)\b", re.IGNORECASE)
+_NOT_THE_KIND = re.compile(r"(?<![\w.])(NVIDIA|TESLA|PCIE?|SXM\d*|NVL\d*|HBM\w*|\d+ ?GB)\b", re.IGNORECASE)
 
 
 def checked(raw: object) -> Machine:
