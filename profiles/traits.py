@@ -6,6 +6,7 @@ A field that is absent is not known; that is another thing than a field with ano
 import re
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 
 from profiles.errors import InputError
 from profiles.terms import Environment
@@ -37,6 +38,7 @@ def checked(raw: object) -> Machine:
     return dict(raw)
 
 
+@cache
 def family(device: str) -> str:
     """What cards of one kind share in their names: `NVIDIA H100 PCIe` and `NVIDIA H100 80GB HBM3` are both `H100`.
 

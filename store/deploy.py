@@ -4,6 +4,7 @@ The policies of a target are ranked by how well the machines they were measured 
 carries the level. It only reads, and loads no torch.
 """
 
+import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -139,7 +140,10 @@ def _answered(book: Book, target: Model, question: Question, ranked: Sequence[_C
     soft = [one for one in fitting if one.match.level in SOFT]
     first: Found | None = None
     for one in soft or fitting[:1]:
-        policy = _policy(book, one.policy_id)
+        text = _policy_text(book, one.policy_id)
+        if first is not None and not _may_cover(text, question):
+            continue  # a policy takes milliseconds to read
+        policy = _read(book, text)
         temperature = policy.headline.temperature if question.temperature is None else question.temperature
         answer = policy.look_up(
             batch_size=question.batch_size,
@@ -204,31 +208,42 @@ def _target(book: Book, name: str | None) -> Model:
 
 def _candidates(book: Book, target: Model, here: Machine) -> Iterator[_Candidate]:
     """The latest policy of every machine the target was tuned on."""
-    policies, machines = tables.policies, tables.environments
-    newest = (
-        select(policies.c.environment_digest, func.max(policies.c.created_at).label("created_at"))
-        .where(policies.c.target_key == target.run_digest)
-        .group_by(policies.c.environment_digest)
-        .subquery()
-    )
+    policies, machines = tables.policies.c, tables.environments.c
+    about = policies.target_key == target.run_digest
+    newest = select(policies.environment_digest, func.max(policies.created_at).label("created_at")).where(about)
+    newest_of = newest.group_by(policies.environment_digest).subquery()
     query = (
-        select(func.max(policies.c.id).label("policy_id"), *machines.c)
-        .join(newest, policies.c.environment_digest == newest.c.environment_digest)
-        .join(machines, machines.c.digest == newest.c.environment_digest)
-        .where(policies.c.target_key == target.run_digest, policies.c.created_at == newest.c.created_at)
-        .group_by(machines.c.digest)
+        select(func.max(policies.id), *machines)
+        .join_from(tables.policies, newest_of, policies.environment_digest == newest_of.c.environment_digest)
+        .join(tables.environments, machines.digest == newest_of.c.environment_digest)
+        .where(about, policies.created_at == newest_of.c.created_at)
+        .group_by(machines.digest)
     )
+    names = [column.name for column in machines]
     with book.reading() as connection:
-        for row in connection.execute(query).mappings():
-            there = known({name: row[name] for name in row if name not in ("policy_id", "digest")})
-            yield _Candidate(match=match(here, there), device=row["device"], policy_id=row["policy_id"])
+        for policy_id, *values in connection.execute(query):
+            there = known(dict(zip(names, values, strict=True)))
+            yield _Candidate(match=match(here, there), device=str(there["device"]), policy_id=policy_id)
 
 
-def _policy(book: Book, policy_id: int) -> Policy:
-    query = select(tables.policies.c.policy).where(tables.policies.c.id == policy_id)
+def _policy_text(book: Book, policy_id: int) -> str:
     with book.reading() as connection:
-        text = connection.scalar(query)
+        return str(connection.scalar(select(tables.policies.c.policy).where(tables.policies.c.id == policy_id)))
+
+
+def _read(book: Book, text: str) -> Policy:
     try:
-        return from_json(text or "")
+        return from_json(text)
     except PolicyError as error:
         raise PolicyError(f"the policy in store {book.path}: {error}") from error
+
+
+def _may_cover(text: str, question: Question) -> bool:
+    """Whether a policy has a batch and a context as large as asked; True for a damaged one, which is then told."""
+    try:
+        choices = json.loads(text)["choices"]
+        largest = max(choice["batch_size"] for choice in choices)
+        longest = max(choice["context_length"] for choice in choices)
+        return bool(largest >= question.batch_size and longest >= (question.context_length or 1))
+    except (LookupError, TypeError, ValueError, RecursionError):
+        return True

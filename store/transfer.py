@@ -157,11 +157,12 @@ def _rows(connection: Connection, query: Select[Any]) -> Iterator[tables.Row]:
 
 def _sweeps(connection: Connection, target: Model, here: Machine) -> Iterator[_Sweep]:
     """Every sweep of the target by the same engine, newest first."""
-    machines = {row["digest"]: known(row) for row in _rows(connection, select(tables.environments))}
     query = select(tables.step_times).filter_by(target_key=target.run_digest).order_by(tables.step_times.c.id.desc())
     parts: dict[str, list[tables.Row]] = {}
     for row in _rows(connection, query):
         parts.setdefault(row["sweep"], []).append(row)
+    timed = tables.environments.c.digest.in_({rows[0]["environment_digest"] for rows in parts.values()})
+    machines = {row["digest"]: known(row) for row in _rows(connection, select(tables.environments).where(timed))}
     for rows in parts.values():
         machine = machines[rows[0]["environment_digest"]]
         if machine["engine"] != here.get("engine"):

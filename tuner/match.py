@@ -22,6 +22,7 @@ MEANINGS: Mapping[Level, str] = {
     "none": "nothing that was measured fits",
 }
 _VERSIONS = ("driver", "cuda", "torch", "engine_version")
+_COMPARED = ("device", "engine", "memory_bytes", "device_count", "threads", *_VERSIONS)
 # A driver keeps a few hundred MiB of a GPU's memory to itself, which not every way of asking counts.
 _SAME_MEMORY = 0.03
 
@@ -46,16 +47,30 @@ class Difference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Match:
-    """How well a measurement fits; `distance` orders matches of one level: bandwidth, then memory, as log ratios."""
+    """How well a measurement made `there` fits a question asked `here`.
+
+    `unequal`: the fields that are not known to be equal. `distance` orders matches of one level: bandwidth, then
+    memory, as log ratios, then the number of such fields.
+    """
 
     level: Level
-    differences: tuple[Difference, ...]
+    unequal: tuple[str, ...]
     distance: tuple[float, float, int]
+    here: Machine
+    there: Machine
 
     @property
     def order(self) -> tuple[int, tuple[float, float, int]]:
         """The better match first."""
         return LEVELS.index(self.level), self.distance
+
+    @property
+    def differences(self) -> tuple[Difference, ...]:
+        """The unequal fields with their values."""
+        return tuple(
+            Difference(field=field, here=_text(self.here, field), there=_text(self.there, field))
+            for field in self.unequal
+        )
 
 
 def match(here: Machine, there: Machine) -> Match:
@@ -67,16 +82,10 @@ def match(here: Machine, there: Machine) -> Match:
     decoding: `version`. Another device: `family` where `profiles.traits.family` agrees, `capability` where both compute
     capabilities are known and equal, else `none`; so too a device that is not known.
     """
-    worst: Level = "exact"
-    differences = []
-    for field in ("device", "engine", "memory_bytes", "device_count", "threads", *_VERSIONS):
-        if _is_equal(field, here, there):
-            continue
-        level = _level_of(field, here, there)
-        worst = max(worst, level, key=LEVELS.index)
-        differences.append(Difference(field=field, here=_text(here, field), there=_text(there, field)))
+    unequal = tuple(field for field in _COMPARED if not _is_equal(field, here, there))
+    worst = max((LEVELS.index(_level_of(field, here, there)) for field in unequal), default=0)
     ratios = (_log_ratio(here, there, "memory_bandwidth_bytes_s"), _log_ratio(here, there, "memory_bytes"))
-    return Match(level=worst, differences=tuple(differences), distance=(*ratios, len(differences)))
+    return Match(level=LEVELS[worst], unequal=unequal, distance=(*ratios, len(unequal)), here=here, there=there)
 
 
 def _is_equal(field: str, here: Machine, there: Machine) -> bool:
