@@ -25,6 +25,7 @@ from typer.exceptions import TyperException
 from profiles import shipped, spelling
 from profiles.errors import DraftpickError, InputError, NotMeasuredError, PolicyError
 from profiles.terms import PLAIN
+from store import connection
 from store.book import Book
 from store.inventory import inventory, inventory_table
 from tuner import export, flags
@@ -58,26 +59,28 @@ def run(asked: flags.RunFlags) -> int:
     out_of_time = _deadline(asked.budget)
     since_s = None if asked.max_age is None else spelling.parse_age(asked.max_age)
     limits = _limits(asked)
-    path = _store_folder(asked.store) / BOOK_NAME
+    place = _store_place(asked.store)
     with err.status("loading"):
         from store import rehearsal, runs
         from tuner.tuning import Options, Watch
 
         if not asked.dry_run:
-            with Book.open(path) as book:  # a store that cannot be used is told before models are loaded
+            with Book.open(place) as book:  # a store that cannot be used is told before models are loaded
                 runs.Shelf.of(book)
         bench, loads, warnings = _load(asked)
-    _say(f"target {asked.target} on {bench.engine.environment.device}; store {path.parent}", *warnings)
+    _say(f"target {asked.target} on {bench.engine.environment.device}; store {_store_name(place)}", *warnings)
     _say(*(f"left out: {one.name}: {one.detail}" for one in bench.refused))
     lengths = spelling.parse_lengths(asked.lengths)
     options = Options(lengths=lengths, limits=limits, needed_bytes=bench.needed_bytes, refused=bench.refused)
     if asked.dry_run:
         since = runs.utc_ago(since_s)
-        return _print_rehearsal(rehearsal.rehearse(bench.engine, loads, path, options, since), asked.json_only)
-    with Book.open(path) as book, StageProgress(err) as progress:
+        return _print_rehearsal(rehearsal.rehearse(bench.engine, loads, place, options, since), asked.json_only)
+    with Book.open(place) as book, StageProgress(err) as progress:
         watch = Watch(progress=progress.update, out_of_time=out_of_time, show=progress.standings)
         done = runs.tune(bench.engine, loads, runs.Shelf.of(book, runs.utc_ago(since_s)), options, watch)
-    document = reports.document(done.policy, cost=done.cost, store=str(path.parent), policy_path=str(done.policy_path))
+    document = reports.document(
+        done.policy, cost=done.cost, store=_store_name(place), policy_path=str(done.policy_path)
+    )
     if not asked.json_only:
         _print_outcome(done)
     _print_json({**document, "left_out": [asdict(one) for one in done.left_out]})
@@ -146,11 +149,12 @@ def check(
 @app.command()
 def show(store: flags.Store = None) -> None:
     """Tell what the store knows, how old it is and from which machine, and the latest policy."""
-    with Book.open(_existing_store(store)) as book:
+    place = _existing_store(store)
+    with Book.open(place) as book:
         entries = inventory(book)
         text = book.latest_policy()
         policy = None if text is None else _read_policy(book, text)
-    _say_out(f"store {book.path.parent}")
+    _say_out(f"store {_store_name(place)}")
     out.print(inventory_table(entries, datetime.now(UTC)))
     if policy is not None:
         out.print(reports.table(policy))
@@ -170,15 +174,15 @@ def lookup(
     """Answer which setup to use, from the latest policy; loads no torch."""
     if form is not None and form not in export.FORMS:
         raise InputError(f"format {form!r}: allowed are {', '.join(export.FORMS)}")
-    path = _existing_store(store)
-    with Book.open(path) as book:
+    place = _existing_store(store)
+    with Book.open(place) as book:
         policy = _find_policy(book, target)
         outcome = book.latest_outcome(policy.target)
     answer = _ask(policy, batch_size, context, domain, temperature)
     if json_only:
-        policy_path = str(path.with_name(policy.file_name))
+        policy_path = str(book.folder / policy.file_name)
         cost, left_out = outcome.get("cost", {}), outcome.get("left_out", [])
-        document = reports.document(policy, cost=cost, store=str(path.parent), policy_path=policy_path)
+        document = reports.document(policy, cost=cost, store=_store_name(place), policy_path=policy_path)
         _print_json({**document, "left_out": left_out, "answer": reports.answer(answer)})
     elif form is None:
         _say_out(f"{answer.choice.setup.name}: {answer.rule}", answer.choice.reason)
@@ -249,7 +253,7 @@ def _dossier(book: Book, policy: policies.Policy) -> reports.Dossier:
     try:
         dossier = reports.Dossier.from_json(raw)
     except InputError as error:
-        raise InputError(f"the last run in store {book.path}: {error}") from error
+        raise InputError(f"the last run in store {book.place}: {error}") from error
     if not any(anchor.candidates for anchor in dossier.anchors):
         raise NotMeasuredError(
             f"the last run of {policy.target.name} ended before a forecast: run it again, for longer"
@@ -317,23 +321,30 @@ def _print_json(document: dict[str, Any]) -> None:
     typer.echo(json.dumps(document, allow_nan=False))  # flushed: a full disk is told; fine where stdout is closed
 
 
-def _store_folder(asked: Path | None) -> Path:
+def _store_place(asked: str | None) -> connection.Place:
+    """The server's URL, or the file in the folder."""
     named = asked or os.environ.get("DRAFTPICK_STORE")
-    return Path(named) if named else platformdirs.user_data_path("draftpick")
+    if named and connection.is_url(named):
+        return named
+    return (Path(named) if named else platformdirs.user_data_path("draftpick")) / BOOK_NAME
 
 
-def _existing_store(asked: Path | None) -> Path:
-    path = _store_folder(asked) / BOOK_NAME
-    if not path.exists():
-        raise NotMeasuredError(f"no store in {path.parent}: run `tune.py run` first, or name another with --store")
-    return path
+def _store_name(place: connection.Place) -> str:
+    return str(place.parent) if isinstance(place, Path) else connection.name_of(place)
+
+
+def _existing_store(asked: str | None) -> connection.Place:
+    place = _store_place(asked)
+    if isinstance(place, Path) and not place.exists():
+        raise NotMeasuredError(f"no store in {place.parent}: run `tune.py run` first, or name another with --store")
+    return place
 
 
 def _find_policy(book: Book, target: str | None) -> policies.Policy:
     text = book.latest_policy(target)
     if text is None:
         asked = f"of target {target!r} " if target else ""
-        raise NotMeasuredError(f"no policy {asked}in store {book.path}: run `tune.py run` first")
+        raise NotMeasuredError(f"no policy {asked}in store {book.place}: run `tune.py run` first")
     return _read_policy(book, text)
 
 
@@ -341,7 +352,7 @@ def _read_policy(book: Book, text: str) -> policies.Policy:
     try:
         return policies.from_json(text)
     except PolicyError as error:
-        raise PolicyError(f"the policy in store {book.path}: {error}") from error
+        raise PolicyError(f"the policy in store {book.place}: {error}") from error
 
 
 def _say_out(*lines: str) -> None:

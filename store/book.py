@@ -82,6 +82,11 @@ class Book:
             raise StoreError(f"store {self.place} is no file")
         return self.database.path
 
+    @property
+    def folder(self) -> Path:
+        """The folder on this host that policy files go to."""
+        return self.database.folder
+
     def close(self) -> None:
         self.database.close()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 from urllib.parse import quote
 
+import platformdirs
 import sqlalchemy
 from sqlalchemy import URL, Connection, Engine, func, select
 from sqlalchemy.schema import CreateSchema
@@ -36,6 +37,11 @@ _PAUSE_S = 0.05
 def is_url(place: Place) -> bool:
     """Whether `place` names a server; a Path never does."""
     return isinstance(place, str) and "://" in place
+
+
+def name_of(place: Place) -> str:
+    """What to call a store: its file, or its URL without password and options. Raises StoreError: no such URL."""
+    return _server_name(_server_url(place)) if isinstance(place, str) and is_url(place) else str(place)
 
 
 class Database:
@@ -110,6 +116,20 @@ class Database:
                         raise
                     time.sleep(_PAUSE_S)
 
+    @property
+    def folder(self) -> Path:
+        """Where the store's files on this host go: beside SQLite's file, or for a server in a folder named after it.
+
+        That one is in $DRAFTPICK_STORE where this is a folder, else in the user's data folder.
+        """
+        if self.path is not None:
+            return self.path.parent
+        named = os.environ.get("DRAFTPICK_STORE", "")
+        home = Path(named) if named and not is_url(named) else platformdirs.user_data_path("draftpick")
+        url = self.engine.url
+        words = [url.host or "", str(url.port or 5432), url.database or "", _option(url, "options")]
+        return home / "servers" / re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(filter(None, words)))
+
     def studies_place(self) -> Place:
         """Where Optuna's tables go: a file beside SQLite's, or a schema beside the server's, made where it is missing.
 
@@ -162,7 +182,7 @@ def connect(place: Place, busy_timeout_s: float, *, read_only: bool = False) -> 
     if isinstance(place, str) and is_url(place):
         url = _server_url(place)
         engine = _server(url, busy_timeout_s, read_only)
-        return Database(engine, server_name(url), None, busy_timeout_s)
+        return Database(engine, _server_name(url), None, busy_timeout_s)
     path = Path(place)
     if read_only:
         if not path.exists():
@@ -177,8 +197,7 @@ def connect(place: Place, busy_timeout_s: float, *, read_only: bool = False) -> 
     return Database(_file(url, busy_timeout_s), str(path), path, busy_timeout_s)
 
 
-def server_name(url: URL) -> str:
-    """The URL without password and options."""
+def _server_name(url: URL) -> str:
     return url.set(query={}).render_as_string(hide_password=True)
 
 
@@ -225,9 +244,9 @@ def _server_url(text: str) -> URL:
     except (sqlalchemy.exc.ArgumentError, ValueError) as error:
         raise StoreError(f"the store's URL cannot be read: {wanted} needed") from error
     if url.drivername not in (SERVER_DRIVER, "postgresql"):
-        raise StoreError(f"store {server_name(url)}: a folder or {wanted} allowed")
+        raise StoreError(f"store {_server_name(url)}: a folder or {wanted} allowed")
     if not url.database:
-        raise StoreError(f"store {server_name(url)}: it names no database: {wanted} needed")
+        raise StoreError(f"store {_server_name(url)}: it names no database: {wanted} needed")
     return url.set(drivername=SERVER_DRIVER)
 
 
@@ -246,7 +265,7 @@ def _server(url: URL, busy_timeout_s: float, read_only: bool) -> Engine:
         )
     except ImportError as error:
         raise StoreError(
-            f"store {server_name(url)}: the driver is not installed: pip install 'psycopg[binary]'"
+            f"store {_server_name(url)}: the driver is not installed: pip install 'psycopg[binary]'"
         ) from error
 
 
