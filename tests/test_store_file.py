@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,13 @@ PROMPT, OTHER = prompts(2)
 A4 = Setup(draft=DRAFT_A, length=4)
 DRAFTS = (DRAFT_A, NGRAM)
 SCOPE = Scope(target=TARGET, environment=MACHINE, workload=GREEDY)
+
+
+@pytest.fixture
+def book(path: Path) -> Iterator[Book]:
+    """An open, empty store in a file."""
+    with Book.open(path) as opened:
+        yield opened
 
 
 def save_traces(book: Book, fake: FakeEngine, count: int) -> None:
