@@ -6,7 +6,6 @@ so that `lookup` answers a deploy script without loading torch.
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import platformdirs
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -25,7 +23,7 @@ from typer.exceptions import TyperException
 from profiles import machine, shipped, spelling
 from profiles.errors import DraftpickError, InputError, MatchError, NotMeasuredError, PolicyError
 from profiles.terms import PLAIN
-from store import deploy, telling
+from store import deploy, places, telling
 from store.book import Book
 from store.inventory import inventory, inventory_table
 from tuner import export, flags
@@ -42,7 +40,6 @@ if TYPE_CHECKING:
 
 OBJECTIVES = ("tpot", "throughput")
 EXIT_NOT_PROVEN, EXIT_NOTHING_FEASIBLE, EXIT_INTERRUPTED = 5, 6, 130
-BOOK_NAME = "evidence.db"
 
 app = typer.Typer(
     add_completion=False,
@@ -60,26 +57,28 @@ def run(asked: flags.RunFlags) -> int:
     out_of_time = _deadline(asked.budget)
     since_s = None if asked.max_age is None else spelling.parse_age(asked.max_age)
     limits = _limits(asked)
-    path = _store_folder(asked.store) / BOOK_NAME
+    place = places.place(asked.store)
     with err.status("loading"):
         from store import rehearsal, runs
         from tuner.tuning import Options, Watch
 
         if not asked.dry_run:
-            with Book.open(path) as book:  # a store that cannot be used is told before models are loaded
+            with Book.open(place) as book:  # a store that cannot be used is told before models are loaded
                 runs.Shelf.of(book)
         bench, loads, warnings = _load(asked)
-    _say(f"target {asked.target} on {bench.engine.environment.device}; store {path.parent}", *warnings)
+    _say(f"target {asked.target} on {bench.engine.environment.device}; store {places.name(place)}", *warnings)
     _say(*(f"left out: {one.name}: {one.detail}" for one in bench.refused))
     lengths = spelling.parse_lengths(asked.lengths)
     options = Options(lengths=lengths, limits=limits, needed_bytes=bench.needed_bytes, refused=bench.refused)
     if asked.dry_run:
         since = runs.utc_ago(since_s)
-        return _print_rehearsal(rehearsal.rehearse(bench.engine, loads, path, options, since), asked.json_only)
-    with Book.open(path) as book, StageProgress(err) as progress:
+        return _print_rehearsal(rehearsal.rehearse(bench.engine, loads, place, options, since), asked.json_only)
+    with Book.open(place) as book, StageProgress(err) as progress:
         watch = Watch(progress=progress.update, out_of_time=out_of_time, show=progress.standings)
         done = runs.tune(bench.engine, loads, runs.Shelf.of(book, runs.utc_ago(since_s)), options, watch)
-    document = reports.document(done.policy, cost=done.cost, store=str(path.parent), policy_path=str(done.policy_path))
+    document = reports.document(
+        done.policy, cost=done.cost, store=places.name(place), policy_path=str(done.policy_path)
+    )
     if not asked.json_only:
         out.print(reports.table(done.policy))
         _say_out(*telling.outcome_lines(done))
@@ -149,11 +148,12 @@ def check(
 @app.command()
 def show(store: flags.Store = None) -> None:
     """Tell what the store knows, how old it is and from which machine, and the latest policy."""
-    with Book.open(_existing_store(store)) as book:
+    place = places.existing(store)
+    with Book.open(place) as book:
         entries = inventory(book)
         text = book.latest_policy()
         policy = None if text is None else _read_policy(book, text)
-    _say_out(f"store {book.path.parent}")
+    _say_out(f"store {places.name(place)}")
     out.print(inventory_table(entries, datetime.now(UTC)))
     if policy is not None:
         out.print(reports.table(policy))
@@ -182,13 +182,13 @@ def lookup(
         target=target, batch_size=batch_size, context_length=context, domain=domain, temperature=temperature
     )
     here = machine.this_machine(device=device) if environment is None else machine.read_machine(environment)
-    path = _existing_store(store)
-    with Book.open(path) as book:
+    place = places.existing(store)
+    with Book.open_read_only(place) as book:
         found = deploy.lookup(book, question, here)
-        outcome = book.latest_outcome(found.target) if json_only else {}
+        document = telling.lookup_document(found, book, places.name(place)) if json_only else {}
     found = found.with_transferred() if transferred else found
     if json_only:
-        _print_json(telling.lookup_document(found, outcome, path))
+        _print_json({**document, "answer": telling.answer(found)})
     if not found.reaches(level):
         raise MatchError(f"{found.caveat}; required was {level}")
     if json_only:
@@ -227,7 +227,7 @@ def explain(
     """Say why this setup and not that one: where a round's time goes, and what drafting must yield to pay."""
     from tuner import explain as explains
 
-    with Book.open(_existing_store(store)) as book:
+    with Book.open(places.existing(store)) as book:
         policy = _find_policy(book, target)
         dossier = _dossier(book, policy)
     answer = _ask(policy, batch_size, context, domain, temperature)
@@ -251,7 +251,7 @@ def report(
     """Draw the latest run: a page with everything, or the chart of output tokens per second as a picture."""
     from tuner.report import page
 
-    with Book.open(_existing_store(store)) as book:
+    with Book.open(places.existing(store)) as book:
         dossier = _dossier(book, _find_policy(book, target))
     page.write(dossier, out_path)
     _say(f"wrote {out_path}")
@@ -273,7 +273,7 @@ def _dossier(book: Book, policy: policies.Policy) -> reports.Dossier:
     try:
         dossier = reports.Dossier.from_json(raw)
     except InputError as error:
-        raise InputError(f"the last run in store {book.path}: {error}") from error
+        raise InputError(f"the last run in store {book.place}: {error}") from error
     if not any(anchor.candidates for anchor in dossier.anchors):
         raise NotMeasuredError(
             f"the last run of {policy.target.name} ended before a forecast: run it again, for longer"
@@ -322,23 +322,11 @@ def _print_json(document: dict[str, Any]) -> None:
     typer.echo(json.dumps(document, allow_nan=False))  # flushed: a full disk is told; fine where stdout is closed
 
 
-def _store_folder(asked: Path | None) -> Path:
-    named = asked or os.environ.get("DRAFTPICK_STORE")
-    return Path(named) if named else platformdirs.user_data_path("draftpick")
-
-
-def _existing_store(asked: Path | None) -> Path:
-    path = _store_folder(asked) / BOOK_NAME
-    if not path.exists():
-        raise NotMeasuredError(f"no store in {path.parent}: run `tune.py run` first, or name another with --store")
-    return path
-
-
 def _find_policy(book: Book, target: str | None) -> policies.Policy:
     text = book.latest_policy(target)
     if text is None:
         asked = f"of target {target!r} " if target else ""
-        raise NotMeasuredError(f"no policy {asked}in store {book.path}: run `tune.py run` first")
+        raise NotMeasuredError(f"no policy {asked}in store {book.place}: run `tune.py run` first")
     return _read_policy(book, text)
 
 
@@ -346,7 +334,7 @@ def _read_policy(book: Book, text: str) -> policies.Policy:
     try:
         return policies.from_json(text)
     except PolicyError as error:
-        raise PolicyError(f"the policy in store {book.path}: {error}") from error
+        raise PolicyError(f"the policy in store {book.place}: {error}") from error
 
 
 def _say_out(*lines: str) -> None:

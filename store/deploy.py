@@ -202,7 +202,7 @@ def _target(book: Book, name: str | None) -> Model:
         row = connection.execute(query.limit(1)).mappings().first()
     if row is None:
         asked = f"target {name!r}" if name is not None else "any target"
-        raise NotMeasuredError(f"the store {book.path} does not know {asked}: run `tune.py run` first")
+        raise NotMeasuredError(f"the store {book.place} does not know {asked}: run `tune.py run` first")
     return model_from({column: value for column, value in row.items() if column != "key"})
 
 
@@ -235,7 +235,7 @@ def _read(book: Book, text: str) -> Policy:
     try:
         return from_json(text)
     except PolicyError as error:
-        raise PolicyError(f"the policy in store {book.path}: {error}") from error
+        raise PolicyError(f"the policy in store {book.place}: {error}") from error
 
 
 def _may_cover(text: str, question: Question) -> bool:

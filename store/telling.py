@@ -5,9 +5,9 @@ How anything was found it must not know, and it prints nothing itself.
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from store.book import Book
 from store.deploy import Found
 from tuner import report
 
@@ -33,11 +33,16 @@ def outcome_lines(done: "FinishedRun") -> Iterator[str]:
     yield f"policy: {done.policy_path}"
 
 
-def lookup_document(found: Found, outcome: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The policy that answered as `run` printed it, the answer, and how well it matches."""
-    known: dict[str, Any] = {"target": asdict(found.target), "store": str(path.parent)}
-    if found.policy is not None:
-        place = {"store": str(path.parent), "policy_path": str(path.with_name(found.policy.file_name))}
-        known = report.document(found.policy, cost=outcome.get("cost", {}), **place)
-    answer = {**report.answer(found.answer), "match": found.to_json()}
-    return {**known, "left_out": outcome.get("left_out", []), "answer": answer}
+def lookup_document(found: Found, book: Book, store: str) -> dict[str, Any]:
+    """The policy that answered, as `run` printed it; without one, the target and the store."""
+    if found.policy is None:
+        return {"target": asdict(found.target), "store": store, "left_out": []}
+    outcome = book.latest_outcome(found.target)
+    path = str(book.folder / found.policy.file_name)
+    document = report.document(found.policy, cost=outcome.get("cost", {}), store=store, policy_path=path)
+    return {**document, "left_out": outcome.get("left_out", [])}
+
+
+def answer(found: Found) -> dict[str, Any]:
+    """The answer of a look-up and how well it matches."""
+    return {**report.answer(found.answer), "match": found.to_json()}

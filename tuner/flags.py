@@ -44,8 +44,12 @@ DType = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; d
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Output tokens per prompt at most.")]
 Store = Annotated[
-    Path | None,
-    typer.Option("--store", help="Folder of the store; default: $DRAFTPICK_STORE, else the user's data folder."),
+    str | None,  # a Path would make one slash of a URL's two
+    typer.Option(
+        "--store",
+        help="Folder of the store, or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE; "
+        "default: $DRAFTPICK_STORE, else the user's data folder.",
+    ),
 ]
 Objective = Annotated[str, typer.Option(help="tpot or throughput; at one batch size they agree.")]
 Budget = Annotated[float | None, typer.Option(help="Seconds after which no new measurement is started.")]
