@@ -4,6 +4,11 @@ Each verb reads like the story; the rooms below do the work. Heavy libraries are
 so that `lookup` answers a deploy script without loading torch.
 """
 
+# ruff: noqa: E402
+import gc
+
+gc.set_threshold(50_000)  # looking for garbage among modules just loaded takes a tenth of the time of a look-up
+
 import json
 import math
 import sys
@@ -15,28 +20,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 from typer.exceptions import TyperException
 
 from profiles import machine, shipped, spelling
 from profiles.errors import DraftpickError, InputError, MatchError, NotMeasuredError, PolicyError
 from profiles.terms import PLAIN
-from store import deploy, places, telling
+from store import deploy, places
 from store.book import Book
-from store.inventory import inventory, inventory_table
-from tuner import export, flags
+from tuner import flags
 from tuner import policy as policies
-from tuner import report as reports
 from tuner.match import LEVELS, MEANINGS, Level
-from tuner.progress import StageProgress
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from profiles.loading import Bench
     from store.rehearsal import Loads, Rehearsal
     from store.runs import FinishedRun
     from tuner.limits import Limits
+    from tuner.report import Dossier
 
 OBJECTIVES = ("tpot", "throughput")
 EXIT_NOT_PROVEN, EXIT_NOTHING_FEASIBLE, EXIT_INTERRUPTED = 5, 6, 130
@@ -46,8 +48,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Measures which draft and speculation length decode fastest on this machine, and proves it.",
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
 
 
 @app.command("run")
@@ -58,8 +58,10 @@ def run(asked: flags.RunFlags) -> int:
     since_s = None if asked.max_age is None else spelling.parse_age(asked.max_age)
     limits = _limits(asked)
     place = places.place(asked.store)
-    with err.status("loading"):
-        from store import rehearsal, runs
+    with _err().status("loading"):
+        from store import rehearsal, runs, telling
+        from tuner import report as reports
+        from tuner.progress import StageProgress
         from tuner.tuning import Options, Watch
 
         if not asked.dry_run:
@@ -73,14 +75,14 @@ def run(asked: flags.RunFlags) -> int:
     if asked.dry_run:
         since = runs.utc_ago(since_s)
         return _print_rehearsal(rehearsal.rehearse(bench.engine, loads, place, options, since), asked.json_only)
-    with Book.open(place) as book, StageProgress(err) as progress:
+    with Book.open(place) as book, StageProgress(_err()) as progress:
         watch = Watch(progress=progress.update, out_of_time=out_of_time, show=progress.standings)
         done = runs.tune(bench.engine, loads, runs.Shelf.of(book, runs.utc_ago(since_s)), options, watch)
     document = reports.document(
         done.policy, cost=done.cost, store=places.name(place), policy_path=str(done.policy_path)
     )
     if not asked.json_only:
-        out.print(reports.table(done.policy))
+        _out().print(reports.table(done.policy))
         _say_out(*telling.outcome_lines(done))
     _print_json({**document, "left_out": [asdict(one) for one in done.left_out]})
     return _exit_code(done)
@@ -130,7 +132,7 @@ def check(
 ) -> int:
     """Tell in seconds whether drafts fit a target: tokens, positions, memory, and a first look at acceptance."""
     specs = _specs(target, draft)
-    with err.status("loading"):
+    with _err().status("loading"):
         from profiles import check as checks
         from profiles import prompts as files
         from tuner.check_table import check_table
@@ -141,22 +143,25 @@ def check(
     if json_only:
         _print_json(found.to_json())
     else:
-        out.print(check_table(found))
+        _out().print(check_table(found))
     return InputError.exit_code if any(one.problem is not None for one in found.drafts) else 0
 
 
 @app.command()
 def show(store: flags.Store = None) -> None:
     """Tell what the store knows, how old it is and from which machine, and the latest policy."""
+    from store.inventory import inventory, inventory_table
+    from tuner import report as reports
+
     place = places.existing(store)
     with Book.open(place) as book:
         entries = inventory(book)
         text = book.latest_policy()
         policy = None if text is None else _read_policy(book, text)
     _say_out(f"store {places.name(place)}")
-    out.print(inventory_table(entries, datetime.now(UTC)))
+    _out().print(inventory_table(entries, datetime.now(UTC)))
     if policy is not None:
-        out.print(reports.table(policy))
+        _out().print(reports.table(policy))
 
 
 @app.command()
@@ -175,6 +180,8 @@ def lookup(
     json_only: flags.JsonOnly = False,
 ) -> None:
     """Answer which setup to use on this machine and how well that is known; loads no torch and changes nothing."""
+    from tuner import export
+
     if form is not None and form not in export.FORMS:
         raise InputError(f"format {form!r}: allowed are {', '.join(export.FORMS)}")
     level = _level(require)
@@ -185,10 +192,11 @@ def lookup(
     place = places.existing(store)
     with Book.open_read_only(place) as book:
         found = deploy.lookup(book, question, here)
-        document = telling.lookup_document(found, book, places.name(place)) if json_only else {}
-    found = found.with_transferred() if transferred else found
-    if json_only:
-        _print_json({**document, "answer": telling.answer(found)})
+        found = found.with_transferred() if transferred else found
+        if json_only:
+            from store import telling
+
+            _print_json(telling.lookup_document(found, book, places.name(place)))
     if not found.reaches(level):
         raise MatchError(f"{found.caveat}; required was {level}")
     if json_only:
@@ -239,7 +247,7 @@ def explain(
         _print_json(found.to_json())
     else:
         _say_out(*explains.sentences(found))
-        out.print(explains.comparison(found.accounts))
+        _out().print(explains.comparison(found.accounts))
 
 
 @app.command()
@@ -265,13 +273,15 @@ def _ask(
     return policy.look_up(batch_size=batch_size, context_length=context, domain=domain, temperature=asked)
 
 
-def _dossier(book: Book, policy: policies.Policy) -> reports.Dossier:
+def _dossier(book: Book, policy: policies.Policy) -> "Dossier":
     """What the target's last finished run left to be shown."""
+    from tuner.report import Dossier
+
     raw = book.latest_outcome(policy.target).get("dossier")
     if raw is None:
         raise NotMeasuredError(f"no finished run of {policy.target.name} is in the store: run `tune.py run` first")
     try:
-        dossier = reports.Dossier.from_json(raw)
+        dossier = Dossier.from_json(raw)
     except InputError as error:
         raise InputError(f"the last run in store {book.place}: {error}") from error
     if not any(anchor.candidates for anchor in dossier.anchors):
@@ -301,11 +311,14 @@ def _deadline(budget: float | None) -> Callable[[], bool]:
 def _print_rehearsal(found: "Rehearsal", json_only: bool) -> int:
     """What a run would measure; nothing was."""
     if not json_only:
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
         table = Table("stage", "units to measure", box=SIMPLE_HEAD)
         for stage, count in found.new_units.items():
             table.add_row(stage, str(count))
-        out.print(table)
-        out.print(f"{found.known_units} units are known; measuring the rest takes about {found.seconds:.0f} s")
+        _out().print(table)
+        _out().print(f"{found.known_units} units are known; measuring the rest takes about {found.seconds:.0f} s")
     _print_json(asdict(found))
     return 0
 
@@ -339,12 +352,25 @@ def _read_policy(book: Book, text: str) -> policies.Policy:
 
 def _say_out(*lines: str) -> None:
     for line in lines:
-        out.print(line, markup=False, soft_wrap=True)
+        typer.echo(line)
 
 
 def _say(*lines: str) -> None:
     for line in lines:
-        err.print(line, markup=False, soft_wrap=True)
+        typer.echo(line, err=True)
+
+
+def _out() -> "Console":
+    """For tables; made where one is printed, because rich takes longer to import than a look-up takes."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _err() -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
 
 
 def _usage_message(error: TyperException) -> str:

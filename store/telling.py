@@ -34,15 +34,12 @@ def outcome_lines(done: "FinishedRun") -> Iterator[str]:
 
 
 def lookup_document(found: Found, book: Book, store: str) -> dict[str, Any]:
-    """The policy that answered, as `run` printed it; without one, the target and the store."""
-    if found.policy is None:
-        return {"target": asdict(found.target), "store": store, "left_out": []}
-    outcome = book.latest_outcome(found.target)
-    path = str(book.folder / found.policy.file_name)
-    document = report.document(found.policy, cost=outcome.get("cost", {}), store=store, policy_path=path)
-    return {**document, "left_out": outcome.get("left_out", [])}
-
-
-def answer(found: Found) -> dict[str, Any]:
-    """The answer of a look-up and how well it matches."""
-    return {**report.answer(found.answer), "match": found.to_json()}
+    """The policy that answered as `run` printed it (without one: the target), the answer, and how well it matches."""
+    outcome: dict[str, Any] = {}
+    known: dict[str, Any] = {"target": asdict(found.target), "store": store}
+    if found.policy is not None:
+        outcome = book.latest_outcome(found.target)
+        path = str(book.folder / found.policy.file_name)
+        known = report.document(found.policy, cost=outcome.get("cost", {}), store=store, policy_path=path)
+    answer = {**report.answer(found.answer), "match": found.to_json()}
+    return {**known, "left_out": outcome.get("left_out", []), "answer": answer}
