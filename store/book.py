@@ -250,6 +250,10 @@ class Book:
         """A transaction that only reads, for queries that other modules of the store bring along."""
         return self._transaction("read")
 
+    def writing(self) -> AbstractContextManager[Connection]:
+        """A transaction that writes, as `reading`; who asks for it says `commit()`."""
+        return self._transaction("write")
+
     @contextmanager
     def _transaction(self, purpose: Literal["read", "write"]) -> Iterator[Connection]:
         """One transaction, rolled back on leaving unless `commit()` was said; driver errors become StoreError.
