@@ -93,7 +93,7 @@ def _specs(target: str, drafts: list[str] | None) -> list[spelling.DraftSpec]:
 def _load(asked: flags.RunFlags) -> "tuple[Bench, Loads, list[str]]":
     """Everything that is refused is refused here, before anything is measured."""
     from profiles import loading
-    from tuner.tuning import plan_anchors
+    from tuner.anchors import plan_anchors
 
     specs = spelling.with_composites(_specs(asked.target, asked.draft))
     question = loading.Question(

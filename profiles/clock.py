@@ -6,8 +6,8 @@ also watches for both. It knows nothing of models or of what is being timed.
 
 import os
 import time
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Iterable
+from typing import Self, TypeVar
 
 import psutil
 import torch
@@ -16,6 +16,9 @@ from profiles.gpu_watch import GpuWatch
 
 _SHORTEST_S = 0.2  # the kernel counts processor time in ticks of 10 ms: a shorter unit cannot be judged
 _MOST_CORES = 0.35
+MAX_REPEATS = 2
+
+Measurement = TypeVar("Measurement")
 
 
 class Clock:
@@ -122,3 +125,15 @@ class Disturbance:
     def worst(self) -> str | None:
         """What disturbed the GPUs, in one line; None when nothing did. The processor's part is `cores`."""
         return "; ".join(gpu.worst for gpu in self._gpus if gpu.worst is not None) or None
+
+
+def quietest(measure: Callable[[], Measurement], gpus: Iterable[str] = ()) -> tuple[Measurement, bool]:
+    """The quietest of at most three tries, ended by the first undisturbed one, and whether it was disturbed."""
+    tries: list[tuple[float, Measurement]] = []
+    for _ in range(MAX_REPEATS + 1):
+        with Disturbance(*gpus) as load:
+            found = measure()
+        if not load.disturbed:
+            return found, False
+        tries.append((load.cores or 0.0, found))
+    return min(tries, key=lambda one: one[0])[1], True

@@ -3,6 +3,7 @@
 A drafter reads the committed text of the rows and finds out itself how far it is behind; it never sees the target.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -77,8 +78,9 @@ class Drafter(Protocol):
         ...
 
 
+@functools.cache
 def nothing(num_rows: int, device: torch.device) -> Proposal:
-    """No row proposes."""
+    """No row proposes; made once, because every plain round asks for it."""
     counts = torch.zeros(num_rows, dtype=torch.long, device=device)
     return Proposal(token_ids=counts[:, None][:, :0], counts=counts, probs=None, certain=counts == 0)
 

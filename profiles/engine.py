@@ -6,15 +6,14 @@ are repeated while other processes disturb the machine. Knows nothing of stores 
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
 from profiles import acceptance, latency, models
-from profiles.clock import Clock, Disturbance
+from profiles.clock import Clock, quietest
 from profiles.decoding import Decoder, Generation
 from profiles.drafting import CompositeDrafter, Drafter, DraftSource, ModelDrafter, NgramDrafter
 from profiles.environment import fingerprint
@@ -38,9 +37,6 @@ from profiles.terms import (
     digest_of,
 )
 
-Measurement = TypeVar("Measurement")
-
-MAX_REPEATS = 2
 MAX_BATCH = 64
 NEAR_TIE = 1e-4  # greedy float32 outputs may part only where the two largest logits lie this close
 
@@ -120,7 +116,7 @@ class TorchEngine:
                 lookups={part.digest: part for draft in self._drafts for part in draft.parts if part.kind == "ngram"},
             )
             shape = (context_length, max_length)
-            times, disturbed = self._quietest(lambda: latency.time_steps(parts, workload, shape, self._clock))
+            times, disturbed = quietest(lambda: latency.time_steps(parts, workload, shape, self._clock), self._gpus)
         return {digest: replace(staircase, disturbed=disturbed) for digest, staircase in times.items()}
 
     def run_together(
@@ -136,7 +132,9 @@ class TorchEngine:
         with _translated(self._device):
             for setup in setups:
                 self._warm_up(workload, prompts, setup)
-            runs, disturbed = self._quietest(lambda: [self._generate(workload, prompts, setup) for setup in setups])
+            runs, disturbed = quietest(
+                lambda: [self._generate(workload, prompts, setup) for setup in setups], self._gpus
+            )
         if workload.temperature == 0.0:
             for number, prompt in enumerate(prompts):
                 self._check_partings(workload, prompt, setups, [own[number] for own in runs])
@@ -231,17 +229,6 @@ class TorchEngine:
                 f"a prompt of {tokens - workload.max_new_tokens} tokens with {workload.max_new_tokens} new ones: "
                 f"allowed are {workload.context_length} together, the workload's context"
             )
-
-    def _quietest(self, measure: Callable[[], Measurement]) -> tuple[Measurement, bool]:
-        """The quietest of at most three tries, ended by the first undisturbed one, and whether it was disturbed."""
-        tries: list[tuple[float, Measurement]] = []
-        for _ in range(MAX_REPEATS + 1):
-            with Disturbance(*self._gpus) as load:
-                found = measure()
-            if not load.disturbed:
-                return found, False
-            tries.append((load.cores or 0.0, found))
-        return min(tries, key=lambda one: one[0])[1], True
 
     def _check_partings(
         self, workload: Workload, prompt: Prompt, setups: tuple[Setup, ...], runs: list[Generation]

@@ -18,6 +18,7 @@ DraftKind = Literal["model", "ngram", "early_exit", "composite"]
 DRAFT_KINDS: tuple[DraftKind, ...] = ("model", "ngram", "early_exit", "composite")
 DTYPES = ("float32", "bfloat16", "float16")
 CATCH_UP_WIDTHS = (2, 4, 8, 16, 32, 64)  # of a draft model's first step of a round; wider ones are several of the last
+ADDED = MappingProxyType({"added": True})  # marks a field that JSON of an earlier version may lack
 DECODING_VERSION = 1  # raised when the engine would emit or accept other tokens for the same question
 Rounds = Mapping[tuple[int, int], int]
 Shapes = Mapping[tuple[int, int, int], int]
@@ -238,7 +239,10 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
-    """The machine and the software that times are true for."""
+    """The machine and the software that times are true for.
+
+    `compute_capability` (`9.0`) and `memory_bandwidth_bytes_s` follow from the device: None where they are not known.
+    """
 
     device: str
     device_count: int
@@ -249,10 +253,14 @@ class Environment:
     torch: str
     engine: str
     engine_version: str
+    compute_capability: str | None = field(default=None, metadata=ADDED)
+    memory_bandwidth_bytes_s: int | None = field(default=None, metadata=ADDED)
 
     @property
     def digest(self) -> str:
-        return digest_of(asdict(self))
+        """Identity of all that is no mere trait of the device: evidence from before traits were read stays found."""
+        traits = ("compute_capability", "memory_bandwidth_bytes_s")
+        return digest_of({name: value for name, value in asdict(self).items() if name not in traits})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

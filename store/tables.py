@@ -10,10 +10,12 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Boolean,
     Column,
     Float,
     ForeignKey,
+    Index,
     Integer,
     MetaData,
     String,
@@ -42,6 +44,7 @@ from profiles.terms import (
 )
 
 Row = Mapping[str, Any]
+WIDE = Integer().with_variant(BigInteger, "postgresql")  # SQLite's whole numbers have 64 bits under either name
 
 metadata = MetaData(
     naming_convention={
@@ -74,7 +77,7 @@ models = Table(
     Column("revision", String),
     Column("dtype", String, nullable=False),
     Column("digest", String, nullable=False),
-    Column("num_params", Integer, nullable=False),
+    Column("num_params", WIDE, nullable=False),
 )
 
 environments = Table(
@@ -83,13 +86,15 @@ environments = Table(
     Column("digest", String, primary_key=True),
     Column("device", String, nullable=False),
     Column("device_count", Integer, nullable=False),
-    Column("memory_bytes", Integer, nullable=False),
+    Column("memory_bytes", WIDE, nullable=False),
     Column("driver", String),
     Column("cuda", String),
     Column("threads", Integer, nullable=False),
     Column("torch", String, nullable=False),
     Column("engine", String, nullable=False),
     Column("engine_version", String, nullable=False),
+    Column("compute_capability", String),
+    Column("memory_bandwidth_bytes_s", WIDE),
 )
 
 target_traces = Table(
@@ -168,7 +173,7 @@ samples = Table(
     Column("shapes", JSON, nullable=False, server_default="[]"),
     Column("refills", Integer, nullable=False, server_default="0"),
     Column("output_digest", String, nullable=False),
-    Column("peak_memory_bytes", Integer),
+    Column("peak_memory_bytes", WIDE),
     Column("disturbed", Boolean, nullable=False),
     UniqueConstraint("unit", "position"),
 )
@@ -199,6 +204,7 @@ policies = Table(
     metadata,
     *_about_target("policies"),
     Column("policy", Text, nullable=False),
+    Index("ix_policies_about", "target_key", "environment_digest", "created_at"),
 )
 
 ABOUT_TARGETS = (target_traces, acceptance_traces, lookup_traces, step_times, samples, infeasible, runs, policies)

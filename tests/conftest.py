@@ -56,7 +56,7 @@ def fake() -> FakeEngine:
 def _no_repeats() -> Iterator[None]:
     """Timed units are not repeated on a busy machine: tests look at tokens and records, not at seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("profiles.engine.MAX_REPEATS", 0)
+        patch.setattr("profiles.clock.MAX_REPEATS", 0)
         yield
 
 

@@ -13,11 +13,12 @@ from store.book import Book
 from store.runs import Shelf, tune
 from tests.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts
 from tuner import proof, search
+from tuner.anchors import plan_anchors
 from tuner.claims import Forecast, Measured, Standing
 from tuner.limits import Limits
 from tuner.objective import among_equals, finalists
 from tuner.policy import MIXED
-from tuner.tuning import Options, Outcome, Tuner, Watch, plan_anchors
+from tuner.tuning import Options, Outcome, Tuner, Watch
 
 TWO_DOMAINS = (*prompts(48, "code"), *prompts(48, "prose"))
 

@@ -97,6 +97,11 @@ def queues(
     return tuple(tuple(itertools.islice(endless, num_batches * batch_size)) for _ in range(count))
 
 
+def occasion_of(purpose: str, workload: Workload, number: int) -> str:
+    """At batch 1 anchors share their runs of a prompt; in a batch the same queue may be run again for its noise."""
+    return f"{purpose} {0 if workload.batch_size == 1 else number}"
+
+
 def gather(
     engine: Engine, workload: Workload, prompts: Sequence[Prompt], lengths: Sequence[int], progress: Progress
 ) -> Evidence:
@@ -165,8 +170,7 @@ def _calibrate(
     chosen = queues(prompts, workload.batch_size, CALIBRATION_PROMPTS, CALIBRATION_QUEUES)
 
     def run(queue: tuple[Prompt, ...], setups: tuple[Setup, ...]) -> list[tuple[Setup, Sample]]:
-        occasion = f"calibration {0 if workload.batch_size == 1 else done}"  # few prompts make equal queues
-        samples = engine.run_together(workload, queue, setups, occasion)
+        samples = engine.run_together(workload, queue, setups, occasion_of("calibration", workload, done))
         return [(setup, sample) for (setup, _), sample in zip(itertools.product(setups, queue), samples, strict=True)]
 
     for done, queue in enumerate(chosen):

@@ -8,16 +8,16 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from profiles.errors import InputError, PolicyError
-from profiles.terms import PLAIN, Environment, Model, Setup
+from profiles.terms import ADDED, PLAIN, Environment, Model, Setup
 from tuner.claims import Forecast, Measured
-from tuner.records import decode
+from tuner.records import decode_version
 
-POLICY_VERSION = 1
+POLICY_VERSION = 2  # 2 added alternatives and the machine's traits; 1 is still read
 MIXED = "mixed"  # the domain of a choice made over the prompts of all domains
 TEMPERATURE_TOLERANCE = 1e-6
 
@@ -33,6 +33,8 @@ class Choice:
 
     `evidence` holds ids of stored evidence. Beside plain decoding, `forecast` and `measured` are those of the setup
     that failed to beat it. `proven`: the paired runs showed a win; it needs a draft and its own `measured`.
+    `alternatives`: of every draft that is forecast to beat plain decoding the best length, the best draft first; for an
+    engine that cannot run the chosen setup.
     Raises: InputError: a value is not allowed, or `proven` without that proof.
     """
 
@@ -48,6 +50,7 @@ class Choice:
     forecast: Forecast | None = None
     measured: Measured | None = None
     proven: bool = False
+    alternatives: tuple[Forecast, ...] = field(default=(), metadata=ADDED)
 
     def __post_init__(self) -> None:
         check_asked(self.batch_size, self.context_length, self.temperature)
@@ -262,13 +265,8 @@ def from_json(text: str) -> Policy:
         raw = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise PolicyError(f"not a JSON document: {error}") from error
-    version = raw.get("version") if isinstance(raw, dict) else None
-    if isinstance(version, int) and version > POLICY_VERSION:
-        raise PolicyError(
-            f"version {version} is newer than version {POLICY_VERSION}, which this draftpick reads: upgrade"
-        )
     try:
-        policy: Policy = decode(Policy, raw, "policy")
+        policy: Policy = decode_version(Policy, raw, "policy", POLICY_VERSION)
     except InputError as error:
         raise PolicyError(str(error)) from error
     return policy

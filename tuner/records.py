@@ -39,15 +39,32 @@ def decode(kind: Any, raw: object, where: str) -> Any:
     return kind(raw)
 
 
+def decode_version(kind: Any, raw: object, where: str, newest: int) -> Any:
+    """As `decode`, for a record with a `version`: older ones are read as the newest, which only added fields.
+
+    Raises InputError, also for a version newer than `newest`.
+    """
+    if isinstance(raw, dict) and type(raw.get("version")) is int:
+        version = raw["version"]
+        _require(
+            version <= newest,
+            f"{where} version {version} is newer than version {newest}, which this draftpick reads: upgrade",
+        )
+        if version >= 1:
+            raw = {**raw, "version": newest}
+    return decode(kind, raw, where)
+
+
 def _decode_record(record: type, raw: object, where: str) -> Any:
     _require(isinstance(raw, dict), f"{where} is {_show(raw)}: an object is needed")
     assert isinstance(raw, dict)
     names = [field.name for field in fields(record)]
     for key in raw:
         _require(key in names, f"{where} has the unknown key {key!r}: allowed are {', '.join(names)}")
-    for name in names:
-        _require(name in raw, f"{where} lacks the key {name!r}: needed are {', '.join(names)}")
-    values = {name: decode(_hints(record)[name], raw[name], f"{where}.{name}") for name in names}
+    for field in fields(record):
+        known = field.name in raw or "added" in field.metadata  # what a later version added has a default
+        _require(known, f"{where} lacks the key {field.name!r}: needed are {', '.join(names)}")
+    values = {name: decode(_hints(record)[name], raw[name], f"{where}.{name}") for name in names if name in raw}
     try:
         return record(**values)
     except InputError as error:

@@ -8,25 +8,24 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from profiles.errors import EngineError, InputError
+from profiles.errors import EngineError
 from profiles.keys import run_point, unit_digest
 from profiles.protocol import Engine
 from profiles.spelling import Refused
-from profiles.terms import PLAIN, Infeasible, Interval, Prompt, Sample, Setup, Workload
+from profiles.terms import PLAIN, Infeasible, Prompt, Setup, Workload
 from tuner import proof, search
+from tuner.anchors import Anchor, Grounds, plan_anchors
 from tuner.board import Board, Show
-from tuner.claims import Forecast, Measured
-from tuner.evidence import Evidence, Progress, gather, spread_over_domains
+from tuner.evidence import Evidence, Progress, gather, occasion_of, spread_over_domains
 from tuner.evidence import queues as queues_of
 from tuner.forecast import Forecaster
 from tuner.limits import Limits
 from tuner.objective import among_equals, finalists
-from tuner.policy import MIXED, Choice
+from tuner.policy import Choice
 from tuner.space import candidates
+from tuner.verdict import judge
 
-MIN_DOMAIN_PROMPTS = 24
 MIN_RACE_PROMPTS = 4
-MIN_FORECAST_PROMPTS = 12
 RACE_QUEUES, PROOF_QUEUES = (4, 2), (6, 4)  # in a batch: how many queues, and their length in batches
 
 
@@ -51,45 +50,6 @@ class Options:
     refused: tuple[Refused, ...] = ()
     storage: search.Storage | None = None
     run_name: str = "run"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Grounds:
-    """What an anchor's forecasts rest on; kept so that a report can show it."""
-
-    evidence: Evidence
-    forecaster: Forecaster
-
-
-@dataclass(slots=True, kw_only=True)
-class Anchor:
-    """One row of the policy in the making."""
-
-    workload: Workload
-    domain: str
-    forecast_pool: tuple[Prompt, ...]
-    race_pool: tuple[Prompt, ...]
-    proof_pool: tuple[Prompt, ...]
-    grounds: Grounds | None = None
-    forecasts: list[Forecast] = field(default_factory=list)
-    race: search.Race | None = None
-    candidate: Setup | None = None
-    measured: Measured | None = None
-    evidence: tuple[str, ...] = ()
-    plain_samples: tuple[Sample, ...] = ()
-    infeasible: list[Infeasible] = field(default_factory=list)
-    stopped: str | None = None
-    out_of_time: bool = False
-
-    def ruled_out(self, setup: Setup) -> Infeasible | None:
-        """Why a setup cannot be chosen here, or None."""
-        return next((found for found in self.infeasible if found.setup == setup), None)
-
-    def measured_rate(self, setup: Setup) -> Interval | None:
-        """Tokens per second that the proof measured of a setup: its candidate, or plain decoding beside it."""
-        if self.measured is None or setup not in (PLAIN, self.measured.setup):
-            return None
-        return self.measured.plain_tok_per_s if setup == PLAIN else self.measured.tok_per_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +107,7 @@ class Tuner:
             if own[0].forecasts:
                 grid_seconds = (grid_seconds or 0.0) + _grid_seconds(own[0], evidence, len(prompts))
         return Outcome(
-            choices=tuple(_judge(anchors)),
+            choices=tuple(judge(anchors)),
             anchors=tuple(anchors),
             infeasible=tuple(infeasible),
             grid_seconds_estimate=grid_seconds,
@@ -222,7 +182,7 @@ class Tuner:
             nonlocal done
             self._progress(f"race {anchor.domain}", done, total)
             done += 1
-            occasion = _occasion("race", anchor, len(ran.get(setup, ())) // len(queue))
+            occasion = occasion_of("race", anchor.workload, len(ran.get(setup, ())) // len(queue))
             found = search.run_pairs(self._engine, anchor.workload, queue, setup, occasion)
             pairs = ran.setdefault(setup, [])
             pairs += found
@@ -252,7 +212,9 @@ class Tuner:
         pairs: list[proof.Pair] = []
         for done, queue in enumerate(queues):
             self._progress(f"proof {anchor.domain}", done, len(queues))
-            pairs += search.run_pairs(self._engine, anchor.workload, queue, setup, _occasion("proof", anchor, done))
+            pairs += search.run_pairs(
+                self._engine, anchor.workload, queue, setup, occasion_of("proof", anchor.workload, done)
+            )
             self._board.note(setup, f"proving {done + 1}/{len(queues)}", proof.speedup_so_far(pairs))
         anchor.plain_samples = tuple(plain for plain, _ in pairs)
         self._rule_out(anchor, self._options.limits.latency_breach(setup, [chosen for _, chosen in pairs]))
@@ -262,7 +224,7 @@ class Tuner:
         greedy = anchor.workload.temperature == 0.0
         anchor.measured = proof.measure(setup, pairs, greedy=greedy, queue_size=len(queues[0]))
         anchor.evidence = tuple(
-            self._unit(anchor.workload, queue, setup, _occasion("proof", anchor, number))
+            self._unit(anchor.workload, queue, setup, occasion_of("proof", anchor.workload, number))
             for number, queue in enumerate(queues)
         )
         self._board.note(setup, "measured", anchor.measured.speedup)
@@ -275,115 +237,6 @@ class Tuner:
         if self._watch.out_of_time():
             raise OutOfTimeError
         self._watch.progress(stage, done, total)
-
-
-def _occasion(purpose: str, anchor: Anchor, number: int) -> str:
-    """At batch 1 anchors share their runs of a prompt; in a batch the same queue may be run again for its noise."""
-    return f"{purpose} {0 if anchor.workload.batch_size == 1 else number}"
-
-
-def plan_anchors(workload: Workload, prompts: Sequence[Prompt]) -> list[Anchor]:
-    """The anchors of a workload, `mixed` first, each with prompts to race on and others to prove on.
-
-    24 prompts are held for the proof before any go to the race, which gets at most half. Forecasts are made on the
-    race's prompts too, so that the proof is fresh; where these are fewer than 12, on all. A single domain is `mixed`.
-    Raises InputError without prompts, or with a domain called `mixed`.
-    """
-    if not prompts:
-        raise InputError("no prompts: at least one is needed")
-    if any(prompt.domain == MIXED for prompt in prompts):
-        raise InputError(f"domain {MIXED!r}: that name means all domains together; give the prompts another")
-    by_domain: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        by_domain.setdefault(prompt.domain, []).append(prompt)
-    share = max(0.0, min(0.5, (len(prompts) - MIN_DOMAIN_PROMPTS) / len(prompts)))
-    pools: dict[str, tuple[list[Prompt], list[Prompt]]] = {}
-    for domain, own in by_domain.items():
-        ordered = sorted(own, key=lambda prompt: prompt.digest)
-        num_race = int(len(own) * share)
-        if len(own) >= MIN_DOMAIN_PROMPTS:
-            num_race = min(num_race, len(own) - MIN_DOMAIN_PROMPTS)
-        pools[domain] = (ordered[:num_race], ordered[num_race:])
-    rows = [(MIXED, list(prompts), [pool[0] for pool in pools.values()], [pool[1] for pool in pools.values()])]
-    if len(by_domain) > 1:
-        large = [domain for domain, own in by_domain.items() if len(own) >= MIN_DOMAIN_PROMPTS]
-        rows += [(domain, by_domain[domain], [pools[domain][0]], [pools[domain][1]]) for domain in large]
-    anchors = []
-    for domain, own, race, proofs in rows:
-        race_pool = tuple(prompt for pool in race for prompt in pool)
-        anchors.append(
-            Anchor(
-                workload=workload,
-                domain=domain,
-                forecast_pool=race_pool if len(race_pool) >= MIN_FORECAST_PROMPTS else tuple(own),
-                race_pool=race_pool,
-                proof_pool=tuple(prompt for pool in proofs for prompt in pool),
-            )
-        )
-    return anchors
-
-
-def _judge(anchors: Sequence[Anchor]) -> list[Choice]:
-    measured = [anchor.measured for anchor in anchors if anchor.measured is not None]
-    verdicts = iter(proof.prove(measured))
-    proven = [anchor.measured is not None and next(verdicts) for anchor in anchors]
-    return [
-        _choice(anchor, won and anchor.ruled_out(anchor.candidate or PLAIN) is None)
-        for anchor, won in zip(anchors, proven, strict=True)
-    ]
-
-
-def _choice(anchor: Anchor, proven: bool) -> Choice:
-    load = anchor.workload
-    subject = anchor.candidate
-    if subject is None and len(anchor.forecasts) > 1:
-        drafting = [one.setup for one in anchor.forecasts if one.setup != PLAIN]
-        subject = next((setup for setup in drafting if anchor.ruled_out(setup) is None), drafting[0])
-    return Choice(
-        batch_size=load.batch_size,
-        context_length=load.context_length,
-        domain=anchor.domain,
-        temperature=load.temperature,
-        top_p=load.top_p,
-        top_k=load.top_k,
-        setup=anchor.candidate if proven and anchor.candidate is not None else PLAIN,
-        reason=_reason(anchor, subject, proven),
-        evidence=anchor.evidence,
-        forecast=next((one for one in anchor.forecasts if one.setup == subject), None),
-        measured=anchor.measured,
-        proven=proven,
-    )
-
-
-def _reason(anchor: Anchor, subject: Setup | None, proven: bool) -> str:
-    """One sentence: what was chosen and what the figures were."""
-    measured = anchor.measured
-    if proven and measured is not None:
-        speedup = measured.speedup
-        return (
-            f"{measured.setup.name} decodes {speedup.estimate:.2f} [{speedup.low:.2f}, {speedup.high:.2f}] times as "
-            f"fast as plain decoding on {measured.num_prompts} other prompts, "
-            f"{measured.end_to_end.estimate:.2f} end to end."
-        )
-    if (plain := anchor.ruled_out(PLAIN)) is not None:
-        return f"Nothing is feasible: no setup is proven within the limits, and of plain decoding {plain.detail}."
-    return f"Plain decoding: {_why_plain(anchor, subject)}."
-
-
-def _why_plain(anchor: Anchor, subject: Setup | None) -> str:
-    """Why nothing was proven; `subject` is the draft that came closest."""
-    if subject is None:
-        return anchor.stopped or "there was no draft to try"
-    if (broken := anchor.ruled_out(subject)) is not None:
-        return f"{subject.name} is infeasible ({broken.reason}): {broken.detail}"
-    if anchor.measured is not None:
-        return f"{subject.name} is not proven, because {proof.shortfall(anchor.measured)}"
-    if anchor.stopped is not None:
-        return f"{subject.name} was not proven, because {anchor.stopped}"
-    if anchor.race is not None:
-        return "no feasible finalist was faster than plain decoding in the race"
-    best = next(forecast for forecast in anchor.forecasts if forecast.setup == subject)
-    return f"the best draft, {subject.name}, is forecast at {best.speedup.estimate:.2f} times its speed"
 
 
 def _grid_seconds(mixed: Anchor, evidence: Evidence, num_prompts: int) -> float:

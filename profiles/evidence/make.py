@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 from profiles import environment
-from profiles.clock import Clock, Disturbance
+from profiles.clock import Clock, quietest
 from profiles.evidence import FILE_VERSION
 from profiles.latency import Parts, time_steps
 from profiles.memory import cached_values_per_token
@@ -122,9 +122,9 @@ def sweep(model: PreTrainedModel, point: Point, device: str, max_length: int) ->
     part = record(point.shape, point.dtype).run_digest
     stepper = RowModel(model, point.batch_size, workload.context_length)
     parts = Parts(target=(part, stepper), models={}, lookups={})
-    with Disturbance(device) as load:
-        times = time_steps(parts, workload, (point.context_length, max_length), Clock(device))
-    return replace(times[part], disturbed=load.disturbed)
+    shape = (point.context_length, max_length)
+    times, disturbed = quietest(lambda: time_steps(parts, workload, shape, Clock(device)), [device])
+    return replace(times[part], disturbed=disturbed)
 
 
 def copy_bytes_per_s(device: str) -> float:

@@ -29,8 +29,7 @@ from flashspec.engine.hf_drafter import HuggingFaceDrafter
 from flashspec.engine.verifier import TargetModel
 
 from profiles import loading
-from profiles.clock import Clock, OtherLoad
-from profiles.engine import MAX_REPEATS
+from profiles.clock import Clock, quietest
 from profiles.evidence import make
 from profiles.formulas import median, speedup_interval
 from profiles.loading import Bench, Question
@@ -112,21 +111,18 @@ def our_arm(bench: Bench, workload: Workload, setup: Setup) -> Arm:
 
 
 def timed(device: str, seed: int, decode: Callable[[], Sequence[int]]) -> Run:
-    """One run of a peer; the quietest of at most three tries, ended by the first undisturbed one, as for our arms."""
+    """One run of a peer, repeated while disturbed by the rule of our arms."""
     clock = Clock(device)
-    tries: list[tuple[float, Run]] = []
-    for _ in range(MAX_REPEATS + 1):
+
+    def run() -> Run:
         torch.manual_seed(seed)
-        with OtherLoad() as load:
-            started = clock.read()
-            emitted = decode()
-            seconds = clock.read() - started
+        started = clock.read()
+        emitted = decode()
+        seconds = clock.read() - started
         token_ids = tuple(emitted)
-        run = Run(seconds=seconds, num_tokens=len(token_ids), digest=digest_of(token_ids), token_ids=token_ids)
-        if not load.disturbed:
-            return run
-        tries.append((load.cores or 0.0, run))
-    return min(tries, key=lambda one: one[0])[1]
+        return Run(seconds=seconds, num_tokens=len(token_ids), digest=digest_of(token_ids), token_ids=token_ids)
+
+    return quietest(run)[0]
 
 
 def with_transformers(bench: Bench, workload: Workload, device: str) -> dict[str, Arm]:

@@ -8,13 +8,14 @@ from dataclasses import replace
 
 from profiles.errors import InputError, NotMeasuredError
 from profiles.terms import PLAIN, Draft, Infeasible, Setup, Workload
+from tuner.anchors import Anchor
 from tuner.claims import Forecast, RoundSplit
 from tuner.objective import score
 from tuner.policy import Choice, Policy
 from tuner.proof import shortfall
 from tuner.report.curves import acceptance_curves, staircases
 from tuner.report.dossier import AnchorFigures, Candidate, Dossier, LoadFigures
-from tuner.tuning import Anchor, Outcome
+from tuner.tuning import Outcome
 
 
 def dossier(outcome: Outcome, policy: Policy) -> Dossier:

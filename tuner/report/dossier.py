@@ -12,9 +12,9 @@ from profiles.errors import InputError
 from profiles.terms import Draft, Environment, Interval, Model
 from tuner.claims import RoundSplit
 from tuner.policy import Choice
-from tuner.records import decode
+from tuner.records import decode_version
 
-DOSSIER_VERSION = 1
+DOSSIER_VERSION = 2  # 2 added what policies of version 2 did; 1 is still read
 STATES = ("baseline", "forecast only", "raced", "pruned in the race", "not proven", "proven", "infeasible")
 
 
@@ -147,7 +147,4 @@ class Dossier:
     @classmethod
     def from_json(cls, raw: object) -> "Dossier":
         """The dossier that `to_json` made. Raises InputError, naming field, value and what is allowed."""
-        version = raw.get("version") if isinstance(raw, dict) else None
-        if isinstance(version, int) and version > DOSSIER_VERSION:
-            raise InputError(f"dossier version {version} is newer than {DOSSIER_VERSION}, which is read here: upgrade")
-        return cast(Dossier, decode(cls, raw, "dossier"))
+        return cast(Dossier, decode_version(cls, raw, "dossier", DOSSIER_VERSION))
