@@ -148,7 +148,8 @@ def _check_column(column: Column[Any], value: object) -> None:
     good = isinstance(value, allowed) and isinstance(value, bool) == isinstance(kind, Boolean)
     _require(good, f"{column.name} is {type(value).__name__}: {' or '.join(one.__name__ for one in allowed)} is needed")
     if isinstance(value, int):
-        _require(abs(value) < 2**62, f"{column.name} is {value}: a smaller number is needed")
+        bits = 63 if kind is tables.WIDE else 31
+        _require(abs(value) < 2**bits, f"{column.name} is {value}: less than 2**{bits} is needed")
     if column.name.endswith("_digest") or column.name in ("key", "digest", "target_key", "unit", "sweep"):
         _require(HEX.fullmatch(str(value)) is not None, f"{column.name} is {str(value)[:60]!r}: a digest is needed")
     if column.name.endswith("_at"):
