@@ -13,11 +13,12 @@ MOST_CHARACTERS, MOST_KEY_CHARACTERS = 65_536, 200
 MOST_PASSES = 4  # what is left of one path may begin another; text that goes on so was made to
 # controls, marks that turn the writing direction or cannot be seen, halves of characters
 UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
-# A path in a sentence: a root that no word touches, folders (which may hold spaces), a last part (which may not).
+# A path in a sentence: a root that no word touches, folders (which may hold spaces, but then no
+# equals sign: `/models/a k=4 reaches 9 tok/s` is a path and words), a last part (which may not).
 PATH = re.compile(
     r"""(?<![\w.~:/\\-])(?:file:)?
     (?P<root>(?:~|\.{1,2}|[A-Za-z]:)?[/\\]+)
-    (?P<folders>(?:[^/\\\s:;"'<>|*?,()](?:[^/\\:;"'<>|*?,()]*[^/\\\s:;"'<>|*?,()])?[/\\]+)*)
+    (?P<folders>(?:(?:[^/\\\s:;"'<>|*?,()]+|[^/\\\s:;"'<>|*?,()=](?:[^/\\:;"'<>|*?,()=]*[^/\\\s:;"'<>|*?,()=])?)[/\\]+)*)
     (?P<last>[^/\\\s:;,"'<>|*?()]*)""",
     re.VERBOSE,
 )

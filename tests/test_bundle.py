@@ -352,7 +352,7 @@ STRANGERS: dict[str, tuple[Change, str]] = {
     "number is true": (set_in("samples", "ttft_s", True), "ttft_s is bool"),
     "count is float": (set_in("samples", "output_tokens", 7.5), "output_tokens is float"),
     "count is huge": (set_in("samples", "output_tokens", 2**40), "less than 2**31"),
-    "count is wider": (set_in("models", "num_params", 10**30), "the number 1000000000000000000000000000000"),
+    "count is wider": (set_in("models", "num_params", 10**30), "the number 100000000000000000000000000000 is"),
     "null": (set_in("samples", "decode_s", None), "decode_s is null"),
     "negative time": (set_in("samples", "ttft_s", -1.0), "a run took -1.0"),
     "flag is number": (set_in("samples", "disturbed", 1), "disturbed is int"),
