@@ -22,14 +22,16 @@ from rich.console import Console
 from rich.table import Table
 from typer.exceptions import TyperException
 
-from profiles import shipped, spelling
-from profiles.errors import DraftpickError, InputError, NotMeasuredError, PolicyError
+from profiles import machine, shipped, spelling
+from profiles.errors import DraftpickError, InputError, MatchError, NotMeasuredError, PolicyError
 from profiles.terms import PLAIN
+from store import deploy, telling
 from store.book import Book
 from store.inventory import inventory, inventory_table
 from tuner import export, flags
 from tuner import policy as policies
 from tuner import report as reports
+from tuner.match import LEVELS, MEANINGS, Level
 from tuner.progress import StageProgress
 
 if TYPE_CHECKING:
@@ -79,7 +81,8 @@ def run(asked: flags.RunFlags) -> int:
         done = runs.tune(bench.engine, loads, runs.Shelf.of(book, runs.utc_ago(since_s)), options, watch)
     document = reports.document(done.policy, cost=done.cost, store=str(path.parent), policy_path=str(done.policy_path))
     if not asked.json_only:
-        _print_outcome(done)
+        out.print(reports.table(done.policy))
+        _say_out(*telling.outcome_lines(done))
     _print_json({**document, "left_out": [asdict(one) for one in done.left_out]})
     return _exit_code(done)
 
@@ -164,29 +167,50 @@ def lookup(
     domain: flags.AskedDomain = None,
     temperature: flags.AskedTemperature = None,
     form: Annotated[str | None, typer.Option("--format", help="json or transformers: what an engine takes.")] = None,
+    require: flags.Require = None,
+    transferred: flags.Transferred = False,
+    environment: flags.MachineFile = None,
+    device: flags.AskedDevice = None,
     store: flags.Store = None,
     json_only: flags.JsonOnly = False,
 ) -> None:
-    """Answer which setup to use, from the latest policy; loads no torch."""
+    """Answer which setup to use on this machine and how well that is known; loads no torch and changes nothing."""
     if form is not None and form not in export.FORMS:
         raise InputError(f"format {form!r}: allowed are {', '.join(export.FORMS)}")
+    level = _level(require)
+    question = deploy.Question(
+        target=target, batch_size=batch_size, context_length=context, domain=domain, temperature=temperature
+    )
+    here = machine.this_machine(device=device) if environment is None else machine.read_machine(environment)
     path = _existing_store(store)
     with Book.open(path) as book:
-        policy = _find_policy(book, target)
-        outcome = book.latest_outcome(policy.target)
-    answer = _ask(policy, batch_size, context, domain, temperature)
+        found = deploy.lookup(book, question, here)
+        outcome = book.latest_outcome(found.target) if json_only else {}
+    found = found.with_transferred() if transferred else found
     if json_only:
-        policy_path = str(path.with_name(policy.file_name))
-        cost, left_out = outcome.get("cost", {}), outcome.get("left_out", [])
-        document = reports.document(policy, cost=cost, store=str(path.parent), policy_path=policy_path)
-        _print_json({**document, "left_out": left_out, "answer": reports.answer(answer)})
-    elif form is None:
-        _say_out(f"{answer.choice.setup.name}: {answer.rule}", answer.choice.reason)
+        _print_json(telling.lookup_document(found, outcome, path))
+    if not found.reaches(level):
+        raise MatchError(f"{found.caveat}; required was {level}")
+    if json_only:
+        return
+    _say(*([] if found.caveat is None else [f"warning: {found.caveat}"]))
+    if found.transferred is not None and not transferred:
+        _say(f"offered, take it with --transferred: {found.transferred.reason}")
+    if form is None:
+        _say_out(f"{found.answer.choice.setup.name}: {found.answer.rule}", found.answer.choice.reason)
+        _say_out(f"match: {found.level}, {MEANINGS[found.level]}")
     else:
-        made = export.emit(answer.choice, target=policy.target, form=form)
-        if made.note:
-            _say(made.note)
+        made = export.emit(found.answer.choice, target=found.target, form=form)
+        _say(*([] if made.note is None else [made.note]))
         typer.echo(made.text, nl=False)
+
+
+def _level(name: str | None) -> Level:
+    """Raises InputError: no such match level."""
+    found = next((level for level in LEVELS if level == (name or "none")), None)
+    if found is None:
+        raise InputError(f"required match {name!r}: allowed are {', '.join(LEVELS)}")
+    return found
 
 
 @app.command()
@@ -272,25 +296,6 @@ def _deadline(budget: float | None) -> Callable[[], bool]:
         raise InputError(f"budget {budget:g} seconds: more than 0 is needed")
     deadline = math.inf if budget is None else time.monotonic() + budget
     return lambda: time.monotonic() > deadline
-
-
-def _print_outcome(done: "FinishedRun") -> None:
-    """The table, what was left out and why, and what it cost."""
-    out.print(reports.table(done.policy))
-    _say_out(*(f"infeasible: {one.name} ({one.reason}): {one.detail}" for one in done.left_out))
-    _say_out(*(f"{anchor.domain}: {anchor.stopped}" for anchor in done.outcome.anchors if anchor.stopped))
-    measured = [choice.measured for choice in done.outcome.choices if choice.measured is not None]
-    grid = done.outcome.grid_seconds_estimate
-    text = f"measured {done.cost['measured_seconds']:.0f} s, reused {done.cost['reused_units']} known units"
-    if grid is not None:
-        text += f"; really running all {len(done.outcome.anchors[0].forecasts)} setups would take about {grid:.0f} s"
-    partings, disturbed = sum(one.num_partings for one in measured), sum(one.num_disturbed for one in measured)
-    out.print(text, soft_wrap=True)
-    out.print(f"outputs parted at near-ties: {partings}; pairs of runs disturbed by other programs: {disturbed}")
-    noises = [f"{anchor.race.noise:+.1%}" for anchor in done.outcome.anchors if anchor.race and anchor.race.noise]
-    if noises:
-        out.print(f"plain against plain, the races' noise floor: {', '.join(noises)}")
-    _say_out(f"policy: {done.policy_path}")
 
 
 def _print_rehearsal(found: "Rehearsal", json_only: bool) -> int:
