@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import tune
 from profiles.terms import PLAIN, Environment, Infeasible, Model, Setup
-from store import bundle_file
+from store import bundle_file, bundle_verbs
 from store.book import Book, Scope
-from store.runs import Shelf, tune
+from store.runs import Shelf
+from store.runs import tune as run
 from tests.fakes import DRAFT_A, GREEDY, MACHINE, TARGET, FakeEngine, prompts
 from tuner.tuning import Options, Watch
 
@@ -29,7 +31,7 @@ def fill(book: Book, environment: Environment = MACHINE, target: Model = TARGET)
     """One short run with a policy, and a setup that failed."""
     engine = FakeEngine(keep=0.95)
     engine.drafts, engine.environment, engine.target = (DRAFT_A,), environment, target
-    tune(engine, [(GREEDY, prompts(30))], Shelf.of(book), Options(lengths=(2,)), Watch())
+    run(engine, [(GREEDY, prompts(30))], Shelf.of(book), Options(lengths=(2,)), Watch())
     scope = replace(SCOPE, environment=environment, target=target)
     failed = Setup(draft=DRAFT_A, length=64)
     book.save_infeasible(scope, Infeasible(setup=failed, reason="OutOfMemoryError", detail="no memory"))
@@ -56,13 +58,20 @@ def sealed(path: Path, content: bytes) -> Path:
 
 
 def resealed(source: Path, path: Path, change: Callable[[dict[str, Any], Rows], None]) -> Path:
-    """A copy with something changed in its header or rows, counted and sealed again."""
+    """A copy with something changed in its header or rows, counted (but for a changed header) and sealed again."""
     header, rows = opened(source)
+    before = json.dumps(header)
     change(header, rows)
-    if header["rows"]:
+    if json.dumps(header) == before:
         header["rows"] = {name: sum(row[0] == name for row in rows) for name in {row[0] for row in rows}}
     bundle_file.write(path, header, [bundle_file.line_of(row) for row in rows])
     return path
+
+
+def wire() -> None:
+    """`tune.py bundle`, where the command line does not have it yet."""
+    if not any(group.name == "bundle" for group in tune.app.registered_groups):
+        tune.app.add_typer(bundle_verbs.app, name="bundle")
 
 
 def row_of(rows: Rows, table: str) -> dict[str, Any]:

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-import tune
 from profiles.errors import DraftpickError, InputError, NotMeasuredError, StoreError
 from profiles.recorded import plain
 from profiles.terms import PLAIN, Setup
-from store import bundle, bundle_file, bundle_policies, bundle_rows, bundle_verbs
+from store import bundle, bundle_file, bundle_policies, bundle_rows
 from store.book import Book
 from store.bundle_text import clean_text
 from tests import policies as made
@@ -30,6 +29,7 @@ from tests.bundles import (
     row_of,
     save_sample,
     sealed,
+    wire,
 )
 from tests.cli import Said, assert_refused, call, content
 from tests.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts, sql
@@ -61,8 +61,7 @@ def packed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def verbs() -> None:
     """`tune.py bundle`, whether or not the command line has it already."""
-    if not any(group.name == "bundle" for group in tune.app.registered_groups):
-        tune.app.add_typer(bundle_verbs.app, name="bundle")
+    wire()
 
 
 def refused(book: Book, path: Path) -> str:
