@@ -101,7 +101,7 @@ def pack(
             stored = connection.execute(select(table)).mappings()
             found[table.name] = [from_store(table, dict(row)) for row in stored if row[key] in used]
     if not about:
-        raise NotMeasuredError(f"nothing to pack of what was asked in store {book.path}")
+        raise NotMeasuredError("the store has nothing to pack of what was asked")
     lines: list[bytes] = []
     for table in TABLES.values():
         placed = {place_of(table, row): row for row in found[table.name]}

@@ -36,7 +36,7 @@ def export_policies(book: Book, folder: Path) -> tuple[Path, ...]:
                 json.dumps(clean(json.loads(policies.to_json(policy))))
             )
     if not latest:
-        raise NotMeasuredError(f"no policy in store {book.path}: run `tune.py run` first")
+        raise NotMeasuredError("the store has no policy to ship: run `tune.py run` first")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -63,12 +63,13 @@ def inspect(path: File, json_only: flags.JsonOnly = False) -> None:
 def merge(path: File, store: flags.Store = None, json_only: flags.JsonOnly = False) -> None:
     """Add what a bundle holds to the store, all of it or nothing; again it changes nothing."""
     bundle.check(path)  # a file that is refused makes no store
-    with Book.open(places.folder(store) / places.BOOK_NAME) as book:
+    folder = places.folder(store)
+    with Book.open(folder / places.BOOK_NAME) as book:
         merged = bundle.merge(book, path)
     if json_only:
-        _print_json({**asdict(merged), "store": str(book.path.parent)})
+        _print_json({**asdict(merged), "store": str(folder)})
         return
-    _say(f"store {book.path.parent}")
+    _say(f"store {folder}")
     for table in dict.fromkeys([*merged.added, *merged.known]):
         _say(f"{_spaced(table)}: {merged.added.get(table, 0)} new, {merged.known.get(table, 0)} known")
 

@@ -158,7 +158,7 @@ class TestThereAndBack:
             assert {one.device for one in contents.environments} == {"fake cpu", "other cpu"}
             with pytest.raises(NotMeasuredError, match="knows nothing of 'nosuch'"):
                 bundle.pack(book, tmp_path / "b", targets=["nosuch"])
-        with pytest.raises(NotMeasuredError, match="nothing to pack"):
+        with pytest.raises(NotMeasuredError, match="has nothing to pack"):
             bundle.pack(empty, tmp_path / "b")
         assert not (tmp_path / "b").exists()
 
@@ -538,7 +538,7 @@ class TestShippedPolicies:
 
     def test_without_a_policy(self, book: Book, tmp_path: Path) -> None:
         """Nothing is made."""
-        with pytest.raises(NotMeasuredError, match="no policy in store"):
+        with pytest.raises(NotMeasuredError, match="no policy to ship"):
             bundle_policies.export_policies(book, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
