@@ -561,7 +561,7 @@ class TestVerbs:
         new = tmp_path / "new store"
         assert "policies: 1 new, 0 known" in self.said(new, "merge", tmp_path / "b").stdout
         assert self.said(new, "merge", tmp_path / "b", "--json").document["added"] == {}
-        assert call(new, "lookup").stdout == call(store, "lookup").stdout
+        assert call(new, "lookup").stdout == call(store, "lookup").stdout.replace(A_PATH, "fake-target")
         assert call(new, "show").code == 0
         assert call(new, "explain").code == 0
 
