@@ -8,18 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import tune
+from profiles.errors import DraftpickError
 from profiles.terms import PLAIN, Environment, Infeasible, Model, Setup
-from store import bundle_file, bundle_verbs
+from store import bundle, bundle_file, bundle_verbs
 from store.book import Book, Scope
 from store.runs import Shelf
 from store.runs import tune as run
+from tests.cli import content
 from tests.fakes import DRAFT_A, GREEDY, MACHINE, TARGET, FakeEngine, prompts
 from tuner.tuning import Options, Watch
 
 ELSEWHERE = replace(MACHINE, device="other cpu", threads=8)
 SCOPE = Scope(target=TARGET, environment=MACHINE, workload=GREEDY)
 Rows = list[Any]
+Change = Callable[[dict[str, Any], Rows], None]
 
 
 def named(path: str) -> Model:
@@ -57,7 +62,7 @@ def sealed(path: Path, content: bytes) -> Path:
     return path
 
 
-def resealed(source: Path, path: Path, change: Callable[[dict[str, Any], Rows], None]) -> Path:
+def resealed(source: Path, path: Path, change: Change) -> Path:
     """A copy with something changed in its header or rows, counted (but for a changed header) and sealed again."""
     header, rows = opened(source)
     before = json.dumps(header)
@@ -78,3 +83,13 @@ def row_of(rows: Rows, table: str) -> dict[str, Any]:
     """The first row of a table."""
     found: dict[str, Any] = next(row for name, row in rows if name == table)
     return found
+
+
+def refused(book: Book, path: Path) -> str:
+    """What a merge says that must fail, leaving the store as it was."""
+    before = content(book.path.parent) if book.path.name == "evidence.db" else None
+    with pytest.raises(DraftpickError) as caught:
+        bundle.merge(book, path)
+    assert before is None or content(book.path.parent) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

@@ -22,7 +22,7 @@ from tests.cli import assert_refused, call, content, database
 from tests.fakes import sql
 from tuner import policy as policies
 
-SEED = 5
+SEED = 77
 NUM_BUNDLES, NUM_SEALED, NUM_DATABASES, NUM_POLICIES = 120, 120, 100, 120
 STRANGE = (None, True, -1, 0, 7, 1.5, 1e200, 2**50, "", "x", "../x", [], {}, [[]], [1, "a"], "\ud800")
 Damage = Callable[[random.Random, bytes], bytes]
@@ -191,7 +191,9 @@ def test_bundles_changed_and_sealed_again(small: Path, target: Path, tmp_path: P
     assert outcomes["refused"] >= 100, outcomes
 
 
-@pytest.mark.xfail(strict=True, reason="the book still passes on what SQLite says in several lines")
+@pytest.mark.xfail(
+    strict=True, reason="`show` does not catch a row about an unknown model, nor the book SQLite's line breaks"
+)
 def test_damaged_databases(sound: Path, tmp_path: Path) -> None:
     """Every reader and `bundle pack` end in one line, or answer from what is still valid; the file stays as it was."""
     whole, outcomes = database(sound).read_bytes(), Counter[str]()
