@@ -25,7 +25,7 @@ from typer.exceptions import TyperException
 from profiles import machine, shipped, spelling
 from profiles.errors import DraftpickError, InputError, MatchError, NotMeasuredError, PolicyError
 from profiles.terms import PLAIN
-from store import deploy, places
+from store import bundle_verbs, deploy, places
 from store.book import Book
 from tuner import flags
 from tuner import policy as policies
@@ -48,6 +48,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Measures which draft and speculation length decode fastest on this machine, and proves it.",
 )
+app.add_typer(bundle_verbs.app, name="bundle")
 
 
 @app.command("run")
@@ -58,7 +59,7 @@ def run(asked: flags.RunFlags) -> int:
     since_s = None if asked.max_age is None else spelling.parse_age(asked.max_age)
     limits = _limits(asked)
     place = places.place(asked.store)
-    with _err().status("loading"):
+    with _console(stderr=True).status("loading"):
         from store import rehearsal, runs, telling
         from tuner import report as reports
         from tuner.progress import StageProgress
@@ -75,14 +76,14 @@ def run(asked: flags.RunFlags) -> int:
     if asked.dry_run:
         since = runs.utc_ago(since_s)
         return _print_rehearsal(rehearsal.rehearse(bench.engine, loads, place, options, since), asked.json_only)
-    with Book.open(place) as book, StageProgress(_err()) as progress:
+    with Book.open(place) as book, StageProgress(_console(stderr=True)) as progress:
         watch = Watch(progress=progress.update, out_of_time=out_of_time, show=progress.standings)
         done = runs.tune(bench.engine, loads, runs.Shelf.of(book, runs.utc_ago(since_s)), options, watch)
     document = reports.document(
         done.policy, cost=done.cost, store=places.name(place), policy_path=str(done.policy_path)
     )
     if not asked.json_only:
-        _out().print(reports.table(done.policy))
+        _console().print(reports.table(done.policy))
         _say_out(*telling.outcome_lines(done))
     _print_json({**document, "left_out": [asdict(one) for one in done.left_out]})
     return _exit_code(done)
@@ -132,7 +133,7 @@ def check(
 ) -> int:
     """Tell in seconds whether drafts fit a target: tokens, positions, memory, and a first look at acceptance."""
     specs = _specs(target, draft)
-    with _err().status("loading"):
+    with _console(stderr=True).status("loading"):
         from profiles import check as checks
         from profiles import prompts as files
         from tuner.check_table import check_table
@@ -143,7 +144,7 @@ def check(
     if json_only:
         _print_json(found.to_json())
     else:
-        _out().print(check_table(found))
+        _console().print(check_table(found))
     return InputError.exit_code if any(one.problem is not None for one in found.drafts) else 0
 
 
@@ -159,9 +160,9 @@ def show(store: flags.Store = None) -> None:
         text = book.latest_policy()
         policy = None if text is None else _read_policy(book, text)
     _say_out(f"store {places.name(place)}")
-    _out().print(inventory_table(entries, datetime.now(UTC)))
+    _console().print(inventory_table(entries, datetime.now(UTC)))
     if policy is not None:
-        _out().print(reports.table(policy))
+        _console().print(reports.table(policy))
 
 
 @app.command()
@@ -247,7 +248,7 @@ def explain(
         _print_json(found.to_json())
     else:
         _say_out(*explains.sentences(found))
-        _out().print(explains.comparison(found.accounts))
+        _console().print(explains.comparison(found.accounts))
 
 
 @app.command()
@@ -317,8 +318,8 @@ def _print_rehearsal(found: "Rehearsal", json_only: bool) -> int:
         table = Table("stage", "units to measure", box=SIMPLE_HEAD)
         for stage, count in found.new_units.items():
             table.add_row(stage, str(count))
-        _out().print(table)
-        _out().print(f"{found.known_units} units are known; measuring the rest takes about {found.seconds:.0f} s")
+        _console().print(table)
+        _console().print(f"{found.known_units} units are known; measuring the rest takes about {found.seconds:.0f} s")
     _print_json(asdict(found))
     return 0
 
@@ -360,17 +361,11 @@ def _say(*lines: str) -> None:
         typer.echo(line, err=True)
 
 
-def _out() -> "Console":
+def _console(stderr: bool = False) -> "Console":
     """For tables; made where one is printed, because rich takes longer to import than a look-up takes."""
     from rich.console import Console
 
-    return Console(highlight=False)
-
-
-def _err() -> "Console":
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=stderr, highlight=False)
 
 
 def _usage_message(error: TyperException) -> str:

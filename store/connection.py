@@ -75,7 +75,11 @@ class Database:
         except (sqlalchemy.exc.DBAPIError, sqlite3.Error) as error:
             raise StoreError(f"store {self.name}: {reasons.reason(error)}") from error
         except (sqlalchemy.exc.SQLAlchemyError, ValueError, TypeError, LookupError, RecursionError) as error:
-            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+            reason = (
+                f"it has no {error}"
+                if isinstance(error, KeyError)
+                else (str(error).splitlines() or [type(error).__name__])[0]
+            )
             raise StoreError(f"store {self.name}: a row cannot be read or written: {reason}") from error
 
     def write(self, work: Callable[[Connection], Result]) -> Result:
