@@ -50,11 +50,12 @@ class Database:
     `path` is SQLite's file, None for a server.
     """
 
-    def __init__(self, engine: Engine, name: str, path: Path | None, busy_timeout_s: float) -> None:
+    def __init__(self, engine: Engine, name: str, path: Path | None, busy_timeout_s: float, read_only: bool) -> None:
         self.engine = engine
         self.name = name
         self.path = path
         self.busy_timeout_s = busy_timeout_s
+        self._read_only = read_only  # a file's URL says so too
 
     @contextmanager
     def transaction(self, purpose: Purpose) -> Iterator[Connection]:
@@ -163,7 +164,7 @@ class Database:
         try:
             if self.path is not None:
                 connection.execution_options(sqlite_begin="BEGIN IMMEDIATE" if purpose == "write" else "BEGIN")
-            elif purpose == "read":
+            elif purpose == "read" or self._read_only:
                 connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             connection.begin()
             if self.path is None and purpose == "write":
@@ -181,8 +182,7 @@ def connect(place: Place, busy_timeout_s: float, *, read_only: bool = False) -> 
     """
     if isinstance(place, str) and is_url(place):
         url = _server_url(place)
-        engine = _server(url, busy_timeout_s, read_only)
-        return Database(engine, _server_name(url), None, busy_timeout_s)
+        return Database(_server(url, busy_timeout_s), _server_name(url), None, busy_timeout_s, read_only)
     path = Path(place)
     if read_only:
         if not path.exists():
@@ -194,7 +194,7 @@ def connect(place: Place, busy_timeout_s: float, *, read_only: bool = False) -> 
         except OSError as error:
             raise StoreError(f"store {path}: its folder cannot be made: {error.strerror}") from error
         url = URL.create("sqlite", database=str(path))
-    return Database(_file(url, busy_timeout_s), str(path), path, busy_timeout_s)
+    return Database(_file(url, busy_timeout_s), str(path), path, busy_timeout_s, read_only)
 
 
 def _server_name(url: URL) -> str:
@@ -250,10 +250,8 @@ def _server_url(text: str) -> URL:
     return url.set(drivername=SERVER_DRIVER)
 
 
-def _server(url: URL, busy_timeout_s: float, read_only: bool) -> Engine:
+def _server(url: URL, busy_timeout_s: float) -> Engine:
     options = f"{_option(url, 'options')} -c lock_timeout={max(1, round(busy_timeout_s * 1000))}"
-    if read_only:
-        options += " -c default_transaction_read_only=on"
     given = {"connect_timeout": CONNECT_TIMEOUT_S, "application_name": "draftpick", "client_encoding": "utf8"}
     arguments = {name: value for name, value in given.items() if name not in url.query}
     try:
