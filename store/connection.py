@@ -32,6 +32,8 @@ STUDIES_NAME = "optuna.db"
 WRITERS_LOCK = 0x6472616674  # PostgreSQL's advisory lock that all writers of a database take
 CONNECT_TIMEOUT_S = 10
 _PAUSE_S = 0.05
+_MAGIC = b"SQLite format 3\0"  # a file's first bytes
+_LEAST_BYTES = 512  # of a database with anything in it
 
 
 def is_url(place: Place) -> bool:
@@ -187,6 +189,8 @@ def connect(place: Place, busy_timeout_s: float, *, read_only: bool = False) -> 
     if read_only:
         if not path.exists():
             raise StoreError(f"store {path}: it is not there: run `tune.py run` first, or name another store")
+        if path.is_dir():
+            raise StoreError(f"store {path}: unable to open database file: it is a folder: name a file")
         url = _read_only_url(path)
     else:
         try:
@@ -194,6 +198,7 @@ def connect(place: Place, busy_timeout_s: float, *, read_only: bool = False) -> 
         except OSError as error:
             raise StoreError(f"store {path}: its folder cannot be made: {error.strerror}") from error
         url = URL.create("sqlite", database=str(path))
+    _require_whole(path)
     return Database(_file(url, busy_timeout_s), str(path), path, busy_timeout_s, read_only)
 
 
@@ -230,10 +235,39 @@ def _read_only_url(path: Path) -> URL:
     Such a folder cannot take the shared memory of a write-ahead log either. Without a log no one can be writing, so
     the file may be called immutable, which needs none.
     """
-    log = path.with_name(f"{path.name}-wal")
-    frozen = not os.access(path.parent, os.W_OK) and not (log.exists() and log.stat().st_size)
+    frozen = not os.access(path.parent, os.W_OK) and not _has_log(path)
     query = {"mode": "ro", "uri": "true", **({"immutable": "1"} if frozen else {})}
     return URL.create("sqlite", database=f"file:{quote(str(path.absolute()))}", query=query)
+
+
+def _require_whole(path: Path) -> None:
+    """Raises StoreError when a file lacks bytes that its header tells of, which SQLite does not see in the last page.
+
+    A file that is not there, or empty, is a new store; one with a log beside it may get the bytes from there.
+    """
+    for pause_s in (0.0, 0.2):  # another process may just be folding its log in
+        time.sleep(pause_s)
+        try:
+            with path.open("rb") as file:
+                header, size = file.read(100), os.fstat(file.fileno()).st_size
+        except OSError:
+            return  # SQLite tells why
+        counted = header[24:28] == header[92:96]  # else a program wrote it that does not count the pages
+        page_bytes = int.from_bytes(header[16:18])
+        wanted = int.from_bytes(header[28:32]) * (65536 if page_bytes == 1 else page_bytes) if counted else 0
+        wanted = max(wanted, _LEAST_BYTES)
+        is_whole = size == 0 or size >= wanted or not header.startswith(_MAGIC[:size])  # no database: SQLite tells
+        if is_whole or _has_log(path):
+            return
+    raise StoreError(
+        f"store {path}: database disk image is malformed: it has {size} of {wanted} bytes: "
+        "restore a copy or name another store"
+    )
+
+
+def _has_log(path: Path) -> bool:
+    log = path.with_name(f"{path.name}-wal")
+    return log.exists() and log.stat().st_size > 0
 
 
 def _server_url(text: str) -> URL:
