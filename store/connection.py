@@ -32,6 +32,8 @@ STUDIES_NAME = "optuna.db"
 WRITERS_LOCK = 0x6472616674  # PostgreSQL's advisory lock that all writers of a database take
 CONNECT_TIMEOUT_S = 10
 _PAUSE_S = 0.05
+_MAGIC = b"SQLite format 3\0"  # a file's first bytes
+_LEAST_BYTES = 512  # of a database with anything in it
 
 
 def is_url(place: Place) -> bool:
@@ -50,11 +52,12 @@ class Database:
     `path` is SQLite's file, None for a server.
     """
 
-    def __init__(self, engine: Engine, name: str, path: Path | None, busy_timeout_s: float) -> None:
+    def __init__(self, engine: Engine, name: str, path: Path | None, busy_timeout_s: float, read_only: bool) -> None:
         self.engine = engine
         self.name = name
         self.path = path
         self.busy_timeout_s = busy_timeout_s
+        self._read_only = read_only  # a file's URL says so too
 
     @contextmanager
     def transaction(self, purpose: Purpose) -> Iterator[Connection]:
@@ -167,7 +170,7 @@ class Database:
         try:
             if self.path is not None:
                 connection.execution_options(sqlite_begin="BEGIN IMMEDIATE" if purpose == "write" else "BEGIN")
-            elif purpose == "read":
+            elif purpose == "read" or self._read_only:
                 connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             connection.begin()
             if self.path is None and purpose == "write":
@@ -185,12 +188,13 @@ def connect(place: Place, busy_timeout_s: float, *, read_only: bool = False) -> 
     """
     if isinstance(place, str) and is_url(place):
         url = _server_url(place)
-        engine = _server(url, busy_timeout_s, read_only)
-        return Database(engine, _server_name(url), None, busy_timeout_s)
+        return Database(_server(url, busy_timeout_s), _server_name(url), None, busy_timeout_s, read_only)
     path = Path(place)
     if read_only:
         if not path.exists():
             raise StoreError(f"store {path}: it is not there: run `tune.py run` first, or name another store")
+        if path.is_dir():
+            raise StoreError(f"store {path}: unable to open database file: it is a folder: name a file")
         url = _read_only_url(path)
     else:
         try:
@@ -198,7 +202,8 @@ def connect(place: Place, busy_timeout_s: float, *, read_only: bool = False) -> 
         except OSError as error:
             raise StoreError(f"store {path}: its folder cannot be made: {error.strerror}") from error
         url = URL.create("sqlite", database=str(path))
-    return Database(_file(url, busy_timeout_s), str(path), path, busy_timeout_s)
+    _require_whole(path)
+    return Database(_file(url, busy_timeout_s), str(path), path, busy_timeout_s, read_only)
 
 
 def _server_name(url: URL) -> str:
@@ -234,10 +239,39 @@ def _read_only_url(path: Path) -> URL:
     Such a folder cannot take the shared memory of a write-ahead log either. Without a log no one can be writing, so
     the file may be called immutable, which needs none.
     """
-    log = path.with_name(f"{path.name}-wal")
-    frozen = not os.access(path.parent, os.W_OK) and not (log.exists() and log.stat().st_size)
+    frozen = not os.access(path.parent, os.W_OK) and not _has_log(path)
     query = {"mode": "ro", "uri": "true", **({"immutable": "1"} if frozen else {})}
     return URL.create("sqlite", database=f"file:{quote(str(path.absolute()))}", query=query)
+
+
+def _require_whole(path: Path) -> None:
+    """Raises StoreError when a file lacks bytes that its header tells of, which SQLite does not see in the last page.
+
+    A file that is not there, or empty, is a new store; one with a log beside it may get the bytes from there.
+    """
+    for pause_s in (0.0, 0.2):  # another process may just be folding its log in
+        time.sleep(pause_s)
+        try:
+            with path.open("rb") as file:
+                header, size = file.read(100), os.fstat(file.fileno()).st_size
+        except OSError:
+            return  # SQLite tells why
+        counted = header[24:28] == header[92:96]  # else a program wrote it that does not count the pages
+        page_bytes = int.from_bytes(header[16:18])
+        wanted = int.from_bytes(header[28:32]) * (65536 if page_bytes == 1 else page_bytes) if counted else 0
+        wanted = max(wanted, _LEAST_BYTES)
+        is_whole = size == 0 or size >= wanted or not header.startswith(_MAGIC[:size])  # no database: SQLite tells
+        if is_whole or _has_log(path):
+            return
+    raise StoreError(
+        f"store {path}: database disk image is malformed: it has {size} of {wanted} bytes: "
+        "restore a copy or name another store"
+    )
+
+
+def _has_log(path: Path) -> bool:
+    log = path.with_name(f"{path.name}-wal")
+    return log.exists() and log.stat().st_size > 0
 
 
 def _server_url(text: str) -> URL:
@@ -254,10 +288,8 @@ def _server_url(text: str) -> URL:
     return url.set(drivername=SERVER_DRIVER)
 
 
-def _server(url: URL, busy_timeout_s: float, read_only: bool) -> Engine:
+def _server(url: URL, busy_timeout_s: float) -> Engine:
     options = f"{_option(url, 'options')} -c lock_timeout={max(1, round(busy_timeout_s * 1000))}"
-    if read_only:
-        options += " -c default_transaction_read_only=on"
     given = {"connect_timeout": CONNECT_TIMEOUT_S, "application_name": "draftpick", "client_encoding": "utf8"}
     arguments = {name: value for name, value in given.items() if name not in url.query}
     try:

@@ -25,6 +25,7 @@ _SQLITE_BUSY = 5
 _LONGEST = 300
 _POSTGRESQL = {  # by SQLSTATE, or its first two characters
     "08": _LOST,
+    "0A000": _READ_ONLY,  # what a standby says to a write
     "25006": _READ_ONLY,
     "28": "check the user and the password in the URL",
     "3D": "make the database first (`createdb`), or name another",

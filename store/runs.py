@@ -10,6 +10,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy.pool import NullPool
+
 from profiles.errors import RunInterruptedError, StoreError
 from profiles.protocol import Engine
 from profiles.spelling import Refused
@@ -44,8 +46,10 @@ class Shelf:
         except OSError as error:
             raise StoreError(f"store {book.place}: policy folder {folder}: {error.strerror}") from error
         place = book.database.studies_place()
+        name = "" if isinstance(place, Path) else f"of {book.place}"
         with book.writing():  # Optuna makes its tables unguarded
-            studies = search.open_storage(place, "" if isinstance(place, Path) else f"of {book.place}")
+            # without a pool no connection is held while measuring, nor left open at the end
+            studies = search.open_storage(place, name, {"poolclass": NullPool})
         return cls(book=book, studies=studies, folder=folder, since=since)
 
     @property

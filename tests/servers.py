@@ -33,8 +33,8 @@ def server() -> sqlalchemy.URL:
 
 def run_sql(url: str | sqlalchemy.URL, query: str) -> list[Any]:
     """What the server says to one statement, with its own driver alone."""
-    plain = sqlalchemy.make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
-    with psycopg.connect(plain, autocommit=True) as connection:
+    said = sqlalchemy.make_url(url).translate_connect_args(username="user", database="dbname")
+    with psycopg.connect(**said, **sqlalchemy.make_url(url).query, autocommit=True) as connection:
         cursor = connection.execute(query)
         return cursor.fetchall() if cursor.description is not None else []
 

@@ -3,14 +3,19 @@
 What is in the file is checked with raw SQL, not with the code under test.
 """
 
+import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import sqlalchemy
 
-from profiles.errors import StoreError
+from profiles.errors import NewerStoreError, PolicyError, StoreError
 from profiles.terms import PLAIN, Infeasible, Model, Sample, Setup, Workload
+from store import tables
 from store.book import Book, Scope
+from store.connection import Place
 from tests.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts
 from tests.servers import ask, parsed
 
@@ -249,3 +254,137 @@ class TestRunsAndPolicies:
         assert book.latest_policy(TARGET.run_digest) == book.latest_policy(environment=ELSEWHERE.environment) == "four"
         assert book.latest_policy(TARGET.run_digest, MACHINE) == "two"
         assert book.latest_policy(second.run_digest, ELSEWHERE.environment) is None
+
+    def test_the_newest_policy_answers_whichever_came_last(self, book: Book) -> None:
+        """A policy that was made earlier and came later, in a bundle, does not replace a newer one; of equals the last
+        saved answers."""
+        for text in ("new", "old"):
+            book.save_policy(text, TARGET, MACHINE)
+        ask(book, "UPDATE policies SET created_at = '2020-01-01T00:00:00+00:00' WHERE policy = 'old'")
+        assert book.latest_policy() == book.latest_policy(TARGET.name, MACHINE) == "new"
+        ask(book, "UPDATE policies SET created_at = '2020-01-01T00:00:00+00:00'")
+        assert book.latest_policy() == "old"
+
+    def test_of_two_that_replace_a_policy_the_later_joins_the_earlier(self, book: Book, place: Place) -> None:
+        """Nobody saves a policy between the reading of the latest one and the saving of what was made from it."""
+        second = threading.Thread(target=self._add, args=(place, "B"))
+
+        def first(latest: str | None) -> str:
+            second.start()
+            second.join(timeout=0.3)
+            assert second.is_alive()
+            return f"{latest or ''}A"
+
+        book.replace_policy(TARGET, MACHINE, first)
+        second.join()
+        assert book.latest_policy() == "AB"
+
+    def test_a_policy_that_cannot_be_made_changes_nothing(self, book: Book) -> None:
+        """What goes wrong with its file is told as it is."""
+
+        def fail(latest: str | None) -> str:
+            raise PolicyError("policy file cannot be written")
+
+        with pytest.raises(PolicyError, match=r"^policy file cannot be written$"):
+            book.replace_policy(TARGET, MACHINE, fail)
+        assert book.latest_policy() is None
+
+    @staticmethod
+    def _add(place: Place, letter: str) -> None:
+        with Book.open(place) as book:
+            book.replace_policy(TARGET, MACHINE, lambda latest: f"{latest}{letter}")
+
+
+class TestReadOnly:
+    def test_it_answers_as_the_open_book_does(self, book: Book, place: Place, fake: FakeEngine) -> None:
+        """Every question that a look-up asks has the same answer, also while the writer has the store open."""
+        trace = fake.trace_target(GREEDY, PROMPT)
+        book.save_target_trace(SCOPE, PROMPT, trace)
+        book.save_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0", samples_of(fake))
+        book.save_policy("one", TARGET, MACHINE)
+        book.finish_run(book.save_run(SCOPE), {"proven": True})
+        with Book.open_read_only(place) as reader:
+            assert reader.place == book.place
+            assert reader.find_target_trace(SCOPE, PROMPT) == trace
+            assert reader.find_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0") == samples_of(fake)
+            assert reader.latest_policy() == "one"
+            assert reader.latest_outcome(TARGET) == {"proven": True}
+            book.save_policy("two", TARGET, MACHINE)
+            assert reader.latest_policy() == "two"
+
+    def test_it_cannot_write(self, book: Book, place: Place) -> None:
+        """Saving is refused in one line, and nothing is saved."""
+        with (
+            Book.open_read_only(place) as reader,
+            pytest.raises(StoreError, match=r"read-?only.*allow writing or name"),
+        ):
+            reader.save_policy("one", TARGET, MACHINE)
+        assert book.latest_policy() is None
+
+    def test_an_empty_store_is_not_made_into_one(self, place: Place) -> None:
+        """A store that is not there, or has no tables, is refused and stays as it was."""
+        with pytest.raises(StoreError, match=r"it is not there: run|no tables yet, this draftpick reads \d{4}"):
+            Book.open_read_only(place)
+        assert not isinstance(place, Path) or not place.parent.exists()
+        with pytest.raises(StoreError, match=r"it is not there: run|no tables yet"):
+            Book.open_read_only(place)
+
+    @pytest.mark.parametrize(("version", "error"), [("0002", StoreError), ("9998", NewerStoreError)])
+    def test_another_schema_is_told(self, book: Book, place: Place, version: str, error: type[StoreError]) -> None:
+        """An older one says how it is upgraded, a newer one that draftpick must be; neither is touched."""
+        ask(book, f"UPDATE alembic_version SET version_num = '{version}'")
+        reasons = {"0002": "the older schema 0002, .* reads 0003: `tune.py show`", "9998": "schema 9998, .* up to 0003"}
+        with pytest.raises(error, match=reasons[version]):
+            Book.open_read_only(place)
+        assert ask(place, "SELECT version_num FROM alembic_version") == [(version,)]
+
+
+class TestTheTimeouts:
+    def test_a_writer_waits_for_another(self, book: Book, fake: FakeEngine) -> None:
+        """A unit that is saved while another process writes is saved when that one is done."""
+        with book.writing():
+            waiting = threading.Thread(
+                target=book.save_target_trace, args=(SCOPE, PROMPT, fake.trace_target(GREEDY, PROMPT))
+            )
+            waiting.start()
+            waiting.join(timeout=0.3)
+            assert waiting.is_alive()
+        waiting.join()
+        assert ask(book, "SELECT count(*) FROM target_traces") == [(1,)]
+
+    def test_a_writer_that_waited_too_long_says_so(self, book: Book, place: Place, fake: FakeEngine) -> None:
+        """After its timeout, in one line; the unit can be saved later."""
+        trace = fake.trace_target(GREEDY, PROMPT)
+        with Book.open(place, busy_timeout_s=0.1) as other:
+            with book.writing(), pytest.raises(StoreError, match=r"lock.*: another process keeps it locked") as caught:
+                other.save_target_trace(SCOPE, PROMPT, trace)
+            other.save_target_trace(SCOPE, PROMPT, trace)
+        assert "\n" not in str(caught.value)
+        assert ask(book, "SELECT count(*) FROM target_traces") == [(1,)]
+
+    def test_readers_do_not_wait(self, book: Book, place: Place) -> None:
+        """Who reads while another writes sees the last committed state at once."""
+        book.save_policy("one", TARGET, MACHINE)
+        with book.writing(), Book.open_read_only(place, busy_timeout_s=0.1) as reader:
+            assert reader.latest_policy() == "one"
+
+    def test_a_reader_sees_one_state(self, book: Book, place: Place) -> None:
+        """What another process commits in the middle of a reading is not seen in it."""
+        query = sqlalchemy.select(sqlalchemy.func.count()).select_from(tables.policies)
+        with Book.open(place) as other, book.reading() as connection:
+            assert connection.scalar(query) == 0
+            other.save_policy("one", TARGET, MACHINE)
+            assert connection.scalar(query) == 0
+
+
+class TestTheFirstAnswers:
+    def test_traces_that_were_measured_twice(self, book: Book, fake: FakeEngine) -> None:
+        """Where it is asked for, the later of two unlike traces gives way to the first."""
+        theirs, ours = fake.trace_target(GREEDY, PROMPT), FakeEngine(seed=1).trace_target(GREEDY, PROMPT)
+        for trace in (theirs, ours):
+            assert book.save_target_trace(SCOPE, PROMPT, trace, first_answers=True) == theirs
+        for draft in DRAFTS:
+            first, second = (FakeEngine(seed=seed).trace_draft(GREEDY, PROMPT, theirs, draft, 4) for seed in (0, 1))
+            assert first != second
+            for acceptance in (first, second):
+                assert book.save_acceptance(SCOPE, PROMPT, draft, acceptance, first_answers=True) == first

@@ -198,6 +198,44 @@ def test_a_faster_process_answers(book: Book, place: Place) -> None:
     assert ask(book, "SELECT count(*) FROM samples") == [(2,)]
 
 
+def test_a_faster_process_answers_for_traces(book: Book, place: Place) -> None:
+    """Whoever saves a trace or an acceptance first answers for both, though floats differ between machines."""
+
+    class Slow(FakeEngine):
+        def trace_target(self, workload, prompt):  # type: ignore[no-untyped-def]
+            with Book.open(place) as other:
+                Remember(FakeEngine(seed=1), other).trace_target(workload, prompt)
+            return super().trace_target(workload, prompt)
+
+        def trace_draft(self, workload, prompt, trace, draft, max_length):  # type: ignore[no-untyped-def]
+            with Book.open(place) as other:
+                Remember(FakeEngine(seed=1), other).trace_draft(workload, prompt, trace, draft, max_length)
+            return super().trace_draft(workload, prompt, trace, draft, max_length)
+
+    fast, slow = FakeEngine(seed=1), Slow()
+    remember = Remember(slow, book)
+    trace = remember.trace_target(GREEDY, PROMPTS[0])
+    assert trace == fast.trace_target(GREEDY, PROMPTS[0])
+    for draft in slow.drafts:
+        found = remember.trace_draft(GREEDY, PROMPTS[0], trace, draft, 4)
+        assert found == fast.trace_draft(GREEDY, PROMPTS[0], trace, draft, 4)
+    assert slow.calls == {"trace_target": 1, "trace_draft": 2}
+    assert ask(book, "SELECT count(*) FROM acceptance_traces") == [(1,)]
+
+
+def test_what_others_save_meanwhile_changes_no_answer(book: Book, place: Place) -> None:
+    """A run that asks twice gets one answer, though another process added a newer sweep and a quieter repeat."""
+    ours, theirs = FakeEngine(), FakeEngine(seed=1)
+    ours.disturbed = True
+    remember = Remember(ours, book)
+    first = measure_all(remember)
+    with Book.open(place) as other:
+        assert measure_all(Remember(theirs, other)) != first
+    assert measure_all(remember) == first
+    assert ask(book, "SELECT count(DISTINCT sweep) FROM step_times") == [(2,)]
+    assert ask(book, "SELECT count(*) FROM samples") == [(12,)]
+
+
 def test_only_the_engine_is_timed(book: Book, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured seconds are those of the wrapped engine, failures included: a reused unit adds nothing."""
     ticks = iter([10.0, 12.5, 20.0, 21.0])

@@ -1,6 +1,8 @@
 """A tuning run adds to what earlier runs decided: only what it decided anew is replaced."""
 
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +10,10 @@ import pytest
 
 from profiles.terms import Workload
 from store.book import Book
+from store.connection import Place
 from store.runs import FinishedRun, Shelf, tune
-from tests.fakes import DRAFT_A, GREEDY, MACHINE, FakeEngine, prompts, sql
+from tests.fakes import DRAFT_A, GREEDY, MACHINE, FakeEngine, prompts
+from tests.servers import ask
 from tuner import policy as policies
 from tuner.limits import Limits
 from tuner.tuning import Options, Watch
@@ -20,9 +24,9 @@ LONG = Workload(context_length=512, max_new_tokens=64)
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> Iterator[Shelf]:
-    with Book.open(tmp_path / "evidence.db") as book:
-        yield Shelf.of(book)
+def shelf(book: Book, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shelf:
+    monkeypatch.setenv("DRAFTPICK_STORE", str(tmp_path / "home"))  # policies of a server's store
+    return Shelf.of(book)
 
 
 def run(
@@ -92,12 +96,11 @@ def test_a_run_out_of_time_keeps_what_was_proven(shelf: Shelf) -> None:
     assert "budget ended" in cut.headline.reason
 
 
-def test_evidence_ids_are_those_in_the_file(tmp_path: Path) -> None:
+def test_evidence_ids_are_those_in_the_store(shelf: Shelf) -> None:
     """Also when old runs were measured again: the policy names the new ones."""
-    with Book.open(tmp_path / "evidence.db") as book:
-        first = run(Shelf.of(book), GREEDY)
-        again = run(Shelf.of(book, "2999-01-01T00:00:00+00:00"), GREEDY)
-    kept = {unit for (unit,) in sql(tmp_path / "evidence.db", "SELECT unit FROM samples")}
+    first = run(shelf, GREEDY)
+    again = run(replace(shelf, since="2999-01-01T00:00:00+00:00"), GREEDY)
+    kept = {unit for (unit,) in ask(shelf.book, "SELECT unit FROM samples")}
     old, new = set(first.policy.headline.evidence), set(again.policy.headline.evidence)
     assert old <= kept
     assert new <= kept
@@ -112,3 +115,52 @@ def test_an_earlier_choice_is_not_kept_for_new_limits(shelf: Shelf) -> None:
     options = Options(lengths=(2,), limits=Limits(max_memory_gib=1.0))
     late = tune(engine, [(GREEDY, PROMPTS)], shelf, options, Watch(out_of_time=lambda: True))
     assert not late.policy.headline.proven
+
+
+def test_runs_may_share_a_store(place: Place, tmp_path: Path) -> None:
+    """Three processes tune on one fresh store at once: none fails, no unit is there twice, each anchor is kept."""
+    environment = {**os.environ, "DRAFTPICK_STORE": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, str(place), temperature],
+            cwd=Path(__file__).parent.parent,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for temperature in ("0.0", "0.0", "0.8")
+    ]
+    for one in runs:
+        assert one.stdout is not None
+        assert one.stdout.readline() == "ready\n"
+    for one in runs:
+        assert one.stdin is not None
+        one.stdin.write("go\n")
+        one.stdin.flush()
+    assert [one.communicate(timeout=120)[1] for one in runs] == ["", "", ""]
+    assert [one.returncode for one in runs] == [0, 0, 0]
+    with Book.open(place) as book:
+        text = book.latest_policy()
+    assert text is not None
+    assert {choice.temperature for choice in policies.from_json(text).choices} == {0.0, 0.8}
+    assert ask(place, "SELECT count(*) FROM runs WHERE outcome IS NOT NULL") == [(3,)]
+    twice = "SELECT unit, position FROM samples GROUP BY unit, position HAVING count(*) > 1"
+    assert ask(place, twice) == []
+
+
+TOGETHER = """
+import sys
+from pathlib import Path
+from store.book import Book
+from store.connection import Place
+from store.connection import is_url
+from store.runs import Shelf
+from tests import test_runs as t
+print("ready", flush=True)
+input()
+workload = t.Workload(context_length=256, max_new_tokens=64, temperature=float(sys.argv[2]))
+with Book.open(sys.argv[1] if is_url(sys.argv[1]) else Path(sys.argv[1])) as book:
+    t.run(Shelf.of(book), workload, engine=t.FakeEngine(keep=0.95))
+"""

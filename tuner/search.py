@@ -9,10 +9,10 @@ import math
 import random
 import sqlite3
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import optuna
 
@@ -61,24 +61,27 @@ def _kept(what: str, next_step: str) -> Iterator[None]:
         raise StoreError(f"{what}: {reason}; {next_step}, no evidence is in it") from error
 
 
-def open_storage(place: Path | str, name: str = "") -> Storage:
+def open_storage(place: Path | str, name: str = "", engine_options: Mapping[str, Any] | None = None) -> Storage:
     """Optuna's own database, made where there is none: a SQLite file, or a URL, which errors call `name`.
 
-    Optuna makes its tables unguarded, so the caller keeps other processes out meanwhile.
+    `engine_options` are SQLAlchemy's. Optuna makes its tables unguarded, so the caller keeps other processes out.
     Raises StoreError: not Optuna's, newer, or not to be opened.
     """
-    called = name or place
-    url, driver_options = str(place), {}
-    if isinstance(place, Path):
-        with _kept(f"studies {called}", "move the file away"), contextlib.closing(sqlite3.connect(place)) as connection:
-            connection.execute("PRAGMA schema_version")  # Optuna lets SQLAlchemy's errors through when it opens a file
-        url, driver_options = f"sqlite:///{place}", {"timeout": BUSY_TIMEOUT_S}
-    with _kept(f"studies {called}", "move the file away" if isinstance(place, Path) else "drop its schema"):
+    called, next_step = (
+        f"studies {name or place}",
+        "move the file away" if isinstance(place, Path) else "drop its schema",
+    )
+    with _kept(called, next_step):
+        options = dict(engine_options or {})
+        if isinstance(place, Path):
+            with contextlib.closing(sqlite3.connect(place)) as connection:
+                connection.execute("PRAGMA schema_version")  # Optuna lets SQLAlchemy's errors through at opening
+            options["connect_args"] = {"timeout": BUSY_TIMEOUT_S}
         try:
-            engine_options = {"pool_pre_ping": True, "connect_args": driver_options}
-            storage = optuna.storages.RDBStorage(url, engine_kwargs=engine_options)
+            url = f"sqlite:///{place}" if isinstance(place, Path) else place
+            storage = optuna.storages.RDBStorage(url, engine_kwargs=options)
         except RuntimeError as error:
-            raise StoreError(f"studies {called}: {error}") from error
+            raise StoreError(f"{called}: {error}") from error
         storage.get_all_studies()
     return storage
 
