@@ -25,6 +25,12 @@ class Spelling:
     has: tuple[str, ...]
     lacks: tuple[str, ...] = ()
 
+    @property
+    def builds(self) -> str:
+        if self.last is None:
+            return f"b{self.first} and newer"
+        return f"b{self.first}" if self.first == self.last else f"b{self.first} to b{self.last}"
+
 
 # what drafts fewer tokens than asked (a least number, a least probability) is switched off: exactly k were measured
 SPELLINGS = (
@@ -85,7 +91,7 @@ def emit(deployment: Deployment, version: str | None) -> Export:
         engine = Engine(form="llamacpp", title="llama.cpp", version="(the llama-server installed here)")
         spelling = spelling_of_help(text)
     if spelling is None:
-        known = ", ".join(f"b{one.first} to {f'b{one.last}' if one.last else 'now'}" for one in SPELLINGS)
+        known = ", ".join(one.builds for one in SPELLINGS)
         return refused([f"the flags of {engine.name} are not known: they are for {known}"])
     setup, notes = pick(deployment, engine, _objection(deployment.target, engine))
     if setup is None or setup.draft is None:
@@ -105,9 +111,17 @@ def _objection(target: Model, engine: Engine) -> Objection:
     def objection(setup: Setup) -> str | None:
         # `stop_below` is not llama.cpp's p-min: that one looks at the drafter's ten likeliest tokens alone, and older
         # builds looked after the token was taken
-        return kind_objection(setup, engine) or weights_objection(target, setup, engine)
+        return kind_objection(setup, engine) or weights_objection(target, setup, engine) or _length_objection(setup)
 
     return objection
+
+
+def _length_objection(setup: Setup) -> str | None:
+    """A look-up draft shorter than its match is dropped (`common_ngram_simple_draft`): such a setup never drafts."""
+    smallest = setup.draft.min_match if setup.draft is not None and setup.draft.kind == "ngram" else None
+    if smallest is None or setup.length >= smallest:
+        return None
+    return f"llama.cpp drops look-up drafts shorter than the match, {smallest} tokens here"
 
 
 def _words(setup: Setup, spelling: Spelling) -> list[str]:

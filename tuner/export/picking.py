@@ -104,8 +104,8 @@ def place_of(model: Model) -> str:
 
 
 def comment(text: str) -> str:
-    """One line, whatever a name or a domain holds: a line break would end the comment."""
-    return "# " + " ".join(text.split())
+    """One line, whatever a name or a domain holds: a line break would end the comment, a control character a file."""
+    return "# " + " ".join("".join(one if one.isprintable() else " " for one in text).split())
 
 
 def title(deployment: Deployment, setup: Setup, label: str) -> str:
