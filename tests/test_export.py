@@ -3,44 +3,21 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers.generation.candidate_generator import AssistedCandidateGenerator, PromptLookupCandidateGenerator
 
 from profiles.errors import InputError
 from profiles.terms import PLAIN, Draft, Model, Setup
 from tests.lanes.cases import deployment
+from tests.lanes.transformers_lane import PROMPT, drafts_as_asked, rounds_of, run_snippet
 from tests.policies import CODE_DRAFT, EARLY_EXIT, NGRAM, choice, forecast
 from tests.tiny import READS_GGUF, write_gguf, write_model
 from tuner.export import emit
 
-PROMPT = torch.tensor([[5, 9, 7, 8, 5, 9, 7, 8, 5, 9, 7, 8, 5, 9]])
-
-
-def run_snippet(text: str) -> dict[str, Any]:
-    """The names a snippet defines."""
-    names: dict[str, Any] = {}
-    exec(compile(text, "snippet", "exec"), names)
-    return names
-
 
 def model_record(path: Path) -> Model:
     return Model(name=str(path), dtype="float32", digest=path.name, num_params=1)
-
-
-@pytest.fixture
-def rounds(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(drafted, accepted) of every round, through the hook transformers calls after each."""
-    seen: list[tuple[int, int]] = []
-
-    def note(self: object, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
-        seen.append((scores.shape[1] - 1, int(num_matches)))
-
-    for kind in (AssistedCandidateGenerator, PromptLookupCandidateGenerator):
-        monkeypatch.setattr(kind, "update_candidate_strategy", note)
-    return seen
 
 
 def test_json_form() -> None:
@@ -138,7 +115,7 @@ def test_caveat_is_told() -> None:
 
 @pytest.mark.parametrize("length", [1, 3, 7])
 @pytest.mark.parametrize("kind", ["model", "ngram", "early_exit"])
-def test_snippet_drafts_that_many_tokens(kind: str, length: int, tmp_path: Path, rounds: list[tuple[int, int]]) -> None:
+def test_snippet_drafts_that_many_tokens(kind: str, length: int, tmp_path: Path) -> None:
     """Run on tiny random models, a round drafts k tokens, or all but one of those left; a look-up at most k."""
     target = model_record(write_model(tmp_path / "target", num_layers=3, eos_token_id=None))
     own = model_record(write_model(tmp_path / "draft", num_layers=1, seed=1, eos_token_id=None))
@@ -148,15 +125,8 @@ def test_snippet_drafts_that_many_tokens(kind: str, length: int, tmp_path: Path,
         "early_exit": Draft(kind="early_exit", num_layers=2),
     }
     export = emit(deployment(choice(Setup(draft=drafts[kind], length=length)), target=target), "transformers")
-    names = run_snippet(export.text)
-    mask = torch.ones_like(PROMPT)
-    names["model"].generate(PROMPT, attention_mask=mask, max_new_tokens=30, **names["generate_kwargs"])
-    assert max(drafted for drafted, _ in rounds) == length
-    generated = 0
-    for drafted, accepted in rounds:
-        expected = min(length, 30 - generated - 1)
-        assert drafted <= length if kind == "ngram" else drafted == expected
-        generated += accepted + 1
+    rounds = rounds_of(export.text, 30)
+    assert drafts_as_asked(rounds, length, 30, looks_up=kind == "ngram")
 
 
 def test_snippet_output_is_plain_output(tmp_path: Path) -> None:

