@@ -1,25 +1,19 @@
-"""The book: evidence, runs and policies in one SQLite file, saved a unit per transaction and found by digests.
+"""The book: evidence, runs and policies in one database, saved a unit per transaction and found by digests.
 
 What is once saved is never overwritten, and a process killed at any moment loses at most the unit under way. It must
-not know how evidence is measured or judged, nor import torch, transformers or optuna.
+not know how evidence is measured or judged, nor import torch, transformers, optuna or, to read, alembic.
 """
 
-import functools
 import itertools
-import json
-import sqlite3
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Self, TypeVar
 
-import sqlalchemy
-from sqlalchemy import Connection, Engine, Table, literal, select, update
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy import Connection, Select, Table, insert, literal, select, update
 
 from profiles.errors import StoreError
 from profiles.keys import run_point, trace_point, unit_digest
@@ -39,20 +33,10 @@ from profiles.terms import (
     Workload,
 )
 from store import migrations, tables
+from store.connection import Database, Place, Purpose, connect
 from store.tables import Row
 
 Record = TypeVar("Record")
-
-_REASONS = {
-    sqlite3.SQLITE_BUSY: "another process keeps it locked: wait for it to end, then run again",
-    sqlite3.SQLITE_LOCKED: "another process keeps it locked: wait for it to end, then run again",
-    sqlite3.SQLITE_READONLY: "it is read-only: allow writing or name another store",
-    sqlite3.SQLITE_IOERR: "the disk failed or is full: what was saved before is kept",
-    sqlite3.SQLITE_CORRUPT: "the file is damaged: restore a copy or name another store",
-    sqlite3.SQLITE_FULL: "the disk is full: what was saved before is kept; free space, then run again",
-    sqlite3.SQLITE_CANTOPEN: "it cannot be opened: name a file in a folder that may be written",
-    sqlite3.SQLITE_NOTADB: "it is not a SQLite database: name another store",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,30 +51,44 @@ class Scope:
 class Book:
     """An open store; use it in a `with` block or call `close`. Every method raises StoreError, in one line."""
 
-    def __init__(self, path: Path, engine: Engine) -> None:
-        self.path = path
-        self._engine = engine
+    def __init__(self, database: Database) -> None:
+        self.database = database
 
     @classmethod
-    def open(cls, path: Path, busy_timeout_s: float = 30.0) -> Self:
-        """Open or make the store at `path`, its folder too, and upgrade an older schema in one transaction.
+    def open(cls, place: Place, busy_timeout_s: float = 30.0) -> Self:
+        """Open or make the store, a file's folder too, and upgrade an older schema in one transaction.
 
         Raises: NewerStoreError: a later draftpick wrote it. StoreError: not a store, locked, read-only, damaged.
         """
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"store {path}: its folder cannot be made: {error.strerror}") from error
-        book = cls(path, _connect(path, busy_timeout_s))
-        try:
-            book._upgrade(busy_timeout_s)
-        except BaseException:
-            book.close()
-            raise
-        return book
+        return cls(connect(place, busy_timeout_s))._checked(cls._upgrade)
+
+    @classmethod
+    def open_read_only(cls, place: Place, busy_timeout_s: float = 5.0) -> Self:
+        """Open a store that is there and has the newest schema; nothing is made, changed or upgraded, nor can be.
+
+        Raises: as `open`, and StoreError for a store that is not there, is empty, or has an older schema.
+        """
+        return cls(connect(place, busy_timeout_s, read_only=True))._checked(cls._require_current)
+
+    @property
+    def place(self) -> str:
+        """What to call the store: its file, or its URL without the password."""
+        return self.database.name
+
+    @property
+    def path(self) -> Path:
+        """The file of a store that is one. Raises StoreError for a server's."""
+        if self.database.path is None:
+            raise StoreError(f"store {self.place} is no file")
+        return self.database.path
+
+    @property
+    def folder(self) -> Path:
+        """The folder on this host that policy files go to."""
+        return self.database.folder
 
     def close(self) -> None:
-        self._engine.dispose()
+        self.database.close()
 
     def __enter__(self) -> Self:
         return self
@@ -104,8 +102,13 @@ class Book:
         found = self._records(tables.target_traces, _trace_key(scope, prompt), tables.target_trace_record)
         return found[0] if found else None
 
-    def save_target_trace(self, scope: Scope, prompt: Prompt, trace: TargetTrace) -> None:
-        self._save(scope, tables.target_traces, _trace_key(scope, prompt), [plain(trace)])
+    def save_target_trace(
+        self, scope: Scope, prompt: Prompt, trace: TargetTrace, *, first_answers: bool = False
+    ) -> TargetTrace:
+        """Save a trace; returns the one in the book, which must be equal, but for `first_answers`."""
+        table, key = tables.target_traces, _trace_key(scope, prompt)
+        is_new = self._save(scope, table, key, [plain(trace)], first_answers=first_answers)
+        return trace if is_new else self._records(table, key, tables.target_trace_record)[0]
 
     def find_acceptance(self, scope: Scope, prompt: Prompt, draft: Draft, max_length: int) -> Acceptance | None:
         """The draft's trace; of look-up traces the longest, if it reaches `max_length` (shorter ones are prefixes)."""
@@ -117,12 +120,18 @@ class Book:
         longest = max(lookups, key=lambda lookup: lookup.max_length, default=None)
         return longest if longest is not None and longest.max_length >= max_length else None
 
-    def save_acceptance(self, scope: Scope, prompt: Prompt, draft: Draft, acceptance: Acceptance) -> None:
-        key = {**_trace_key(scope, prompt), "draft_digest": draft.digest}
-        table = tables.acceptance_traces
+    def save_acceptance(
+        self, scope: Scope, prompt: Prompt, draft: Draft, acceptance: Acceptance, *, first_answers: bool = False
+    ) -> Acceptance:
+        """As `save_target_trace`."""
+        table, key = tables.acceptance_traces, {**_trace_key(scope, prompt), "draft_digest": draft.digest}
+        record: Callable[[Row], Acceptance] = tables.acceptance_record
         if isinstance(acceptance, LookupTrace):
-            table, key = tables.lookup_traces, {**key, "max_length": acceptance.max_length}
-        self._save(scope, table, key, [{**plain(acceptance), "draft_name": draft.name}])
+            table, record = tables.lookup_traces, tables.lookup_record
+            key["max_length"] = acceptance.max_length
+        row = {**plain(acceptance), "draft_name": draft.name}
+        is_new = self._save(scope, table, key, [row], first_answers=first_answers)
+        return acceptance if is_new else self._records(table, key, record)[0]
 
     def find_step_times(
         self, scope: Scope, drafts: tuple[Draft, ...], shape: tuple[int, int], since: str = ""
@@ -187,8 +196,8 @@ class Book:
             for position, ((setup, _), sample) in enumerate(zip(asked, samples, strict=True))
         ]
         unit = _unit_key(scope, prompts, setups, occasion)
-        self._save(scope, tables.samples, unit, rows, first_answers=True)
-        return tuple(self._records(tables.samples, unit, tables.sample_record))
+        is_new = self._save(scope, tables.samples, unit, rows, first_answers=True)
+        return samples if is_new else tuple(self._records(tables.samples, unit, tables.sample_record))
 
     def save_infeasible(self, scope: Scope, found: Infeasible) -> None:
         with self._transaction("write") as connection:
@@ -216,20 +225,23 @@ class Book:
             connection.commit()
 
     def save_policy(self, json_text: str, target: Model, environment: Environment) -> None:
+        self.replace_policy(target, environment, lambda _: json_text)
+
+    def replace_policy(self, target: Model, environment: Environment, made_from: Callable[[str | None], str]) -> None:
+        """Save the policy made from the latest one of this target and machine; nobody saves another in between.
+
+        What `made_from` raises leaves the book as it was.
+        """
         with self._transaction("write") as connection:
-            _insert(connection, tables.policies, target, environment, [{"policy": json_text}])
+            latest = connection.scalar(_latest_policy(target.run_digest, environment))
+            row = {"policy": made_from(latest)}
+            _insert(connection, tables.policies, target, environment, [row])
             connection.commit()
 
     def latest_policy(self, target: str | None = None, environment: Environment | None = None) -> str | None:
-        """The policy saved last, of any target or of one (its run digest, digest or name), on any machine or on one."""
-        query = select(tables.policies.c.policy).order_by(tables.policies.c.id.desc())
-        if target is not None:
-            model = tables.models.c
-            query = query.join(tables.models).where(literal(target).in_([model.key, model.digest, model.name]))
-        if environment is not None:
-            query = query.where(tables.policies.c.environment_digest == environment.digest)
+        """The newest policy, of any target or of one (its run digest, digest or name), on any machine or on one."""
         with self._transaction("read") as connection:
-            return connection.scalar(query.limit(1))
+            return connection.scalar(_latest_policy(target, environment))
 
     def latest_outcome(self, target: Model) -> dict[str, Any]:
         """What came of the target's last finished run, empty when there is none."""
@@ -250,23 +262,12 @@ class Book:
         """A transaction that only reads, for queries that other modules of the store bring along."""
         return self._transaction("read")
 
-    @contextmanager
-    def _transaction(self, purpose: Literal["read", "write"]) -> Iterator[Connection]:
-        """One transaction, rolled back on leaving unless `commit()` was said; driver errors become StoreError.
+    def writing(self) -> AbstractContextManager[Connection]:
+        """A transaction that keeps all other writers out; rolled back on leaving unless `commit()` was said."""
+        return self._transaction("write")
 
-        A write takes its lock at the start: two processes then wait for each other instead of failing midway.
-        """
-        begin = "BEGIN IMMEDIATE" if purpose == "write" else "BEGIN"
-        try:
-            with self._engine.connect() as connection:
-                yield connection.execution_options(sqlite_begin=begin)
-        except StoreError as error:
-            raise type(error)(f"store {self.path}: {error}") from error
-        except (sqlalchemy.exc.DBAPIError, sqlite3.Error) as error:
-            raise StoreError(f"store {self.path}: {_reason(error)}") from error
-        except (sqlalchemy.exc.SQLAlchemyError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise StoreError(f"store {self.path}: a row cannot be read or written: {reason}") from error
+    def _transaction(self, purpose: Purpose) -> AbstractContextManager[Connection]:
+        return self.database.transaction(purpose)
 
     def _records(self, table: Table, key: Row, record: Callable[[Row], Record], since: str = "") -> list[Record]:
         """The rows with this key as records, oldest first."""
@@ -275,13 +276,14 @@ class Book:
 
     def _save(
         self, scope: Scope, table: Table, key: Row, records: list[dict[str, Any]], *, first_answers: bool = False
-    ) -> None:
-        """Save a unit as rows in one transaction; a stored one stays and, but for `first_answers`, must be equal."""
+    ) -> bool:
+        """Save a unit as rows in one transaction; False: the book has it, equal or, with `first_answers`, any."""
         rows = [{**key, **record} for record in records]
         named = f"{table.name} of {scope.target.name}, {', '.join(f'{name} {value}' for name, value in key.items())}"
         if any(row[name] != value for row in rows for name, value in key.items()):
             raise StoreError(f"a record does not answer for {named}: not saved")
-        with self._transaction("write") as connection:
+
+        def save(connection: Connection) -> bool:
             stored = _find(connection, table, key)
             if stored and not first_answers and not _equal(stored, rows):
                 raise StoreError(
@@ -290,56 +292,32 @@ class Book:
                 )
             if not stored:
                 _insert(connection, table, scope.target, scope.environment, rows)
-                connection.commit()
+            return not stored
 
-    def _upgrade(self, busy_timeout_s: float) -> None:
+        return self.database.write(save)
+
+    def _checked(self, check: Callable[[Self], None]) -> Self:
+        """This book, closed again when the check fails."""
+        try:
+            check(self)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _require_current(self) -> None:
+        with self._transaction("read") as connection:
+            migrations.require_current(connection)
+
+    def _upgrade(self) -> None:
         with self._transaction("read") as connection:
             is_current = migrations.is_current(connection)  # another program's file is refused before it is changed
-        with self._transaction("read") as connection:
-            _use_write_ahead_log(connection, busy_timeout_s)
+        self.database.use_write_ahead_log()
         if not is_current:
             with self._transaction("write") as connection:
                 if not migrations.is_current(connection):  # another process may have done it while this one waited
                     migrations.upgrade(connection)
                     connection.commit()
-
-
-def _connect(path: Path, busy_timeout_s: float) -> Engine:
-    engine = sqlalchemy.create_engine(
-        sqlalchemy.URL.create("sqlite", database=str(path)),
-        # isolation_level None: sqlite3 sends no BEGIN of its own, so that schema changes are in the transaction too
-        connect_args={"timeout": busy_timeout_s, "isolation_level": None},
-        json_serializer=functools.partial(json.dumps, allow_nan=False, separators=(",", ":")),
-    )
-
-    @sqlalchemy.event.listens_for(engine, "connect")
-    def prepare(connection: sqlite3.Connection, _: object) -> None:
-        connection.execute("PRAGMA foreign_keys = ON")
-
-    @sqlalchemy.event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        connection.exec_driver_sql(connection.get_execution_options().get("sqlite_begin", "BEGIN"))
-
-    return engine
-
-
-def _use_write_ahead_log(connection: Connection, busy_timeout_s: float) -> None:
-    driver: Any = connection.connection.driver_connection  # SQLAlchemy would begin a transaction: too late to change it
-    deadline = time.monotonic() + busy_timeout_s
-    while True:
-        try:
-            driver.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError as error:  # SQLite does not wait by itself when the mode is changed
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
-
-
-def _reason(error: Exception) -> str:
-    cause = getattr(error, "orig", error)  # SQLAlchemy keeps the driver's error in it
-    code = getattr(cause, "sqlite_errorcode", 0) & 0xFF  # the low byte is the primary code
-    return f"{cause}: {_REASONS[code]}" if code in _REASONS else f"{cause}"
 
 
 def _find(connection: Connection, table: Table, key: Row) -> list[Row]:
@@ -363,15 +341,33 @@ def _insert(
     """Insert rows with where and when they were made; returns the id of the last."""
     model, machine = tables.model_row(target), tables.environment_row(environment)
     labels = {"name": target.name, "revision": target.revision}  # equal weights may be found under another name
-    connection.execute(insert(tables.models).values(model).on_conflict_do_update(index_elements=["key"], set_=labels))
-    connection.execute(insert(tables.environments).values(machine).on_conflict_do_nothing())
+    known = update(tables.models).where(tables.models.c.key == model["key"]).values(labels)
+    if connection.execute(known).rowcount == 0:
+        connection.execute(insert(tables.models).values(model))
+    digest = tables.environments.c.digest
+    if connection.scalar(select(digest).where(digest == environment.digest)) is None:
+        connection.execute(insert(tables.environments).values(machine))
     made = {
         "target_key": model["key"],
         "environment_digest": environment.digest,
         tables.time_name(table.name): _utc_now(),
     }
-    row_ids = [connection.execute(insert(table).values({**made, **row})).lastrowid for row in rows]
-    return int(row_ids[-1])
+    added = [connection.execute(insert(table).values({**made, **row})).inserted_primary_key for row in rows]
+    last = added[-1]
+    assert last is not None  # every row has an id of its own
+    return int(last[0])
+
+
+def _latest_policy(target: str | None, environment: Environment | None) -> Select[str]:
+    """By the time it was made: a policy that came from elsewhere may be older than those that were there."""
+    policy = tables.policies.c
+    query = select(policy.policy).order_by(policy.created_at.desc(), policy.id.desc()).limit(1)
+    if target is not None:
+        model = tables.models.c
+        query = query.join(tables.models).where(literal(target).in_([model.key, model.digest, model.name]))
+    if environment is not None:
+        query = query.where(policy.environment_digest == environment.digest)
+    return query
 
 
 def _trace_key(scope: Scope, prompt: Prompt) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sqlalchemy import insert, select
+
 from profiles.errors import EngineError
 from profiles.protocol import Engine
 from profiles.terms import (
@@ -23,6 +25,7 @@ from profiles.terms import (
     AcceptanceTrace,
     Draft,
     LookupTrace,
+    Model,
     Prompt,
     Sample,
     Setup,
@@ -31,7 +34,9 @@ from profiles.terms import (
     Workload,
     digest_of,
 )
+from store import tables
 from store.book import Book
+from store.connection import Place
 from store.remember import Remember
 from tuner.evidence import queues, spread_over_domains, typical_context
 from tuner.limits import Limits
@@ -69,24 +74,51 @@ class Rehearsal:
     seconds: float
 
 
-def rehearse(engine: Engine, loads: Loads, path: Path, options: Options, since: str = "") -> Rehearsal:
-    """Rehearses a run over the book at `path` (or an empty one) without changing it."""
+def rehearse(engine: Engine, loads: Loads, place: Place, options: Options, since: str = "") -> Rehearsal:
+    """Rehearses a run over the book at `place`, or an empty one where there is no file yet, without changing it.
+
+    Raises StoreError for a server whose database has no tables yet or older ones: a run makes them.
+    """
     with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy.db"
+        _copy(place, copy, engine.target)
         with Book.open(Path(folder) / "glance.db") as scratch:
             first = {workload.batch_size: (workload, prompts) for workload, prompts in reversed(loads)}
             glancing, longest = Remember(engine, scratch), max(options.lengths)
             imagined = Imagined(engine, {size: glance(glancing, load, longest) for size, load in first.items()})
-        copy = Path(folder) / path.name
-        if path.exists():
-            Book.open(path).close()  # refuses what is no book, under its own name
-            with contextlib.closing(sqlite3.connect(path)) as source, contextlib.closing(sqlite3.connect(copy)) as twin:
-                source.backup(twin)
         # imagined times must not be held to real limits
         options = replace(options, limits=Limits(max_memory_gib=options.limits.max_memory_gib))
         with Book.open(copy) as book:
             remembering = Remember(imagined, book, since)
             Tuner(remembering, options).tune(loads)
     return Rehearsal(new_units=dict(imagined.units), known_units=remembering.reused_units, seconds=imagined.seconds)
+
+
+def _copy(place: Place, copy: Path, target: Model) -> None:
+    """A file as a whole; of a server's store what is about the target."""
+    if isinstance(place, Path):
+        if place.exists():
+            Book.open(place).close()  # refuses what is no book, under its own name
+            with (
+                contextlib.closing(sqlite3.connect(place)) as source,
+                contextlib.closing(sqlite3.connect(copy)) as twin,
+            ):
+                source.backup(twin)
+        return
+    with (
+        Book.open_read_only(place) as book,
+        book.reading() as source,
+        Book.open(copy) as scratch,
+        scratch.writing() as twin,
+    ):
+        for table in tables.metadata.sorted_tables:
+            query = select(table)
+            if "target_key" in table.c:
+                query = query.where(table.c.target_key == target.run_digest)
+            rows = [dict(row) for row in source.execute(query).mappings()]
+            if rows:
+                twin.execute(insert(table), rows)
+        twin.commit()
 
 
 def glance(engine: Remember, load: tuple[Workload, tuple[Prompt, ...]], max_length: int) -> Pace:

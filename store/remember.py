@@ -12,6 +12,7 @@ from typing import TypeVar
 from profiles.errors import EngineError
 from profiles.keys import run_point, trace_point, unit_digest
 from profiles.protocol import Engine
+from profiles.recorded import covers
 from profiles.terms import (
     PLAIN,
     Acceptance,
@@ -35,10 +36,11 @@ class Remember:
     """Fits `Engine`. An `EngineError` is kept as an `Infeasible` row, never as a number, and raised again.
 
     Timings that other programs disturbed are measured again, but not by the object that measured them: a run that asks
-    twice gets one answer. Timings from before `since` (UTC) do not answer; traces are pinned by their digests and do
-    not age. `measured_seconds` is the time spent in the wrapped engine, failures included; `answered_by` maps the id of
-    every unit of runs that was asked for to the id under which the answer is kept. A unit counts once as reused, and
-    not when this object measured it.
+    twice gets one answer, whatever other processes save meanwhile. Of a unit that two measure at once the first saved
+    answers for both; of step times both are kept. Timings from before `since` (UTC) do not answer; traces are pinned by
+    their digests and do not age. `measured_seconds` is the time spent in the wrapped engine, failures included;
+    `answered_by` maps the id of every unit of runs that was asked for to the id under which the answer is kept. A unit
+    counts once as reused, and not when this object measured it.
     """
 
     def __init__(self, engine: Engine, book: Book, since: str = "") -> None:
@@ -48,7 +50,8 @@ class Remember:
         self._engine = engine
         self._book = book
         self._since = since
-        self._timed_here: set[tuple[object, ...]] = set()
+        self._sweeps: dict[tuple[object, ...], tuple[int, dict[str, StepTimes]]] = {}  # longest length, times
+        self._runs: dict[tuple[object, ...], tuple[Sample, ...]] = {}
         self._counted: set[tuple[object, ...]] = set()
         self.answered_by: dict[str, str] = {}
         self.measured_units = 0
@@ -62,8 +65,8 @@ class Remember:
             return self._reused(found, point)
         unit = f"target trace, {prompt.domain}"
         trace = self._measured(scope, PLAIN, unit, lambda: self._engine.trace_target(workload, prompt))
-        self._book.save_target_trace(scope, prompt, trace)
-        return self._kept(trace, point)
+        kept = self._book.save_target_trace(scope, prompt, trace, first_answers=True)
+        return self._kept(kept, point)
 
     def trace_draft(
         self, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft, max_length: int
@@ -76,31 +79,37 @@ class Remember:
         acceptance = self._measured(
             scope, setup, unit, lambda: self._engine.trace_draft(workload, prompt, trace, draft, max_length)
         )
-        self._book.save_acceptance(scope, prompt, draft, acceptance)
-        return self._kept(acceptance, point)
+        kept = self._book.save_acceptance(scope, prompt, draft, acceptance, first_answers=True)
+        return self._kept(kept, point)
 
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
         scope, point = self._scope(workload), (workload.batch_size, context_length)
+        longest, known = self._sweeps.get(point, (0, {}))
+        if longest >= max_length and covers(known, self.target, self.drafts, max_length):
+            return self._reused(known, point)
         found = self._book.find_step_times(scope, self.drafts, (context_length, max_length), self._since)
-        if found is not None and (point in self._timed_here or not _disturbed(found.values())):
+        if found is not None and not _disturbed(found.values()):
+            self._sweeps[point] = (max_length, found)
             return self._reused(found, point)
         unit = f"step times at batch {workload.batch_size}, context {context_length}"
         times = self._measured(
             scope, PLAIN, unit, lambda: self._engine.time_steps(workload, context_length, max_length)
         )
         self._book.save_step_times(scope, self.drafts, max_length, times)
-        self._timed_here.add(point)
+        self._sweeps[point] = (max_length, times)
         return self._kept(times, point)
 
     def run_together(
         self, workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], occasion: str
     ) -> tuple[Sample, ...]:
         scope, point = self._scope(workload), run_point(workload, prompts, setups, occasion)
+        if point in self._runs:
+            return self._reused(self._runs[point], point)
         known, free = self._recall(scope, prompts, setups, occasion)
-        if known is not None and (free is None or point in self._timed_here):
-            answering, samples = known
+        if known is not None and free is None:
+            answering, self._runs[point] = known
             self._note(workload, prompts, setups, (occasion, answering))
-            return self._reused(samples, point)
+            return self._reused(self._runs[point], point)
         assert free is not None  # what is not known has an occasion to be measured under
         unit = f"{occasion}: {', '.join(setup.name for setup in setups)}, {prompts[0].domain}"
         drafting = [setup for setup in dict.fromkeys(setups) if setup != PLAIN]
@@ -109,7 +118,7 @@ class Remember:
             scope, suspect, unit, lambda: self._engine.run_together(workload, prompts, setups, occasion)
         )
         kept = self._book.save_samples(scope, prompts, setups, free, samples)  # another process's, if it was faster
-        self._timed_here.add(point)
+        self._runs[point] = kept
         self._note(workload, prompts, setups, (occasion, free))
         return self._kept(kept, point)
 

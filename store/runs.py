@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from profiles.errors import RunInterruptedError
+from profiles.errors import RunInterruptedError, StoreError
 from profiles.protocol import Engine
 from profiles.spelling import Refused
 from profiles.terms import Prompt, Workload
@@ -22,24 +22,36 @@ from tuner.limits import Limits
 from tuner.report import assemble
 from tuner.tuning import Options, Outcome, Tuner, Watch
 
-OPTUNA_NAME = "optuna.db"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shelf:
-    """An open book and Optuna's studies beside it; policies are kept in the same folder.
+    """An open book, Optuna's studies beside it, and the folder on this host that policy files go to.
 
     `since` is the UTC time before which timings are too old to answer; empty: none is.
     """
 
     book: Book
     studies: search.Storage
+    folder: Path
     since: str = ""
 
     @classmethod
     def of(cls, book: Book, since: str = "") -> "Shelf":
-        """The studies are made where there are none. Raises StoreError when they cannot be opened."""
-        return cls(book=book, studies=search.open_storage(book.path.with_name(OPTUNA_NAME)), since=since)
+        """Studies and folder are made where they are missing. Raises StoreError when they cannot be opened or made."""
+        folder = book.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"store {book.place}: policy folder {folder}: {error.strerror}") from error
+        place = book.database.studies_place()
+        with book.writing():  # Optuna makes its tables unguarded
+            studies = search.open_storage(place, "" if isinstance(place, Path) else f"of {book.place}")
+        return cls(book=book, studies=studies, folder=folder, since=since)
+
+    @property
+    def name(self) -> str:
+        """Where evidence is kept, as people know it: the folder, or the server's database."""
+        return str(self.folder) if self.book.database.path is not None else self.book.place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,18 +76,14 @@ def tune(
 
     Raises: RunInterruptedError: Ctrl-C; what was measured is kept. EngineError: the target itself failed.
     """
-    book, folder = shelf.book, shelf.book.path.parent
+    book = shelf.book
     remembering = Remember(engine, book, shelf.since)
     run_id = book.save_run(Scope(target=engine.target, environment=engine.environment, workload=loads[0][0]))
     options = replace(options, storage=shelf.studies, run_name=f"run {run_id} of {_utc_now()}")
-    with _interruptible(remembering, folder):
+    with _interruptible(remembering, shelf.name):
         outcome = Tuner(remembering, options, watch).tune(loads)
     outcome = _with_kept_ids(outcome, remembering)
-    choices = _joined(book, engine, outcome, options)
-    policy = policies.Policy(created=_utc_now(), target=engine.target, environment=engine.environment, choices=choices)
-    path = folder / policy.file_name
-    policies.write(path, policy)
-    book.save_policy(policies.to_json(policy), policy.target, policy.environment)
+    policy, path = _keep_policy(shelf, engine, outcome, options)
     cost = {
         "measured_seconds": round(remembering.measured_seconds, 2),
         "measured_units": remembering.measured_units,
@@ -113,15 +121,31 @@ def _left_out(outcome: Outcome) -> tuple[Refused, ...]:
     return tuple(dict.fromkeys([*failed, *ruled_out]))
 
 
-def _joined(book: Book, engine: Engine, outcome: Outcome, options: Options) -> tuple[policies.Choice, ...]:
+def _keep_policy(shelf: Shelf, engine: Engine, outcome: Outcome, options: Options) -> tuple[policies.Policy, Path]:
+    """Replaces row and file together: of runs that end at once, the later one joins what the earlier one left."""
+    made: list[policies.Policy] = []
+
+    def made_from(latest: str | None) -> str:
+        choices = _joined(latest, outcome, options)
+        policy = policies.Policy(
+            created=_utc_now(), target=engine.target, environment=engine.environment, choices=choices
+        )
+        policies.write(shelf.folder / policy.file_name, policy)
+        made.append(policy)
+        return policies.to_json(policy)
+
+    shelf.book.replace_policy(engine.target, engine.environment, made_from)
+    return made[-1], shelf.folder / made[-1].file_name
+
+
+def _joined(latest: str | None, outcome: Outcome, options: Options) -> tuple[policies.Choice, ...]:
     """The run's choices, then those of the latest policy of this target and machine that they leave standing.
 
     An anchor for which the budget ended first keeps its earlier proven choice, but not in a run with limits, which
     that choice was not held to. An earlier choice falls when the run decided its anchor, or used its temperature with
     another top-p or top-k: a policy holds one of each.
     """
-    text = book.latest_policy(engine.target.run_digest, engine.environment)
-    earlier = {} if text is None else {choice.anchor: choice for choice in policies.from_json(text).choices}
+    earlier = {} if latest is None else {choice.anchor: choice for choice in policies.from_json(latest).choices}
     chosen = []
     for anchor, choice in zip(outcome.anchors, outcome.choices, strict=True):
         known = earlier.pop(choice.anchor, None)
@@ -135,12 +159,12 @@ def _joined(book: Book, engine: Engine, outcome: Outcome, options: Options) -> t
 
 
 @contextlib.contextmanager
-def _interruptible(remembering: Remember, folder: Path) -> Iterator[None]:
+def _interruptible(remembering: Remember, store: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
         raise RunInterruptedError(
-            f"interrupted: {remembering.measured_units} units measured in this run are kept in {folder}; "
+            f"interrupted: {remembering.measured_units} units measured in this run are kept in {store}; "
             "run the same command again to go on from there"
         ) from None
 

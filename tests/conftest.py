@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from store.book import Book
-from tests import tiny
+from store.connection import Place
+from tests import servers, tiny
 from tests.cli import DECIDED, call, small_run, write_prompts
 from tests.fakes import FakeEngine
 
@@ -39,10 +40,20 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "new folder" / "store.sqlite"
 
 
+@pytest.fixture(params=servers.KINDS)
+def place(request: pytest.FixtureRequest, path: Path) -> Iterator[Place]:
+    """Where a store may be made, on every database kind: a file, and a fresh schema of a server where one is given."""
+    if request.param == "sqlite":
+        yield path
+    else:
+        with servers.schema() as url:
+            yield url
+
+
 @pytest.fixture
-def book(path: Path) -> Iterator[Book]:
-    """An open, empty store."""
-    with Book.open(path) as opened:
+def book(place: Place) -> Iterator[Book]:
+    """An open, empty store of either kind."""
+    with Book.open(place) as opened:
         yield opened
 
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from profiles.terms import PLAIN, Draft, Infeasible, Model, Setup
 from store.book import Book, Scope
 from store.inventory import Failure, age, inventory, inventory_table
-from tests.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts, sql
+from tests.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts
+from tests.servers import ask
 
 FIRST, SECOND = prompts(2)
 A4 = Setup(draft=DRAFT_A, length=4)
@@ -42,7 +43,7 @@ def made_at(book: Book, table: str, time: str, machine: str | None = None) -> No
     """Writes a row's time into the file, of every machine or of one."""
     column = "created_at" if table == "policies" else "measured_at"
     where = f" WHERE environment_digest = '{machine}'" if machine else ""
-    sql(book.path, f"UPDATE {table} SET {column} = '{time}'{where}")
+    ask(book, f"UPDATE {table} SET {column} = '{time}'{where}")
 
 
 def shown(book: Book, width: int, here: str | None = None) -> str:

@@ -1,8 +1,6 @@
 """The remembering engine never pays twice: it resumes after a failure, and failures are never numbers."""
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -10,17 +8,13 @@ from profiles.errors import EngineError, InputError, OutOfMemoryError, StoreErro
 from profiles.protocol import Engine
 from profiles.terms import PLAIN, Sample, Setup
 from store.book import Book, Scope
+from store.connection import Place
 from store.remember import Remember
-from tests.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts, sql
+from tests.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts
+from tests.servers import ask
 
 PROMPTS = prompts(3)
 A4 = Setup(draft=DRAFT_A, length=4)
-
-
-@pytest.fixture
-def book(tmp_path: Path) -> Iterator[Book]:
-    with Book.open(tmp_path / "store.sqlite") as opened:
-        yield opened
 
 
 def measure_all(engine: Engine) -> list[object]:
@@ -54,8 +48,8 @@ def test_an_interrupted_run_resumes(book: Book) -> None:
     fake.failure = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         interrupted.trace_target(GREEDY, PROMPTS[1])
-    assert sql(book.path, "SELECT count(*) FROM target_traces") == [(1,)]
-    assert sql(book.path, "SELECT count(*) FROM infeasible") == [(0,)]
+    assert ask(book, "SELECT count(*) FROM target_traces") == [(1,)]
+    assert ask(book, "SELECT count(*) FROM infeasible") == [(0,)]
     fake.failure = None
     resumed = Remember(fake, book)
     measure_all(resumed)
@@ -75,7 +69,7 @@ def test_a_failure_is_kept_as_infeasible_and_raised(book: Book) -> None:
     fake.failure = EngineError("the device is gone")
     with pytest.raises(EngineError):
         remember.time_steps(GREEDY, 96, 4)
-    rows = sql(book.path, "SELECT setup_digest, reason, detail FROM infeasible ORDER BY id")
+    rows = ask(book, "SELECT setup_digest, reason, detail FROM infeasible ORDER BY id")
     assert rows == [
         (A4.digest, "OutOfMemoryError", "3 GiB were asked for, 1 GiB is free (in race 0: draft-a k=4, plain, code)"),
         (
@@ -85,7 +79,7 @@ def test_a_failure_is_kept_as_infeasible_and_raised(book: Book) -> None:
         ),
         (PLAIN.digest, "EngineError", "the device is gone (in step times at batch 1, context 96)"),
     ]
-    assert sql(book.path, "SELECT count(*) FROM samples") == [(0,)]
+    assert ask(book, "SELECT count(*) FROM samples") == [(0,)]
     fake.failure = None
     assert len(remember.run_together(GREEDY, (PROMPTS[0],), (A4, PLAIN), "race 0")) == 2
 
@@ -98,7 +92,7 @@ def test_a_failure_among_several_drafts_is_put_down_to_none(book: Book) -> None:
         Remember(fake, book).run_together(
             GREEDY, (PROMPTS[0],), (PLAIN, A4, Setup(draft=NGRAM, length=2)), "calibration 0"
         )
-    [(digest, detail)] = sql(book.path, "SELECT setup_digest, detail FROM infeasible")
+    [(digest, detail)] = ask(book, "SELECT setup_digest, detail FROM infeasible")
     assert digest == PLAIN.digest
     assert "plain, draft-a k=4, ngram:max=4,min=2 k=2" in detail
 
@@ -109,7 +103,7 @@ def test_a_refusal_is_no_failure(book: Book) -> None:
     fake.failure = InputError("context 512: the target allows 256")
     with pytest.raises(InputError):
         Remember(fake, book).trace_target(GREEDY, PROMPTS[0])
-    assert sql(book.path, "SELECT count(*) FROM infeasible") == [(0,)]
+    assert ask(book, "SELECT count(*) FROM infeasible") == [(0,)]
 
 
 class TestDisturbed:
@@ -123,8 +117,8 @@ class TestDisturbed:
     @staticmethod
     def occasions(book: Book) -> list[tuple[str, int]]:
         """Occasion and `disturbed` of every unit of two runs in the file."""
-        query = "SELECT occasion, max(disturbed), count(*) FROM samples GROUP BY unit ORDER BY min(id)"
-        rows = sql(book.path, query)
+        columns = "occasion, max(CAST(disturbed AS INTEGER)), count(*)"
+        rows = ask(book, f"SELECT {columns} FROM samples GROUP BY unit, occasion ORDER BY min(id)")
         assert {size for _, _, size in rows} <= {2}
         return [(occasion, disturbed) for occasion, disturbed, _ in rows]
 
@@ -183,23 +177,25 @@ class TestDisturbed:
             times = Remember(fake, book).time_steps(GREEDY, 96, 4)
             assert {part.disturbed for part in times.values()} == {disturbed}
         assert fake.calls == {"time_steps": 3}
-        assert sql(book.path, "SELECT count(DISTINCT sweep), sum(disturbed), count(*) FROM step_times") == [(3, 6, 9)]
+        assert ask(book, "SELECT count(DISTINCT sweep), sum(CAST(disturbed AS INTEGER)), count(*) FROM step_times") == [
+            (3, 6, 9)
+        ]
 
 
-def test_a_faster_process_answers(book: Book) -> None:
+def test_a_faster_process_answers(book: Book, place: Place) -> None:
     """When another process saves a unit while this one measures it, both go on with the same runs."""
     theirs: list[tuple[Sample, ...]] = []
 
     class Slow(FakeEngine):
         def run_together(self, workload, prompts, setups, occasion):  # type: ignore[no-untyped-def]
-            with Book.open(book.path) as other:
+            with Book.open(place) as other:
                 theirs.append(Remember(FakeEngine(seed=1), other).run_together(workload, prompts, setups, occasion))
             return super().run_together(workload, prompts, setups, occasion)
 
     slow = Slow()
     assert [Remember(slow, book).run_together(GREEDY, (PROMPTS[0],), (PLAIN, A4), "proof 0")] == theirs
     assert slow.calls == {"run_together": 1}
-    assert sql(book.path, "SELECT count(*) FROM samples") == [(2,)]
+    assert ask(book, "SELECT count(*) FROM samples") == [(2,)]
 
 
 def test_only_the_engine_is_timed(book: Book, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +241,7 @@ def test_old_timings_are_taken_again_and_traces_are_not(book: Book) -> None:
     again = Remember(later, book, since="2999-01-01T00:00:00+00:00")
     measure_all(again)
     assert later.calls == {"time_steps": 1, "run_together": 3}
-    sql(book.path, "UPDATE samples SET decode_s = decode_s * 2 WHERE occasion LIKE '%again 1'")
+    ask(book, "UPDATE samples SET decode_s = decode_s * 2 WHERE occasion LIKE '%again 1'")
     latest = Remember(FakeEngine(), book)
     found = measure_all(latest)
     assert latest.measured_units == 0

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,13 @@ DRAFTS = (DRAFT_A, NGRAM)
 SCOPE = Scope(target=TARGET, environment=MACHINE, workload=GREEDY)
 
 
+@pytest.fixture
+def book(path: Path) -> Iterator[Book]:
+    """An open, empty store in a file."""
+    with Book.open(path) as opened:
+        yield opened
+
+
 def save_traces(book: Book, fake: FakeEngine, count: int) -> None:
     for prompt in prompts(count):
         book.save_target_trace(SCOPE, prompt, fake.trace_target(GREEDY, prompt))
@@ -46,7 +54,7 @@ class TestTheFile:
     def test_the_database_is_set_up_for_safety(self, book: Book) -> None:
         """Write-ahead log, foreign keys and a busy timeout are on, and the folder was made."""
         assert sql(book.path, "PRAGMA journal_mode") == [("wal",)]
-        with book._engine.connect() as connection:
+        with book.database.engine.connect() as connection:
             assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
             assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 30_000
             assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
@@ -170,7 +178,7 @@ class TestMishaps:
         """A store that cannot be written can still be read."""
         trace = fake.trace_target(GREEDY, PROMPT)
         book.save_target_trace(SCOPE, PROMPT, trace)
-        with book._engine.connect() as connection:
+        with book.database.engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA query_only = ON")
         with pytest.raises(StoreError, match="readonly database: it is read-only"):
             book.save_target_trace(SCOPE, OTHER, fake.trace_target(GREEDY, OTHER))
@@ -179,7 +187,7 @@ class TestMishaps:
     def test_a_full_disk_loses_nothing(self, book: Book, fake: FakeEngine) -> None:
         """When the disk is full, the unit under way fails as a whole and all before it stay."""
         [(pages,)] = sql(book.path, "PRAGMA page_count")
-        with book._engine.connect() as connection:
+        with book.database.engine.connect() as connection:
             connection.exec_driver_sql(f"PRAGMA max_page_count = {pages + 12}")
         with pytest.raises(StoreError, match=r"is full: .*what was saved before is kept") as caught:
             save_traces(book, fake, 100)
@@ -188,7 +196,7 @@ class TestMishaps:
         assert 2 <= saved < 100
         assert [book.find_target_trace(SCOPE, prompt) is not None for prompt in prompts(100)].index(False) == saved
         assert sql(book.path, "PRAGMA integrity_check") == [("ok",)]
-        with book._engine.connect() as connection:
+        with book.database.engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA max_page_count = 100000")
         save_traces(book, fake, saved + 1)
         assert sql(book.path, "SELECT count(*) FROM target_traces") == [(saved + 1,)]

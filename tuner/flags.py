@@ -44,8 +44,12 @@ DType = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; d
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Output tokens per prompt at most.")]
 Store = Annotated[
-    Path | None,
-    typer.Option("--store", help="Folder of the store; default: $DRAFTPICK_STORE, else the user's data folder."),
+    str | None,  # a Path would make one slash of a URL's two
+    typer.Option(
+        "--store",
+        help="Folder of the store, or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE; "
+        "default: $DRAFTPICK_STORE, else the user's data folder.",
+    ),
 ]
 Objective = Annotated[str, typer.Option(help="tpot or throughput; at one batch size they agree.")]
 Budget = Annotated[float | None, typer.Option(help="Seconds after which no new measurement is started.")]
@@ -65,6 +69,18 @@ TunedTarget = Annotated[str | None, typer.Option("--target", help="Name or diges
 AskedBatch = Annotated[int, typer.Option("--batch-size", help="Sequences decoded together.")]
 AskedContext = Annotated[int | None, typer.Option("--context", help="Tokens of prompt and output; default: not known.")]
 AskedDomain = Annotated[str | None, typer.Option("--domain", help="Domain of the prompts; default: all mixed.")]
+Require = Annotated[
+    str | None,
+    typer.Option(help="Fail with code 7 unless the match is at least exact, version, engine, family or capability."),
+]
+Transferred = Annotated[
+    bool, typer.Option("--transferred", help="Where nothing measured answers, take the transferred forecast, if any.")
+]
+MachineFile = Annotated[
+    Path | None,
+    typer.Option("--environment", help="JSON that describes the machine to answer for; default: this one."),
+]
+AskedDevice = Annotated[str | None, typer.Option("--device", help="cpu answers for the processor beside a GPU.")]
 AskedTemperature = Annotated[float | None, typer.Option("--temperature", help="Default: the one that was tuned last.")]
 
 

@@ -29,6 +29,7 @@ TPE_TRIALS = 400
 KEPT_TRIALS = 100
 PRUNE_P = 0.1
 PRUNE_AFTER_STEPS = 4
+BUSY_TIMEOUT_S = 30.0  # other runs may write to the same studies
 NOISE_QUEUES = 6  # plain against plain needs no more to show the noise floor
 
 Storage: TypeAlias = optuna.storages.BaseStorage
@@ -51,29 +52,38 @@ class Race:
 
 
 @contextlib.contextmanager
-def _kept(what: str) -> Iterator[None]:
-    """Turns what Optuna raises when its database fails into one line; evidence is in another file."""
+def _kept(what: str, next_step: str) -> Iterator[None]:
+    """Turns what Optuna raises when its database fails into one line; evidence is not in it."""
     try:
         yield
-    except (sqlite3.Error, optuna.exceptions.StorageInternalError) as error:
+    except (sqlite3.Error, optuna.exceptions.StorageInternalError, optuna.exceptions.DuplicatedStudyError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
-        raise StoreError(f"{what}: {reason}; move the file away, no evidence is in it") from error
+        raise StoreError(f"{what}: {reason}; {next_step}, no evidence is in it") from error
 
 
-def open_storage(path: Path) -> Storage:
-    """Optuna's own database, made where there is none. Raises StoreError: not Optuna's, newer, or not to be opened."""
-    with _kept(f"studies {path}"):
-        with contextlib.closing(sqlite3.connect(path)) as connection:
+def open_storage(place: Path | str, name: str = "") -> Storage:
+    """Optuna's own database, made where there is none: a SQLite file, or a URL, which errors call `name`.
+
+    Optuna makes its tables unguarded, so the caller keeps other processes out meanwhile.
+    Raises StoreError: not Optuna's, newer, or not to be opened.
+    """
+    called = name or place
+    url, driver_options = str(place), {}
+    if isinstance(place, Path):
+        with _kept(f"studies {called}", "move the file away"), contextlib.closing(sqlite3.connect(place)) as connection:
             connection.execute("PRAGMA schema_version")  # Optuna lets SQLAlchemy's errors through when it opens a file
+        url, driver_options = f"sqlite:///{place}", {"timeout": BUSY_TIMEOUT_S}
+    with _kept(f"studies {called}", "move the file away" if isinstance(place, Path) else "drop its schema"):
         try:
-            storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+            engine_options = {"pool_pre_ping": True, "connect_args": driver_options}
+            storage = optuna.storages.RDBStorage(url, engine_kwargs=engine_options)
         except RuntimeError as error:
-            raise StoreError(f"studies {path}: {error}") from error
+            raise StoreError(f"studies {called}: {error}") from error
         storage.get_all_studies()
     return storage
 
 
-@_kept("Optuna's studies")
+@_kept("Optuna's studies", "run again")
 def search_forecasts(
     candidates: Sequence[Setup], forecast: Callable[[Setup], Forecast], name: str, storage: Storage | None
 ) -> list[Forecast]:
@@ -143,7 +153,7 @@ def run_pairs(engine: Engine, workload: Workload, queue: Queue, setup: Setup, oc
     return list(zip(first, second, strict=True) if order[0] == PLAIN else zip(second, first, strict=True))
 
 
-@_kept("Optuna's studies")
+@_kept("Optuna's studies", "run again")
 def race(
     run: Callable[[Queue, Setup], Sequence[Pair]],
     queues: Sequence[Queue],

@@ -1,49 +1,61 @@
 """Brings a store's schema to the newest revision known here, and refuses a file that this version cannot read.
 
-Alembic runs the numbered revisions in `versions/` on the caller's connection. It must not know what rows mean, nor
-open or commit a transaction: the book does.
+Alembic runs the numbered revisions in `versions/` on the caller's connection, and is loaded only for that: reading a
+store of the newest schema takes no Alembic. It must not know what rows mean, nor open or commit a transaction: the book
+does.
 """
 
 from pathlib import Path
 
 import sqlalchemy
-from alembic import command
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import Connection
+from sqlalchemy import Connection, column, select
 
 from profiles.errors import NewerStoreError, StoreError
 
 LOCATION = Path(__file__).parent
+REVISIONS = ("0001", "0002", "0003")  # those in `versions/`, oldest first
+HEAD = REVISIONS[-1]
+
+_VERSION = sqlalchemy.table("alembic_version", column("version_num"))
 
 
 def is_current(connection: Connection) -> bool:
-    """Whether the file has the newest revision; False for an older or an empty one.
+    """Whether the store has the newest revision; False for an older or an empty one.
 
-    Raises: NewerStoreError: its revision is unknown here. StoreError: it is the file of another program.
+    Raises: NewerStoreError: its revision is unknown here. StoreError: it is the database of another program.
     """
-    scripts = ScriptDirectory.from_config(_config())
-    names = sqlalchemy.inspect(connection).get_table_names()
-    revision = MigrationContext.configure(connection).get_current_revision()
-    if names and (revision is None or "target_traces" not in names):
-        raise StoreError(f"it holds the table {names[0]!r} of another program: name another store")
-    known = [script.revision for script in scripts.walk_revisions()]
-    if revision is not None and revision not in known:
-        raise NewerStoreError(
-            f"it has schema {revision}, this draftpick reads up to {known[0]}: upgrade draftpick or name another store"
+    return _revision(connection) == HEAD
+
+
+def require_current(connection: Connection) -> None:
+    """Raises StoreError, as `is_current` does and for an older or empty store: who only reads cannot upgrade it."""
+    revision = _revision(connection)
+    if revision != HEAD:
+        found = "no tables yet" if revision is None else f"the older schema {revision}"
+        raise StoreError(
+            f"it has {found}, this draftpick reads {HEAD}: `tune.py show` on a host that may write upgrades it"
         )
-    return revision == known[0]
 
 
 def upgrade(connection: Connection) -> None:
     """Run the missing revisions; the caller commits."""
-    config = _config()
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(LOCATION).replace("%", "%%"))
     config.attributes["connection"] = connection
     command.upgrade(config, "head")
 
 
-def _config() -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(LOCATION).replace("%", "%%"))
-    return config
+def _revision(connection: Connection) -> str | None:
+    """The store's revision, one of those known here; None: it is empty."""
+    names = sqlalchemy.inspect(connection).get_table_names()
+    revision = connection.scalar(select(_VERSION.c.version_num)) if _VERSION.name in names else None
+    if names and (revision is None or "target_traces" not in names):
+        raise StoreError(f"it holds the table {names[0]!r} of another program: name another store")
+    if revision is not None and revision not in REVISIONS:
+        raise NewerStoreError(
+            f"it has schema {revision}, this draftpick reads up to {HEAD}: upgrade draftpick or name another store"
+        )
+    return revision
