@@ -13,7 +13,8 @@ from tests.lanes.cases import deployment
 from tests.lanes.transformers_lane import PROMPT, drafts_as_asked, rounds_of, run_snippet
 from tests.policies import CODE_DRAFT, EARLY_EXIT, NGRAM, choice, forecast
 from tests.tiny import READS_GGUF, write_gguf, write_model
-from tuner.export import emit
+from tuner.export import Form, emit
+from tuner.export.vocabulary import size_of
 
 
 def model_record(path: Path) -> Model:
@@ -166,4 +167,24 @@ def test_transformers_before_5() -> None:
     """An older release than the snippets were run with is refused."""
     export = emit(deployment(choice(Setup(draft=NGRAM, length=3))), "transformers", "4.57.6")
     assert export.text == ""
-    assert export.note == "transformers 4.57.6 is not known: from 5.0.0 on it is"
+    assert export.note == "transformers 4.57.6 is not known: from 5.17.0 on it is"
+
+
+@pytest.mark.parametrize("form", ["transformers", "vllm", "sglang"])
+def test_padded_vocabularies_are_refused(form: Form, tmp_path: Path) -> None:
+    """A draft whose embeddings are padded to another size ends these engines, so it is not emitted."""
+    target = model_record(write_model(tmp_path / "target"))
+    padded = model_record(write_model(tmp_path / "draft", num_layers=1, vocab_size=320))
+    export = emit(deployment(choice(Setup(draft=Draft(kind="model", model=padded), length=2)), target=target), form)
+    assert export.text == ""
+    assert "needs equal vocabulary sizes, and the target has 300, the draft 320" in str(export.note)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", '{"vocab_size": "many"}', "{}"])
+def test_vocabulary_that_cannot_be_told(text: str, tmp_path: Path) -> None:
+    """A directory without a size, or with a strange config, is no reason against a draft; a text part's size counts."""
+    (tmp_path / "config.json").write_text(text)
+    assert size_of(model_record(tmp_path)) is None
+    (tmp_path / "config.json").write_text('{"text_config": {"vocab_size": 7}}')
+    assert size_of(model_record(tmp_path)) == 7
+    assert size_of(model_record(tmp_path / "org" / "model")) is None

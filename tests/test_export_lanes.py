@@ -94,6 +94,17 @@ def test_vllm_refuses_dead_keys_and_zero(lane: Lane, pair: tuple[Model, Draft]) 
     assert [one.accepted for one in ask(lane, Path(pair[0].name), lines)] == [True, False, False, False]
 
 
+@lanes("vllm", "0.33.0", "0.15.0")
+def test_vllm_refuses_padded_vocabularies(lane: Lane, pair: tuple[Model, Draft]) -> None:
+    """Why a draft with embeddings of another size is not emitted: vLLM's class refuses the pair."""
+    target = Path(pair[0].name)
+    padded = write_model(target.with_name("padded"), num_layers=1, vocab_size=320)
+    config = {"method": "draft_model", "num_speculative_tokens": 2, "model": str(padded)}
+    (verdict,) = ask(lane, target, [["--speculative-config", json.dumps(config)]])
+    assert not verdict.accepted
+    assert "same vocabulary size" in verdict.said
+
+
 @lanes("sglang")
 def test_sglang_takes_what_is_emitted(lane: Lane, pair: tuple[Model, Draft]) -> None:
     """SGLang's own parser reads every line, as a chain of k drafted tokens; a flag or algorithm that is none fails."""

@@ -304,3 +304,14 @@ def test_alternative_is_emitted(form: Form) -> None:
     assert "not proven by runs" in str(export.note)
     proven = emit(deployment(choice(instead), target=target, measured_on=form), form)
     assert proven.label == "proven"
+
+
+@pytest.mark.parametrize("form", ["sglang", "llamacpp"])
+def test_one_length_for_every_batch(form: Form) -> None:
+    """An engine that keeps one length gets the asked batch's, and the other batches are named."""
+    target, draft = (GGUF_TARGET, draft_at("d.gguf")) if form == "llamacpp" else (TARGET, CODE_DRAFT)
+    case = cases(target, draft)["schedule"]
+    said = "k=4 holds for every batch; measured batches of 4, 16 were decided otherwise"
+    assert said in str(emit(case, form).note)
+    at_four = replace(case, choice=case.rows[1])
+    assert emit(at_four, form).setup == case.rows[1].setup

@@ -10,7 +10,17 @@ from dataclasses import dataclass
 
 from profiles.terms import Model, Setup
 from tuner.export import versions
-from tuner.export.picking import Engine, Objection, kind_objection, made, pick, place_of, refused, weights_objection
+from tuner.export.picking import (
+    Engine,
+    Objection,
+    kind_objection,
+    made,
+    one_length,
+    pick,
+    place_of,
+    refused,
+    weights_objection,
+)
 from tuner.export.terms import Deployment, Export
 
 
@@ -104,6 +114,7 @@ def emit(deployment: Deployment, version: str | None) -> Export:
         )
     elif deployment.choice.temperature > 0.0:
         notes.append("llama.cpp drafts greedily, the choice was measured with sampled drafts")
+    notes += one_length(deployment, setup)
     return made(deployment, engine, setup, " ".join(_words(setup, spelling)) + "\n", notes)
 
 

@@ -47,6 +47,14 @@ def pick(deployment: Deployment, engine: Engine, objection: Objection) -> tuple[
     return None, [*notes, f"nothing to set for {engine.title}", *skipped]
 
 
+def one_length(deployment: Deployment, setup: Setup) -> list[str]:
+    """What to say for an engine that keeps one length, where other batches were decided otherwise."""
+    others = [str(row.batch_size) for row in deployment.batches if row.setup != deployment.choice.setup]
+    if not others:
+        return []
+    return [f"k={setup.length} holds for every batch; measured batches of {', '.join(others)} were decided otherwise"]
+
+
 def made(deployment: Deployment, engine: Engine, setup: Setup, text: str, notes: list[str]) -> Export:
     """The export with its label. A choice measured on one engine is never called proven on another."""
     label = label_of(deployment, engine.form, setup)

@@ -9,8 +9,9 @@ import shlex
 from packaging.version import Version
 
 from profiles.terms import Setup
-from tuner.export.picking import Engine, kind_objection, made, pick, place_of, refused, weights_objection
+from tuner.export.picking import Engine, kind_objection, made, one_length, pick, place_of, refused, weights_objection
 from tuner.export.terms import Deployment, Export
+from tuner.export.vocabulary import vocabulary_objection
 
 ALGORITHMS = {"STANDALONE": "0.5.2", "NGRAM": "0.5.3"}  # the first version checked that has it
 FLAGS = {  # flag -> the first version checked that has it
@@ -30,6 +31,7 @@ def emit(deployment: Deployment, engine: Engine) -> Export:
 
     def objection(setup: Setup) -> str | None:
         reason = kind_objection(setup, engine) or weights_objection(deployment.target, setup, engine)
+        reason = reason or vocabulary_objection(deployment.target, setup, engine)
         first = ALGORITHMS[_algorithm(setup)]
         if reason is None and Version(engine.version) < Version(first):
             return f"{engine.name} is not known to have {_algorithm(setup)}, {first} has it"
@@ -39,6 +41,7 @@ def emit(deployment: Deployment, engine: Engine) -> Export:
     if setup is None:
         return refused(notes)
     words = _words(setup)
+    notes += one_length(deployment, setup)
     notes.append("SGLang sets --max-running-requests to 48 for speculative decoding unless it is given")
     if setup.draft is not None and setup.draft.kind == "ngram":
         sizes = f"{setup.draft.min_match} to {setup.draft.max_match} tokens"

@@ -11,9 +11,10 @@ from packaging.version import Version
 from profiles.terms import Draft, Model, Setup
 from tuner.export.picking import Engine, comment, is_gguf, label_of, made, pick, place_of, refused, title
 from tuner.export.terms import Deployment, Export
+from tuner.export.vocabulary import vocabulary_objection
 from tuner.policy import Choice
 
-FIRST = "5.0.0"  # the `dtype` argument and the fields below were read and run in 5.x
+FIRST = "5.17.0"  # the oldest release this project is tested with
 
 
 def emit(deployment: Deployment, engine: Engine) -> Export:
@@ -21,7 +22,11 @@ def emit(deployment: Deployment, engine: Engine) -> Export:
     choice = deployment.choice
     if Version(engine.version) < Version(FIRST):
         return refused([f"{engine.name} is not known: from {FIRST} on it is"])
-    setup, notes = pick(deployment, engine, lambda setup: _objection(setup, choice))
+    setup, notes = pick(
+        deployment,
+        engine,
+        lambda setup: _objection(setup, choice) or vocabulary_objection(deployment.target, setup, engine),
+    )
     if setup is None or setup.draft is None:
         return refused(notes)
     caveat = _caveat(setup.draft)

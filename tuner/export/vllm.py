@@ -19,6 +19,7 @@ from tuner.export.picking import (
 )
 from tuner.export.schedule import Range, as_scheduled, ranges_of
 from tuner.export.terms import Deployment, Export
+from tuner.export.vocabulary import vocabulary_objection
 
 SCHEDULE = "num_speculative_tokens_per_batch_size"
 FIRST = "0.10.0"  # earlier ones had another engine and other spellings
@@ -71,6 +72,7 @@ def emit(deployment: Deployment, engine: Engine) -> Export:
 
 def _objection(target: Model, setup: Setup, engine: Engine) -> str | None:
     reason = kind_objection(setup, engine) or weights_objection(target, setup, engine)
+    reason = reason or vocabulary_objection(target, setup, engine)
     if reason is not None:
         return reason
     first = METHODS[_method(setup)]
