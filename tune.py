@@ -25,11 +25,11 @@ from typer.exceptions import TyperException
 from profiles import machine, shipped, spelling
 from profiles.errors import DraftpickError, InputError, MatchError, NotMeasuredError, PolicyError
 from profiles.terms import PLAIN
-from store import bundle_verbs, deploy, places
+from store import bundle_verbs, deploy, places, telling
 from store.book import Book
 from tuner import flags
 from tuner import policy as policies
-from tuner.match import LEVELS, MEANINGS, Level
+from tuner.match import LEVELS, Level
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,7 +60,7 @@ def run(asked: flags.RunFlags) -> int:
     limits = _limits(asked)
     place = places.place(asked.store)
     with _console(stderr=True).status("loading"):
-        from store import rehearsal, runs, telling
+        from store import rehearsal, runs
         from tuner import report as reports
         from tuner.progress import StageProgress
         from tuner.tuning import Options, Watch
@@ -172,7 +172,8 @@ def lookup(
     context: flags.AskedContext = None,
     domain: flags.AskedDomain = None,
     temperature: flags.AskedTemperature = None,
-    form: Annotated[str | None, typer.Option("--format", help="json or transformers: what an engine takes.")] = None,
+    form: flags.Form = None,
+    engine_version: flags.EngineVersion = None,
     require: flags.Require = None,
     transferred: flags.Transferred = False,
     environment: flags.MachineFile = None,
@@ -181,37 +182,27 @@ def lookup(
     json_only: flags.JsonOnly = False,
 ) -> None:
     """Answer which setup to use on this machine and how well that is known; loads no torch and changes nothing."""
-    from tuner import export
-
-    if form is not None and form not in export.FORMS:
-        raise InputError(f"format {form!r}: allowed are {', '.join(export.FORMS)}")
+    engine = telling.engine_asked(form)
     level = _level(require)
     question = deploy.Question(
         target=target, batch_size=batch_size, context_length=context, domain=domain, temperature=temperature
     )
-    here = machine.this_machine(device=device) if environment is None else machine.read_machine(environment)
+    if environment is None:
+        here = machine.this_machine(engine, device)
+    else:
+        here = {"engine": engine, **machine.read_machine(environment)}
     place = places.existing(store)
     with Book.open_read_only(place) as book:
         found = deploy.lookup(book, question, here)
         found = found.with_transferred() if transferred else found
         if json_only:
-            from store import telling
-
             _print_json(telling.lookup_document(found, book, places.name(place)))
     if not found.reaches(level):
         raise MatchError(f"{found.caveat}; required was {level}")
-    if json_only:
-        return
-    _say(*([] if found.caveat is None else [f"warning: {found.caveat}"]))
-    if found.transferred is not None and not transferred:
-        _say(f"offered, take it with --transferred: {found.transferred.reason}")
-    if form is None:
-        _say_out(f"{found.answer.choice.setup.name}: {found.answer.rule}", found.answer.choice.reason)
-        _say_out(f"match: {found.level}, {MEANINGS[found.level]}")
-    else:
-        made = export.emit(found.answer.choice, target=found.target, form=form)
-        _say(*([] if made.note is None else [made.note]))
-        typer.echo(made.text, nl=False)
+    if not json_only:
+        text, asides = telling.lookup_text(found, form, engine_version)
+        _say(*asides)
+        typer.echo(text, nl=False)
 
 
 def _level(name: str | None) -> Level:

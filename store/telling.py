@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from profiles.errors import InputError
+from profiles.machine import ENGINE
 from store.book import Book
 from store.deploy import Found
-from tuner import report
+from tuner.match import MEANINGS
 
 if TYPE_CHECKING:
     from store.runs import FinishedRun
@@ -33,8 +35,44 @@ def outcome_lines(done: "FinishedRun") -> Iterator[str]:
     yield f"policy: {done.policy_path}"
 
 
+def engine_asked(form: str | None) -> str:
+    """The engine whose measurements are asked for by what is to be printed. Raises InputError: an unknown form."""
+    if form is None:
+        return ENGINE
+    from tuner import export
+
+    if form not in export.FORMS:
+        raise InputError(f"format {form!r}: allowed are {', '.join(export.FORMS)}")
+    return ENGINE if form in ("json", "transformers") else form
+
+
+def lookup_text(found: Found, form: str | None, version: str | None) -> tuple[str, list[str]]:
+    """What a look-up prints, for an engine or for people, and what is said beside it on standard error.
+
+    Raises InputError: an engine version that is none.
+    """
+    asides = [] if found.caveat is None else [f"warning: {found.caveat}"]
+    lent = found.transferred
+    taken = lent is not None and found.answer.choice.forecast == lent.forecast
+    if lent is not None and not taken:
+        asides.append(f"offered, take it with --transferred: {lent.reason}")
+    choice = found.answer.choice
+    if form is None:
+        lines = [f"{choice.setup.name}: {found.answer.rule}", choice.reason]
+        lines.append(f"match: {found.level}, {MEANINGS[found.level]}")
+        return "\n".join([*lines, ""]), asides
+    from tuner import export
+
+    made = export.emit(found.deployment(), form, version)
+    if made.text and made.setup is not None:
+        asides.append(f"{made.setup.name}: {'a transferred forecast, not measured' if taken else made.label}")
+    return made.text, [*asides, *([] if made.note is None else [made.note])]
+
+
 def lookup_document(found: Found, book: Book, store: str) -> dict[str, Any]:
     """The policy that answered as `run` printed it (without one: the target), the answer, and how well it matches."""
+    from tuner import report
+
     outcome: dict[str, Any] = {}
     known: dict[str, Any] = {"target": asdict(found.target), "store": store}
     if found.policy is not None:

@@ -20,6 +20,7 @@ FLOORS = {
     "profiles.terms": 0,
     "profiles.formulas": 1,
     "profiles.keys": 1,
+    "profiles.packages": 1,
     "profiles.pairs": 1,
     "profiles.protocol": 0,
     "profiles.replay": 1,

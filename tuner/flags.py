@@ -69,6 +69,13 @@ TunedTarget = Annotated[str | None, typer.Option("--target", help="Name or diges
 AskedBatch = Annotated[int, typer.Option("--batch-size", help="Sequences decoded together.")]
 AskedContext = Annotated[int | None, typer.Option("--context", help="Tokens of prompt and output; default: not known.")]
 AskedDomain = Annotated[str | None, typer.Option("--domain", help="Domain of the prompts; default: all mixed.")]
+Form = Annotated[
+    str | None,
+    typer.Option("--format", help="What an engine takes: vllm, sglang, trtllm, llamacpp, transformers; or json."),
+]
+EngineVersion = Annotated[
+    str | None, typer.Option(help="Of the engine --format is for; default: the installed one, else the newest known.")
+]
 Require = Annotated[
     str | None,
     typer.Option(help="Fail with code 7 unless the match is at least exact, version, engine, family or capability."),

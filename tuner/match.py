@@ -83,6 +83,8 @@ def match(here: Machine, there: Machine) -> Match:
     capabilities are known and equal, else `none`; so too a device that is not known.
     """
     unequal = tuple(field for field in _COMPARED if not _is_equal(field, here, there))
+    if "engine" in unequal:  # versions of two engines say nothing of each other
+        unequal = tuple(field for field in unequal if field != "engine_version")
     worst = max((LEVELS.index(_level_of(field, here, there)) for field in unequal), default=0)
     ratios = (_log_ratio(here, there, "memory_bandwidth_bytes_s"), _log_ratio(here, there, "memory_bytes"))
     return Match(level=LEVELS[worst], unequal=unequal, distance=(*ratios, len(unequal)), here=here, there=there)

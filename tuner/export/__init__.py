@@ -21,7 +21,7 @@ FORMS: tuple[Form, ...] = get_args(Form)
 EMITTERS = {"sglang": sglang.emit, "transformers": transformers.emit, "trtllm": trtllm.emit, "vllm": vllm.emit}
 
 
-def emit(deployment: Deployment, form: Form, version: str | None = None) -> Export:
+def emit(deployment: Deployment, form: str, version: str | None = None) -> Export:
     """The best setup the engine can express, spelled for its `version`; or the choice as a JSON document.
 
     `version` None takes the installed engine's, and without one the newest known, which the note says. Raises

