@@ -342,9 +342,12 @@ def _insert(
     """Insert rows with where and when they were made; returns the id of the last."""
     model, machine = tables.model_row(target), tables.environment_row(environment)
     labels = {"name": target.name, "revision": target.revision}  # equal weights may be found under another name
-    known = update(tables.models).where(tables.models.c.key == model["key"]).values(labels)
-    if connection.execute(known).rowcount == 0:
+    key = tables.models.c.key == model["key"]
+    known = connection.execute(select(tables.models.c.name, tables.models.c.revision).where(key)).mappings().first()
+    if known is None:
         connection.execute(insert(tables.models).values(model))
+    elif known != labels:
+        connection.execute(update(tables.models).where(key).values(labels))
     digest = tables.environments.c.digest
     if connection.scalar(select(digest).where(digest == environment.digest)) is None:
         connection.execute(insert(tables.environments).values(machine))

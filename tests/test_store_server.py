@@ -265,3 +265,10 @@ def test_a_url_that_cannot_be_used_is_refused(text: str, wanted: str) -> None:
             opened(text)
         assert "s3cret" not in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_a_driver_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the command that installs it."""
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(StoreError, match=r"me:\*\*\*@host/base: the driver is not installed: pip install"):
+        Book.open("postgresql+psycopg://me:s3cret@host/base")

@@ -4,7 +4,7 @@
 
 Eight processes share a SQLite file, sixteen a PostgreSQL database (left out with a reason where no server is given).
 Each opens the store while it is still being made, does a whole tuning run, then saves units that all the others save
-too, every process with timings and traces of its own, until the time is up. What is there is then counted with raw SQL.
+too, every process with timings and traces of its own, for some seconds. What is there is then counted with raw SQL.
 `measured_for_nothing`: units that another process had saved while this one measured them; the first one answers.
 """
 
@@ -46,7 +46,7 @@ KEYS = {
 }
 
 
-def write_together(place: Place, seed: int, ends_at: float, barrier: Any, results: Any) -> None:
+def write_together(place: Place, seed: int, seconds: float, barrier: Any, results: Any) -> None:
     """One process: a run, then units that everybody saves; puts how many it measured and reused, and what failed."""
     engine = FakeEngine(seed=seed, keep=0.9)
     said: dict[str, Any] = {"error": None, "runs": 0, "measured": 0, "reused": 0, "unlike": 0}
@@ -56,8 +56,9 @@ def write_together(place: Place, seed: int, ends_at: float, barrier: Any, result
             workload = Workload(context_length=256, max_new_tokens=64, temperature=(seed % 2) * 0.8)
             tune(engine, [(workload, PROMPTS)], Shelf.of(book), Options(lengths=(1, 2)), Watch())
             said["runs"] = 1
+            ends_at = time.monotonic() + seconds
             for number, prompt in enumerate(LOAD):
-                if time.time() > ends_at:
+                if time.monotonic() > ends_at:
                     break
                 remember = Remember(engine, book)
                 trace = remember.trace_target(GREEDY, prompt)
@@ -88,9 +89,8 @@ def measure(kind: str, seconds: float) -> dict[str, Any]:
     fork, count = multiprocessing.get_context("fork"), PROCESSES[kind]
     barrier, results = fork.Barrier(count), fork.Queue()
     with _place(kind) as place:
-        ends_at = time.time() + seconds
         workers = [
-            fork.Process(target=write_together, args=(place, seed, ends_at, barrier, results)) for seed in range(count)
+            fork.Process(target=write_together, args=(place, seed, seconds, barrier, results)) for seed in range(count)
         ]
         for worker in workers:
             worker.start()
@@ -142,7 +142,7 @@ def _counts(place: Place) -> dict[str, int]:
 def main() -> None:
     """Both kinds, the table, JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each kind")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of saving, after the run of each process")
     options = parser.parse_args()
     found: dict[str, dict[str, Any] | None] = {"sqlite": measure("sqlite", options.seconds), "postgresql": None}
     if os.environ.get(servers.VARIABLE):
