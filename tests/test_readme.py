@@ -15,7 +15,10 @@ VERBS = typer.main.get_command(tune.app).commands  # type: ignore[attr-defined]
 COMMANDS = {name: verb for name, verb in VERBS.items() if not hasattr(verb, "commands")} | {
     f"{name} {inner}": verb for name, group in VERBS.items() for inner, verb in getattr(group, "commands", {}).items()
 }
-OPTIONS = {name: {option for one in verb.params for option in one.opts} - {"--help"} for name, verb in COMMANDS.items()}
+OPTIONS = {
+    name: {option for one in verb.params for option in one.opts if option.startswith("--")} - {"--help"}
+    for name, verb in COMMANDS.items()
+}
 SPELLED = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 OTHER_TOOLS = {"--from", "--require-hashes"}  # options of other programs that README mentions
 
