@@ -13,6 +13,7 @@ from tests.policies import choice
 from tests.tiny import write_gguf, write_model
 from tuner.export import Form, emit
 
+pytestmark = pytest.mark.slow  # half a minute for each release of vLLM
 SCHEDULE = "num_speculative_tokens_per_batch_size"
 
 

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from profiles.errors import InputError
 from profiles.terms import PLAIN, Draft, Setup
 from tests.lanes.cases import cases, deployment, draft_at, model_at
+from tests.lanes.places import LANES
 from tests.policies import CODE_DRAFT, EARLY_EXIT, NGRAM, TARGET, choice, forecast, measured
 from tuner.export import Form, emit
 from tuner.export.llamacpp import SPELLINGS, spelling_of_build, spelling_of_help
 from tuner.export.sglang import FLAGS
 from tuner.export.trtllm import KEYS
+from tuner.export.versions import NEWEST
 from tuner.policy import Choice
 
 WITH_MODEL = Setup(draft=CODE_DRAFT, length=4)
@@ -315,3 +317,10 @@ def test_one_length_for_every_batch(form: Form) -> None:
     assert said in str(emit(case, form).note)
     at_four = replace(case, choice=case.rows[1])
     assert emit(at_four, form).setup == case.rows[1].setup
+
+
+def test_newest_known_is_checked_by_a_lane() -> None:
+    """The version assumed where nothing is installed is one that a lane puts before the real engine."""
+    lanes = {(lane.form, lane.version) for lane in LANES}
+    assert {(form, NEWEST[form]) for form in ("vllm", "sglang", "llamacpp")} <= lanes
+    assert {f"b{one.first}" for one in SPELLINGS} <= {lane.version for lane in LANES}

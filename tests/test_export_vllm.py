@@ -3,6 +3,7 @@
 import json
 import shlex
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -83,10 +84,13 @@ def test_unknown_old_version() -> None:
 
 
 def test_newer_than_known_is_said() -> None:
-    """A version beyond the newest checked gets the newest keys, and the note says so."""
-    note = emit(deployment(choice(WITH_MODEL)), "vllm", "0.99.0").note
-    assert "vLLM 0.99.0 is newer than 0.33.0, the newest one known" in str(note)
-    assert "newer" not in str(emit(deployment(choice(WITH_MODEL)), "vllm", "0.33.0+cu130").note)
+    """A version beyond the newest checked gets the newest keys, and the note says so; a build of it is not beyond."""
+    case = deployment(choice(WITH_MODEL))
+    for version in ("0.99.0", "0.33.1", "0.330.0"):
+        note = emit(case, "vllm", version).note
+        assert f"vLLM {version} is newer than 0.33.0, the newest one known" in str(note)
+    for version in ("0.33.0", "0.33.0+cu130", "0.33.0.post1", "v0.32.0"):
+        assert "newer" not in str(emit(case, "vllm", version).note)
 
 
 @pytest.mark.parametrize("version", ["latest", "", "0.x", "b6800"])
@@ -196,6 +200,46 @@ def test_only_keys_of_the_version(version: str) -> None:
             assert first <= last
             assert 0 <= length <= config["num_speculative_tokens"]  # type: ignore[operator]
     assert emitted >= 2
+
+
+LENGTHS = st.integers(1, 8)
+DRAFTS = st.sampled_from([CODE_DRAFT, NGRAM, EARLY_EXIT, draft_at("org/other", "v1"), draft_at("x.gguf")])
+SETUPS = st.builds(Setup, draft=DRAFTS, length=LENGTHS) | st.just(PLAIN)
+
+
+@st.composite
+def deployments(draw: st.DrawFn) -> Deployment:
+    """One to four measured batches with any setups and alternatives; the question is about one of them."""
+    temperature = draw(st.sampled_from([0.0, 0.8]))
+    rows = []
+    for batch_size in draw(st.lists(st.integers(1, 64), min_size=1, max_size=4, unique=True)):
+        setups = draw(st.lists(SETUPS.filter(lambda one: one != PLAIN), max_size=3))
+        alternatives = tuple(forecast(one, draw(st.floats(1.06, 3.0))) for one in setups)
+        answer = choice(draw(SETUPS), batch_size=batch_size, temperature=temperature, alternatives=alternatives)
+        rows.append(answer)
+    return deployment(draw(st.sampled_from(rows)), *rows)
+
+
+@given(case=deployments(), version=st.sampled_from(VERSIONS))
+def test_any_deployment_keeps_the_rules(case: Deployment, version: str) -> None:
+    """For any rows: known keys, no length of 0, ranges in order from 1 on, and the said setup's length at its batch."""
+    export = emit(case, "vllm", version)
+    assert (export.setup is None) == (export.text == "") == (export.label == "")
+    if export.setup is None:
+        assert export.note
+        return
+    config = config_of(export)
+    assert set(config) <= allowed_keys(version)
+    longest = config["num_speculative_tokens"]
+    assert isinstance(longest, int)
+    assert longest >= 1
+    ranges = config.get(SCHEDULE, [[1, 65_536, longest]])
+    assert isinstance(ranges, list)
+    assert ranges[0][0] == 1
+    assert max(length for _, _, length in ranges) == longest
+    assert all(after[0] == here[1] + 1 and after[2] != here[2] for here, after in pairwise(ranges))
+    (asked,) = (length for first, last, length in ranges if first <= case.choice.batch_size <= last)
+    assert export.setup.length == asked
 
 
 def test_schedule_by_version() -> None:

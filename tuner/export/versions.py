@@ -95,5 +95,6 @@ def _beyond(form: str, version: str) -> str | None:
     if form == "llamacpp":
         newer = int(version) > build_of(newest)
     else:
-        newer = Version(version) > Version(newest) and not Version(version).public.startswith(newest)
+        known = Version(newest)  # a post-release or a build of it is not newer
+        newer = Version(version) > known and Version(Version(version).base_version) > known
     return f"{TITLES[form]} {_spelled(form, version)} is newer than {newest}, the newest one known" if newer else None
