@@ -12,7 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ from store.bundle_rows import (
 from tuner.records import decode
 
 MOST_UNIT_ROWS = 100_000
+SAME_FIGURE = 1e-3
 SCHEMA = re.compile(r"[0-9]{4}")
 
 
@@ -74,10 +75,11 @@ class Contents:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Merged:
-    """Rows by table that a merge added, and those that the store had already."""
+    """Rows by table that a merge added, that the store had already, and that it left out for the store's own."""
 
     added: dict[str, int]
     known: dict[str, int]
+    unlike: dict[str, int] = field(default_factory=dict)
 
 
 def pack(
@@ -158,12 +160,14 @@ def check(path: Path) -> int | None:
     return None
 
 
-def merge(book: Book, path: Path) -> Merged:
+def merge(book: Book, path: Path, *, keep_mine: bool = False) -> Merged:
     """Adds what the store does not have, all of it or, on any refusal, nothing; the second time nothing is new.
 
-    Equal evidence keeps the time and machine under which this store has it. Takes a file of `profiles.evidence.make`
-    too. Raises: InputError: the file is damaged, newer or not allowed. StoreError: it holds other evidence under a key
-    that the store has; both values are named.
+    Equal evidence keeps the time and machine under which this store has it; traces of equal tokens are equal when their
+    figures are within 0.001, because devices round otherwise. `keep_mine`: where the bundle holds other evidence, the
+    store's stays and the rest is merged; acceptance over a trace of other tokens is left out with the trace. Takes a
+    file of `profiles.evidence.make` too. Raises: InputError: the file is damaged, newer or not allowed. StoreError: it
+    holds other evidence under a key that the store has; both values are named.
     """
     swept = check(path)  # without a lock, which then is held no longer than the rows take
     if swept is not None:
@@ -171,15 +175,28 @@ def merge(book: Book, path: Path) -> Merged:
         return Merged(added={"step_times": loaded}, known={"step_times": swept - loaded})
     added: Counter[str] = Counter()
     known: Counter[str] = Counter()
+    unlike: Counter[str] = Counter()
+    parted: set[tuple[Any, ...]] = set()  # traces of which the store has other tokens
     with book.writing() as connection, reading(path) as file:
         _header(file)
         for table, unit in _units(file):
-            is_known = _is_known(connection, table, unit)
+            trace = tuple(unit[0].get(name) for name in names_of(tables.target_traces))
+            try:
+                is_known = trace not in parted and _is_known(connection, table, unit)
+            except _UnlikeError:
+                if not keep_mine:
+                    raise
+                parted |= {trace} if table is tables.target_traces else set()
+                unlike[table.name] += len(unit)
+                continue
+            if trace in parted:
+                unlike[table.name] += len(unit)
+                continue
             (known if is_known else added)[table.name] += len(unit)
             if not is_known:
                 connection.execute(insert(table), [to_store(table, row) for row in unit])
         connection.commit()
-    return Merged(added=dict(added), known=dict(known))
+    return Merged(added=dict(added), known=dict(known), unlike=dict(unlike))
 
 
 def newest_schema() -> str:
@@ -270,6 +287,10 @@ def _placed_rows(file: Reading) -> Iterator[tuple[Table, Values]]:
         yield table, row
 
 
+class _UnlikeError(StoreError):
+    """The store has other evidence under the key of a unit."""
+
+
 class _References:
     """The models, machines and target traces that were seen, which later rows are about."""
 
@@ -330,24 +351,35 @@ def _check_alike(table: Table, stored: list[Values], unit: list[Values]) -> None
     shown = ", ".join(f"{key} {unit[0][key]}" for key in ((name,) if name else names_of(table)))
     refused = f"unlike evidence in {table.name} under {shown}"
     if len(stored) != len(unit):
-        raise StoreError(f"{refused}: {len(stored)} rows in the store, {len(unit)} in the bundle: nothing is merged")
+        raise _UnlikeError(f"{refused}: {len(stored)} rows in the store, {len(unit)} in the bundle: nothing is merged")
     for old, new in zip(stored, unit, strict=True):
         for column in (column.name for column in columns_of(table)):
             unknown = table is tables.environments and None in (old[column], new[column])
-            if column not in ignored and not unknown and old[column] != new[column]:
-                place, *both = _difference(column, old[column], new[column])
-                raise StoreError(
+            if column not in ignored and not unknown and not _is_alike(table, old[column], new[column]):
+                place, *both = _difference(column, old[column], new[column], rounded=table.name in TRACES)
+                raise _UnlikeError(
                     f"{refused}: {place} is {_short(both[0])} in the store, {_short(both[1])} in the bundle: "
                     "nothing is merged"
                 )
 
 
-def _difference(place: str, old: Any, new: Any) -> tuple[str, Any, Any]:
-    """The first place where two values part, and what is there."""
+def _is_alike(table: Table, old: Any, new: Any) -> bool:
+    """Whether two values say the same; the figures of a trace may be rounded otherwise."""
+    if table.name in TRACES and isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return all(one == other or _is_close(one, other) for one, other in zip(old, new, strict=True))
+    return bool(old == new)
+
+
+def _is_close(one: Any, other: Any) -> bool:
+    return isinstance(one, float) and isinstance(other, int | float) and abs(one - other) <= SAME_FIGURE
+
+
+def _difference(place: str, old: Any, new: Any, *, rounded: bool) -> tuple[str, Any, Any]:
+    """The first place where two values part, beyond rounding where that is allowed, and what is there."""
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for index, (one, other) in enumerate(zip(old, new, strict=True)):
-            if one != other:
-                return _difference(f"{place}[{index}]", one, other)
+            if one != other and not (rounded and _is_close(one, other)):
+                return _difference(f"{place}[{index}]", one, other, rounded=rounded)
     return place, old, new
 
 

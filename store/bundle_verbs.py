@@ -27,6 +27,9 @@ Environments = Annotated[
     typer.Option("--environment", help="Device name or digest of a machine; repeatable; default: all."),
 ]
 Policies = Annotated[Path | None, typer.Option(help="A folder that also gets the latest policies, a file each.")]
+KeepMine = Annotated[
+    bool, typer.Option("--keep-mine", help="Where the store has other evidence, keep that and merge the rest.")
+]
 
 app = typer.Typer(rich_markup_mode=None, help="Carry evidence, runs and policies between machines in one file.")
 
@@ -65,20 +68,24 @@ def inspect(path: File, json_only: flags.JsonOnly = False) -> None:
 
 
 @app.command()
-def merge(path: File, store: flags.Store = None, json_only: flags.JsonOnly = False) -> None:
+def merge(
+    path: File, keep_mine: KeepMine = False, store: flags.Store = None, json_only: flags.JsonOnly = False
+) -> None:
     """Add what a bundle holds to the store, all of it or nothing; again it changes nothing."""
     from store import bundle
 
     bundle.check(path)  # a file that is refused makes no store
     place = places.place(store)
     with Book.open(place) as book:
-        merged = bundle.merge(book, path)
+        merged = bundle.merge(book, path, keep_mine=keep_mine)
     if json_only:
         _print_json({**asdict(merged), "store": places.name(place)})
         return
     _say(f"store {places.name(place)}")
-    for table in dict.fromkeys([*merged.added, *merged.known]):
-        _say(f"{_spaced(table)}: {merged.added.get(table, 0)} new, {merged.known.get(table, 0)} known")
+    for table in dict.fromkeys([*merged.added, *merged.known, *merged.unlike]):
+        said = f"{_spaced(table)}: {merged.added.get(table, 0)} new, {merged.known.get(table, 0)} known"
+        left_out = merged.unlike.get(table, 0)
+        _say(f"{said}, {left_out} unlike the store's and left out" if left_out else said)
 
 
 def _told(contents: "Contents") -> Iterator[str]:

@@ -240,6 +240,41 @@ class TestUnlikeEvidence:
         assert place in said
         assert " in the store, " in said
 
+    def test_figures_that_were_rounded_otherwise_are_alike(self, packed: Path, empty: Book, tmp_path: Path) -> None:
+        """Another device's probabilities of the same tokens differ in their last digits: the store's stay."""
+
+        def change(_: dict[str, Any], rows: Rows) -> None:
+            probs = row_of(rows, "target_traces")["target_probs"]
+            probs[3] = round(probs[3] - 4e-4, 9)
+
+        bundle.merge(empty, packed)
+        before = content(empty.path.parent)
+        assert bundle.merge(empty, resealed(packed, tmp_path / "c", change)).added == {}
+        assert content(empty.path.parent) == before
+
+    def test_the_stores_own_may_be_kept(self, packed: Path, empty: Book, tmp_path: Path) -> None:
+        """What contradicts the store is left out with the acceptance over it, and the rest is merged."""
+        given: dict[str, int] = {}
+
+        def change(_: dict[str, Any], rows: Rows) -> None:
+            trace = row_of(rows, "target_traces")
+            trace["token_ids"][3] += 1
+            given["over"] = sum(
+                name in ("acceptance_traces", "lookup_traces") and row["prompt_digest"] == trace["prompt_digest"]
+                for name, row in rows
+            )
+
+        other = resealed(packed, tmp_path / "c", change)
+        with Book.open(tmp_path / "only_traces.db") as book:
+            bundle.merge(book, packed)
+            sql(book.path, "DELETE FROM acceptance_traces")
+            sql(book.path, "DELETE FROM lookup_traces")
+            refused(book, other)
+            merged = bundle.merge(book, other, keep_mine=True)
+        assert merged.unlike["target_traces"] == 1
+        assert sum(merged.unlike.values()) == 1 + given["over"]
+        assert given["over"] > 0
+
     def test_a_longer_unit_is_unlike(self, packed: Path, empty: Book, tmp_path: Path) -> None:
         """A sweep of which a part is missing is not the same sweep."""
 
