@@ -4,13 +4,11 @@ A field that cannot be told is left out, so that "not known" never passes for "e
 are measured is `profiles.environment`'s; here the same fields are read by lighter means.
 """
 
-import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import psutil
 import pynvml
 
 from profiles.errors import InputError
-from profiles.packages import installed
+from profiles.packages import installed, own_version
 from profiles.sizes import GIB
 from profiles.traits import Machine, checked, known
 
@@ -59,7 +57,7 @@ def read_machine(path: Path) -> Machine:
 def own_engine_version() -> str | None:
     """Of the engine that ships with draftpick; None without transformers, which is a part of it."""
     transformers = installed("transformers")
-    return None if transformers is None else f"{_own_version()}+transformers-{transformers}"
+    return None if transformers is None else f"{own_version()}+transformers-{transformers}"
 
 
 def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
@@ -155,11 +153,3 @@ def _threads() -> int | None:
     if cores is None or not hasattr(os, "sched_getaffinity"):
         return cores
     return min(cores, len(os.sched_getaffinity(0)))
-
-
-def _own_version() -> str:
-    try:
-        return importlib.metadata.version("draftpick")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        project = Path(__file__).parents[1] / "pyproject.toml"
-        return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])

