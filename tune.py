@@ -4,9 +4,13 @@ Each verb reads like the story; the rooms below do the work. Heavy libraries are
 so that `lookup` answers a deploy script without loading torch.
 """
 
+# ruff: noqa: E402
+import gc
+
+gc.set_threshold(50_000)  # looking for garbage among modules just loaded takes a tenth of the time of a look-up
+
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -15,41 +19,36 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import platformdirs
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 from typer.exceptions import TyperException
 
-from profiles import shipped, spelling
-from profiles.errors import DraftpickError, InputError, NotMeasuredError, PolicyError
+from profiles import machine, shipped, spelling
+from profiles.errors import DraftpickError, InputError, MatchError, NotMeasuredError, PolicyError
 from profiles.terms import PLAIN
-from store import connection
+from store import bundle_verbs, deploy, places, telling
 from store.book import Book
-from store.inventory import inventory, inventory_table
-from tuner import export, flags
+from tuner import flags
 from tuner import policy as policies
-from tuner import report as reports
-from tuner.progress import StageProgress
+from tuner.match import LEVELS, Level
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from profiles.loading import Bench
     from store.rehearsal import Loads, Rehearsal
     from store.runs import FinishedRun
     from tuner.limits import Limits
+    from tuner.report import Dossier
 
 OBJECTIVES = ("tpot", "throughput")
 EXIT_NOT_PROVEN, EXIT_NOTHING_FEASIBLE, EXIT_INTERRUPTED = 5, 6, 130
-BOOK_NAME = "evidence.db"
 
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     help="Measures which draft and speculation length decode fastest on this machine, and proves it.",
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+app.add_typer(bundle_verbs.app, name="bundle")
 
 
 @app.command("run")
@@ -59,30 +58,33 @@ def run(asked: flags.RunFlags) -> int:
     out_of_time = _deadline(asked.budget)
     since_s = None if asked.max_age is None else spelling.parse_age(asked.max_age)
     limits = _limits(asked)
-    place = _store_place(asked.store)
-    with err.status("loading"):
+    place = places.place(asked.store)
+    with _console(stderr=True).status("loading"):
         from store import rehearsal, runs
+        from tuner import report as reports
+        from tuner.progress import StageProgress
         from tuner.tuning import Options, Watch
 
         if not asked.dry_run:
             with Book.open(place) as book:  # a store that cannot be used is told before models are loaded
                 runs.Shelf.of(book)
         bench, loads, warnings = _load(asked)
-    _say(f"target {asked.target} on {bench.engine.environment.device}; store {_store_name(place)}", *warnings)
+    _say(f"target {asked.target} on {bench.engine.environment.device}; store {places.name(place)}", *warnings)
     _say(*(f"left out: {one.name}: {one.detail}" for one in bench.refused))
     lengths = spelling.parse_lengths(asked.lengths)
     options = Options(lengths=lengths, limits=limits, needed_bytes=bench.needed_bytes, refused=bench.refused)
     if asked.dry_run:
         since = runs.utc_ago(since_s)
         return _print_rehearsal(rehearsal.rehearse(bench.engine, loads, place, options, since), asked.json_only)
-    with Book.open(place) as book, StageProgress(err) as progress:
+    with Book.open(place) as book, StageProgress(_console(stderr=True)) as progress:
         watch = Watch(progress=progress.update, out_of_time=out_of_time, show=progress.standings)
         done = runs.tune(bench.engine, loads, runs.Shelf.of(book, runs.utc_ago(since_s)), options, watch)
     document = reports.document(
-        done.policy, cost=done.cost, store=_store_name(place), policy_path=str(done.policy_path)
+        done.policy, cost=done.cost, store=places.name(place), policy_path=str(done.policy_path)
     )
     if not asked.json_only:
-        _print_outcome(done)
+        _console().print(reports.table(done.policy))
+        _say_out(*telling.outcome_lines(done))
     _print_json({**document, "left_out": [asdict(one) for one in done.left_out]})
     return _exit_code(done)
 
@@ -131,7 +133,7 @@ def check(
 ) -> int:
     """Tell in seconds whether drafts fit a target: tokens, positions, memory, and a first look at acceptance."""
     specs = _specs(target, draft)
-    with err.status("loading"):
+    with _console(stderr=True).status("loading"):
         from profiles import check as checks
         from profiles import prompts as files
         from tuner.check_table import check_table
@@ -142,22 +144,25 @@ def check(
     if json_only:
         _print_json(found.to_json())
     else:
-        out.print(check_table(found))
+        _console().print(check_table(found))
     return InputError.exit_code if any(one.problem is not None for one in found.drafts) else 0
 
 
 @app.command()
 def show(store: flags.Store = None) -> None:
     """Tell what the store knows, how old it is and from which machine, and the latest policy."""
-    place = _existing_store(store)
+    from store.inventory import inventory, inventory_table
+    from tuner import report as reports
+
+    place = places.existing(store)
     with Book.open(place) as book:
         entries = inventory(book)
         text = book.latest_policy()
         policy = None if text is None else _read_policy(book, text)
-    _say_out(f"store {_store_name(place)}")
-    out.print(inventory_table(entries, datetime.now(UTC)))
+    _say_out(f"store {places.name(place)}")
+    _console().print(inventory_table(entries, datetime.now(UTC)))
     if policy is not None:
-        out.print(reports.table(policy))
+        _console().print(reports.table(policy))
 
 
 @app.command()
@@ -167,30 +172,45 @@ def lookup(
     context: flags.AskedContext = None,
     domain: flags.AskedDomain = None,
     temperature: flags.AskedTemperature = None,
-    form: Annotated[str | None, typer.Option("--format", help="json or transformers: what an engine takes.")] = None,
+    form: flags.Form = None,
+    engine_version: flags.EngineVersion = None,
+    require: flags.Require = None,
+    transferred: flags.Transferred = False,
+    environment: flags.MachineFile = None,
+    device: flags.AskedDevice = None,
     store: flags.Store = None,
     json_only: flags.JsonOnly = False,
 ) -> None:
-    """Answer which setup to use, from the latest policy; loads no torch."""
-    if form is not None and form not in export.FORMS:
-        raise InputError(f"format {form!r}: allowed are {', '.join(export.FORMS)}")
-    place = _existing_store(store)
-    with Book.open(place) as book:
-        policy = _find_policy(book, target)
-        outcome = book.latest_outcome(policy.target)
-    answer = _ask(policy, batch_size, context, domain, temperature)
-    if json_only:
-        policy_path = str(book.folder / policy.file_name)
-        cost, left_out = outcome.get("cost", {}), outcome.get("left_out", [])
-        document = reports.document(policy, cost=cost, store=_store_name(place), policy_path=policy_path)
-        _print_json({**document, "left_out": left_out, "answer": reports.answer(answer)})
-    elif form is None:
-        _say_out(f"{answer.choice.setup.name}: {answer.rule}", answer.choice.reason)
+    """Answer which setup to use on this machine and how well that is known; loads no torch and changes nothing."""
+    engine = telling.engine_asked(form)
+    level = _level(require)
+    question = deploy.Question(
+        target=target, batch_size=batch_size, context_length=context, domain=domain, temperature=temperature
+    )
+    if environment is None:
+        here = machine.this_machine(engine, device)
     else:
-        made = export.emit(answer.choice, target=policy.target, form=form)
-        if made.note:
-            _say(made.note)
-        typer.echo(made.text, nl=False)
+        here = {"engine": engine, **machine.read_machine(environment)}
+    place = places.existing(store)
+    with Book.open_read_only(place) as book:
+        found = deploy.lookup(book, question, here)
+        found = found.with_transferred() if transferred else found
+        if json_only:
+            _print_json(telling.lookup_document(found, book, places.name(place)))
+    if not found.reaches(level):
+        raise MatchError(f"{found.caveat}; required was {level}")
+    if not json_only:
+        text, asides = telling.lookup_text(found, form, engine_version)
+        _say(*asides)
+        typer.echo(text, nl=False)
+
+
+def _level(name: str | None) -> Level:
+    """Raises InputError: no such match level."""
+    found = next((level for level in LEVELS if level == (name or "none")), None)
+    if found is None:
+        raise InputError(f"required match {name!r}: allowed are {', '.join(LEVELS)}")
+    return found
 
 
 @app.command()
@@ -207,7 +227,7 @@ def explain(
     """Say why this setup and not that one: where a round's time goes, and what drafting must yield to pay."""
     from tuner import explain as explains
 
-    with Book.open(_existing_store(store)) as book:
+    with Book.open(places.existing(store)) as book:
         policy = _find_policy(book, target)
         dossier = _dossier(book, policy)
     answer = _ask(policy, batch_size, context, domain, temperature)
@@ -219,7 +239,7 @@ def explain(
         _print_json(found.to_json())
     else:
         _say_out(*explains.sentences(found))
-        out.print(explains.comparison(found.accounts))
+        _console().print(explains.comparison(found.accounts))
 
 
 @app.command()
@@ -231,7 +251,7 @@ def report(
     """Draw the latest run: a page with everything, or the chart of output tokens per second as a picture."""
     from tuner.report import page
 
-    with Book.open(_existing_store(store)) as book:
+    with Book.open(places.existing(store)) as book:
         dossier = _dossier(book, _find_policy(book, target))
     page.write(dossier, out_path)
     _say(f"wrote {out_path}")
@@ -245,13 +265,15 @@ def _ask(
     return policy.look_up(batch_size=batch_size, context_length=context, domain=domain, temperature=asked)
 
 
-def _dossier(book: Book, policy: policies.Policy) -> reports.Dossier:
+def _dossier(book: Book, policy: policies.Policy) -> "Dossier":
     """What the target's last finished run left to be shown."""
+    from tuner.report import Dossier
+
     raw = book.latest_outcome(policy.target).get("dossier")
     if raw is None:
         raise NotMeasuredError(f"no finished run of {policy.target.name} is in the store: run `tune.py run` first")
     try:
-        dossier = reports.Dossier.from_json(raw)
+        dossier = Dossier.from_json(raw)
     except InputError as error:
         raise InputError(f"the last run in store {book.place}: {error}") from error
     if not any(anchor.candidates for anchor in dossier.anchors):
@@ -278,33 +300,17 @@ def _deadline(budget: float | None) -> Callable[[], bool]:
     return lambda: time.monotonic() > deadline
 
 
-def _print_outcome(done: "FinishedRun") -> None:
-    """The table, what was left out and why, and what it cost."""
-    out.print(reports.table(done.policy))
-    _say_out(*(f"infeasible: {one.name} ({one.reason}): {one.detail}" for one in done.left_out))
-    _say_out(*(f"{anchor.domain}: {anchor.stopped}" for anchor in done.outcome.anchors if anchor.stopped))
-    measured = [choice.measured for choice in done.outcome.choices if choice.measured is not None]
-    grid = done.outcome.grid_seconds_estimate
-    text = f"measured {done.cost['measured_seconds']:.0f} s, reused {done.cost['reused_units']} known units"
-    if grid is not None:
-        text += f"; really running all {len(done.outcome.anchors[0].forecasts)} setups would take about {grid:.0f} s"
-    partings, disturbed = sum(one.num_partings for one in measured), sum(one.num_disturbed for one in measured)
-    out.print(text, soft_wrap=True)
-    out.print(f"outputs parted at near-ties: {partings}; pairs of runs disturbed by other programs: {disturbed}")
-    noises = [f"{anchor.race.noise:+.1%}" for anchor in done.outcome.anchors if anchor.race and anchor.race.noise]
-    if noises:
-        out.print(f"plain against plain, the races' noise floor: {', '.join(noises)}")
-    _say_out(f"policy: {done.policy_path}")
-
-
 def _print_rehearsal(found: "Rehearsal", json_only: bool) -> int:
     """What a run would measure; nothing was."""
     if not json_only:
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
         table = Table("stage", "units to measure", box=SIMPLE_HEAD)
         for stage, count in found.new_units.items():
             table.add_row(stage, str(count))
-        out.print(table)
-        out.print(f"{found.known_units} units are known; measuring the rest takes about {found.seconds:.0f} s")
+        _console().print(table)
+        _console().print(f"{found.known_units} units are known; measuring the rest takes about {found.seconds:.0f} s")
     _print_json(asdict(found))
     return 0
 
@@ -319,25 +325,6 @@ def _exit_code(done: "FinishedRun") -> int:
 
 def _print_json(document: dict[str, Any]) -> None:
     typer.echo(json.dumps(document, allow_nan=False))  # flushed: a full disk is told; fine where stdout is closed
-
-
-def _store_place(asked: str | None) -> connection.Place:
-    """The server's URL, or the file in the folder."""
-    named = asked or os.environ.get("DRAFTPICK_STORE")
-    if named and connection.is_url(named):
-        return named
-    return (Path(named) if named else platformdirs.user_data_path("draftpick")) / BOOK_NAME
-
-
-def _store_name(place: connection.Place) -> str:
-    return str(place.parent) if isinstance(place, Path) else connection.name_of(place)
-
-
-def _existing_store(asked: str | None) -> connection.Place:
-    place = _store_place(asked)
-    if isinstance(place, Path) and not place.exists():
-        raise NotMeasuredError(f"no store in {place.parent}: run `tune.py run` first, or name another with --store")
-    return place
 
 
 def _find_policy(book: Book, target: str | None) -> policies.Policy:
@@ -357,12 +344,19 @@ def _read_policy(book: Book, text: str) -> policies.Policy:
 
 def _say_out(*lines: str) -> None:
     for line in lines:
-        out.print(line, markup=False, soft_wrap=True)
+        typer.echo(line)
 
 
 def _say(*lines: str) -> None:
     for line in lines:
-        err.print(line, markup=False, soft_wrap=True)
+        typer.echo(line, err=True)
+
+
+def _console(stderr: bool = False) -> "Console":
+    """For tables; made where one is printed, because rich takes longer to import than a look-up takes."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
 
 
 def _usage_message(error: TyperException) -> str:

@@ -3,21 +3,15 @@
 Times taken under one fingerprint are never used under another. This module loads no model and reads no clock.
 """
 
-import importlib.metadata
-import platform
 import re
-import tomllib
-from pathlib import Path
 
 import psutil
-import pynvml
 import torch
 
+from profiles import machine
 from profiles.errors import InputError
-from profiles.sizes import GIB
+from profiles.gpu_watch import handle_of
 from profiles.terms import Environment
-
-ENGINE = "draftpick-torch"
 
 
 def pick_device(asked: str | None) -> str:
@@ -55,43 +49,26 @@ def fingerprint(device: str) -> Environment:
     `memory_bytes` is the device's whole memory to the nearest GiB: a kernel or driver update moves it by megabytes.
     """
     on_gpu = device.startswith("cuda")
+    capability = bandwidth = None
     if on_gpu:
         properties = torch.cuda.get_device_properties(device)
         name, count, memory_bytes = properties.name, torch.cuda.device_count(), properties.total_memory
+        capability = f"{properties.major}.{properties.minor}"
+        bandwidth = machine.memory_bandwidth(handle_of(device))
     else:
-        name, count, memory_bytes = _processor_name(), 1, psutil.virtual_memory().total
+        name, count, memory_bytes = machine.processor_name(), 1, psutil.virtual_memory().total
+    version = machine.own_engine_version()
+    assert version is not None  # transformers is a dependency
     return Environment(
         device=name,
         device_count=count,
-        memory_bytes=max(1, round(memory_bytes / GIB)) * GIB,
-        driver=_driver() if on_gpu else None,
+        memory_bytes=machine.whole_gib(memory_bytes),
+        driver=machine.driver_version() if on_gpu else None,
         cuda=torch.version.cuda if on_gpu else None,
         threads=torch.get_num_threads(),
         torch=torch.__version__,
-        engine=ENGINE,
-        engine_version=f"{_own_version()}+transformers-{importlib.metadata.version('transformers')}",
+        engine=machine.ENGINE,
+        engine_version=version,
+        compute_capability=capability,
+        memory_bandwidth_bytes_s=bandwidth,
     )
-
-
-def _processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's model name; where the kernel tells none (ARM, other systems), the architecture."""
-    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()
-
-
-def _driver() -> str | None:
-    """The GPU driver's version; None where NVIDIA's management library is not there."""
-    try:
-        pynvml.nvmlInit()
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    except pynvml.NVMLError:
-        return None
-
-
-def _own_version() -> str:
-    try:
-        return importlib.metadata.version("draftpick")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        project = Path(__file__).parents[1] / "pyproject.toml"
-        return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])

@@ -62,6 +62,12 @@ class NotMeasuredError(DraftpickError, LookupError):
     exit_code = 3
 
 
+class MatchError(DraftpickError):
+    """What was found fits the asking machine less well than was required."""
+
+    exit_code = 7
+
+
 class EngineError(DraftpickError, RuntimeError):
     """The engine failed while it ran; nothing of the failed unit is kept as a number."""
 

@@ -69,7 +69,7 @@ class GpuWatch:
         if not self._device.startswith("cuda"):
             return self
         _ask("nvmlInit")
-        self._handle = _handle_of(self._device)
+        self._handle = handle_of(self._device)
         if self._handle is None:
             _ask("nvmlShutdown")
             return self
@@ -164,7 +164,7 @@ def _ask(name: str, *arguments: object) -> Any:
         return None
 
 
-def _handle_of(device: str) -> Any:
+def handle_of(device: str) -> Any:
     """NVML's handle of torch's device, by UUID or bus address: NVML's numbers ignore CUDA_VISIBLE_DEVICES."""
     try:
         properties = torch.cuda.get_device_properties(device)

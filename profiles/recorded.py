@@ -74,6 +74,10 @@ def environment_from(data: Mapping[str, Any]) -> Environment:
     return Environment(**data)
 
 
+def workload_from(data: Mapping[str, Any]) -> Workload:
+    return Workload(**_tuples(data))
+
+
 def draft_from(data: Mapping[str, Any]) -> Draft:
     return Draft(**{**data, "model": None if data["model"] is None else model_from(data["model"])})
 

@@ -248,7 +248,7 @@ class Book:
         runs = tables.runs.c
         query = select(runs.outcome).where(runs.target_key == target.run_digest, runs.finished_at.is_not(None))
         with self._transaction("read") as connection:
-            found = connection.scalar(query.order_by(runs.id.desc()).limit(1)) or {}
+            found = connection.scalar(query.order_by(runs.finished_at.desc(), runs.id.desc()).limit(1)) or {}
             if not isinstance(found, dict):
                 kind = type(found).__name__
                 raise StoreError(
@@ -321,7 +321,8 @@ class Book:
 
 
 def _find(connection: Connection, table: Table, key: Row) -> list[Row]:
-    query = select(table).filter_by(**key).order_by(table.c.id)
+    made = table.c[tables.time_name(table.name)]  # a merged row may be older than those before it
+    query = select(table).filter_by(**key).order_by(made, table.c.id)
     return [dict(row) for row in connection.execute(query).mappings()]
 
 

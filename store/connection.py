@@ -190,11 +190,11 @@ def connect(place: Place, busy_timeout_s: float, *, read_only: bool = False) -> 
         url = _server_url(place)
         return Database(_server(url, busy_timeout_s), _server_name(url), None, busy_timeout_s, read_only)
     path = Path(place)
+    if path.is_dir():
+        raise StoreError(f"store {path}: unable to open database file: it is a folder: name a file")
     if read_only:
         if not path.exists():
             raise StoreError(f"store {path}: it is not there: run `tune.py run` first, or name another store")
-        if path.is_dir():
-            raise StoreError(f"store {path}: unable to open database file: it is a folder: name a file")
         url = _read_only_url(path)
     else:
         try:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy import Connection, Integer, cast, func, select
 
+from profiles.errors import StoreError
 from profiles.recorded import draft_from, environment_from, model_from
 from profiles.terms import Environment, Model, Setup
 from store import tables
@@ -64,25 +65,29 @@ def inventory(book: Book, here: str | None = None) -> tuple[Entry, ...]:
         disturbed, failures = _disturbed(connection), _failures(connection)
         models = _records(connection, tables.models, "key", model_from)
         machines = _records(connection, tables.environments, "digest", environment_from)
-    rows: dict[Key, dict[str, int]] = {}
-    times: dict[Key, list[str]] = {}
-    for table, found in spans.items():
-        for key, count, oldest, newest in found:
-            rows.setdefault(key, {})[table] = count
-            times.setdefault(key, []).extend((oldest, newest))
-    entries = [
-        Entry(
-            target=models[key[0]],
-            environment=machines[key[1]],
-            rows=counted,
-            oldest=min(times[key]),
-            newest=max(times[key]),
-            disturbed=disturbed.get(key),
-            is_here=None if here is None else key[1] == here,
-            failures=tuple(failures.get(key, ())),
-        )
-        for key, counted in rows.items()
-    ]
+        rows: dict[Key, dict[str, int]] = {}
+        times: dict[Key, list[str]] = {}
+        for table, found in spans.items():
+            for key, count, oldest, newest in found:
+                if key[0] not in models or key[1] not in machines:
+                    raise StoreError(
+                        f"{table} are about {' or '.join(key)}, which it does not have: the file is damaged"
+                    )
+                rows.setdefault(key, {})[table] = count
+                times.setdefault(key, []).extend((_utc(oldest), _utc(newest)))
+        entries = [
+            Entry(
+                target=models[key[0]],
+                environment=machines[key[1]],
+                rows=counted,
+                oldest=min(times[key]),
+                newest=max(times[key]),
+                disturbed=disturbed.get(key),
+                is_here=None if here is None else key[1] == here,
+                failures=tuple(failures.get(key, ())),
+            )
+            for key, counted in rows.items()
+        ]
     return tuple(sorted(entries, key=lambda entry: entry.newest, reverse=True))
 
 
@@ -139,6 +144,13 @@ def _spans(connection: Connection, table: sqlalchemy.Table) -> Iterator[tuple[Ke
     query = select(*about, func.count(), func.min(made), func.max(made)).group_by(*about)
     for target_key, machine, count, oldest, newest in connection.execute(query):
         yield (target_key, machine), count, oldest, newest
+
+
+def _utc(text: str) -> str:
+    """The time as it is. Raises ValueError when it is none that has a zone."""
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError(f"time {text!r} without a zone")
+    return text
 
 
 def _disturbed(connection: Connection) -> dict[Key, float]:

@@ -22,6 +22,7 @@ _SQLITE = {  # by primary result code
     26: "it is not a SQLite database: name another store",
 }
 _SQLITE_BUSY = 5
+_LONGEST = 300
 _POSTGRESQL = {  # by SQLSTATE, or its first two characters
     "08": _LOST,
     "0A000": _READ_ONLY,  # what a standby says to a write
@@ -105,4 +106,5 @@ def _first_line(text: str) -> str:
     """Of several attempts (a host with two addresses) the last counts; what libpq says around it is left out."""
     lines = [line.strip().removeprefix("- ") for line in text.splitlines() if line.strip()]
     tried = [line for line in lines if " failed: " in line]
-    return _NOISE.sub("", (tried or lines or ["no reason was given"])[-1 if tried else 0]).strip()
+    said = _NOISE.sub("", (tried or lines or ["no reason was given"])[-1 if tried else 0]).strip()
+    return "".join(one if one.isprintable() else " " for one in said)[:_LONGEST]

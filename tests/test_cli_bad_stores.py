@@ -89,7 +89,7 @@ BAD_STORES = [
     *((verb, foreign, 2, "the table 'invoices' of another program") for verb in VERBS),
     *((verb, truncated, 2, "broken/evidence.db: database disk image is malformed") for verb in VERBS),
     *(
-        (verb, a_directory, 2, "broken/evidence.db: unable to open database file: it cannot be opened")
+        (verb, a_directory, 2, "broken/evidence.db: unable to open database file: it is a folder: name a file")
         for verb in VERBS
     ),
     *((verb, damaged_policy, 2, "broken/evidence.db: policy lacks the key 'version'") for verb in READERS),
@@ -105,7 +105,8 @@ BAD_STORES = [
     ("run", foreign_studies, 2, "no such column"),
     ("run", a_file, 2, "its folder cannot be made: File exists"),
     *((verb, a_file, 3, "no store in") for verb in READERS),
-    *((verb, an_empty_file, 3, "no policy in store") for verb in READERS[1:]),
+    *((verb, an_empty_file, 3, "no policy in store") for verb in READERS[2:]),
+    ("lookup", an_empty_file, 2, "broken/evidence.db: "),
     *((verb, nothing, 3, "no store in") for verb in READERS),
 ]
 
@@ -125,7 +126,7 @@ def test_a_store_is_refused(
     make(folder, sound_store)
     file = database(folder)
     before = file.read_bytes() if file.is_file() else None
-    more = {"run": sound_words[1:], "report": ["--out", str(tmp_path / "chart.png")]}
+    more = {"run": sound_words[1:], "report": ["--out", str(tmp_path / "chart.png")], "lookup": ["--json"]}
     said = call(folder, verb, *more.get(verb, []))
     assert_refused(said, code, wanted)
     if make is not an_empty_file:  # which is a store without tables yet, and gets them

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from profiles import environment
+from profiles import environment, machine
 from profiles.clock import Clock, Disturbance, OtherLoad
 from profiles.errors import InputError
 from profiles.gpu_watch import GpuWatch
@@ -34,7 +34,7 @@ def test_the_fingerprint_describes_this_machine() -> None:
     assert found.threads == torch.get_num_threads()
     assert found.torch == torch.__version__
     assert found.engine == "draftpick-torch"
-    assert found.engine_version == f"0.2.0+transformers-{importlib.metadata.version('transformers')}"
+    assert found.engine_version == f"0.3.0+transformers-{importlib.metadata.version('transformers')}"
 
 
 def test_the_fingerprint_is_stable() -> None:
@@ -49,9 +49,9 @@ def test_the_processor_name_comes_from_the_kernel(tmp_path: Path) -> None:
     known, unknown = tmp_path / "known", tmp_path / "unknown"
     known.write_text("processor\t: 0\nmodel name\t: Example CPU @ 2.00GHz\nmodel name\t: another\n")
     unknown.write_text("processor\t: 0\n")
-    assert environment._processor_name(known) == "Example CPU @ 2.00GHz"
-    assert environment._processor_name(unknown)
-    assert environment._processor_name(tmp_path / "absent")
+    assert machine.processor_name(known) == "Example CPU @ 2.00GHz"
+    assert machine.processor_name(unknown)
+    assert machine.processor_name(tmp_path / "absent")
 
 
 @pytest.mark.parametrize("asked", [None, "auto"])

@@ -1,69 +1,50 @@
-"""What a choice becomes for a serving engine, checked by running it on tiny random models."""
+"""What a choice becomes for transformers, checked by running it on tiny random models; and as JSON."""
 
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers.generation.candidate_generator import AssistedCandidateGenerator, PromptLookupCandidateGenerator
 
 from profiles.errors import InputError
 from profiles.terms import PLAIN, Draft, Model, Setup
-from tests.policies import CODE_DRAFT, NGRAM, TARGET, choice
+from tests.lanes.cases import deployment
+from tests.lanes.transformers_lane import PROMPT, drafts_as_asked, rounds_of, run_snippet
+from tests.policies import CODE_DRAFT, EARLY_EXIT, NGRAM, choice, forecast
 from tests.tiny import READS_GGUF, write_gguf, write_model
-from tuner.export import emit
-
-PROMPT = torch.tensor([[5, 9, 7, 8, 5, 9, 7, 8, 5, 9, 7, 8, 5, 9]])
-
-
-def run_snippet(text: str) -> dict[str, Any]:
-    """The names a snippet defines."""
-    names: dict[str, Any] = {}
-    exec(compile(text, "snippet", "exec"), names)
-    return names
+from tuner.export import Form, emit
+from tuner.export.vocabulary import size_of
 
 
 def model_record(path: Path) -> Model:
     return Model(name=str(path), dtype="float32", digest=path.name, num_params=1)
 
 
-@pytest.fixture
-def rounds(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(drafted, accepted) of every round, through the hook transformers calls after each."""
-    seen: list[tuple[int, int]] = []
-
-    def note(self: object, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
-        seen.append((scores.shape[1] - 1, int(num_matches)))
-
-    for kind in (AssistedCandidateGenerator, PromptLookupCandidateGenerator):
-        monkeypatch.setattr(kind, "update_candidate_strategy", note)
-    return seen
-
-
 def test_json_form() -> None:
     """The JSON form is the choice with every field, plain decoding included."""
-    raw = json.loads(emit(choice(Setup(draft=NGRAM, length=3)), target=TARGET, form="json").text)
+    raw = json.loads(emit(deployment(choice(Setup(draft=NGRAM, length=3))), "json").text)
     assert raw["setup"]["draft"]["max_match"] == 4
     assert raw["setup"]["length"] == 3
     assert raw["measured"]["speedup"]["estimate"] == 1.6
-    plain = emit(choice(PLAIN), target=TARGET, form="json")
+    plain = emit(deployment(choice(PLAIN)), "json")
     assert json.loads(plain.text)["setup"] == {"draft": None, "length": 0, "stop_below": None}
     assert plain.note is None
 
 
 def test_unknown_form() -> None:
     """Another form is refused, naming those there are."""
-    with pytest.raises(InputError, match="format 'yaml': allowed are json, transformers"):
-        emit(choice(), target=TARGET, form="yaml")  # type: ignore[arg-type]
+    with pytest.raises(
+        InputError, match="format 'yaml': allowed are json, llamacpp, sglang, transformers, trtllm, vllm"
+    ):
+        emit(deployment(choice()), "yaml")  # type: ignore[arg-type]
 
 
 def test_model_draft_snippet() -> None:
     """The snippet is readable Python that sets the assistant's own generation config."""
-    text = emit(choice(Setup(draft=CODE_DRAFT, length=4)), target=TARGET, form="transformers").text
+    text = emit(deployment(choice(Setup(draft=CODE_DRAFT, length=4))), "transformers").text
     assert text == (
-        "# family/draft-code k=4 for mixed prompts, context up to 512\n"
+        "# family/draft-code k=4 for mixed prompts, batch 1, context up to 512 (measured on torch)\n"
         "from transformers import AutoModelForCausalLM\n"
         "\n"
         "model = AutoModelForCausalLM.from_pretrained('family/target', dtype='float32')\n"
@@ -82,14 +63,14 @@ def test_every_spelling_of_a_model_loads(tmp_path: Path) -> None:
     packed = write_gguf(tmp_path / "target.gguf", write_model(tmp_path / "llama", num_layers=2))
     for name, num_layers in ((str(packed), 2), ("builtin:draft-code", 1)):
         target = Model(name=name, dtype="float32", digest="target", num_params=1)
-        text = emit(choice(Setup(draft=NGRAM, length=2)), target=target, form="transformers").text
+        text = emit(deployment(choice(Setup(draft=NGRAM, length=2)), target=target), "transformers").text
         assert run_snippet(text)["model"].config.num_hidden_layers == num_layers
 
 
 def test_sampling_is_part_of_the_snippet() -> None:
     """Temperature, top-p and top-k go out as they were measured."""
     sampled = choice(Setup(draft=CODE_DRAFT, length=4), temperature=0.7, top_p=0.9, top_k=40)
-    text = emit(sampled, target=TARGET, form="transformers").text
+    text = emit(deployment(sampled), "transformers").text
     assert '{"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 40, "assistant_model": assistant}' in text
 
 
@@ -97,9 +78,12 @@ def test_names_cannot_break_out_of_the_snippet() -> None:
     """A line break or a quote in a name or a domain stays inside its comment or string."""
     nasty = Model(name="a'\nimport os", revision="main", dtype="bfloat16", digest="cc", num_params=1)
     odd = choice(Setup(draft=Draft(kind="model", model=nasty), length=1), domain="x\nraise SystemExit")
-    text = emit(odd, target=nasty, form="transformers").text
+    text = emit(deployment(odd, target=nasty), "transformers").text
     compile(text, "snippet", "exec")
-    assert text.splitlines()[0] == "# a' import os k=1 for x raise SystemExit prompts, context up to 512"
+    assert (
+        text.splitlines()[0]
+        == "# a' import os k=1 for x raise SystemExit prompts, batch 1, context up to 512 (measured on torch)"
+    )
     assert """from_pretrained("a'\\nimport os", revision='main', dtype='bfloat16')""" in text
 
 
@@ -117,7 +101,7 @@ COMPOSITE = Draft(kind="composite", model=CODE_DRAFT.model, max_match=4, min_mat
 )
 def test_nothing_to_emit(setup: Setup, changes: dict[str, object], note: str) -> None:
     """Where transformers cannot, or need not, be told, the text is empty and the note says why."""
-    export = emit(choice(setup, **changes), target=TARGET, form="transformers")
+    export = emit(deployment(choice(setup, **changes)), "transformers")
     assert export.text == ""
     assert export.note is not None
     assert re.search(re.escape(note), export.note)
@@ -125,14 +109,14 @@ def test_nothing_to_emit(setup: Setup, changes: dict[str, object], note: str) ->
 
 def test_caveat_is_told() -> None:
     """A look-up that transformers does a little differently is said, in the snippet and beside it."""
-    export = emit(choice(Setup(draft=NGRAM, length=2)), target=TARGET, form="transformers")
+    export = emit(deployment(choice(Setup(draft=NGRAM, length=2))), "transformers")
     assert export.note == "transformers also looks up single tokens; the choice was measured with matches of 2 or more"
     assert f"# {export.note}\n" in export.text
 
 
 @pytest.mark.parametrize("length", [1, 3, 7])
 @pytest.mark.parametrize("kind", ["model", "ngram", "early_exit"])
-def test_snippet_drafts_that_many_tokens(kind: str, length: int, tmp_path: Path, rounds: list[tuple[int, int]]) -> None:
+def test_snippet_drafts_that_many_tokens(kind: str, length: int, tmp_path: Path) -> None:
     """Run on tiny random models, a round drafts k tokens, or all but one of those left; a look-up at most k."""
     target = model_record(write_model(tmp_path / "target", num_layers=3, eos_token_id=None))
     own = model_record(write_model(tmp_path / "draft", num_layers=1, seed=1, eos_token_id=None))
@@ -141,23 +125,66 @@ def test_snippet_drafts_that_many_tokens(kind: str, length: int, tmp_path: Path,
         "ngram": Draft(kind="ngram", max_match=3, min_match=1),
         "early_exit": Draft(kind="early_exit", num_layers=2),
     }
-    export = emit(choice(Setup(draft=drafts[kind], length=length)), target=target, form="transformers")
-    names = run_snippet(export.text)
-    mask = torch.ones_like(PROMPT)
-    names["model"].generate(PROMPT, attention_mask=mask, max_new_tokens=30, **names["generate_kwargs"])
-    assert max(drafted for drafted, _ in rounds) == length
-    generated = 0
-    for drafted, accepted in rounds:
-        expected = min(length, 30 - generated - 1)
-        assert drafted <= length if kind == "ngram" else drafted == expected
-        generated += accepted + 1
+    export = emit(deployment(choice(Setup(draft=drafts[kind], length=length)), target=target), "transformers")
+    rounds = rounds_of(export.text, 30)
+    assert drafts_as_asked(rounds, length, 30, looks_up=kind == "ngram")
 
 
 def test_snippet_output_is_plain_output(tmp_path: Path) -> None:
     """What the snippet generates is what the target generates alone (greedy)."""
     target = model_record(write_model(tmp_path / "target", num_layers=3, eos_token_id=None))
     draft = Draft(kind="early_exit", num_layers=2)
-    names = run_snippet(emit(choice(Setup(draft=draft, length=3)), target=target, form="transformers").text)
+    names = run_snippet(emit(deployment(choice(Setup(draft=draft, length=3)), target=target), "transformers").text)
     settings = {"attention_mask": torch.ones_like(PROMPT), "max_new_tokens": 30}
     plain = names["model"].generate(PROMPT, do_sample=False, **settings)
     assert torch.equal(plain, names["model"].generate(PROMPT, **settings, **names["generate_kwargs"]))
+
+
+def test_json_is_labelled() -> None:
+    """The JSON form is for no engine: proven where the runs were, and the label says where."""
+    answer = choice(Setup(draft=NGRAM, length=3))
+    assert emit(deployment(answer), "json").label == "proven"
+    assert emit(deployment(choice(PLAIN)), "json").label == "measured on torch"
+
+
+def test_never_proven_for_transformers() -> None:
+    """No policy is measured with transformers' own loop, so its snippets are never called proven."""
+    export = emit(deployment(choice(Setup(draft=NGRAM, length=3))), "transformers")
+    assert export.label == "measured on torch"
+    assert export.setup == Setup(draft=NGRAM, length=3)
+
+
+def test_alternative_for_transformers() -> None:
+    """A composite has no snippet, so the best forecast alternative goes out, and both are named."""
+    answer = choice(Setup(draft=COMPOSITE, length=2), alternatives=(forecast(Setup(draft=EARLY_EXIT, length=3)),))
+    export = emit(deployment(answer), "transformers")
+    assert export.setup == Setup(draft=EARLY_EXIT, length=3)
+    assert "is left out: transformers takes a look-up or a draft model, not both" in str(export.note)
+    assert '"assistant_early_exit": 3' in export.text
+
+
+def test_transformers_before_5() -> None:
+    """An older release than the snippets were run with is refused."""
+    export = emit(deployment(choice(Setup(draft=NGRAM, length=3))), "transformers", "4.57.6")
+    assert export.text == ""
+    assert export.note == "transformers 4.57.6 is not known: from 5.17.0 on it is"
+
+
+@pytest.mark.parametrize("form", ["transformers", "vllm", "sglang"])
+def test_padded_vocabularies_are_refused(form: Form, tmp_path: Path) -> None:
+    """A draft whose embeddings are padded to another size ends these engines, so it is not emitted."""
+    target = model_record(write_model(tmp_path / "target"))
+    padded = model_record(write_model(tmp_path / "draft", num_layers=1, vocab_size=320))
+    export = emit(deployment(choice(Setup(draft=Draft(kind="model", model=padded), length=2)), target=target), form)
+    assert export.text == ""
+    assert "needs equal vocabulary sizes, and the target has 300, the draft 320" in str(export.note)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", '{"vocab_size": "many"}', "{}"])
+def test_vocabulary_that_cannot_be_told(text: str, tmp_path: Path) -> None:
+    """A directory without a size, or with a strange config, is no reason against a draft; a text part's size counts."""
+    (tmp_path / "config.json").write_text(text)
+    assert size_of(model_record(tmp_path)) is None
+    (tmp_path / "config.json").write_text('{"text_config": {"vocab_size": 7}}')
+    assert size_of(model_record(tmp_path)) == 7
+    assert size_of(model_record(tmp_path / "org" / "model")) is None

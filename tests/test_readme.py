@@ -11,13 +11,19 @@ from profiles import errors
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = typer.main.get_command(tune.app).commands  # type: ignore[attr-defined]
-OPTIONS = {name: {option for one in verb.params for option in one.opts} - {"--help"} for name, verb in COMMANDS.items()}
+VERBS = typer.main.get_command(tune.app).commands  # type: ignore[attr-defined]
+COMMANDS = {name: verb for name, verb in VERBS.items() if not hasattr(verb, "commands")} | {
+    f"{name} {inner}": verb for name, group in VERBS.items() for inner, verb in getattr(group, "commands", {}).items()
+}
+OPTIONS = {
+    name: {option for one in verb.params for option in one.opts if option.startswith("--")} - {"--help"}
+    for name, verb in COMMANDS.items()
+}
 SPELLED = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 OTHER_TOOLS = {"--from", "--require-hashes"}  # options of other programs that README mentions
 
 
-@pytest.mark.parametrize("verb", sorted(COMMANDS))
+@pytest.mark.parametrize("verb", sorted(VERBS))
 def test_every_verb_has_a_row(verb: str) -> None:
     """In the table of verbs."""
     assert re.search(rf"\| `tune\.py {verb}[ `]", README)
@@ -38,7 +44,7 @@ def test_commands_in_readme_are_complete() -> None:
     """Options on a line that calls a verb are options of that verb."""
     lines = README.replace("\\\n", " ").splitlines()
     for line in lines:
-        called = re.search(r"tune\.py (\w+)", line)
+        called = re.search(r"tune\.py (bundle \w+|\w+)", line)
         if called and called.group(1) in OPTIONS and line.startswith("    "):
             assert set(SPELLED.findall(line)) <= OPTIONS[called.group(1)], line
 
@@ -54,6 +60,6 @@ def test_every_exit_code_has_a_row() -> None:
 
 def test_every_help_sentence_ends() -> None:
     """Every option says what it is for."""
-    for verb in COMMANDS.values():
+    for verb in (*VERBS.values(), *COMMANDS.values()):
         assert verb.help.endswith(".")
         assert all(one.help and one.help.strip() for one in verb.params)

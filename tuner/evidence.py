@@ -8,6 +8,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from profiles.errors import EngineError, InputError, NotMeasuredError
 from profiles.formulas import Replayed, joined, median
@@ -33,6 +34,13 @@ CONTEXT_STEP = 32  # anchors are rounded up to this many tokens, so that like pr
 Progress = Callable[[str, int, int], None]
 
 
+class Traced(Protocol):
+    """A prompt as far as evidence is found by it."""
+
+    @property
+    def digest(self) -> str: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
     """Everything one workload's forecasts rest on; keys are prompt, (draft's part, prompt) and part digests."""
@@ -50,7 +58,7 @@ class Evidence:
         """What was traced and timed: the drafts, of composites their parts, each once."""
         return tuple({part.digest: part for draft in self.drafts for part in draft.parts}.values())
 
-    def acceptance(self, draft: Draft, prompt: Prompt) -> Replayed:
+    def acceptance(self, draft: Draft, prompt: Traced) -> Replayed:
         """How a draft did on a prompt's trace. Raises NotMeasuredError when a part was not measured."""
         found = [self.acceptances.get((part.digest, prompt.digest)) for part in draft.parts]
         if None in found:

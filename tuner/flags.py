@@ -7,6 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -68,6 +69,25 @@ TunedTarget = Annotated[str | None, typer.Option("--target", help="Name or diges
 AskedBatch = Annotated[int, typer.Option("--batch-size", help="Sequences decoded together.")]
 AskedContext = Annotated[int | None, typer.Option("--context", help="Tokens of prompt and output; default: not known.")]
 AskedDomain = Annotated[str | None, typer.Option("--domain", help="Domain of the prompts; default: all mixed.")]
+Form = Annotated[
+    str | None,
+    typer.Option("--format", help="What an engine takes: vllm, sglang, trtllm, llamacpp, transformers; or json."),
+]
+EngineVersion = Annotated[
+    str | None, typer.Option(help="Of the engine --format is for; default: the installed one, else the newest known.")
+]
+Require = Annotated[
+    str | None,
+    typer.Option(help="Fail with code 7 unless the match is at least exact, version, engine, family or capability."),
+]
+Transferred = Annotated[
+    bool, typer.Option("--transferred", help="Where nothing measured answers, take the transferred forecast, if any.")
+]
+MachineFile = Annotated[
+    Path | None,
+    typer.Option("--environment", help="JSON that describes the machine to answer for; default: this one."),
+]
+AskedDevice = Annotated[str | None, typer.Option("--device", help="cpu answers for the processor beside a GPU.")]
 AskedTemperature = Annotated[float | None, typer.Option("--temperature", help="Default: the one that was tuned last.")]
 
 

@@ -15,9 +15,9 @@ import numpy
 from profiles.errors import NotMeasuredError
 from profiles.formulas import Replayed, Walk, acceptance_length, median, walk
 from profiles.replay import replay, rounds_of
-from profiles.terms import PLAIN, Draft, Interval, Prompt, Sample, Setup, Workload
+from profiles.terms import PLAIN, Draft, Interval, Sample, Setup, Workload
 from tuner.claims import Forecast, RoundSplit
-from tuner.evidence import QUEUE_BATCHES, Evidence
+from tuner.evidence import QUEUE_BATCHES, Evidence, Traced
 from tuner.overhead import Overhead, Use, calibrate, step_samples, use_of
 
 RESAMPLES = 400
@@ -36,7 +36,7 @@ class Forecaster:
         self._replays: dict[tuple[Setup, tuple[str, ...]], list[Use]] = {}
         self._overheads = self._calibrated()
 
-    def forecast(self, setup: Setup, prompts: Sequence[Prompt]) -> Forecast:
+    def forecast(self, setup: Setup, prompts: Sequence[Traced]) -> Forecast:
         """Tokens per second of a row and speed-up over plain, 95 % intervals; outputs of one token say nothing.
 
         Percentile intervals of 400 joint resamplings of prompts, step-time samples and calibration runs. The same draws
@@ -63,7 +63,7 @@ class Forecaster:
             acceptance_length=acceptance_length(lengths) or 1.0,
         )
 
-    def split(self, setup: Setup, prompts: Sequence[Prompt]) -> RoundSplit:
+    def split(self, setup: Setup, prompts: Sequence[Traced]) -> RoundSplit:
         """Where a mean round's time goes. Raises NotMeasuredError when no prompt has a round."""
         parts = {"draft": 0.0, "verify": 0.0, "overhead": 0.0}
         num_rounds = 0.0
@@ -78,7 +78,7 @@ class Forecaster:
         draft_s, verify_s, overhead_s = (seconds / num_rounds for seconds in parts.values())
         return RoundSplit(draft_s=draft_s, verify_s=verify_s, overhead_s=overhead_s)
 
-    def _seconds(self, setup: Setup, prompts: Sequence[Prompt], weights: numpy.ndarray) -> numpy.ndarray:
+    def _seconds(self, setup: Setup, prompts: Sequence[Traced], weights: numpy.ndarray) -> numpy.ndarray:
         """Total seconds per resampling; row 0 of `weights` (resamplings + 1, prompts) is the point estimate."""
         total = numpy.zeros(len(weights))
         uses: dict[tuple[str, int], numpy.ndarray] = {}
@@ -98,7 +98,7 @@ class Forecaster:
         picks = rng.integers(0, len(samples), (size - 1, len(samples)))
         return numpy.concatenate([[numpy.median(samples)], numpy.median(samples[picks], axis=1)])
 
-    def _uses(self, setup: Setup, prompts: Sequence[Prompt]) -> list[Use]:
+    def _uses(self, setup: Setup, prompts: Sequence[Traced]) -> list[Use]:
         """What every prompt's rounds use: alone by its walk, in a batch by a replay of the prompts as a full queue."""
         if self._workload.batch_size == 1:
             walks = [self._walk(setup, prompt) for prompt in prompts]
@@ -108,7 +108,7 @@ class Forecaster:
             self._replays[key] = self._replay(setup, prompts)
         return self._replays[key]
 
-    def _replay(self, setup: Setup, prompts: Sequence[Prompt]) -> list[Use]:
+    def _replay(self, setup: Setup, prompts: Sequence[Traced]) -> list[Use]:
         """The mean of each prompt's turns in a queue long enough to keep the batch full."""
         turns = -(-QUEUE_BATCHES * self._workload.batch_size // len(prompts))
         luck = random.Random(f"{self._seed} {setup.digest}")
@@ -134,12 +134,12 @@ class Forecaster:
             uses.append(use_of(setup, mean, sum(run.refills for run in own) / turns, self._target_part))
         return uses
 
-    def _acceptance(self, setup: Setup, prompt: Prompt) -> Replayed | None:
+    def _acceptance(self, setup: Setup, prompt: Traced) -> Replayed | None:
         if setup.stop_below is not None:
             raise NotMeasuredError(f"{setup.name}: rounds that stop below a confidence are not replayed yet")
         return None if setup.draft is None else self._evidence.acceptance(setup.draft, prompt)
 
-    def _walk(self, setup: Setup, prompt: Prompt) -> Walk:
+    def _walk(self, setup: Setup, prompt: Traced) -> Walk:
         key = (setup, prompt.digest)
         if key not in self._walks:
             trace, acceptance = self._evidence.traces[prompt.digest], self._acceptance(setup, prompt)

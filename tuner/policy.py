@@ -162,15 +162,7 @@ class Policy:
             rule = f"temperature {temperature:g} was not measured, only {known}"
         else:
             rule = self._why_uncovered(batch_size, context_length, domain, matched)
-        plain = Choice(
-            batch_size=batch_size,
-            context_length=context_length or self.headline.context_length,
-            domain=domain or MIXED,
-            temperature=temperature,
-            setup=PLAIN,
-            reason=f"Plain decoding, because {rule}.",
-        )
-        return Answer(choice=plain, matched=False, rule=rule)
+        return plain_answer((batch_size, context_length or self.headline.context_length), domain, temperature, rule)
 
     def _why_uncovered(
         self, batch_size: int, context_length: int | None, domain: str | None, temperature: float
@@ -184,6 +176,19 @@ class Policy:
             return f"batch size {batch_size} is beyond the largest measured, {largest}"
         longest = max(row.context_length for row in rows if row.batch_size >= batch_size)
         return f"context {context_length} is beyond the longest measured at this batch size, {longest}"
+
+
+def plain_answer(shape: tuple[int, int], domain: str | None, temperature: float, rule: str) -> Answer:
+    """Plain decoding at (batch, context), because nothing that was measured covers the question, as `rule` says."""
+    choice = Choice(
+        batch_size=shape[0],
+        context_length=shape[1],
+        domain=domain or MIXED,
+        temperature=temperature,
+        setup=PLAIN,
+        reason=f"Plain decoding, because {rule}.",
+    )
+    return Answer(choice=choice, matched=False, rule=rule)
 
 
 def crossover_of(choices: Sequence[Choice]) -> int | None:

@@ -5,6 +5,7 @@ not know which records these are. Standard library only: serving code reads poli
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import cache
 from types import UnionType
@@ -12,31 +13,31 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from profiles.errors import InputError
 
+Decoder = Callable[[Any], Any]
+
+_NEEDED = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+class _WrongError(Exception):
+    """A value at `place` under what is decoded does not fit; `place` grows on the way up, outermost first."""
+
+    def __init__(self, message: str, place: str = "") -> None:
+        super().__init__(message)
+        self.message, self.place = message, place
+
+    def under(self, place: str) -> "_WrongError":
+        return _WrongError(self.message, place + self.place)
+
 
 def decode(kind: Any, raw: object, where: str) -> Any:
     """`raw` JSON as an instance of `kind`: a record, a tuple of one type, an optional, or a plain value.
 
     Raises InputError, naming the place under `where`, the value and what is allowed.
     """
-    if is_dataclass(kind) and isinstance(kind, type):
-        return _decode_record(kind, raw, where)
-    if get_origin(kind) is UnionType:  # X | None is the only union in the records
-        inner = next(one for one in get_args(kind) if one is not type(None))
-        return None if raw is None else decode(inner, raw, where)
-    if get_origin(kind) is tuple:
-        _require(isinstance(raw, list), f"{where} is {_show(raw)}: a list is needed")
-        assert isinstance(raw, list)
-        return tuple(decode(get_args(kind)[0], one, f"{where}[{index}]") for index, one in enumerate(raw))
-    kind = str if get_origin(kind) is Literal else kind
-    allowed = (int, float) if kind is float else (kind,)
-    # JSON's true is a Python int, and its NaN and 1e999 are floats
-    good = isinstance(raw, allowed) and isinstance(raw, bool) == (kind is bool)
-    names = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
-    _require(good, f"{where} is {_show(raw)}: {names[kind]} is needed")
-    if kind is float:
-        assert isinstance(raw, int | float)
-        _require(abs(raw) < 1e300, f"{where} is {_show(raw)}: a finite number is needed")
-    return kind(raw)
+    try:
+        return _decoder(kind)(raw)
+    except _WrongError as error:
+        raise InputError(f"{where}{error.place}{error.message}") from error
 
 
 def decode_version(kind: Any, raw: object, where: str, newest: int) -> Any:
@@ -46,39 +47,83 @@ def decode_version(kind: Any, raw: object, where: str, newest: int) -> Any:
     """
     if isinstance(raw, dict) and type(raw.get("version")) is int:
         version = raw["version"]
-        _require(
-            version <= newest,
-            f"{where} version {version} is newer than version {newest}, which this draftpick reads: upgrade",
-        )
+        if version > newest:
+            raise InputError(
+                f"{where} version {version} is newer than version {newest}, which this draftpick reads: upgrade"
+            )
         if version >= 1:
             raw = {**raw, "version": newest}
     return decode(kind, raw, where)
 
 
-def _decode_record(record: type, raw: object, where: str) -> Any:
-    _require(isinstance(raw, dict), f"{where} is {_show(raw)}: an object is needed")
-    assert isinstance(raw, dict)
-    names = [field.name for field in fields(record)]
-    for key in raw:
-        _require(key in names, f"{where} has the unknown key {key!r}: allowed are {', '.join(names)}")
-    for field in fields(record):
-        known = field.name in raw or "added" in field.metadata  # what a later version added has a default
-        _require(known, f"{where} lacks the key {field.name!r}: needed are {', '.join(names)}")
-    values = {name: decode(_hints(record)[name], raw[name], f"{where}.{name}") for name in names if name in raw}
-    try:
-        return record(**values)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-
-
 @cache
-def _hints(record: type) -> dict[str, Any]:
-    return get_type_hints(record)
+def _decoder(kind: Any) -> Decoder:
+    """The function that turns JSON into a `kind`; made once, because a policy holds hundreds of records."""
+    if is_dataclass(kind) and isinstance(kind, type):
+        return _record_decoder(kind)
+    if get_origin(kind) is UnionType:  # X | None is the only union in the records
+        inner = _decoder(next(one for one in get_args(kind) if one is not type(None)))
+        return lambda raw: None if raw is None else inner(raw)
+    if get_origin(kind) is tuple:
+        return _tuple_decoder(_decoder(get_args(kind)[0]))
+    return _value_decoder(str if get_origin(kind) is Literal else kind)
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
+def _value_decoder(kind: type) -> Decoder:
+    exact = {int, float} if kind is float else {kind}  # `type` tells JSON's true, a Python int, from a number
+
+    def decode_value(raw: Any) -> Any:
+        if type(raw) not in exact:
+            raise _WrongError(f" is {_show(raw)}: {_NEEDED[kind]} is needed")
+        if kind is float and not abs(raw) < 1e300:  # JSON's NaN and 1e999 are floats
+            raise _WrongError(f" is {_show(raw)}: a finite number is needed")
+        return kind(raw)
+
+    return decode_value
+
+
+def _tuple_decoder(inner: Decoder) -> Decoder:
+    def decode_tuple(raw: Any) -> Any:
+        if not isinstance(raw, list):
+            raise _WrongError(f" is {_show(raw)}: a list is needed")
+        found = []
+        try:
+            for one in raw:
+                found.append(inner(one))
+        except _WrongError as error:
+            raise error.under(f"[{len(found)}]") from error
+        return tuple(found)
+
+    return decode_tuple
+
+
+def _record_decoder(record: type) -> Decoder:
+    hints = get_type_hints(record)
+    names = [field.name for field in fields(record)]
+    added = {field.name for field in fields(record) if "added" in field.metadata}  # by a later version, with a default
+    inner = {name: _decoder(hints[name]) for name in names}
+
+    def decode_record(raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            raise _WrongError(f" is {_show(raw)}: an object is needed")
+        for key in raw:
+            if key not in inner:
+                raise _WrongError(f" has the unknown key {key!r}: allowed are {', '.join(names)}")
+        values = {}
+        for name in names:
+            if name in raw:
+                try:
+                    values[name] = inner[name](raw[name])
+                except _WrongError as error:
+                    raise error.under(f".{name}") from error
+            elif name not in added:
+                raise _WrongError(f" lacks the key {name!r}: needed are {', '.join(names)}")
+        try:
+            return record(**values)
+        except InputError as error:
+            raise _WrongError(f": {error}") from error
+
+    return decode_record
 
 
 def _show(raw: object) -> str:

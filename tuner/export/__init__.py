@@ -6,24 +6,33 @@ the choice was made it must not know.
 
 import json
 from dataclasses import asdict
-from typing import Literal
+from typing import Literal, get_args
 
 from profiles.errors import InputError
-from profiles.terms import Model
-from tuner.export import transformers
-from tuner.export.terms import Export
-from tuner.policy import Choice
+from tuner.export import llamacpp, sglang, transformers, trtllm, vllm
+from tuner.export.picking import label_of
+from tuner.export.terms import Deployment, Export
+from tuner.export.versions import engine_of
 
-__all__ = ["FORMS", "Export", "Form", "emit"]
+__all__ = ["FORMS", "Deployment", "Export", "Form", "emit"]
 
-Form = Literal["json", "transformers"]
-FORMS: tuple[Form, ...] = ("json", "transformers")
+Form = Literal["json", "llamacpp", "sglang", "transformers", "trtllm", "vllm"]
+FORMS: tuple[Form, ...] = get_args(Form)
+EMITTERS = {"sglang": sglang.emit, "transformers": transformers.emit, "trtllm": trtllm.emit, "vllm": vllm.emit}
 
 
-def emit(choice: Choice, *, target: Model, form: Form) -> Export:
-    """The choice as a JSON document, or as Python for Hugging Face transformers. Raises InputError: unknown form."""
+def emit(deployment: Deployment, form: str, version: str | None = None) -> Export:
+    """The best setup the engine can express, spelled for its `version`; or the choice as a JSON document.
+
+    `version` None takes the installed engine's, and without one the newest known, which the note says. Raises
+    InputError: an unknown form, a version that is none.
+    """
     if form == "json":
-        return Export(text=json.dumps(asdict(choice), indent=2, allow_nan=False) + "\n")
-    if form == "transformers":
-        return transformers.emit(choice, target)
+        choice = deployment.choice
+        text = json.dumps(asdict(choice), indent=2, allow_nan=False) + "\n"
+        return Export(text=text, setup=choice.setup, label=label_of(deployment, deployment.where, choice.setup))
+    if form == "llamacpp":
+        return llamacpp.emit(deployment, version)
+    if form in EMITTERS:
+        return EMITTERS[form](deployment, engine_of(form, version))
     raise InputError(f"format {form!r}: allowed are {', '.join(FORMS)}")

@@ -1,11 +1,45 @@
-"""What an export hands back; on its own so that the engines' modules and the package that joins them can share it."""
+"""What an export is asked for and what it hands back; on its own, because all engines' modules share it."""
 
 from dataclasses import dataclass
+
+from profiles.terms import Model, Setup
+from tuner.policy import Choice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """The answer to one question, and what else was decided beside it.
+
+    `rows` are all choices of the policy with the answer's domain, temperature and context, one per measured batch; what
+    a schedule is made of. `measured_on` is the policy's engine.
+    """
+
+    target: Model
+    choice: Choice
+    rows: tuple[Choice, ...]
+    measured_on: str
+
+    @property
+    def where(self) -> str:
+        """The engine as people write it: `torch` for our own."""
+        return self.measured_on.removeprefix("draftpick-")
+
+    @property
+    def batches(self) -> tuple[Choice, ...]:
+        """One choice per measured batch, the smallest first; the answer itself at its own batch."""
+        rows = {row.batch_size: row for row in self.rows} | {self.choice.batch_size: self.choice}
+        return tuple(rows[batch] for batch in sorted(rows))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
-    """`text` is ready for a file, empty where the engine cannot or need not be told; `note` says why, or a caveat."""
+    """`text` is ready for a file, empty where the engine cannot or need not be told; `note` says why, or a caveat.
+
+    `setup` is what the text says, at the answer's batch. `label` is `proven` only where that setup was proven on this
+    very engine, else `measured on ENGINE`; empty with an empty text.
+    """
 
     text: str
     note: str | None = None
+    setup: Setup | None = None
+    label: str = ""

@@ -6,42 +6,62 @@ and its defaults (20 tokens, growing, confidence 0.4) are not the length that wa
 
 from pathlib import Path
 
-from profiles.shipped import BUILTIN, FAMILY_FOLDER
-from profiles.terms import Draft, Model
-from tuner.export.terms import Export
+from packaging.version import Version
+
+from profiles.terms import Draft, Model, Setup
+from tuner.export.picking import Engine, comment, is_gguf, label_of, made, pick, place_of, refused, title
+from tuner.export.terms import Deployment, Export
+from tuner.export.vocabulary import vocabulary_objection
 from tuner.policy import Choice
 
+FIRST = "5.17.0"  # the oldest release this project is tested with
 
-def emit(choice: Choice, target: Model) -> Export:
+
+def emit(deployment: Deployment, engine: Engine) -> Export:
     """A snippet that loads the models and defines `generate_kwargs`, or a note on why there is none."""
-    draft = choice.setup.draft
-    if draft is None:
-        return Export(text="", note=f"nothing to set for transformers: plain decoding is the choice. {choice.reason}")
+    choice = deployment.choice
+    if Version(engine.version) < Version(FIRST):
+        return refused([f"{engine.name} is not known: from {FIRST} on it is"])
+    setup, notes = pick(
+        deployment,
+        engine,
+        lambda setup: _objection(setup, choice) or vocabulary_objection(deployment.target, setup, engine),
+    )
+    if setup is None or setup.draft is None:
+        return refused(notes)
+    caveat = _caveat(setup.draft)
+    label = label_of(deployment, engine.form, setup)
+    comments = [title(deployment, setup, label), *([] if caveat is None else [comment(caveat)])]
+    text = "\n".join(comments + _lines(deployment, setup, setup.draft)) + "\n"
+    return made(deployment, engine, setup, text, notes if caveat is None else [*notes, caveat])
+
+
+def _objection(setup: Setup, choice: Choice) -> str | None:
+    assert setup.draft is not None  # only drafting setups are asked about
     if choice.batch_size > 1:
-        note = f"transformers drafts for batch size 1 only, and the choice is for {choice.batch_size}"
-        return Export(text="", note=note)
-    if choice.setup.stop_below is not None:
-        note = f"transformers has no stop before a proposal, and the choice is {choice.setup.name!r}"
-        return Export(text="", note=note)
-    if draft.kind == "composite":
-        note = f"transformers takes a look-up or a draft model, not both, and the choice is {choice.setup.name!r}"
-        return Export(text="", note=note)
-    kwargs, caveat = _sampling(choice), _caveat(draft)
-    lines = ["from transformers import AutoModelForCausalLM", "", _load("model", target)]
+        return f"transformers drafts for batch size 1 only, and the choice is for {choice.batch_size}"
+    if setup.stop_below is not None:
+        return "transformers has no stop before a proposal"
+    if setup.draft.kind == "composite":
+        return "transformers takes a look-up or a draft model, not both"
+    return None
+
+
+def _lines(deployment: Deployment, setup: Setup, draft: Draft) -> list[str]:
+    kwargs = _sampling(deployment.choice)
+    lines = ["from transformers import AutoModelForCausalLM", "", _load("model", deployment.target)]
     if draft.kind == "ngram":
-        kwargs |= {"prompt_lookup_num_tokens": choice.setup.length, "max_matching_ngram_size": draft.max_match}
+        kwargs |= {"prompt_lookup_num_tokens": setup.length, "max_matching_ngram_size": draft.max_match}
     elif draft.kind == "early_exit":
-        lines += _fixed_length("model", choice.setup.length)  # the target is its own assistant
+        lines += _fixed_length("model", setup.length)  # the target is its own assistant
         kwargs["assistant_early_exit"] = draft.num_layers
     else:
-        lines += [_load("assistant", _weights(draft)), *_fixed_length("assistant", choice.setup.length)]
+        lines += [_load("assistant", _weights(draft)), *_fixed_length("assistant", setup.length)]
     items = [f'"{key}": {value!r}' for key, value in kwargs.items()]
     if draft.kind == "model":
         items.append('"assistant_model": assistant')
-    lines += [f"generate_kwargs = {{{', '.join(items)}}}", "# output_ids = model.generate(**inputs, **generate_kwargs)"]
-    title = f"{choice.setup.name} for {choice.domain} prompts, context up to {choice.context_length}"
-    comments = [_comment(text) for text in (title, caveat) if text is not None]
-    return Export(text="\n".join(comments + lines) + "\n", note=caveat)
+    kwargs_line = f"generate_kwargs = {{{', '.join(items)}}}"
+    return [*lines, kwargs_line, "# output_ids = model.generate(**inputs, **generate_kwargs)"]
 
 
 def _caveat(draft: Draft) -> str | None:
@@ -52,21 +72,14 @@ def _caveat(draft: Draft) -> str | None:
     )
 
 
-def _comment(text: str) -> str:
-    """One line, whatever a name or a domain holds: a line break would end the comment."""
-    return "# " + " ".join(text.split())
-
-
 def _weights(draft: Draft) -> Model:
     assert draft.model is not None  # a record of kind "model" cannot be made without
     return draft.model
 
 
 def _load(variable: str, model: Model) -> str:
-    place, more = model.name, "" if model.revision is None else f", revision={model.revision!r}"
-    if place.startswith(BUILTIN):
-        place = str(FAMILY_FOLDER / place.removeprefix(BUILTIN))
-    elif place.lower().endswith(".gguf"):
+    place, more = place_of(model), "" if model.revision is None else f", revision={model.revision!r}"
+    if is_gguf(model):
         more += f", gguf_file={Path(place).name!r}"
         place = str(Path(place).parent)
     return f"{variable} = AutoModelForCausalLM.from_pretrained({place!r}{more}, dtype={model.dtype!r})"

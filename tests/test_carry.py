@@ -1,0 +1,93 @@
+"""A bundle carried to a clean store on another machine: match levels and the transferred forecast, by the verbs."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from profiles.terms import Setup
+from store.book import Book, Scope
+from store.runs import Shelf, tune
+from tests.cli import call, database
+from tests.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts
+from tests.test_deploy import H100, L40S, PCIE
+from tuner.policy import from_json
+from tuner.tuning import Options, Watch
+
+
+class OnH100(FakeEngine):
+    """The fake engine on a made-up H100."""
+
+    def __init__(self) -> None:
+        super().__init__(keep=0.95)
+        self.environment = H100
+        self.drafts = (DRAFT_A, NGRAM)
+
+
+@pytest.fixture(scope="module")
+def carried(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store elsewhere that got a bundle of a run on an H100, and step times of an L40S."""
+    there, here = tmp_path_factory.mktemp("there"), tmp_path_factory.mktemp("here")
+    with Book.open(database(there)) as book:
+        tune(OnH100(), [(GREEDY, prompts(40))], Shelf.of(book), Options(lengths=(1, 2, 4)), Watch())
+        times = FakeEngine(seed=3).time_steps(GREEDY, 96, 4)
+        scope = Scope(target=TARGET, environment=L40S, workload=GREEDY)
+        book.save_step_times(scope, (DRAFT_A, NGRAM), 4, times)
+    assert call(there, "bundle", "pack", there / "b.draftpick").code == 0
+    assert call(here, "bundle", "merge", there / "b.draftpick").code == 0
+    return here
+
+
+def described(folder: Path, **fields: object) -> Path:
+    path = folder / "machine.json"
+    path.write_text(json.dumps(fields))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fields", "level", "code"),
+    [
+        (asdict(H100), "exact", 0),
+        (asdict(H100) | {"torch": "2.14.0"}, "version", 7),
+        (asdict(H100) | {"engine": "vllm"}, "engine", 7),
+        (asdict(PCIE), "family", 7),
+        (asdict(H100) | {"device": "NVIDIA H200", "memory_bytes": 140 * 2**30}, "capability", 7),
+        (asdict(MACHINE), "none", 7),
+    ],
+)
+def test_the_levels_on_the_other_machine(
+    carried: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, object], level: str, code: int
+) -> None:
+    """Every level by the documented override; only exact passes `--require exact`, the others print nothing."""
+    known = {name: value for name, value in fields.items() if value is not None or name in ("driver", "cuda")}
+    monkeypatch.setenv("DRAFTPICK_ENVIRONMENT", str(described(tmp_path, **known)))
+    said = call(carried, "lookup", "--json")
+    answer = said.document["answer"]
+    assert (said.code, answer["match"]["level"]) == (0, level)
+    assert (answer["choice"]["draft"] is None) == (level == "none")
+    required = call(carried, "lookup", "--require", "exact")
+    assert required.code == code
+    assert (required.stdout == "") == (code == 7)
+
+
+def test_the_transferred_forecast_on_the_other_machine(carried: Path, tmp_path: Path) -> None:
+    """An L40S without a run: plain decoding, a forecast offered beside it, taken with the flag, never proven."""
+    known = {name: value for name, value in asdict(L40S).items() if value is not None}
+    machine = described(tmp_path, **known)
+    said = call(carried, "lookup", "--environment", machine)
+    assert said.stdout.startswith("plain: fake-target was tuned only on NVIDIA H100 80GB HBM3\n")
+    assert "offered, take it with --transferred: A transferred forecast, not measured here: draft-a k=" in said.stderr
+    taken = call(carried, "lookup", "--environment", machine, "--transferred", "--format", "json")
+    choice = json.loads(taken.stdout)
+    assert choice["setup"]["draft"]["model"]["name"] == "draft-a"
+    assert not choice["proven"]
+    assert "a transferred forecast, not measured" in taken.stderr
+
+
+def test_the_policy_came_along(carried: Path) -> None:
+    """Its alternatives and the machine's traits included."""
+    with Book.open_read_only(database(carried)) as book:
+        policy = from_json(book.latest_policy() or "")
+    assert policy.environment == H100
+    assert Setup(draft=DRAFT_A, length=4) in [one.setup for one in policy.choices[0].alternatives]

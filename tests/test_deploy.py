@@ -1,0 +1,225 @@
+"""What a deploy script is told: the choice, how well it matches, what would measure it, and what can be transferred."""
+
+import itertools
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+import store
+from profiles.errors import NotMeasuredError, PolicyError
+from profiles.terms import PLAIN, Environment, Setup
+from profiles.traits import Machine, known
+from store.book import Book, Scope
+from store.deploy import Found, Question
+from store.runs import Shelf, tune
+from tests.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts
+from tests.policies import choice
+from tuner.policy import Policy, to_json
+from tuner.tuning import Options, Watch
+
+A4 = Setup(draft=DRAFT_A, length=4)
+N2 = Setup(draft=NGRAM, length=2)
+HERE = known(asdict(MACHINE))
+H100 = replace(
+    MACHINE,
+    device="NVIDIA H100 80GB HBM3",
+    memory_bytes=79 * 2**30,
+    driver="580.65",
+    cuda="13.0",
+    compute_capability="9.0",
+    memory_bandwidth_bytes_s=3_350_000_000_000,
+)
+PCIE = replace(H100, device="NVIDIA H100 PCIe", memory_bandwidth_bytes_s=2_000_000_000_000)
+H200 = replace(H100, device="NVIDIA H200", memory_bytes=140 * 2**30, memory_bandwidth_bytes_s=4_800_000_000_000)
+L40S = replace(H100, device="NVIDIA L40S", memory_bytes=45 * 2**30, compute_capability="8.9")
+minutes = itertools.count()
+
+
+def keep(book: Book, environment: Environment, setup: Setup = A4, **anchor: object) -> None:
+    """Save a policy of one choice, made on that machine."""
+    made = Policy(
+        created=f"2026-11-22T08:{next(minutes) % 60:02}:00+00:00",
+        target=TARGET,
+        environment=environment,
+        choices=(choice(setup, **anchor),),
+    )
+    book.save_policy(to_json(made), TARGET, environment)
+
+
+def ask(book: Book, here: Environment | Machine, **question: object) -> Found:
+    machine = known(asdict(here)) if isinstance(here, Environment) else here
+    return store.lookup(book, Question(**question), machine)  # type: ignore[arg-type]
+
+
+class TestLevels:
+    @pytest.mark.parametrize(
+        ("here", "level"),
+        [
+            (MACHINE, "exact"),
+            (replace(MACHINE, torch="2.14.0"), "version"),
+            (replace(MACHINE, engine="vllm"), "engine"),
+            (replace(MACHINE, threads=8), "family"),
+        ],
+    )
+    def test_the_choice_comes_with_its_level(self, book: Book, here: Environment, level: str) -> None:
+        """One measured machine: the same choice, and how far what was measured is from what was asked."""
+        keep(book, MACHINE)
+        found = ask(book, here)
+        assert (found.level, found.answer.choice.setup) == (level, A4)
+        assert (found.caveat is None) == (level == "exact")
+
+    def test_the_best_match_answers(self, book: Book) -> None:
+        """Of four machines the same one answers; without it one of its family; without that the nearest bandwidth."""
+        for environment, setup in ((H200, A4), (PCIE, N2), (L40S, N2)):
+            keep(book, environment, setup)
+        assert ask(book, PCIE).level == "exact"
+        assert ask(book, H100).level == "family"
+        assert ask(book, H100).answer.choice.setup == N2
+        gh200 = replace(H100, device="NVIDIA GH200 480GB", memory_bandwidth_bytes_s=4_000_000_000_000)
+        found = ask(book, gh200)
+        assert (found.level, found.answer.choice.setup) == ("capability", A4)
+        assert found.match is not None
+        assert "device is NVIDIA GH200 480GB, measured on NVIDIA H200" in (found.caveat or "")
+
+    def test_nothing_near_is_plain_decoding(self, book: Book) -> None:
+        """A device of another kind gets plain decoding, what was measured, and the command that would measure it."""
+        keep(book, H100)
+        found = ask(book, L40S)
+        assert (found.level, found.answer.choice.setup, found.answer.matched) == ("none", PLAIN, False)
+        assert found.answer.rule == "fake-target was tuned only on NVIDIA H100 80GB HBM3"
+        assert found.policy is None
+        assert found.advice == "python tune.py run --target fake-target"
+
+    def test_of_one_machine_the_latest_policy_answers(self, book: Book) -> None:
+        """By the time it was saved."""
+        keep(book, MACHINE)
+        keep(book, MACHINE, N2)
+        assert ask(book, MACHINE).answer.choice.setup == N2
+
+    def test_levels_can_be_required(self, book: Book) -> None:
+        """A family match reaches family and capability, not version."""
+        keep(book, H100)
+        found = ask(book, PCIE)
+        assert [found.reaches(level) for level in ("exact", "version", "family", "capability", "none")] == [
+            False,
+            False,
+            True,
+            True,
+            True,
+        ]
+
+
+class TestCoverage:
+    def test_beyond_the_largest_is_plain(self, book: Book) -> None:
+        """Up to the largest measured batch the choice holds; beyond it nothing does, and the level says so."""
+        keep(book, MACHINE, batch_size=8)
+        assert ask(book, MACHINE, batch_size=3).answer.choice.setup == A4
+        found = ask(book, MACHINE, batch_size=9)
+        assert (found.level, found.answer.choice.setup) == ("none", PLAIN)
+        assert found.advice == "python tune.py run --target fake-target --draft draft-a --batch-size 9"
+
+    def test_other_versions_cover_what_this_one_does_not(self, book: Book) -> None:
+        """After an upgrade only batch 1 was tuned: for batch 4 the older version's policy answers, as `version`."""
+        keep(book, replace(MACHINE, torch="2.12.0"), N2, batch_size=4)
+        keep(book, MACHINE, A4)
+        assert (ask(book, MACHINE).level, ask(book, MACHINE).answer.choice.setup) == ("exact", A4)
+        found = ask(book, MACHINE, batch_size=4)
+        assert (found.level, found.answer.choice.setup) == ("version", N2)
+
+    def test_another_device_does_not_extend_a_measured_one(self, book: Book) -> None:
+        """Beyond what was measured here, a larger batch measured on a sister card is not taken."""
+        keep(book, PCIE, N2, batch_size=64)
+        keep(book, H100, A4)
+        assert ask(book, H100, batch_size=16).answer.choice.setup == PLAIN
+
+    def test_without_a_temperature_the_tuned_one_is_asked(self, book: Book) -> None:
+        """A policy of temperature 0.8 answers a question that names none, and not one at 0."""
+        keep(book, MACHINE, temperature=0.8)
+        assert ask(book, MACHINE).level == "exact"
+        assert ask(book, MACHINE, temperature=0.0).level == "none"
+
+    def test_the_target_is_found_by_name_and_digest(self, book: Book) -> None:
+        """Another name is refused by name."""
+        keep(book, MACHINE)
+        for name in (TARGET.name, TARGET.digest, TARGET.run_digest):
+            assert ask(book, MACHINE, target=name).level == "exact"
+        with pytest.raises(NotMeasuredError, match="does not know target 'nosuch'"):
+            ask(book, MACHINE, target="nosuch")
+
+    def test_an_empty_store_is_told(self, book: Book) -> None:
+        """There is nothing to fall back from."""
+        with pytest.raises(NotMeasuredError, match=r"does not know any target: run `tune.py run` first"):
+            ask(book, MACHINE)
+
+
+class TestTransfer:
+    @pytest.fixture
+    def tuned(self, tmp_path: Path) -> Book:
+        """A store with a finished run on the fake machine."""
+        book = Book.open(tmp_path / "evidence.db")
+        fake = FakeEngine(keep=0.9)
+        tune(fake, [(GREEDY, prompts(40))], Shelf.of(book), Options(lengths=(1, 2, 4)), Watch())
+        return book
+
+    def sweep(self, book: Book, environment: Environment, slower: float = 1.0) -> None:
+        """Step times measured on another machine, where a target step takes `slower` times as long."""
+        times = FakeEngine(seed=7).time_steps(GREEDY, 96, 4)
+        target = times[TARGET.run_digest]
+        stretched = {width: tuple(slower * one for one in samples) for width, samples in target.samples_s.items()}
+        times[TARGET.run_digest] = replace(target, samples_s=stretched)
+        scope = Scope(target=TARGET, environment=environment, workload=GREEDY)
+        book.save_step_times(scope, (DRAFT_A, NGRAM), 4, times)
+
+    def test_a_forecast_is_offered_where_only_steps_were_timed(self, tuned: Book) -> None:
+        """Acceptance of the fake machine and step times of an H100: offered to an H100 PCIe, not taken by itself."""
+        self.sweep(tuned, H100, slower=4.0)
+        found = ask(tuned, PCIE)
+        assert (found.level, found.answer.choice.setup) == ("none", PLAIN)
+        lent = found.transferred
+        assert lent is not None
+        assert (lent.level, lent.step_times_from, lent.overhead_from) == ("family", H100.device, MACHINE.device)
+        assert lent.setup.draft == DRAFT_A
+        assert lent.forecast.speedup.low > 1.0
+        taken = found.with_transferred()
+        assert taken.answer.choice.setup == lent.setup
+        assert not taken.answer.choice.proven
+        assert taken.answer.choice.reason.startswith("A transferred forecast, not measured here: draft-a k=")
+        tuned.close()
+
+    def test_the_forecast_is_of_the_machine_with_the_steps(self, tuned: Book) -> None:
+        """Where a target step takes four times as long beside equal draft steps, drafting pays more than at home."""
+        self.sweep(tuned, L40S)
+        self.sweep(tuned, H100, slower=4.0)
+        near, far = (ask(tuned, machine).transferred for machine in (L40S, H100))
+        assert near is not None
+        assert far is not None
+        assert far.forecast.speedup.estimate > near.forecast.speedup.estimate > 1.0
+        assert far.level == "exact"
+        tuned.close()
+
+    def test_nothing_is_offered_without_step_times_of_the_family(self, tuned: Book) -> None:
+        """Step times of another kind of device, of another engine, or of smaller batches do not serve."""
+        self.sweep(tuned, L40S)
+        assert ask(tuned, H100).transferred is None
+        assert ask(tuned, replace(L40S, engine="vllm")).transferred is None
+        assert ask(tuned, L40S, batch_size=2).transferred is None
+        assert ask(tuned, L40S, temperature=0.7).transferred is None
+        assert ask(tuned, L40S).transferred is not None
+        tuned.close()
+
+    def test_a_measured_family_member_needs_no_forecast(self, tuned: Book) -> None:
+        """What was measured goes before what is forecast."""
+        self.sweep(tuned, H100)
+        keep(tuned, PCIE)
+        found = ask(tuned, H100)
+        assert (found.level, found.transferred) == ("family", None)
+        tuned.close()
+
+
+def test_damaged_policies_are_told(book: Book) -> None:
+    """A stored policy that is none names the store."""
+    keep(book, MACHINE)
+    book.save_policy("{}", TARGET, MACHINE)
+    with pytest.raises(PolicyError, match="the policy in store"):
+        ask(book, MACHINE)

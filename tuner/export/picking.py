@@ -1,0 +1,122 @@
+"""Which setup an engine is told: the chosen one where the engine can express it, else the best forecast one it can.
+
+Every engine brings its own objections; how they are worded and what is skipped for them is decided here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from profiles.shipped import BUILTIN, FAMILY_FOLDER
+from profiles.terms import Model, Setup
+from tuner.export.terms import Deployment, Export
+
+Objection = Callable[[Setup], str | None]  # why an engine cannot be told a setup, or None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """The engine an export is for: as `--format` names it, as people do, its version, and how that was found."""
+
+    form: str
+    title: str
+    version: str
+    note: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.title} {self.version}"
+
+
+def pick(deployment: Deployment, engine: Engine, objection: Objection) -> tuple[Setup | None, list[str]]:
+    """The setup to tell the engine, or None; with what a person should know about it."""
+    choice, notes = deployment.choice, [] if engine.note is None else [engine.note]
+    if choice.setup.draft is None:
+        return None, [f"nothing to set for {engine.title}: plain decoding is the choice. {choice.reason}"]
+    skipped = []
+    for setup in dict.fromkeys((choice.setup, *(one.setup for one in choice.alternatives))):
+        reason = objection(setup)
+        if reason is not None:
+            skipped.append(f"{setup.name} is left out: {reason}")
+        elif setup == choice.setup:
+            return setup, notes
+        else:
+            instead = (
+                f"{setup.name} is emitted instead: the best forecast setup {engine.name} takes, not proven by runs"
+            )
+            return setup, [*notes, *skipped, instead]
+    return None, [*notes, f"nothing to set for {engine.title}", *skipped]
+
+
+def one_length(deployment: Deployment, setup: Setup) -> list[str]:
+    """What to say for an engine that keeps one length, where other batches were decided otherwise."""
+    others = [str(row.batch_size) for row in deployment.batches if row.setup != deployment.choice.setup]
+    if not others:
+        return []
+    return [f"k={setup.length} holds for every batch; measured batches of {', '.join(others)} were decided otherwise"]
+
+
+def made(deployment: Deployment, engine: Engine, setup: Setup, text: str, notes: list[str]) -> Export:
+    """The export with its label. A choice measured on one engine is never called proven on another."""
+    label = label_of(deployment, engine.form, setup)
+    return Export(text=text, note=joined(notes), setup=setup, label=label)
+
+
+def label_of(deployment: Deployment, form: str, setup: Setup) -> str:
+    choice = deployment.choice
+    proven = choice.proven and setup == choice.setup and deployment.where == form
+    return "proven" if proven else f"measured on {deployment.where}"
+
+
+def refused(notes: list[str]) -> Export:
+    return Export(text="", note=joined(notes))
+
+
+def joined(notes: list[str]) -> str | None:
+    return "; ".join(notes) or None
+
+
+def kind_objection(setup: Setup, engine: Engine) -> str | None:
+    """What no serving engine can be told: two sources, the target's own layers, a stop before a proposal."""
+    assert setup.draft is not None  # only drafting setups are asked about
+    if setup.draft.kind == "composite":
+        return f"{engine.title} takes a look-up or a draft model, not both"
+    if setup.draft.kind == "early_exit":
+        return f"{engine.title} cannot draft with the target's own layers"
+    if setup.stop_below is not None:
+        return f"{engine.title} has no stop before a proposal"
+    return None
+
+
+def weights_objection(target: Model, setup: Setup, engine: Engine) -> str | None:
+    """GGUF is for llama.cpp alone, and llama.cpp reads nothing else."""
+    draft = setup.draft.model if setup.draft is not None else None
+    for role, model in (("target", target), ("draft", draft)):
+        if model is None:
+            continue
+        if engine.form == "llamacpp" and not is_gguf(model):
+            return f"llama.cpp reads GGUF files only: convert the {role} {model.name} and measure that"
+        if engine.form != "llamacpp" and is_gguf(model):
+            return f"the {role} {model.name} is a GGUF file, which {engine.title} is not told"
+    return None
+
+
+def is_gguf(model: Model) -> bool:
+    return model.name.lower().endswith(".gguf")
+
+
+def place_of(model: Model) -> str:
+    """The directory, file or hub id the engine loads."""
+    if model.name.startswith(BUILTIN):
+        return str(FAMILY_FOLDER / model.name.removeprefix(BUILTIN))
+    return model.name
+
+
+def comment(text: str) -> str:
+    """One line, whatever a name or a domain holds: a line break would end the comment, a control character a file."""
+    return "# " + " ".join("".join(one if one.isprintable() else " " for one in text).split())
+
+
+def title(deployment: Deployment, setup: Setup, label: str) -> str:
+    choice = deployment.choice
+    asked = f"{choice.domain} prompts, batch {choice.batch_size}, context up to {choice.context_length}"
+    return comment(f"{setup.name} for {asked} ({label})")

@@ -1,0 +1,97 @@
+"""Speculation length by batch size, as ranges: what an engine that changes it while it runs is told.
+
+A request at batch b is decided by the smallest measured batch that is at least b, as in a policy's look-up; beyond the
+largest nothing was measured, and plain decoding is the rule. How an engine spells ranges it must not know.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from profiles.terms import PLAIN, Draft, Interval, Setup
+from tuner.export.picking import Objection
+from tuner.export.terms import Deployment
+from tuner.policy import Choice
+
+REAL_GAIN = 1.015  # the same 1.5 % within which setups are equals for the tuner
+NO_GAIN = Interval(estimate=1.0, low=1.0, high=1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """Batches `first` to `last` draft `length` tokens a round, at `gain` times plain decoding's speed."""
+
+    first: int
+    last: int
+    length: int
+    gain: Interval
+
+
+def ranges_of(deployment: Deployment, draft: Draft, objection: Objection) -> tuple[Range, ...]:
+    """The measured batches as ranges of one draft, flips without a real gain merged away; empty for a single batch.
+
+    An engine that runs keeps one draft: at a batch where another one was chosen, this draft's best forecast length is
+    taken, and nothing is drafted where there is none, or where plain decoding was the choice. Empty too where nothing
+    would be drafted at the batch that was asked about: the answer knows better.
+    """
+    if len(deployment.batches) < 2:
+        return ()
+    ranges, first = [], 1
+    for row in deployment.batches:
+        setup, gain = _of_row(row, draft, objection)
+        ranges.append(Range(first=first, last=row.batch_size, length=setup.length, gain=gain))
+        first = row.batch_size + 1
+    done = merged(ranges)
+    return done if length_at(done, deployment.choice.batch_size) > 0 else ()
+
+
+def as_scheduled(setup: Setup, ranges: Sequence[Range], batch_size: int) -> tuple[Setup, list[str]]:
+    """The setup with the length its batch has in the ranges, and what to say where that is another one."""
+    length = length_at(ranges, batch_size)
+    if length == setup.length:
+        return setup, []
+    shorter = f"k={length} instead of {setup.length}: the longer draft gains too little over a neighbouring batch's"
+    return replace(setup, length=length), [shorter]
+
+
+def merged(ranges: Sequence[Range]) -> tuple[Range, ...]:
+    """Neighbours joined until every flip that is left has a real gain.
+
+    An engine that flips between lengths as its batch breathes pays for the flip, so the longer drafting must be worth
+    it: its speed-up's interval lies above the shorter one's estimate, or its estimate is 1.5 % above. Else both get
+    the shorter length. (Plain decoding's speed-up is 1.)
+    """
+    done = list(ranges)
+    index = 0
+    while index + 1 < len(done):
+        here, after = done[index], done[index + 1]
+        shorter, longer = sorted((here, after), key=lambda one: one.length)
+        if here.length != after.length and _is_real(longer.gain, shorter.gain):
+            index += 1
+            continue
+        if here.length == after.length:
+            shorter = min(here, after, key=lambda one: one.gain.estimate)
+        done[index : index + 2] = [replace(shorter, first=here.first, last=after.last)]
+        index = max(index - 1, 0)
+    return tuple(done)
+
+
+def length_at(ranges: Sequence[Range], batch_size: int) -> int:
+    return next((one.length for one in ranges if one.first <= batch_size <= one.last), 0)
+
+
+def _is_real(longer: Interval, shorter: Interval) -> bool:
+    return longer.low > shorter.estimate or longer.estimate >= REAL_GAIN * shorter.estimate
+
+
+def _of_row(row: Choice, draft: Draft, objection: Objection) -> tuple[Setup, Interval]:
+    """The draft's setup at a measured batch and its speed-up over plain decoding there."""
+    chosen = row.setup
+    if chosen == PLAIN:
+        return PLAIN, NO_GAIN
+    if chosen.draft == draft and objection(chosen) is None:
+        claim = row.measured if row.measured is not None and row.measured.setup == chosen else row.forecast
+        return chosen, NO_GAIN if claim is None else claim.speedup
+    for one in row.alternatives:
+        if one.setup.draft == draft and objection(one.setup) is None:
+            return one.setup, one.speedup
+    return PLAIN, NO_GAIN
