@@ -58,6 +58,7 @@ class Database:
         self.path = path
         self.busy_timeout_s = busy_timeout_s
         self._read_only = read_only  # a file's URL says so too
+        self._has_answered = False
 
     @contextmanager
     def transaction(self, purpose: Purpose) -> Iterator[Connection]:
@@ -78,11 +79,8 @@ class Database:
         except (sqlalchemy.exc.DBAPIError, sqlite3.Error) as error:
             raise StoreError(f"store {self.name}: {reasons.reason(error)}") from error
         except (sqlalchemy.exc.SQLAlchemyError, ValueError, TypeError, LookupError, RecursionError) as error:
-            reason = (
-                f"it has no {error}"
-                if isinstance(error, KeyError)
-                else (str(error).splitlines() or [type(error).__name__])[0]
-            )
+            said = f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+            reason = said.splitlines()[0]
             raise StoreError(f"store {self.name}: a row cannot be read or written: {reason}") from error
 
     def write(self, work: Callable[[Connection], Result]) -> Result:
@@ -155,11 +153,13 @@ class Database:
         return url.render_as_string(hide_password=False)
 
     def _begun(self, purpose: Purpose) -> Connection:
-        """A connection in a transaction; a write tries for the busy timeout to get it, also over a lost connection."""
-        deadline = time.monotonic() + (self.busy_timeout_s if purpose == "write" else 0.0)
+        """A connection in a transaction; tried for the busy timeout, a lost server included, once it has answered."""
+        deadline = time.monotonic() + (self.busy_timeout_s if self._has_answered else 0.0)
         while True:
             try:
-                return self._begun_once(purpose)
+                connection = self._begun_once(purpose)
+                self._has_answered = True
+                return connection
             except sqlalchemy.exc.OperationalError as error:
                 if not reasons.passes(error) or time.monotonic() > deadline:
                     raise

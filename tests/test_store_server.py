@@ -6,9 +6,11 @@ Needs a server: `.ci/postgres COMMAND` starts one.
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 import sqlalchemy
 from alembic.autogenerate import compare_metadata
@@ -22,7 +24,7 @@ from store.book import Book
 from store.rehearsal import rehearse
 from store.runs import Shelf, tune
 from tests import servers
-from tests.cli import DECIDED, call
+from tests.cli import DECIDED, assert_refused, call
 from tests.fakes import GREEDY, MACHINE, TARGET, FakeEngine, prompts
 from tests.servers import ask, run_sql
 from tests.test_book import SCOPE
@@ -180,6 +182,22 @@ class TestMishaps:
             assert book.find_target_trace(SCOPE, PROMPT) is not None
         assert ask(url, "SELECT count(*) FROM target_traces") == [(2,)]
 
+    def test_a_server_that_stays_away_is_told(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An open book tries for its timeout, to read and to write, and then says so in one line."""
+        with Book.open(url, busy_timeout_s=0.2) as book:
+            terminate(url, book)
+            monkeypatch.setattr(book.database.engine.dialect, "connect", self._refuse)
+            for ask_book in (book.latest_policy, lambda: book.save_policy("one", TARGET, MACHINE)):
+                started = time.monotonic()
+                with pytest.raises(StoreError, match="Connection refused: no server answers there") as caught:
+                    ask_book()
+                assert 0.2 < time.monotonic() - started < 5.0
+                assert "\n" not in str(caught.value)
+
+    @staticmethod
+    def _refuse(*_: object, **__: object) -> None:
+        raise psycopg.OperationalError('connection failed: connection to server at "h" failed: Connection refused')
+
     @pytest.mark.parametrize("losses", [1, 10_000])
     def test_a_connection_lost_in_a_commit(self, losses: int, url: str) -> None:
         """The unit is saved again as a whole; a server that stays away is told in one line."""
@@ -265,6 +283,16 @@ def test_a_url_that_cannot_be_used_is_refused(text: str, wanted: str) -> None:
             opened(text)
         assert "s3cret" not in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_the_command_line_refuses_such_a_url(tmp_path: Path) -> None:
+    """As an option and as $DRAFTPICK_STORE, for a verb that reads and for one that measures."""
+    wrong = "mysql://me:s3cret@host/base"
+    for words in (["show", "--store", wrong], ["lookup", "--store", wrong], ["run", "--store", wrong]):
+        said = call(tmp_path, *words)
+        assert_refused(said, 2, "store mysql://me:***@host/base: a folder or postgresql+psycopg://")
+        assert "s3cret" not in said.stderr
+    assert_refused(call(wrong, "show"), 2, "store mysql://me:***@host/base")  # type: ignore[arg-type]
 
 
 def test_a_driver_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
