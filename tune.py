@@ -23,7 +23,7 @@ import typer
 from typer.exceptions import TyperException
 
 from profiles import machine, shipped, spelling
-from profiles.errors import DraftpickError, InputError, MatchError, NotMeasuredError, PolicyError
+from profiles.errors import DraftpickError, InputError, MatchError, NotMeasuredError
 from profiles.terms import PLAIN
 from store import bundle_verbs, deploy, places, telling
 from store.book import Book
@@ -158,7 +158,7 @@ def show(store: flags.Store = None) -> None:
     with Book.open(place) as book:
         entries = inventory(book)
         text = book.latest_policy()
-        policy = None if text is None else _read_policy(book, text)
+        policy = None if text is None else deploy.read_policy(book, text)
     _say_out(f"store {places.name(place)}")
     _console().print(inventory_table(entries, datetime.now(UTC)))
     if policy is not None:
@@ -182,6 +182,10 @@ def lookup(
     json_only: flags.JsonOnly = False,
 ) -> None:
     """Answer which setup to use on this machine and how well that is known; loads no torch and changes nothing."""
+    if engine_version is not None and form is None:
+        raise InputError(f"engine version {engine_version!r}: --format must say of which engine")
+    if device is not None and environment is not None:
+        raise InputError(f"device {device!r}: --environment says which device it is")
     engine = telling.engine_asked(form)
     level = _level(require)
     question = deploy.Question(
@@ -190,10 +194,12 @@ def lookup(
     if environment is None:
         here = machine.this_machine(engine, device)
     else:
-        here = {"engine": engine, **machine.read_machine(environment)}
+        here = machine.described_machine(environment, engine)
     place = places.existing(store)
     with Book.open_read_only(place) as book:
         found = deploy.lookup(book, question, here)
+        if transferred and found.transferred is None:
+            _say("--transferred: no transferred forecast is to be had, or none is needed")
         found = found.with_transferred() if transferred else found
         if json_only:
             _print_json(telling.lookup_document(found, book, places.name(place)))
@@ -269,7 +275,7 @@ def _dossier(book: Book, policy: policies.Policy) -> "Dossier":
     """What the target's last finished run left to be shown."""
     from tuner.report import Dossier
 
-    raw = book.latest_outcome(policy.target).get("dossier")
+    raw = book.latest_outcome(policy.target, policy.environment).get("dossier")
     if raw is None:
         raise NotMeasuredError(f"no finished run of {policy.target.name} is in the store: run `tune.py run` first")
     try:
@@ -332,24 +338,22 @@ def _find_policy(book: Book, target: str | None) -> policies.Policy:
     if text is None:
         asked = f"of target {target!r} " if target else ""
         raise NotMeasuredError(f"no policy {asked}in store {book.place}: run `tune.py run` first")
-    return _read_policy(book, text)
-
-
-def _read_policy(book: Book, text: str) -> policies.Policy:
-    try:
-        return policies.from_json(text)
-    except PolicyError as error:
-        raise PolicyError(f"the policy in store {book.place}: {error}") from error
+    return deploy.read_policy(book, text)
 
 
 def _say_out(*lines: str) -> None:
     for line in lines:
-        typer.echo(line)
+        typer.echo(_printable(line))
 
 
 def _say(*lines: str) -> None:
     for line in lines:
-        typer.echo(line, err=True)
+        typer.echo(_printable(line), err=True)
+
+
+def _printable(line: str) -> str:
+    """One line whatever a name holds: a line break in it could pass for another message."""
+    return "".join(one if one.isprintable() else " " for one in line)
 
 
 def _console(stderr: bool = False) -> "Console":

@@ -21,6 +21,7 @@ from profiles.errors import BadNumbersError, EngineError, InputError, OutOfMemor
 from profiles.rows import RowModel
 from profiles.sampling import Draws
 from profiles.sizes import SPARE_SLOTS
+from profiles.spelling import MAX_BATCH
 from profiles.terms import (
     CATCH_UP_WIDTHS,
     PLAIN,
@@ -37,7 +38,6 @@ from profiles.terms import (
     digest_of,
 )
 
-MAX_BATCH = 64
 NEAR_TIE = 1e-4  # greedy float32 outputs may part only where the two largest logits lie this close
 
 

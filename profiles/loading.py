@@ -12,12 +12,12 @@ import torch
 
 from profiles import environment, memory, models, prompts
 from profiles.drafting import DraftSource
-from profiles.engine import MAX_BATCH, TorchEngine
+from profiles.engine import TorchEngine
 from profiles.errors import InputError, ModelError, OutOfMemoryError
 from profiles.memory import cached_values_per_token
 from profiles.sizes import Footprint, cache_slots
 from profiles.sources import find
-from profiles.spelling import DraftSpec, Refused
+from profiles.spelling import MAX_BATCH, DraftSpec, Refused
 from profiles.terms import DTYPES, Draft, Prompt, Setup, Workload
 
 CONTEXT_STEP = 64  # a context that follows from the prompts is rounded up to a multiple of this

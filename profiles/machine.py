@@ -9,11 +9,11 @@ import json
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import psutil
-import pynvml
 
 from profiles.errors import InputError
 from profiles.packages import installed, own_version
@@ -22,6 +22,7 @@ from profiles.traits import Machine, checked, known
 
 ENGINE = "draftpick-torch"
 OVERRIDE = "DRAFTPICK_ENVIRONMENT"
+MOST_BYTES = 1_000_000
 
 
 def this_machine(engine: str = ENGINE, device: str | None = None) -> Machine:
@@ -34,18 +35,35 @@ def this_machine(engine: str = ENGINE, device: str | None = None) -> Machine:
         raise InputError(f"device {device!r}: allowed are cpu and cuda")
     named = os.environ.get(OVERRIDE)
     if named:
-        return {"engine": engine, **read_machine(Path(named))}
+        return described_machine(Path(named), engine)
     found: dict[str, Any] = {"engine": engine, "threads": _threads(), "torch": None, "engine_version": None}
-    found |= (_gpu() if device != "cpu" else None) or _cpu()
-    found |= _torch(on_gpu="compute_capability" in found)
+    on_gpu = _gpu() if device != "cpu" else None
+    if device == "cuda" and on_gpu is None:
+        raise InputError("device 'cuda': no GPU was found that this process may see")
+    found |= _cpu() if on_gpu is None else on_gpu
+    found |= _torch(on_gpu=on_gpu is not None)
     found["engine_version"] = own_engine_version() if engine == ENGINE else installed(engine)
     return known(found)
 
 
-def read_machine(path: Path) -> Machine:
-    """The machine that a JSON file describes. Raises InputError: unreadable, or a field or value not allowed."""
+def described_machine(path: Path, engine: str = ENGINE) -> Machine:
+    """The machine that a JSON file describes, asked for `engine`; what it says of another engine does not count.
+
+    Raises InputError: unreadable, or a field or value not allowed.
+    """
+    found = dict(_read(path))
+    if found.get("engine", engine) != engine:
+        found.pop("engine_version", None)
+    return {**found, "engine": engine}
+
+
+def _read(path: Path) -> Machine:
     try:
+        if not path.is_file() or path.stat().st_size > MOST_BYTES:
+            raise InputError(f"environment {path}: a file of at most {MOST_BYTES} bytes is needed")
         raw = json.loads(path.read_text(encoding="utf-8"))
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"environment {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     try:
@@ -69,6 +87,8 @@ def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 def driver_version() -> str | None:
     """The GPU driver's version; None where NVIDIA's management library is not there."""
+    import pynvml
+
     try:
         pynvml.nvmlInit()
         return str(pynvml.nvmlSystemGetDriverVersion())
@@ -81,6 +101,8 @@ def memory_bandwidth(handle: Any) -> int | None:
 
     `handle` is NVML's, None where there is none.
     """
+    import pynvml
+
     try:
         pynvml.nvmlInit()
         mhz = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_MEM)
@@ -105,32 +127,58 @@ def _cpu() -> dict[str, Any]:
 
 
 def _gpu() -> dict[str, Any] | None:
-    """The first GPU that this process may see; None where there is none or NVIDIA's library does not answer."""
+    """The first GPU that this process may see, None where there is none; without a name where that cannot be told."""
+    if sys.platform == "linux" and not any(Path(file).exists() for file in ("/dev/nvidiactl", "/dev/dxg")):
+        return None  # without the driver's file the library need not be loaded
+    import pynvml
+
     try:
         pynvml.nvmlInit()
-        visible = _visible(pynvml.nvmlDeviceGetCount())
-        if not visible:
+        handles = _visible(pynvml)
+        if handles == []:
             return None
-        handle = pynvml.nvmlDeviceGetHandleByIndex(visible[0])
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        driver = driver_version()
+        names = {str(pynvml.nvmlDeviceGetName(handle)) for handle in handles or ()}
+        # CUDA counts from the fastest card unless told otherwise, NVML by bus: unlike cards could be taken for others
+        if handles is None or (len(names) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID"):
+            return {"driver": driver}
+        first = handles[0]
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(first)
         return {
-            "device": str(pynvml.nvmlDeviceGetName(handle)),
-            "device_count": len(visible),
-            "memory_bytes": whole_gib(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
-            "driver": driver_version(),
+            "device": str(pynvml.nvmlDeviceGetName(first)),
+            "device_count": len(handles),
+            "memory_bytes": whole_gib(pynvml.nvmlDeviceGetMemoryInfo(first).total),
+            "driver": driver,
             "compute_capability": f"{major}.{minor}",
-            "memory_bandwidth_bytes_s": memory_bandwidth(handle),
+            "memory_bandwidth_bytes_s": memory_bandwidth(first),
         }
     except pynvml.NVMLError:
         return None
 
 
-def _visible(count: int) -> list[int]:
-    """NVML's numbers of the GPUs that $CUDA_VISIBLE_DEVICES leaves; all where it is not set or names them otherwise."""
+def _visible(nvml: Any) -> list[Any] | None:
+    """NVML's handles of the GPUs that $CUDA_VISIBLE_DEVICES leaves, read as CUDA does: up to the first that is none.
+
+    None where it names slices of a card, which NVML's names do not tell.
+    """
+    count = int(nvml.nvmlDeviceGetCount())
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is None or not re.fullmatch(r"(\d+(,\d+)*)?", named):
-        return list(range(count))
-    return [int(number) for number in named.split(",") if number and int(number) < count]
+    if named is None:
+        return [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+    handles = []
+    for word in (one.strip() for one in named.split(",")):
+        if word.upper().startswith("MIG"):
+            return None
+        if word.upper().startswith("GPU-"):
+            try:
+                handles.append(nvml.nvmlDeviceGetHandleByUUID(word))
+            except nvml.NVMLError:
+                break
+        elif word.isdecimal() and int(word) < count:
+            handles.append(nvml.nvmlDeviceGetHandleByIndex(int(word)))
+        else:
+            break
+    return handles
 
 
 def _torch(on_gpu: bool) -> dict[str, str]:

@@ -10,6 +10,7 @@ from profiles.errors import InputError
 from profiles.terms import Draft, DraftKind
 
 MAX_LENGTH = 64
+MAX_BATCH = 64  # rows the torch engine decodes at a time
 AGE_UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 MAX_AGE_S = 36500 * AGE_UNITS_S["d"]  # further back the calendar ends
 NGRAM_DEFAULTS = {"max": 4, "min": 2}  # tokens

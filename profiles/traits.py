@@ -13,7 +13,6 @@ from profiles.terms import Environment
 
 Machine = Mapping[str, object]
 
-TEXTS = ("device", "torch", "engine", "engine_version", "compute_capability")
 NUMBERS = ("device_count", "memory_bytes", "threads", "memory_bandwidth_bytes_s")
 OPTIONAL_TEXTS = ("driver", "cuda")  # null: there is none, as on a CPU
 # What a card's name says beside its kind: who makes it, how it is mounted, and its memory, which is compared by itself.
@@ -21,7 +20,10 @@ _NOT_THE_KIND = re.compile(r"(?<![\w.])(NVIDIA|TESLA|PCIE?|SXM\d*|NVL\d*|HBM\w*|
 
 
 def checked(raw: object) -> Machine:
-    """`raw` JSON as a machine. Raises InputError, naming field, value and what is allowed."""
+    """`raw` JSON as a machine; null is not known, but of a processor's driver and CUDA it says that there is none.
+
+    Raises InputError, naming field, value and what is allowed.
+    """
     allowed = [field.name for field in fields(Environment)]
     if not isinstance(raw, dict):
         raise InputError(f"an object with some of {', '.join(allowed)} is needed")
@@ -29,13 +31,12 @@ def checked(raw: object) -> Machine:
         if name not in allowed:
             raise InputError(f"unknown field {name!r}: allowed are {', '.join(allowed)}")
         if name in NUMBERS:
-            good, needed = type(value) is int and value >= 1, "a whole number from 1"
+            good, needed = type(value) is int and 1 <= value < 2**63, "a whole number from 1"
         else:
-            good = (isinstance(value, str) and value != "") or (value is None and name in OPTIONAL_TEXTS)
-            needed = "a string" if name in TEXTS else "a string or null"
-        if not good:
-            raise InputError(f"{name} is {value!r}: {needed} is needed")
-    return dict(raw)
+            good, needed = isinstance(value, str) and value != "", "a string"
+        if not good and value is not None:
+            raise InputError(f"{name} is {str(value)[:60]!r}: {needed} is needed")
+    return known(raw)
 
 
 @cache

@@ -243,17 +243,16 @@ class Book:
         with self._transaction("read") as connection:
             return connection.scalar(_latest_policy(target, environment))
 
-    def latest_outcome(self, target: Model) -> dict[str, Any]:
-        """What came of the target's last finished run, empty when there is none."""
+    def latest_outcome(self, target: Model, environment: Environment) -> dict[str, Any]:
+        """What came of the target's last finished run on a machine, empty when there is none."""
         runs = tables.runs.c
         query = select(runs.outcome).where(runs.target_key == target.run_digest, runs.finished_at.is_not(None))
+        query = query.where(runs.environment_digest == environment.digest)
         with self._transaction("read") as connection:
             found = connection.scalar(query.order_by(runs.finished_at.desc(), runs.id.desc()).limit(1)) or {}
             if not isinstance(found, dict):
                 kind = type(found).__name__
-                raise StoreError(
-                    f"the outcome of the last run of {target.name} is damaged: {kind} instead of an object"
-                )
+                raise StoreError(f"the last run of {target.name} is damaged: its outcome is {kind}, not an object")
         return found
 
     # --- the one way in and out ---
@@ -348,9 +347,12 @@ def _insert(
         connection.execute(insert(tables.models).values(model))
     elif known != labels:
         connection.execute(update(tables.models).where(key).values(labels))
-    digest = tables.environments.c.digest
-    if connection.scalar(select(digest).where(digest == environment.digest)) is None:
+    same = tables.environments.c.digest == environment.digest  # in which traits are not
+    stored = connection.execute(select(tables.environments).where(same)).mappings().first()
+    if stored is None:
         connection.execute(insert(tables.environments).values(machine))
+    elif told := {name: value for name, value in machine.items() if stored[name] is None and value is not None}:
+        connection.execute(update(tables.environments).where(same).values(told))
     made = {
         "target_key": model["key"],
         "environment_digest": environment.digest,

@@ -6,7 +6,7 @@ carries the level. It only reads, and loads no torch.
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,20 +14,22 @@ from sqlalchemy import func, literal, select
 
 from profiles.errors import NotMeasuredError, PolicyError
 from profiles.recorded import model_from
-from profiles.shipped import BUILTIN
+from profiles.shipped import BUILTIN, CARRIED
+from profiles.spelling import MAX_BATCH
 from profiles.terms import Draft, Model
 from profiles.traits import Machine, known
 from store import tables
 from store.book import Book
-from tuner.export.terms import Deployment
 from tuner.match import LEVELS, MEANINGS, Level, Match, match
 from tuner.policy import Answer, Choice, Policy, check_asked, from_json, plain_answer
 
 if TYPE_CHECKING:
     from store.transfer import Transferred
+    from tuner.export import Deployment
 
 NOT_MEASURED = ("vllm", "sglang", "trtllm", "llamacpp")  # engines that are emitted for and not run on yet
 SOFT = ("exact", "version")  # the same device and engine: one such policy may answer what another does not cover
+SAME_DEVICE = (*SOFT, "engine")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +50,10 @@ class Question:
 class Found:
     """An answer and how well it fits; `level` is `none` where the answer is plain decoding for want of a measurement.
 
-    `policy` is the one that was asked, with its `match`; None where no policy is near enough. `advice` is the command
-    that would measure what was asked, None at an exact match and for an engine that cannot be measured on.
-    `transferred` is offered where nothing measured on this device's family answers; it is not part of the answer.
+    `policy` is the one that was asked, with its `match`; None where no policy is near enough. Below an exact match no
+    choice is called proven: it was proven elsewhere. `advice` is the command that would measure what was asked, None at
+    an exact match and where there is none. `transferred` is offered where no policy of this device's family is known;
+    `is_transferred` tells that it was taken.
     """
 
     answer: Answer
@@ -60,6 +63,7 @@ class Found:
     match: Match | None = None
     advice: str | None = None
     transferred: "Transferred | None" = None
+    is_transferred: bool = False
 
     def reaches(self, level: Level) -> bool:
         """Whether the match is as good as `level` or better."""
@@ -78,77 +82,78 @@ class Found:
         told = [str(one) for one in differences if one.is_known]
         told += [f"not known: {unknown}"] if unknown else []
         told += [] if self.answer.matched else [self.answer.rule]
-        mend = f"to measure it: {self.advice}" if self.advice else "draftpick cannot measure on that engine yet"
+        mend = f"to measure it there: {self.advice}" if self.advice else "`tune.py run` cannot measure that"
         return f"match is {self.level}: {MEANINGS[self.level]} ({'; '.join(told)}); {mend}"
 
     def with_transferred(self) -> Self:
-        """The answer replaced by the transferred forecast's setup, which is not proven; itself where there is none."""
+        """The answer replaced by the transferred forecast's, with no match at all; itself where there is none."""
         lent = self.transferred
         if lent is None:
             return self
-        choice = replace(self.answer.choice, setup=lent.setup, reason=lent.reason, forecast=lent.forecast)
-        rule = f"a transferred forecast at batch {lent.batch_size}, context {lent.context_length}"
-        return replace(self, answer=replace(self.answer, choice=choice, rule=rule))
+        answer = Answer(choice=lent.choice(self.answer.choice.domain), matched=False, rule=lent.rule)
+        return replace(self, answer=answer, level="none", is_transferred=True)
 
-    def deployment(self) -> Deployment:
-        """What an exporter is asked: the choice, and the policy's others of its domain, temperature and context.
+    def deployment(self) -> "Deployment":
+        """What an exporter is asked: the choice, and the policy's others of its domain, temperature and context."""
+        from tuner.export import Deployment  # and with it the exporters, which a look-up for people does not need
 
-        Below an exact match nothing is called proven, because it was proven elsewhere.
-        """
-        policy = self.policy
-        choices = (self.answer.choice, *(policy.choices if policy is not None and self.answer.matched else ()))
-        if self.level != "exact":
-            choices = tuple(replace(choice, proven=False) for choice in choices)
-        asked, *others = choices
+        policy, asked = self.policy, self.answer.choice
         where = (asked.domain, asked.temperature, asked.context_length)
+        others = policy.choices if policy is not None and self.answer.matched else ()
         rows = tuple(row for row in others if (row.domain, row.temperature, row.context_length) == where)
         measured_on = policy.environment.engine if policy is not None else "nothing"
         return Deployment(target=self.target, choice=asked, rows=rows or (asked,), measured_on=measured_on)
 
     def to_json(self) -> dict[str, Any]:
         """The match as JSON values: level, differences, the machine that was measured, advice, and what is offered."""
-        policy = self.policy
         return {
             "level": self.level,
             "meaning": MEANINGS[self.level],
             "differences": [
                 {**asdict(one), "is_known": one.is_known} for one in (self.match.differences if self.match else ())
             ],
-            "measured_on": None if policy is None else asdict(policy.environment),
+            "measured_on": None if self.policy is None else asdict(self.policy.environment),
             "advice": self.advice,
             "transferred": None if self.transferred is None else asdict(self.transferred),
+            "is_transferred": self.is_transferred,
         }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Candidate:
-    """The latest policy of one machine, and how well that machine fits."""
+    """The latest policy of a target on one machine, and how well that machine fits."""
 
+    target: Model
     match: Match
     device: str
+    created_at: str
     policy_id: int
 
 
 def lookup(book: Book, question: Question, here: Machine) -> Found:
     """The choice for a question asked on the machine `here`, with its match level; at worst plain decoding.
 
-    1. The latest policy of each measured machine is ranked: match level, then nearest bandwidth and memory.
-    2. The best one answers by `Policy.look_up`. Only where it does not cover the question, others of the same device
-       and engine are asked. Beyond the largest measured batch or context: plain decoding.
-    3. A question without a measured answer from this family of devices is offered a transferred forecast.
+    1. The latest policy of each measured machine is ranked: match level, nearest bandwidth and memory, newest. A
+       question without a temperature is asked at the one the best of them tuned last.
+    2. The best one answers by `Policy.look_up`. Only where it does not cover the question, or was not decided there,
+       others of the same device and engine are asked. Beyond the largest measured batch or context: plain decoding.
+    3. Where no policy of this family of devices is known, a transferred forecast is offered.
 
     Raises: NotMeasuredError: the store does not know the target. PolicyError: a stored policy is damaged. StoreError.
     """
-    target = _target(book, question.target)
-    ranked = sorted(_candidates(book, target, here), key=lambda one: one.match.order)
-    found = _answered(book, target, question, ranked)
-    if not found.reaches("exact") and here.get("engine") not in NOT_MEASURED:
-        found = replace(found, advice=measuring_command(target, question, found.policy))
-    if not found.reaches("family"):
+    models = _targets(book, question.target)
+    ranked = _ranked(book, models, here)
+    found = _answered(book, models[0], question, ranked)
+    if found.level != "exact":
+        choice = replace(found.answer.choice, proven=False)
+        found = replace(found, answer=replace(found.answer, choice=choice))
+        if here.get("engine") not in NOT_MEASURED and question.batch_size <= MAX_BATCH:
+            found = replace(found, advice=measuring_command(found, question))
+    if not ranked or LEVELS.index(ranked[0].match.level) > LEVELS.index("family"):
         from store.transfer import transfer  # needs numpy, which the usual answer does not
 
         shape = (question.batch_size, question.context_length)
-        found = replace(found, transferred=transfer(book, target, here, shape, question.temperature))
+        found = replace(found, transferred=transfer(book, found.target, here, shape, question.temperature))
     return found
 
 
@@ -159,18 +164,21 @@ def _answered(book: Book, target: Model, question: Question, ranked: Sequence[_C
     first: Found | None = None
     for one in soft or fitting[:1]:
         text = _policy_text(book, one.policy_id)
-        if first is not None and not _may_cover(text, question):
+        if first is not None and (one.target != first.target or not _may_cover(text, question)):
             continue  # a policy takes milliseconds to read
-        policy = _read(book, text)
-        temperature = policy.headline.temperature if question.temperature is None else question.temperature
+        policy = read_policy(book, text)
+        if question.temperature is None:
+            question = replace(question, temperature=policy.headline.temperature)
         answer = policy.look_up(
             batch_size=question.batch_size,
             context_length=question.context_length,
             domain=question.domain,
-            temperature=temperature,
+            temperature=question.temperature or 0.0,
         )
+        if answer.matched and not answer.choice.is_decided:
+            answer = replace(answer, matched=False, rule="the run ended before this was decided")
         level: Level = one.match.level if answer.matched else "none"
-        found = Found(target=target, answer=answer, level=level, policy=policy, match=one.match)
+        found = Found(target=one.target, answer=answer, level=level, policy=policy, match=one.match)
         if answer.matched:
             return found
         first = first or found
@@ -183,15 +191,27 @@ def _answered(book: Book, target: Model, question: Question, ranked: Sequence[_C
     return Found(target=target, answer=answer, level="none", match=ranked[0].match if ranked else None)
 
 
-def measuring_command(target: Model, question: Question, policy: Policy | None) -> str:
-    """The command line that measures what was asked, with the drafts of `policy`; its prompts are not known here."""
-    words = ["python", "tune.py", "run", "--target", target.name]
-    if not target.name.startswith(BUILTIN):
-        drafts = _drafts(policy.choices) if policy is not None else ()
+def measuring_command(found: Found, question: Question) -> str:
+    """The command line that measures what was asked, with the drafts and the law of sampling of the policy.
+
+    Which prompts that was does not stand in a policy: theirs must be named again, but for the family that ships.
+    """
+    words = ["python", "tune.py", "run", "--target", found.target.name, "--dtype", found.target.dtype]
+    if not found.target.name.startswith(BUILTIN):
+        drafts = _drafts(found.policy.choices) if found.policy is not None else ()
         words += [word for draft in drafts for word in ("--draft", draft.name)]
-    words += ["--batch-size", str(question.batch_size)] if question.batch_size > 1 else []
-    words += ["--context", str(question.context_length)] if question.context_length is not None else []
-    words += ["--temperature", f"{question.temperature:g}"] if question.temperature else []
+        words += ["--prompts", "PROMPTS.jsonl"]
+    choice, policy = found.answer.choice, found.policy
+    if policy is not None and policy.headline.temperature == choice.temperature:
+        choice = policy.headline  # which has its top-p and top-k too
+    asked = {
+        "--batch-size": question.batch_size if question.batch_size > 1 else None,
+        "--context": question.context_length,
+        "--temperature": choice.temperature or None,
+        "--top-p": choice.top_p if choice.top_p < 1.0 else None,
+        "--top-k": choice.top_k or None,
+    }
+    words += [word for flag, value in asked.items() if value is not None for word in (flag, f"{value:g}")]
     return shlex.join(words)
 
 
@@ -209,39 +229,68 @@ def _drafts(choices: Sequence[Choice]) -> tuple[Draft, ...]:
     return tuple(dict.fromkeys(part for setup in setups if setup.draft is not None for part in setup.draft.parts))
 
 
-def _target(book: Book, name: str | None) -> Model:
-    """The target of this name, digest or run digest whose policy is the newest; without a name the one tuned last."""
+def _targets(book: Book, name: str | None) -> list[Model]:
+    """The targets of this name, digest or run digest, the one tuned last first; without a name only that one."""
     models = tables.models
     tuned = select(func.max(tables.policies.c.created_at)).where(tables.policies.c.target_key == models.c.key)
     query = select(models).order_by(tuned.scalar_subquery().desc().nulls_last())
     if name is not None:
-        query = query.where(literal(name).in_([models.c.key, models.c.digest, models.c.name]))
+        named = [models.c.key, models.c.digest, models.c.name]
+        query = query.where(literal(name).in_(named) | (models.c.name == f"{CARRIED}{name}"))
+    else:
+        query = query.limit(1)
     with book.reading() as connection:
-        row = connection.execute(query.limit(1)).mappings().first()
-    if row is None:
+        rows = connection.execute(query).mappings().all()
+    if not rows:
         asked = f"target {name!r}" if name is not None else "any target"
         raise NotMeasuredError(f"the store {book.place} does not know {asked}: run `tune.py run` first")
-    return model_from({column: value for column, value in row.items() if column != "key"})
+    return [model_from({column: value for column, value in row.items() if column != "key"}) for row in rows]
 
 
-def _candidates(book: Book, target: Model, here: Machine) -> Iterator[_Candidate]:
-    """The latest policy of every machine the target was tuned on."""
+def _ranked(book: Book, targets: Sequence[Model], here: Machine) -> list[_Candidate]:
+    """The latest policy of every machine the targets were tuned on, the best match first.
+
+    Other devices are only looked at where the same one gives none at this device's levels: there may be many.
+    """
+    found = list(_candidates(book, targets, here, same_device=True))
+    if not any(one.match.level in SAME_DEVICE for one in found):
+        found += _candidates(book, targets, here, same_device=False)
+    found.sort(key=lambda one: one.created_at, reverse=True)
+    return sorted(found, key=lambda one: one.match.order)
+
+
+def _candidates(book: Book, targets: Sequence[Model], here: Machine, *, same_device: bool) -> Iterator[_Candidate]:
     policies, machines = tables.policies.c, tables.environments.c
-    about = policies.target_key == target.run_digest
-    newest = select(policies.environment_digest, func.max(policies.created_at).label("created_at")).where(about)
-    newest_of = newest.group_by(policies.environment_digest).subquery()
+    by_key = {target.run_digest: target for target in targets}
+    about = policies.target_key.in_(by_key)
+    device = machines.device == str(here.get("device"))
+    newest = select(policies.target_key, policies.environment_digest, func.max(policies.created_at).label("created_at"))
+    newest_of = (
+        newest.join(tables.environments, machines.digest == policies.environment_digest)
+        .where(about, device if same_device else ~device)
+        .group_by(policies.target_key, policies.environment_digest)
+        .subquery()
+    )
+    same = (policies.environment_digest == newest_of.c.environment_digest) & (
+        policies.target_key == newest_of.c.target_key
+    )
     query = (
-        select(func.max(policies.id), *machines)
-        .join_from(tables.policies, newest_of, policies.environment_digest == newest_of.c.environment_digest)
+        select(policies.target_key, policies.created_at, func.max(policies.id), *machines)
+        .join_from(tables.policies, newest_of, same & (policies.created_at == newest_of.c.created_at))
         .join(tables.environments, machines.digest == newest_of.c.environment_digest)
-        .where(about, policies.created_at == newest_of.c.created_at)
-        .group_by(machines.digest)
+        .group_by(policies.target_key, policies.created_at, machines.digest)
     )
     names = [column.name for column in machines]
     with book.reading() as connection:
-        for policy_id, *values in connection.execute(query):
+        for key, created_at, policy_id, *values in connection.execute(query):
             there = known(dict(zip(names, values, strict=True)))
-            yield _Candidate(match=match(here, there), device=str(there["device"]), policy_id=policy_id)
+            yield _Candidate(
+                target=by_key[key],
+                match=match(here, there),
+                device=str(there["device"]),
+                created_at=created_at,
+                policy_id=policy_id,
+            )
 
 
 def _policy_text(book: Book, policy_id: int) -> str:
@@ -249,7 +298,8 @@ def _policy_text(book: Book, policy_id: int) -> str:
         return str(connection.scalar(select(tables.policies.c.policy).where(tables.policies.c.id == policy_id)))
 
 
-def _read(book: Book, text: str) -> Policy:
+def read_policy(book: Book, text: str) -> Policy:
+    """A policy that the book keeps. Raises PolicyError, naming the store."""
     try:
         return from_json(text)
     except PolicyError as error:
@@ -259,7 +309,7 @@ def _read(book: Book, text: str) -> Policy:
 def _may_cover(text: str, question: Question) -> bool:
     """Whether a policy has a batch and a context as large as asked; True for a damaged one, which is then told."""
     try:
-        choices = json.loads(text)["choices"]
+        choices: Sequence[Mapping[str, int]] = json.loads(text)["choices"]
         largest = max(choice["batch_size"] for choice in choices)
         longest = max(choice["context_length"] for choice in choices)
         return bool(largest >= question.batch_size and longest >= (question.context_length or 1))

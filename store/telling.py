@@ -52,10 +52,8 @@ def lookup_text(found: Found, form: str | None, version: str | None) -> tuple[st
     Raises InputError: an engine version that is none.
     """
     asides = [] if found.caveat is None else [f"warning: {found.caveat}"]
-    lent = found.transferred
-    taken = lent is not None and found.answer.choice.forecast == lent.forecast
-    if lent is not None and not taken:
-        asides.append(f"offered, take it with --transferred: {lent.reason}")
+    if found.transferred is not None and not found.is_transferred:
+        asides.append(f"offered, take it with --transferred: {found.transferred.reason}")
     choice = found.answer.choice
     if form is None:
         lines = [f"{choice.setup.name}: {found.answer.rule}", choice.reason]
@@ -65,7 +63,9 @@ def lookup_text(found: Found, form: str | None, version: str | None) -> tuple[st
 
     made = export.emit(found.deployment(), form, version)
     if made.text and made.setup is not None:
-        asides.append(f"{made.setup.name}: {'a transferred forecast, not measured' if taken else made.label}")
+        asides.append(
+            f"{made.setup.name}: {'a transferred forecast, not measured' if found.is_transferred else made.label}"
+        )
     return made.text, [*asides, *([] if made.note is None else [made.note])]
 
 
@@ -76,8 +76,11 @@ def lookup_document(found: Found, book: Book, store: str) -> dict[str, Any]:
     outcome: dict[str, Any] = {}
     known: dict[str, Any] = {"target": asdict(found.target), "store": store}
     if found.policy is not None:
-        outcome = book.latest_outcome(found.target)
-        path = str(book.folder / found.policy.file_name)
-        known = report.document(found.policy, cost=outcome.get("cost", {}), store=store, policy_path=path)
+        outcome = book.latest_outcome(found.target, found.policy.environment)
+        path = book.folder / found.policy.file_name
+        known = report.document(found.policy, cost=outcome.get("cost", {}), store=store, policy_path=str(path))
+        known |= {} if path.exists() else {"policy": None}  # a merged one has no file here
+        if found.level != "exact":
+            known["proven"] = False  # here, where it was not
     answer = {**report.answer(found.answer), "match": found.to_json()}
     return {**known, "left_out": outcome.get("left_out", []), "answer": answer}

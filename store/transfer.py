@@ -4,12 +4,14 @@ Acceptance belongs to the models and the text, so it holds anywhere; only the st
 one of its family. What comes out was not measured and is never called proven. It loads no torch.
 """
 
+import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, Select, select
+from sqlalchemy import Connection, Select, Table, select
 
 from profiles.errors import NotMeasuredError
 from profiles.formulas import median
@@ -24,31 +26,43 @@ from tuner.forecast import Forecaster
 from tuner.match import LEVELS, Level, match
 from tuner.objective import score
 from tuner.overhead import Steps, step_samples, use_of
-from tuner.policy import match_temperature
+from tuner.policy import Choice, match_temperature
 from tuner.space import candidates
 
-WORST = LEVELS.index("family")
-MAX_PROMPTS = 32
+NEAR = LEVELS[: LEVELS.index("family") + 1]
+MOST_STRETCH = 4
+MAX_PROMPTS, FEWEST_PROMPTS = 32, 12
 CALIBRATION = "calibration "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transferred:
-    """The best setup by a transferred forecast, plain decoding where no draft's interval lies above 1.
+    """The best drafting setup by a transferred forecast; there is none where no draft's interval lies above 1.
 
-    `level` says how well the machine fits whose step times were taken, `step_times_from` which it was. `overhead_from`
-    is the machine on which rounds were really run, whose time beyond the steps was scaled by the ratio of the targets'
-    single-token steps; None: it is not known and counted as 0. `context_length` is that of the step times.
+    `level` says how well the machine fits whose step times were taken, `step_times_from` which it was, `cached_tokens`
+    at how many. `overhead_from` is the machine on which rounds were really run, whose time beyond the steps was scaled
+    by the ratio of the targets' single-token steps; None: it is not known and counted as 0. `law`: temperature, top-p
+    and top-k of the acceptance; `context_length` is the longest it was seen at.
     """
 
-    setup: Setup
     forecast: Forecast
     level: Level
     step_times_from: str
     overhead_from: str | None
     batch_size: int
     context_length: int
+    cached_tokens: int
     num_prompts: int
+    law: tuple[float, float, int]
+
+    @property
+    def setup(self) -> Setup:
+        return self.forecast.setup
+
+    @property
+    def rule(self) -> str:
+        """What it holds for, as an answer says it."""
+        return f"forecast from step times at batch {self.batch_size}, {self.cached_tokens} tokens cached"
 
     @property
     def reason(self) -> str:
@@ -57,8 +71,24 @@ class Transferred:
         beyond = f"what rounds take beyond steps on {lent_by}" if lent_by else "no time beyond the steps"
         return (
             f"A transferred forecast, not measured here: {self.setup.name} at {speedup.estimate:.2f} "
-            f"[{speedup.low:.2f}, {speedup.high:.2f}] times plain decoding, from acceptance on {self.num_prompts} "
-            f"prompts, step times of {self.step_times_from} and {beyond}."
+            f"[{speedup.low:.2f}, {speedup.high:.2f}] times plain decoding at batch {self.batch_size}, from acceptance "
+            f"on {self.num_prompts} prompts of all domains, step times of {self.step_times_from} with "
+            f"{self.cached_tokens} tokens cached, and {beyond}."
+        )
+
+    def choice(self, domain: str) -> Choice:
+        """The setup as a choice that nothing was measured of."""
+        temperature, top_p, top_k = self.law
+        return Choice(
+            batch_size=self.batch_size,
+            context_length=self.context_length,
+            domain=domain,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            setup=self.setup,
+            reason=self.reason,
+            forecast=self.forecast,
         )
 
 
@@ -84,71 +114,89 @@ class _Sweep:
         return next(iter(self.steps.values())).batch_size
 
     @property
-    def context_length(self) -> int:
+    def cached_tokens(self) -> int:
         return next(iter(self.steps.values())).context_length
 
     @property
     def disturbed(self) -> bool:
         return any(times.disturbed for times in self.steps.values())
 
+    def order(self, batch_size: int, num_tokens: float | None) -> tuple[float, ...]:
+        """The better one first for so many rows and cached tokens (None: the longest)."""
+        away = -self.cached_tokens if num_tokens is None else _away(self.cached_tokens, num_tokens)
+        return LEVELS.index(self.level), self.batch_size - batch_size, away, self.disturbed
+
 
 def transfer(
     book: Book, target: Model, here: Machine, shape: tuple[int, int | None], temperature: float | None
 ) -> Transferred | None:
-    """The forecast for `here`, None where acceptance or step times of the target are missing.
+    """The forecast for `here`, None where acceptance or step times of the target are missing or no draft pays.
 
     `shape` is (batch, context; None: not known). Step times are those of the machine that fits best, at worst one of
-    the same family with the same engine, at the smallest measured batch that is at least as large, and of its sweeps
-    at the nearest context (not known: the longest). Acceptance is that of the latest run at `temperature` (None: any).
+    the same family with the same engine, at the smallest measured batch that is at least as large and with the nearest
+    number of cached tokens, at most four times fewer than the context. Acceptance is that of the latest run at
+    `temperature` (None: any) whose context was at least as long.
     """
+    batch_size, context_length = shape
     with book.reading() as connection:
         sweeps = list(_sweeps(connection, target, here))
-        chosen = _covering([sweep for sweep in sweeps if sweep.level in LEVELS[: WORST + 1]], shape)
-        if chosen is None:
-            return None
-        for asked, drafts in _runs(connection, target, temperature):
-            workload = replace(asked, batch_size=chosen.batch_size)
-            evidence = _evidence(connection, target, workload, (drafts, chosen))
-            if evidence.traces and evidence.drafts:
-                lender = _lend_calibration(connection, target, workload, evidence, sweeps)
+        fitting = [sweep for sweep in sweeps if sweep.level in NEAR and sweep.batch_size >= batch_size]
+        fitting = [sweep for sweep in fitting if MOST_STRETCH * sweep.cached_tokens >= (context_length or 0)]
+        fitting.sort(key=lambda sweep: sweep.order(batch_size, context_length))
+        runs = list(_runs(connection, target, temperature))
+        for sweep, (asked, drafts) in itertools.product(fitting, runs):
+            if asked.context_length < (context_length or 0):
+                continue
+            workload = replace(asked, batch_size=sweep.batch_size)
+            evidence = _evidence(connection, target, workload, (drafts, sweep))
+            if evidence.drafts:
+                lender = _lend_calibration(connection, target, workload, (evidence, sweep), sweeps)
                 calibration, lent_by = lender or ((), None)
-                return _best(target, workload, replace(evidence, calibration=calibration), (chosen, lent_by))
+                return _best(target, workload, replace(evidence, calibration=calibration), (sweep, lent_by))
     return None
-
-
-def _covering(sweeps: Sequence[_Sweep], shape: tuple[int, int | None]) -> _Sweep | None:
-    batch_size, context_length = shape
-
-    def order(sweep: _Sweep) -> tuple[float, ...]:
-        level, longest = LEVELS.index(sweep.level), -sweep.context_length
-        away = longest if context_length is None else abs(math.log(sweep.context_length / context_length))
-        return level, sweep.batch_size, away, sweep.disturbed
-
-    return min((sweep for sweep in sweeps if sweep.batch_size >= batch_size), key=order, default=None)
 
 
 def _best(
     target: Model, workload: Workload, evidence: Evidence, source: tuple[_Sweep, str | None]
 ) -> Transferred | None:
     sweep, lent_by = source
+    if all(len(trace.token_ids) < 2 for trace in evidence.traces.values()):
+        return None  # there is no time per token
     prompts = [_Prompt(digest=digest) for digest in evidence.traces]
     forecaster = Forecaster(evidence, workload, target.run_digest)
-    lengths = range(1, sweep.max_length + 1)
-    try:
-        found = [forecaster.forecast(setup, prompts) for setup in candidates(evidence.drafts, lengths)]
-    except NotMeasuredError:  # no output has a second token
+    longest = _longest_lengths(evidence, sweep)
+    setups = [setup for draft in evidence.drafts for setup in candidates([draft], range(1, longest[draft] + 1))]
+    best = max((forecaster.forecast(setup, prompts) for setup in setups), key=score)
+    if best.setup == PLAIN or score(best) <= 1.0:
         return None
-    best = max(found, key=score)  # plain decoding comes first and wins ties
     return Transferred(
-        setup=best.setup,
         forecast=best,
         level=sweep.level,
         step_times_from=str(sweep.machine["device"]),
         overhead_from=lent_by,
         batch_size=sweep.batch_size,
-        context_length=sweep.context_length,
+        context_length=workload.context_length,
+        cached_tokens=sweep.cached_tokens,
         num_prompts=len(prompts),
+        law=(workload.temperature, workload.top_p, workload.top_k),
     )
+
+
+def _longest_lengths(evidence: Evidence, sweep: _Sweep) -> dict[Draft, int]:
+    """The longest speculation length each draft can be forecast at: as long as it was timed and, a look-up, traced."""
+    longest = {}
+    for draft in evidence.drafts:
+        traced = [
+            acceptance.max_length
+            for (part, _), acceptance in evidence.acceptances.items()
+            if isinstance(acceptance, LookupTrace) and part in {own.digest for own in draft.parts}
+        ]
+        longest[draft] = min([sweep.max_length, *traced])
+    return longest
+
+
+def _away(one: float, other: float) -> float:
+    return abs(math.log(one) - math.log(other))
 
 
 def _rows(connection: Connection, query: Select[Any]) -> Iterator[tables.Row]:
@@ -196,55 +244,99 @@ def _runs(
 def _evidence(
     connection: Connection, target: Model, workload: Workload, given: tuple[tuple[Draft, ...], _Sweep]
 ) -> Evidence:
-    """Traces of at most 32 prompts, and the drafts whose parts were all traced on them and timed in the sweep."""
+    """The drafts whose parts were all timed in the sweep, with at most 32 prompts on which all of these were traced.
+
+    A draft that was traced on no prompt of the others' is left out, the one with the fewest prompts first.
+    """
     drafts, sweep = given
     about = {"target_key": target.run_digest, "sampling_digest": workload.sampling_digest}
-    query = select(tables.target_traces).filter_by(**about).order_by(tables.target_traces.c.prompt_digest)
-    traces = {
-        row["prompt_digest"]: tables.target_trace_record(row) for row in _rows(connection, query.limit(MAX_PROMPTS))
-    }
-    acceptances: dict[tuple[str, str], Acceptance] = {}
-    for table, record in (
-        (tables.acceptance_traces, tables.acceptance_record),
-        (tables.lookup_traces, tables.lookup_record),
-    ):
-        wanted = table.c.prompt_digest.in_(traces)
-        for row in _rows(connection, select(table).filter_by(**about).where(wanted)):
-            one = record(row)
-            if not isinstance(one, LookupTrace) or one.max_length >= sweep.max_length:
-                acceptances[one.draft_digest, one.prompt_digest] = one
-    usable = [
-        draft
-        for draft in drafts
-        if all(part.digest in sweep.steps for part in draft.parts)
-        and all((part.digest, prompt) in acceptances for part in draft.parts for prompt in traces)
-    ]
+    traced = _traced(connection, about)
+    usable = [draft for draft in drafts if all(part.digest in sweep.steps for part in draft.parts)]
+    prompts_of = {draft: set.intersection(*(traced[part.digest] for part in draft.parts)) for draft in usable}
+    usable = sorted((draft for draft in usable if prompts_of[draft]), key=lambda draft: -len(prompts_of[draft]))
+    shared: set[str] = set()
+    kept: list[Draft] = []
+    for draft in usable:
+        both = shared & prompts_of[draft] if kept else prompts_of[draft]
+        if len(both) >= min(FEWEST_PROMPTS, len(shared) or FEWEST_PROMPTS) or not kept:
+            shared, kept = both, [*kept, draft]
+    prompts = sorted(shared)[:MAX_PROMPTS]
+    parts = {part.digest for draft in kept for part in draft.parts}
     return Evidence(
         prompts=(),
-        traces=traces,
-        acceptances=acceptances,
+        traces={
+            row["prompt_digest"]: tables.target_trace_record(row)
+            for row in _about(connection, tables.target_traces, about, prompts)
+        },
+        acceptances=_acceptances(connection, about, prompts, parts),
         steps=dict(sweep.steps),
         calibration=(),
-        drafts=tuple(usable),
+        drafts=tuple(draft for draft in drafts if draft in kept),
         infeasible=(),
     )
 
 
+def _traced(connection: Connection, about: Mapping[str, str]) -> defaultdict[str, set[str]]:
+    """The prompts on which each part of a draft was traced."""
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    for table in (tables.acceptance_traces, tables.lookup_traces):
+        query = select(table.c.draft_digest, table.c.prompt_digest).filter_by(**about)
+        for part, prompt in connection.execute(query):
+            found[part].add(prompt)
+    return found
+
+
+def _acceptances(
+    connection: Connection, about: Mapping[str, str], prompts: Sequence[str], parts: set[str]
+) -> dict[tuple[str, str], Acceptance]:
+    """Of look-ups the longest trace, of which shorter ones are prefixes."""
+    found: dict[tuple[str, str], Acceptance] = {}
+    for row in _about(connection, tables.acceptance_traces, about, prompts):
+        if row["draft_digest"] in parts:
+            found[row["draft_digest"], row["prompt_digest"]] = tables.acceptance_record(row)
+    for row in _about(connection, tables.lookup_traces, about, prompts):
+        if row["draft_digest"] in parts:
+            one, key = tables.lookup_record(row), (row["draft_digest"], row["prompt_digest"])
+            known_one = found.get(key)
+            if not isinstance(known_one, LookupTrace) or known_one.max_length < one.max_length:
+                found[key] = one
+    return found
+
+
+def _about(
+    connection: Connection, table: Table, about: Mapping[str, str], prompts: Sequence[str]
+) -> Iterator[tables.Row]:
+    return _rows(connection, select(table).filter_by(**about).where(table.c.prompt_digest.in_(prompts)))
+
+
 def _lend_calibration(
-    connection: Connection, target: Model, workload: Workload, evidence: Evidence, sweeps: Sequence[_Sweep]
+    connection: Connection,
+    target: Model,
+    workload: Workload,
+    lacking: tuple[Evidence, _Sweep],
+    sweeps: Sequence[_Sweep],
 ) -> tuple[tuple[tuple[Setup, Sample], ...], str] | None:
-    """Calibration runs of the machine that fits best, their seconds as they would be here, and that machine's name."""
+    """Calibration runs of the machine that fits best, their seconds as they would be here, and that machine's name.
+
+    Its own steps are taken with the number of cached tokens that is nearest to those of the sweep, at most twice as
+    many or as few: what is beyond steps of another context is no overhead.
+    """
+    evidence, here = lacking
     longest = max(sweep.max_length for sweep in sweeps)
     setups = {setup.digest: setup for setup in candidates(evidence.drafts, range(1, longest + 1))}
-    for sweep in sorted(sweeps, key=lambda one: LEVELS.index(one.level)):
-        if sweep.batch_size != workload.batch_size:
-            continue
+    near = [
+        sweep
+        for sweep in sweeps
+        if sweep.batch_size == here.batch_size and _away(sweep.cached_tokens, here.cached_tokens) <= math.log(2.0)
+    ]
+    for sweep in sorted(near, key=lambda one: one.order(here.batch_size, here.cached_tokens)):
+        runs = tables.samples.c
         about = {"target_key": target.run_digest, "environment_digest": sweep.environment_digest}
         query = select(tables.samples).filter_by(**about, anchor_digest=workload.anchor_digest)
-        rows = _rows(connection, query.where(tables.samples.c.occasion.startswith(CALIBRATION)))
-        samples = [
-            (setups[row["setup_digest"]], tables.sample_record(row)) for row in rows if row["setup_digest"] in setups
-        ]
+        query = query.where(
+            runs.occasion.startswith(CALIBRATION), runs.disturbed.is_(False), runs.setup_digest.in_(setups)
+        )
+        samples = [(setups[row["setup_digest"]], tables.sample_record(row)) for row in _rows(connection, query)]
         lent = list(_moved(samples, sweep.steps, evidence.steps, target.run_digest))
         if any(setup == PLAIN for setup, _ in lent):
             return tuple(lent), str(sweep.machine["device"])

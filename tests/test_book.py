@@ -235,8 +235,8 @@ class TestRunsAndPolicies:
         assert (parsed(workload)["max_new_tokens"], parsed(outcome)) == (64, {"proven": True})
         assert finished_at is not None
         book.save_run(SCOPE)
-        assert book.latest_outcome(TARGET) == {"proven": True}
-        assert book.latest_outcome(Model(name="second", dtype="float32", digest="b" * 32, num_params=10)) == {}
+        assert book.latest_outcome(TARGET, MACHINE) == {"proven": True}
+        assert book.latest_outcome(Model(name="second", dtype="float32", digest="b" * 32, num_params=10), MACHINE) == {}
         for wrong in (run_id, run_id + 2):
             with pytest.raises(StoreError, match=f"run {wrong} is not under way"):
                 book.finish_run(wrong, {})
@@ -308,7 +308,7 @@ class TestReadOnly:
             assert reader.find_target_trace(SCOPE, PROMPT) == trace
             assert reader.find_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0") == samples_of(fake)
             assert reader.latest_policy() == "one"
-            assert reader.latest_outcome(TARGET) == {"proven": True}
+            assert reader.latest_outcome(TARGET, MACHINE) == {"proven": True}
             book.save_policy("two", TARGET, MACHINE)
             assert reader.latest_policy() == "two"
 

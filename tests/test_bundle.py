@@ -92,7 +92,7 @@ class TestThereAndBack:
         text = empty.latest_policy("fake-target", MACHINE)
         assert text is not None
         assert policies.from_json(text).headline.proven
-        assert empty.latest_outcome(TARGET)["cost"]["measured_units"] > 0
+        assert empty.latest_outcome(TARGET, MACHINE)["cost"]["measured_units"] > 0
 
     def test_units_keep_their_order(self, packed: Path, empty: Book) -> None:
         """Runs of a unit come back by position, whatever number their rows get."""

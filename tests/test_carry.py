@@ -1,7 +1,7 @@
 """A bundle carried to a clean store on another machine: match levels and the transferred forecast, by the verbs."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +9,15 @@ import pytest
 from profiles.terms import Setup
 from store.book import Book, Scope
 from store.runs import Shelf, tune
+from tests import test_deploy
 from tests.cli import call, database
 from tests.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts
-from tests.test_deploy import H100, L40S, PCIE
 from tuner.policy import from_json
 from tuner.tuning import Options, Watch
+
+H100, PCIE, L40S, CPU = (
+    replace(one, engine="draftpick-torch") for one in (test_deploy.H100, test_deploy.PCIE, test_deploy.L40S, MACHINE)
+)
 
 
 class OnH100(FakeEngine):
@@ -50,10 +54,9 @@ def described(folder: Path, **fields: object) -> Path:
     [
         (asdict(H100), "exact", 0),
         (asdict(H100) | {"torch": "2.14.0"}, "version", 7),
-        (asdict(H100) | {"engine": "vllm"}, "engine", 7),
         (asdict(PCIE), "family", 7),
         (asdict(H100) | {"device": "NVIDIA H200", "memory_bytes": 140 * 2**30}, "capability", 7),
-        (asdict(MACHINE), "none", 7),
+        (asdict(CPU), "none", 7),
     ],
 )
 def test_the_levels_on_the_other_machine(
@@ -69,6 +72,19 @@ def test_the_levels_on_the_other_machine(
     required = call(carried, "lookup", "--require", "exact")
     assert required.code == code
     assert (required.stdout == "") == (code == 7)
+
+
+def test_the_level_of_another_engine(carried: Path, tmp_path: Path) -> None:
+    """What torch measured on this very machine, asked for vLLM: emitted with its label, and not exact."""
+    known = {name: value for name, value in asdict(H100).items() if value is not None}
+    machine = described(tmp_path, **known)
+    words = ("lookup", "--environment", machine, "--format", "vllm", "--engine-version", "0.33.0")
+    said = call(carried, *words, "--require", "engine")
+    assert said.code == 0
+    assert said.stdout.startswith("--speculative-config '{")
+    assert "match is engine" in said.stderr
+    assert ": measured on torch\n" in said.stderr
+    assert call(carried, *words, "--require", "version").code == 7
 
 
 def test_the_transferred_forecast_on_the_other_machine(carried: Path, tmp_path: Path) -> None:

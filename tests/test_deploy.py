@@ -13,7 +13,7 @@ from profiles.traits import Machine, known
 from store.book import Book, Scope
 from store.deploy import Found, Question
 from store.runs import Shelf, tune
-from tests.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts
+from tests.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts, sql
 from tests.policies import choice
 from tuner.policy import Policy, to_json
 from tuner.tuning import Options, Watch
@@ -89,7 +89,7 @@ class TestLevels:
         assert (found.level, found.answer.choice.setup, found.answer.matched) == ("none", PLAIN, False)
         assert found.answer.rule == "fake-target was tuned only on NVIDIA H100 80GB HBM3"
         assert found.policy is None
-        assert found.advice == "python tune.py run --target fake-target"
+        assert found.advice == "python tune.py run --target fake-target --dtype float32 --prompts PROMPTS.jsonl"
 
     def test_of_one_machine_the_latest_policy_answers(self, book: Book) -> None:
         """By the time it was saved."""
@@ -117,7 +117,11 @@ class TestCoverage:
         assert ask(book, MACHINE, batch_size=3).answer.choice.setup == A4
         found = ask(book, MACHINE, batch_size=9)
         assert (found.level, found.answer.choice.setup) == ("none", PLAIN)
-        assert found.advice == "python tune.py run --target fake-target --draft draft-a --batch-size 9"
+        assert found.advice == (
+            "python tune.py run --target fake-target --dtype float32 --draft draft-a --prompts PROMPTS.jsonl "
+            "--batch-size 9"
+        )
+        assert ask(book, MACHINE, batch_size=65).advice is None
 
     def test_other_versions_cover_what_this_one_does_not(self, book: Book) -> None:
         """After an upgrade only batch 1 was tuned: for batch 4 the older version's policy answers, as `version`."""
@@ -183,6 +187,7 @@ class TestTransfer:
         assert lent.forecast.speedup.low > 1.0
         taken = found.with_transferred()
         assert taken.answer.choice.setup == lent.setup
+        assert (taken.level, taken.answer.matched) == ("none", False)
         assert not taken.answer.choice.proven
         assert taken.answer.choice.reason.startswith("A transferred forecast, not measured here: draft-a k=")
         tuned.close()
@@ -205,6 +210,7 @@ class TestTransfer:
         assert ask(tuned, replace(L40S, engine="vllm")).transferred is None
         assert ask(tuned, L40S, batch_size=2).transferred is None
         assert ask(tuned, L40S, temperature=0.7).transferred is None
+        assert ask(tuned, L40S, context_length=257).transferred is None, "beyond the acceptance's context"
         assert ask(tuned, L40S).transferred is not None
         tuned.close()
 
@@ -215,6 +221,100 @@ class TestTransfer:
         found = ask(tuned, H100)
         assert (found.level, found.transferred) == ("family", None)
         tuned.close()
+
+    def test_a_machine_that_was_tuned_is_offered_nothing(self, tuned: Book) -> None:
+        """Where this device was measured, beyond its largest batch or context is plain decoding, not a forecast."""
+        assert ask(tuned, MACHINE, context_length=999_999).transferred is None
+        tuned.close()
+
+    def test_a_far_policy_lends_nothing_to_the_forecast(self, tuned: Book) -> None:
+        """With a proven policy of a card of the same compute capability, the forecast taken is still not proven."""
+        self.sweep(tuned, H100, slower=4.0)
+        keep(tuned, H200)
+        found = ask(tuned, PCIE)
+        assert found.level == "capability"
+        taken = found.with_transferred()
+        choice = taken.answer.choice
+        assert (taken.level, choice.proven, choice.measured, choice.alternatives) == ("none", False, None, ())
+
+    def test_disturbed_calibration_lends_nothing(self, tuned: Book) -> None:
+        """Runs that other programs slowed down do not enter the forecast."""
+        self.sweep(tuned, H100, slower=4.0)
+        before = ask(tuned, H100).transferred
+        slow = "SELECT max(id) FROM samples WHERE occasion LIKE 'calibration%'"
+        [(last,)] = sql(tuned.path, slow)
+        columns = [row[1] for row in sql(tuned.path, "PRAGMA table_info(samples)") if row[1] not in ("id", "unit")]
+        changed = [{"decode_s": "decode_s * 9", "disturbed": "1"}.get(name, name) for name in columns]
+        sql(
+            tuned.path,
+            f"INSERT INTO samples (unit, {', '.join(columns)}) SELECT unit || 'x', {', '.join(changed)} FROM samples "
+            f"WHERE occasion LIKE 'calibration%' AND id <= {last}",
+        )
+        assert ask(tuned, H100).transferred == before
+        tuned.close()
+
+    def test_a_stray_trace_does_not_withdraw_the_offer(self, tuned: Book) -> None:
+        """A prompt that no draft was traced on, as an interrupted run leaves, is passed over."""
+        self.sweep(tuned, H100, slower=4.0)
+        before = ask(tuned, H100).transferred
+        stray = prompts(1, "prose")[0]
+        scope = Scope(target=TARGET, environment=MACHINE, workload=GREEDY)
+        tuned.save_target_trace(scope, stray, FakeEngine().trace_target(GREEDY, stray))
+        assert ask(tuned, H100).transferred == before
+        tuned.close()
+
+    def test_a_sweep_of_the_target_alone_hides_no_other(self, tuned: Book) -> None:
+        """Step times that ship have no drafts: the family's complete sweep serves."""
+        self.sweep(tuned, PCIE, slower=4.0)
+        before = ask(tuned, H100).transferred
+        times = FakeEngine(seed=9).time_steps(GREEDY, 96, 4)
+        scope = Scope(target=TARGET, environment=H100, workload=GREEDY)
+        tuned.save_step_times(scope, (), 4, {TARGET.run_digest: times[TARGET.run_digest]})
+        assert before is not None
+        assert ask(tuned, H100).transferred == before
+        tuned.close()
+
+
+def test_below_exact_nothing_is_called_proven(book: Book) -> None:
+    """Not in the answer and not in what exporters get; on this machine it stays proven."""
+    keep(book, H100)
+    assert ask(book, H100).answer.choice.proven
+    found = ask(book, PCIE)
+    assert not found.answer.choice.proven
+    assert not found.deployment().choice.proven
+
+
+def test_an_undecided_choice_covers_nothing(book: Book) -> None:
+    """A run whose budget ended first leaves plain decoding that nobody measured: that is no match."""
+    keep(book, MACHINE, PLAIN, evidence=())
+    found = ask(book, MACHINE)
+    assert (found.level, found.answer.matched) == ("none", False)
+    assert found.answer.rule == "the run ended before this was decided"
+
+
+def test_the_temperature_is_settled_once(book: Book) -> None:
+    """The best match's temperature is asked of the others too: a policy at 0.8 does not answer a greedy question."""
+    keep(book, replace(MACHINE, torch="2.12.0"), N2, batch_size=4, temperature=0.8)
+    keep(book, MACHINE, A4)
+    assert ask(book, MACHINE, batch_size=4).level == "none"
+
+
+def test_a_namesake_tuned_elsewhere_hides_nothing(book: Book) -> None:
+    """Of two targets of one name the one that was tuned on this machine answers, though the other is newer."""
+    keep(book, MACHINE, A4)
+    half = replace(TARGET, dtype="bfloat16")
+    far = Policy(created="2026-11-22T09:59:00+00:00", target=half, environment=L40S, choices=(choice(N2),))
+    book.save_policy(to_json(far), half, L40S)
+    found = ask(book, MACHINE, target=TARGET.name)
+    assert (found.level, found.target) == ("exact", TARGET)
+
+
+def test_traits_that_became_known_are_kept(book: Book) -> None:
+    """A machine first saved without its compute capability gets it from the next save of the same machine."""
+    keep(book, replace(H100, compute_capability=None, memory_bandwidth_bytes_s=None))
+    assert ask(book, H200).level == "none"
+    keep(book, H100)
+    assert ask(book, H200).level == "capability"
 
 
 def test_damaged_policies_are_told(book: Book) -> None:

@@ -1,12 +1,17 @@
 """How well a measurement fits: every level, ties within one, and what differs told apart from what is not known."""
 
+import json
+import os
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
+import pynvml
 import pytest
 
+from profiles import machine
 from profiles.errors import InputError
-from profiles.machine import read_machine, this_machine
+from profiles.machine import described_machine, this_machine
 from profiles.terms import Environment
 from profiles.traits import Machine, checked, family, known
 from tuner.match import LEVELS, match
@@ -136,7 +141,7 @@ def test_a_file_stands_in_for_the_machine(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "machine.json"
     path.write_text('{"device": "NVIDIA H100 PCIe", "compute_capability": "9.0"}')
     monkeypatch.setenv("DRAFTPICK_ENVIRONMENT", str(path))
-    assert this_machine() == read_machine(path) | {"engine": "draftpick-torch"}
+    assert this_machine() == described_machine(path)
     assert match(this_machine(), H100).level == "family"
 
 
@@ -146,12 +151,13 @@ def test_a_file_stands_in_for_the_machine(tmp_path: Path, monkeypatch: pytest.Mo
         ("", "cannot be read"),
         ("[]", "an object with some of device, device_count"),
         ('{"gpu": "H100"}', "unknown field 'gpu'"),
-        ('{"device": 7}', "device is 7: a string is needed"),
+        ('{"device": 7}', "device is '7': a string is needed"),
         ('{"device": ""}', "device is '': a string is needed"),
-        ('{"threads": 0}', "threads is 0: a whole number from 1 is needed"),
-        ('{"threads": true}', "threads is True"),
-        ('{"memory_bytes": 1.5}', "memory_bytes is 1.5"),
-        ('{"driver": 5}', "driver is 5: a string or null is needed"),
+        ('{"threads": 0}', "threads is '0': a whole number from 1 is needed"),
+        ('{"threads": true}', "threads is 'True'"),
+        ('{"memory_bytes": 1.5}', "memory_bytes is '1.5'"),
+        ('{"driver": 5}', "driver is '5': a string is needed"),
+        (f'{{"memory_bytes": {10**400}}}', "a whole number from 1 is needed"),
     ],
 )
 def test_a_bad_description_is_refused(tmp_path: Path, text: str, wanted: str) -> None:
@@ -159,9 +165,65 @@ def test_a_bad_description_is_refused(tmp_path: Path, text: str, wanted: str) ->
     path = tmp_path / "machine.json"
     path.write_text(text)
     with pytest.raises(InputError, match=r"machine\.json") as caught:
-        read_machine(path)
+        described_machine(path)
     assert wanted in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_format_asks_for_its_engine(tmp_path: Path) -> None:
+    """A description of the machine a policy was measured on does not turn torch's measurement into vLLM's."""
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(H100))
+    here = described_machine(path, "vllm")
+    assert (here["engine"], "engine_version" in here) == ("vllm", False)
+    assert match(here, H100).level == "engine"
+    assert described_machine(path) == H100
+
+
+def test_what_is_no_plain_file_is_refused(tmp_path: Path) -> None:
+    """A device or pipe would be read without an end."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (Path("/dev/zero"), tmp_path / "pipe", tmp_path):
+        with pytest.raises(InputError, match="a file of at most"):
+            described_machine(path)
+
+
+@pytest.mark.parametrize(
+    ("named", "cards"),
+    [
+        (None, [0, 1, 2, 3]),
+        ("", []),
+        ("-1", []),
+        ("2", [2]),
+        ("3,1", [3, 1]),
+        ("1,-1,0", [1]),
+        ("0,9,1", [0]),
+        ("GPU-b,1", ["GPU-b", 1]),
+        ("GPU-nosuch", []),
+        ("MIG-x", None),
+    ],
+)
+def test_visible_gpus_are_read_as_cuda_does(
+    monkeypatch: pytest.MonkeyPatch, named: str | None, cards: list[object] | None
+) -> None:
+    """Up to the first entry that is none; slices of a card cannot be told by name."""
+
+    def by_uuid(uuid: str) -> str:
+        if uuid != "GPU-b":
+            raise pynvml.NVMLError(6)
+        return uuid
+
+    nvml = SimpleNamespace(
+        nvmlDeviceGetCount=lambda: 4,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetHandleByUUID=by_uuid,
+        NVMLError=pynvml.NVMLError,
+    )
+    if named is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert machine._visible(nvml) == cards
 
 
 def test_every_field_of_an_environment_may_be_given() -> None:

@@ -7,19 +7,19 @@ records only; where measurements are kept it must not know.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from profiles.traits import Machine, family, on_gpu
 
 Level = Literal["exact", "version", "engine", "family", "capability", "none"]
-LEVELS: tuple[Level, ...] = ("exact", "version", "engine", "family", "capability", "none")
+LEVELS: tuple[Level, ...] = get_args(Level)
 MEANINGS: Mapping[Level, str] = {
     "exact": "measured on this machine with this software",
     "version": "measured on this device and engine; versions differ or are not known",
     "engine": "measured on this device with another engine",
     "family": "measured on another device of this family, or on this one set up otherwise",
     "capability": "measured on another device of the same compute capability",
-    "none": "nothing that was measured fits",
+    "none": "nothing that was measured fits this machine and covers the question",
 }
 _VERSIONS = ("driver", "cuda", "torch", "engine_version")
 _COMPARED = ("device", "engine", "memory_bytes", "device_count", "threads", *_VERSIONS)
@@ -136,4 +136,4 @@ def _text(machine: Machine, field: str) -> str | None:
         return "none"
     if field == "memory_bytes" and isinstance(value, int):
         return f"{value / 2**30:.0f} GiB"
-    return str(value)
+    return "".join(one if one.isprintable() else " " for one in str(value))
