@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
-from sqlalchemy import func, literal, select
+from sqlalchemy import ColumnElement, func, literal, select, true
 
 from profiles.errors import NotMeasuredError, PolicyError
 from profiles.recorded import model_from
@@ -125,7 +125,6 @@ class _Candidate:
 
     target: Model
     match: Match
-    device: str
     created_at: str
     policy_id: int
 
@@ -143,13 +142,13 @@ def lookup(book: Book, question: Question, here: Machine) -> Found:
     """
     models = _targets(book, question.target)
     ranked = _ranked(book, models, here)
-    found = _answered(book, models[0], question, ranked)
+    found = _answered(book, question, ranked) or _nothing(book, models, question)
     if found.level != "exact":
         choice = replace(found.answer.choice, proven=False)
         found = replace(found, answer=replace(found.answer, choice=choice))
         if here.get("engine") not in NOT_MEASURED and question.batch_size <= MAX_BATCH:
             found = replace(found, advice=measuring_command(found, question))
-    if not ranked or LEVELS.index(ranked[0].match.level) > LEVELS.index("family"):
+    if not ranked or ranked[0].match.level == "capability":
         from store.transfer import transfer  # needs numpy, which the usual answer does not
 
         shape = (question.batch_size, question.context_length)
@@ -157,12 +156,11 @@ def lookup(book: Book, question: Question, here: Machine) -> Found:
     return found
 
 
-def _answered(book: Book, target: Model, question: Question, ranked: Sequence[_Candidate]) -> Found:
+def _answered(book: Book, question: Question, ranked: Sequence[_Candidate]) -> Found | None:
     """The first answer that covers the question, else the best machine's fallback to plain decoding."""
-    fitting = [one for one in ranked if one.match.level != "none"]
-    soft = [one for one in fitting if one.match.level in SOFT]
+    soft = [one for one in ranked if one.match.level in SOFT]
     first: Found | None = None
-    for one in soft or fitting[:1]:
+    for one in soft or ranked[:1]:
         text = _policy_text(book, one.policy_id)
         if first is not None and (one.target != first.target or not _may_cover(text, question)):
             continue  # a policy takes milliseconds to read
@@ -182,13 +180,16 @@ def _answered(book: Book, target: Model, question: Question, ranked: Sequence[_C
         if answer.matched:
             return found
         first = first or found
-    if first is not None:
-        return first
-    devices = ", ".join(dict.fromkeys(one.device for one in ranked))
+    return first
+
+
+def _nothing(book: Book, targets: Sequence[Model], question: Question) -> Found:
+    """Plain decoding, because no policy of the target is from a machine that fits."""
+    target, devices = targets[0], ", ".join(_tuned_on(book, targets))
     rule = f"{target.name} was tuned only on {devices}" if devices else f"{target.name} was not tuned to the end"
     shape = (question.batch_size, question.context_length or 1)
     answer = plain_answer(shape, question.domain, question.temperature or 0.0, rule)
-    return Found(target=target, answer=answer, level="none", match=ranked[0].match if ranked else None)
+    return Found(target=target, answer=answer, level="none")
 
 
 def measuring_command(found: Found, question: Question) -> str:
@@ -248,26 +249,30 @@ def _targets(book: Book, name: str | None) -> list[Model]:
 
 
 def _ranked(book: Book, targets: Sequence[Model], here: Machine) -> list[_Candidate]:
-    """The latest policy of every machine the targets were tuned on, the best match first.
+    """The latest policy of every machine the targets were tuned on that may fit, the best match first.
 
     Other devices are only looked at where the same one gives none at this device's levels: there may be many.
     """
-    found = list(_candidates(book, targets, here, same_device=True))
+    device, capability = tables.environments.c.device, tables.environments.c.compute_capability
+    same = device == str(here.get("device"))
+    found = list(_candidates(book, targets, here, same))
     if not any(one.match.level in SAME_DEVICE for one in found):
-        found += _candidates(book, targets, here, same_device=False)
+        told = here.get("compute_capability")
+        like = true() if told is None else (capability == str(told)) | capability.is_(None)
+        found += _candidates(book, targets, here, ~same & like)
     found.sort(key=lambda one: one.created_at, reverse=True)
-    return sorted(found, key=lambda one: one.match.order)
+    return sorted((one for one in found if one.match.level != "none"), key=lambda one: one.match.order)
 
 
-def _candidates(book: Book, targets: Sequence[Model], here: Machine, *, same_device: bool) -> Iterator[_Candidate]:
+def _candidates(
+    book: Book, targets: Sequence[Model], here: Machine, where: ColumnElement[bool]
+) -> Iterator[_Candidate]:
     policies, machines = tables.policies.c, tables.environments.c
     by_key = {target.run_digest: target for target in targets}
-    about = policies.target_key.in_(by_key)
-    device = machines.device == str(here.get("device"))
     newest = select(policies.target_key, policies.environment_digest, func.max(policies.created_at).label("created_at"))
     newest_of = (
         newest.join(tables.environments, machines.digest == policies.environment_digest)
-        .where(about, device if same_device else ~device)
+        .where(policies.target_key.in_(by_key), where)
         .group_by(policies.target_key, policies.environment_digest)
         .subquery()
     )
@@ -284,13 +289,16 @@ def _candidates(book: Book, targets: Sequence[Model], here: Machine, *, same_dev
     with book.reading() as connection:
         for key, created_at, policy_id, *values in connection.execute(query):
             there = known(dict(zip(names, values, strict=True)))
-            yield _Candidate(
-                target=by_key[key],
-                match=match(here, there),
-                device=str(there["device"]),
-                created_at=created_at,
-                policy_id=policy_id,
-            )
+            fit = match(here, there)
+            yield _Candidate(target=by_key[key], match=fit, created_at=created_at, policy_id=policy_id)
+
+
+def _tuned_on(book: Book, targets: Sequence[Model]) -> list[str]:
+    """The devices on which the targets were tuned."""
+    keys = [target.run_digest for target in targets]
+    query = select(tables.environments.c.device).join(tables.policies).where(tables.policies.c.target_key.in_(keys))
+    with book.reading() as connection:
+        return list(connection.scalars(query.distinct().order_by(tables.environments.c.device)))
 
 
 def _policy_text(book: Book, policy_id: int) -> str:
