@@ -4,20 +4,21 @@ The policies of a target are ranked by how well the machines they were measured 
 carries the level. It only reads, and loads no torch.
 """
 
+import functools
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
-from sqlalchemy import ColumnElement, func, literal, select, true
+from sqlalchemy import Select, bindparam, func, select
 
 from profiles.errors import NotMeasuredError, PolicyError
 from profiles.recorded import model_from
 from profiles.shipped import BUILTIN, CARRIED
 from profiles.spelling import MAX_BATCH
 from profiles.terms import Draft, Model
-from profiles.traits import Machine, known
+from profiles.traits import Machine, known, on_gpu
 from store import tables
 from store.book import Book
 from tuner.match import LEVELS, MEANINGS, Level, Match, match
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 NOT_MEASURED = ("vllm", "sglang", "trtllm", "llamacpp")  # engines that are emitted for and not run on yet
 SOFT = ("exact", "version")  # the same device and engine: one such policy may answer what another does not cover
-SAME_DEVICE = (*SOFT, "engine")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,67 +230,80 @@ def _drafts(choices: Sequence[Choice]) -> tuple[Draft, ...]:
     return tuple(dict.fromkeys(part for setup in setups if setup.draft is not None for part in setup.draft.parts))
 
 
-def _targets(book: Book, name: str | None) -> list[Model]:
-    """The targets of this name, digest or run digest, the one tuned last first; without a name only that one."""
+@functools.cache
+def _targets_query() -> Select[Any]:
+    """Targets by name or digest, the one tuned last first; a statement is made once, because that takes time too."""
     models = tables.models
     tuned = select(func.max(tables.policies.c.created_at)).where(tables.policies.c.target_key == models.c.key)
-    query = select(models).order_by(tuned.scalar_subquery().desc().nulls_last())
-    if name is not None:
-        named = [models.c.key, models.c.digest, models.c.name]
-        query = query.where(literal(name).in_(named) | (models.c.name == f"{CARRIED}{name}"))
-    else:
-        query = query.limit(1)
+    named = bindparam("name").in_([models.c.key, models.c.digest, models.c.name])
+    asked = bindparam("any_name") | named | (models.c.name == bindparam("carried"))
+    return select(models).where(asked).order_by(tuned.scalar_subquery().desc().nulls_last())
+
+
+def _targets(book: Book, name: str | None) -> list[Model]:
+    """The targets of this name, digest or run digest, the one tuned last first; without a name only that one."""
+    given = {"name": name, "any_name": name is None, "carried": f"{CARRIED}{name}"}
     with book.reading() as connection:
-        rows = connection.execute(query).mappings().all()
+        rows = connection.execute(_targets_query(), given).mappings().all()
     if not rows:
         asked = f"target {name!r}" if name is not None else "any target"
         raise NotMeasuredError(f"the store {book.place} does not know {asked}: run `tune.py run` first")
-    return [model_from({column: value for column, value in row.items() if column != "key"}) for row in rows]
+    found = [model_from({column: value for column, value in row.items() if column != "key"}) for row in rows]
+    return found if name is not None else found[:1]
 
 
-def _ranked(book: Book, targets: Sequence[Model], here: Machine) -> list[_Candidate]:
-    """The latest policy of every machine the targets were tuned on that may fit, the best match first.
-
-    Other devices are only looked at where the same one gives none at this device's levels: there may be many.
-    """
-    device, capability = tables.environments.c.device, tables.environments.c.compute_capability
-    same = device == str(here.get("device"))
-    found = list(_candidates(book, targets, here, same))
-    if not any(one.match.level in SAME_DEVICE for one in found):
-        told = here.get("compute_capability")
-        like = true() if told is None else (capability == str(told)) | capability.is_(None)
-        found += _candidates(book, targets, here, ~same & like)
-    found.sort(key=lambda one: one.created_at, reverse=True)
-    return sorted((one for one in found if one.match.level != "none"), key=lambda one: one.match.order)
-
-
-def _candidates(
-    book: Book, targets: Sequence[Model], here: Machine, where: ColumnElement[bool]
-) -> Iterator[_Candidate]:
+@functools.cache
+def _latest_query() -> Select[Any]:
+    """The latest policy of every target in `keys` on every machine of a device, or of a compute capability, or all."""
     policies, machines = tables.policies.c, tables.environments.c
-    by_key = {target.run_digest: target for target in targets}
+    capability = machines.compute_capability
     newest = select(policies.target_key, policies.environment_digest, func.max(policies.created_at).label("created_at"))
     newest_of = (
         newest.join(tables.environments, machines.digest == policies.environment_digest)
-        .where(policies.target_key.in_(by_key), where)
+        .where(
+            policies.target_key.in_(bindparam("keys", expanding=True)),
+            (machines.device == bindparam("device"))
+            | bindparam("every")
+            | (bindparam("on_gpu") & ((capability == bindparam("capability")) | capability.is_(None))),
+        )
         .group_by(policies.target_key, policies.environment_digest)
         .subquery()
     )
     same = (policies.environment_digest == newest_of.c.environment_digest) & (
         policies.target_key == newest_of.c.target_key
     )
-    query = (
+    return (
         select(policies.target_key, policies.created_at, func.max(policies.id), *machines)
         .join_from(tables.policies, newest_of, same & (policies.created_at == newest_of.c.created_at))
         .join(tables.environments, machines.digest == newest_of.c.environment_digest)
         .group_by(policies.target_key, policies.created_at, machines.digest)
     )
-    names = [column.name for column in machines]
+
+
+def _ranked(book: Book, targets: Sequence[Model], here: Machine) -> list[_Candidate]:
+    """The latest policy of every machine the targets were tuned on that fits, the best match first.
+
+    Of many machines only those are read that may fit: of this device, and on a GPU of its compute capability.
+    """
+    by_key = {target.run_digest: target for target in targets}
+    names = [column.name for column in tables.environments.c]
+    capability = here.get("compute_capability")
+    given = {
+        "keys": list(by_key),
+        "device": str(here.get("device")),
+        "on_gpu": capability is not None,
+        "every": capability is None and on_gpu(here),
+        "capability": str(capability),
+    }
+    found = []
     with book.reading() as connection:
-        for key, created_at, policy_id, *values in connection.execute(query):
-            there = known(dict(zip(names, values, strict=True)))
-            fit = match(here, there)
-            yield _Candidate(target=by_key[key], match=fit, created_at=created_at, policy_id=policy_id)
+        for key, created_at, policy_id, *values in connection.execute(_latest_query(), given):
+            fit = match(here, known(dict(zip(names, values, strict=True))))
+            if fit.level != "none":
+                target = by_key[key]
+                found.append(_Candidate(target=target, match=fit, created_at=created_at, policy_id=policy_id))
+    found.sort(key=lambda one: one.created_at, reverse=True)
+    return sorted(found, key=lambda one: one.match.order)
 
 
 def _tuned_on(book: Book, targets: Sequence[Model]) -> list[str]:
