@@ -23,8 +23,8 @@ MOST_NAME_CHARACTERS = 60
 def export_policies(book: Book, folder: Path) -> tuple[Path, ...]:
     """Writes the latest policy of every target and machine, each file replaced in one step; returns the files.
 
-    Names like `target=llama,device_name=NVIDIA_H100_80GB_HBM3,engine=torch-0.2.0.json`; a part of the digests is added
-    where two policies, or a file of another policy that is there, have the same name.
+    Names like `target=llama,device_name=NVIDIA_H100_80GB_HBM3,engine=draftpick-torch-0.3.0.json`; a part of the
+    digests is added where two policies, or a file of another policy that is there, have the same name.
     Raises: NotMeasuredError: there is no policy. InputError: a file cannot be written. StoreError: one is damaged.
     """
     made = tables.policies.c
