@@ -78,7 +78,7 @@ def test_single_batch_has_no_ranges() -> None:
     case = deployment(drafting(4, 3, 1.5))
     assert found(case) == []
     assert SCHEDULE not in config_of(case)
-    assert "nothing was measured beyond batch 4: keep --max-num-seqs at or under it" in str(
+    assert "k=3 is for batches up to 4; from 5 on nothing was measured: keep --max-num-seqs at or under 4" in str(
         emit(case, "vllm", "0.32.0").note
     )
 
@@ -99,7 +99,8 @@ def test_flip_without_a_real_gain_is_merged() -> None:
     assert found(case) == [(1, 4, 3)]
     export = emit(case, "vllm", "0.32.0")
     assert export.setup == Setup(draft=CODE_DRAFT, length=3)
-    assert export.label == "measured on vllm"  # k=3 was not proven at batch 1
+    assert export.label == "forecast on vllm"  # k=3 was not run at batch 1
+    assert "k=3 is for batches up to 4; from 5 on nothing was measured" in str(emit(case, "vllm", "0.20.0").note)
     assert "k=3 instead of 4" in str(export.note)
 
 
