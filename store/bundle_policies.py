@@ -13,7 +13,7 @@ from sqlalchemy import select
 from profiles.errors import InputError, NotMeasuredError
 from store import tables
 from store.book import Book
-from store.bundle_file import write_atomically
+from store.bundle_file import replace
 from store.bundle_text import clean
 from tuner import policy as policies
 
@@ -48,7 +48,7 @@ def export_policies(book: Book, folder: Path) -> tuple[Path, ...]:
         path = folder / file_name(policy)
         if shared[path.name.lower()] > 1 or not _may_replace(path, policy):
             path = folder / file_name(policy, with_digests=True)
-        write_atomically(path, policies.to_json(policy).encode())
+        replace(path, policies.to_json(policy).encode())
         written.append(path)
     return tuple(written)
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -363,6 +364,12 @@ class TestVerbs:
         assert_refused(self.said(store, "pack", tmp_path / "b", "--target", "nosuch"), 3, "'nosuch'")
         assert_refused(self.said(store, "pack", tmp_path / "no" / "b"), 2, "cannot be written: No such file")
         assert_refused(self.said(store, "pack"), 2, "OUT")
+        for folder in ("", tmp_path):
+            assert_refused(self.said(store, "pack", folder), 2, "cannot be written: Is a directory")
+        os.mkfifo(tmp_path / "pipe")
+        for path in (tmp_path / "pipe", "/dev/zero"):
+            assert_refused(self.said(store, "inspect", path), 2, "cannot be read: Not a regular file")
+            assert_refused(self.said(store, "merge", path), 2, "cannot be read: Not a regular file")
         assert_refused(self.said(store, "merge", tmp_path / "missing"), 2, "No such file")
         assert content(store) == before
 
