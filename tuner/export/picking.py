@@ -6,7 +6,7 @@ Every engine brings its own objections; how they are worded and what is skipped 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from profiles.shipped import BUILTIN, FAMILY_FOLDER
+from profiles.shipped import BUILTIN, CARRIED, FAMILY_FOLDER
 from profiles.terms import PLAIN, Model, Setup
 from tuner.export.terms import Deployment, Export
 
@@ -105,10 +105,18 @@ def kind_objection(setup: Setup, engine: Engine) -> str | None:
 
 
 def weights_objection(target: Model, setup: Setup, engine: Engine) -> str | None:
-    """GGUF is for llama.cpp alone, and llama.cpp reads nothing else."""
+    """What came in a bundle has no place here; GGUF is for llama.cpp alone, which reads nothing else.
+
+    The target is named in the text for transformers only, which can be told GGUF too.
+    """
     draft = setup.draft.model if setup.draft is not None else None
     for role, model in (("target", target), ("draft", draft)):
         if model is None:
+            continue
+        if model.name.startswith(CARRIED) and (role == "draft" or engine.form == "transformers"):
+            came = "came in a bundle from a path of another machine: its place here is not known"
+            return f"the {role} {model.name.removeprefix(CARRIED)} {came}"
+        if engine.form == "transformers":
             continue
         if engine.form == "llamacpp" and not is_gguf(model):
             return f"llama.cpp reads GGUF files only: convert the {role} {model.name} and measure that"
