@@ -59,7 +59,7 @@ def described_machine(path: Path, engine: str = ENGINE) -> Machine:
 
 def _read(path: Path) -> Machine:
     try:
-        if not path.is_file() or path.stat().st_size > MOST_BYTES:
+        if path.exists() and not (path.is_file() and path.stat().st_size <= MOST_BYTES):
             raise InputError(f"environment {path}: a file of at most {MOST_BYTES} bytes is needed")
         raw = json.loads(path.read_text(encoding="utf-8"))
     except InputError:

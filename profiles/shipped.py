@@ -1,9 +1,12 @@
-"""How what ships is named on the command line, and where it lies. Standard library only; it reads nothing."""
+"""How what ships is named on the command line, where it lies, and how a name from elsewhere is marked.
+
+Standard library only; it reads nothing.
+"""
 
 from pathlib import Path
 
 BUILTIN = "builtin:"
-CARRIED = "carried:"  # before the name of a model that came in a bundle and had a path where it was packed
+CARRIED = "carried:"  # before the last part of another machine's path, which a bundle brought
 FAMILY_FOLDER = Path(__file__).parent / "family"
 TARGET = f"{BUILTIN}target"
 DRAFTS = tuple(BUILTIN + name for name in ("draft-general", "draft-code", "draft-prose", "draft-deep"))

@@ -1,8 +1,8 @@
 """One file that carries evidence, runs and policies between stores: packed, looked into, merged.
 
 Rows keep their digests as identity and lose what only their own store or machine knows: row numbers, runs that never
-finished, and paths (a model that was named by a path is called by its last part). The same content gives the same
-bytes. A bundle may come from a stranger: it is checked whole before a store is touched, and a merge is one
+finished, and paths (a model that was named by a path is called by its last part, marked). The same content gives the
+same bytes. A bundle may come from a stranger: it is checked whole before a store is touched, and a merge is one
 transaction. How the file is made up (`bundle_file`) and what a row may hold (`bundle_rows`) is told elsewhere.
 """
 
@@ -92,8 +92,8 @@ def pack(
     or the file cannot be written.
     """
     with book.reading() as connection:
-        models = _chosen(connection, tables.models, targets, ("key", "digest", "name"))
-        machines = _chosen(connection, tables.environments, environments, ("digest", "device"))
+        models = chosen(connection, tables.models, targets)
+        machines = chosen(connection, tables.environments, environments)
         found = {table.name: _rows_of(connection, table, models, machines) for table in tables.ABOUT_TARGETS}
         about = [row for rows in found.values() for row in rows]
         for table, column in ((tables.models, "target_key"), (tables.environments, "environment_digest")):
@@ -201,8 +201,9 @@ def merge(book: Book, path: Path, *, keep_mine: bool = False) -> Merged:
 # --- out of a store ---
 
 
-def _chosen(connection: Connection, table: Table, asked: Sequence[str] | None, by: tuple[str, ...]) -> set[str]:
+def chosen(connection: Connection, table: Table, asked: Sequence[str] | None) -> set[str]:
     """The keys of the models or machines that were asked for. Raises NotMeasuredError: one is not there."""
+    by = ("key", "digest", "name") if table is tables.models else ("digest", "device")
     rows = [dict(row) for row in connection.execute(select(table)).mappings()]
     for one in asked or ():
         if not any(one == row[name] for row in rows for name in by):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from profiles.errors import InputError
+from profiles.files import open_file
 from profiles.recorded import covers, environment_from, model_from
 from store import tables
 from store.bundle_file import MOST_LINE_BYTES, strictly_parsed
@@ -17,7 +18,7 @@ from store.bundle_text import clean
 def is_file(path: Path) -> bool:
     """Whether a file is JSON and so no bundle. Raises InputError: it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return file.read(64).lstrip().startswith(b"{")
     except OSError as error:
         raise InputError(f"bundle {path} cannot be read: {error.strerror}") from error

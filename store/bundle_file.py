@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from profiles.errors import InputError
+from profiles.files import open_file, write_atomically
 
 FORMAT = "draftpick-bundle"
 VERSION = 1  # 1: the first form
@@ -27,21 +28,6 @@ FIRST_LINE = re.compile(rb"draftpick-bundle ([1-9][0-9]{0,3}) ([0-9a-f]{64})\n")
 LONGEST_FIRST_LINE = 100
 BRACKETS = re.compile(rb'[\[{\]}]|"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 PIECE_BYTES = 65_536
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces the file in one step: a reader sees the old one or the new one. Raises InputError."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def write(path: Path, header: Mapping[str, Any], lines: Iterable[bytes]) -> None:
@@ -55,7 +41,15 @@ def write(path: Path, header: Mapping[str, Any], lines: Iterable[bytes]) -> None
     if len(content) > MOST_PACKED_BYTES:
         raise InputError(f"{path} would have {len(content)} bytes: {MOST_PACKED_BYTES} are allowed; pack fewer targets")
     first = f"{FORMAT} {VERSION} {hashlib.sha256(content).hexdigest()}\n"
-    write_atomically(path, first.encode() + content)
+    replace(path, first.encode() + content)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Replaces a file in one step. Raises InputError."""
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def line_of(value: Any) -> bytes:
@@ -149,7 +143,7 @@ class Reading:
 def reading(path: Path) -> Iterator[Reading]:
     """Opens a bundle and checks its sum; every InputError on the way names the file."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             yield Reading(file)
     except OSError as error:
         raise InputError(f"bundle {path} cannot be read: {error.strerror}") from error

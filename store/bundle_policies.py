@@ -6,37 +6,38 @@ A file is a policy as serving code reads it, without paths. What a policy says i
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from sqlalchemy import select
 
 from profiles.errors import InputError, NotMeasuredError
+from profiles.shipped import CARRIED
 from store import tables
 from store.book import Book
-from store.bundle_file import write_atomically
+from store.bundle import chosen
+from store.bundle_file import replace
 from store.bundle_text import clean
 from tuner import policy as policies
 
 MOST_NAME_CHARACTERS = 60
 
 
-def export_policies(book: Book, folder: Path) -> tuple[Path, ...]:
-    """Writes the latest policy of every target and machine, each file replaced in one step; returns the files.
+def export_policies(
+    book: Book, folder: Path, *, targets: Sequence[str] | None = None, environments: Sequence[str] | None = None
+) -> tuple[Path, ...]:
+    """Writes the latest policy of every target and machine (or of those named, as `bundle.pack` takes them).
 
-    Names like `target=llama,device_name=NVIDIA_H100_80GB_HBM3,engine=torch-0.2.0.json`; a part of the digests is added
-    where two policies, or a file of another policy that is there, have the same name.
+    Each file is replaced in one step; returns the files.
+
+    Names like `target=llama,device_name=NVIDIA_H100_80GB_HBM3,engine=draftpick-torch-0.3.0.json`; a part of the
+    digests is added where two policies, or a file of another policy that is there, have the same name.
     Raises: NotMeasuredError: there is no policy. InputError: a file cannot be written. StoreError: one is damaged.
     """
-    made = tables.policies.c
-    latest: dict[tuple[str, str], policies.Policy] = {}
-    with book.reading() as connection:
-        for row in connection.execute(select(tables.policies).order_by(made.created_at, made.id)).mappings():
-            policy = policies.from_json(row["policy"])
-            latest[policy.target.run_digest, policy.environment.digest] = policies.from_json(
-                json.dumps(clean(json.loads(policies.to_json(policy))))
-            )
+    latest = _latest(book, targets, environments)
     if not latest:
-        raise NotMeasuredError("the store has no policy to ship: run `tune.py run` first")
+        about = " of what was asked" if targets or environments else ""
+        raise NotMeasuredError(f"the store has no policy{about} to ship: run `tune.py run` first")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -48,16 +49,37 @@ def export_policies(book: Book, folder: Path) -> tuple[Path, ...]:
         path = folder / file_name(policy)
         if shared[path.name.lower()] > 1 or not _may_replace(path, policy):
             path = folder / file_name(policy, with_digests=True)
-        write_atomically(path, policies.to_json(policy).encode())
+        replace(path, policies.to_json(policy).encode())
         written.append(path)
     return tuple(written)
+
+
+def _latest(
+    book: Book, targets: Sequence[str] | None, environments: Sequence[str] | None
+) -> dict[tuple[str, str], policies.Policy]:
+    made = tables.policies.c
+    latest: dict[tuple[str, str], policies.Policy] = {}
+    with book.reading() as connection:
+        models = chosen(connection, tables.models, targets)
+        machines = chosen(connection, tables.environments, environments)
+        for row in connection.execute(select(tables.policies).order_by(made.created_at, made.id)).mappings():
+            if row["target_key"] in models and row["environment_digest"] in machines:
+                policy = policies.from_json(row["policy"])
+                latest[policy.target.run_digest, policy.environment.digest] = policies.from_json(
+                    json.dumps(clean(json.loads(policies.to_json(policy))))
+                )
+    return latest
 
 
 def file_name(policy: policies.Policy, *, with_digests: bool = False) -> str:
     """A name that any file system takes; the engine's version is told without what it was built on."""
     machine = policy.environment
     version = machine.engine_version.split("+", maxsplit=1)[0]
-    parts = {"target": policy.target.name, "device_name": machine.device, "engine": f"{machine.engine}-{version}"}
+    parts = {
+        "target": policy.target.name.removeprefix(CARRIED),
+        "device_name": machine.device,
+        "engine": f"{machine.engine}-{version}",
+    }
     spelled = [f"{name}={_plain(value)}" for name, value in parts.items()]
     if with_digests:
         spelled.append(f"digest={policy.target.run_digest[:12]}-{machine.digest[:12]}")

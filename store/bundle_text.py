@@ -1,13 +1,15 @@
 """Text of a bundle as it may be shown anywhere: no path of the machine it comes from, nothing a terminal would obey.
 
-A model that was named by a path is called by the path's last part; its digest is its identity. Cleaning twice changes
-nothing. What the text is about it must not know. Standard library only.
+A model that was named by a path is called by the path's last part with a mark before it, so that nobody takes it for a
+hub id; its digest is its identity. Cleaning twice changes nothing. What the text is about it must not know. Standard
+library only.
 """
 
 import re
 from typing import Any
 
 from profiles.errors import InputError
+from profiles.shipped import CARRIED
 
 MOST_CHARACTERS, MOST_KEY_CHARACTERS = 65_536, 200
 MOST_PASSES = 4  # what is left of one path may begin another; text that goes on so was made to
@@ -22,6 +24,8 @@ PATH = re.compile(
     (?P<last>[^/\\\s:;,"'<>|*?()]*)""",
     re.VERBOSE,
 )
+# a name as a whole: what is looked up first, marks of bundles before, and whether the rest is a path
+NAME = re.compile(rf"(?P<ngram>(?:ngram:[\w=,]*\+)?)(?P<marks>(?:{CARRIED})*)(?P<rest>.*)", re.DOTALL)
 WHOLE = re.compile(r"(?:file:)?(?:~|\.{1,2}|[A-Za-z]:)?[/\\]")
 
 
@@ -47,14 +51,25 @@ def clean_text(text: str, *, is_name: bool = False) -> str:
     if len(text) > MOST_CHARACTERS:
         raise InputError(f"the text {text[:30]!r}... has {len(text)} characters: {MOST_CHARACTERS} are allowed")
     text = UNSHOWN.sub(" ", text)
-    if is_name and WHOLE.match(text):
-        text = re.split(r"[/\\]", text.rstrip("/\\ "))[-1] or "unnamed"
+    if is_name:
+        text = _marked(text)
     for _ in range(MOST_PASSES):
         shorter = PATH.sub(_last_part, text)
         if shorter == text:
             return text
         text = shorter
     return re.sub(r"[/\\]", "_", text)
+
+
+def _marked(name: str) -> str:
+    """A name that is a path, or that a bundle brought before, as its last part behind one mark; others as they are."""
+    found = NAME.fullmatch(name)
+    assert found is not None  # it takes any text
+    rest = found["rest"]
+    is_path = WHOLE.match(rest) is not None
+    if is_path:
+        rest = re.split(r"[/\\]", rest.rstrip("/\\ "))[-1] or "unnamed"
+    return f"{found['ngram']}{CARRIED if is_path or found['marks'] else ''}{rest}"
 
 
 def _last_part(found: re.Match[str]) -> str:

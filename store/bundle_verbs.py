@@ -48,7 +48,11 @@ def pack(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
 
     with Book.open(places.existing(store)) as book:
         contents = bundle.pack(book, path, targets=target, environments=environment)
-        written = () if policies is None else bundle_policies.export_policies(book, policies)
+        written = (
+            ()
+            if policies is None
+            else bundle_policies.export_policies(book, policies, targets=target, environments=environment)
+        )
     if json_only:
         _print_json({**asdict(contents), "policy_paths": [str(one) for one in written]})
     else:

@@ -9,6 +9,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from sqlalchemy import Select, bindparam, func, select
@@ -102,7 +103,13 @@ class Found:
         others = policy.choices if policy is not None and self.answer.matched else ()
         rows = tuple(row for row in others if (row.domain, row.temperature, row.context_length) == where)
         measured_on = policy.environment.engine if policy is not None else "nothing"
-        return Deployment(target=self.target, choice=asked, rows=rows or (asked,), measured_on=measured_on)
+        return Deployment(
+            target=self.target,
+            choice=asked,
+            rows=rows or (asked,),
+            measured_on=measured_on,
+            transferred=self.is_transferred,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The match as JSON values: level, differences, the machine that was measured, advice, and what is offered."""
@@ -242,7 +249,7 @@ def _targets_query() -> Select[Any]:
 
 def _targets(book: Book, name: str | None) -> list[Model]:
     """The targets of this name, digest or run digest, the one tuned last first; without a name only that one."""
-    given = {"name": name, "any_name": name is None, "carried": f"{CARRIED}{name}"}
+    given = {"name": name, "any_name": name is None, "carried": f"{CARRIED}{Path(name or '').name}"}
     with book.reading() as connection:
         rows = connection.execute(_targets_query(), given).mappings().all()
     if not rows:

@@ -2,8 +2,8 @@
 
 import gzip
 import json
+import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from profiles.errors import NotMeasuredError, StoreError
 from profiles.recorded import plain
 from profiles.terms import PLAIN, Setup
-from store import bundle, bundle_policies, bundle_rows, migrations
+from store import bundle, bundle_rows, migrations
 from store.book import Book
 from tests import policies as made
 from tests.bundles import (
@@ -89,7 +89,7 @@ class TestThereAndBack:
         assert empty.find_acceptance(SCOPE, prompt, DRAFT_A, 2) == fake.trace_draft(
             GREEDY, prompt, fake.trace_target(GREEDY, prompt), DRAFT_A, 2
         )
-        text = empty.latest_policy("fake-target", MACHINE)
+        text = empty.latest_policy("carried:fake-target", MACHINE)
         assert text is not None
         assert policies.from_json(text).headline.proven
         assert empty.latest_outcome(TARGET, MACHINE)["cost"]["measured_units"] > 0
@@ -123,9 +123,11 @@ class TestThereAndBack:
                     bundle.merge(book, path)
                 bundle.pack(book, tmp_path / "both.bundle")
                 _, rows = opened(tmp_path / "both.bundle")
-            for table, row in rows:  # which machine traced a prompt first is the one thing that depends on it
+            for table, row in rows:  # what depends on it: which machine traced a prompt first, and a model's name
                 if table.endswith("_traces"):
                     del row["environment_digest"], row["measured_at"]
+                if table == "models":
+                    del row["name"]
             held.append(sorted(map(json.dumps, rows)))
         assert held[0] == held[1]
         assert sql(tmp_path / "one first.db", "SELECT count(DISTINCT environment_digest) FROM policies") == [(2,)]
@@ -173,11 +175,12 @@ class TestThereAndBack:
             assert bundle.merge(book, tmp_path / "0001").added == {}
 
     def test_no_path_leaves_the_machine(self, store: Path, packed: Path) -> None:
-        """Of a model that was named by a path, the last part is told; the store keeps the name."""
+        """Of a model that was named by a path, the last part is told, marked as such; the store keeps the name."""
         text = gzip.decompress(packed.read_bytes().split(b"\n", 1)[1]).decode()
         assert "someone" in "".join(content(store))
         assert "someone" not in text
-        assert '"name":"fake-target"' in text
+        assert '"name":"carried:fake-target"' in text
+        assert '"name":"fake-target"' not in text
 
     def test_a_sweep_file_is_taken_too(self, tmp_path: Path, empty: Book) -> None:
         """A file of `profiles.evidence.make` is known by its content; a bad value in it adds nothing."""
@@ -292,42 +295,6 @@ class TestUnlikeEvidence:
         assert sql(empty.path, "SELECT id FROM policies ORDER BY created_at, id") == [(2,), (1,)]
 
 
-class TestShippedPolicies:
-    def test_names_never_collide(self, book: Book, tmp_path: Path) -> None:
-        """Alike names get their digests; a later policy of the same target and machine replaces its file only."""
-        one = made.policy()
-        models = [replace(one.target, name="a/b c"), replace(one.target, name="A_b:c", digest="cc" * 16)]
-        for model in models:
-            policy = replace(one, target=model)
-            book.save_policy(policies.to_json(policy), policy.target, policy.environment)
-        written = bundle_policies.export_policies(book, tmp_path / "out")
-        assert len({path.name.lower() for path in written}) == 2
-        assert all(
-            path.name.lower().startswith("target=a_b_c,device_name=example_cpu,engine=torch-0.1.0,digest=")
-            for path in written
-        )
-        assert {policies.read(path).target.run_digest for path in written} == {one.run_digest for one in models}
-        assert bundle_policies.export_policies(book, tmp_path / "out") == written
-        assert len(list((tmp_path / "out").iterdir())) == 2
-
-    def test_another_file_is_never_replaced(self, book: Book, tmp_path: Path) -> None:
-        """What lies under the name already, a policy of other weights or no policy at all, stays."""
-        one = made.policy()
-        book.save_policy(policies.to_json(one), one.target, one.environment)
-        taken = tmp_path / bundle_policies.file_name(one)
-        taken.write_text("not a policy")
-        [path] = bundle_policies.export_policies(book, tmp_path)
-        assert path != taken
-        assert taken.read_text() == "not a policy"
-        assert policies.read(path) == one
-
-    def test_without_a_policy(self, book: Book, tmp_path: Path) -> None:
-        """Nothing is made."""
-        with pytest.raises(NotMeasuredError, match="no policy to ship"):
-            bundle_policies.export_policies(book, tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.usefixtures("verbs")
 class TestVerbs:
     def said(self, store: Path, *words: str | Path) -> Said:
@@ -341,12 +308,12 @@ class TestVerbs:
         assert [Path(path).exists() for path in said.document["policy_paths"]] == [True]
         assert (tmp_path / "b").read_bytes() == packed.read_bytes()
         said = self.said(tmp_path, "inspect", tmp_path / "b")
-        assert "target fake-target, float32, digest e99e3920" in said.stdout
+        assert "target carried:fake-target, float32, digest e99e3920" in said.stdout
         assert self.said(tmp_path, "inspect", tmp_path / "b", "--json").document["sha256"] in said.stdout
         new = tmp_path / "new store"
         assert "policies: 1 new, 0 known" in self.said(new, "merge", tmp_path / "b").stdout
         assert self.said(new, "merge", tmp_path / "b", "--json").document["added"] == {}
-        assert call(new, "lookup").stdout == call(store, "lookup").stdout.replace(A_PATH, "fake-target")
+        assert call(new, "lookup").stdout == call(store, "lookup").stdout.replace(A_PATH, "carried:fake-target")
         assert call(new, "show").code == 0
         assert call(new, "explain").code == 0
 
@@ -363,6 +330,12 @@ class TestVerbs:
         assert_refused(self.said(store, "pack", tmp_path / "b", "--target", "nosuch"), 3, "'nosuch'")
         assert_refused(self.said(store, "pack", tmp_path / "no" / "b"), 2, "cannot be written: No such file")
         assert_refused(self.said(store, "pack"), 2, "OUT")
+        for folder in ("", tmp_path):
+            assert_refused(self.said(store, "pack", folder), 2, "cannot be written: Is a directory")
+        os.mkfifo(tmp_path / "pipe")
+        for path in (tmp_path / "pipe", "/dev/zero"):
+            assert_refused(self.said(store, "inspect", path), 2, "cannot be read: Not a regular file")
+            assert_refused(self.said(store, "merge", path), 2, "cannot be read: Not a regular file")
         assert_refused(self.said(store, "merge", tmp_path / "missing"), 2, "No such file")
         assert content(store) == before
 

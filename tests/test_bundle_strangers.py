@@ -240,7 +240,7 @@ class TestStrangers:
             row_of(rows, "policies")["policy"]["choices"][0]["reason"] = "see /etc/x/shadow\x07 k=2 100 tok/s\ud800"
 
         bundle.merge(empty, resealed(packed, tmp_path / "strange", change))
-        assert sql(empty.path, "SELECT name FROM models") == [("pass [2Jwd",)]
+        assert sql(empty.path, "SELECT name FROM models") == [("carried:pass [2Jwd",)]
         [path] = bundle_policies.export_policies(empty, tmp_path / "out" / "side")
         assert path.parent == tmp_path / "out" / "side"
         assert path.name == "target=passwd,device_name=fake_cpu,engine=fake-1.json"
@@ -250,14 +250,17 @@ class TestStrangers:
     @pytest.mark.parametrize(
         ("text", "wanted"),
         {
-            "/home/me/llama": "llama",
-            "/home/me/my models/llama k=4": "llama k=4",
-            "ngram:max=4,min=2+/home/me/llama k=4": "ngram:max=4,min=2+llama k=4",
+            "/home/me/llama": "carried:llama",
+            "/home/me/my models/llama k=4": "carried:llama k=4",
+            "/home/me/llama.GGUF": "carried:llama.GGUF",
+            "ngram:max=4,min=2+/home/me/my models/llama k=4": "ngram:max=4,min=2+carried:llama k=4",
+            "carried:draft one": "carried:draft one",
+            "carried:carried:/home/me/draft one": "carried:draft one",
             "meta-llama/Llama-3": "meta-llama/Llama-3",
-            "C:\\Users\\me\\m": "m",
-            "~/m": "m",
-            "/": "unnamed",
-            "C:/" * 1000: "unnamed",
+            "C:\\Users\\me\\m": "carried:m",
+            "~/m": "carried:m",
+            "/": "carried:unnamed",
+            "C:/" * 1000: "carried:unnamed",
             "builtin:target": "builtin:target",
         }.items(),
     )

@@ -309,6 +309,15 @@ def test_a_namesake_tuned_elsewhere_hides_nothing(book: Book) -> None:
     assert (found.level, found.target) == ("exact", TARGET)
 
 
+def test_a_carried_target_is_found_by_its_path(book: Book) -> None:
+    """Packed under a path, merged as `carried:`, asked for by the path or its last part."""
+    carried = replace(TARGET, name="carried:llama")
+    made = Policy(created="2026-11-22T09:00:00+00:00", target=carried, environment=MACHINE, choices=(choice(A4),))
+    book.save_policy(to_json(made), carried, MACHINE)
+    for name in ("carried:llama", "llama", "/models/llama"):
+        assert ask(book, MACHINE, target=name).level == "exact"
+
+
 def test_traits_that_became_known_are_kept(book: Book) -> None:
     """A machine first saved without its compute capability gets it from the next save of the same machine."""
     keep(book, replace(H100, compute_capability=None, memory_bandwidth_bytes_s=None))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from profiles.errors import InputError
 from profiles.terms import PLAIN, Draft, Model, Setup
 from tests.lanes.cases import deployment
 from tests.lanes.transformers_lane import PROMPT, drafts_as_asked, rounds_of, run_snippet
-from tests.policies import CODE_DRAFT, EARLY_EXIT, NGRAM, choice, forecast
+from tests.policies import CODE_DRAFT, EARLY_EXIT, NGRAM, choice, forecast, measured
 from tests.tiny import READS_GGUF, write_gguf, write_model
 from tuner.export import Form, emit
 from tuner.export.vocabulary import size_of
@@ -144,7 +145,24 @@ def test_json_is_labelled() -> None:
     """The JSON form is for no engine: proven where the runs were, and the label says where."""
     answer = choice(Setup(draft=NGRAM, length=3))
     assert emit(deployment(answer), "json").label == "proven"
-    assert emit(deployment(choice(PLAIN)), "json").label == "measured on torch"
+    beaten = choice(PLAIN, measured=measured(Setup(draft=NGRAM, length=3), 0.9))  # timed beside what lost
+    assert emit(deployment(beaten), "json").label == "measured on torch"
+    assert emit(deployment(choice(PLAIN, evidence=())), "json").label == "not measured"
+
+
+@pytest.mark.parametrize("form", ["json", "transformers", "vllm", "sglang", "trtllm"])
+def test_what_was_not_run_is_a_forecast(form: Form) -> None:
+    """A label says measured only of a setup that was timed; the title in the text says the same."""
+    setup = Setup(draft=NGRAM, length=3)
+    others = measured(Setup(draft=NGRAM, length=2))
+    for changes in ({"measured": None}, {"measured": others}):
+        export = emit(deployment(choice(setup, proven=False, **changes)), form)
+        assert export.label == "forecast on torch"
+        assert "measured on" not in export.text
+    assert emit(deployment(choice(setup, proven=False)), form).label.endswith(" on torch")
+    lent = emit(replace(deployment(choice(setup)), transferred=True), form)
+    assert lent.label == "a transferred forecast, not measured"
+    assert (f"({lent.label})" in lent.text) == (form in ("transformers", "trtllm"))
 
 
 def test_never_proven_for_transformers() -> None:

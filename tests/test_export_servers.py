@@ -98,6 +98,7 @@ def test_trtllm_file() -> None:
     assert export.text == (
         "# family/draft-code k=4 for mixed prompts, batch 1, context up to 512 (measured on torch)\n"
         "# for TensorRT-LLM 1.3.0rc27\n"
+        "# k=4 is for batches up to 1; from 2 on nothing was measured: keep max_batch_size at or under 1\n"
         "speculative_config:\n"
         '  decoding_type: "Draft_Target"\n'
         "  max_draft_len: 4\n"
@@ -145,6 +146,25 @@ def test_trtllm_schedule_begins_with_the_longest() -> None:
     assert "draft_len_schedule must begin with the longest draft" in str(export.note)
 
 
+@pytest.mark.parametrize(
+    ("version", "schedule"), [("1.2.1", {"1": 4, "5": 0}), ("1.3.0rc27", {"4": 4}), ("1.4.0rc1", {"4": 4})]
+)
+def test_trtllm_schedule_ends_at_a_plain_hole(version: str, schedule: dict[str, int]) -> None:
+    """A batch where plain decoding was chosen drafts nothing in either spelling, nor do larger ones, which is said."""
+    lengths = {4: 4, 8: 0, 16: 2, 24: 0, 32: 2}
+    setups = {batch: Setup(draft=CODE_DRAFT, length=length) if length else PLAIN for batch, length in lengths.items()}
+    rows = [choice(setup, batch_size=batch) for batch, setup in setups.items()]
+    export = emit(deployment(rows[0], *rows), "trtllm", version)
+    assert yaml_of(export.text)["draft_len_schedule"] == schedule
+    assert "batches 9 to 16, 25 to 32 draft nothing: plain decoding lies before them" in str(export.note)
+    assert "PR #16888): keep max_batch_size at or under 4" in str(export.note)
+    beyond = emit(deployment(rows[2], *rows), "trtllm", version)
+    assert yaml_of(beyond.text)["max_draft_len"] == 2
+    assert "draft_len_schedule" not in yaml_of(beyond.text)
+    assert "draft_len_schedule would end at batch 4" in str(beyond.note)
+    assert "k=2 is for batches 9 to 16, smaller ones otherwise; from 17 on" in str(beyond.note)
+
+
 def test_trtllm_refuses() -> None:
     """A version before 1.2 is unknown, and a revision cannot be told."""
     assert emit(deployment(choice(WITH_MODEL)), "trtllm", "1.1.0").note == (
@@ -156,7 +176,7 @@ def test_trtllm_refuses() -> None:
     assert "TensorRT-LLM is told no revision: download v1 of org/draft" in str(export.note)
 
 
-@given(name=st.text(min_size=1).filter(lambda text: not text.lower().endswith(".gguf")))
+@given(name=st.text(min_size=1).filter(lambda text: not text.lower().endswith(".gguf") and text[:8] != "carried:"))
 def test_trtllm_any_name_is_one_value(name: str) -> None:
     """Any name stays one quoted value of its key, and all other lines are keys of the table or comments."""
     export = emit(deployment(choice(Setup(draft=draft_at(name), length=2), domain=name)), "trtllm", "1.4.0rc1")
@@ -284,6 +304,29 @@ def test_gguf_is_for_llamacpp(form: Form) -> None:
     assert "the target target.gguf is a GGUF file" in str(export.note)
 
 
+@pytest.mark.parametrize("form", ["vllm", "sglang", "trtllm", "llamacpp", "transformers"])
+def test_a_carried_draft_has_no_place(form: Form) -> None:
+    """A draft that a bundle brought from a path elsewhere is not emitted as a hub id; a look-up beside it is."""
+    name = "carried:draft one.gguf" if form == "llamacpp" else "carried:draft one"
+    target = GGUF_TARGET if form == "llamacpp" else TARGET
+    answer = choice(Setup(draft=draft_at(name), length=4), alternatives=(forecast(LOOK_UP),))
+    export = emit(deployment(answer, target=target), form)
+    assert export.setup == LOOK_UP
+    lines = [line for line in export.text.splitlines() if not line.startswith("#")]
+    assert "draft one" not in "".join(lines)
+    assert "came in a bundle from a path of another machine: its place here is not known" in str(export.note)
+
+
+def test_a_carried_target_matters_where_it_is_named() -> None:
+    """Only the transformers snippet loads the target; the servers' arguments do not name it."""
+    case = deployment(choice(LOOK_UP), target=model_at("carried:target"))
+    assert "the target target came in a bundle from a path" in str(emit(case, "transformers").note)
+    assert emit(case, "transformers").text == ""
+    assert emit(case, "vllm").text
+    assert emit(replace(case, target=model_at("carried:t.gguf")), "llamacpp").text
+    assert "is a GGUF file" in str(emit(replace(case, target=model_at("carried:t.gguf")), "vllm").note)
+
+
 @pytest.mark.parametrize("form", ["sglang", "trtllm", "llamacpp"])
 def test_plain_gives_nothing(form: Form) -> None:
     """Plain decoding is to omit the options, with the reason beside it."""
@@ -301,22 +344,24 @@ def test_alternative_is_emitted(form: Form) -> None:
     answer = choice(composite, alternatives=(forecast(instead), forecast(LOOK_UP)))
     export = emit(deployment(answer, target=target, measured_on=form), form)
     assert export.setup == instead
-    assert export.label == f"measured on {form}"
+    assert export.label == f"forecast on {form}"
     assert "is left out" in str(export.note)
     assert "not proven by runs" in str(export.note)
     proven = emit(deployment(choice(instead), target=target, measured_on=form), form)
     assert proven.label == "proven"
 
 
-@pytest.mark.parametrize("form", ["sglang", "llamacpp"])
-def test_one_length_for_every_batch(form: Form) -> None:
-    """An engine that keeps one length gets the asked batch's, and the other batches are named."""
+@pytest.mark.parametrize(("form", "limit"), [("sglang", "--max-running-requests"), ("llamacpp", "--parallel")])
+def test_one_length_for_every_batch(form: Form, limit: str) -> None:
+    """An engine that keeps one length gets the asked batch's, and the batches it was decided for are named."""
     target, draft = (GGUF_TARGET, draft_at("d.gguf")) if form == "llamacpp" else (TARGET, CODE_DRAFT)
     case = cases(target, draft)["schedule"]
-    said = "k=4 holds for every batch; measured batches of 4, 16 were decided otherwise"
+    said = f"k=4 is for batches up to 1; from 2 on {case.rows[1].setup.name} was decided: keep {limit} at or under 1"
     assert said in str(emit(case, form).note)
-    at_four = replace(case, choice=case.rows[1])
-    assert emit(at_four, form).setup == case.rows[1].setup
+    at_four = emit(replace(case, choice=case.rows[1]), form)
+    assert at_four.setup == case.rows[1].setup
+    said = f"k=2 is for batches 2 to 4, smaller ones otherwise; from 5 on plain was decided: keep {limit} at or under 4"
+    assert said in str(at_four.note)
 
 
 def test_newest_known_is_checked_by_a_lane() -> None:

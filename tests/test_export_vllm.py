@@ -121,7 +121,7 @@ def test_alternative_is_emitted() -> None:
     answer = choice(composite, alternatives=(forecast(early), forecast(looked_up, 1.3), forecast(WITH_MODEL, 1.2)))
     export = emit(deployment(answer), "vllm", "0.32.0")
     assert export.setup == looked_up
-    assert export.label == "measured on torch"
+    assert export.label == "forecast on torch"
     assert f"{composite.name} is left out: vLLM takes a look-up or a draft model, not both" in str(export.note)
     assert "early-exit:3 k=2 is left out" in str(export.note)
     assert "ngram:max=4,min=2 k=3 is emitted instead: the best forecast setup" in str(export.note)
@@ -157,9 +157,28 @@ def test_proven_only_on_the_engine_itself() -> None:
     answer = choice(WITH_MODEL, alternatives=(forecast(Setup(draft=NGRAM, length=3)),))
     here = deployment(answer, measured_on="vllm")
     assert emit(here, "vllm", "0.32.0").label == "proven"
-    assert emit(here, "vllm", "0.14.0").label == "measured on vllm"  # the look-up instead
+    assert emit(here, "vllm", "0.14.0").label == "forecast on vllm"  # the look-up instead
     assert emit(here, "sglang", "0.5.23").label == "measured on vllm"
     assert emit(replace(here, choice=replace(answer, proven=False)), "vllm", "0.32.0").label == "measured on vllm"
+
+
+def test_one_length_is_kept_to_its_batches() -> None:
+    """Without a schedule the caveat ends where the length was decided, not at the largest measured batch."""
+    rows = (choice(WITH_MODEL), choice(PLAIN, batch_size=8), choice(PLAIN, batch_size=64))
+    note = str(emit(deployment(rows[0], *rows), "vllm", "0.20.0").note)
+    assert "k=4 is for batches up to 1; from 2 on plain was decided: keep --max-num-seqs at or under 1" in note
+    assert "64" not in note
+    rows = (choice(PLAIN), choice(WITH_MODEL, batch_size=8), choice(WITH_MODEL, batch_size=64))
+    note = str(emit(deployment(rows[1], *rows), "vllm", "0.20.0").note)
+    assert "k=4 is for batches 2 to 64, smaller ones otherwise; from 65 on nothing was measured: keep" in note
+
+
+def test_plain_hole_is_kept() -> None:
+    """A plain range between two that draft stays in the schedule: vLLM keeps the draft's cache meanwhile."""
+    shorter = Setup(draft=CODE_DRAFT, length=2)
+    rows = (choice(WITH_MODEL, batch_size=4), choice(PLAIN, batch_size=8), choice(shorter, batch_size=16))
+    config = config_of(emit(deployment(rows[0], *rows), "vllm", "0.33.0"))
+    assert config[SCHEDULE] == [[1, 4, 4], [5, 8, 0], [9, 16, 2], [17, 65_536, 0]]
 
 
 NASTY = ("a b", "it's", 'say "so"', "two\nlines", "$(reboot)", "`id`", "--evil", "back\\slash", "ü✓", "'; rm -rf x; '")
@@ -173,7 +192,10 @@ def test_names_stay_in_their_word(name: str) -> None:
     assert len(export.text.splitlines()) == 1
 
 
-@given(name=st.text(min_size=1).filter(lambda text: not text.lower().endswith(".gguf")), length=st.integers(1, 64))
+@given(
+    name=st.text(min_size=1).filter(lambda text: not text.lower().endswith(".gguf") and text[:8] != "carried:"),
+    length=st.integers(1, 64),
+)
 def test_any_name_survives_the_shell(name: str, length: int) -> None:
     """Any name, of any letters, comes out of the shell and of JSON as it was."""
     config = config_of(emit(deployment(choice(Setup(draft=draft_at(name), length=length))), "vllm", "0.33.0"))
@@ -250,7 +272,7 @@ def test_schedule_by_version() -> None:
     assert config[SCHEDULE] == [[1, 1, 4], [2, 4, 2], [5, 65_536, 0]]
     older = emit(case, "vllm", "0.23.0")
     assert SCHEDULE not in config_of(older)
-    assert "vLLM 0.23.0 has no length per batch size: k=4 is set for all" in str(older.note)
+    assert "vLLM 0.23.0 has no length per batch size; k=4 is for batches up to 1" in str(older.note)
     at_four = replace(case, choice=case.rows[1])
     assert emit(at_four, "vllm", "0.23.0").setup == case.rows[1].setup
     assert config_of(emit(at_four, "vllm", "0.23.0"))["num_speculative_tokens"] == 2

@@ -144,6 +144,8 @@ def test_unwritable_file(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(PolicyError, match="cannot be written: Is a directory"):
         write(tmp_path / "folder", policy())
+    with pytest.raises(PolicyError, match="cannot be written: Is a directory"):
+        write("", policy())
     assert [one.name for one in tmp_path.iterdir()] == ["folder"]
 
 

@@ -10,7 +10,7 @@ from profiles.terms import Setup
 from tuner.claims import Forecast
 
 TIE = 0.015
-MIN_SPEEDUP = 1.015
+MIN_SPEEDUP = 1.0 + TIE
 
 
 def score(forecast: Forecast) -> float:

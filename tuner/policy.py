@@ -6,13 +6,13 @@ evidence is kept, it must not know.
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from profiles.errors import InputError, PolicyError
+from profiles.files import write_atomically
 from profiles.terms import ADDED, PLAIN, Environment, Model, Setup
 from tuner.claims import Forecast, Measured
 from tuner.records import decode_version
@@ -245,14 +245,9 @@ def read(path: str | Path) -> Policy:
 
 def write(path: str | Path, policy: Policy) -> None:
     """Replaces the file in one step: a reader sees the old policy or the new one. Raises PolicyError."""
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    text = to_json(policy)
     try:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
+        write_atomically(Path(path), to_json(policy).encode())
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise PolicyError(f"policy file {path} cannot be written: {error.strerror}") from error
 
 

@@ -94,10 +94,11 @@ def one(question: dict[str, Any]) -> None:
     sys.stdout.flush()  # the server's threads may end the process without it
 
 
-def judge(question: dict[str, Any]) -> dict[str, Any]:
+def judge(question: dict[str, Any], words: list[str]) -> dict[str, Any]:
     """The answer of a process of its own, or the last it said before it ended."""
-    command = [sys.executable, "-P", __file__, "one"]
-    done = subprocess.run(command, input=json.dumps(question), capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, "-P", __file__]
+    asked = json.dumps({"target": question["target"], "serve": question["serve"], "words": words})
+    done = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=120, check=False)
     errors = [line for line in done.stderr.splitlines() if "error" in line]
     try:
         answer = json.loads(done.stdout.splitlines()[-1])
@@ -108,14 +109,5 @@ def judge(question: dict[str, Any]) -> dict[str, Any]:
     return dict(answer)
 
 
-def main() -> None:
-    question = json.load(sys.stdin)
-    if sys.argv[1:] == ["one"]:
-        one(question)
-        return
-    asked = [{"target": question["target"], "serve": question["serve"], "words": words} for words in question["lines"]]
-    sys.stdout.write(f"{json.dumps([judge(each) for each in asked])}\n")
-
-
 if __name__ == "__main__":
-    main()
+    one(json.load(sys.stdin))

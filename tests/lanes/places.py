@@ -124,7 +124,7 @@ def ask(lane: Lane, target: Path, lines: Sequence[Sequence[str]], *, serve: bool
         "VLLM_CACHE_ROOT": str(lane.folder / "cache"),
     }
     question = json.dumps({"target": str(target), "lines": [list(line) for line in lines], "serve": serve})
-    command = [sys.executable, "-P", str(HERE / f"{lane.form}_lane.py")]
+    command = [sys.executable, "-P", str(HERE / "asked.py"), lane.form]
     done = subprocess.run(
         command, input=question, env=environment, capture_output=True, text=True, timeout=300, check=False
     )

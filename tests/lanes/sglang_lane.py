@@ -1,11 +1,10 @@
 """Asks the installed SGLang about argument lines: its own parser and arguments record, and its list of algorithms.
 
 What the whole server would say later (kernels, memory, the models' own limits) needs a GPU and is not asked. Triton is
-stood in for: it is a gigabyte, and parsing runs none of it. Question on stdin, answers as the last line of stdout.
+stood in for: it is a gigabyte, and parsing runs none of it. Loaded by `asked`.
 """
 
 import argparse
-import json
 import sys
 from importlib.machinery import ModuleSpec
 from typing import Any
@@ -32,25 +31,17 @@ READ = (
 )
 
 
-def judge(target: str, words: list[str]) -> dict[str, Any]:
+def judge(question: dict[str, Any], words: list[str]) -> dict[str, Any]:
     """What SGLang reads from the line."""
     parser = argparse.ArgumentParser(exit_on_error=False)
     ServerArgs.add_cli_args(parser)
     try:
-        read = ServerArgs.from_cli_args(parser.parse_args(["--model-path", target, "--device", "cpu", *words]))
+        read = ServerArgs.from_cli_args(
+            parser.parse_args(["--model-path", question["target"], "--device", "cpu", *words])
+        )
         SpeculativeAlgorithm.from_string(read.speculative_algorithm)
     except SystemExit:
         return {"accepted": False, "said": "the argument parser ended the program"}
     except Exception as error:
         return {"accepted": False, "said": f"{type(error).__name__}: {error}"}
     return {"accepted": True, "said": "ServerArgs", "read": {key: getattr(read, key) for key in READ}}
-
-
-def main() -> None:
-    question = json.load(sys.stdin)
-    answers = [judge(question["target"], words) for words in question["lines"]]
-    sys.stdout.write(f"{json.dumps(answers)}\n")
-
-
-if __name__ == "__main__":
-    main()

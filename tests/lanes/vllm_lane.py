@@ -1,11 +1,8 @@
 """Asks the installed vLLM about argument lines: its own parser, then its own engine and speculative config classes.
 
-Run by `places.ask` with the lane's folder on the path; it knows nothing of this project. Question on stdin, answers as
-the last line of stdout.
+Loaded by `asked` with the lane's folder on the path; it knows nothing of this project.
 """
 
-import json
-import sys
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
@@ -19,11 +16,11 @@ READ = ("method", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_
 SCHEDULE = "num_speculative_tokens_per_batch_size"
 
 
-def judge(target: str, words: list[str]) -> dict[str, Any]:
+def judge(question: dict[str, Any], words: list[str]) -> dict[str, Any]:
     """What vLLM makes of the line, down to the config its engine would start with."""
     parser = FlexibleArgumentParser()
     EngineArgs.add_cli_args(parser)
-    own = ["--model", target, "--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
+    own = ["--model", question["target"], "--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
     try:
         config = EngineArgs.from_cli_args(parser.parse_args([*own, *words])).create_engine_config()
     except SystemExit:
@@ -52,13 +49,3 @@ def lookup(speculative: Any) -> list[int] | None:
     most = speculative.num_speculative_tokens
     dense = build_dynamic_sd_schedule_lookup(schedule, vllm_max_batch_size=32, vllm_num_speculative_tokens=most)
     return [int(length) for length in dense]
-
-
-def main() -> None:
-    question = json.load(sys.stdin)
-    answers = [judge(question["target"], words) for words in question["lines"]]
-    sys.stdout.write(f"{json.dumps(answers)}\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -114,7 +114,7 @@ def emit(deployment: Deployment, version: str | None) -> Export:
         )
     elif deployment.choice.temperature > 0.0:
         notes.append("llama.cpp drafts greedily, the choice was measured with sampled drafts")
-    notes += one_length(deployment, setup)
+    notes.append(one_length(deployment, setup, "--parallel"))
     return made(deployment, engine, setup, " ".join(_words(setup, spelling)) + "\n", notes)
 
 

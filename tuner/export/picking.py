@@ -6,10 +6,11 @@ Every engine brings its own objections; how they are worded and what is skipped 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from profiles.shipped import BUILTIN, FAMILY_FOLDER
-from profiles.terms import Model, Setup
+from profiles.shipped import BUILTIN, CARRIED, FAMILY_FOLDER
+from profiles.terms import PLAIN, Model, Setup
 from tuner.export.terms import Deployment, Export
 
+TRANSFERRED = "a transferred forecast, not measured"
 Objection = Callable[[Setup], str | None]  # why an engine cannot be told a setup, or None
 
 
@@ -47,24 +48,40 @@ def pick(deployment: Deployment, engine: Engine, objection: Objection) -> tuple[
     return None, [*notes, f"nothing to set for {engine.title}", *skipped]
 
 
-def one_length(deployment: Deployment, setup: Setup) -> list[str]:
-    """What to say for an engine that keeps one length, where other batches were decided otherwise."""
-    others = [str(row.batch_size) for row in deployment.batches if row.setup != deployment.choice.setup]
-    if not others:
-        return []
-    return [f"k={setup.length} holds for every batch; measured batches of {', '.join(others)} were decided otherwise"]
+def one_length(deployment: Deployment, setup: Setup, limit: str, *, alike: bool = False) -> str:
+    """What to say for an engine that keeps one length: the batches it was decided for, and the `limit` that keeps them.
+
+    A batch is decided by the smallest measured one that is at least as large. `alike`: the length is for all of them.
+    """
+    rows = deployment.batches
+    asked = next(at for at, row in enumerate(rows) if row.batch_size == deployment.choice.batch_size)
+    others = [] if alike else [at for at, row in enumerate(rows) if row.setup not in (setup, deployment.choice.setup)]
+    before = max((at for at in others if at < asked), default=None)
+    after = min((at for at in others if at > asked), default=None)
+    last = rows[-1 if after is None else after - 1].batch_size
+    span = f"up to {last}" if before is None else f"{rows[before].batch_size + 1} to {last}, smaller ones otherwise"
+    beyond = "nothing was measured" if after is None else f"{rows[after].setup.name} was decided"
+    return f"k={setup.length} is for batches {span}; from {last + 1} on {beyond}: keep {limit} at or under {last}"
 
 
 def made(deployment: Deployment, engine: Engine, setup: Setup, text: str, notes: list[str]) -> Export:
-    """The export with its label. A choice measured on one engine is never called proven on another."""
+    """The export with its label."""
     label = label_of(deployment, engine.form, setup)
     return Export(text=text, note=joined(notes), setup=setup, label=label)
 
 
 def label_of(deployment: Deployment, form: str, setup: Setup) -> str:
+    """How sure a setup is. A choice measured on one engine is never called proven on another."""
     choice = deployment.choice
-    proven = choice.proven and setup == choice.setup and deployment.where == form
-    return "proven" if proven else f"measured on {deployment.where}"
+    if deployment.transferred:
+        return TRANSFERRED
+    if not choice.is_decided:
+        return "not measured"
+    # paired runs time plain decoding beside their setup
+    is_measured = choice.measured is not None and setup in (choice.measured.setup, PLAIN)
+    if setup != choice.setup or not is_measured:
+        return f"forecast on {deployment.where}"
+    return "proven" if choice.proven and deployment.where == form else f"measured on {deployment.where}"
 
 
 def refused(notes: list[str]) -> Export:
@@ -88,10 +105,18 @@ def kind_objection(setup: Setup, engine: Engine) -> str | None:
 
 
 def weights_objection(target: Model, setup: Setup, engine: Engine) -> str | None:
-    """GGUF is for llama.cpp alone, and llama.cpp reads nothing else."""
+    """What came in a bundle has no place here; GGUF is for llama.cpp alone, which reads nothing else.
+
+    The target is named in the text for transformers only, which can be told GGUF too.
+    """
     draft = setup.draft.model if setup.draft is not None else None
     for role, model in (("target", target), ("draft", draft)):
         if model is None:
+            continue
+        if model.name.startswith(CARRIED) and (role == "draft" or engine.form == "transformers"):
+            came = "came in a bundle from a path of another machine: its place here is not known"
+            return f"the {role} {model.name.removeprefix(CARRIED)} {came}"
+        if engine.form == "transformers":
             continue
         if engine.form == "llamacpp" and not is_gguf(model):
             return f"llama.cpp reads GGUF files only: convert the {role} {model.name} and measure that"

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from profiles.terms import PLAIN, Draft, Interval, Setup
 from tuner.export.picking import Objection
 from tuner.export.terms import Deployment
+from tuner.objective import MIN_SPEEDUP
 from tuner.policy import Choice
 
-REAL_GAIN = 1.015  # the same 1.5 % within which setups are equals for the tuner
 NO_GAIN = Interval(estimate=1.0, low=1.0, high=1.0)
 
 
@@ -80,7 +80,7 @@ def length_at(ranges: Sequence[Range], batch_size: int) -> int:
 
 
 def _is_real(longer: Interval, shorter: Interval) -> bool:
-    return longer.low > shorter.estimate or longer.estimate >= REAL_GAIN * shorter.estimate
+    return longer.low > shorter.estimate or longer.estimate >= MIN_SPEEDUP * shorter.estimate
 
 
 def _of_row(row: Choice, draft: Draft, objection: Objection) -> tuple[Setup, Interval]:

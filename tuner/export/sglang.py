@@ -41,7 +41,7 @@ def emit(deployment: Deployment, engine: Engine) -> Export:
     if setup is None:
         return refused(notes)
     words = _words(setup)
-    notes += one_length(deployment, setup)
+    notes.append(one_length(deployment, setup, "--max-running-requests"))
     notes.append("SGLang sets --max-running-requests to 48 for speculative decoding unless it is given")
     if setup.draft is not None and setup.draft.kind == "ngram":
         sizes = f"{setup.draft.min_match} to {setup.draft.max_match} tokens"

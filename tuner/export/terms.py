@@ -11,13 +11,15 @@ class Deployment:
     """The answer to one question, and what else was decided beside it.
 
     `rows` are all choices of the policy with the answer's domain, temperature and context, one per measured batch; what
-    a schedule is made of. `measured_on` is the policy's engine.
+    a schedule is made of. `measured_on` is the policy's engine. `transferred`: the setup is forecast from the evidence
+    of another machine, and no label may say more.
     """
 
     target: Model
     choice: Choice
     rows: tuple[Choice, ...]
     measured_on: str
+    transferred: bool = False
 
     @property
     def where(self) -> str:
@@ -36,7 +38,7 @@ class Export:
     """`text` is ready for a file, empty where the engine cannot or need not be told; `note` says why, or a caveat.
 
     `setup` is what the text says, at the answer's batch. `label` is `proven` only where that setup was proven on this
-    very engine, else `measured on ENGINE`; empty with an empty text.
+    very engine, `measured on ENGINE` where it was timed, else `forecast on ENGINE`; empty with an empty text.
     """
 
     text: str

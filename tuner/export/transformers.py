@@ -9,7 +9,18 @@ from pathlib import Path
 from packaging.version import Version
 
 from profiles.terms import Draft, Model, Setup
-from tuner.export.picking import Engine, comment, is_gguf, label_of, made, pick, place_of, refused, title
+from tuner.export.picking import (
+    Engine,
+    comment,
+    is_gguf,
+    label_of,
+    made,
+    pick,
+    place_of,
+    refused,
+    title,
+    weights_objection,
+)
 from tuner.export.terms import Deployment, Export
 from tuner.export.vocabulary import vocabulary_objection
 from tuner.policy import Choice
@@ -22,11 +33,12 @@ def emit(deployment: Deployment, engine: Engine) -> Export:
     choice = deployment.choice
     if Version(engine.version) < Version(FIRST):
         return refused([f"{engine.name} is not known: from {FIRST} on it is"])
-    setup, notes = pick(
-        deployment,
-        engine,
-        lambda setup: _objection(setup, choice) or vocabulary_objection(deployment.target, setup, engine),
-    )
+
+    def objection(setup: Setup) -> str | None:
+        reason = _objection(setup, choice) or weights_objection(deployment.target, setup, engine)
+        return reason or vocabulary_objection(deployment.target, setup, engine)
+
+    setup, notes = pick(deployment, engine, objection)
     if setup is None or setup.draft is None:
         return refused(notes)
     caveat = _caveat(setup.draft)

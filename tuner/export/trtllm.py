@@ -4,6 +4,7 @@ Keys and versions were read in `tensorrt_llm/llmapi/llm_args.py` of the 1.2 seri
 #10860, and in the reference pages of 1.3.0rc27, 1.3.0rc29 and 1.4.0rc1; no engine of it was run.
 """
 
+import itertools
 import json
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +19,7 @@ from tuner.export.picking import (
     kind_objection,
     label_of,
     made,
+    one_length,
     pick,
     place_of,
     refused,
@@ -71,11 +73,13 @@ def emit(deployment: Deployment, engine: Engine) -> Export:
     if setup is None or setup.draft is None:
         return refused(notes)
     ranges = ranges_of(deployment, setup.draft, objection)
-    schedule, said = _schedule(ranges, known[-1], engine)
+    schedule, said = _schedule(ranges, deployment.choice.batch_size, known[-1], engine)
     if schedule or len(ranges) == 1:
         setup, shorter = as_scheduled(setup, ranges, deployment.choice.batch_size)
         said = shorter + said
     notes += said
+    if not schedule:
+        notes.append(one_length(deployment, setup, "max_batch_size", alike=len(ranges) == 1))
     notes += _caveats(deployment, setup)
     text = "\n".join(_lines(deployment, engine, setup, notes) + _yaml(setup, schedule, known[-1]))
     return made(deployment, engine, setup, text + "\n", notes)
@@ -88,20 +92,29 @@ def _revision_objection(setup: Setup) -> str | None:
     return f"TensorRT-LLM is told no revision: download {model.revision} of {model.name} and measure that directory"
 
 
-def _schedule(ranges: tuple[Range, ...], spelling: Spelling, engine: Engine) -> tuple[dict[int, int], list[str]]:
-    """TensorRT-LLM's mapping, empty where one length holds or the version cannot be told; and what to say about it."""
+def _schedule(
+    ranges: tuple[Range, ...], asked: int, spelling: Spelling, engine: Engine
+) -> tuple[dict[int, int], list[str]]:
+    """TensorRT-LLM's mapping, empty where one length holds or the version cannot be told; and what to say about it.
+
+    It ends with the first stretch of batches that draft: keys that are upper bounds have no word for a hole in it.
+    """
     if len(ranges) < 2:
         return {}, []
     if spelling.schedule == "unknown":
         return {}, [f"what draft_len_schedule means in {engine.name} is not known: one length is set for all batches"]
-    longest = max(one.length for one in ranges)
-    if ranges[0].length != longest:
+    drafting = list(itertools.takewhile(lambda one: one.length > 0, ranges))
+    if not drafting or drafting[0].length != max(one.length for one in drafting):
         return {}, ["draft_len_schedule must begin with the longest draft: one length is set for all batches"]
-    beyond = ranges[-1].last if ranges[-1].length else ranges[-1].first - 1  # the largest batch that drafts
-    notes = [STALE.format(batch=beyond)]
+    last = drafting[-1].last
+    if asked > last:
+        return {}, [f"draft_len_schedule would end at batch {last}: one length is set for all batches"]
+    left_out = [f"{one.first} to {one.last}" for one in ranges[len(drafting) :] if one.length]
+    notes = [f"batches {', '.join(left_out)} draft nothing: plain decoding lies before them"] if left_out else []
+    notes.append(STALE.format(batch=last))
     if spelling.schedule == "ends":
-        return {one.last: one.length for one in ranges if one.length}, notes
-    return {one.first: one.length for one in ranges} | {beyond + 1: 0}, notes
+        return {one.last: one.length for one in drafting}, notes
+    return {one.first: one.length for one in drafting} | {last + 1: 0}, notes
 
 
 def _caveats(deployment: Deployment, setup: Setup) -> list[str]:

@@ -12,6 +12,7 @@ from tuner.export.picking import (
     Engine,
     kind_objection,
     made,
+    one_length,
     pick,
     place_of,
     refused,
@@ -58,12 +59,14 @@ def emit(deployment: Deployment, engine: Engine) -> Export:
         return refused(notes)
     ranges, allowed = ranges_of(deployment, setup.draft, objection), allowed_keys(engine.version)
     if len(ranges) > 1 and SCHEDULE not in allowed:
-        notes.append(f"{engine.name} has no length per batch size: k={setup.length} is set for all")
+        notes.append(f"{engine.name} has no length per batch size")
     elif ranges:
         setup, said = as_scheduled(setup, ranges, deployment.choice.batch_size)
         notes += said
     schedule = _schedule(ranges) if SCHEDULE in allowed else []
     config = _config(setup, schedule, allowed, sampled=deployment.choice.temperature > 0.0)
+    if not schedule:
+        notes.append(one_length(deployment, setup, "--max-num-seqs", alike=len(ranges) == 1))
     notes += _caveats(deployment, config)
     # a quote inside the JSON is spelled as an escape, so that the shell sees one plain quoted word
     text = json.dumps(config).replace("'", "\\u0027")
@@ -87,7 +90,11 @@ def _method(setup: Setup) -> str:
 
 
 def _schedule(ranges: tuple[Range, ...]) -> list[list[int]]:
-    """vLLM's ranges, the batches beyond them plain; empty where one length holds for all measured ones."""
+    """vLLM's ranges, the batches beyond them plain; empty where one length holds for all measured ones.
+
+    A range of 0 between two that draft stays: the draft then still reads what the target wrote, so that no later
+    acceptance suffers (`llm_base_proposer.py` of 0.24.0 and 0.33.0).
+    """
     if len(ranges) < 2:
         return []
     rows = [[one.first, one.last, one.length] for one in ranges]
@@ -116,14 +123,7 @@ def _config(setup: Setup, schedule: list[list[int]], allowed: frozenset[str], *,
 
 
 def _caveats(deployment: Deployment, config: dict[str, object]) -> list[str]:
-    notes = []
-    if SCHEDULE not in config:
-        largest = deployment.batches[-1].batch_size
-        notes.append(f"nothing was measured beyond batch {largest}: keep --max-num-seqs at or under it")
-    if (
-        deployment.choice.temperature > 0.0
-        and config["method"] == "draft_model"
-        and "draft_sample_method" not in config
-    ):
-        notes.append("this version drafts greedily, the choice was measured with sampled drafts")
-    return notes
+    sampled = deployment.choice.temperature > 0.0 and config["method"] == "draft_model"
+    if sampled and "draft_sample_method" not in config:
+        return ["this version drafts greedily, the choice was measured with sampled drafts"]
+    return []
