@@ -9,20 +9,23 @@ transaction. How the file is made up (`bundle_file`) and what a row may hold (`b
 import itertools
 import json
 import re
+import tempfile
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sqlalchemy import Connection, Table, insert, select
 
-from profiles.errors import InputError, NotMeasuredError, StoreError
+from profiles.errors import InputError, NotMeasuredError
 from profiles.packages import own_version
 from profiles.recorded import environment_from, model_from
 from profiles.terms import Environment, Model
 from store import bundle_evidence, evidence, migrations, tables
 from store.book import Book
+from store.bundle_compare import UnlikeError, is_known
 from store.bundle_file import (
     FORMAT,
     MOST_LINE_BYTES,
@@ -40,7 +43,6 @@ from store.bundle_rows import (
     Values,
     check_unit,
     checked,
-    columns_of,
     from_store,
     names_of,
     place_of,
@@ -51,7 +53,7 @@ from store.bundle_rows import (
 from tuner.records import decode
 
 MOST_UNIT_ROWS = 100_000
-SAME_FIGURE = 1e-3
+HELD_BYTES = 2**24  # of checked units in memory; the rest on disk
 SCHEMA = re.compile(r"[0-9]{4}")
 
 
@@ -121,8 +123,11 @@ def pack(
     return inspect(path)
 
 
-def inspect(path: Path) -> Contents:
-    """Checks a whole bundle, every row of it, and tells what it holds; touches no store. Raises InputError."""
+def inspect(path: Path, take: Callable[[Table, list[Values]], None] | None = None) -> Contents:
+    """Checks a whole bundle, every row of it, and tells what it holds; touches no store. Raises InputError.
+
+    `take` gets the checked units one by one, before it is known that what follows them is right too.
+    """
     rows: Counter[str] = Counter()
     named: dict[str, list[Values]] = {"models": [], "environments": []}
     with reading(path) as file:
@@ -131,6 +136,8 @@ def inspect(path: Path) -> Contents:
             rows[table.name] += len(unit)
             if table.name in named:
                 named[table.name].extend(unit)
+            if take is not None:
+                take(table, unit)
         if rows != Counter(header["rows"]):
             raise InputError(f"it says {header['rows']} of its rows and holds {dict(rows)}")
         return Contents(
@@ -168,34 +175,78 @@ def merge(book: Book, path: Path, *, keep_mine: bool = False) -> Merged:
     file of `profiles.evidence.make` too. Raises: InputError: the file is damaged, newer or not allowed. StoreError: it
     holds other evidence under a key that the store has; both values are named.
     """
-    swept = check(path)  # without a lock, which then is held no longer than the rows take
-    if swept is not None:
+    if bundle_evidence.is_file(path):
+        swept = bundle_evidence.check(path)
         loaded = evidence.load(book, path)
         return Merged(added={"step_times": loaded}, known={"step_times": swept - loaded})
-    added: Counter[str] = Counter()
-    known: Counter[str] = Counter()
-    unlike: Counter[str] = Counter()
-    parted: set[tuple[Any, ...]] = set()  # traces of which the store has other tokens
-    with book.writing() as connection, reading(path) as file:
-        _header(file)
-        for table, unit in _units(file):
-            trace = tuple(unit[0].get(name) for name in names_of(tables.target_traces))
-            try:
-                is_known = trace not in parted and _is_known(connection, table, unit)
-            except _UnlikeError:
-                if not keep_mine:
-                    raise
-                parted |= {trace} if table is tables.target_traces else set()
-                unlike[table.name] += len(unit)
-                continue
-            if trace in parted:
-                unlike[table.name] += len(unit)
-                continue
-            (known if is_known else added)[table.name] += len(unit)
-            if not is_known:
-                connection.execute(insert(table), [to_store(table, row) for row in unit])
-        connection.commit()
-    return Merged(added=dict(added), known=dict(known), unlike=dict(unlike))
+    merging = _Merging(keep_mine)
+    with tempfile.SpooledTemporaryFile(max_size=HELD_BYTES) as file:
+        units = _Checked(file)  # before the lock, which keeps all others out and is for comparing and inserting
+        inspect(path, units.add)
+        with book.reading() as connection:
+            units.keep(lambda table, unit: merging.is_new(connection, table, unit))
+        if len(units):
+            with book.writing() as connection:
+                for table, unit in units:
+                    if merging.is_new(connection, table, unit):
+                        merging.added[table.name] += len(unit)
+                        connection.execute(insert(table), [to_store(table, row) for row in unit])
+                connection.commit()
+    return Merged(added=dict(merging.added), known=dict(merging.known), unlike=dict(merging.unlike))
+
+
+class _Merging:
+    """What a merge did so far, and what is to be done with a unit."""
+
+    def __init__(self, keep_mine: bool) -> None:
+        self.added: Counter[str] = Counter()
+        self.known: Counter[str] = Counter()
+        self.unlike: Counter[str] = Counter()
+        self._keep_mine = keep_mine
+        self._parted: set[tuple[Any, ...]] = set()  # traces of which the store has other tokens
+
+    def is_new(self, connection: Connection, table: Table, unit: list[Values]) -> bool:
+        """Counts a unit that is not. Raises StoreError: the store has another value, and its own was not preferred."""
+        trace = tuple(unit[0].get(name) for name in names_of(tables.target_traces))
+        try:
+            if trace not in self._parted:
+                if not is_known(connection, table, unit):
+                    return True
+                self.known[table.name] += len(unit)
+                return False
+        except UnlikeError:
+            if not self._keep_mine:
+                raise
+            self._parted |= {trace} if table is tables.target_traces else set()
+        self.unlike[table.name] += len(unit)
+        return False
+
+
+class _Checked:
+    """Units of a bundle that were checked, in a file of their own as long as a merge takes."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._places = array("q")
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def add(self, table: Table, unit: list[Values]) -> None:
+        self._places.append(self._file.tell())
+        self._file.write(json.dumps([table.name, unit]).encode() + b"\n")
+
+    def __iter__(self) -> Iterator[tuple[Table, list[Values]]]:
+        for place in self._places:
+            yield self._at(place)
+
+    def keep(self, wanted: Callable[[Table, list[Values]], bool]) -> None:
+        self._places = array("q", (place for place in self._places if wanted(*self._at(place))))
+
+    def _at(self, place: int) -> tuple[Table, list[Values]]:
+        self._file.seek(place)
+        name, unit = json.loads(self._file.readline())
+        return TABLES[name], unit
 
 
 # --- out of a store ---
@@ -275,10 +326,6 @@ def _placed_rows(file: Reading) -> Iterator[tuple[Table, Values]]:
         yield table, row
 
 
-class _UnlikeError(StoreError):
-    """The store has other evidence under the key of a unit."""
-
-
 class _References:
     """The models, machines and target traces that were seen, which later rows are about."""
 
@@ -303,77 +350,6 @@ class _References:
                 raise InputError(
                     f"{table.name}: {size} positions over a target trace of {self._tokens.get(trace, 'no')} tokens"
                 )
-
-
-# --- into a store ---
-
-
-def _is_known(connection: Connection, table: Table, unit: list[Values]) -> bool:
-    """Whether the store has the unit. Raises StoreError: under its key it has another value."""
-    stored = _stored(connection, table, unit[0])
-    if not names_of(table):
-        return unit[0] in stored
-    if stored:
-        _check_alike(table, stored, unit)
-    return bool(stored)
-
-
-def _stored(connection: Connection, table: Table, row: Values) -> list[Values]:
-    """What the store has under the key of a row's unit, as a bundle would carry it."""
-    if table.name in UNITS:
-        names: tuple[str, ...] = (UNITS[table.name][0],)
-    else:
-        names = names_of(table) or ("target_key", "environment_digest", tables.time_name(table.name))
-    query = select(table).filter_by(**{name: row[name] for name in names})
-    if table is tables.runs:
-        query = query.where(table.c.finished_at.is_not(None))
-    stored = [from_store(table, dict(found)) for found in connection.execute(query).mappings()]
-    return sorted(stored, key=lambda one: place_of(table, one))
-
-
-def _check_alike(table: Table, stored: list[Values], unit: list[Values]) -> None:
-    """Compares what was measured, not what it is called nor when; of a trace not where either."""
-    ignored = {*tables.LABELS, tables.time_name(table.name), "name", "revision"}
-    ignored |= {"environment_digest"} if table.name in TRACES else set()
-    name = UNITS[table.name][0] if table.name in UNITS else None
-    shown = ", ".join(f"{key} {unit[0][key]}" for key in ((name,) if name else names_of(table)))
-    refused = f"unlike evidence in {table.name} under {shown}"
-    if len(stored) != len(unit):
-        raise _UnlikeError(f"{refused}: {len(stored)} rows in the store, {len(unit)} in the bundle: nothing is merged")
-    for old, new in zip(stored, unit, strict=True):
-        for column in (column.name for column in columns_of(table)):
-            unknown = table is tables.environments and None in (old[column], new[column])
-            if column not in ignored and not unknown and not _is_alike(table, old[column], new[column]):
-                place, *both = _difference(column, old[column], new[column], rounded=table.name in TRACES)
-                raise _UnlikeError(
-                    f"{refused}: {place} is {_short(both[0])} in the store, {_short(both[1])} in the bundle: "
-                    "nothing is merged"
-                )
-
-
-def _is_alike(table: Table, old: Any, new: Any) -> bool:
-    """Whether two values say the same; the figures of a trace may be rounded otherwise."""
-    if table.name in TRACES and isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return all(one == other or _is_close(one, other) for one, other in zip(old, new, strict=True))
-    return bool(old == new)
-
-
-def _is_close(one: Any, other: Any) -> bool:
-    return isinstance(one, float) and isinstance(other, int | float) and abs(one - other) <= SAME_FIGURE
-
-
-def _difference(place: str, old: Any, new: Any, *, rounded: bool) -> tuple[str, Any, Any]:
-    """The first place where two values part, beyond rounding where that is allowed, and what is there."""
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for index, (one, other) in enumerate(zip(old, new, strict=True)):
-            if one != other and not (rounded and _is_close(one, other)):
-                return _difference(f"{place}[{index}]", one, other, rounded=rounded)
-    return place, old, new
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _without(row: Values, key: str) -> Values:
