@@ -204,10 +204,11 @@ def measuring_command(found: Found, question: Question) -> str:
 
     Which prompts that was does not stand in a policy: theirs must be named again, but for the family that ships.
     """
-    words = ["python", "tune.py", "run", "--target", found.target.name, "--dtype", found.target.dtype]
+    target = found.target.name.replace(CARRIED, "PATH/TO/")
+    words = ["python", "tune.py", "run", "--target", target, "--dtype", found.target.dtype]
     if not found.target.name.startswith(BUILTIN):
         drafts = _drafts(found.policy.choices) if found.policy is not None else ()
-        words += [word for draft in drafts for word in ("--draft", draft.name)]
+        words += [word for draft in drafts for word in ("--draft", draft.name.replace(CARRIED, "PATH/TO/"))]
         words += ["--prompts", "PROMPTS.jsonl"]
     choice, policy = found.answer.choice, found.policy
     if policy is not None and policy.headline.temperature == choice.temperature:
