@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy
-from scipy import stats
 
 from profiles.errors import InputError, NotMeasuredError
 from profiles.terms import CATCH_UP_WIDTHS, Acceptance, AcceptanceTrace, Interval, LookupTrace, Sample, TargetTrace
@@ -203,6 +202,8 @@ def speedup_interval(
 
 def _ratio_of_totals(tops: list[Sequence[float]], bottoms: list[Sequence[float]]) -> tuple[Interval, float]:
     """Product of the totals in `tops` over that in `bottoms`, one entry per prompt, and the p-value of ratio 1."""
+    from scipy import stats  # takes longer to import than a look-up's forecast takes
+
     size = len(tops[0])
     if size < 2:
         raise InputError(f"an interval over {size} prompts: at least 2 are needed")

@@ -31,7 +31,7 @@ from tuner.space import candidates
 
 NEAR = LEVELS[: LEVELS.index("family") + 1]
 MOST_STRETCH = 4
-MAX_PROMPTS, FEWEST_PROMPTS = 32, 12
+MAX_PROMPTS, FEWEST_PROMPTS = 16, 12  # a look-up is to answer in about a second
 CALIBRATION = "calibration "
 
 
@@ -244,7 +244,7 @@ def _runs(
 def _evidence(
     connection: Connection, target: Model, workload: Workload, given: tuple[tuple[Draft, ...], _Sweep]
 ) -> Evidence:
-    """The drafts whose parts were all timed in the sweep, with at most 32 prompts on which all of these were traced.
+    """The drafts whose parts were all timed in the sweep, with at most 16 prompts on which all of these were traced.
 
     A draft that was traced on no prompt of the others' is left out, the one with the fewest prompts first.
     """
