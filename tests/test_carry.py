@@ -107,3 +107,12 @@ def test_the_policy_came_along(carried: Path) -> None:
         policy = from_json(book.latest_policy() or "")
     assert policy.environment == H100
     assert Setup(draft=DRAFT_A, length=4) in [one.setup for one in policy.choices[0].alternatives]
+
+
+def test_a_merged_policy_has_no_file_and_its_own_run(carried: Path, tmp_path: Path) -> None:
+    """The document names no file that is not there; `explain` tells of the run on the policy's machine."""
+    known = {name: value for name, value in asdict(H100).items() if value is not None}
+    said = call(carried, "lookup", "--json", "--environment", described(tmp_path, **known))
+    assert said.document["policy"] is None
+    assert said.document["cost"]["measured_units"] > 0
+    assert "draft-a k=" in call(carried, "explain").stdout

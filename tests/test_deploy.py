@@ -253,6 +253,34 @@ class TestTransfer:
         assert ask(tuned, H100).transferred == before
         tuned.close()
 
+    def test_steps_of_another_context_lend_no_overhead(self, tuned: Book) -> None:
+        """A newer sweep of the lender with 40 times the tokens cached, five times as slow, changes nothing."""
+        self.sweep(tuned, H100, slower=4.0)
+        before = ask(tuned, H100).transferred
+        times = FakeEngine(seed=5).time_steps(GREEDY, 4096, 4)
+        slow = {
+            part: replace(one, samples_s={width: tuple(5.0 * s for s in own) for width, own in one.samples_s.items()})
+            for part, one in times.items()
+        }
+        tuned.save_step_times(Scope(target=TARGET, environment=MACHINE, workload=GREEDY), (DRAFT_A, NGRAM), 4, slow)
+        assert ask(tuned, H100, context_length=200).transferred == before
+        tuned.close()
+
+    def test_a_look_up_is_forecast_as_far_as_it_was_traced(self, tuned: Book) -> None:
+        """Look-ups traced for 4 tokens, timed for 8: lengths 1 to 4, and the draft is not left out."""
+        only_ngram = FakeEngine(seed=7)
+        only_ngram.drafts = (NGRAM,)
+        times = only_ngram.time_steps(GREEDY, 96, 8)
+        times.pop(DRAFT_A.digest, None)
+        scope = Scope(target=TARGET, environment=L40S, workload=GREEDY)
+        tuned.save_step_times(scope, (NGRAM,), 8, times)
+        lent = ask(tuned, L40S).transferred
+        assert lent is not None
+        assert (lent.setup.draft, lent.setup.length) == (NGRAM, 4)
+        evidence = [row[0] for row in sql(tuned.path, "SELECT DISTINCT max_length FROM lookup_traces")]
+        assert evidence == [4]
+        tuned.close()
+
     def test_a_stray_trace_does_not_withdraw_the_offer(self, tuned: Book) -> None:
         """A prompt that no draft was traced on, as an interrupted run leaves, is passed over."""
         self.sweep(tuned, H100, slower=4.0)
