@@ -7,9 +7,8 @@ so that `lookup` answers a deploy script without loading torch.
 # ruff: noqa: E402
 import gc
 
-gc.set_threshold(50_000)  # looking for garbage among modules just loaded takes a tenth of the time of a look-up
+gc.set_threshold(50_000)  # a look-up is mostly importing, and there is no garbage among modules just loaded
 
-import json
 import math
 import sys
 import time
@@ -27,6 +26,7 @@ from profiles.errors import DraftpickError, InputError, MatchError, NotMeasuredE
 from profiles.terms import PLAIN
 from store import bundle_verbs, deploy, places, telling
 from store.book import Book
+from store.printing import print_json, say, say_aside
 from tuner import flags
 from tuner import policy as policies
 from tuner.match import LEVELS, Level
@@ -69,8 +69,8 @@ def run(asked: flags.RunFlags) -> int:
             with Book.open(place) as book:  # a store that cannot be used is told before models are loaded
                 runs.Shelf.of(book)
         bench, loads, warnings = _load(asked)
-    _say(f"target {asked.target} on {bench.engine.environment.device}; store {places.name(place)}", *warnings)
-    _say(*(f"left out: {one.name}: {one.detail}" for one in bench.refused))
+    say_aside(f"target {asked.target} on {bench.engine.environment.device}; store {places.name(place)}", *warnings)
+    say_aside(*(f"left out: {one.name}: {one.detail}" for one in bench.refused))
     lengths = spelling.parse_lengths(asked.lengths)
     options = Options(lengths=lengths, limits=limits, needed_bytes=bench.needed_bytes, refused=bench.refused)
     if asked.dry_run:
@@ -84,8 +84,8 @@ def run(asked: flags.RunFlags) -> int:
     )
     if not asked.json_only:
         _console().print(reports.table(done.policy))
-        _say_out(*telling.outcome_lines(done))
-    _print_json({**document, "left_out": [asdict(one) for one in done.left_out]})
+        say(*telling.outcome_lines(done))
+    print_json({**document, "left_out": [asdict(one) for one in done.left_out]})
     return _exit_code(done)
 
 
@@ -142,7 +142,7 @@ def check(
         requests = [request for source in prompts or [] for request in files.read(source)]
         found = checks.check(target, specs, shape, requests)
     if json_only:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
         _console().print(check_table(found))
     return InputError.exit_code if any(one.problem is not None for one in found.drafts) else 0
@@ -159,7 +159,7 @@ def show(store: flags.Store = None) -> None:
         entries = inventory(book)
         text = book.latest_policy()
         policy = None if text is None else deploy.read_policy(book, text)
-    _say_out(f"store {places.name(place)}")
+    say(f"store {places.name(place)}")
     _console().print(inventory_table(entries, datetime.now(UTC)))
     if policy is not None:
         _console().print(reports.table(policy))
@@ -199,15 +199,15 @@ def lookup(
     with Book.open_read_only(place) as book:
         found = deploy.lookup(book, question, here)
         if transferred and found.transferred is None:
-            _say("--transferred: no transferred forecast is to be had, or none is needed")
+            say_aside("--transferred: no transferred forecast is to be had, or none is needed")
         found = found.with_transferred() if transferred else found
         if json_only:
-            _print_json(telling.lookup_document(found, book, places.name(place)))
+            print_json(telling.lookup_document(found, book, places.name(place)))
     if not found.reaches(level):
         raise MatchError(f"{found.caveat}; required was {level}")
     if not json_only:
         text, asides = telling.lookup_text(found, form, engine_version)
-        _say(*asides)
+        say_aside(*asides)
         typer.echo(text, nl=False)
 
 
@@ -242,9 +242,9 @@ def explain(
         raise NotMeasuredError(f"the last run did not decide this: {answer.rule}; run `tune.py run` for it")
     found = explains.explain(figures[0], instead)
     if json_only:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
-        _say_out(*explains.sentences(found))
+        say(*explains.sentences(found))
         _console().print(explains.comparison(found.accounts))
 
 
@@ -260,7 +260,7 @@ def report(
     with Book.open(places.existing(store)) as book:
         dossier = _dossier(book, _find_policy(book, target))
     page.write(dossier, out_path)
-    _say(f"wrote {out_path}")
+    say_aside(f"wrote {out_path}")
 
 
 def _ask(
@@ -317,7 +317,7 @@ def _print_rehearsal(found: "Rehearsal", json_only: bool) -> int:
             table.add_row(stage, str(count))
         _console().print(table)
         _console().print(f"{found.known_units} units are known; measuring the rest takes about {found.seconds:.0f} s")
-    _print_json(asdict(found))
+    print_json(asdict(found))
     return 0
 
 
@@ -329,10 +329,6 @@ def _exit_code(done: "FinishedRun") -> int:
     return EXIT_NOTHING_FEASIBLE if done.outcome.anchors[0].ruled_out(PLAIN) else EXIT_NOT_PROVEN
 
 
-def _print_json(document: dict[str, Any]) -> None:
-    typer.echo(json.dumps(document, allow_nan=False))  # flushed: a full disk is told; fine where stdout is closed
-
-
 def _find_policy(book: Book, target: str | None) -> policies.Policy:
     text = book.latest_policy(target)
     if text is None:
@@ -341,23 +337,8 @@ def _find_policy(book: Book, target: str | None) -> policies.Policy:
     return deploy.read_policy(book, text)
 
 
-def _say_out(*lines: str) -> None:
-    for line in lines:
-        typer.echo(_printable(line))
-
-
-def _say(*lines: str) -> None:
-    for line in lines:
-        typer.echo(_printable(line), err=True)
-
-
-def _printable(line: str) -> str:
-    """One line whatever a name holds: a line break in it could pass for another message."""
-    return "".join(one if one.isprintable() else " " for one in line)
-
-
 def _console(stderr: bool = False) -> "Console":
-    """For tables; made where one is printed, because rich takes longer to import than a look-up takes."""
+    """For tables; made where one is printed, because a look-up has no time to import rich."""
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False)
@@ -374,16 +355,16 @@ def main() -> None:
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
         if code == EXIT_INTERRUPTED:  # what typer makes of Ctrl-C outside of the measuring
-            _say("error: interrupted")
+            say_aside("error: interrupted")
         sys.exit(code)
     except OSError as error:  # all others are translated where they arise
-        _say(f"error: output: {error.strerror or error}")
+        say_aside(f"error: output: {error.strerror or error}")
         sys.exit(2)
     except TyperException as error:
-        _say(f"error: {_usage_message(error)}")
+        say_aside(f"error: {_usage_message(error)}")
         sys.exit(2)
     except DraftpickError as error:
-        _say(f"error: {error}")
+        say_aside(f"error: {error}")
         sys.exit(error.exit_code)
 
 

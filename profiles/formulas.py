@@ -202,7 +202,7 @@ def speedup_interval(
 
 def _ratio_of_totals(tops: list[Sequence[float]], bottoms: list[Sequence[float]]) -> tuple[Interval, float]:
     """Product of the totals in `tops` over that in `bottoms`, one entry per prompt, and the p-value of ratio 1."""
-    from scipy import stats  # takes longer to import than a look-up's forecast takes
+    from scipy import stats  # slow to import, and a look-up's forecast does without
 
     size = len(tops[0])
     if size < 2:

@@ -4,6 +4,7 @@ A field that cannot be told is left out, so that "not known" never passes for "e
 are measured is `profiles.environment`'s; here the same fields are read by lighter means.
 """
 
+import errno
 import importlib.util
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 
 from profiles.errors import InputError
+from profiles.files import open_file
 from profiles.packages import installed, own_version
 from profiles.sizes import GIB
 from profiles.traits import Machine, checked, known
@@ -59,13 +61,16 @@ def described_machine(path: Path, engine: str = ENGINE) -> Machine:
 
 def _read(path: Path) -> Machine:
     try:
-        if path.exists() and not (path.is_file() and path.stat().st_size <= MOST_BYTES):
-            raise InputError(f"environment {path}: a file of at most {MOST_BYTES} bytes is needed")
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except InputError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"environment {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        with open_file(path) as file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        raw = json.loads(text)
+    except OSError as error:
+        needed = f"a file of at most {MOST_BYTES} bytes is needed"
+        raise InputError(f"environment {path} cannot be read: {error.strerror}: {needed}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"environment {path} cannot be read: {error}") from error
     try:
         return checked(raw)
     except InputError as error:

@@ -121,3 +121,8 @@ def _whole_number(text: str, asked: str, allowed: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 9):
         raise InputError(f"{asked}: {text!r} is not a whole number; allowed is {allowed}")
     return int(text)
+
+
+def printable(text: str) -> str:
+    """`text` as one line that cannot steer a terminal: what cannot be shown, line breaks included, is a space."""
+    return "".join(one if one.isprintable() else " " for one in text)

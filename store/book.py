@@ -33,7 +33,7 @@ from profiles.terms import (
     Workload,
 )
 from store import migrations, tables
-from store.connection import Database, Place, Purpose, connect
+from store.connection import Database, Place, connect
 from store.tables import Row
 
 Record = TypeVar("Record")
@@ -200,7 +200,7 @@ class Book:
         return samples if is_new else tuple(self._records(tables.samples, unit, tables.sample_record))
 
     def save_infeasible(self, scope: Scope, found: Infeasible) -> None:
-        with self._transaction("write") as connection:
+        with self.writing() as connection:
             row = {**_anchor_key(scope), **tables.infeasible_row(found)}
             _insert(connection, tables.infeasible, scope.target, scope.environment, [row])
             connection.commit()
@@ -209,7 +209,7 @@ class Book:
 
     def save_run(self, scope: Scope) -> int:
         """Note that a run starts now; returns the id that `finish_run` takes."""
-        with self._transaction("write") as connection:
+        with self.writing() as connection:
             row = {"workload": plain(scope.workload)}
             run_id = _insert(connection, tables.runs, scope.target, scope.environment, [row])
             connection.commit()
@@ -218,21 +218,18 @@ class Book:
     def finish_run(self, run_id: int, outcome: Mapping[str, Any]) -> None:
         """Note that a run ends now, with JSON values that tell what came of it."""
         unfinished = (tables.runs.c.id == run_id) & tables.runs.c.finished_at.is_(None)
-        with self._transaction("write") as connection:
+        with self.writing() as connection:
             ended = update(tables.runs).where(unfinished).values(finished_at=_utc_now(), outcome=dict(outcome))
             if connection.execute(ended).rowcount != 1:
                 raise StoreError(f"run {run_id} is not under way")
             connection.commit()
-
-    def save_policy(self, json_text: str, target: Model, environment: Environment) -> None:
-        self.replace_policy(target, environment, lambda _: json_text)
 
     def replace_policy(self, target: Model, environment: Environment, made_from: Callable[[str | None], str]) -> None:
         """Save the policy made from the latest one of this target and machine; nobody saves another in between.
 
         What `made_from` raises leaves the book as it was.
         """
-        with self._transaction("write") as connection:
+        with self.writing() as connection:
             latest = connection.scalar(_latest_policy(target.run_digest, environment))
             row = {"policy": made_from(latest)}
             _insert(connection, tables.policies, target, environment, [row])
@@ -240,7 +237,7 @@ class Book:
 
     def latest_policy(self, target: str | None = None, environment: Environment | None = None) -> str | None:
         """The newest policy, of any target or of one (its run digest, digest or name), on any machine or on one."""
-        with self._transaction("read") as connection:
+        with self.reading() as connection:
             return connection.scalar(_latest_policy(target, environment))
 
     def latest_outcome(self, target: Model, environment: Environment) -> dict[str, Any]:
@@ -248,7 +245,7 @@ class Book:
         runs = tables.runs.c
         query = select(runs.outcome).where(runs.target_key == target.run_digest, runs.finished_at.is_not(None))
         query = query.where(runs.environment_digest == environment.digest)
-        with self._transaction("read") as connection:
+        with self.reading() as connection:
             found = connection.scalar(query.order_by(runs.finished_at.desc(), runs.id.desc()).limit(1)) or {}
             if not isinstance(found, dict):
                 kind = type(found).__name__
@@ -259,18 +256,15 @@ class Book:
 
     def reading(self) -> AbstractContextManager[Connection]:
         """A transaction that only reads, for queries that other modules of the store bring along."""
-        return self._transaction("read")
+        return self.database.transaction("read")
 
     def writing(self) -> AbstractContextManager[Connection]:
         """A transaction that keeps all other writers out; rolled back on leaving unless `commit()` was said."""
-        return self._transaction("write")
-
-    def _transaction(self, purpose: Purpose) -> AbstractContextManager[Connection]:
-        return self.database.transaction(purpose)
+        return self.database.transaction("write")
 
     def _records(self, table: Table, key: Row, record: Callable[[Row], Record], since: str = "") -> list[Record]:
         """The rows with this key as records, oldest first."""
-        with self._transaction("read") as connection:
+        with self.reading() as connection:
             return [record(row) for row in _find(connection, table, key) if row["measured_at"] >= since]
 
     def _save(
@@ -305,15 +299,15 @@ class Book:
         return self
 
     def _require_current(self) -> None:
-        with self._transaction("read") as connection:
+        with self.reading() as connection:
             migrations.require_current(connection)
 
     def _upgrade(self) -> None:
-        with self._transaction("read") as connection:
+        with self.reading() as connection:
             is_current = migrations.is_current(connection)  # another program's file is refused before it is changed
         self.database.use_write_ahead_log()
         if not is_current:
-            with self._transaction("write") as connection:
+            with self.writing() as connection:
                 if not migrations.is_current(connection):  # another process may have done it while this one waited
                     migrations.upgrade(connection)
                     connection.commit()

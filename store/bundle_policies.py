@@ -58,17 +58,18 @@ def _latest(
     book: Book, targets: Sequence[str] | None, environments: Sequence[str] | None
 ) -> dict[tuple[str, str], policies.Policy]:
     made = tables.policies.c
-    latest: dict[tuple[str, str], policies.Policy] = {}
+    texts: dict[tuple[str, str], str] = {}
     with book.reading() as connection:
         models = chosen(connection, tables.models, targets)
         machines = chosen(connection, tables.environments, environments)
         for row in connection.execute(select(tables.policies).order_by(made.created_at, made.id)).mappings():
             if row["target_key"] in models and row["environment_digest"] in machines:
-                policy = policies.from_json(row["policy"])
-                latest[policy.target.run_digest, policy.environment.digest] = policies.from_json(
-                    json.dumps(clean(json.loads(policies.to_json(policy))))
-                )
-    return latest
+                texts[row["target_key"], row["environment_digest"]] = row["policy"]
+    return {key: _cleaned(policies.from_json(text)) for key, text in texts.items()}
+
+
+def _cleaned(policy: policies.Policy) -> policies.Policy:
+    return policies.from_json(json.dumps(clean(json.loads(policies.to_json(policy)))))
 
 
 def file_name(policy: policies.Policy, *, with_digests: bool = False) -> str:

@@ -3,16 +3,16 @@
 The rooms below do the work; nothing here loads torch.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from store import places
 from store.book import Book
+from store.printing import print_json, say
 from tuner import flags
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ def pack(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
             else bundle_policies.export_policies(book, policies, targets=target, environments=environment)
         )
     if json_only:
-        _print_json({**asdict(contents), "policy_paths": [str(one) for one in written]})
+        print_json({**asdict(contents), "policy_paths": [str(one) for one in written]})
     else:
-        _say(f"wrote {path}", *_told(contents), *(f"policy: {one}" for one in written))
+        say(f"wrote {path}", *_told(contents), *(f"policy: {one}" for one in written))
 
 
 @app.command()
@@ -66,9 +66,9 @@ def inspect(path: File, json_only: flags.JsonOnly = False) -> None:
 
     contents = bundle.inspect(path)
     if json_only:
-        _print_json(asdict(contents))
+        print_json(asdict(contents))
     else:
-        _say(*_told(contents))
+        say(*_told(contents))
 
 
 @app.command()
@@ -83,13 +83,13 @@ def merge(
     with Book.open(place) as book:
         merged = bundle.merge(book, path, keep_mine=keep_mine)
     if json_only:
-        _print_json({**asdict(merged), "store": places.name(place)})
+        print_json({**asdict(merged), "store": places.name(place)})
         return
-    _say(f"store {places.name(place)}")
+    say(f"store {places.name(place)}")
     for table in dict.fromkeys([*merged.added, *merged.known, *merged.unlike]):
         said = f"{_spaced(table)}: {merged.added.get(table, 0)} new, {merged.known.get(table, 0)} known"
         left_out = merged.unlike.get(table, 0)
-        _say(f"{said}, {left_out} unlike the store's and left out" if left_out else said)
+        say(f"{said}, {left_out} unlike the store's and left out" if left_out else said)
 
 
 def _told(contents: "Contents") -> Iterator[str]:
@@ -106,12 +106,3 @@ def _told(contents: "Contents") -> Iterator[str]:
 
 def _spaced(table: str) -> str:
     return table.replace("_", " ")
-
-
-def _say(*lines: str) -> None:
-    for line in lines:
-        typer.echo(line)
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    typer.echo(json.dumps(document, allow_nan=False))

@@ -170,7 +170,7 @@ def _answered(book: Book, question: Question, ranked: Sequence[_Candidate]) -> F
     for one in soft or ranked[:1]:
         text = _policy_text(book, one.policy_id)
         if first is not None and (one.target != first.target or not _may_cover(text, question)):
-            continue  # a policy takes milliseconds to read
+            continue  # reading policies takes most of a look-up's time
         policy = read_policy(book, text)
         if question.temperature is None:
             question = replace(question, temperature=policy.headline.temperature)

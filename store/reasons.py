@@ -5,6 +5,8 @@ Drivers are known by their codes and words only: neither is imported here. A pas
 
 import re
 
+from profiles.spelling import printable
+
 _LOCKED = "another process keeps it locked: wait for it to end, then run again"
 _FULL = "the disk is full: what was saved before is kept; free space, then run again"
 _READ_ONLY = "it is read-only: allow writing or name another store"
@@ -107,4 +109,4 @@ def _first_line(text: str) -> str:
     lines = [line.strip().removeprefix("- ") for line in text.splitlines() if line.strip()]
     tried = [line for line in lines if " failed: " in line]
     said = _NOISE.sub("", (tried or lines or ["no reason was given"])[-1 if tried else 0]).strip()
-    return "".join(one if one.isprintable() else " " for one in said)[:_LONGEST]
+    return printable(said)[:_LONGEST]

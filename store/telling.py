@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from profiles.errors import InputError
 from profiles.machine import ENGINE
 from store.book import Book
-from store.deploy import Found
+from store.deploy import NOT_MEASURED, Found
 from tuner.match import MEANINGS
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def engine_asked(form: str | None) -> str:
 
     if form not in export.FORMS:
         raise InputError(f"format {form!r}: allowed are {', '.join(export.FORMS)}")
-    return ENGINE if form in ("json", "transformers") else form
+    return form if form in NOT_MEASURED else ENGINE
 
 
 def lookup_text(found: Found, form: str | None, version: str | None) -> tuple[str, list[str]]:
@@ -63,9 +63,7 @@ def lookup_text(found: Found, form: str | None, version: str | None) -> tuple[st
 
     made = export.emit(found.deployment(), form, version)
     if made.text and made.setup is not None:
-        asides.append(
-            f"{made.setup.name}: {'a transferred forecast, not measured' if found.is_transferred else made.label}"
-        )
+        asides.append(f"{made.setup.name}: {made.label}")
     return made.text, [*asides, *([] if made.note is None else [made.note])]
 
 

@@ -31,7 +31,7 @@ from tuner.space import candidates
 
 NEAR = LEVELS[: LEVELS.index("family") + 1]
 MOST_STRETCH = 4
-MAX_PROMPTS, FEWEST_PROMPTS = 16, 12  # a look-up is to answer in about a second
+MAX_PROMPTS, FEWEST_PROMPTS = 16, 12
 CALIBRATION = "calibration "
 
 

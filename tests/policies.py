@@ -1,6 +1,7 @@
 """Records the policy tests share: one target, one environment, and choices spelled by what differs."""
 
 from profiles.terms import PLAIN, Draft, Environment, Interval, Model, Setup
+from store.book import Book
 from tuner.claims import Forecast, Measured
 from tuner.policy import MIXED, Choice, Policy
 
@@ -67,3 +68,8 @@ def choice(setup: Setup = PLAIN, /, **changes: object) -> Choice:
 
 def policy(*choices: Choice) -> Policy:
     return Policy(created=CREATED, target=TARGET, environment=ENVIRONMENT, choices=choices or (choice(),))
+
+
+def save_policy(book: Book, json_text: str, target: Model, environment: Environment) -> None:
+    """Saves a text as the latest policy, whatever it is."""
+    book.replace_policy(target, environment, lambda _: json_text)

@@ -17,6 +17,7 @@ from store import tables
 from store.book import Book, Scope
 from store.connection import Place
 from tests.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts
+from tests.policies import save_policy
 from tests.servers import ask, parsed
 
 PROMPT, OTHER = prompts(2)
@@ -246,11 +247,11 @@ class TestRunsAndPolicies:
         second = Model(name="second", dtype="float32", digest="b" * 32, num_params=10)
         assert book.latest_policy() is None
         for text, target in (("one", TARGET), ("two", TARGET), ("three", second)):
-            book.save_policy(text, target, MACHINE)
+            save_policy(book, text, target, MACHINE)
         assert book.latest_policy() == "three"
         assert book.latest_policy(TARGET.digest) == book.latest_policy("fake-target") == "two"
         assert book.latest_policy("c" * 32) is None
-        book.save_policy("four", TARGET, ELSEWHERE.environment)
+        save_policy(book, "four", TARGET, ELSEWHERE.environment)
         assert book.latest_policy(TARGET.run_digest) == book.latest_policy(environment=ELSEWHERE.environment) == "four"
         assert book.latest_policy(TARGET.run_digest, MACHINE) == "two"
         assert book.latest_policy(second.run_digest, ELSEWHERE.environment) is None
@@ -259,7 +260,7 @@ class TestRunsAndPolicies:
         """A policy that was made earlier and came later, in a bundle, does not replace a newer one; of equals the last
         saved answers."""
         for text in ("new", "old"):
-            book.save_policy(text, TARGET, MACHINE)
+            save_policy(book, text, TARGET, MACHINE)
         ask(book, "UPDATE policies SET created_at = '2020-01-01T00:00:00+00:00' WHERE policy = 'old'")
         assert book.latest_policy() == book.latest_policy(TARGET.name, MACHINE) == "new"
         ask(book, "UPDATE policies SET created_at = '2020-01-01T00:00:00+00:00'")
@@ -301,7 +302,7 @@ class TestReadOnly:
         trace = fake.trace_target(GREEDY, PROMPT)
         book.save_target_trace(SCOPE, PROMPT, trace)
         book.save_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0", samples_of(fake))
-        book.save_policy("one", TARGET, MACHINE)
+        save_policy(book, "one", TARGET, MACHINE)
         book.finish_run(book.save_run(SCOPE), {"proven": True})
         with Book.open_read_only(place) as reader:
             assert reader.place == book.place
@@ -309,7 +310,7 @@ class TestReadOnly:
             assert reader.find_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0") == samples_of(fake)
             assert reader.latest_policy() == "one"
             assert reader.latest_outcome(TARGET, MACHINE) == {"proven": True}
-            book.save_policy("two", TARGET, MACHINE)
+            save_policy(book, "two", TARGET, MACHINE)
             assert reader.latest_policy() == "two"
 
     def test_it_cannot_write(self, book: Book, place: Place) -> None:
@@ -318,7 +319,7 @@ class TestReadOnly:
             Book.open_read_only(place) as reader,
             pytest.raises(StoreError, match=r"read-?only.*allow writing or name"),
         ):
-            reader.save_policy("one", TARGET, MACHINE)
+            save_policy(reader, "one", TARGET, MACHINE)
         assert book.latest_policy() is None
 
     def test_an_empty_store_is_not_made_into_one(self, place: Place) -> None:
@@ -364,7 +365,7 @@ class TestTheTimeouts:
 
     def test_readers_do_not_wait(self, book: Book, place: Place) -> None:
         """Who reads while another writes sees the last committed state at once."""
-        book.save_policy("one", TARGET, MACHINE)
+        save_policy(book, "one", TARGET, MACHINE)
         with book.writing(), Book.open_read_only(place, busy_timeout_s=0.1) as reader:
             assert reader.latest_policy() == "one"
 
@@ -373,7 +374,7 @@ class TestTheTimeouts:
         query = sqlalchemy.select(sqlalchemy.func.count()).select_from(tables.policies)
         with Book.open(place) as other, book.reading() as connection:
             assert connection.scalar(query) == 0
-            other.save_policy("one", TARGET, MACHINE)
+            save_policy(other, "one", TARGET, MACHINE)
             assert connection.scalar(query) == 0
 
 

@@ -29,6 +29,7 @@ from tests.bundles import (
 )
 from tests.cli import Said, assert_refused, call, content
 from tests.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts, sql
+from tests.policies import save_policy
 from tuner import policy as policies
 
 A_PATH = "/home/someone/my models/fake-target"
@@ -290,7 +291,7 @@ class TestUnlikeEvidence:
     def test_an_older_policy_is_kept_beside(self, packed: Path, tmp_path: Path, empty: Book) -> None:
         """Merged rows keep their time, by which a later look-up can tell the newest."""
         newer = made.policy()
-        empty.save_policy(policies.to_json(newer), newer.target, newer.environment)
+        save_policy(empty, policies.to_json(newer), newer.target, newer.environment)
         bundle.merge(empty, packed)
         assert sql(empty.path, "SELECT id FROM policies ORDER BY created_at, id") == [(2,), (1,)]
 

@@ -11,6 +11,7 @@ from store import bundle_policies
 from store.book import Book
 from tests import policies as made
 from tests.cli import call, database
+from tests.policies import save_policy
 from tuner import policy as policies
 
 
@@ -20,7 +21,7 @@ def test_names_never_collide(book: Book, tmp_path: Path) -> None:
     models = [replace(one.target, name="a/b c"), replace(one.target, name="A_b:c", digest="cc" * 16)]
     for model in models:
         policy = replace(one, target=model)
-        book.save_policy(policies.to_json(policy), policy.target, policy.environment)
+        save_policy(book, policies.to_json(policy), policy.target, policy.environment)
     written = bundle_policies.export_policies(book, tmp_path / "out")
     assert len({path.name.lower() for path in written}) == 2
     assert all(
@@ -39,7 +40,7 @@ def test_only_those_asked_for(book: Book, tmp_path: Path) -> None:
     machines = [one.environment, replace(one.environment, device="other cpu")]
     for model in models:
         for machine in machines:
-            book.save_policy(policies.to_json(replace(one, target=model, environment=machine)), model, machine)
+            save_policy(book, policies.to_json(replace(one, target=model, environment=machine)), model, machine)
     assert len(bundle_policies.export_policies(book, tmp_path / "all")) == 4
     asked: dict[str, Any] = {"targets": ["other"], "environments": ["other cpu"]}
     [path] = bundle_policies.export_policies(book, tmp_path / "one", **asked)
@@ -52,7 +53,7 @@ def test_only_those_asked_for(book: Book, tmp_path: Path) -> None:
 def test_another_file_is_never_replaced(book: Book, tmp_path: Path) -> None:
     """What lies under the name already, a policy of other weights or no policy at all, stays."""
     one = made.policy()
-    book.save_policy(policies.to_json(one), one.target, one.environment)
+    save_policy(book, policies.to_json(one), one.target, one.environment)
     taken = tmp_path / bundle_policies.file_name(one)
     taken.write_text("not a policy")
     [path] = bundle_policies.export_policies(book, tmp_path)
@@ -74,7 +75,7 @@ def test_the_verb_asks_for_them(tmp_path: Path) -> None:
     with Book.open(database(tmp_path)) as book:
         for model in (one.target, replace(one.target, name="other", digest="cc" * 16)):
             for machine in (one.environment, replace(one.environment, device="other cpu")):
-                book.save_policy(policies.to_json(replace(one, target=model, environment=machine)), model, machine)
+                save_policy(book, policies.to_json(replace(one, target=model, environment=machine)), model, machine)
     words = ("bundle", "pack", tmp_path / "b", "--policies", tmp_path / "out", "--target", "other")
     assert call(tmp_path, *words).code == 0
     assert [policies.read(path).target.name for path in (tmp_path / "out").iterdir()] == ["other", "other"]

@@ -14,7 +14,7 @@ from store.book import Book, Scope
 from store.deploy import Found, Question
 from store.runs import Shelf, tune
 from tests.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts, sql
-from tests.policies import choice
+from tests.policies import choice, save_policy
 from tuner.policy import Policy, to_json
 from tuner.tuning import Options, Watch
 
@@ -44,7 +44,7 @@ def keep(book: Book, environment: Environment, setup: Setup = A4, **anchor: obje
         environment=environment,
         choices=(choice(setup, **anchor),),
     )
-    book.save_policy(to_json(made), TARGET, environment)
+    save_policy(book, to_json(made), TARGET, environment)
 
 
 def ask(book: Book, here: Environment | Machine, **question: object) -> Found:
@@ -332,7 +332,7 @@ def test_a_namesake_tuned_elsewhere_hides_nothing(book: Book) -> None:
     keep(book, MACHINE, A4)
     half = replace(TARGET, dtype="bfloat16")
     far = Policy(created="2026-11-22T09:59:00+00:00", target=half, environment=L40S, choices=(choice(N2),))
-    book.save_policy(to_json(far), half, L40S)
+    save_policy(book, to_json(far), half, L40S)
     found = ask(book, MACHINE, target=TARGET.name)
     assert (found.level, found.target) == ("exact", TARGET)
 
@@ -341,7 +341,7 @@ def test_a_carried_target_is_found_by_its_path(book: Book) -> None:
     """Packed under a path, merged as `carried:`, asked for by the path or its last part."""
     carried = replace(TARGET, name="carried:llama")
     made = Policy(created="2026-11-22T09:00:00+00:00", target=carried, environment=MACHINE, choices=(choice(A4),))
-    book.save_policy(to_json(made), carried, MACHINE)
+    save_policy(book, to_json(made), carried, MACHINE)
     for name in ("carried:llama", "llama", "/models/llama"):
         assert ask(book, MACHINE, target=name).level == "exact"
 
@@ -357,6 +357,6 @@ def test_traits_that_became_known_are_kept(book: Book) -> None:
 def test_damaged_policies_are_told(book: Book) -> None:
     """A stored policy that is none names the store."""
     keep(book, MACHINE)
-    book.save_policy("{}", TARGET, MACHINE)
+    save_policy(book, "{}", TARGET, MACHINE)
     with pytest.raises(PolicyError, match="the policy in store"):
         ask(book, MACHINE)

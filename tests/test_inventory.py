@@ -14,6 +14,7 @@ from profiles.terms import PLAIN, Draft, Infeasible, Model, Setup
 from store.book import Book, Scope
 from store.inventory import Failure, age, inventory, inventory_table
 from tests.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts
+from tests.policies import save_policy
 from tests.servers import ask
 
 FIRST, SECOND = prompts(2)
@@ -36,7 +37,7 @@ def fill(book: Book) -> None:
     for prompt, fake in ((FIRST, quiet), (SECOND, busy)):
         book.save_samples(HERE, (prompt,), (PLAIN,), "race 0", fake.run_together(GREEDY, (prompt,), (PLAIN,), "race 0"))
     for scope in (HERE, LATER_TORCH, HALF):
-        book.save_policy("{}", scope.target, scope.environment)
+        save_policy(book, "{}", scope.target, scope.environment)
 
 
 def made_at(book: Book, table: str, time: str, machine: str | None = None) -> None:

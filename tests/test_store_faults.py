@@ -20,6 +20,7 @@ from profiles.errors import StoreError
 from store import migrations
 from store.book import Book
 from tests.fakes import MACHINE, TARGET, FakeEngine, prompts, sql
+from tests.policies import save_policy
 from tests.test_store_file import SCOPE, save_traces
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +47,7 @@ except StoreError as error:
 def sound(path: Path) -> Path:
     """A closed store with a policy and twenty traces; its write-ahead log is folded in."""
     with Book.open(path) as book:
-        book.save_policy("kept", TARGET, MACHINE)
+        save_policy(book, "kept", TARGET, MACHINE)
         save_traces(book, FakeEngine(), 20)
     return path
 

@@ -26,6 +26,7 @@ from store.runs import Shelf, tune
 from tests import servers
 from tests.cli import DECIDED, assert_refused, call
 from tests.fakes import GREEDY, MACHINE, TARGET, FakeEngine, prompts
+from tests.policies import save_policy
 from tests.servers import ask, run_sql
 from tests.test_book import SCOPE
 from tuner.tuning import Options, Watch
@@ -47,7 +48,7 @@ def url(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
 def role(url: str) -> Iterator[str]:
     """A role that may only look into the schema, after a book is in it: the URL with its password."""
     with Book.open(url) as book:
-        book.save_policy("one", TARGET, MACHINE)
+        save_policy(book, "one", TARGET, MACHINE)
     name = sqlalchemy.make_url(url).query["options"].removeprefix("-csearch_path=")
     reader = f"reader_{name}"
     run_sql(url, f"CREATE ROLE {reader} LOGIN PASSWORD '{SECRET}'")
@@ -106,7 +107,7 @@ class TestTheServer:
             assert compare_metadata(MigrationContext.configure(connection), tables.metadata) == []
         model = type(TARGET)(name="huge", dtype="float32", digest="b" * 32, num_params=2_000_000_000_000)
         with Book.open(url) as book:
-            book.save_policy("one", model, MACHINE)
+            save_policy(book, "one", model, MACHINE)
         assert ask(url, "SELECT num_params FROM models") == [(2_000_000_000_000,)]
 
     def test_another_programs_schema_is_refused(self, url: str) -> None:
@@ -161,7 +162,7 @@ class TestMishaps:
         with Book.open(role) as book, Book.open_read_only(role) as reader:
             assert book.latest_policy() == reader.latest_policy() == "one"
             with pytest.raises(StoreError, match=r"permission denied for table .*: the role may not do that") as caught:
-                book.save_policy("two", TARGET, MACHINE)
+                save_policy(book, "two", TARGET, MACHINE)
         assert "\n" not in str(caught.value)
         assert ask(url, "SELECT policy FROM policies") == [("one",)]
 
@@ -187,7 +188,7 @@ class TestMishaps:
         with Book.open(url, busy_timeout_s=0.2) as book:
             terminate(url, book)
             monkeypatch.setattr(book.database.engine.dialect, "connect", self._refuse)
-            for ask_book in (book.latest_policy, lambda: book.save_policy("one", TARGET, MACHINE)):
+            for ask_book in (book.latest_policy, lambda: save_policy(book, "one", TARGET, MACHINE)):
                 started = time.monotonic()
                 with pytest.raises(StoreError, match="Connection refused: no server answers there") as caught:
                     ask_book()
@@ -227,7 +228,7 @@ class TestMishaps:
         """More than 64 bits: one line, nothing saved."""
         model = type(TARGET)(name="huge", dtype="float32", digest="b" * 32, num_params=2**70)
         with Book.open(url) as book, pytest.raises(StoreError, match=r"out of range|numeric") as caught:
-            book.save_policy("one", model, MACHINE)
+            save_policy(book, "one", model, MACHINE)
         assert "\n" not in str(caught.value)
 
 

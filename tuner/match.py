@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from profiles.sizes import GIB
+from profiles.spelling import printable
 from profiles.traits import Machine, family, on_gpu
 
 Level = Literal["exact", "version", "engine", "family", "capability", "none"]
@@ -135,5 +137,5 @@ def _text(machine: Machine, field: str) -> str | None:
     if value is None:
         return "none"
     if field == "memory_bytes" and isinstance(value, int):
-        return f"{value / 2**30:.0f} GiB"
-    return "".join(one if one.isprintable() else " " for one in str(value))
+        return f"{value / GIB:.0f} GiB"
+    return printable(str(value))

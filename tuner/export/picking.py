@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from profiles.shipped import BUILTIN, CARRIED, FAMILY_FOLDER
+from profiles.spelling import printable
 from profiles.terms import PLAIN, Model, Setup
 from tuner.export.terms import Deployment, Export
 
@@ -138,7 +139,7 @@ def place_of(model: Model) -> str:
 
 def comment(text: str) -> str:
     """One line, whatever a name or a domain holds: a line break would end the comment, a control character a file."""
-    return "# " + " ".join("".join(one if one.isprintable() else " " for one in text).split())
+    return "# " + " ".join(printable(text).split())
 
 
 def title(deployment: Deployment, setup: Setup, label: str) -> str:
