@@ -161,9 +161,8 @@ class TorchEngine:
         try:
             runs = decoder.run(prompts, self._clock)
         except BadNumbersError:
-            self._drop_rows(
-                tuple(self._rows)
-            )  # a value that is not finite would spoil what is decoded over it, masked or not
+            # a value that is not finite would spoil what is decoded over it, masked or not
+            self._drop_rows(tuple(self._rows))
             raise
         if on_gpu:
             for run in runs:

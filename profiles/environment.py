@@ -49,11 +49,12 @@ def fingerprint(device: str) -> Environment:
     `memory_bytes` is the device's whole memory to the nearest GiB: a kernel or driver update moves it by megabytes.
     """
     on_gpu = device.startswith("cuda")
-    capability = bandwidth = None
+    driver = capability = bandwidth = None
     if on_gpu:
         properties = torch.cuda.get_device_properties(device)
         name, count, memory_bytes = properties.name, torch.cuda.device_count(), properties.total_memory
         capability = f"{properties.major}.{properties.minor}"
+        driver = machine.driver_version()  # and with it NVML is started, of which the handle is asked
         bandwidth = machine.memory_bandwidth(handle_of(device))
     else:
         name, count, memory_bytes = machine.processor_name(), 1, psutil.virtual_memory().total
@@ -63,7 +64,7 @@ def fingerprint(device: str) -> Environment:
         device=name,
         device_count=count,
         memory_bytes=machine.whole_gib(memory_bytes),
-        driver=machine.driver_version() if on_gpu else None,
+        driver=driver,
         cuda=torch.version.cuda if on_gpu else None,
         threads=torch.get_num_threads(),
         torch=torch.__version__,

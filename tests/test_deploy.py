@@ -8,7 +8,7 @@ import pytest
 
 import store
 from profiles.errors import NotMeasuredError, PolicyError
-from profiles.terms import PLAIN, Environment, Setup
+from profiles.terms import PLAIN, Environment, Setup, StepTimes
 from profiles.traits import Machine, known
 from store.book import Book, Scope
 from store.deploy import Found, Question
@@ -45,6 +45,12 @@ def keep(book: Book, environment: Environment, setup: Setup = A4, **anchor: obje
         choices=(choice(setup, **anchor),),
     )
     save_policy(book, to_json(made), TARGET, environment)
+
+
+def slowed(times: StepTimes, slower: float) -> StepTimes:
+    """Every step takes `slower` times as long."""
+    samples = {width: tuple(slower * one for one in own) for width, own in times.samples_s.items()}
+    return replace(times, samples_s=samples)
 
 
 def ask(book: Book, here: Environment | Machine, **question: object) -> Found:
@@ -169,9 +175,7 @@ class TestTransfer:
     def sweep(self, book: Book, environment: Environment, slower: float = 1.0) -> None:
         """Step times measured on another machine, where a target step takes `slower` times as long."""
         times = FakeEngine(seed=7).time_steps(GREEDY, 96, 4)
-        target = times[TARGET.run_digest]
-        stretched = {width: tuple(slower * one for one in samples) for width, samples in target.samples_s.items()}
-        times[TARGET.run_digest] = replace(target, samples_s=stretched)
+        times[TARGET.run_digest] = slowed(times[TARGET.run_digest], slower)
         scope = Scope(target=TARGET, environment=environment, workload=GREEDY)
         book.save_step_times(scope, (DRAFT_A, NGRAM), 4, times)
 
@@ -258,20 +262,15 @@ class TestTransfer:
         self.sweep(tuned, H100, slower=4.0)
         before = ask(tuned, H100).transferred
         times = FakeEngine(seed=5).time_steps(GREEDY, 4096, 4)
-        slow = {
-            part: replace(one, samples_s={width: tuple(5.0 * s for s in own) for width, own in one.samples_s.items()})
-            for part, one in times.items()
-        }
+        slow = {part: slowed(one, 5.0) for part, one in times.items()}
         tuned.save_step_times(Scope(target=TARGET, environment=MACHINE, workload=GREEDY), (DRAFT_A, NGRAM), 4, slow)
         assert ask(tuned, H100, context_length=200).transferred == before
         tuned.close()
 
     def test_a_look_up_is_forecast_as_far_as_it_was_traced(self, tuned: Book) -> None:
         """Look-ups traced for 4 tokens, timed for 8: lengths 1 to 4, and the draft is not left out."""
-        only_ngram = FakeEngine(seed=7)
-        only_ngram.drafts = (NGRAM,)
-        times = only_ngram.time_steps(GREEDY, 96, 8)
-        times.pop(DRAFT_A.digest, None)
+        times = FakeEngine(seed=7).time_steps(GREEDY, 96, 8)
+        del times[DRAFT_A.digest]
         scope = Scope(target=TARGET, environment=L40S, workload=GREEDY)
         tuned.save_step_times(scope, (NGRAM,), 8, times)
         lent = ask(tuned, L40S).transferred

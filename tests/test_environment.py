@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -35,6 +36,24 @@ def test_the_fingerprint_describes_this_machine() -> None:
     assert found.torch == torch.__version__
     assert found.engine == "draftpick-torch"
     assert found.engine_version == f"0.3.0+transformers-{importlib.metadata.version('transformers')}"
+
+
+def test_nvml_is_started_before_a_handle_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a GPU the bandwidth is asked by a handle that NVML only gives once it was started."""
+    events: list[str] = []
+
+    def told(name: str, answer: object) -> Callable[..., object]:
+        return lambda *_: events.append(name) or answer
+
+    properties = SimpleNamespace(name="NVIDIA X", total_memory=2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(machine, "driver_version", told("start", "580.65"))
+    monkeypatch.setattr(environment, "handle_of", told("handle", "handle"))
+    monkeypatch.setattr(machine, "memory_bandwidth", told("bandwidth", 10**12))
+    found = environment.fingerprint("cuda")
+    assert events == ["start", "handle", "bandwidth"]
+    assert (found.driver, found.compute_capability, found.memory_bandwidth_bytes_s) == ("580.65", "9.0", 10**12)
 
 
 def test_the_fingerprint_is_stable() -> None:
