@@ -4,7 +4,7 @@ Joins the remembering engine, the tuner and the book; how any of them works it m
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,7 +19,7 @@ from profiles.terms import Prompt, Workload
 from store.book import Book, Scope
 from store.remember import Remember
 from tuner import policy as policies
-from tuner import search
+from tuner import prior, search
 from tuner.limits import Limits
 from tuner.report import assemble
 from tuner.tuning import Options, Outcome, Tuner, Watch
@@ -130,9 +130,13 @@ def _keep_policy(shelf: Shelf, engine: Engine, outcome: Outcome, options: Option
     made: list[policies.Policy] = []
 
     def made_from(latest: str | None) -> str:
-        choices = _joined(latest, outcome, options)
+        earlier = None if latest is None else policies.from_json(latest)
         policy = policies.Policy(
-            created=_utc_now(), target=engine.target, environment=engine.environment, choices=choices
+            created=_utc_now(),
+            target=engine.target,
+            environment=engine.environment,
+            choices=_joined(() if earlier is None else earlier.choices, outcome, options),
+            prior=prior.joined(outcome.prior, None if earlier is None else earlier.prior),
         )
         policies.write(shelf.folder / policy.file_name, policy)
         made.append(policy)
@@ -142,14 +146,14 @@ def _keep_policy(shelf: Shelf, engine: Engine, outcome: Outcome, options: Option
     return made[-1], shelf.folder / made[-1].file_name
 
 
-def _joined(latest: str | None, outcome: Outcome, options: Options) -> tuple[policies.Choice, ...]:
+def _joined(latest: Iterable[policies.Choice], outcome: Outcome, options: Options) -> tuple[policies.Choice, ...]:
     """The run's choices, then those of the latest policy of this target and machine that they leave standing.
 
     An anchor for which the budget ended first keeps its earlier proven choice, but not in a run with limits, which
     that choice was not held to. An earlier choice falls when the run decided its anchor, or used its temperature with
     another top-p or top-k: a policy holds one of each.
     """
-    earlier = {} if latest is None else {choice.anchor: choice for choice in policies.from_json(latest).choices}
+    earlier = {choice.anchor: choice for choice in latest}
     chosen = []
     for anchor, choice in zip(outcome.anchors, outcome.choices, strict=True):
         known = earlier.pop(choice.anchor, None)

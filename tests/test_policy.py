@@ -74,15 +74,15 @@ def test_file_round_trip(tmp_path: Path) -> None:
     assert [one.name for one in tmp_path.iterdir()] == ["policy.json"]
     text = path.read_text()
     assert text == to_json(grid())
-    assert text.startswith('{\n  "version": 2,\n  "created": "2026-11-21T09:30:00+00:00",\n  "target": {\n')
+    assert text.startswith('{\n  "version": 3,\n  "created": "2026-11-21T09:30:00+00:00",\n  "target": {\n')
     assert text.endswith("}\n")
 
 
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("version",), 3, "policy version 3 is newer than version 2, which this draftpick reads: upgrade"),
-        (("version",), 0, "policy: version 0: this draftpick knows 2"),
+        (("version",), 4, "policy version 4 is newer than version 3, which this draftpick reads: upgrade"),
+        (("version",), 0, "policy: version 0: this draftpick knows 3"),
         (("version",), True, "policy.version is true: a whole number is needed"),
         (("created",), "yesterday", "policy: created 'yesterday': a UTC time like 2026-01-31T12:00:00+00:00 is needed"),
         (("created",), "2026-11-21T09:30:00", "policy: created '2026-11-21T09:30:00': a UTC time"),
@@ -179,8 +179,8 @@ def test_policy_validates() -> None:
         policy(choice(), choice(CODE4))
     with pytest.raises(PolicyError, match=re.escape("temperature 0 with (top-p, top-k) = (0.9, 0) and (1.0, 0)")):
         policy(choice(), choice(batch_size=2, top_p=0.9))
-    with pytest.raises(PolicyError, match="version 3: this draftpick knows 2"):
-        Policy(version=3, created=CREATED, target=TARGET, environment=ENVIRONMENT, choices=(choice(),))
+    with pytest.raises(PolicyError, match="version 4: this draftpick knows 3"):
+        Policy(version=4, created=CREATED, target=TARGET, environment=ENVIRONMENT, choices=(choice(),))
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ FLOORS = {
     "profiles.shipped": 1,
     "profiles.sizes": 1,
     "profiles.spelling": 1,
+    "profiles.steering": 0,
     "profiles.traits": 1,
     "profiles": 2,
     "tuner": 3,

@@ -22,6 +22,7 @@ from tuner.overhead import Overhead, Use, calibrate, step_samples, use_of
 
 RESAMPLES = 400
 CALIBRATION_RESAMPLES = 40
+LEAST_OF_STEPS = 0.1  # calibration by a few runs may say that a round takes less than nothing
 
 
 class Forecaster:
@@ -52,16 +53,36 @@ class Forecaster:
         tokens = weights @ numpy.array([len(self._evidence.traces[prompt.digest].token_ids) - 1 for prompt in prompts])
         plain = self._seconds(PLAIN, prompts, weights)
         seconds = plain if setup == PLAIN else self._seconds(setup, prompts, weights)
-        lengths: dict[tuple[int, int], float] = {}
-        for prompt in prompts:
-            for outcome, count in self._walk(setup, prompt).rounds.items():
-                lengths[outcome] = lengths.get(outcome, 0.0) + count
         return Forecast(
             setup=setup,
             tok_per_s=_percentiles(tokens / seconds),
             speedup=_percentiles(plain / seconds),
-            acceptance_length=acceptance_length(lengths) or 1.0,
+            acceptance_length=acceptance_length(self.rounds(setup, prompts).rounds) or 1.0,
         )
+
+    def round_s(self, setup: Setup, shape: tuple[int, int, int]) -> float:
+        """Seconds of one round of a `shape` (see `Sample`), overhead included.
+
+        A first step of a draft model wider than any that was timed is priced in proportion to the widest.
+        """
+        use, stepped_s = use_of(setup, {shape: 1.0}, 0.0, self._target_part), 0.0
+        for (part, width), count in use.steps.items():
+            timed = width
+            if part != self._target_part and width not in self._evidence.steps[part].samples_s:
+                timed = max(other for other in self._evidence.steps[part].samples_s if other < width)
+            stepped_s += count * width / timed * median(step_samples(self._evidence.steps, part, timed))
+        beyond_s = float(use.overhead_s(self._overheads[setup.draft])[0])
+        return max(stepped_s + beyond_s, LEAST_OF_STEPS * stepped_s)
+
+    def rounds(self, setup: Setup, prompts: Sequence[Traced]) -> Walk:
+        """The rounds of these prompts, each alone in its batch, added up."""
+        rounds: Counter[tuple[int, int]] = Counter()
+        shapes: Counter[tuple[int, int, int]] = Counter()
+        for prompt in prompts:
+            walked = self._walk(setup, prompt)
+            rounds.update(walked.rounds)
+            shapes.update(walked.shapes)
+        return Walk(rounds=rounds, shapes=shapes)
 
     def split(self, setup: Setup, prompts: Sequence[Traced]) -> RoundSplit:
         """Where a mean round's time goes. Raises NotMeasuredError when no prompt has a round."""

@@ -15,9 +15,10 @@ from profiles.errors import InputError, PolicyError
 from profiles.files import write_atomically
 from profiles.terms import ADDED, PLAIN, Environment, Model, Setup
 from tuner.claims import Forecast, Measured
+from tuner.prior import Prior
 from tuner.records import decode_version
 
-POLICY_VERSION = 2  # 2 added alternatives and the machine's traits; 1 is still read
+POLICY_VERSION = 3  # 2 added alternatives and the machine's traits, 3 what a selector starts from; both are still read
 MIXED = "mixed"  # the domain of a choice made over the prompts of all domains
 TEMPERATURE_TOLERANCE = 1e-6
 
@@ -89,8 +90,10 @@ class Answer:
 class Policy:
     """The choices for a target in an environment, one per (batch, context, domain, temperature).
 
-    `created` is ISO 8601 in UTC. All choices of one temperature share top-p and top-k, so that a question need not
-    name them. Raises: PolicyError: two choices for one anchor, none over all domains, or another value not allowed.
+    `created` is ISO 8601 in UTC. `prior`: what a selector learns from there on; None in policies of earlier versions,
+    and where no draft was forecast: they are applied as they stand. All choices of one temperature share top-p and
+    top-k, so that a question need not name them. Raises: PolicyError: two choices for one anchor, none over all
+    domains, or another value not allowed.
     """
 
     version: int = POLICY_VERSION
@@ -98,6 +101,7 @@ class Policy:
     target: Model
     environment: Environment
     choices: tuple[Choice, ...]
+    prior: Prior | None = field(default=None, metadata=ADDED)
 
     def __post_init__(self) -> None:
         _require(self.version == POLICY_VERSION, f"version {self.version}: this draftpick knows {POLICY_VERSION}")

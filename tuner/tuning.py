@@ -22,7 +22,9 @@ from tuner.forecast import Forecaster
 from tuner.limits import Limits
 from tuner.objective import among_equals, finalists
 from tuner.policy import Choice
+from tuner.prior import Prior
 from tuner.space import candidates
+from tuner.summary import summarise
 from tuner.verdict import judge
 
 MIN_RACE_PROMPTS = 4
@@ -54,12 +56,16 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """The choices, the anchors they came from, what was infeasible, and what the exhaustive grid would have cost."""
+    """The choices, the anchors they came from, what was infeasible, and what the exhaustive grid would have cost.
+
+    `prior`: what a selector starts from; None where no draft was forecast.
+    """
 
     choices: tuple[Choice, ...]
     anchors: tuple[Anchor, ...]
     infeasible: tuple[Infeasible, ...]
     grid_seconds_estimate: float | None
+    prior: Prior | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +117,7 @@ class Tuner:
             anchors=tuple(anchors),
             infeasible=tuple(infeasible),
             grid_seconds_estimate=grid_seconds,
+            prior=summarise(anchors, self._options.lengths),
         )
 
     def _decide(self, anchor: Anchor, grounds: Grounds) -> None:

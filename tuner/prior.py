@@ -1,0 +1,103 @@
+"""What a selector starts from: the two halves of the evidence, boiled down to a few figures each.
+
+How often drafts are kept belongs to the text, how long rounds take to the machine; joined they price any draft at any
+length. Records only, standard library only: serving code reads them. How they come from traces it must not know.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from profiles.errors import InputError
+from profiles.terms import Draft
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """How far a draft's proposals go on a domain, by the walk over traces; `draft` is a place in `Prior.drafts`.
+
+    `hit`: share of rounds that proposed anything. `keep[i]`: of the rounds in which position i+1 was tested (all before
+    it were kept), the share that kept it, at the longest length. `per_round[j]`: tokens of a mean round at
+    `Prior.lengths[j]`, the target token included. `num_rounds`: how many rounds `keep` rests on.
+    """
+
+    draft: int
+    domain: str
+    temperature: float
+    hit: float
+    keep: tuple[float, ...]
+    per_round: tuple[float, ...]
+    num_rounds: float
+
+    def __post_init__(self) -> None:
+        _require(self.draft >= 0, f"draft number {self.draft}: whole numbers from 0 are allowed")
+        good = all(0.0 <= share <= 1.0 for share in (self.hit, *self.keep))
+        _require(good, f"shares of kept tokens {[self.hit, *self.keep]}: allowed are fractions from 0 to 1")
+        _require(all(tokens >= 1.0 for tokens in self.per_round), f"a round of {min(self.per_round, default=0)} tokens")
+        _require(self.num_rounds >= 0.0, f"{self.num_rounds} rounds: at least 0 are needed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundTimes:
+    """How long rounds of a batch take; `draft` is a place in `Prior.drafts`, None for plain decoding.
+
+    `seconds[p]`: a round in which the widest row proposes p tokens, overhead included; p = 0 is a round of this draft
+    that finds nothing. Plain decoding has p = 0 only. `catch_up_s`: per token of text that a draft model has to take in
+    when it is switched to, for the whole batch.
+    """
+
+    draft: int | None
+    batch_size: int
+    context_length: int
+    seconds: tuple[float, ...]
+    catch_up_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.draft is None or self.draft >= 0, f"draft number {self.draft}: whole numbers from 0 are allowed")
+        good = len(self.seconds) > 0 and all(math.isfinite(one) and one > 0.0 for one in self.seconds)
+        _require(good, f"round times {list(self.seconds)[:3]}: positive seconds are needed")
+        good = math.isfinite(self.catch_up_s) and self.catch_up_s >= 0.0
+        _require(good, f"catching up takes {self.catch_up_s} s a token: at least 0 is needed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prior:
+    """Everything a selector starts from. Raises InputError where the halves do not fit each other."""
+
+    drafts: tuple[Draft, ...]
+    lengths: tuple[int, ...]
+    kept: tuple[Kept, ...]
+    times: tuple[RoundTimes, ...]
+
+    def __post_init__(self) -> None:
+        good = list(self.lengths) == sorted(set(self.lengths)) and all(length >= 1 for length in self.lengths)
+        _require(good and bool(self.lengths), f"lengths {list(self.lengths)}: rising ones from 1 are needed")
+        longest = self.lengths[-1]
+        for kept in self.kept:
+            _require(kept.draft < len(self.drafts), f"draft number {kept.draft}: there are {len(self.drafts)}")
+            fits = len(kept.keep) == longest and len(kept.per_round) == len(self.lengths)
+            _require(fits, f"draft number {kept.draft} on {kept.domain!r}: figures for other lengths")
+        for times in self.times:
+            _require((times.draft or 0) < max(1, len(self.drafts)), f"draft number {times.draft} is not there")
+            wanted = 1 if times.draft is None else longest + 1
+            _require(len(times.seconds) == wanted, f"draft number {times.draft}: round times for other lengths")
+
+
+def joined(prior: Prior | None, earlier: Prior | None) -> Prior | None:
+    """The newer evidence, and of the earlier what it says nothing about; that of other lengths cannot stand beside."""
+    if prior is None or earlier is None or prior.lengths != earlier.lengths:
+        return prior or earlier
+    drafts = tuple(dict.fromkeys((*prior.drafts, *earlier.drafts)))
+    moved = [drafts.index(draft) for draft in earlier.drafts]
+    kept = {(one.draft, one.domain, one.temperature): one for one in prior.kept}
+    for old in earlier.kept:
+        kept.setdefault((moved[old.draft], old.domain, old.temperature), replace(old, draft=moved[old.draft]))
+    times = {(one.draft, one.batch_size, one.context_length): one for one in prior.times}
+    for timed in earlier.times:
+        number = None if timed.draft is None else moved[timed.draft]
+        times.setdefault((number, timed.batch_size, timed.context_length), replace(timed, draft=number))
+    return Prior(drafts=drafts, lengths=prior.lengths, kept=tuple(kept.values()), times=tuple(times.values()))

@@ -1,0 +1,92 @@
+"""Boils an outcome's evidence down to what a selector starts from (`tuner.prior`).
+
+The figures are those of the forecasts: the same walks, step times and overheads. It measures nothing and must not know
+how a selector uses them.
+"""
+
+from collections.abc import Sequence
+
+from profiles.formulas import WIDEST_CATCH_UP, Walk, acceptance_length
+from profiles.terms import CATCH_UP_WIDTHS, PLAIN, Draft, Prompt, Setup
+from tuner.anchors import Anchor
+from tuner.forecast import Forecaster
+from tuner.prior import Kept, Prior, RoundTimes
+
+
+def summarise(anchors: Sequence[Anchor], lengths: Sequence[int]) -> Prior | None:
+    """What the forecasts of all anchors rest on; None where no draft was forecast."""
+    known = [anchor for anchor in anchors if anchor.grounds is not None and anchor.forecasts]
+    drafts = tuple(dict.fromkeys(one.setup.draft for anchor in known for one in anchor.forecasts if one.setup.draft))
+    if not drafts:
+        return None
+    rising = tuple(sorted(set(lengths)))
+    kept: dict[tuple[int, str, float], Kept] = {}
+    times: dict[tuple[int | None, int, int], RoundTimes] = {}
+    for anchor in known:
+        assert anchor.grounds is not None
+        forecaster, load = anchor.grounds.forecaster, anchor.workload
+        point = load.batch_size, load.context_length
+        plain = RoundTimes(
+            draft=None, batch_size=point[0], context_length=point[1], seconds=(forecaster.round_s(PLAIN, (1, 0, 0)),)
+        )
+        times.setdefault((None, *point), plain)
+        for number, draft in enumerate(drafts):
+            if draft not in anchor.grounds.evidence.drafts:
+                continue
+            walks = [forecaster.rounds(Setup(draft=draft, length=k), anchor.forecast_pool) for k in rising]
+            key = (number, anchor.domain, load.temperature)
+            if walks[-1].num_rounds > 0.0:
+                kept.setdefault(key, _kept(key, walks, rising[-1]))
+            if (number, *point) not in times:
+                times[number, *point] = RoundTimes(
+                    draft=number,
+                    batch_size=point[0],
+                    context_length=point[1],
+                    seconds=_times(forecaster, draft, anchor.forecast_pool, rising[-1]),
+                    catch_up_s=_catch_up_s(forecaster, draft),
+                )
+    return Prior(drafts=drafts, lengths=rising, kept=tuple(kept.values()), times=tuple(times.values()))
+
+
+def _kept(key: tuple[int, str, float], walks: Sequence[Walk], longest: int) -> Kept:
+    """Figures of one draft from its walks at every length, the longest last."""
+    number, domain, temperature = key
+    rounds = walks[-1].rounds
+    tested, held = [0.0] * longest, [0.0] * longest
+    for (proposed, accepted), count in rounds.items():
+        for place in range(min(proposed, accepted + 1)):
+            tested[place] += count
+            held[place] += count if accepted > place else 0.0
+    return Kept(
+        draft=number,
+        domain=domain,
+        temperature=temperature,
+        hit=min(1.0, sum(count for (proposed, _), count in rounds.items() if proposed) / walks[-1].num_rounds),
+        keep=tuple(min(1.0, mine / all_) if all_ else 0.0 for mine, all_ in zip(held, tested, strict=True)),
+        per_round=tuple(acceptance_length(walked.rounds) or 1.0 for walked in walks),
+        num_rounds=walks[-1].num_rounds,
+    )
+
+
+def _times(forecaster: Forecaster, draft: Draft, prompts: Sequence[Prompt], longest: int) -> tuple[float, ...]:
+    """Seconds of a round by the number of tokens proposed, the mean over what such rounds ran in the walks."""
+    seconds = [forecaster.round_s(Setup(draft=draft, length=1), (1, 0, 0))]
+    for length in range(1, longest + 1):
+        setup = Setup(draft=draft, length=length)
+        usual = (length + 1, length, 2) if draft.kind != "ngram" else (length + 1, 0, 0)
+        ran = {
+            shape: count for shape, count in forecaster.rounds(setup, prompts).shapes.items() if shape[0] == length + 1
+        }
+        ran = ran or {usual: 1.0}
+        spent = sum(count * forecaster.round_s(setup, shape) for shape, count in ran.items())
+        seconds.append(spent / sum(ran.values()))
+    return tuple(seconds)
+
+
+def _catch_up_s(forecaster: Forecaster, draft: Draft) -> float:
+    """Per token of text: a wide first step against a narrow one. A look-up only indexes the text."""
+    if draft.kind == "ngram":
+        return 0.0
+    setup, narrow = Setup(draft=draft, length=1), CATCH_UP_WIDTHS[0]
+    more = forecaster.round_s(setup, (2, 1, WIDEST_CATCH_UP)) - forecaster.round_s(setup, (2, 1, narrow))
+    return max(0.0, more) / (WIDEST_CATCH_UP - narrow)
