@@ -19,12 +19,12 @@ from profiles.decoding import Decoder, Generation
 from profiles.drafting import DraftSource, ModelDrafter, NgramDrafter, PartDrafter
 from profiles.environment import fingerprint
 from profiles.errors import BadNumbersError, EngineError, InputError, OutOfMemoryError
+from profiles.protocol import Pilot
 from profiles.rows import RowModel
 from profiles.sampling import Draws
 from profiles.sizes import SPARE_SLOTS
 from profiles.spelling import MAX_BATCH
 from profiles.steered import Drafters, Steered, SteeredRun, warm_up
-from profiles.steering import Pilot
 from profiles.terms import (
     PLAIN,
     Acceptance,

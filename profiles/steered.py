@@ -14,8 +14,9 @@ from profiles.clock import Clock
 from profiles.decoding import Decoder, Generation
 from profiles.drafting import Drafted, Drafter, ModelDrafter, PartDrafter, Text, assembled
 from profiles.errors import InputError
+from profiles.protocol import Pilot
 from profiles.rows import SMALLEST_VIEW, RowStepper, graph_view
-from profiles.steering import Pick, Pilot, Round
+from profiles.steering import Pick, Round
 from profiles.terms import CATCH_UP_WIDTHS, PLAIN, Draft, Prompt, Setup, Workload
 
 
@@ -131,7 +132,7 @@ class Steered:
         """(domains of the rows, the pick for them), which is made ready."""
         domains = [prompt.domain for prompt in prompts]
         pick = self._pilot.choose(
-            batch_size=len(domains),
+            batch_size=self._workload.batch_size,  # a step runs all rows, in use or not
             context_length=self._workload.context_length,
             domain=domains[0] if len(set(domains)) == 1 else None,
             temperature=self._workload.temperature,
