@@ -65,5 +65,5 @@ class Ledger:
 
     def restore(self, kept: Mapping[str, Any]) -> None:
         """Takes up what `snapshot` told."""
-        self._now, self._total = kept["now"], kept["total"]
-        self._floor = deque((now, total) for now, total in kept["floor"])
+        self._now, self._total = int(kept["now"]), float(kept["total"])
+        self._floor = deque((int(now), float(total)) for now, total in kept["floor"])

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from profiles.terms import Setup
     from tuner.beliefs import Beliefs
 
-MARGIN = 0.03  # what is changed to must promise so much more
+MARGIN = 0.03  # another draft must promise so much more than what is in use
+LENGTH_MARGIN = 0.01  # and another length of the same draft
 DWELL = 24  # rounds before the next change, but for stepping back to plain decoding
 RETREAT_DWELL = 4
 HORIZON = 64  # rounds in which a change must earn what catching up takes
 SHARE = 1.0 / 16.0  # of the latest round in how long rounds are taken to last; the first ones count more
 MOST_OFF = math.log(4.0)  # a round counts as at most so much longer or shorter than the ones before it
+CURIOUS = 2000  # rounds
 MEMORY = 2048  # rounds of the selector for which a time is remembered
 
 
@@ -80,12 +82,12 @@ class Times:
 
 
 class Option:
-    """One draft at a place: tokens per second of a row at every length, the best length, and what a round may lose.
+    """One draft at a place: tokens per second of a row at every length, and the best length.
 
-    `cautious` and `hopeful` are the best length's rate one standard error lower and higher.
+    `error` is the best length's standard error, `cautious` its rate less that.
     """
 
-    __slots__ = ("beliefs", "best", "cautious", "hopeful", "last_probe", "picks", "rates", "rows", "shared", "times")
+    __slots__ = ("beliefs", "best", "cautious", "error", "last_probe", "picks", "rates", "rows", "shared", "times")
 
     def __init__(self, picks: Sequence[Pick], beliefs: Beliefs, times: Times, rows: int) -> None:
         self.picks = tuple(picks)
@@ -94,7 +96,7 @@ class Option:
         self.rows = rows
         self.last_probe = 0
         self.best = 0
-        self.cautious = self.hopeful = 0.0
+        self.cautious = self.error = 0.0
         self.rates: list[float] = []
         self.shared = 1.0
 
@@ -128,7 +130,7 @@ class Option:
         tokens, length = beliefs.tokens[self.best], beliefs.lengths[self.best]
         # no variance of a figure between 0 and its most is larger (Bhatia and Davis 2000)
         error = math.sqrt(max(0.0, (tokens - 1.0) * (length + 1.0 - tokens)) / beliefs.weight) / tokens
-        self.cautious, self.hopeful = best_rate * (1.0 - error), best_rate * (1.0 + error)
+        self.cautious, self.error = best_rate * (1.0 - error), best_rate * error
 
 
 class Place:
@@ -192,10 +194,19 @@ class Place:
             found = next((one for one in every if one[0].picks[one[1]].setup == setup), None)
         return found
 
-    def curious(self) -> Option | None:
-        """The option not in use that may be faster than what is, by its hopeful rate; the one probed longest ago."""
+    def curious(self, now: int) -> Option | None:
+        """The option not in use that may be faster than what is; the one probed longest ago.
+
+        It may be so much faster than its rate as is a standard error, and one more for every 2,000 rounds since it was
+        probed: texts change.
+        """
         rate = self.rate
-        hopeful = [option for option in self.options if option is not self.option and option.hopeful > rate]
+        hopeful = [
+            option
+            for option in self.options
+            if option is not self.option
+            and option.rates[option.best] + option.error * (1.0 + (now - option.last_probe) / CURIOUS) > rate
+        ]
         return min(hopeful, key=lambda option: option.last_probe) if hopeful else None
 
     def weigh(self, now: int) -> None:
@@ -242,8 +253,9 @@ class Place:
         if dwelt < DWELL:
             return
         for option in self.options:
-            promised = option.rates[option.best] if option is self.option else option.cautious
-            if promised > rate * (1.0 + MARGIN) and self._pays(option, promised / rate):
+            same = option is self.option
+            promised, margin = (option.rates[option.best], LENGTH_MARGIN) if same else (option.cautious, MARGIN)
+            if promised > rate * (1.0 + margin) and self._pays(option, promised / rate):
                 self._use(option, option.best, now)
                 rate = promised
 

@@ -200,7 +200,7 @@ class Selector:
         if place.option is not None and (not pace.factor or self._now - pace.last >= PLAIN_MEMORY):
             likely = PROBE_ROUNDS * (place.plain_s * rate - 1.0)
             return self._begin(place, place.plain_pick, 0.0) if likely <= self._credit else None
-        option = place.curious()
+        option = place.curious(self._now)
         if option is None:
             return None
         likely = option.times.catch_up_s * rate
