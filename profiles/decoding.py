@@ -7,7 +7,7 @@ next inputs are computed on the device; the host reads one small tensor a round.
 
 import math
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -45,9 +45,10 @@ class Generation:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Row:
+class Row:
     """A prompt under way: when its first token was there, and what it has so far."""
 
+    prompt: Prompt
     prompt_tokens: int
     first_s: float
     run: Generation
@@ -60,7 +61,8 @@ class _Row:
 class Decoder:
     """Decodes queues of prompts on `target`'s rows; `length` proposals a row and round at most.
 
-    `watch` keeps the target's probability and logit gap of every emitted token; rows are then read one by one.
+    `length` may be lowered, and raised again, between rounds. `watch` keeps the target's probability and logit gap of
+    every emitted token; rows are then read one by one.
     """
 
     def __init__(
@@ -76,62 +78,68 @@ class Decoder:
         self._drafter = drafter
         self._workload = workload = draws.workload
         self._draws = draws
-        self._length = length
+        self.length = length
         self._watch = watch
         self._ends = frozenset(workload.end_token_ids)
         capacity = workload.context_length + length + 2  # what is proposed past the last token is written too
-        self._text = Text(target.num_rows, capacity, target.device)
-        self._prompt_tokens = torch.ones_like(self._text.lengths)
-        self._active = torch.zeros_like(self._text.lengths)
-        self._rows: list[_Row | None] = [None] * target.num_rows
+        self.text = Text(target.num_rows, capacity, target.device)
+        self._prompt_tokens = torch.ones_like(self.text.lengths)
+        self._active = torch.zeros_like(self.text.lengths)
+        self.rows: list[Row | None] = [None] * target.num_rows
 
-    def run(self, prompts: Sequence[Prompt], clock: Clock) -> list[Generation]:
-        """One generation per prompt, in the order given. Raises BadNumbersError when logits are not finite."""
+    def run(
+        self, prompts: Sequence[Prompt], clock: Clock, play: Callable[[], object] | None = None
+    ) -> list[Generation]:
+        """One generation per prompt, in the order given. Raises BadNumbersError when logits are not finite.
+
+        `play` is called in place of every round: it does what is to be done before and after it, and plays it.
+        """
+        play = play or self.round
         runs = [Generation(token_ids=[]) for _ in prompts]
         waiting = deque(zip(prompts, runs, strict=True))
         with torch.inference_mode():
-            for row in range(len(self._rows)):
+            for row in range(len(self.rows)):
                 self._refill(row, waiting, clock)
-            while any(row is not None for row in self._rows):
-                self._round()
+            while any(row is not None for row in self.rows):
+                play()
                 for number in self._leave(clock):
                     self._refill(number, waiting, clock)
         return runs
 
     def _leave(self, clock: Clock) -> list[int]:
         """The rows that are done, now empty; all at the same time, whoever is refilled first."""
-        done = [(number, row) for number, row in enumerate(self._rows) if row and self._is_done(number, row)]
+        done = [(number, row) for number, row in enumerate(self.rows) if row and self._is_done(number, row)]
         now = clock.read() if done else 0.0
         for number, row in done:
             row.run.decode_s = now - row.first_s
-            row.run.token_ids = self._text.host[number][row.prompt_tokens :]
-            self._rows[number] = None
+            row.run.token_ids = self.text.host[number][row.prompt_tokens :]
+            self.rows[number] = None
             self._active[number] = 0
         return [number for number, _ in done]
 
-    def _is_done(self, number: int, row: _Row) -> bool:
-        return row.run.ended or row.place(self._text.host[number]) >= self._workload.max_new_tokens
+    def _is_done(self, number: int, row: Row) -> bool:
+        return row.run.ended or row.place(self.text.host[number]) >= self._workload.max_new_tokens
 
     def _refill(self, number: int, waiting: deque[tuple[Prompt, Generation]], clock: Clock) -> None:
         """Puts the next prompt into a row and emits its first token; an output that ends there makes room again."""
-        while waiting and self._rows[number] is None:
+        while waiting and self.rows[number] is None:
             prompt, run = waiting.popleft()
-            for other in self._rows:
+            for other in self.rows:
                 if other is not None:
                     other.run.refills += 1
             started = clock.read()
             self._draws.load(number, prompt)
             token = self._prefill(number, prompt, run)
-            self._text.load(number, [*prompt.token_ids, token])
+            self.text.load(number, [*prompt.token_ids, token])
             if self._drafter is not None:
-                self._drafter.start(number, self._text)
+                self._drafter.start(number, self.text)
             first = clock.read()
             run.ttft_s, run.ended = first - started, token in self._ends
-            row = _Row(prompt_tokens=len(prompt.token_ids), first_s=first, run=run)
+            row = Row(prompt=prompt, prompt_tokens=len(prompt.token_ids), first_s=first, run=run)
             if self._is_done(number, row):
                 run.token_ids = [token]
                 continue
-            self._rows[number] = row
+            self.rows[number] = row
             self._prompt_tokens[number] = row.prompt_tokens
             self._active[number] = 1
 
@@ -147,11 +155,12 @@ class Decoder:
             self._note(run, logits[0], float(law[0, token]))
         return token
 
-    def _round(self) -> None:
-        text = self._text
+    def round(self) -> list[tuple[int, int]]:
+        """One round of all rows under way; (proposed, accepted) of each of them."""
+        text = self.text
         asked = [
-            0 if row is None else min(self._length, self._workload.max_new_tokens - row.place(host) - 1)
-            for row, host in zip(self._rows, text.host, strict=True)
+            0 if row is None else min(self.length, self._workload.max_new_tokens - row.place(host) - 1)
+            for row, host in zip(self.rows, text.host, strict=True)
         ]
         places = text.lengths - self._prompt_tokens
         drafted = Drafted(proposal=nothing(len(asked), text.lengths.device))
@@ -174,24 +183,32 @@ class Decoder:
         text.token_ids.scatter_(1, text.lengths[:, None] + ahead, block)
         text.lengths += (accepted + 1) * self._active
         read = torch.cat([proposal.counts[:, None], accepted[:, None], block], 1).tolist()  # the round's one transfer
+        outcomes = []
         for number, (proposed, kept, *tokens) in enumerate(read):
-            row = self._rows[number]
+            row = self.rows[number]
             if row is not None:
                 row.run.shapes[widest + 1, drafted.steps, drafted.first_width] += 1
-                self._commit(number, row, proposed, tokens[: kept + 1])
+                outcomes.append((proposed, self._commit(number, row, proposed, tokens[: kept + 1])))
                 if self._watch:
                     probs = output_law(logits[number], self._workload) if law is None else law[number]
                     self._note(row.run, logits[number, kept], float(probs[kept, tokens[kept]]))
+        if self._drafter is not None:
+            self._drafter.settle(text)
+        return outcomes
 
-    def _commit(self, number: int, row: _Row, proposed: int, tokens: list[int]) -> None:
-        """Tokens proposed after an accepted end token count as drafted, not accepted; no target token follows it."""
+    def _commit(self, number: int, row: Row, proposed: int, tokens: list[int]) -> int:
+        """How many were accepted.
+
+        Tokens proposed after an accepted end token count as drafted, not accepted; no target token follows it.
+        """
         accepted = len(tokens) - 1
         end = next((index for index, token in enumerate(tokens) if token in self._ends), None)
         if end is not None:
             tokens, row.run.ended = tokens[: end + 1], True
             accepted = min(accepted, end + 1)
         row.run.rounds[proposed, accepted] += 1
-        self._text.host[number] += tokens
+        self.text.host[number] += tokens
+        return accepted
 
     def _note(self, run: Generation, logits: torch.Tensor, prob: float) -> None:
         first, second = logits.float().topk(2).values.tolist()

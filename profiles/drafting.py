@@ -4,6 +4,7 @@ A drafter reads the committed text of the rows and finds out itself how far it i
 """
 
 import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -77,6 +78,10 @@ class Drafter(Protocol):
         """At most `asked[row]` tokens to follow each row; `places` (rows,) are the next output positions."""
         ...
 
+    def settle(self, text: Text) -> None:
+        """Notes what was kept of the last proposals; once after every round, because other drafts' may follow."""
+        ...
+
 
 @functools.cache
 def nothing(num_rows: int, device: torch.device) -> Proposal:
@@ -89,31 +94,37 @@ class ModelDrafter:
     """A causal language model drafting token by token, greedily or from its law under the workload's sampling.
 
     The first step of a round takes in the last tokens of every row, as many as the furthest row is behind, in one of
-    a few widths; what a row had already taken in is written again with the same values.
+    a few widths; what a row had already taken in is written again with the same values. `stop_below`: see `Setup`; it
+    may change between rounds.
     """
 
-    def __init__(self, model: RowStepper, draws: Draws, stop_below: float | None = None) -> None:
+    def __init__(self, model: RowStepper, draws: Draws) -> None:
+        self.stop_below: float | None = None
         self._model = model
         self._draws = draws
-        self._stop_below = stop_below
         self._taken_in = [0] * model.num_rows
+        self._judged = [0] * model.num_rows  # text length up to which its choices were held against the text
         self._drafted = [(0, 0)] * model.num_rows  # text length at the last proposal, drafted tokens taken in then
 
     def start(self, row: int, text: Text) -> None:
         prompt = text.host[row][:-1]
         positions = torch.arange(len(prompt), device=self._model.device)[None]
         self._model.step(text.token_ids[row : row + 1, : len(prompt)], positions, len(prompt), row=row)
-        self._taken_in[row], self._drafted[row] = len(prompt), (0, 0)
+        self.forget(row)
+        self._taken_in[row] = len(prompt)
+
+    def forget(self, row: int) -> None:
+        """The row's text is another one from now on, of which nothing was taken in."""
+        self._taken_in[row], self._judged[row], self._drafted[row] = 0, 0, (0, 0)
 
     def settle(self, text: Text) -> None:
-        """Notes what was kept of the last proposals: of those taken in, these are right. Once after every round."""
         for row, (length, taken_in) in enumerate(self._drafted):
-            if taken_in > 0:
-                self._taken_in[row] += min(taken_in, len(text.host[row]) - length - 1)
-                self._drafted[row] = (0, 0)
+            if length > 0:
+                size = len(text.host[row])
+                self._taken_in[row] += min(taken_in, size - length - 1)  # the kept ones of those taken in are right
+                self._judged[row], self._drafted[row] = size, (0, 0)
 
     def propose(self, text: Text, asked: list[int], places: torch.Tensor) -> Drafted:
-        self.settle(text)
         tokens, positions, width = self._catch_up(text, asked)
         chosen: list[torch.Tensor] = []
         laws: list[torch.Tensor] = []
@@ -122,9 +133,9 @@ class ModelDrafter:
         for number in range(max(asked)):
             logits = self._model.step(tokens, positions, text.reach + number)[:, 0]
             alive, forwards = alive & (number < wanted), forwards + 1
-            if self._stop_below is not None:
+            if self.stop_below is not None:
                 # a round stops before a proposal is drawn, never after: dropping a drawn token would bend the law
-                alive = alive & (torch.softmax(logits.float(), -1).amax(-1) >= self._stop_below)
+                alive = alive & (torch.softmax(logits.float(), -1).amax(-1) >= self.stop_below)
                 if not bool(alive.any()):
                     break
             if self._draws.is_greedy:
@@ -150,19 +161,64 @@ class ModelDrafter:
         """(tokens, positions, whole width) of the first step; what does not fit into one step is taken in before."""
         behind = [len(host) - self._taken_in[row] for row, host in enumerate(text.host)]
         width = catch_up_width(max(most for row, most in enumerate(behind) if asked[row] > 0))
-        tokens, positions = text.last(width)
-        for first in range(0, width - WIDEST_CATCH_UP, WIDEST_CATCH_UP):
-            chunk = slice(first, first + WIDEST_CATCH_UP)
-            self._model.step(tokens[:, chunk], positions[:, chunk], text.reach)
-        return tokens[:, -WIDEST_CATCH_UP:], positions[:, -WIDEST_CATCH_UP:], width
+        *before, (tokens, positions, _) = _chunks(text, width)
+        for chunk in before:
+            self._model.step(*chunk)
+        return tokens, positions, width
 
-    def _note(self, text: Text, asked: list[int], ran: tuple[int, int]) -> None:
-        steps, width = ran
+    def score(self, text: Text, firsts: Mapping[int, int]) -> dict[int, list[bool]]:
+        """Takes in the text that rows have beyond its own rounds: which tokens would have been its first choice.
+
+        `firsts`: of every row that counts the place of the first token that does. Rows without a new one are left
+        out, and without any nothing is done.
+        """
+        starts = {row: max(first, self._judged[row]) for row, first in firsts.items()}
+        starts = {row: start for row, start in starts.items() if start < len(text.host[row])}
+        if not starts:
+            return {}
+        behind = {row: len(text.host[row]) - min(self._taken_in[row], start - 1) for row, start in starts.items()}
+        width = catch_up_width(max(behind.values()))
+        wanted = 1 + max(len(text.host[row]) - start for row, start in starts.items())  # last places with a choice
+        choices: list[torch.Tensor] = []
+        left = width
+        for tokens, positions, reach in _chunks(text, width):
+            left -= tokens.shape[1]
+            keep = tokens.shape[1] if left < wanted else 1
+            logits = self._model.step(tokens, positions, reach, keep)
+            if left < wanted:
+                choices.append(logits.argmax(-1))
+        made = torch.cat(choices, 1)
+        agrees = (made[:, :-1] == text.last(made.shape[1] - 1)[0]).tolist()
+        self._take_in(text, width)
+        for row in starts:
+            self._judged[row] = len(text.host[row])
+        return {row: agrees[row][start - len(text.host[row]) :] for row, start in starts.items()}
+
+    def _take_in(self, text: Text, width: int) -> None:
+        """A step over the last `width` tokens of every row has run; rows further behind got nothing from it."""
         for row, host in enumerate(text.host):
             if len(host) - self._taken_in[row] <= width:
                 self._taken_in[row] = len(host)
-                if asked[row] > 0:
-                    self._drafted[row] = (len(host), max(0, steps - 1))
+
+    def _note(self, text: Text, asked: list[int], ran: tuple[int, int]) -> None:
+        steps, width = ran
+        self._take_in(text, width)
+        for row, host in enumerate(text.host):
+            if asked[row] > 0:  # the width was made for these: none of them is behind
+                self._drafted[row] = (len(host), max(0, steps - 1))
+
+
+def _chunks(text: Text, width: int) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+    """The last `width` tokens of every row as (tokens, positions, reach) of steps of 64 at most."""
+    tokens, positions = text.last(width)
+    return [
+        (
+            tokens[:, first : first + WIDEST_CATCH_UP],
+            positions[:, first : first + WIDEST_CATCH_UP],
+            text.reach - max(0, width - first - WIDEST_CATCH_UP),
+        )
+        for first in range(0, width, WIDEST_CATCH_UP)
+    ]
 
 
 class NgramIndex:
@@ -200,8 +256,15 @@ class NgramDrafter:
         self._indexes = [NgramIndex(*self._sizes) for _ in range(num_rows)]
 
     def start(self, row: int, text: Text) -> None:
-        self._indexes[row] = NgramIndex(*self._sizes)
+        self.forget(row)
         self._indexes[row].look_up(text.host[row], 0)
+
+    def forget(self, row: int) -> None:
+        """The row's text is another one from now on, of which nothing was read."""
+        self._indexes[row] = NgramIndex(*self._sizes)
+
+    def settle(self, text: Text) -> None:
+        """Nothing is to be noted: the index reads committed text only."""
 
     def propose(self, text: Text, asked: list[int], places: torch.Tensor) -> Drafted:
         found = [
@@ -232,7 +295,6 @@ class CompositeDrafter:
         self._model.start(row, text)
 
     def propose(self, text: Text, asked: list[int], places: torch.Tensor) -> Drafted:
-        self._model.settle(text)
         matched = self._ngram.propose(text, asked, places)
         unmatched = [0 if found else most for found, most in zip(matched.found, asked, strict=True)]
         if not any(unmatched):
@@ -243,6 +305,20 @@ class CompositeDrafter:
             steps=drafted.steps,
             first_width=drafted.first_width,
         )
+
+    def settle(self, text: Text) -> None:
+        self._model.settle(text)
+
+
+PartDrafter = ModelDrafter | NgramDrafter
+
+
+def assembled(parts: Sequence[PartDrafter]) -> Drafter:
+    """The drafter of a draft from those of its parts (see `Draft.parts`)."""
+    match parts:
+        case [NgramDrafter() as ngram, ModelDrafter() as model]:
+            return CompositeDrafter(ngram, model)
+    return parts[0]
 
 
 def _either(certain: Proposal, drafted: Proposal) -> Proposal:

@@ -5,6 +5,7 @@ are repeated while other processes disturb the machine. Knows nothing of stores 
 """
 
 import contextlib
+import functools
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,15 +16,16 @@ from transformers import PreTrainedModel
 from profiles import acceptance, latency, models
 from profiles.clock import Clock, quietest
 from profiles.decoding import Decoder, Generation
-from profiles.drafting import CompositeDrafter, Drafter, DraftSource, ModelDrafter, NgramDrafter
+from profiles.drafting import DraftSource, ModelDrafter, NgramDrafter, PartDrafter
 from profiles.environment import fingerprint
 from profiles.errors import BadNumbersError, EngineError, InputError, OutOfMemoryError
+from profiles.protocol import Pilot
 from profiles.rows import RowModel
 from profiles.sampling import Draws
 from profiles.sizes import SPARE_SLOTS
 from profiles.spelling import MAX_BATCH
+from profiles.steered import Drafters, Steered, SteeredRun, warm_up
 from profiles.terms import (
-    CATCH_UP_WIDTHS,
     PLAIN,
     Acceptance,
     Draft,
@@ -57,7 +59,7 @@ class TorchEngine:
         self._device = device
         self._gpus = sorted({str(one.device) for one in target.model.parameters() if one.device.type == "cuda"})
         self._environment = fingerprint(device)
-        self._warm: set[tuple[Setup, int]] = set()
+        self._warm: set[tuple[Setup | int, int]] = set()  # (setup, or longest length of steered runs; batch size)
         self._rows: dict[int, dict[str, RowModel]] = {}  # by batch size, then by part: caches are kept between runs
         self._capacity = 0
         gc.collect()
@@ -101,18 +103,10 @@ class TorchEngine:
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
         """All staircases in one interleaved sweep, repeated while the machine is disturbed."""
         models.check_room(self._target, context_length=context_length, max_length=max_length)
-        composed = {part.digest for draft in self._drafts if draft.kind == "composite" for part in draft.parts}
         with _translated(self._device):
             parts = latency.Parts(
                 target=(self.target.run_digest, self._stepper(self.target.run_digest, workload)),
-                models={
-                    digest: (
-                        self._stepper(digest, workload),
-                        CATCH_UP_WIDTHS if digest in composed else CATCH_UP_WIDTHS[:1],
-                    )
-                    for digest, model in self._models.items()
-                    if model is not None and digest != self.target.run_digest
-                },
+                models={digest: self._stepper(digest, workload) for digest in self._model_parts},
                 lookups={part.digest: part for draft in self._drafts for part in draft.parts if part.kind == "ngram"},
             )
             shape = (context_length, max_length)
@@ -144,22 +138,47 @@ class TorchEngine:
             for prompt, run in zip(prompts, own, strict=True)
         )
 
+    def run_steered(self, workload: Workload, prompts: tuple[Prompt, ...], pilot: Pilot, max_length: int) -> SteeredRun:
+        """A queue of prompts decoded as `pilot` says, with any loaded draft and up to `max_length` tokens a round.
+
+        Run once: a pilot learns from what it hears. Raises InputError: a pick of a draft that is not loaded, or of a
+        longer length.
+        """
+        self._check(workload, prompts, max_length)
+        draws = Draws(workload.batch_size, workload, self._target.model.device)
+        drafters = Drafters(functools.partial(self._part, draws), max_length)
+        with _translated(self._device):
+            target = self._stepper(self.target.run_digest, workload)
+            drafts = [self._stepper(digest, workload) for digest in self._model_parts]
+            if (max_length, workload.batch_size) not in self._warm:
+                warm_up(target, drafts, (workload.context_length, max_length))
+                self._warm.add((max_length, workload.batch_size))
+            decoder = Decoder(target, drafters, draws, length=max_length)
+            with self._watched() as runs:
+                found = Steered(decoder, drafters, workload, pilot).run(prompts, self._clock)
+                runs.extend(found.generations)
+        return found
+
     def _generate(
         self, workload: Workload, prompts: Sequence[Prompt], setup: Setup, watch: bool = False
     ) -> list[Generation]:
         draws = Draws(workload.batch_size, workload, self._target.model.device)
-        decoder = Decoder(
-            self._stepper(self.target.run_digest, workload),
-            self._drafter(setup, draws),
-            draws,
-            length=setup.length,
-            watch=watch,
-        )
+        drafter = Drafters(functools.partial(self._part, draws), setup.length).use(setup)
+        target = self._stepper(self.target.run_digest, workload)
+        decoder = Decoder(target, drafter, draws, length=setup.length, watch=watch)
+        with self._watched() as runs:
+            runs.extend(decoder.run(prompts, self._clock))
+        return runs
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[list[Generation]]:
+        """Notes the peak memory in the runs that the block puts into the list; caches that went bad are let go."""
         on_gpu = self._device.startswith("cuda")
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self._device)
+        runs: list[Generation] = []
         try:
-            runs = decoder.run(prompts, self._clock)
+            yield runs
         except BadNumbersError:
             # a value that is not finite would spoil what is decoded over it, masked or not
             self._drop_rows(tuple(self._rows))
@@ -167,23 +186,20 @@ class TorchEngine:
         if on_gpu:
             for run in runs:
                 run.peak_memory_bytes = torch.cuda.max_memory_allocated(self._device)
-        return runs
 
-    def _drafter(self, setup: Setup, draws: Draws) -> Drafter | None:
-        if setup.draft is None:
-            return None
-        made: list[Drafter] = []
-        for part in setup.draft.parts:
-            if self._model(part) is not None:
-                made.append(ModelDrafter(self._stepper(part.digest, draws.workload), draws, setup.stop_below))
-            else:
-                assert part.max_match is not None
-                assert part.min_match is not None
-                made.append(NgramDrafter(draws.workload.batch_size, part.max_match, part.min_match))
-        match made:
-            case [NgramDrafter() as ngram, ModelDrafter() as model_drafter]:
-                return CompositeDrafter(ngram, model_drafter)
-        return made[0]
+    @property
+    def _model_parts(self) -> list[str]:
+        """Digests of the drafts' parts that are models."""
+        return [
+            digest for digest, model in self._models.items() if model is not None and digest != self.target.run_digest
+        ]
+
+    def _part(self, draws: Draws, part: Draft) -> PartDrafter:
+        if self._model(part) is not None:
+            return ModelDrafter(self._stepper(part.digest, draws.workload), draws)
+        assert part.max_match is not None
+        assert part.min_match is not None
+        return NgramDrafter(draws.workload.batch_size, part.max_match, part.min_match)
 
     def _stepper(self, part: str, workload: Workload) -> RowModel:
         """A part's model with a cache for this workload; caches of another batch size go when a new one is made."""

@@ -13,7 +13,7 @@ import torch
 from profiles.clock import Clock
 from profiles.drafting import NgramIndex
 from profiles.rows import RowStepper
-from profiles.terms import Draft, StepTimes, Workload
+from profiles.terms import CATCH_UP_WIDTHS, Draft, StepTimes, Workload
 
 WARM_UP_CYCLES = 3
 CYCLES = 24
@@ -24,18 +24,19 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What is timed: the target, draft models (those of composites have more widths), look-ups; by part digest."""
+    """What is timed: the target, draft models, look-ups; by part digest."""
 
     target: tuple[str, RowStepper]
-    models: Mapping[str, tuple[RowStepper, tuple[int, ...]]]
+    models: Mapping[str, RowStepper]
     lookups: Mapping[str, Draft]
 
 
 def time_steps(parts: Parts, workload: Workload, shape: tuple[int, int], clock: Clock) -> dict[str, StepTimes]:
     """Staircases by part digest; `shape` is (context tokens cached in every row, longest speculation length).
 
-    The target is timed at widths 1..length+1; a draft model at 1 (a single-token step among others) and its first
-    widths; a look-up in every row at 1..length asked tokens.
+    The target is timed at widths 1..length+1; a draft model at 1 (a single-token step among others) and as wide as
+    a first step can be, because a draft that is switched to may be any number of tokens behind; a look-up in every row
+    at 1..length asked tokens.
     """
     context_length, max_length = shape
     token_ids = [index % 97 for index in range(context_length)]
@@ -44,9 +45,9 @@ def time_steps(parts: Parts, workload: Workload, shape: tuple[int, int], clock: 
         part, target = parts.target
         _fill(target, token_ids)
         steps += [(part, width, _forward(target, context_length, width), 1) for width in range(1, max_length + 2)]
-        for part, (model, widths) in parts.models.items():
+        for part, model in parts.models.items():
             _fill(model, token_ids)
-            steps += [(part, width, _first_step(model, context_length, width), 1) for width in widths]
+            steps += [(part, width, _first_step(model, context_length, width), 1) for width in CATCH_UP_WIDTHS]
             steps.append((part, 1, _chain(model, context_length), CHAIN))
         for part, draft in parts.lookups.items():
             steps += [

@@ -1,10 +1,12 @@
-"""What can be measured, and how it is asked: the protocol of an engine.
+"""What can be measured, and how it is asked: the protocol of an engine, and of what steers its rounds.
 
-The torch engine, the recorded engine and the remembering wrapper all fit. Knows records only.
+The torch engine, the recorded engine and the remembering wrapper all fit the first, a selector the second. Knows
+records only.
 """
 
 from typing import Protocol
 
+from profiles.steering import Pick, Round
 from profiles.terms import (
     Acceptance,
     Draft,
@@ -60,4 +62,23 @@ class Engine(Protocol):
         A batch of rows is kept full until the queue is empty; samples of one setup stand together. `occasion` names why
         (`race 0`, `proof 0`): evidence taken for one purpose never answers for another.
         """
+        ...
+
+
+class Pilot(Protocol):
+    """Decides every round; `tuner.selector.Selector` is one."""
+
+    def choose(
+        self,
+        *,
+        batch_size: int = 1,
+        context_length: int | None = None,
+        domain: str | None = None,
+        temperature: float = 0.0,
+    ) -> Pick:
+        """The setup to decode the next round with; for requests of several domains in a batch, `domain` is None."""
+        ...
+
+    def observe(self, report: Round) -> bool:
+        """Hears how a round went; False: the report is impossible and was refused."""
         ...

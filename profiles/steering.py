@@ -1,17 +1,25 @@
-"""What decides the setup of every round, and what it hears of how the round went.
+"""What steers the rounds of a decoding loop, and what it hears of them: a pick before each round, a report after it.
 
-The seam between an engine and a selector: an engine asks a `Pilot` before each round and reports after it. Serving code
-imports this, so it loads next to nothing; the records are tuples, because they are made twice a round. A report is
-checked by whoever hears it.
+The seam between an engine and a selector (`profiles.protocol.Pilot`). The records are tuples, made twice a round, and
+serving code imports them: this module loads next to nothing. A report is checked by whoever hears it.
 """
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from __future__ import annotations
 
+from collections import namedtuple
+
+TYPE_CHECKING = False  # that of `typing`, whose import would double the time a process takes to start
 if TYPE_CHECKING:
     from profiles.terms import Setup
 
 
-class Pick(NamedTuple):
+class Pick(
+    namedtuple(
+        "Pick",
+        ("setup", "covered", "batch_size", "context_length", "domain", "temperature", "probe", "score"),
+        defaults=(False, None),
+    )
+):
     """The setup of the next round, for every row of the batch.
 
     `covered`: False where nothing measured covers the question, so plain decoding it is and nothing is learned.
@@ -20,17 +28,18 @@ class Pick(NamedTuple):
     the round is done (see `Round.scored`); others take no notice.
     """
 
-    setup: "Setup"
+    __slots__ = ()
+    setup: Setup
     covered: bool
     batch_size: int
     context_length: int
     domain: str
     temperature: float
-    probe: bool = False
-    score: "Setup | None" = None
+    probe: bool
+    score: Setup | None
 
 
-class Round(NamedTuple):
+class Round(namedtuple("Round", ("pick", "rows", "seconds", "scored"), defaults=(False,))):
     """How a round went.
 
     `rows`: (tokens proposed, of them accepted) of every row that took part. `seconds`: the whole round, drafting and
@@ -38,26 +47,8 @@ class Round(NamedTuple):
     round that it would have been, and `seconds` is what the scoring took.
     """
 
+    __slots__ = ()
     pick: Pick
     rows: tuple[tuple[int, int], ...]
     seconds: float
-    scored: bool = False
-
-
-class Pilot(Protocol):
-    """Decides every round; `tuner.selector.Selector` is one, `tuner.simulator` and benchmarks have others."""
-
-    def choose(
-        self,
-        *,
-        batch_size: int = 1,
-        context_length: int | None = None,
-        domain: str | None = None,
-        temperature: float = 0.0,
-    ) -> Pick:
-        """The setup to decode the next round with; of requests of several domains in a batch, `domain` is None."""
-        ...
-
-    def observe(self, report: Round) -> bool:
-        """Hears how a round went; False: the report is impossible and was refused."""
-        ...
+    scored: bool

@@ -23,7 +23,8 @@ from profiles.traits import Machine, known, on_gpu
 from store import tables
 from store.book import Book
 from tuner.match import LEVELS, MEANINGS, Level, Match, match
-from tuner.policy import Answer, Choice, Policy, check_asked, from_json, plain_answer
+from tuner.policy import Answer, Choice, Policy, from_json, plain_answer
+from tuner.question import check_asked
 
 if TYPE_CHECKING:
     from store.transfer import Transferred

@@ -26,7 +26,8 @@ from tuner.forecast import Forecaster
 from tuner.match import LEVELS, Level, match
 from tuner.objective import score
 from tuner.overhead import Steps, step_samples, use_of
-from tuner.policy import Choice, match_temperature
+from tuner.policy import Choice
+from tuner.question import match_temperature
 from tuner.space import candidates
 
 NEAR = LEVELS[: LEVELS.index("family") + 1]

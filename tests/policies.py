@@ -3,7 +3,8 @@
 from profiles.terms import PLAIN, Draft, Environment, Interval, Model, Setup
 from store.book import Book
 from tuner.claims import Forecast, Measured
-from tuner.policy import MIXED, Choice, Policy
+from tuner.policy import Choice, Policy
+from tuner.question import MIXED
 
 TARGET = Model(name="family/target", dtype="float32", digest="aa" * 16, num_params=4_000_000)
 ENVIRONMENT = Environment(

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from profiles.errors import InputError, PolicyError
 from profiles.terms import PLAIN, Setup
 from tests.policies import CODE_DRAFT, CREATED, EARLY_EXIT, ENVIRONMENT, NGRAM, TARGET, choice, measured, policy
-from tuner.policy import MIXED, Policy, from_json, read, to_json, write
+from tuner.policy import Policy, from_json, read, to_json, write
+from tuner.question import MIXED
 
 CODE4 = Setup(draft=CODE_DRAFT, length=4)
 NGRAM2 = Setup(draft=NGRAM, length=2)

@@ -17,7 +17,7 @@ from tuner.anchors import plan_anchors
 from tuner.claims import Forecast, Measured, Standing
 from tuner.limits import Limits
 from tuner.objective import among_equals, finalists
-from tuner.policy import MIXED
+from tuner.question import MIXED
 from tuner.tuning import Options, Outcome, Tuner, Watch
 
 TWO_DOMAINS = (*prompts(48, "code"), *prompts(48, "prose"))

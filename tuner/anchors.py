@@ -12,7 +12,7 @@ from tuner import search
 from tuner.claims import Forecast, Measured
 from tuner.evidence import Evidence
 from tuner.forecast import Forecaster
-from tuner.policy import MIXED
+from tuner.question import MIXED
 
 MIN_DOMAIN_PROMPTS = 24
 MIN_FORECAST_PROMPTS = 12

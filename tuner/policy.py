@@ -5,8 +5,7 @@ evidence is kept, it must not know.
 """
 
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -16,11 +15,10 @@ from profiles.files import write_atomically
 from profiles.terms import ADDED, PLAIN, Environment, Model, Setup
 from tuner.claims import Forecast, Measured
 from tuner.prior import Prior
+from tuner.question import MIXED, check_asked, match_temperature
 from tuner.records import decode_version
 
 POLICY_VERSION = 3  # 2 added alternatives and the machine's traits, 3 what a selector starts from; both are still read
-MIXED = "mixed"  # the domain of a choice made over the prompts of all domains
-TEMPERATURE_TOLERANCE = 1e-6
 
 
 def _require(condition: bool, message: str) -> None:
@@ -204,21 +202,6 @@ def crossover_of(choices: Sequence[Choice]) -> int | None:
     rows = [row for row in choices if row.domain == MIXED and row.is_decided]
     drafted = max((row.batch_size for row in rows if row.setup != PLAIN), default=0)
     return min((row.batch_size for row in rows if row.batch_size > drafted), default=None)
-
-
-def check_asked(batch_size: int, context_length: int | None, temperature: float) -> None:
-    """Raises InputError when a batch, a context (None: not known) or a temperature is impossible."""
-    if not (isinstance(batch_size, int) and batch_size >= 1):
-        raise InputError(f"batch size {batch_size!r}: whole numbers from 1 are allowed")
-    if context_length is not None and not (isinstance(context_length, int) and context_length >= 1):
-        raise InputError(f"context {context_length!r}: whole numbers from 1 are allowed")
-    if not (math.isfinite(temperature) and 0.0 <= temperature <= 10.0):
-        raise InputError(f"temperature {temperature}: allowed are 0 (greedy) to 10")
-
-
-def match_temperature(measured: Iterable[float], asked: float) -> float | None:
-    """The measured temperature that equals the asked one within the tolerance, or None."""
-    return next((one for one in sorted(measured) if abs(one - asked) <= TEMPERATURE_TOLERANCE), None)
 
 
 def _covering(rows: list[Choice], batch_size: int, context_length: int | None) -> Choice | None:

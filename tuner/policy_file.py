@@ -13,17 +13,17 @@ from tuner.selector import Selector
 
 
 class PolicyFile:
-    """Answers with the selector of the file as it is now; threads may share it.
+    """Answers with one selector, which goes on with what it learned when the file changes; threads may share it.
 
-    `error` is why the newest file could not be used; the one before it then stays in force. Raises PolicyError when the
-    first cannot be read.
+    `seed` and `scores` are the selector's. `error` is why the newest file could not be used; the one before it then
+    stays in force. Raises PolicyError when the first cannot be read.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, seed: int = 0, scores: bool = False) -> None:
         self.path = Path(path)
         self.error: PolicyError | None = None
         self._stamp = self._read_stamp()
-        self._selector = Selector(read(self.path))
+        self._selector = Selector(read(self.path), seed=seed, scores=scores)
         self._reading = threading.Lock()
 
     @property
@@ -39,7 +39,8 @@ class PolicyFile:
 
     def _reload(self) -> None:
         try:
-            self._selector, self.error = Selector(read(self.path)), None
+            self._selector.replace(read(self.path))
+            self.error = None
         except PolicyError as error:
             self.error = error
 

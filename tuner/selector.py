@@ -1,29 +1,87 @@
-"""Chooses the setup for a request at run time from a policy, in microseconds.
+"""Chooses the setup of every round at run time, learns from what rounds report, and steps back to plain decoding.
 
-Serving code imports this: it does no I/O and loads nothing heavy. The rule itself is `Policy.look_up`; here are only
-its answers, worked out beforehand, so it must not know why a choice was made.
+It starts from a policy and what the policy's run measured, is pure (no I/O, no clock) and loads next to nothing, so any
+server can hold one. How a policy is made, or an engine decodes, it must not know. Serving code:
+
+    from profiles.steering import Round
+    from tuner.policy import read
+    from tuner.selector import Selector
+
+    selector = Selector(read("policy.json"))
+    for request in requests:
+        while not request.done:
+            pick = selector.choose(batch_size=1, context_length=request.context_length, domain=request.domain)
+            started = time.perf_counter()
+            proposed, accepted = decode_round(request, pick.setup)
+            seconds = time.perf_counter() - started
+            selector.observe(Round(pick, ((proposed, accepted),), seconds))
+
+A batch runs one setup for all rows. Where its requests are of several domains, `domain` is None: the choice over all
+domains answers, and learns. Beyond what was measured the pick is plain decoding, and nothing is learned.
 """
 
-from bisect import bisect_left
-from itertools import product
+from __future__ import annotations
 
-from profiles.terms import PLAIN, Setup
-from tuner.policy import MIXED, Policy, check_asked, match_temperature
+import math
+from threading import Lock
+
+from profiles.errors import InputError
+from tuner.ledger import Ledger
+from tuner.places import Places
+
+TYPE_CHECKING = False  # that of `typing`, whose import would double the time a process takes to start
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from profiles.steering import Pick, Round
+    from tuner.place import Option, Place
+    from tuner.policy import Policy
+
+SNAPSHOT_VERSION = 1
+PROBE_SHARE = 0.005  # of all tokens: what probes may lose against the setup in use
+PROBE_ROUNDS = 4
+MOST_CREDIT = 32.0  # tokens
+PLAN_EVERY = 24  # rounds between two looks for something to probe, more or less
+PLAIN_MEMORY = 256  # rounds after which the time of plain decoding is looked at again
+KNOWN_QUESTIONS = 4096
+HICCUP = 4.0  # a round is booked as at most so many times longer than usual
 
 
 class Selector:
-    """Answers `choose` from a table of the policy's answers; it never changes, so threads may share it."""
+    """Holds one policy and what was learned since; threads may share it.
 
-    def __init__(self, policy: Policy) -> None:
-        choices = policy.choices
-        self.policy = policy
-        self._temperatures = sorted({choice.temperature for choice in choices})
-        self._domains = frozenset(choice.domain for choice in choices)
-        self._batches = sorted({choice.batch_size for choice in choices})
-        self._contexts = sorted({choice.context_length for choice in choices})
-        # between two measured batches, or contexts, the rule's answer does not change
-        questions = product(self._batches, [*self._contexts, None], self._domains, self._temperatures)
-        self._setups = {question: self._ask(*question) for question in questions}
+    `scores`: the engine can score a draft over text that is there, which is asked for in place of probing it. `seed`
+    shifts the moments of probes; the same reports in the same order give the same picks. `num_refused` counts reports
+    that were impossible. Raises PolicyError or InputError as `Places` does.
+    """
+
+    def __init__(self, policy: Policy, *, seed: int = 0, scores: bool = False) -> None:
+        self._places = Places(policy)
+        self._scores = scores
+        self._lock = Lock()
+        self._known: dict[tuple[int, int | None, str | None, float], Place | None] = {}
+        self._ledger = Ledger()
+        self._now = 0
+        self._credit = 0.0
+        self._random = seed
+        self._plan_at = PLAN_EVERY
+        self._burst: _Burst | None = None
+        self.num_refused = 0
+
+    @property
+    def policy(self) -> Policy:
+        return self._places.policy
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds that were heard of."""
+        return self._now
+
+    @property
+    def loss(self) -> float:
+        """What the latest rounds lost against plain decoding, in plain rounds (see `Ledger`)."""
+        return self._ledger.loss
 
     def choose(
         self,
@@ -32,23 +90,198 @@ class Selector:
         context_length: int | None = None,
         domain: str | None = None,
         temperature: float = 0.0,
-    ) -> Setup:
-        """The setup to decode with; `context_length` in tokens of prompt plus output, None when it is not known.
+    ) -> Pick:
+        """The setup of the next round; `context_length` in tokens of prompt plus output, None when it is not known.
 
-        The rule is that of `Policy.look_up`, which also says how it was found. Raises: InputError: an impossible value.
+        The measured point that answers is found as by `Policy.look_up`. Raises: InputError: an impossible value.
         """
-        check_asked(batch_size, context_length, temperature)
-        measured = match_temperature(self._temperatures, temperature)
-        batch = bisect_left(self._batches, batch_size)
-        context = 0 if context_length is None else bisect_left(self._contexts, context_length)
-        if measured is None or batch == len(self._batches) or context == len(self._contexts):
-            return PLAIN
-        shown = None if context_length is None else self._contexts[context]
-        source = domain if domain in self._domains else MIXED
-        return self._setups[self._batches[batch], shown, source, measured]
+        question = batch_size, context_length, domain, temperature
+        with self._lock:
+            place = self._known[question] if question in self._known else self._find(question)
+            if place is None:
+                return self._places.uncovered
+            allowed = self._ledger.allowed
+            if self._burst is not None and self._burst.place is place:
+                if self._burst.worst <= allowed:
+                    return self._burst.pick
+                self._burst = None
+            if self._now >= self._plan_at and place.options:
+                pick = self._plan(place, allowed)
+                if pick is not None:
+                    return pick
+            return place.pick(allowed)
 
-    def _ask(self, batch_size: int, context_length: int | None, domain: str, temperature: float) -> Setup:
-        answer = self.policy.look_up(
-            batch_size=batch_size, context_length=context_length, domain=domain, temperature=temperature
-        )
-        return answer.choice.setup
+    def observe(self, report: Round) -> bool:
+        """Learns from a round that was run as picked; False: the report is impossible, it was refused and counted."""
+        pick = report.pick
+        setup = pick.score if report.scored else pick.setup
+        with self._lock:
+            place = self._places.by_key.get(pick[2:6])
+            if (
+                setup is None
+                or (place is None and pick.covered)
+                or not _is_possible(setup.length, report.rows, report.seconds)
+            ):
+                self.num_refused += 1
+                return False
+            if place is None or not place.options:
+                return True
+            found = place.find(setup) if setup.length else None
+            if setup.length and found is None:
+                self.num_refused += 1
+                return False
+            self._now += 1
+            if found is not None and report.scored:
+                self._learn_scored(place, found, report)
+            else:
+                self._learn(place, found, report)
+            return True
+
+    def replace(self, policy: Policy) -> None:
+        """Goes on with another policy, and with what was learned of drafts and domains that it knows too.
+
+        It is prepared beside the one in use, so that nobody waits for it. Raises as the selector itself.
+        """
+        places = Places(policy)
+        with self._lock:
+            places.take_over(self._places, self._now)
+            self._change_to(places)
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that was learned, as JSON values; `restore` takes it up again, in another process too."""
+        with self._lock:
+            return {
+                "version": SNAPSHOT_VERSION,
+                "policy": self._places.digest,
+                "counters": [self._now, self._credit, self._random, self._plan_at, self.num_refused],
+                "ledger": self._ledger.snapshot(),
+                "places": self._places.snapshot(self._now),
+            }
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Goes on from a snapshot. Raises InputError: of another policy or version, or damaged; nothing is changed."""
+        version = snapshot.get("version")
+        if version != SNAPSHOT_VERSION:
+            raise InputError(f"snapshot version {version!r}: this draftpick knows {SNAPSHOT_VERSION}")
+        places, ledger = Places(self.policy), Ledger()
+        if snapshot.get("policy") != places.digest:
+            raise InputError("the snapshot was made under another policy: restore it before `replace`")
+        try:
+            now, credit, random, plan_at, num_refused = snapshot["counters"]
+            ledger.restore(snapshot["ledger"])
+            places.restore(snapshot["places"], int(now))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise InputError(f"the snapshot is damaged: {type(error).__name__} {error}") from error
+        with self._lock:
+            self._now, self._credit, self._random = int(now), float(credit), int(random)
+            self._plan_at, self.num_refused, self._ledger = int(plan_at), int(num_refused), ledger
+            self._change_to(places)
+
+    def _change_to(self, places: Places) -> None:
+        self._places, self._burst = places, None
+        self._known.clear()
+
+    def _find(self, question: tuple[int, int | None, str | None, float]) -> Place | None:
+        place = self._places.find(question)
+        if len(self._known) >= KNOWN_QUESTIONS:
+            self._known.clear()
+        self._known[question] = place
+        return place
+
+    def _plan(self, place: Place, allowed: float) -> Pick | None:
+        """A probe to run now, if one is worth it and the budget has what it is likely to lose against the setup in use.
+
+        Plain decoding first, where its time was not heard of lately; then the draft that may be faster and was probed
+        longest ago, at its best length.
+        """
+        self._random = (self._random * 6364136223846793005 + 1442695040888963407) % 2**64  # Knuth's MMIX
+        self._plan_at = self._now + PLAN_EVERY // 2 + (self._random >> 33) % PLAN_EVERY
+        rate, pace = place.rate, place.plain.paces[0]
+        if place.option is not None and (not pace.factor or self._now - pace.last >= PLAIN_MEMORY):
+            likely = PROBE_ROUNDS * (place.plain_s * rate - 1.0)
+            return self._begin(place, place.plain_pick, 0.0) if likely <= self._credit else None
+        option = place.curious()
+        if option is None:
+            return None
+        likely = option.times.catch_up_s * rate
+        scored = self._scores and place.option is None and option.can_be_scored
+        if not scored:
+            tokens, best = option.beliefs.tokens[option.best], option.rates[option.best]
+            likely += PROBE_ROUNDS * max(0.0, tokens * (rate / best - 1.0))
+        if likely > self._credit or (not scored and place.worst(option, option.best) > allowed):
+            return None
+        option.last_probe = self._now
+        if scored:
+            return place.plain_pick._replace(score=option.picks[-1].setup)
+        return self._begin(place, option.picks[option.best], place.worst(option, option.best))
+
+    def _begin(self, place: Place, pick: Pick, worst: float) -> Pick:
+        self._burst = _Burst(place, pick._replace(probe=True), worst)
+        return self._burst.pick
+
+    def _learn(self, place: Place, found: tuple[Option, int] | None, report: Round) -> None:
+        """From a round of `found`, a draft and the place of its length, or of plain decoding."""
+        pick, rows, seconds, _ = report
+        now, plain_s, rate = self._now, place.plain_s, place.rate
+        tokens = 1.0 + sum(accepted for _, accepted in rows) / len(rows)
+        if found is None:
+            option, lost = None, 0.0
+            place.plain.paces[0].hear(seconds / place.plain.seconds[0], now, 1.0)
+        else:
+            option, length = found
+            stored_s = option.times.seconds[max(proposed for proposed, _ in rows)]
+            pace = option.times.paces[length]
+            usual_s = stored_s * (pace.factor or place.shared) + option.times.catch_up_s
+            if option is place.ran or not option.times.catch_up_s:  # else it caught up first
+                pace.hear(seconds / stored_s, now, place.shared)
+            option.beliefs.observe(rows, length, now)
+            # a hiccup of the machine would have held up plain decoding too
+            lost = min(seconds, HICCUP * usual_s) / plain_s - tokens
+        place.ran = option
+        self._ledger.add(lost)
+        self._credit = min(MOST_CREDIT, self._credit + PROBE_SHARE * tokens)
+        if pick.probe:
+            self._credit -= max(0.0, seconds * rate - tokens)
+            if self._burst is not None and self._burst.is_over():
+                self._burst = None
+        place.review(option, now)
+
+    def _learn_scored(self, place: Place, found: tuple[Option, int], report: Round) -> None:
+        """From the rounds that a draft would have had over text that is there."""
+        option, length = found
+        option.beliefs.observe(report.rows, length, self._now)
+        self._ledger.charge(report.seconds / place.plain_s)
+        self._credit -= report.seconds * place.rate
+        place.review(option, self._now)
+
+
+class _Burst:
+    """A few rounds in a row of one probe."""
+
+    __slots__ = ("_left", "pick", "place", "worst")
+
+    def __init__(self, place: Place, pick: Pick, worst: float) -> None:
+        self.place = place
+        self.pick = pick
+        self.worst = worst
+        self._left = PROBE_ROUNDS
+
+    def is_over(self) -> bool:
+        """After one more of its rounds."""
+        self._left -= 1
+        return self._left <= 0
+
+
+def _is_possible(length: int, rows: object, seconds: object) -> bool:
+    """Whether rounds asked for `length` tokens can have gone so, in so many seconds."""
+    if not isinstance(seconds, float | int) or not 0.0 < seconds < math.inf:
+        return False
+    if not isinstance(rows, tuple | list) or not rows:
+        return False
+    for row in rows:
+        if not isinstance(row, tuple | list) or len(row) != 2:
+            return False
+        proposed, accepted = row
+        if type(proposed) is not int or type(accepted) is not int or not 0 <= accepted <= proposed <= length:
+            return False
+    return True

@@ -36,7 +36,8 @@ from store.book import Book
 from store.deploy import Question
 from tests.benchmarks.common import finish
 from tests.policies import forecast, measured
-from tuner.policy import MIXED, Choice, Policy, to_json
+from tuner.policy import Choice, Policy, to_json
+from tuner.question import MIXED
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_TARGETS, NUM_FAMILIES, NUM_VERSIONS = 100, 20, 5

@@ -12,7 +12,7 @@ from scipy import stats
 from profiles.formulas import acceptance_by_position, walk
 from profiles.terms import Draft, Interval, Model, Prompt, Workload
 from tuner.evidence import Evidence
-from tuner.policy import MIXED
+from tuner.question import MIXED
 from tuner.report.dossier import AcceptanceCurve, Position, Stair, Staircase
 
 

@@ -14,7 +14,8 @@ from markupsafe import Markup
 from profiles.errors import InputError
 from profiles.terms import Interval
 from tuner.claims import Forecast, Measured
-from tuner.policy import MIXED, Choice
+from tuner.policy import Choice
+from tuner.question import MIXED
 from tuner.report import charts, pictures
 from tuner.report.charts import ChartRow
 from tuner.report.dossier import AnchorFigures, Dossier, LoadFigures

@@ -1,0 +1,164 @@
+"""How far a draft's proposals are kept on a domain: a posterior by position that starts at stored evidence.
+
+Rounds are counted as they happen, so a position behind a rejection was never seen and is not counted. Plain loops over
+short lists, because they run once a round in serving code; it must not know times or other drafts.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False  # that of `typing`, whose import would double the time a process takes to start
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+    from tuner.prior import Kept
+
+PRIOR_ROUNDS = 64.0  # what stored evidence weighs, however much of it there is: the text may differ
+HALF_LIFE = 1024.0  # rounds of the selector after which what was seen weighs half
+SURPRISED_ROUNDS = 8.0  # what stored evidence weighs once rounds contradicted it
+WINDOW = 32  # rounds that a surprise is noticed in
+SURPRISE = 3.5  # standard errors
+_FADE = 1.0 - 1.0 / WINDOW
+_LEAST = 1e-9
+_LARGEST = 1e30
+
+
+class Beliefs:
+    """Of one draft on one domain: `tokens[j]` of a mean round at `lengths[j]`, the target token included.
+
+    `hit` is the share of rounds that propose anything; `weight` the rounds that the figures rest on. A share is
+    (stored share x its weight + rounds that kept) / (weight + rounds that tested). What was seen fades as rounds of the
+    selector go by, in use or not, so that the figures return to the stored ones. When about 32 rounds contradict the
+    figures by 3.5 standard errors, either way, only those rounds are left and the stored evidence weighs 8 rounds; its
+    weight then comes back at the rate at which the rest fades.
+    """
+
+    __slots__ = (
+        "_calibration", "_drift", "_kept", "_last", "_next", "_prior", "_recent", "_scale", "_stored", "_tested",
+        "_variance", "hit", "lengths", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, kept: Kept, lengths: Sequence[int]) -> None:
+        self.lengths = tuple(lengths)
+        self._prior = (kept.hit, *kept.keep)  # position 0: whether anything is proposed
+        self._tested = [0.0] * len(self._prior)
+        self._kept = [0.0] * len(self._prior)
+        self._scale = 1.0  # what a round counts now: later rounds count more, instead of all others less
+        self._stored = PRIOR_ROUNDS
+        self._last = 0
+        self._recent: list[tuple[int, int]] = []
+        self._next = 0
+        self._drift = self._variance = 0.0
+        self._calibration = _calibration(kept, self.lengths)
+        self.hit = kept.hit
+        self.settle()
+
+    @property
+    def weight(self) -> float:
+        """Rounds that the figures rest on, the stored ones included."""
+        return self._stored + self._tested[0] / self._scale
+
+    def observe(self, rows: Sequence[tuple[int, int]], place: int, now: int) -> None:
+        """Counts (proposed, accepted) of rounds asked for `lengths[place]` tokens; `now`: rounds of the selector."""
+        self.forget(now)
+        length, mean = self.lengths[place], self.tokens[place] - 1.0
+        spread = max(mean * (length - mean), 0.05)  # the most that a variance can be (Bhatia and Davis 2000)
+        for proposed, accepted in rows:
+            self._count(proposed, accepted)
+            self._drift = self._drift * _FADE + accepted - mean
+            self._variance = self._variance * _FADE * _FADE + spread
+            if len(self._recent) < WINDOW:
+                self._recent.append((proposed, accepted))
+            else:
+                self._recent[self._next] = proposed, accepted
+                self._next = (self._next + 1) % WINDOW
+        if self._drift * self._drift > SURPRISE * SURPRISE * self._variance:
+            self._start_over()
+        self.settle()
+
+    def forget(self, now: int) -> None:
+        """Lets what was seen fade until `now`."""
+        passed = now - self._last
+        if passed > 0:
+            self._last = now
+            growth = 2.0 ** (passed / HALF_LIFE)
+            self._scale *= growth
+            self._stored = PRIOR_ROUNDS - (PRIOR_ROUNDS - self._stored) / growth
+            if self._scale > _LARGEST:
+                self._tested = [value / self._scale for value in self._tested]
+                self._kept = [value / self._scale for value in self._kept]
+                self._scale = 1.0
+
+    def settle(self) -> None:
+        """Works the figures out anew."""
+        weight, survived, accepted = self._stored * self._scale, 1.0, 0.0
+        tokens = []
+        for prior, kept, tested, calibration in zip(
+            self._prior, self._kept, self._tested, self._calibration, strict=True
+        ):
+            survived *= (weight * prior + kept) / (weight + tested)
+            accepted += survived
+            if calibration > 0.0:
+                tokens.append(1.0 + (accepted - self.hit) * calibration)
+            elif calibration < 0.0:  # position 0
+                self.hit = survived
+        self.tokens = tokens
+
+    def snapshot(self) -> dict[str, Any]:
+        """What was learned, as JSON values."""
+        return {
+            "tested": list(self._tested),
+            "kept": list(self._kept),
+            "scale": self._scale,
+            "stored": self._stored,
+            "last": self._last,
+            "recent": [list(one) for one in self._recent],
+            "next": self._next,
+            "drift": [self._drift, self._variance],
+        }
+
+    def restore(self, learned: Mapping[str, Any]) -> None:
+        """Takes up what `snapshot` told, of beliefs with the same lengths."""
+        self._tested, self._kept = list(learned["tested"]), list(learned["kept"])
+        self._scale, self._stored = learned["scale"], learned["stored"]
+        self._last, self._next = learned["last"], learned["next"]
+        self._recent = [(proposed, accepted) for proposed, accepted in learned["recent"]]
+        self._drift, self._variance = learned["drift"]
+        if not (self._stored > 0.0 and self._scale > 0.0 and min(*self._tested, *self._kept) >= 0.0):
+            raise ValueError("counts below 0")
+        self.settle()
+
+    def _count(self, proposed: int, accepted: int) -> None:
+        tested, kept, scale = self._tested, self._kept, self._scale
+        tested[0] += scale
+        if proposed:
+            kept[0] += scale
+            for place in range(1, accepted + 1):
+                tested[place] += scale
+                kept[place] += scale
+            if accepted < proposed:
+                tested[accepted + 1] += scale
+
+    def _start_over(self) -> None:
+        """Keeps the latest rounds alone."""
+        size = len(self._prior)
+        self._tested, self._kept, self._stored = [0.0] * size, [0.0] * size, SURPRISED_ROUNDS
+        self._drift, self._variance, self._scale = 0.0, 0.0, 1.0
+        for proposed, accepted in self._recent:
+            self._count(proposed, accepted)
+
+
+def _calibration(kept: Kept, lengths: Sequence[int]) -> tuple[float, ...]:
+    """By position: what the walk at that length accepted over what the shares give; 0 where it was no length, -1 first.
+
+    The shares are those of the longest rounds; shorter ones start elsewhere in the text.
+    """
+    factors = [-1.0] + [0.0] * len(kept.keep)
+    survived, accepted, sums = kept.hit, 0.0, [0.0]
+    for share in kept.keep:
+        survived *= share
+        accepted += survived
+        sums.append(accepted)
+    for length, tokens in zip(lengths, kept.per_round, strict=True):
+        factors[length] = max(_LEAST, (tokens - 1.0) / sums[length]) if sums[length] > 0.0 else 1.0
+    return tuple(factors)

@@ -1,0 +1,258 @@
+"""One measured point at run time: what every draft would yield there now, and which setup is in use.
+
+Joins beliefs about acceptance with stored round times and with what rounds really took. It must not know other points,
+the account of losses or threads.
+"""
+
+from __future__ import annotations
+
+import math
+
+TYPE_CHECKING = False  # that of `typing`, whose import would double the time a process takes to start
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+    from profiles.steering import Pick
+    from profiles.terms import Setup
+    from tuner.beliefs import Beliefs
+
+MARGIN = 0.03  # what is changed to must promise so much more
+DWELL = 24  # rounds before the next change, but for stepping back to plain decoding
+RETREAT_DWELL = 4
+HORIZON = 64  # rounds in which a change must earn what catching up takes
+SHARE = 1.0 / 16.0  # of the latest round in how long rounds are taken to last; the first ones count more
+MOST_OFF = math.log(4.0)  # a round counts as at most so much longer or shorter than the ones before it
+MEMORY = 2048  # rounds of the selector for which a time is remembered
+
+
+class Pace:
+    """How much longer rounds of one setup last than stored: the exponential of a running mean of logarithms.
+
+    `factor` is 0 while nothing was heard, or not for long.
+    """
+
+    __slots__ = ("_log", "_share", "factor", "last")
+
+    def __init__(self) -> None:
+        self.factor = 0.0
+        self.last = 0
+        self._log = 0.0
+        self._share = 1.0
+
+    def hear(self, ratio: float, now: int, start: float) -> None:
+        """A round took `ratio` times its stored seconds; `start` is what was assumed as long as nothing was known."""
+        if not self.factor:
+            self._log, self._share = math.log(start), 1.0
+        self._share = max(SHARE, self._share / 2.0)
+        self._log += self._share * min(max(math.log(ratio) - self._log, -MOST_OFF), MOST_OFF)
+        self.factor, self.last = math.exp(self._log), now
+
+    def snapshot(self) -> list[float]:
+        return [self.factor, self.last, self._log, self._share]
+
+    def restore(self, learned: Sequence[float]) -> None:
+        self.factor, last, self._log, self._share = learned
+        self.last = int(last)
+
+
+class Times:
+    """Rounds of one draft (or of plain decoding) at one batch and context: stored seconds, and paces by length.
+
+    `seconds[p]`: the widest row proposes p tokens. `catch_up_s`: for text of half the context.
+    """
+
+    __slots__ = ("catch_up_s", "paces", "seconds")
+
+    def __init__(self, seconds: Sequence[float], num_lengths: int, catch_up_s: float = 0.0) -> None:
+        self.seconds = tuple(seconds)
+        self.catch_up_s = catch_up_s
+        self.paces = [Pace() for _ in range(num_lengths)]
+
+    def snapshot(self) -> list[list[float]]:
+        """The paces, as JSON values."""
+        return [pace.snapshot() for pace in self.paces]
+
+    def restore(self, learned: Sequence[Sequence[float]]) -> None:
+        """Takes up what `snapshot` told."""
+        for pace, one in zip(self.paces, learned, strict=True):
+            pace.restore(one)
+
+
+class Option:
+    """One draft at a place: tokens per second of a row at every length, the best length, and what a round may lose.
+
+    `cautious` and `hopeful` are the best length's rate one standard error lower and higher.
+    """
+
+    __slots__ = ("beliefs", "best", "cautious", "hopeful", "last_probe", "picks", "rates", "rows", "shared", "times")
+
+    def __init__(self, picks: Sequence[Pick], beliefs: Beliefs, times: Times, rows: int) -> None:
+        self.picks = tuple(picks)
+        self.beliefs = beliefs
+        self.times = times
+        self.rows = rows
+        self.last_probe = 0
+        self.best = 0
+        self.cautious = self.hopeful = 0.0
+        self.rates: list[float] = []
+        self.shared = 1.0
+
+    @property
+    def can_be_scored(self) -> bool:
+        """Whether one pass of it over text tells how far its proposals would have gone."""
+        draft = self.picks[0].setup.draft
+        return draft is not None and draft.kind in ("model", "early_exit")
+
+    def round_s(self, length: int) -> float:
+        """Seconds of a round of the `length`-th length in which the widest row proposes all of it."""
+        return self.times.seconds[self.beliefs.lengths[length]] * (self.times.paces[length].factor or self.shared)
+
+    def weigh(self, shared: float, now: int) -> None:
+        """Works all figures out; `shared` is the pace of the setup in use, taken for lengths never heard of.
+
+        A round in which no row proposes is a plain round with a look-up; with more rows that is rarer.
+        """
+        beliefs, seconds = self.beliefs, self.times.seconds
+        proposing = beliefs.hit if self.rows == 1 else 1.0 - (1.0 - beliefs.hit) ** self.rows
+        idle_s, best_rate = (1.0 - proposing) * seconds[0], 0.0
+        self.shared = shared
+        rates = self.rates = []
+        for length, tokens, pace in zip(beliefs.lengths, beliefs.tokens, self.times.paces, strict=True):
+            if pace.factor and now - pace.last > MEMORY:
+                pace.factor = 0.0
+            rate = tokens / ((idle_s + proposing * seconds[length]) * (pace.factor or shared))
+            if rate > best_rate:
+                best_rate, self.best = rate, len(rates)
+            rates.append(rate)
+        tokens, length = beliefs.tokens[self.best], beliefs.lengths[self.best]
+        # no variance of a figure between 0 and its most is larger (Bhatia and Davis 2000)
+        error = math.sqrt(max(0.0, (tokens - 1.0) * (length + 1.0 - tokens)) / beliefs.weight) / tokens
+        self.cautious, self.hopeful = best_rate * (1.0 - error), best_rate * (1.0 + error)
+
+
+class Place:
+    """The options at one (batch, context, domain, temperature), and which is in use: `option` None is plain decoding.
+
+    Plain decoding is in use where nothing promises more by the margin, and it is stepped back to at once.
+    """
+
+    __slots__ = ("_by_setup", "_turn", "length", "option", "options", "plain", "plain_pick", "ran", "since")
+
+    def __init__(
+        self, plain_pick: Pick, plain: Times, options: Sequence[Option], start: tuple[int, int] | None
+    ) -> None:
+        self.plain_pick = plain_pick
+        self.plain = plain
+        self.options = tuple(options)
+        self.option = None if start is None else self.options[start[0]]
+        self.length = 0 if start is None else start[1]
+        self.since = -DWELL
+        self._turn = 0
+        self.ran: Option | None = self.option
+        self._by_setup = {
+            id(pick.setup): (option, length) for option in self.options for length, pick in enumerate(option.picks)
+        }
+        self.weigh(0)
+
+    @property
+    def plain_s(self) -> float:
+        """Seconds of a round of plain decoding, as they were heard last."""
+        return self.plain.seconds[0] * (self.plain.paces[0].factor or 1.0)
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second of a row in use."""
+        return 1.0 / self.plain_s if self.option is None else self.option.rates[self.length]
+
+    @property
+    def shared(self) -> float:
+        """The pace of the setup in use."""
+        times, place = (self.plain, 0) if self.option is None else (self.option.times, self.length)
+        return times.paces[place].factor or 1.0
+
+    def pick(self, allowed: float) -> Pick:
+        """The setup in use, shortened until a round of it can lose at most `allowed` plain rounds."""
+        if self.option is not None:
+            most_s = (1.0 + allowed) * self.plain_s  # a round yields one token at least
+            for length in range(self.length, -1, -1):
+                if self.option.round_s(length) <= most_s:
+                    return self.option.picks[length]
+        return self.plain_pick
+
+    def worst(self, option: Option, length: int) -> float:
+        """Plain rounds that a round can lose: all proposals rejected."""
+        return option.round_s(length) / self.plain_s - 1.0
+
+    def find(self, setup: Setup) -> tuple[Option, int] | None:
+        """The option and the place of the length of a setup; None: it is none of this place's."""
+        found = self._by_setup.get(id(setup))
+        if found is None:  # it may be equal to one that was handed out
+            every = ((option, length) for option in self.options for length in range(len(option.picks)))
+            found = next((one for one in every if one[0].picks[one[1]].setup == setup), None)
+        return found
+
+    def curious(self) -> Option | None:
+        """The option not in use that may be faster than what is, by its hopeful rate; the one probed longest ago."""
+        rate = self.rate
+        hopeful = [option for option in self.options if option is not self.option and option.hopeful > rate]
+        return min(hopeful, key=lambda option: option.last_probe) if hopeful else None
+
+    def weigh(self, now: int) -> None:
+        """Works out the figures of all options."""
+        for option in self.options:
+            option.weigh(self.shared, now)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What is in use and what was probed, as JSON values."""
+        return {
+            "option": None if self.option is None else self.options.index(self.option),
+            "ran": None if self.ran is None else self.options.index(self.ran),
+            "length": self.length,
+            "since": self.since,
+            "turn": self._turn,
+            "last_probes": [option.last_probe for option in self.options],
+        }
+
+    def restore(self, learned: Mapping[str, Any]) -> None:
+        """Takes up what `snapshot` told; `weigh` has to follow, once beliefs and times are there too."""
+        self.option = None if learned["option"] is None else self.options[learned["option"]]
+        self.ran = None if learned["ran"] is None else self.options[learned["ran"]]
+        self.length, self.since, self._turn = learned["length"], learned["since"], learned["turn"]
+        for option, last_probe in zip(self.options, learned["last_probes"], strict=True):
+            option.last_probe = last_probe
+
+    def review(self, heard: Option | None, now: int) -> None:
+        """After a round: weighs the option that was heard of, or in turn another one, and changes what is in use."""
+        if self.options:
+            turn = self._turn = (self._turn + 1) % (2 * len(self.options))
+            option = heard
+            if option is None or turn % 2:
+                option = self.options[turn // 2]
+                option.beliefs.forget(now)
+                option.beliefs.settle()
+            option.weigh(self.shared, now)
+            self._change(now)
+
+    def _change(self, now: int) -> None:
+        dwelt, rate = now - self.since, self.rate
+        if self.option is not None and dwelt >= RETREAT_DWELL and self.plain_s * rate <= 1.0:
+            self._use(None, 0, now)
+            return
+        if dwelt < DWELL:
+            return
+        for option in self.options:
+            promised = option.rates[option.best] if option is self.option else option.cautious
+            if promised > rate * (1.0 + MARGIN) and self._pays(option, promised / rate):
+                self._use(option, option.best, now)
+                rate = promised
+
+    def _pays(self, option: Option, gain: float) -> bool:
+        """Whether what a draft model must take in first is earned back soon."""
+        if option is self.option:
+            return True
+        round_s = option.beliefs.tokens[option.best] / option.rates[option.best]
+        return bool((gain - 1.0) * HORIZON * round_s > option.times.catch_up_s)
+
+    def _use(self, option: Option | None, length: int, now: int) -> None:
+        self.option, self.length, self.since = option, length, now

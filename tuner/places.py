@@ -1,0 +1,136 @@
+"""Everything a selector holds of one policy: its places, with the beliefs and times that they share.
+
+Beliefs belong to (draft, domain, temperature), times to (draft, batch, context); a place joins them. Built once per
+policy; what happens at run time it must not know.
+"""
+
+from __future__ import annotations
+
+from profiles.steering import Pick
+from tuner.beliefs import Beliefs
+from tuner.place import Option, Place, Times
+from tuner.question import MIXED
+from tuner.table import Table
+
+TYPE_CHECKING = False  # that of `typing`, whose import would double the time a process takes to start
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from profiles.terms import Setup
+    from tuner.policy import Choice, Policy
+    from tuner.prior import Prior
+
+Key = tuple[int, int, str, float]  # batch size, context length, domain, temperature
+
+
+class Places:
+    """The places of a policy, found by question (`find`) or by what a pick rests on (`by_key`).
+
+    A choice that the policy's prior does not cover, or that a limit took all drafts from, is applied as it stands: its
+    place has no options.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        from profiles.terms import PLAIN
+
+        self.policy = policy
+        self.uncovered = Pick(PLAIN, False, 1, 1, MIXED, 0.0)
+        self._table = Table(policy)
+        self.beliefs: dict[tuple[str, str, float], Beliefs] = {}
+        self.times: dict[tuple[str | None, int, int], Times] = {}
+        if policy.prior is not None:
+            self._take_prior(policy.prior)
+        self.by_key = {_key(choice): self._place(choice) for choice in policy.choices}
+
+    @property
+    def digest(self) -> str:
+        """Identity of the policy, its prior included."""
+        from profiles.terms import digest_of
+        from tuner.policy import to_json
+
+        return digest_of(to_json(self.policy))
+
+    def find(self, question: tuple[int, int | None, str | None, float]) -> Place | None:
+        """The place that covers a question; None: plain decoding. Raises InputError: an impossible value."""
+        choice = self._table.find(*question)
+        return None if choice is None else self.by_key[_key(choice)]
+
+    def take_over(self, earlier: Places, now: int) -> None:
+        """Goes on from what was learned of the same drafts on the same domains at the same lengths."""
+        for key, learned in earlier.beliefs.items():
+            if key in self.beliefs and self.beliefs[key].lengths == learned.lengths:
+                self.beliefs[key].restore(learned.snapshot())
+        self._weigh(now)
+
+    def snapshot(self, now: int) -> dict[str, Any]:
+        """What was learned and what is in use, as JSON values; all figures are worked out first, as `restore` does."""
+        self._weigh(now)
+        return {
+            "beliefs": [one.snapshot() for one in self.beliefs.values()],
+            "times": [one.snapshot() for one in self.times.values()],
+            "places": [one.snapshot() for one in self.by_key.values()],
+        }
+
+    def restore(self, learned: Mapping[str, Any], now: int) -> None:
+        """Takes up what `snapshot` told, of the same policy."""
+        for beliefs, one in zip(self.beliefs.values(), learned["beliefs"], strict=True):
+            beliefs.restore(one)
+        for times, one in zip(self.times.values(), learned["times"], strict=True):
+            times.restore(one)
+        for place, one in zip(self.by_key.values(), learned["places"], strict=True):
+            place.restore(one)
+        self._weigh(now)
+
+    def _weigh(self, now: int) -> None:
+        for place in self.by_key.values():
+            place.weigh(now)
+
+    def _take_prior(self, prior: Prior) -> None:
+        digests = [draft.digest for draft in prior.drafts]
+        for kept in prior.kept:
+            self.beliefs[digests[kept.draft], kept.domain, kept.temperature] = Beliefs(kept, prior.lengths)
+        for one in prior.times:
+            digest = None if one.draft is None else digests[one.draft]
+            num_lengths = 1 if one.draft is None else len(prior.lengths)
+            catch_up_s = one.catch_up_s * one.context_length / 2
+            self.times[digest, one.batch_size, one.context_length] = Times(one.seconds, num_lengths, catch_up_s)
+
+    def _place(self, choice: Choice) -> Place:
+        from profiles.terms import PLAIN
+
+        plain = self.times.get((None, choice.batch_size, choice.context_length))
+        options = [] if plain is None else self._options(choice)
+        start = next(
+            (
+                (number, place)
+                for number, option in enumerate(options)
+                for place, pick in enumerate(option.picks)
+                if pick.setup == choice.setup
+            ),
+            None,
+        )
+        if plain is None or (start is None and choice.setup != PLAIN):
+            return Place(_pick(choice, choice.setup), Times((1.0,), 1), (), None)
+        return Place(_pick(choice, PLAIN), plain, options, start)
+
+    def _options(self, choice: Choice) -> list[Option]:
+        from profiles.terms import Setup
+
+        prior = self.policy.prior
+        options = []
+        for draft in () if prior is None else prior.drafts:
+            beliefs = self.beliefs.get((draft.digest, choice.domain, choice.temperature))
+            times = self.times.get((draft.digest, choice.batch_size, choice.context_length))
+            if beliefs is not None and times is not None:
+                picks = [_pick(choice, Setup(draft=draft, length=length)) for length in beliefs.lengths]
+                options.append(Option(picks, beliefs, times, choice.batch_size))
+        return options
+
+
+def _key(choice: Choice) -> Key:
+    return choice.batch_size, choice.context_length, choice.domain, choice.temperature
+
+
+def _pick(choice: Choice, setup: Setup) -> Pick:
+    return Pick(setup, True, *_key(choice))
