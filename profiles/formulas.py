@@ -95,7 +95,7 @@ def walk(trace: TargetTrace, acceptance: Replayed | None, length: int, max_new_t
         if size == 1:
             return Walk(rounds={}, shapes={})
         return Walk(rounds={(0, 0): float(size - 1)}, shapes={(1, 0, 0): float(size - 1)})
-    _check_length(acceptance, length)
+    check_length(acceptance, length)
     states: list[dict[int, float]] = [{} for _ in range(size + 1)]
     states[min(1, size)] = {1: 1.0}
     rounds: dict[tuple[int, int], float] = {}
@@ -116,7 +116,8 @@ def walk(trace: TargetTrace, acceptance: Replayed | None, length: int, max_new_t
     return Walk(rounds=dict(sorted(rounds.items())), shapes=dict(sorted(shapes.items())))
 
 
-def _check_length(acceptance: Replayed, length: int) -> None:
+def check_length(acceptance: Replayed, length: int) -> None:
+    """Raises: NotMeasuredError: the look-up trace is shorter than `length`. InputError: a draft with length 0."""
     if length < 1:
         raise InputError(f"speculation length {length}: at least 1 is needed with a draft")
     lookup = acceptance.lookup if isinstance(acceptance, CompositeAcceptance) else acceptance

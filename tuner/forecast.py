@@ -65,14 +65,25 @@ class Forecaster:
 
         A first step of a draft model wider than any that was timed is priced in proportion to the widest.
         """
-        use, stepped_s = use_of(setup, {shape: 1.0}, 0.0, self._target_part), 0.0
-        for (part, width), count in use.steps.items():
-            timed = width
-            if part != self._target_part and width not in self._evidence.steps[part].samples_s:
-                timed = max(other for other in self._evidence.steps[part].samples_s if other < width)
-            stepped_s += count * width / timed * median(step_samples(self._evidence.steps, part, timed))
+        use = use_of(setup, {shape: 1.0}, 0.0, self._target_part)
+        stepped_s = sum(count * self.step_s(part, width) for (part, width), count in use.steps.items())
         beyond_s = float(use.overhead_s(self._overheads[setup.draft])[0])
         return max(stepped_s + beyond_s, LEAST_OF_STEPS * stepped_s)
+
+    def step_s(self, part: str, width: int) -> float:
+        """Seconds of one step of the target, or of a draft's part: there beyond the widest timed in proportion to it.
+
+        Raises NotMeasuredError for a part that was not timed, and for a width of the target that was not.
+        """
+        timed = width
+        if part != self._target_part and part in self._evidence.steps:
+            widths = self._evidence.steps[part].samples_s
+            timed = width if width in widths else max(other for other in widths if other < width)
+        return width / timed * median(step_samples(self._evidence.steps, part, timed))
+
+    def refill_s(self, draft: Draft | None) -> float:
+        """Seconds of a row's prefill, the draft's included, which the other rows of a batch wait for."""
+        return float(self._overheads[draft][3, 0])
 
     def rounds(self, setup: Setup, prompts: Sequence[Traced]) -> Walk:
         """The rounds of these prompts, each alone in its batch, added up."""
