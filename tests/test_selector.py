@@ -175,7 +175,9 @@ def test_scoring_takes_the_place_of_probes() -> None:
     asked = 0
     for _ in range(12000):
         pick = selector.choose(batch_size=8)
-        selector.observe(Round(pick, ((0, 0),) * 8 if pick.setup == PLAIN else ((8, 8),) * 8, 0.01))
+        length = pick.setup.length
+        outcome = (length, length if pick.setup.draft == CODE_DRAFT else 0)
+        assert selector.observe(Round(pick, (outcome,) * 8, 0.01 + 0.008 * length))
         if pick.score is not None:
             asked += 1
             assert pick.score.draft == CODE_DRAFT

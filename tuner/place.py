@@ -234,14 +234,12 @@ class Place:
             option.last_probe = last_probe
 
     def review(self, heard: Option | None, now: int) -> None:
-        """After a round: weighs the option that was heard of, or in turn another one, and changes what is in use."""
+        """After a round: weighs what was heard of, every other time another option, and changes what is in use."""
         if self.options:
             turn = self._turn = (self._turn + 1) % (2 * len(self.options))
-            option = heard
-            if option is None or turn % 2:
-                option = self.options[turn // 2]
-                option.beliefs.forget(now)
-                option.beliefs.settle()
+            option = self.options[turn // 2] if heard is None or turn % 2 else heard
+            option.beliefs.forget(now)
+            option.beliefs.settle()
             option.weigh(self.shared, now)
             self._change(now)
 
