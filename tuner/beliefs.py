@@ -29,8 +29,8 @@ class Beliefs:
     `hit` is the share of rounds that propose anything; `weight` the rounds that the figures rest on. A share is
     (stored share x its weight + rounds that kept) / (weight + rounds that tested). What was seen fades as rounds of the
     selector go by, in use or not, so that the figures return to the stored ones. When about 32 rounds contradict the
-    figures by 5 standard errors, either way, only those rounds are left and the stored evidence weighs 16 rounds; its
-    weight then comes back at the rate at which the rest fades.
+    figures by 5 standard errors, either way, only those rounds are left and the stored evidence weighs 16 rounds, after
+    another surprise 8, and so on; its weight then comes back at the rate at which the rest fades.
     """
 
     __slots__ = (
@@ -144,7 +144,8 @@ class Beliefs:
     def _start_over(self) -> None:
         """Keeps the latest rounds alone."""
         size = len(self._prior)
-        self._tested, self._kept, self._stored = [0.0] * size, [0.0] * size, SURPRISED_ROUNDS
+        self._tested, self._kept = [0.0] * size, [0.0] * size
+        self._stored = min(SURPRISED_ROUNDS, self._stored / 2.0)
         self._drift, self._variance, self._scale = 0.0, 0.0, 1.0
         for proposed, accepted in self._recent:
             self._count(proposed, accepted)

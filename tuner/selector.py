@@ -208,7 +208,8 @@ class Selector:
         if not scored:
             tokens, best = option.beliefs.tokens[option.best], option.rates[option.best]
             likely += PROBE_ROUNDS * max(0.0, tokens * (rate / best - 1.0))
-        if likely > self._credit or (not scored and place.worst(option, option.best) > allowed):
+        risked = option.times.catch_up_s / place.plain_s if scored else place.worst(option, option.best)
+        if likely > self._credit or risked > allowed:
             return None
         option.last_probe = self._now
         if scored:
