@@ -23,6 +23,7 @@ DWELL = 24  # rounds before the next change, but for stepping back to plain deco
 RETREAT_DWELL = 4
 HORIZON = 64  # rounds in which a change must earn what catching up takes
 SHARE = 1.0 / 16.0  # of the latest round in how long rounds are taken to last; the first ones count more
+PLAIN_SHARE = 1.0 / 64.0  # the same of plain decoding, which all losses are held against
 MOST_OFF = math.log(4.0)  # a round counts as at most so much longer or shorter than the ones before it
 CURIOUS = 2000  # rounds
 MEMORY = 2048  # rounds of the selector for which a time is remembered
@@ -34,9 +35,10 @@ class Pace:
     `factor` is 0 while nothing was heard, or not for long.
     """
 
-    __slots__ = ("_log", "_share", "factor", "last")
+    __slots__ = ("_least", "_log", "_share", "factor", "last")
 
-    def __init__(self) -> None:
+    def __init__(self, least_share: float) -> None:
+        self._least = least_share
         self.factor = 0.0
         self.last = 0
         self._log = 0.0
@@ -46,7 +48,7 @@ class Pace:
         """A round took `ratio` times its stored seconds; `start` is what was assumed as long as nothing was known."""
         if not self.factor:
             self._log, self._share = math.log(start), 1.0
-        self._share = max(SHARE, self._share / 2.0)
+        self._share = max(self._least, self._share / 2.0)
         self._log += self._share * min(max(math.log(ratio) - self._log, -MOST_OFF), MOST_OFF)
         self.factor, self.last = math.exp(self._log), now
 
@@ -69,7 +71,7 @@ class Times:
     def __init__(self, seconds: Sequence[float], num_lengths: int, catch_up_s: float = 0.0) -> None:
         self.seconds = tuple(seconds)
         self.catch_up_s = catch_up_s
-        self.paces = [Pace() for _ in range(num_lengths)]
+        self.paces = [Pace(SHARE if num_lengths > 1 else PLAIN_SHARE) for _ in range(num_lengths)]
 
     def snapshot(self) -> list[list[float]]:
         """The paces, as JSON values."""
@@ -166,6 +168,11 @@ class Place:
     def rate(self) -> float:
         """Tokens per second of a row in use."""
         return 1.0 / self.plain_s if self.option is None else self.option.rates[self.length]
+
+    @property
+    def gain(self) -> float:
+        """Tokens that the setup in use yields in the time of a plain round, less the plain round's one."""
+        return self.plain_s * self.rate - 1.0
 
     @property
     def shared(self) -> float:

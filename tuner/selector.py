@@ -100,16 +100,15 @@ class Selector:
             place = self._known[question] if question in self._known else self._find(question)
             if place is None:
                 return self._places.uncovered
-            allowed = self._ledger.allowed
             if self._burst is not None and self._burst.place is place:
-                if self._burst.worst <= allowed:
+                if self._burst.worst <= self._ledger.allowed():
                     return self._burst.pick
                 self._burst = None
             if self._now >= self._plan_at and place.options:
-                pick = self._plan(place, allowed)
+                pick = self._plan(place)
                 if pick is not None:
                     return pick
-            return place.pick(allowed)
+            return place.pick(self._ledger.allowed(place.gain))
 
     def observe(self, report: Round) -> bool:
         """Learns from a round that was run as picked; False: the report is impossible, it was refused and counted."""
@@ -188,7 +187,7 @@ class Selector:
         self._known[question] = place
         return place
 
-    def _plan(self, place: Place, allowed: float) -> Pick | None:
+    def _plan(self, place: Place) -> Pick | None:
         """A probe to run now, if one is worth it and the budget has what it is likely to lose against the setup in use.
 
         Plain decoding first, where its time was not heard of lately; then the draft that may be faster and was probed
@@ -209,7 +208,7 @@ class Selector:
             tokens, best = option.beliefs.tokens[option.best], option.rates[option.best]
             likely += PROBE_ROUNDS * max(0.0, tokens * (rate / best - 1.0))
         risked = option.times.catch_up_s / place.plain_s if scored else place.worst(option, option.best)
-        if likely > self._credit or risked > allowed:
+        if likely > self._credit or risked > self._ledger.allowed():
             return None
         option.last_probe = self._now
         if scored:
