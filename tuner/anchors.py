@@ -12,9 +12,8 @@ from tuner import search
 from tuner.claims import Forecast, Measured
 from tuner.evidence import Evidence
 from tuner.forecast import Forecaster
-from tuner.policy import MIXED
+from tuner.policy import MIN_DOMAIN_PROMPTS, MIXED
 
-MIN_DOMAIN_PROMPTS = 24
 MIN_FORECAST_PROMPTS = 12
 
 
