@@ -162,8 +162,18 @@ def timed(domain: Callable[[str], object], texts: Sequence[str]) -> dict[str, fl
     return {"p50_us": round(p50, 1), "p99_us": round(p99, 1)}
 
 
-def gathered(num_prompts: int, num_tokens: int, store: Path) -> tuple[Labelled, numpy.ndarray, numpy.ndarray]:
-    """The prompts that ship, output tokens of each, and forecast seconds (setups, prompts), plain decoding first."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Priced:
+    """Output tokens of each prompt, forecast seconds (setups, prompts), plain decoding first, and how many of the
+    timings under them were disturbed by other programs: with many, the seconds are worth nothing."""
+
+    tokens: numpy.ndarray
+    seconds: numpy.ndarray
+    num_disturbed: int
+
+
+def gathered(num_prompts: int, num_tokens: int, store: Path) -> tuple[Labelled, Priced]:
+    """The prompts that ship, and what they take."""
     bench, workload, prompts = family(num_prompts, num_tokens)
     with Book.open(store) as book:
         evidence = gather(Remember(bench.engine, book), workload, prompts, LENGTHS, lambda *_: None)
@@ -177,11 +187,16 @@ def gathered(num_prompts: int, num_tokens: int, store: Path) -> tuple[Labelled, 
         (prompt,), _ = files.tokenize([request], bench.loaded[0].tokenizer, workload.context_length)
         texts[prompt.digest] = files.asked_text(request)
     pairs = [(texts[prompt.digest], prompt.domain) for prompt in timed_prompts]
-    return labelled("shipped", pairs, SHIPPED_RULE), tokens, tokens / numpy.array(rates)
+    timings = [*evidence.steps.values(), *(sample for _, sample in evidence.calibration)]
+    priced = Priced(
+        tokens=tokens, seconds=tokens / numpy.array(rates), num_disturbed=sum(one.disturbed for one in timings)
+    )
+    return labelled("shipped", pairs, SHIPPED_RULE), priced
 
 
-def streams(found: Labelled, told: Told, tokens: numpy.ndarray, seconds: numpy.ndarray) -> dict[str, Any]:
+def streams(found: Labelled, told: Told, priced: Priced) -> dict[str, Any]:
     """Tokens per second of a stream of all prompts by who tells the domain, and times as fast as the best single."""
+    tokens, seconds = priced.tokens, priced.seconds
     folds, domains = numpy.array(found.folds), numpy.array(found.domains)
 
     def run(said: Sequence[str | None]) -> numpy.ndarray:
@@ -218,7 +233,7 @@ def main() -> None:
     parser.add_argument("--real", type=Path, default=REAL, help="Spec-Bench's questions as JSONL")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found, tokens, seconds = gathered(options.prompts, options.tokens, options.store or Path(folder) / "e.db")
+        found, priced = gathered(options.prompts, options.tokens, options.store or Path(folder) / "e.db")
     # the first line of a prompt that ships says what to do, and is alike in all of a domain
     bare = [(text.partition("\n\n")[2], domain) for text, domain in zip(found.texts, found.domains, strict=True)]
     sets = [found, labelled("shipped without their first line", bare, SHIPPED_RULE)]
@@ -231,9 +246,10 @@ def main() -> None:
         {
             "benchmark": "router",
             "sets": {name: row for name, (row, _) in graded.items()},
-            "forecast_streams": None if told is None else streams(found, told, tokens, seconds),
-            "num_prompts": len(tokens),
-            "num_setups": len(seconds),
+            "forecast_streams": None if told is None else streams(found, told, priced),
+            "num_prompts": len(priced.tokens),
+            "num_setups": len(priced.seconds),
+            "num_disturbed_timings": priced.num_disturbed,
         }
     )
 
