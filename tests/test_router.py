@@ -254,8 +254,14 @@ class TestARun:
         assert document["domains"] == ["code", "law", "recipes"]
         assert document["accuracy"].keys() == {"estimate", "low", "high"}
 
-    def test_one_domain_has_none(self, tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-        """A run says why, writes no file, and an earlier one stays."""
+    def test_an_earlier_router_stays(self, tmp_path: Path) -> None:
+        """Where the texts of a later run make none: the policy keeps the earlier domains too."""
+        keep(made_up(), tmp_path / "p.router.json", seed=0)
+        assert keep(made_up(("code",)), tmp_path / "p.router.json", seed=0).router is None
+        assert load(tmp_path / "p.router.json").domains == ("code", "law", "recipes")
+
+    def test_a_run_of_small_domains_has_none(self, tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+        """A run says why in line and document, and writes no file."""
         said = call(
             tmp_path, *small_run(tiny_folders["llama"], write_prompts(tmp_path / "p.jsonl", 30), "--draft", "ngram")
         )

@@ -164,17 +164,20 @@ def timed(domain: Callable[[str], object], texts: Sequence[str]) -> dict[str, fl
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Priced:
-    """Output tokens of each prompt, forecast seconds (setups, prompts), plain decoding first, and how many of the
-    timings under them were disturbed by other programs: with many, the seconds are worth nothing."""
+    """Output tokens of each prompt, and forecast seconds (setups, prompts), plain decoding first.
+
+    `num_disturbed`: of the timings under them those that other programs disturbed; with many the seconds mean nothing.
+    """
 
     tokens: numpy.ndarray
     seconds: numpy.ndarray
     num_disturbed: int
 
 
-def gathered(num_prompts: int, num_tokens: int, store: Path) -> tuple[Labelled, Priced]:
+def gathered(num_tokens: int, store: Path) -> tuple[Labelled, Priced]:
     """The prompts that ship, and what they take."""
-    bench, workload, prompts = family(num_prompts, num_tokens)
+    requests = files.read(shipped.ALL_PROMPTS)
+    bench, workload, prompts = family(len(requests), num_tokens)
     with Book.open(store) as book:
         evidence = gather(Remember(bench.engine, book), workload, prompts, LENGTHS, lambda *_: None)
     timed_prompts = [prompt for prompt in prompts if len(evidence.traces[prompt.digest].token_ids) > 1]
@@ -183,7 +186,7 @@ def gathered(num_prompts: int, num_tokens: int, store: Path) -> tuple[Labelled, 
     setups = candidates(evidence.drafts, LENGTHS)
     rates = [[forecaster.forecast(one, [prompt]).tok_per_s.estimate for prompt in timed_prompts] for one in setups]
     texts: dict[str, str] = {}
-    for request in files.read(shipped.ALL_PROMPTS):
+    for request in requests:
         (prompt,), _ = files.tokenize([request], bench.loaded[0].tokenizer, workload.context_length)
         texts[prompt.digest] = files.asked_text(request)
     pairs = [(texts[prompt.digest], prompt.domain) for prompt in timed_prompts]
@@ -227,13 +230,12 @@ def streams(found: Labelled, told: Told, priced: Priced) -> dict[str, Any]:
 def main() -> None:
     """Evidence, routers, streams, JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=144)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--store", type=Path, help="an evidence file to keep; without one a temporary one is made")
     parser.add_argument("--real", type=Path, default=REAL, help="Spec-Bench's questions as JSONL")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found, priced = gathered(options.prompts, options.tokens, options.store or Path(folder) / "e.db")
+        found, priced = gathered(options.tokens, options.store or Path(folder) / "e.db")
     # the first line of a prompt that ships says what to do, and is alike in all of a domain
     bare = [(text.partition("\n\n")[2], domain) for text, domain in zip(found.texts, found.domains, strict=True)]
     sets = [found, labelled("shipped without their first line", bare, SHIPPED_RULE)]
