@@ -89,8 +89,8 @@ class TestAnswers:
         assert min(timeit.repeat(lambda: router.domain(text), number=5, repeat=5)) / 5 < 0.02
 
     def test_what_is_no_text_is_refused(self, router: Router) -> None:
-        """In one line that names the value."""
-        with pytest.raises(InputError, match=r"^text '7' is a int: a string is needed$"):
+        """In one line."""
+        with pytest.raises(InputError, match=r"^text of type int: a string is needed$"):
             router.domain(7)  # type: ignore[arg-type]
 
 
@@ -128,6 +128,7 @@ class TestTraining:
             (made_up(("code",)), "code 30"),
             (made_up(("code", "law"), MIN_DOMAIN_PROMPTS - 1), "code 23, law 23"),
             ([("same text", "code"), ("same text", "law")] * 30, "code 1"),
+            ([("x" * READ_CHARACTERS + str(number), "code") for number in range(30)], "code 1"),
         ],
     )
     def test_fewer_than_two_domains_are_refused(self, pairs: list[tuple[str, str]], found: str) -> None:

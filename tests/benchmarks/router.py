@@ -9,6 +9,7 @@ no known domain.
 """
 
 import argparse
+import functools
 import random
 import re
 import tempfile
@@ -184,16 +185,21 @@ def gathered(num_tokens: int, store: Path) -> tuple[Labelled, Priced]:
     tokens = numpy.array([len(evidence.traces[prompt.digest].token_ids) - 1 for prompt in timed_prompts])
     forecaster = Forecaster(evidence, workload, bench.engine.target.run_digest)
     setups = candidates(evidence.drafts, LENGTHS)
-    rates = [[forecaster.forecast(one, [prompt]).tok_per_s.estimate for prompt in timed_prompts] for one in setups]
+    round_s = functools.cache(forecaster.round_s)
+    seconds = [
+        [
+            sum(count * round_s(one, shape) for shape, count in forecaster.rounds(one, [prompt]).shapes.items())
+            for prompt in timed_prompts
+        ]
+        for one in setups
+    ]
     texts: dict[str, str] = {}
     for request in requests:
         (prompt,), _ = files.tokenize([request], bench.loaded[0].tokenizer, workload.context_length)
         texts[prompt.digest] = files.asked_text(request)
     pairs = [(texts[prompt.digest], prompt.domain) for prompt in timed_prompts]
     timings = [*evidence.steps.values(), *(sample for _, sample in evidence.calibration)]
-    priced = Priced(
-        tokens=tokens, seconds=tokens / numpy.array(rates), num_disturbed=sum(one.disturbed for one in timings)
-    )
+    priced = Priced(tokens=tokens, seconds=numpy.array(seconds), num_disturbed=sum(one.disturbed for one in timings))
     return labelled("shipped", pairs, SHIPPED_RULE), priced
 
 

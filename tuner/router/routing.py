@@ -103,7 +103,7 @@ class Router:
 
     def _probabilities(self, text: str) -> numpy.ndarray:
         if not isinstance(text, str):
-            raise InputError(f"text {str(text)[:60]!r} is a {type(text).__name__}: a string is needed")
+            raise InputError(f"text of type {type(text).__name__}: a string is needed")
         with config_context(skip_parameter_validation=True, assume_finite=True):  # a quarter of the time
             words, spelling = features([text])
         scores = words @ self.weights[:NUM_HASHES] + spelling @ self.weights[NUM_HASHES:]

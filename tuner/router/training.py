@@ -19,7 +19,7 @@ from sklearn.model_selection import StratifiedKFold
 from profiles.errors import InputError
 from profiles.terms import Interval
 from tuner.policy import MIN_DOMAIN_PROMPTS
-from tuner.router.routing import HeldOut, Router, features
+from tuner.router.routing import READ_CHARACTERS, HeldOut, Router, features
 
 NUM_FOLDS = 5
 INVERSE_PENALTY = 10.0
@@ -32,8 +32,8 @@ NUM_BINS, RESAMPLES = 10, 1000
 def train(labelled: Iterable[tuple[str, str]], seed: int = 0) -> Router:
     """A router of (text, domain) pairs, for the domains of at least 24 texts; `Router.domain` says which text to give.
 
-    The same pairs in any order give the same router. Of equal texts one counts, with the domain that comes first in
-    the alphabet. Raises InputError: fewer than two such domains, or domains that their texts do not tell apart.
+    The same pairs in any order give the same router. Of texts that begin alike one counts, with the domain that comes
+    first in the alphabet. Raises InputError: fewer than two such domains, or domains that their texts do not tell apart.
     """
     texts, domains, truth = _learnable(labelled)
     matrix = _matrix(texts)
@@ -56,10 +56,10 @@ def train(labelled: Iterable[tuple[str, str]], seed: int = 0) -> Router:
 
 
 def _learnable(labelled: Iterable[tuple[str, str]]) -> tuple[list[str], tuple[str, ...], numpy.ndarray]:
-    """Distinct texts, the domains' names, and each text's domain as a place in them."""
+    """What is read of distinct texts, the domains' names, and each text's domain as a place in them."""
     by_text: dict[str, str] = {}
     for domain, text in sorted((domain, text) for text, domain in labelled):
-        by_text.setdefault(text, domain)
+        by_text.setdefault(text[:READ_CHARACTERS], domain)
     sizes = Counter(by_text.values())
     domains = tuple(domain for domain, size in sizes.items() if size >= MIN_DOMAIN_PROMPTS)
     if len(domains) < 2:
