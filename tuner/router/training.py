@@ -33,7 +33,7 @@ def train(labelled: Iterable[tuple[str, str]], seed: int = 0) -> Router:
     """A router of (text, domain) pairs, for the domains of at least 24 texts; `Router.domain` says which text to give.
 
     The same pairs in any order give the same router. Of texts that begin alike one counts, with the domain that comes
-    first in the alphabet. Raises InputError: fewer than two such domains, or domains that their texts do not tell apart.
+    first in the alphabet. Raises InputError: fewer than two such domains, or texts that do not tell them apart.
     """
     texts, domains, truth = _learnable(labelled)
     matrix = _matrix(texts)
