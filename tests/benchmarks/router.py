@@ -39,6 +39,7 @@ from tuner.space import candidates
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "spec_bench_odd.jsonl"
 NUM_FOLDS = 5
 TIMED_REPEATS = 5
+MOST_DISTURBED = 0.1
 # the first pattern that is found tells the domain; the last always is
 SHIPPED_RULE = (
     ("copy", r"\A\W*(copy|repeat|replace|rewrite|rename|change|edit|correct|number|comment|sort)\b"),
@@ -167,12 +168,12 @@ def timed(domain: Callable[[str], object], texts: Sequence[str]) -> dict[str, fl
 class Priced:
     """Output tokens of each prompt, and forecast seconds (setups, prompts), plain decoding first.
 
-    `num_disturbed`: of the timings under them those that other programs disturbed; with many the seconds mean nothing.
+    `disturbed`: share of the timings under them that other programs disturbed.
     """
 
     tokens: numpy.ndarray
     seconds: numpy.ndarray
-    num_disturbed: int
+    disturbed: float
 
 
 def gathered(num_tokens: int, store: Path) -> tuple[Labelled, Priced]:
@@ -225,6 +226,10 @@ def streams(found: Labelled, told: Told, priced: Priced) -> dict[str, Any]:
         "best_per_prompt": seconds.min(0),
     }
     rows = {}
+    if priced.disturbed > MOST_DISTURBED:
+        print(
+            f"{priced.disturbed:.0%} of the timings were disturbed by other programs: the rates below are worth nothing"
+        )
     for name, spent in ways.items():
         gain, _ = speedup_interval(ways["best_single"].tolist(), tokens.tolist(), spent.tolist(), tokens.tolist())
         rows[name] = {"tok_per_s": round(float(tokens.sum() / spent.sum()), 1), "over_best_single": rounded(gain)}
@@ -257,7 +262,7 @@ def main() -> None:
             "forecast_streams": None if told is None else streams(found, told, priced),
             "num_prompts": len(priced.tokens),
             "num_setups": len(priced.seconds),
-            "num_disturbed_timings": priced.num_disturbed,
+            "disturbed_timings": round(priced.disturbed, 4),
         }
     )
 
