@@ -200,7 +200,8 @@ def gathered(num_tokens: int, store: Path) -> tuple[Labelled, Priced]:
         texts[prompt.digest] = files.asked_text(request)
     pairs = [(texts[prompt.digest], prompt.domain) for prompt in timed_prompts]
     timings = [*evidence.steps.values(), *(sample for _, sample in evidence.calibration)]
-    priced = Priced(tokens=tokens, seconds=numpy.array(seconds), num_disturbed=sum(one.disturbed for one in timings))
+    disturbed = sum(one.disturbed for one in timings) / len(timings)
+    priced = Priced(tokens=tokens, seconds=numpy.array(seconds), disturbed=disturbed)
     return labelled("shipped", pairs, SHIPPED_RULE), priced
 
 
