@@ -17,7 +17,7 @@ WINDOW = 1000  # rounds
 MOST = 16.0  # plain rounds that any stretch of a window may have lost: 1,000 rounds in the time of 1,016 are 0.984
 RESERVE = 4.0  # a round may risk a quarter of what is left
 FULL_GAIN = 0.4  # of a plain round, from which on all of it may be used
-LEAST_SHARE = 0.25  # of it, by what gains nothing
+LEAST_SHARE = 0.7  # of it, by what gains nothing
 
 
 class Ledger:

@@ -23,7 +23,10 @@ DWELL = 24  # rounds before the next change, but for stepping back to plain deco
 RETREAT_DWELL = 4
 HORIZON = 64  # rounds in which a change must earn what catching up takes
 SHARE = 1.0 / 16.0  # of the latest round in how long rounds are taken to last; the first ones count more
+STORED_SHARE = 1.0 / 4.0
+NOISE = 0.05**2  # of the logarithm of a round's time, until it is known
 PLAIN_SHARE = 1.0 / 64.0  # the same of plain decoding, which all losses are held against
+OFF, JUMP = math.log(1.2), 3
 MOST_OFF = math.log(4.0)  # a round counts as at most so much longer or shorter than the ones before it
 CURIOUS = 2000  # rounds
 MEMORY = 2048  # rounds of the selector for which a time is remembered
@@ -32,32 +35,53 @@ MEMORY = 2048  # rounds of the selector for which a time is remembered
 class Pace:
     """How much longer rounds of one setup last than stored: the exponential of a running mean of logarithms.
 
-    `factor` is 0 while nothing was heard, or not for long.
+    `factor` is 0 while nothing was heard, or not for long. `least_share` is what the latest round counts at least; the
+    stored time counts as four rounds. Three rounds in a row that are off by a fifth, to the same side, are a jump: from
+    there on the stored time counts for nothing.
     """
 
-    __slots__ = ("_least", "_log", "_share", "factor", "last")
+    __slots__ = ("_least", "_log", "_off", "_share", "_spread", "factor", "last")
 
     def __init__(self, least_share: float) -> None:
         self._least = least_share
         self.factor = 0.0
         self.last = 0
         self._log = 0.0
-        self._share = 1.0
+        self._share = STORED_SHARE
+        self._spread = NOISE
+        self._off = 0
 
-    def hear(self, ratio: float, now: int, start: float) -> None:
-        """A round took `ratio` times its stored seconds; `start` is what was assumed as long as nothing was known."""
+    @property
+    def low(self) -> float:
+        """The factor less a standard error."""
+        return self.factor * (1.0 - math.sqrt(self._spread * self._share))
+
+    def hear(self, ratio: float, now: int, start: float) -> bool:
+        """A round took `ratio` times its stored seconds; `start` is what was assumed as long as nothing was known.
+
+        True: it was the third of a jump.
+        """
         if not self.factor:
-            self._log, self._share = math.log(start), 1.0
-        self._share = max(self._least, self._share / 2.0)
-        self._log += self._share * min(max(math.log(ratio) - self._log, -MOST_OFF), MOST_OFF)
+            self._log, self._share, self._off = math.log(start), STORED_SHARE, 0
+        beyond = min(max(math.log(ratio) - self._log, -MOST_OFF), MOST_OFF)
+        side = (beyond > OFF) - (beyond < -OFF)
+        self._off = self._off + side if side * self._off > 0 else side
+        jumped = abs(self._off) >= JUMP
+        if jumped:
+            self._share, self._off = 1.0, 0
+        else:
+            self._spread += SHARE * (beyond * beyond - self._spread)
+        self._share = max(self._least, self._share / (1.0 + self._share))  # 1/2, 1/3, 1/4 ...
+        self._log += self._share * beyond
         self.factor, self.last = math.exp(self._log), now
+        return jumped
 
     def snapshot(self) -> list[float]:
-        return [self.factor, self.last, self._log, self._share]
+        return [self.factor, self.last, self._log, self._share, self._spread, self._off]
 
     def restore(self, learned: Sequence[float]) -> None:
-        self.factor, last, self._log, self._share = learned
-        self.last = int(last)
+        self.factor, last, self._log, self._share, self._spread, off = learned
+        self.last, self._off = int(last), int(off)
 
 
 class Times:
@@ -161,8 +185,13 @@ class Place:
 
     @property
     def plain_s(self) -> float:
-        """Seconds of a round of plain decoding, as they were heard last."""
-        return self.plain.seconds[0] * (self.plain.paces[0].factor or 1.0)
+        """Seconds of a round of plain decoding, as they were heard last; until then at the pace of the setup in use."""
+        return self.plain.seconds[0] * (self.plain.paces[0].factor or self.shared)
+
+    @property
+    def plain_low_s(self) -> float:
+        """`plain_s` less a standard error: what a loss is held against, so that none is overlooked."""
+        return self.plain.seconds[0] * (self.plain.paces[0].low or self.shared)
 
     @property
     def rate(self) -> float:
