@@ -16,7 +16,7 @@ from profiles.engine import TorchEngine
 from profiles.errors import BadNumbersError, InputError
 from profiles.formulas import Replayed, joined, round_outcomes
 from profiles.steered import SteeredRun, rounds_of
-from profiles.terms import CATCH_UP_WIDTHS, PLAIN, Draft, Model, Prompt, Setup, TargetTrace, Workload
+from profiles.terms import CATCH_UP_WIDTHS, PLAIN, AcceptanceTrace, Draft, Model, Prompt, Setup, TargetTrace, Workload
 from tests.toys import ScriptedPilot, TableModel, near, p_value, sequence_law, steer, wandering
 
 NGRAM = {"max_match": 3, "min_match": 1}
@@ -236,15 +236,15 @@ def test_bad_numbers_spoil_no_later_run(tiny_folders: dict[str, Path]) -> None:
 # --- scoring a draft over text that is there ---
 
 
-def kept_of(engine: TorchEngine, prompt: Prompt, kind: int) -> list[bool]:
+def kept_of(engine: TorchEngine, workload: Workload, prompt: Prompt, kind: int) -> list[bool]:
     """By place of the output, whether the draft's choice is the target's."""
-    trace = engine.trace_target(WORKLOAD, prompt)
-    acceptance = engine.trace_draft(WORKLOAD, prompt, trace, engine.drafts[kind], 8)
-    assert not isinstance(acceptance, tuple)
-    return [keep == 1.0 for keep in acceptance.keep_probs]  # type: ignore[union-attr]
+    trace = engine.trace_target(workload, prompt)
+    acceptance = engine.trace_draft(workload, prompt, trace, engine.drafts[kind], 8)
+    assert isinstance(acceptance, AcceptanceTrace)
+    return [keep == 1.0 for keep in acceptance.keep_probs]
 
 
-@pytest.mark.parametrize("every", [1, 7])
+@pytest.mark.parametrize("every", [1, 2, 7])
 @pytest.mark.parametrize("kind", [SELF, OTHER, EXIT])
 def test_scoring_tells_what_a_draft_would_have_kept(engine: TorchEngine, kind: int, every: int) -> None:
     """Over an output's own tokens, but for the first, each once; cut where the text ended at the time."""
@@ -252,11 +252,34 @@ def test_scoring_tells_what_a_draft_would_have_kept(engine: TorchEngine, kind: i
     for prompt in PROMPTS[:6]:
         pilot = ScriptedPilot(itertools.repeat(PLAIN), dict.fromkeys(range(every - 1, 30, every), setup))
         found = engine.run_steered(WORKLOAD, (prompt,), pilot, 4)
-        kept, wanted = kept_of(engine, prompt, kind), []
-        for end in range(1 + every, 25, every):
-            wanted.append(rounds_of(kept[end - every : end], 4))
+        kept = kept_of(engine, WORKLOAD, prompt, kind)
+        wanted = [rounds_of(kept[end - every : end], 4) for end in range(1 + every, 25, every)]
         assert [list(report.rows) for report in pilot.told if report.scored] == wanted
         assert [turn.scoring_s > 0.0 for turn in found.timeline] == [(one + 1) % every == 0 for one in range(23)]
+
+
+@pytest.mark.parametrize("after", [63, 64, 65, 130])
+def test_scoring_a_long_text(engine: TorchEngine, after: int) -> None:
+    """In steps of 64 tokens, of which those before the output count for nothing."""
+    setup = Setup(draft=engine.drafts[EXIT], length=8)
+    workload = Workload(context_length=240, max_new_tokens=after + 2)
+    pilot = ScriptedPilot(itertools.repeat(PLAIN), {after - 1: setup})
+    engine.run_steered(workload, PROMPTS[3:4], pilot, 8)
+    [rows] = [list(report.rows) for report in pilot.told if report.scored]
+    assert rows == rounds_of(kept_of(engine, workload, PROMPTS[3], EXIT)[1 : after + 1], 8)
+
+
+def test_scoring_beside_a_draft_that_runs_past_an_end_token(engine: TorchEngine) -> None:
+    """Text after an end token is no output: the row's last round is not scored."""
+    own, other = (Setup(draft=engine.drafts[kind], length=5) for kind in (SELF, OTHER))
+    emitted = engine.trace_target(WORKLOAD, PROMPTS[1]).token_ids
+    place = next(place for place in range(3, 6) if emitted.index(emitted[place]) == place)
+    workload = replace(WORKLOAD, end_token_ids=(emitted[place],))
+    pilot = ScriptedPilot([PLAIN, own], dict.fromkeys(range(2), other))
+    found = engine.run_steered(workload, PROMPTS[1:2], pilot, 5)
+    kept = kept_of(engine, workload, PROMPTS[1], OTHER)
+    assert [turn.tokens for turn in found.timeline] == [1, place - 1]
+    assert [list(report.rows) for report in pilot.told if report.scored] == [rounds_of(kept[1:2], 5)]
 
 
 def test_a_scored_draft_is_caught_up(engine: TorchEngine) -> None:
