@@ -27,7 +27,7 @@ STORED_SHARE = 1.0 / 4.0
 NOISE = 0.05**2  # of the logarithm of a round's time, until it is known
 PLAIN_SHARE = 1.0 / 64.0  # the same of plain decoding, which all losses are held against
 OFF, JUMP = math.log(1.2), 3
-MOST_OFF = math.log(4.0)  # a round counts as at most so much longer or shorter than the ones before it
+MOST_OFF = math.log(1.5)  # a round alone counts as at most so much longer or shorter than the ones before it
 CURIOUS = 2000  # rounds
 MEMORY = 2048  # rounds of the selector for which a time is remembered
 
@@ -63,13 +63,14 @@ class Pace:
         """
         if not self.factor:
             self._log, self._share, self._off = math.log(start), STORED_SHARE, 0
-        beyond = min(max(math.log(ratio) - self._log, -MOST_OFF), MOST_OFF)
+        beyond = math.log(ratio) - self._log
         side = (beyond > OFF) - (beyond < -OFF)
         self._off = self._off + side if side * self._off > 0 else side
         jumped = abs(self._off) >= JUMP
         if jumped:
             self._share, self._off = 1.0, 0
         else:
+            beyond = min(max(beyond, -MOST_OFF), MOST_OFF)
             self._spread += SHARE * (beyond * beyond - self._spread)
         self._share = max(self._least, self._share / (1.0 + self._share))  # 1/2, 1/3, 1/4 ...
         self._log += self._share * beyond
