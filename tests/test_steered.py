@@ -182,7 +182,7 @@ def test_only_the_draft_in_use_is_started_with_a_prompt(engine: TorchEngine) -> 
 
 
 def test_what_a_pilot_is_asked(engine: TorchEngine) -> None:
-    """Rows in use, their domain when they share one, and the workload's point; once a round."""
+    """The engine's batch, the domain of the rows in use when they share one, the workload's point; once a round."""
     prompts = (*PROMPTS[:3], replace(PROMPTS[3], domain="b"))
     workload = replace(WORKLOAD, batch_size=2, max_new_tokens=4)
     pilot = ScriptedPilot(itertools.repeat(PLAIN))
@@ -192,14 +192,14 @@ def test_what_a_pilot_is_asked(engine: TorchEngine) -> None:
 
 
 def test_an_output_of_one_token_is_no_round(engine: TorchEngine) -> None:
-    """The question that was asked ahead is asked again where fewer rows than thought are left."""
+    """The question that was asked ahead is asked again where fewer rows than thought are left; a step runs them all."""
     first = engine.trace_target(WORKLOAD, PROMPTS[0]).token_ids[0]
     workload = replace(WORKLOAD, batch_size=2, end_token_ids=(first,))
     assert first not in engine.trace_target(WORKLOAD, PROMPTS[1]).token_ids
     pilot = ScriptedPilot(itertools.repeat(PLAIN))
     found = engine.run_steered(workload, PROMPTS[:2], pilot, 4)
     assert [len(run.token_ids) for run in found.generations] == [1, 24]
-    assert [size for size, *_ in pilot.asked] == [2] + [1] * 23
+    assert [size for size, *_ in pilot.asked] == [2] * 24
     pilot = ScriptedPilot(itertools.repeat(PLAIN))
     assert engine.run_steered(workload, PROMPTS[:1], pilot, 4).timeline == ()
 

@@ -15,9 +15,10 @@ from scipy import stats
 from profiles.clock import Clock
 from profiles.decoding import Decoder, Generation
 from profiles.drafting import Drafter, ModelDrafter, NgramDrafter
+from profiles.protocol import Pilot
 from profiles.sampling import Draws, output_law
 from profiles.steered import Drafters, Steered, SteeredRun
-from profiles.steering import Pick, Pilot, Round
+from profiles.steering import Pick, Round
 from profiles.terms import Draft, Prompt, Setup, Workload
 
 VOCABULARY = 5
