@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from profiles.errors import InputError, NotMeasuredError
 from profiles.formulas import Replayed, RoundOutcome, catch_up_width, check_length, round_outcomes
+from profiles.protocol import Pilot
 from profiles.replay import PLAIN_ROUND
-from profiles.steering import Pick, Pilot, Round
+from profiles.steering import Pick, Round
 from profiles.terms import PLAIN, Prompt, Setup, StepTimes, Workload
 from tuner.evidence import Evidence
 from tuner.forecast import Forecaster
