@@ -279,15 +279,15 @@ class _Run:
             round_s = factor * arm.seconds(num_rows, shape)
             tokens = _advance(arm, self._rows, outcomes, shape)
             pilot.observe(Round(pick, tuple([(one.proposed, one.accepted) for one in outcomes]), round_s))
-            waited = self._refills, self._rows[-1].phase
+            phase = self._rows[-1].phase
             self._rows = [row for row in self._rows if row.start < row.size]
-            scoring_s = 0.0 if pick.score is None else self._score(pilot, pick, factor)
-            seconds = round_s + scoring_s + factor * waited[0] * starter.refill_s(num_rows)
+            seconds = round_s + factor * self._refills * starter.refill_s(num_rows)
+            if pick.score is not None:
+                seconds += self._score(pilot, pick, factor)
             plain_s = tokens / num_rows * self._plain.seconds(num_rows, PLAIN_SHAPE)
-            plain_s += waited[0] * self._plain.refill_s(num_rows)
+            plain_s = factor * (plain_s + self._refills * self._plain.refill_s(num_rows))
             self._seconds += seconds
-            played = Played(pick.setup, domain, num_rows, tokens, seconds, factor * plain_s, pick.probe, waited[1])
-            self._played.append(played)
+            self._played.append(Played(pick.setup, domain, num_rows, tokens, seconds, plain_s, pick.probe, phase))
             self._let_in()
         return Record(rounds=tuple(self._played))
 

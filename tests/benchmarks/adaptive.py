@@ -7,6 +7,10 @@ noise as the steps had it. The best static setup is the fastest of the whole gri
 first seeds only those within 15 % of it are simulated on. A ratio is tokens per second over the best static's; each
 figure is the mean over seeds with a 95 % t interval. At batch 1 the oracle runs every request with the setup that is
 best for it; in a batch, where rows share one, every phase of the stream with the static setup that is best in it.
+
+Real engine: shorter streams, decoded part by part under the selector, plain decoding and the three fixed setups that
+replay finds the best on that very stream, interleaved; the best static is the fastest of these. Keys without `replay_`
+are of these runs.
 """
 
 import argparse
@@ -19,7 +23,7 @@ from scipy import stats
 
 from profiles.protocol import Pilot
 from profiles.terms import PLAIN, Prompt, Setup
-from tests.benchmarks import world
+from tests.benchmarks import real, world
 from tests.benchmarks.common import finish
 from tests.benchmarks.pilots import Ema, Exp3, Oracle, Table, Ucb, fixed
 from tests.benchmarks.world import Family
@@ -42,6 +46,14 @@ BUILDERS: Mapping[str, Callable[[tuple[Prompt, ...], int], Stream]] = {
     "domain_shift_alone": lambda prompts, seed: streams.shifting(prompts, seed, domains=DOMAINS * 2),
     "batch_shift": lambda prompts, seed: streams.batch_shift(prompts, seed, batches=world.BATCHES, turns=4),
 }
+REAL_BUILDERS: Mapping[str, Callable[[tuple[Prompt, ...], int], Stream]] = {
+    "steady": lambda prompts, seed: streams.steady(prompts, seed, num_requests=48),
+    "domain_shift": lambda prompts, seed: streams.shifting(
+        prompts, seed, domains=DOMAINS * 2, num_requests=32, concurrency=SHIFT_BATCH
+    ),
+    "batch_shift": lambda prompts, seed: streams.batch_shift(prompts, seed, batches=world.BATCHES, turns=4),
+}
+REAL_STATICS = 3
 Rates = dict[str, dict[str, list[float]]]  # stream -> pilot -> tokens per second, seed by seed
 
 
@@ -170,15 +182,43 @@ def document(replayed: Replayed) -> dict[str, Any]:
             for name in rates
             if name not in ("selector", "best static")
         }
-    alone = replayed.rates["domain_shift_alone"]
-    return found | figures("replay_oracle_share", over(alone, "selector", "oracle"))
+    steady = replayed.rates.get("steady")
+    return found | (figures("replay_oracle_share", over(steady, "selector", "oracle")) if steady else {})
+
+
+def run_real(family: Family, num_seeds: int) -> dict[str, Any]:
+    """The selector, plain decoding, the best static setups by replay and at batch 1 the oracle, on the real engine."""
+    found: dict[str, Any] = {}
+    for name, build in REAL_BUILDERS.items():
+        ran: dict[str, list[float]] = defaultdict(list)
+        for seed in range(num_seeds):
+            stream = build(family.served, seed)
+            serve = family.simulator.serve
+            statics = sorted(family.setups, key=lambda setup: -serve(stream, fixed(setup)).tok_per_s)
+            arms: dict[str, Pilot] = {setup.name: fixed(setup) for setup in (*statics[:REAL_STATICS], PLAIN)}
+            arms["selector"] = Selector(family.policy, seed=seed, scores=True)
+            if stream.most_rows == 1:
+                arms["oracle"] = real.oracle(family, stream)
+            rates = real.rates(family, stream, arms, seed)
+            best = max((one for one in rates if one not in ("selector", "oracle")), key=lambda one: rates[one])
+            against = f"best static {best} {rates[best]:.1f}"
+            print(f"real {name}, seed {seed}: selector {rates['selector']:.1f} tok/s, {against}", flush=True)
+            ran["selector"].append(rates["selector"])
+            ran["best static"].append(rates[best])
+            if "oracle" in rates:
+                ran["oracle"].append(rates["oracle"])
+        found |= figures(f"{name}_ratio", over(ran, "selector", "best static"))
+        if "oracle" in ran:
+            found |= figures("oracle_share", over(ran, "selector", "oracle"))
+    return found
 
 
 def main() -> None:
-    """Replay, tables, JSON."""
+    """Replay, real runs, tables, JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     world.add_options(parser)
-    parser.add_argument("--streams", nargs="+", choices=sorted(BUILDERS), default=list(BUILDERS))
+    parser.add_argument("--real-seeds", type=int, default=3, help="on the real engine; 0: replay only")
+    parser.add_argument("--streams", nargs="+", choices=sorted(BUILDERS), default=list(BUILDERS), help="of the replay")
     options = parser.parse_args()
     with world.family(options) as family:
         replayed = Replayed(family)
@@ -186,7 +226,9 @@ def main() -> None:
             for seed in range(options.seeds):
                 replayed.play(name, seed)
         show(replayed)
-        finish({"benchmark": "adaptive", "replay_seeds": options.seeds, **document(replayed)})
+        ran = run_real(family, options.real_seeds) if options.real_seeds else {}
+        seeds = {"replay_seeds": options.seeds, "real_seeds": options.real_seeds}
+        finish({"benchmark": "adaptive", **seeds, **document(replayed), **ran})
 
 
 if __name__ == "__main__":
