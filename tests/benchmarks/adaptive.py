@@ -201,8 +201,8 @@ def run_real(family: Family, num_seeds: int) -> dict[str, Any]:
                 arms["oracle"] = real.oracle(family, stream)
             rates = real.rates(family, stream, arms, seed)
             best = max((one for one in rates if one not in ("selector", "oracle")), key=lambda one: rates[one])
-            against = f"best static {best} {rates[best]:.1f}"
-            print(f"real {name}, seed {seed}: selector {rates['selector']:.1f} tok/s, {against}", flush=True)
+            shown = ", ".join(f"{one} {rates[one]:.1f}" for one in sorted(rates, key=lambda one: -rates[one]))
+            print(f"real {name}, seed {seed}, tok/s: {shown}", flush=True)
             ran["selector"].append(rates["selector"])
             ran["best static"].append(rates[best])
             if "oracle" in rates:
