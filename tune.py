@@ -63,12 +63,13 @@ def run(asked: flags.RunFlags) -> int:
         from store import rehearsal, runs
         from tuner import report as reports
         from tuner.progress import StageProgress
+        from tuner.router import keeping as routers
         from tuner.tuning import Options, Watch
 
         if not asked.dry_run:
             with Book.open(place) as book:  # a store that cannot be used is told before models are loaded
                 runs.Shelf.of(book)
-        bench, loads, warnings = _load(asked)
+        bench, loads, labelled, warnings = _load(asked)
     say_aside(f"target {asked.target} on {bench.engine.environment.device}; store {places.name(place)}", *warnings)
     say_aside(*(f"left out: {one.name}: {one.detail}" for one in bench.refused))
     lengths = spelling.parse_lengths(asked.lengths)
@@ -79,13 +80,14 @@ def run(asked: flags.RunFlags) -> int:
     with Book.open(place) as book, StageProgress(_console(stderr=True)) as progress:
         watch = Watch(progress=progress.update, out_of_time=out_of_time, show=progress.standings)
         done = runs.tune(bench.engine, loads, runs.Shelf.of(book, runs.utc_ago(since_s)), options, watch)
+    routed = routers.keep(labelled, done.policy_path.with_name(done.policy.router_name), asked.seed)
     document = reports.document(
         done.policy, cost=done.cost, store=places.name(place), policy_path=str(done.policy_path)
     )
     if not asked.json_only:
         _console().print(reports.table(done.policy))
-        say(*telling.outcome_lines(done))
-    print_json({**document, "left_out": [asdict(one) for one in done.left_out]})
+        say(*telling.outcome_lines(done), routed.line)
+    print_json({**document, "router": routed.to_json(), "left_out": [asdict(one) for one in done.left_out]})
     return _exit_code(done)
 
 
@@ -95,9 +97,10 @@ def _specs(target: str, drafts: list[str] | None) -> list[spelling.DraftSpec]:
     return [spelling.parse_draft(text) for text in drafts or default]
 
 
-def _load(asked: flags.RunFlags) -> "tuple[Bench, Loads, list[str]]":
-    """Everything that is refused is refused here, before anything is measured."""
+def _load(asked: flags.RunFlags) -> "tuple[Bench, Loads, list[tuple[str, str]], list[str]]":
+    """Engine, workloads, (text, domain) of every prompt, warnings; what is refused is refused before any measuring."""
     from profiles import loading
+    from profiles import prompts as files
     from tuner.anchors import plan_anchors
 
     specs = spelling.with_composites(_specs(asked.target, asked.draft))
@@ -113,11 +116,14 @@ def _load(asked: flags.RunFlags) -> "tuple[Bench, Loads, list[str]]":
     )
     num_tokens = max(question.contexts, default=question.max_new_tokens) * max(question.batch_sizes)
     bench = loading.load(asked.target, specs, asked.dtype, asked.device, num_tokens)
-    loads, warnings = loading.workloads(bench, question, asked.prompts or [shipped.ALL_PROMPTS], asked.domain)
+    sources = asked.prompts or [shipped.ALL_PROMPTS]
+    requests = [request for source in sources for request in files.read(source, domain=asked.domain)]
+    loads, warnings = loading.workloads_of(bench, question, requests)
     for workload, prompts in loads:
         plan_anchors(workload, prompts)  # refuses a domain's name, which the run would only do once it is noted
     notes = [loaded.note for loaded in bench.loaded if loaded.note is not None]
-    return bench, loads, [*notes, *warnings]
+    labelled = [(files.asked_text(request), request.domain) for request in requests]
+    return bench, loads, labelled, [*notes, *warnings]
 
 
 @app.command()

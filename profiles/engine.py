@@ -23,7 +23,7 @@ from profiles.protocol import Pilot
 from profiles.rows import RowModel
 from profiles.sampling import Draws
 from profiles.sizes import SPARE_SLOTS
-from profiles.spelling import MAX_BATCH
+from profiles.spelling import MAX_BATCH, MAX_LENGTH
 from profiles.steered import Drafters, Steered, SteeredRun, warm_up
 from profiles.terms import (
     PLAIN,
@@ -237,6 +237,8 @@ class TorchEngine:
     def _check(self, workload: Workload, prompts: Sequence[Prompt], length: int) -> None:
         if workload.batch_size > MAX_BATCH:
             raise InputError(f"batch size {workload.batch_size}: this engine decodes up to {MAX_BATCH} rows at a time")
+        if not 0 <= length <= MAX_LENGTH:
+            raise InputError(f"speculation length {length}: this engine drafts up to {MAX_LENGTH} tokens a round")
         tokens = max(len(prompt.token_ids) for prompt in prompts) + workload.max_new_tokens
         models.check_room(self._target, context_length=tokens, max_length=length)
         if tokens > workload.context_length:

@@ -5,7 +5,7 @@ DraftpickError                    exit 1
 │   ├── PromptError                        a prompt file or a prompt in it
 │   ├── ModelError                         a model directory, its weights or its tokenizer
 │   │   └── PairError                      target and draft do not fit together
-│   └── PolicyError                        a policy file
+│   └── PolicyError                        a policy file, or the router beside it
 ├── StoreError                    exit 2   the store cannot be opened, read or written
 │   └── NewerStoreError                    written by a later draftpick
 ├── NotMeasuredError              exit 3   the evidence asked for is not there
@@ -43,7 +43,7 @@ class PairError(ModelError):
 
 
 class PolicyError(InputError):
-    """A policy file cannot be read or is not valid."""
+    """A policy file, or the router beside it, cannot be read or is not valid."""
 
 
 class StoreError(DraftpickError):

@@ -15,6 +15,7 @@ from profiles.drafting import DraftSource
 from profiles.engine import TorchEngine
 from profiles.errors import InputError, ModelError, OutOfMemoryError
 from profiles.memory import cached_values_per_token
+from profiles.prompts import Request
 from profiles.sizes import Footprint, cache_slots
 from profiles.sources import find
 from profiles.spelling import MAX_BATCH, DraftSpec, Refused
@@ -142,13 +143,20 @@ def _footprint(source: DraftSource, target: models.Loaded) -> Footprint:
 def workloads(
     bench: Bench, question: Question, sources: Sequence[str], domain: str | None = None
 ) -> tuple[list[tuple[Workload, tuple[Prompt, ...]]], list[str]]:
-    """Every batch size and context as a workload with its prompts, and warnings; `domain` labels all prompts.
+    """As `workloads_of`, from prompt sources; `domain` labels all prompts. Raises PromptError for a bad source."""
+    requests = [request for source in sources for request in prompts.read(source, domain=domain)]
+    return workloads_of(bench, question, requests)
+
+
+def workloads_of(
+    bench: Bench, question: Question, requests: Sequence[Request]
+) -> tuple[list[tuple[Workload, tuple[Prompt, ...]]], list[str]]:
+    """Every batch size and context as a workload with its prompts, and warnings.
 
     Prompts are cut to what the context leaves beside the new tokens; a context they do not fill shrinks to what they
     do, so that no row claims a length that was never run. Raises ModelError when a model has no room for
     a context and the longest speculation length, PromptError for prompts that cannot be used.
     """
-    requests = [request for source in sources for request in prompts.read(source, domain=domain)]
     target, longest = bench.loaded[0], max(question.lengths)
     room = min(loaded.max_positions for loaded in bench.loaded) - longest
     loads: dict[int, tuple[Prompt, ...]] = {}

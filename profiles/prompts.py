@@ -105,6 +105,13 @@ def tokenize(requests: Sequence[Request], tokenizer: Tokenizer, most_tokens: int
     return list(unique.values()), warnings
 
 
+def asked_text(request: Request) -> str:
+    """What the user wrote last, as serving code has it at hand: no template, no system prompt, no earlier turns."""
+    if isinstance(request.messages, str):
+        return request.messages
+    return next((content for role, content in reversed(request.messages) if role == "user"), _text(request))
+
+
 def _looks_random(token_ids: Sequence[int]) -> bool:
     judged = token_ids[:_JUDGED_UP_TO]
     return len(judged) >= _JUDGED_FROM and 1.0 - len(set(judged)) / len(judged) < _LEAST_REPEATS

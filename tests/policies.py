@@ -1,9 +1,12 @@
 """Records the policy tests share: one target, one environment, and choices spelled by what differs."""
 
+from dataclasses import replace
+
 from profiles.terms import PLAIN, Draft, Environment, Interval, Model, Setup
 from store.book import Book
 from tuner.claims import Forecast, Measured
 from tuner.policy import Choice, Policy
+from tuner.prior import Kept, Prior, RoundTimes
 from tuner.question import MIXED
 
 TARGET = Model(name="family/target", dtype="float32", digest="aa" * 16, num_params=4_000_000)
@@ -74,3 +77,58 @@ def policy(*choices: Choice) -> Policy:
 def save_policy(book: Book, json_text: str, target: Model, environment: Environment) -> None:
     """Saves a text as the latest policy, whatever it is."""
     book.replace_policy(target, environment, lambda _: json_text)
+
+
+def kept(number: int, keep: float, *, hit: float = 1.0, domain: str = MIXED, longest: int = 8) -> Kept:
+    """A draft that keeps every position with the same chance."""
+    per_round, survived = [1.0], hit
+    for _ in range(longest):
+        survived *= keep
+        per_round.append(per_round[-1] + survived)
+    return Kept(
+        draft=number,
+        domain=domain,
+        temperature=0.0,
+        hit=hit,
+        keep=(keep,) * longest,
+        per_round=tuple(per_round[1:]),
+        num_rounds=500.0,
+    )
+
+
+def round_times(number: int | None, step_s: float, *, batch_size: int = 1, longest: int = 8) -> RoundTimes:
+    """A plain round takes 10 ms, each proposed token `step_s` more."""
+    return RoundTimes(
+        draft=number,
+        batch_size=batch_size,
+        context_length=512,
+        seconds=(0.01,) if number is None else tuple(0.01 + step_s * proposed for proposed in range(longest + 1)),
+        catch_up_s=0.0 if number is None or step_s < 0.002 else 0.0001,
+    )
+
+
+def learning_policy() -> Policy:
+    """Look-up k=8 at batch 1, a model at k=2 on code, plain decoding at batch 8, and what a selector starts from.
+
+    The look-up finds something in half the rounds and keeps 0.8 of the positions; a proposed token takes 1 ms. The
+    model keeps 0.6 (0.8 of code) and takes 3 ms. At batch 8 a proposed token takes 8 ms.
+    """
+    prior = Prior(
+        drafts=(NGRAM, CODE_DRAFT),
+        lengths=tuple(range(1, 9)),
+        kept=(kept(0, 0.8, hit=0.5), kept(1, 0.6), kept(0, 0.4, hit=0.5, domain="code"), kept(1, 0.8, domain="code")),
+        times=(
+            round_times(None, 0.0),
+            round_times(0, 0.001),
+            round_times(1, 0.003),
+            round_times(None, 0.0, batch_size=8),
+            round_times(0, 0.008, batch_size=8),
+            round_times(1, 0.008, batch_size=8),
+        ),
+    )
+    rows = (
+        choice(Setup(draft=NGRAM, length=8)),
+        choice(Setup(draft=CODE_DRAFT, length=2), domain="code"),
+        choice(PLAIN, batch_size=8),
+    )
+    return replace(policy(*rows), prior=prior)

@@ -11,6 +11,7 @@ from profiles.drafting import DraftSource
 from profiles.engine import TorchEngine
 from profiles.rows import RowModel
 from profiles.terms import PLAIN, Draft, Prompt, Setup, Workload, digest_of
+from tests.toys import ScriptedPilot, wandering
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,10 +38,9 @@ def test_graphs_equal_eager_steps(tiny_folders: dict[str, Path], architecture: s
     assert graphed._graphs
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_every_draft_decodes_on_a_gpu(tiny_folders: dict[str, Path], batch_size: int, temperature: float) -> None:
-    """Greedy outputs are the traces'; sampled ones are as long; peak memory is told."""
+@pytest.fixture(scope="module")
+def engine(tiny_folders: dict[str, Path]) -> TorchEngine:
+    """A tiny random target with a draft of every kind."""
     target = models.load(str(tiny_folders["llama"]), dtype="float32", device="cuda")
     other = models.load(str(tiny_folders["qwen2"]), dtype="float32", device="cuda")
     ngram = {"max_match": 3, "min_match": 1}
@@ -50,7 +50,13 @@ def test_every_draft_decodes_on_a_gpu(tiny_folders: dict[str, Path], batch_size:
         DraftSource(draft=Draft(kind="ngram", **ngram), model=None),
         DraftSource(draft=Draft(kind="composite", model=other.record, **ngram), model=other.model),
     )
-    engine = TorchEngine(target, sources, "cuda")
+    return TorchEngine(target, sources, "cuda")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_every_draft_decodes_on_a_gpu(engine: TorchEngine, batch_size: int, temperature: float) -> None:
+    """Greedy outputs are the traces'; sampled ones are as long; peak memory is told."""
     workload = Workload(batch_size=batch_size, context_length=96, max_new_tokens=24, temperature=temperature)
     setups = (PLAIN, *(Setup(draft=draft, length=length) for draft in engine.drafts for length in (1, 4)))
     queues = [(prompt,) for prompt in PROMPTS] if batch_size == 1 else [PROMPTS]
@@ -61,3 +67,18 @@ def test_every_draft_decodes_on_a_gpu(tiny_folders: dict[str, Path], batch_size:
             assert sample.peak_memory_bytes
             assert sample.output_tokens == 24
             assert temperature > 0.0 or sample.output_digest == digest_of(list(trace.token_ids))
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_a_pilot_steers_on_a_gpu(engine: TorchEngine, batch_size: int) -> None:
+    """With another pick every round and a draft scored now and then, greedy outputs are the traces'."""
+    workload = Workload(batch_size=batch_size, context_length=96, max_new_tokens=24)
+    setups = [PLAIN, *(Setup(draft=draft, length=length) for draft in engine.drafts for length in range(1, 9))]
+    scores = dict.fromkeys(range(0, 400, 5), Setup(draft=engine.drafts[1], length=4))
+    for seed in range(3):
+        pilot = ScriptedPilot(wandering(setups, seed), scores)
+        found = engine.run_steered(workload, PROMPTS, pilot, 8)
+        for run, prompt in zip(found.generations, PROMPTS, strict=True):
+            assert run.peak_memory_bytes
+            assert tuple(run.token_ids) == engine.trace_target(workload, prompt).token_ids
+        assert any(report.scored for report in pilot.told)

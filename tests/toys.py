@@ -1,15 +1,24 @@
-"""A toy model whose law is a table: the next token depends on the last one only, so exact laws can be written down."""
+"""A toy model whose law is a table: the next token depends on the last one only, so exact laws can be written down.
 
+And toy pilots, which pick what they were told to, whatever they hear.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from scipy import stats
 
 from profiles.clock import Clock
 from profiles.decoding import Decoder, Generation
 from profiles.drafting import Drafter, ModelDrafter, NgramDrafter
 from profiles.sampling import Draws, output_law
-from profiles.terms import Prompt, Workload
+from profiles.steered import Drafters, Steered, SteeredRun
+from profiles.steering import Pick, Pilot, Round
+from profiles.terms import Draft, Prompt, Setup, Workload
 
 VOCABULARY = 5
 
@@ -82,3 +91,71 @@ def sequence_law(model: TableModel, workload: Workload, first: int) -> dict[tupl
             for token in range(len(step))
         }
     return {output: mass for output, mass in laws.items() if mass > 0.0}
+
+
+def p_value(law: Mapping[tuple[int, ...], float], outputs: Sequence[tuple[int, ...]]) -> float:
+    """Chi-square of outputs against their exact law, rare ones together; none may have probability zero."""
+    seen, size = Counter(outputs), len(outputs)
+    assert set(seen) <= set(law), "an output of probability zero was emitted"
+    large = [output for output, mass in law.items() if mass * size >= 5.0]
+    rest = 1.0 - sum(law[output] for output in large)
+    expected = [law[output] * size for output in large]
+    observed = [seen[output] for output in large]
+    if rest > 1e-9:
+        expected, observed = [*expected, rest * size], [*observed, size - sum(observed)]
+    return float(stats.chisquare(observed, expected).pvalue)
+
+
+class ScriptedPilot:
+    """Picks the next of `setups` every round; keeps what it was asked and told.
+
+    `scores`: by number of the round, the setup to score after it.
+    """
+
+    def __init__(self, setups: Iterable[Setup], scores: Mapping[int, Setup] | None = None) -> None:
+        self.asked: list[tuple[int, int | None, str | None, float]] = []
+        self.told: list[Round] = []
+        self._setups = iter(setups)
+        self._scores = scores or {}
+
+    def choose(
+        self,
+        *,
+        batch_size: int = 1,
+        context_length: int | None = None,
+        domain: str | None = None,
+        temperature: float = 0.0,
+    ) -> Pick:
+        score = self._scores.get(len(self.asked))
+        self.asked.append((batch_size, context_length, domain, temperature))
+        return Pick(
+            next(self._setups), True, batch_size, context_length or 0, domain or "mixed", temperature, score=score
+        )
+
+    def observe(self, report: Round) -> bool:
+        self.told.append(report)
+        return True
+
+
+def wandering(setups: Sequence[Setup], seed: int, longest: int = 1) -> Iterator[Setup]:
+    """Setups at random without end, each for at most `longest` rounds."""
+    rng = random.Random(seed)
+    while True:
+        yield from [rng.choice(setups)] * rng.randint(1, longest)
+
+
+def steer(
+    target: TableModel, drafts: Mapping[Draft, TableModel], workload: Workload, prompts: Sequence[Prompt], pilot: Pilot
+) -> SteeredRun:
+    """Decodes a queue as `pilot` says, with these model drafts and any look-up, up to 8 tokens a round."""
+    draws = Draws(workload.batch_size, workload, target.device)
+    models = {part.digest: model for draft, model in drafts.items() for part in draft.parts if part.kind != "ngram"}
+
+    def make(part: Draft) -> ModelDrafter | NgramDrafter:
+        if part.kind == "ngram":
+            return NgramDrafter(workload.batch_size, part.max_match or 0, part.min_match or 0)
+        return ModelDrafter(models[part.digest].rows(workload.batch_size), draws)
+
+    drafters = Drafters(make, 8)
+    decoder = Decoder(target.rows(workload.batch_size), drafters, draws, length=8)
+    return Steered(decoder, drafters, workload, pilot).run(prompts, Clock("cpu"))

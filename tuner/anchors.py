@@ -12,9 +12,9 @@ from tuner import search
 from tuner.claims import Forecast, Measured
 from tuner.evidence import Evidence
 from tuner.forecast import Forecaster
+from tuner.policy import MIN_DOMAIN_PROMPTS
 from tuner.question import MIXED
 
-MIN_DOMAIN_PROMPTS = 24
 MIN_FORECAST_PROMPTS = 12
 
 

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 PRIOR_ROUNDS = 64.0  # what stored evidence weighs, however much of it there is: the text may differ
 HALF_LIFE = 1024.0  # rounds of the selector after which what was seen weighs half
-SURPRISED_ROUNDS = 8.0  # what stored evidence weighs once rounds contradicted it
+SURPRISED_ROUNDS = 16.0  # what stored evidence weighs once rounds contradicted it
 WINDOW = 32  # rounds that a surprise is noticed in
-SURPRISE = 3.5  # standard errors
+SURPRISE = 5.0  # standard errors of rounds drawn alone; rounds of one text are alike
 _FADE = 1.0 - 1.0 / WINDOW
 _LEAST = 1e-9
 _LARGEST = 1e30
@@ -29,8 +29,8 @@ class Beliefs:
     `hit` is the share of rounds that propose anything; `weight` the rounds that the figures rest on. A share is
     (stored share x its weight + rounds that kept) / (weight + rounds that tested). What was seen fades as rounds of the
     selector go by, in use or not, so that the figures return to the stored ones. When about 32 rounds contradict the
-    figures by 3.5 standard errors, either way, only those rounds are left and the stored evidence weighs 8 rounds; its
-    weight then comes back at the rate at which the rest fades.
+    figures by 5 standard errors, either way, only those rounds are left and the stored evidence weighs 16 rounds, after
+    another surprise 8, and so on; its weight then comes back at the rate at which the rest fades.
     """
 
     __slots__ = (
@@ -59,7 +59,10 @@ class Beliefs:
         return self._stored + self._tested[0] / self._scale
 
     def observe(self, rows: Sequence[tuple[int, int]], place: int, now: int) -> None:
-        """Counts (proposed, accepted) of rounds asked for `lengths[place]` tokens; `now`: rounds of the selector."""
+        """Counts (proposed, accepted) of rounds asked for `lengths[place]` tokens; `now`: rounds of the selector.
+
+        The figures follow with the next `settle`.
+        """
         self.forget(now)
         length, mean = self.lengths[place], self.tokens[place] - 1.0
         spread = max(mean * (length - mean), 0.05)  # the most that a variance can be (Bhatia and Davis 2000)
@@ -74,7 +77,6 @@ class Beliefs:
                 self._next = (self._next + 1) % WINDOW
         if self._drift * self._drift > SURPRISE * SURPRISE * self._variance:
             self._start_over()
-        self.settle()
 
     def forget(self, now: int) -> None:
         """Lets what was seen fade until `now`."""
@@ -142,7 +144,8 @@ class Beliefs:
     def _start_over(self) -> None:
         """Keeps the latest rounds alone."""
         size = len(self._prior)
-        self._tested, self._kept, self._stored = [0.0] * size, [0.0] * size, SURPRISED_ROUNDS
+        self._tested, self._kept = [0.0] * size, [0.0] * size
+        self._stored = min(SURPRISED_ROUNDS, self._stored / 2.0)
         self._drift, self._variance, self._scale = 0.0, 0.0, 1.0
         for proposed, accepted in self._recent:
             self._count(proposed, accepted)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 WINDOW = 1000  # rounds
 MOST = 16.0  # plain rounds that any stretch of a window may have lost: 1,000 rounds in the time of 1,016 are 0.984
 RESERVE = 4.0  # a round may risk a quarter of what is left
+FULL_GAIN = 0.4  # of a plain round, from which on all of it may be used
+LEAST_SHARE = 0.7  # of it, by what gains nothing
 
 
 class Ledger:
@@ -23,8 +25,9 @@ class Ledger:
 
     All in plain rounds, the time of one round of plain decoding at that batch. `loss` is the largest sum over the
     latest 1, 2, ... 1,000 rounds: what a window that begins there would have lost if all that follows broke even.
-    A round risks at most a quarter of what is left of 16 (`allowed`), so speculation fades out before it is spent, and
-    comes back by its own gains or as losses leave the window.
+    A round risks at most a quarter of what is left of 16, so speculation fades out before it is spent, and comes back
+    by its own gains or as losses leave the window. What gains little may use little of it, because it would be long in
+    earning it back, and others would be held up.
     """
 
     __slots__ = ("_floor", "_now", "_total")
@@ -39,10 +42,10 @@ class Ledger:
         """At least 0."""
         return self._total - self._floor[0][1]
 
-    @property
-    def allowed(self) -> float:
-        """Plain rounds that the next round may lose at worst."""
-        return (MOST - self._total + self._floor[0][1]) / RESERVE
+    def allowed(self, gain: float = FULL_GAIN) -> float:
+        """Plain rounds that the next round may lose at worst; `gain`: what a plain round's time is expected to gain."""
+        most = MOST * min(1.0, LEAST_SHARE + (1.0 - LEAST_SHARE) * gain / FULL_GAIN)
+        return (most - self._total + self._floor[0][1]) / RESERVE
 
     def add(self, lost: float) -> None:
         """Books a round; below 0 it gained."""
@@ -65,5 +68,5 @@ class Ledger:
 
     def restore(self, kept: Mapping[str, Any]) -> None:
         """Takes up what `snapshot` told."""
-        self._now, self._total = kept["now"], kept["total"]
-        self._floor = deque((now, total) for now, total in kept["floor"])
+        self._now, self._total = int(kept["now"]), float(kept["total"])
+        self._floor = deque((int(now), float(total)) for now, total in kept["floor"])

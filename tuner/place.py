@@ -17,43 +17,72 @@ if TYPE_CHECKING:
     from profiles.terms import Setup
     from tuner.beliefs import Beliefs
 
-MARGIN = 0.03  # what is changed to must promise so much more
+MARGIN = 0.03  # another draft must promise so much more than what is in use
+LENGTH_MARGIN = 0.01  # and another length of the same draft
 DWELL = 24  # rounds before the next change, but for stepping back to plain decoding
 RETREAT_DWELL = 4
 HORIZON = 64  # rounds in which a change must earn what catching up takes
 SHARE = 1.0 / 16.0  # of the latest round in how long rounds are taken to last; the first ones count more
-MOST_OFF = math.log(4.0)  # a round counts as at most so much longer or shorter than the ones before it
+STORED_SHARE = 1.0 / 4.0
+NOISE = 0.05**2  # of the logarithm of a round's time, until it is known
+PLAIN_SHARE = 1.0 / 64.0  # the same of plain decoding, which all losses are held against
+OFF, JUMP = math.log(1.2), 3
+MOST_OFF = math.log(1.5)  # a round alone counts as at most so much longer or shorter than the ones before it
+CURIOUS = 2000  # rounds
 MEMORY = 2048  # rounds of the selector for which a time is remembered
 
 
 class Pace:
     """How much longer rounds of one setup last than stored: the exponential of a running mean of logarithms.
 
-    `factor` is 0 while nothing was heard, or not for long.
+    `factor` is 0 while nothing was heard, or not for long. `least_share` is what the latest round counts at least; the
+    stored time counts as four rounds. Three rounds in a row that are off by a fifth, to the same side, are a jump: from
+    there on the stored time counts for nothing.
     """
 
-    __slots__ = ("_log", "_share", "factor", "last")
+    __slots__ = ("_least", "_log", "_off", "_share", "_spread", "factor", "last")
 
-    def __init__(self) -> None:
+    def __init__(self, least_share: float) -> None:
+        self._least = least_share
         self.factor = 0.0
         self.last = 0
         self._log = 0.0
-        self._share = 1.0
+        self._share = STORED_SHARE
+        self._spread = NOISE
+        self._off = 0
 
-    def hear(self, ratio: float, now: int, start: float) -> None:
-        """A round took `ratio` times its stored seconds; `start` is what was assumed as long as nothing was known."""
+    @property
+    def low(self) -> float:
+        """The factor less a standard error."""
+        return self.factor * (1.0 - math.sqrt(self._spread * self._share))
+
+    def hear(self, ratio: float, now: int, start: float) -> bool:
+        """A round took `ratio` times its stored seconds; `start` is what was assumed as long as nothing was known.
+
+        True: it was the third of a jump.
+        """
         if not self.factor:
-            self._log, self._share = math.log(start), 1.0
-        self._share = max(SHARE, self._share / 2.0)
-        self._log += self._share * min(max(math.log(ratio) - self._log, -MOST_OFF), MOST_OFF)
+            self._log, self._share, self._off = math.log(start), STORED_SHARE, 0
+        beyond = math.log(ratio) - self._log
+        side = (beyond > OFF) - (beyond < -OFF)
+        self._off = self._off + side if side * self._off > 0 else side
+        jumped = abs(self._off) >= JUMP
+        if jumped:
+            self._share, self._off = 1.0, 0
+        else:
+            beyond = min(max(beyond, -MOST_OFF), MOST_OFF)
+            self._spread += SHARE * (beyond * beyond - self._spread)
+        self._share = max(self._least, self._share / (1.0 + self._share))  # 1/2, 1/3, 1/4 ...
+        self._log += self._share * beyond
         self.factor, self.last = math.exp(self._log), now
+        return jumped
 
     def snapshot(self) -> list[float]:
-        return [self.factor, self.last, self._log, self._share]
+        return [self.factor, self.last, self._log, self._share, self._spread, self._off]
 
     def restore(self, learned: Sequence[float]) -> None:
-        self.factor, last, self._log, self._share = learned
-        self.last = int(last)
+        self.factor, last, self._log, self._share, self._spread, off = learned
+        self.last, self._off = int(last), int(off)
 
 
 class Times:
@@ -67,7 +96,7 @@ class Times:
     def __init__(self, seconds: Sequence[float], num_lengths: int, catch_up_s: float = 0.0) -> None:
         self.seconds = tuple(seconds)
         self.catch_up_s = catch_up_s
-        self.paces = [Pace() for _ in range(num_lengths)]
+        self.paces = [Pace(SHARE if num_lengths > 1 else PLAIN_SHARE) for _ in range(num_lengths)]
 
     def snapshot(self) -> list[list[float]]:
         """The paces, as JSON values."""
@@ -80,12 +109,12 @@ class Times:
 
 
 class Option:
-    """One draft at a place: tokens per second of a row at every length, the best length, and what a round may lose.
+    """One draft at a place: tokens per second of a row at every length, and the best length.
 
-    `cautious` and `hopeful` are the best length's rate one standard error lower and higher.
+    `error` is the best length's standard error, `cautious` its rate less that.
     """
 
-    __slots__ = ("beliefs", "best", "cautious", "hopeful", "last_probe", "picks", "rates", "rows", "shared", "times")
+    __slots__ = ("beliefs", "best", "cautious", "error", "last_probe", "picks", "rates", "rows", "shared", "times")
 
     def __init__(self, picks: Sequence[Pick], beliefs: Beliefs, times: Times, rows: int) -> None:
         self.picks = tuple(picks)
@@ -94,7 +123,7 @@ class Option:
         self.rows = rows
         self.last_probe = 0
         self.best = 0
-        self.cautious = self.hopeful = 0.0
+        self.cautious = self.error = 0.0
         self.rates: list[float] = []
         self.shared = 1.0
 
@@ -128,7 +157,7 @@ class Option:
         tokens, length = beliefs.tokens[self.best], beliefs.lengths[self.best]
         # no variance of a figure between 0 and its most is larger (Bhatia and Davis 2000)
         error = math.sqrt(max(0.0, (tokens - 1.0) * (length + 1.0 - tokens)) / beliefs.weight) / tokens
-        self.cautious, self.hopeful = best_rate * (1.0 - error), best_rate * (1.0 + error)
+        self.cautious, self.error = best_rate * (1.0 - error), best_rate * error
 
 
 class Place:
@@ -157,13 +186,23 @@ class Place:
 
     @property
     def plain_s(self) -> float:
-        """Seconds of a round of plain decoding, as they were heard last."""
-        return self.plain.seconds[0] * (self.plain.paces[0].factor or 1.0)
+        """Seconds of a round of plain decoding, as they were heard last; until then at the pace of the setup in use."""
+        return self.plain.seconds[0] * (self.plain.paces[0].factor or self.shared)
+
+    @property
+    def plain_low_s(self) -> float:
+        """`plain_s` less a standard error: what a loss is held against, so that none is overlooked."""
+        return self.plain.seconds[0] * (self.plain.paces[0].low or self.shared)
 
     @property
     def rate(self) -> float:
         """Tokens per second of a row in use."""
         return 1.0 / self.plain_s if self.option is None else self.option.rates[self.length]
+
+    @property
+    def gain(self) -> float:
+        """Tokens that the setup in use yields in the time of a plain round, less the plain round's one."""
+        return self.plain_s * self.rate - 1.0
 
     @property
     def shared(self) -> float:
@@ -192,10 +231,19 @@ class Place:
             found = next((one for one in every if one[0].picks[one[1]].setup == setup), None)
         return found
 
-    def curious(self) -> Option | None:
-        """The option not in use that may be faster than what is, by its hopeful rate; the one probed longest ago."""
+    def curious(self, now: int) -> Option | None:
+        """The option not in use that may be faster than what is; the one probed longest ago.
+
+        It may be so much faster than its rate as is a standard error, and one more for every 2,000 rounds since it was
+        probed: texts change.
+        """
         rate = self.rate
-        hopeful = [option for option in self.options if option is not self.option and option.hopeful > rate]
+        hopeful = [
+            option
+            for option in self.options
+            if option is not self.option
+            and option.rates[option.best] + option.error * (1.0 + (now - option.last_probe) / CURIOUS) > rate
+        ]
         return min(hopeful, key=lambda option: option.last_probe) if hopeful else None
 
     def weigh(self, now: int) -> None:
@@ -223,14 +271,12 @@ class Place:
             option.last_probe = last_probe
 
     def review(self, heard: Option | None, now: int) -> None:
-        """After a round: weighs the option that was heard of, or in turn another one, and changes what is in use."""
+        """After a round: weighs what was heard of, every other time another option, and changes what is in use."""
         if self.options:
             turn = self._turn = (self._turn + 1) % (2 * len(self.options))
-            option = heard
-            if option is None or turn % 2:
-                option = self.options[turn // 2]
-                option.beliefs.forget(now)
-                option.beliefs.settle()
+            option = self.options[turn // 2] if heard is None or turn % 2 else heard
+            option.beliefs.forget(now)
+            option.beliefs.settle()
             option.weigh(self.shared, now)
             self._change(now)
 
@@ -242,8 +288,9 @@ class Place:
         if dwelt < DWELL:
             return
         for option in self.options:
-            promised = option.rates[option.best] if option is self.option else option.cautious
-            if promised > rate * (1.0 + MARGIN) and self._pays(option, promised / rate):
+            same = option is self.option
+            promised, margin = (option.rates[option.best], LENGTH_MARGIN) if same else (option.cautious, MARGIN)
+            if promised > rate * (1.0 + margin) and self._pays(option, promised / rate):
                 self._use(option, option.best, now)
                 rate = promised
 

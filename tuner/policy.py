@@ -19,6 +19,7 @@ from tuner.question import MIXED, check_asked, match_temperature
 from tuner.records import decode_version
 
 POLICY_VERSION = 3  # 2 added alternatives and the machine's traits, 3 what a selector starts from; both are still read
+MIN_DOMAIN_PROMPTS = 24  # from which on a domain has choices of its own
 
 
 def _require(condition: bool, message: str) -> None:
@@ -121,6 +122,11 @@ class Policy:
     def file_name(self) -> str:
         """The file a store keeps it in: one per target as it is run and machine, replaced by a later policy."""
         return f"policy-{self.target.run_digest[:12]}-{self.environment.digest[:8]}.json"
+
+    @property
+    def router_name(self) -> str:
+        """The file beside it that tells a request's domain (`tuner.router`)."""
+        return self.file_name.removesuffix(".json") + ".router.json"
 
     @property
     def headline(self) -> Choice:

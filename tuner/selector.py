@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 SNAPSHOT_VERSION = 1
 PROBE_SHARE = 0.005  # of all tokens: what probes may lose against the setup in use
 PROBE_ROUNDS = 4
-MOST_CREDIT = 32.0  # tokens
+FIRST_CREDIT, MOST_CREDIT = 8.0, 32.0  # tokens
 PLAN_EVERY = 24  # rounds between two looks for something to probe, more or less
 PLAIN_MEMORY = 256  # rounds after which the time of plain decoding is looked at again
 KNOWN_QUESTIONS = 4096
@@ -63,9 +63,9 @@ class Selector:
         self._known: dict[tuple[int, int | None, str | None, float], Place | None] = {}
         self._ledger = Ledger()
         self._now = 0
-        self._credit = 0.0
+        self._credit = FIRST_CREDIT
         self._random = seed
-        self._plan_at = PLAN_EVERY
+        self._plan_at = PROBE_ROUNDS
         self._burst: _Burst | None = None
         self.num_refused = 0
 
@@ -100,16 +100,15 @@ class Selector:
             place = self._known[question] if question in self._known else self._find(question)
             if place is None:
                 return self._places.uncovered
-            allowed = self._ledger.allowed
             if self._burst is not None and self._burst.place is place:
-                if self._burst.worst <= allowed:
+                if self._burst.worst <= self._ledger.allowed():
                     return self._burst.pick
                 self._burst = None
             if self._now >= self._plan_at and place.options:
-                pick = self._plan(place, allowed)
+                pick = self._plan(place)
                 if pick is not None:
                     return pick
-            return place.pick(allowed)
+            return place.pick(self._ledger.allowed(place.gain))
 
     def observe(self, report: Round) -> bool:
         """Learns from a round that was run as picked; False: the report is impossible, it was refused and counted."""
@@ -188,7 +187,7 @@ class Selector:
         self._known[question] = place
         return place
 
-    def _plan(self, place: Place, allowed: float) -> Pick | None:
+    def _plan(self, place: Place) -> Pick | None:
         """A probe to run now, if one is worth it and the budget has what it is likely to lose against the setup in use.
 
         Plain decoding first, where its time was not heard of lately; then the draft that may be faster and was probed
@@ -200,7 +199,7 @@ class Selector:
         if place.option is not None and (not pace.factor or self._now - pace.last >= PLAIN_MEMORY):
             likely = PROBE_ROUNDS * (place.plain_s * rate - 1.0)
             return self._begin(place, place.plain_pick, 0.0) if likely <= self._credit else None
-        option = place.curious()
+        option = place.curious(self._now)
         if option is None:
             return None
         likely = option.times.catch_up_s * rate
@@ -208,7 +207,8 @@ class Selector:
         if not scored:
             tokens, best = option.beliefs.tokens[option.best], option.rates[option.best]
             likely += PROBE_ROUNDS * max(0.0, tokens * (rate / best - 1.0))
-        if likely > self._credit or (not scored and place.worst(option, option.best) > allowed):
+        risked = option.times.catch_up_s / place.plain_s if scored else place.worst(option, option.best)
+        if likely > self._credit or risked > self._ledger.allowed():
             return None
         option.last_probe = self._now
         if scored:
@@ -222,7 +222,7 @@ class Selector:
     def _learn(self, place: Place, found: tuple[Option, int] | None, report: Round) -> None:
         """From a round of `found`, a draft and the place of its length, or of plain decoding."""
         pick, rows, seconds, _ = report
-        now, plain_s, rate = self._now, place.plain_s, place.rate
+        now, plain_low_s, rate = self._now, place.plain_low_s, place.rate
         tokens = 1.0 + sum(accepted for _, accepted in rows) / len(rows)
         if found is None:
             option, lost = None, 0.0
@@ -232,11 +232,12 @@ class Selector:
             stored_s = option.times.seconds[max(proposed for proposed, _ in rows)]
             pace = option.times.paces[length]
             usual_s = stored_s * (pace.factor or place.shared) + option.times.catch_up_s
-            if option is place.ran or not option.times.catch_up_s:  # else it caught up first
-                pace.hear(seconds / stored_s, now, place.shared)
+            caught_up = option is not place.ran and option.times.catch_up_s > 0.0
+            if not caught_up and pace.hear(seconds / stored_s, now, place.shared):
+                place.plain.paces[0].last = self._plan_at = now - PLAIN_MEMORY  # is it the machine?
             option.beliefs.observe(rows, length, now)
             # a hiccup of the machine would have held up plain decoding too
-            lost = min(seconds, HICCUP * usual_s) / plain_s - tokens
+            lost = min(seconds, HICCUP * usual_s) / plain_low_s - tokens
         place.ran = option
         self._ledger.add(lost)
         self._credit = min(MOST_CREDIT, self._credit + PROBE_SHARE * tokens)
@@ -250,7 +251,7 @@ class Selector:
         """From the rounds that a draft would have had over text that is there."""
         option, length = found
         option.beliefs.observe(report.rows, length, self._now)
-        self._ledger.charge(report.seconds / place.plain_s)
+        self._ledger.charge(report.seconds / place.plain_low_s)
         self._credit -= report.seconds * place.rate
         place.review(option, self._now)
 

@@ -57,9 +57,9 @@ def rate_bars(name: str, rows: Sequence[ChartRow], hue: str, every: Sequence[Cha
         axes.set_yticks([at for at, _ in ticks], [text for _, text in ticks])
         dress_rate_axes(axes, every, num_rows, PAGE)
         axes.set_xlim(right=axes.get_xlim()[1] * 1.12)  # a narrow panel needs more room for its numbers
-        axes.xaxis.set_major_locator(_round_numbers(5))
+        axes.xaxis.set_major_locator(round_numbers(5))
         axes.set_xlabel("output tokens per second", fontsize=9, color=PAGE.ink)
-        return _inline(figure, name, "bars: tokens per second of each length, forecast above measured")
+        return inline(figure, name, "bars: tokens per second of each length, forecast above measured")
 
 
 def speedups(name: str, rows: Sequence[tuple[str, Interval, bool, str]]) -> str:
@@ -81,7 +81,7 @@ def speedups(name: str, rows: Sequence[tuple[str, Interval, bool, str]]) -> str:
         axes.set_yticks([])
         axes.set_xlabel("times as fast as plain decoding", fontsize=9, color=PAGE.ink)
         dress_axes(axes, "x", PAGE)
-        return _inline(figure, name, "forest plot: speed-up with its interval by domain, and a line at 1")
+        return inline(figure, name, "forest plot: speed-up with its interval by domain, and a line at 1")
 
 
 def forecast_against_measured(name: str, points: Sequence[tuple[Interval, Interval, str]]) -> str:
@@ -102,7 +102,7 @@ def forecast_against_measured(name: str, points: Sequence[tuple[Interval, Interv
         axes.set_xlabel("forecast speed-up", fontsize=9, color=PAGE.ink)
         axes.set_ylabel("measured speed-up", fontsize=9, color=PAGE.ink)
         dress_axes(axes, "both", PAGE)
-        return _inline(figure, name, "scatter: measured against forecast speed-up, and a line where they agree")
+        return inline(figure, name, "scatter: measured against forecast speed-up, and a line where they agree")
 
 
 def acceptance(name: str, curves: Sequence[AcceptanceCurve], hues: Mapping[str, str]) -> str:
@@ -126,7 +126,7 @@ def acceptance(name: str, curves: Sequence[AcceptanceCurve], hues: Mapping[str, 
         axes.set_xlabel("position in the round", fontsize=9, color=PAGE.ink)
         axes.set_ylabel("rounds that kept so far", fontsize=9, color=PAGE.ink)
         dress_axes(axes, "y", PAGE)
-        return _inline(figure, name, "lines: acceptance by position, one line for each draft")
+        return inline(figure, name, "lines: acceptance by position, one line for each draft")
 
 
 def staircase(name: str, part: Staircase, hue: str) -> str:
@@ -145,12 +145,12 @@ def staircase(name: str, part: Staircase, hue: str) -> str:
         axes.errorbar(widths, middles, yerr=spread, fmt="o", markersize=3.5, elinewidth=0.9, capsize=2.0, color=hue)
         axes.set(xlim=(widths[0] - 0.7, widths[-1] + 0.7), ylim=(0.0, most * scale * 1.12))
         axes.set_xticks(widths if len(widths) <= 12 else widths[:: -(-len(widths) // 8)])
-        axes.yaxis.set_major_locator(_round_numbers(5))
+        axes.yaxis.set_major_locator(round_numbers(5))
         words = "tokens asked for" if part.kind == "ngram" else "width: tokens in one forward"
         axes.set_xlabel(words, fontsize=9, color=PAGE.ink)
         axes.set_ylabel(unit, fontsize=9, color=PAGE.ink)
         dress_axes(axes, "y", PAGE)
-        return _inline(figure, name, f"steps: time in {unit} of one forward against its width")
+        return inline(figure, name, f"steps: time in {unit} of one forward against its width")
 
 
 def _panel(height: float, left: float = 0.42) -> tuple[Figure, Any]:
@@ -161,14 +161,14 @@ def _panel(height: float, left: float = 0.42) -> tuple[Figure, Any]:
     return figure, figure.add_axes(place, facecolor="none")
 
 
-def _round_numbers(most: int) -> Any:
+def round_numbers(most: int) -> Any:
     return MaxNLocator(most, steps=[1, 2, 5, 10])
 
 
 def _ratio_scale(axes: Any, side: str, known: Sequence[Interval]) -> None:
     """A logarithmic axis that shows every interval, with ticks at round numbers, one of them 1 where that is seen."""
     low, high = min(one.low for one in known) / 1.06, max(one.high for one in known) * 1.06
-    ticks = {round(float(tick), 6) for tick in (*_round_numbers(6).tick_values(low, high), 1.0) if low < tick < high}
+    ticks = {round(float(tick), 6) for tick in (*round_numbers(6).tick_values(low, high), 1.0) if low < tick < high}
     axis = {"x": axes.xaxis, "y": axes.yaxis}[side]
     axes.set(**{f"{side}scale": "log", f"{side}lim": (low, high)})
     axis.set_ticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)])
@@ -183,7 +183,7 @@ def _draw_point(axes: Any, at: tuple[Interval, float], measured: bool, hue: str)
     axes.errorbar(known.estimate, height, xerr=spread, color=hue, markerfacecolor=face, **style)
 
 
-def _inline(figure: Figure, name: str, label: str) -> str:
+def inline(figure: Figure, name: str, label: str) -> str:
     """The figure as an <svg> element for a page: as wide as its place, its ids its own, its colours the page's."""
     buffer = io.StringIO()
     with warnings.catch_warnings():
