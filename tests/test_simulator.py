@@ -20,7 +20,8 @@ from tests.fakes import DRAFT_A, GREEDY, NGRAM, TARGET, FakeEngine, prompts
 from tuner import streams
 from tuner.evidence import Evidence, gather
 from tuner.forecast import Forecaster
-from tuner.simulator import Record, Simulator, World, noise_of
+from tuner.played import Record
+from tuner.simulator import Simulator, World, noise_of
 from tuner.streams import Phase, Request, Stream, Weather
 
 LENGTHS = (1, 2, 3, 4, 5, 6)

@@ -9,7 +9,6 @@ import random
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import NamedTuple
 
 from profiles.errors import InputError, NotMeasuredError
@@ -20,6 +19,7 @@ from profiles.steering import Pick, Round
 from profiles.terms import PLAIN, Prompt, Setup, StepTimes, Workload
 from tuner.evidence import Evidence
 from tuner.forecast import Forecaster
+from tuner.played import Played, Record
 from tuner.streams import Moment, Request, Stream, Weather
 
 Shape = tuple[int, int, int]
@@ -37,57 +37,6 @@ class World:
     workload: Workload
     evidence: Evidence
     forecasters: Mapping[int, Forecaster]
-
-
-class Played(NamedTuple):
-    """A round that was played.
-
-    `seconds`: the round, the prefills its rows waited for and the scoring that was asked for. `plain_s`: what plain
-    decoding would have taken for as many tokens of that batch, on the machine as it was in that round. `phase`: of the
-    stream.
-    """
-
-    setup: Setup
-    domain: str | None
-    num_rows: int
-    tokens: int
-    seconds: float
-    plain_s: float
-    probe: bool
-    phase: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """All rounds of a stream. A stream of outputs of one token has none, and no figures."""
-
-    rounds: tuple[Played, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Without the first of every output, which comes from its prefill."""
-        return sum(one.tokens for one in self.rounds)
-
-    @property
-    def seconds(self) -> float:
-        return sum(one.seconds for one in self.rounds)
-
-    @property
-    def tok_per_s(self) -> float:
-        return self.tokens / self.seconds
-
-    @property
-    def over_plain(self) -> float:
-        """Seconds plain decoding would have taken in these very conditions, over those it took."""
-        return sum(one.plain_s for one in self.rounds) / self.seconds
-
-    def worst_window(self, size: int) -> float:
-        """The least `over_plain` of `size` rounds in a row; of all rounds when there are no more."""
-        seconds = list(accumulate((one.seconds for one in self.rounds), initial=0.0))
-        plain_s = list(accumulate((one.plain_s for one in self.rounds), initial=0.0))
-        size = min(size, len(self.rounds))
-        starts = range(len(self.rounds) - size + 1)
-        return min((plain_s[at + size] - plain_s[at]) / (seconds[at + size] - seconds[at]) for at in starts)
 
 
 class Simulator:
@@ -279,14 +228,15 @@ class _Run:
             round_s = factor * arm.seconds(num_rows, shape)
             tokens = _advance(arm, self._rows, outcomes, shape)
             pilot.observe(Round(pick, tuple([(one.proposed, one.accepted) for one in outcomes]), round_s))
-            waited = self._refills, self._rows[-1].phase
+            phase = self._rows[-1].phase
             self._rows = [row for row in self._rows if row.start < row.size]
-            scoring_s = 0.0 if pick.score is None else self._score(pilot, pick, factor)
-            seconds = round_s + scoring_s + factor * waited[0] * starter.refill_s(num_rows)
+            seconds = round_s + factor * self._refills * starter.refill_s(num_rows)
+            if pick.score is not None:
+                seconds += self._score(pilot, pick, factor)
             plain_s = tokens / num_rows * self._plain.seconds(num_rows, PLAIN_SHAPE)
-            plain_s += waited[0] * self._plain.refill_s(num_rows)
+            plain_s = factor * (plain_s + self._refills * self._plain.refill_s(num_rows))
             self._seconds += seconds
-            played = Played(pick.setup, domain, num_rows, tokens, seconds, factor * plain_s, pick.probe, waited[1])
+            played = Played(pick.setup, domain, num_rows, tokens, seconds, plain_s, factor, pick.probe, phase)
             self._played.append(played)
             self._let_in()
         return Record(rounds=tuple(self._played))

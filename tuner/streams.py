@@ -6,7 +6,7 @@ of setups, engines or times.
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from profiles.errors import InputError
@@ -122,6 +122,17 @@ def flipping(prompts: Sequence[Prompt], seed: int, *, batch: int, most_tokens: i
     calm = Phase(num_requests=1)
     rush = Phase(num_requests=batch - 1, concurrency=batch, most_tokens=most_tokens)
     return stream_of("flipping", [calm, rush] * num_flips, prompts, seed)
+
+
+def mislabelled(stream: Stream) -> Stream:
+    """The same requests under the names of other domains, each under the one that comes next."""
+    domains = tuple(dict.fromkeys(request.prompt.domain for request in stream.requests))
+    names = dict(zip(domains, (*domains[1:], *domains[:1]), strict=True))
+    requests = tuple(
+        request._replace(prompt=replace(request.prompt, domain=names[request.prompt.domain]))
+        for request in stream.requests
+    )
+    return Stream(name=f"{stream.name}, mislabelled", requests=requests)
 
 
 class Moment(NamedTuple):

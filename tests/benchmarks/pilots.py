@@ -199,6 +199,6 @@ class Oracle:
 
 
 def reward(report: Round, most_per_s: float) -> float:
-    """Tokens per second of a round as a fraction of the most there can be, at most 1."""
-    tokens = sum(accepted + 1 for _, accepted in report.rows)
+    """Tokens per second of a row as a fraction of the most there can be, at most 1."""
+    tokens = sum(accepted + 1 for _, accepted in report.rows) / len(report.rows)
     return min(1.0, tokens / report.seconds / most_per_s)

@@ -1,0 +1,159 @@
+"""The family's evidence as a simulated server, and a policy made from half of the prompts: the other half is served.
+
+Evidence is measured by the engine through a remembering store, so a second run on the same store measures nothing.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from profiles import loading, shipped, spelling
+from profiles.loading import Bench, Question
+from profiles.terms import PLAIN, Prompt, Setup, Workload
+from store.book import Book
+from store.remember import Remember
+from tests.benchmarks.common import DRAFTS
+from tuner.anchors import Anchor, Grounds
+from tuner.claims import Forecast
+from tuner.evidence import Evidence, gather, spread_over_domains
+from tuner.forecast import Forecaster
+from tuner.objective import finalists
+from tuner.policy import Choice, Policy
+from tuner.question import MIXED
+from tuner.simulator import Simulator, World, noise_of
+from tuner.space import candidates
+from tuner.summary import summarise
+
+LENGTHS = tuple(range(1, 17))
+BATCHES = (1, 4, 8, 16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """What was measured of the family, and what follows from it.
+
+    `policy` holds for every batch, over all domains and for each, the best forecast on prompts that are not `served`;
+    nothing in it is proven. `best[batch, domain]` are the best setups of those forecasts, `noise` the factors by which
+    the target's steps scatter around their mean.
+    """
+
+    bench: Bench
+    workload: Workload
+    simulator: Simulator
+    policy: Policy
+    best: Mapping[tuple[int, str], Setup]
+    setups: tuple[Setup, ...]
+    served: tuple[Prompt, ...]
+    noise: tuple[float, ...]
+    _alone: dict[Prompt, tuple[Setup, int]] = field(default_factory=dict)
+
+    def look_up(self, num_rows: int, domain: str | None) -> Setup:
+        """The policy's answer, which never changes."""
+        size = min(size for size, _ in self.best if size >= num_rows)
+        return self.best[size, domain or MIXED]
+
+    def best_alone(self, prompt: Prompt) -> tuple[Setup, int]:
+        """The setup that takes the least time for a prompt at batch 1, and the tokens its rounds emit."""
+        if prompt not in self._alone:
+            forecaster = self.simulator.world.forecasters[1]
+            seconds = {}
+            for setup in self.setups:
+                shapes = forecaster.rounds(setup, [prompt]).shapes
+                seconds[setup] = sum(count * forecaster.round_s(setup, shape) for shape, count in shapes.items())
+            tokens = len(self.simulator.world.evidence.traces[prompt.digest].token_ids) - 1
+            self._alone[prompt] = min(seconds, key=lambda setup: seconds[setup]), tokens
+        return self._alone[prompt]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The flags that both benchmarks of the selector share."""
+    parser.add_argument("--seeds", type=int, default=100)
+    parser.add_argument("--store", type=Path, help="folder of a store to keep evidence in; none: measure anew")
+    parser.add_argument("--prompts", type=int, default=144, help="half make the policy, half are served")
+    parser.add_argument("--tokens", type=int, default=64)
+
+
+@contextmanager
+def family(options: argparse.Namespace) -> Iterator[Family]:
+    """Measures or recalls everything; the store is open meanwhile."""
+    with tempfile.TemporaryDirectory() as folder, Book.open((options.store or Path(folder)) / "evidence.db") as book:
+        specs = spelling.with_composites([spelling.parse_draft(text) for text in DRAFTS])
+        bench = loading.load(shipped.TARGET, specs, None, None)
+        question = Question(lengths=LENGTHS, max_new_tokens=options.tokens, batch_sizes=BATCHES)
+        loads, _ = loading.workloads(bench, question, [shipped.ALL_PROMPTS])
+        prompts = spread_over_domains(loads[0][1], options.prompts)
+        engine = Remember(bench.engine, book)
+        measured = {}
+        for workload, _ in loads:
+            evidence = gather(engine, workload, prompts, LENGTHS, lambda *_: None)
+            measured[workload] = Grounds(
+                evidence=evidence, forecaster=Forecaster(evidence, workload, engine.target.run_digest, workload.seed)
+            )
+        yield _family(bench, measured, prompts)
+
+
+def _family(bench: Bench, measured: Mapping[Workload, Grounds], prompts: Sequence[Prompt]) -> Family:
+    alone = next(iter(measured))
+    evidence: Evidence = measured[alone].evidence
+    setups = candidates(evidence.drafts, LENGTHS)
+    by_domain: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_domain.setdefault(prompt.domain, []).append(prompt)
+    known = {domain: own[::2] for domain, own in by_domain.items()}
+    pools = {MIXED: [prompt for own in known.values() for prompt in own], **known}
+    anchors = [
+        Anchor(
+            workload=workload,
+            domain=domain,
+            forecast_pool=tuple(pool),
+            race_pool=(),
+            proof_pool=(),
+            grounds=grounds,
+            forecasts=[grounds.forecaster.forecast(setup, pool) for setup in setups],
+        )
+        for workload, grounds in measured.items()
+        for domain, pool in pools.items()
+    ]
+    choices = tuple(_choice(anchor) for anchor in anchors)
+    return Family(
+        bench=bench,
+        workload=alone,
+        simulator=Simulator(
+            World(
+                workload=alone,
+                evidence=evidence,
+                forecasters={load.batch_size: grounds.forecaster for load, grounds in measured.items()},
+            )
+        ),
+        policy=Policy(
+            created=datetime.now(UTC).isoformat(),
+            target=bench.engine.target,
+            environment=bench.engine.environment,
+            choices=choices,
+            prior=summarise(anchors, LENGTHS),
+        ),
+        best={(choice.batch_size, choice.domain): choice.setup for choice in choices},
+        setups=setups,
+        served=tuple(prompt for own in by_domain.values() for prompt in own[1::2]),
+        noise=noise_of(evidence.steps[bench.engine.target.run_digest]),
+    )
+
+
+def _choice(anchor: Anchor) -> Choice:
+    """The best forecast of an anchor; plain decoding where none beats it."""
+    best: Forecast | None = None
+    for setup in finalists(anchor.forecasts, 1):
+        best = next(one for one in anchor.forecasts if one.setup == setup)
+    return Choice(
+        batch_size=anchor.workload.batch_size,
+        context_length=anchor.workload.context_length,
+        domain=anchor.domain,
+        temperature=anchor.workload.temperature,
+        setup=PLAIN if best is None else best.setup,
+        reason="The best forecast; nothing was run to prove it.",
+        forecast=best,
+    )
