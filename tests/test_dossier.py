@@ -225,14 +225,14 @@ def test_json_round_trip(made: Dossier) -> None:
     """Through text and back it is the same record, and the text holds no other than JSON's types."""
     raw = json.loads(json.dumps(made.to_json(), allow_nan=False))
     assert Dossier.from_json(raw) == made
-    assert raw["version"] == 2
+    assert raw["version"] == 3
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"version": 3}, "dossier version 3 is newer than version 2"),
-        ({"version": 0}, "version 0: this draftpick knows 2"),
+        ({"version": 4}, "dossier version 4 is newer than version 3"),
+        ({"version": 0}, "version 0: this draftpick knows 3"),
         ({"loads": []}, "a dossier needs a load"),
         ({"loads": "none"}, 'dossier.loads is "none": a list is needed'),
         ({"created": 5}, "dossier.created is 5: a string is needed"),

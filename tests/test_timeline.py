@@ -6,8 +6,9 @@ from xml.etree import ElementTree
 import pytest
 
 from profiles.errors import InputError
+from tuner.report.dossier import Span, Timeline
 from tuner.report.pictures import PAGE
-from tuner.report.timeline import WIDE_INCHES, Span, Timeline, smoothed, timeline
+from tuner.report.timeline import WIDE_INCHES, smoothed, timeline
 
 HUES = PAGE.hues(["draft-code", "ngram"])
 PLAIN = Span(start_s=0.0, seconds=0.5, draft_name="plain", length=0, batch_size=2, tokens=2, domain="code")
@@ -35,7 +36,7 @@ def run(num_rounds: int = 40) -> Timeline:
 def test_rates_by_hand() -> None:
     """Two rounds of 2 tokens in half a second, a second's pause, then 8 tokens in half a second."""
     spans = [PLAIN, replace(PLAIN, start_s=0.5), replace(PLAIN, start_s=2.0, tokens=8)]
-    assert smoothed(spans, 5) == [(0.25, 4.0), (0.75, 4.0), (1.25, 0.0), (1.75, 0.0), (2.25, pytest.approx(16.0))]
+    assert smoothed(spans, 5) == ((0.25, 4.0), (0.75, 4.0), (1.25, 0.0), (1.75, 0.0), (2.25, pytest.approx(16.0)))
 
 
 def test_no_token_is_lost_to_smoothing() -> None:

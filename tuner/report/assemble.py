@@ -15,6 +15,7 @@ from tuner.policy import Choice, Policy
 from tuner.proof import shortfall
 from tuner.report.curves import acceptance_curves, staircases
 from tuner.report.dossier import AnchorFigures, Candidate, Dossier, LoadFigures
+from tuner.report.steering import replayed
 from tuner.tuning import Outcome
 
 
@@ -45,6 +46,7 @@ def dossier(outcome: Outcome, policy: Policy) -> Dossier:
         environment=policy.environment,
         loads=tuple(_load(workload, rows, policy) for workload, rows in loads.items()),
         standing=tuple(replace(choice, evidence=()) for choice in held.values()),
+        timeline=replayed(outcome.anchors, policy),
     )
 
 

@@ -5,16 +5,17 @@ torch. How the figures came about it must not know. Standard library only.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 from profiles.errors import InputError
-from profiles.terms import Draft, Environment, Interval, Model
+from profiles.terms import ADDED, Draft, Environment, Interval, Model
 from tuner.claims import RoundSplit
 from tuner.policy import Choice
 from tuner.records import decode_version
 
-DOSSIER_VERSION = 2  # 2 added what policies of version 2 did; 1 is still read
+DOSSIER_VERSION = 3  # 2 added what policies of version 2 did, 3 the timeline; both are still read
+Line = tuple[tuple[float, ...], ...]  # (seconds since the start, tokens per second)
 STATES = ("baseline", "forecast only", "raced", "pruned in the race", "not proven", "proven", "infeasible")
 
 
@@ -112,10 +113,44 @@ class LoadFigures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A round, or some alike in a row: from `start_s` on for `seconds`, `tokens` put out by all rows of the batch.
+
+    `draft_name` is `plain` and `length` 0 for plain decoding; `domain` is None for requests of several domains.
+    """
+
+    start_s: float
+    seconds: float
+    draft_name: str
+    length: int
+    batch_size: int
+    tokens: int
+    domain: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """The rounds of a steered run in their order, and what the same stream made of it without steering.
+
+    `best_single_name` is the setup that was fastest of those run for the whole stream.
+    """
+
+    spans: tuple[Span, ...]
+    plain: Line = ()
+    best_single: Line = ()
+    best_single_name: str = ""
+
+    @property
+    def end_s(self) -> float:
+        return max(span.start_s + span.seconds for span in self.spans)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Dossier:
     """One run: its models and machine, its loads, and the policy's choices of earlier runs that it left standing.
 
-    `created` is the policy's. Raises InputError: another version, no load, or a load without an anchor.
+    `created` is the policy's. `timeline`: a selector with that policy, replayed on the run's evidence. Raises
+    InputError: another version, no load, or a load without an anchor.
     """
 
     version: int = DOSSIER_VERSION
@@ -125,6 +160,7 @@ class Dossier:
     environment: Environment
     loads: tuple[LoadFigures, ...]
     standing: tuple[Choice, ...]
+    timeline: Timeline | None = field(default=None, metadata=ADDED)
 
     def __post_init__(self) -> None:
         if self.version != DOSSIER_VERSION:

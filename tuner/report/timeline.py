@@ -4,7 +4,6 @@ Draws rounds and series of figures in the colours of the page; who steered, and 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -16,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from profiles.errors import InputError
 from tuner.report.charts import dress_axes
+from tuner.report.dossier import Line, Span, Timeline
 from tuner.report.pictures import PAGE, RC, WIDTH_INCHES, inline, round_numbers
 
 WIDE_INCHES = 11.0  # on a screen; WIDTH_INCHES fills a phone
@@ -24,37 +24,6 @@ LEAST_BAR = 0.004  # of the width: a shorter stretch would not be seen
 HEIGHTS = {"legend": 0.3, "rate": 1.7, "length": 0.95, "batch": 0.6, "domain": 0.22}  # inches, from the top down
 GAP_INCHES, BOTTOM_INCHES, LEFT_INCHES, RIGHT_INCHES = 0.16, 0.45, 0.52, 0.08
 LETTER_INCHES = 0.075
-
-Line = Sequence[tuple[float, float]]  # (seconds since the start, tokens per second)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """A round as it is drawn: from `start_s` on for `seconds`, `tokens` put out by all rows of the batch.
-
-    `draft_name` is `plain` and `length` 0 for plain decoding; `domain` is None for requests of several domains.
-    """
-
-    start_s: float
-    seconds: float
-    draft_name: str
-    length: int
-    batch_size: int
-    tokens: int
-    domain: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timeline:
-    """The rounds of a steered run in their order, and what the same stream made of it without steering."""
-
-    spans: tuple[Span, ...]
-    plain: Line = ()
-    best_single: Line = ()
-
-    @property
-    def end_s(self) -> float:
-        return max(span.start_s + span.seconds for span in self.spans)
 
 
 def smoothed(spans: Sequence[Span], num_points: int = NUM_POINTS) -> Line:
@@ -70,7 +39,7 @@ def smoothed(spans: Sequence[Span], num_points: int = NUM_POINTS) -> Line:
         tokens += [tokens[-1], tokens[-1] + span.tokens]
     edges = numpy.linspace(moments[0], moments[-1], num_points + 1)
     rates = numpy.diff(numpy.interp(edges, moments, tokens)) / numpy.diff(edges)
-    return list(zip(((edges[1:] + edges[:-1]) / 2).tolist(), rates.tolist(), strict=True))
+    return tuple(zip(((edges[1:] + edges[:-1]) / 2).tolist(), rates.tolist(), strict=True))
 
 
 def timeline(name: str, shown: Timeline, hues: Mapping[str, str], width_inches: float = WIDTH_INCHES) -> str:

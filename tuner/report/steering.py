@@ -1,0 +1,119 @@
+"""What a selector would have made of a run's own prompts: replayed on its evidence, for the report's timeline.
+
+Domain after domain at every batch that was measured, up and down again, beside plain decoding and the best single
+setup. Nothing is decoded, so it shows how a selector behaves and not how fast the machine is.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+
+from profiles.errors import NotMeasuredError
+from profiles.steering import Pick, Round
+from profiles.terms import PLAIN, Prompt, Setup
+from tuner import streams
+from tuner.anchors import Anchor
+from tuner.played import Played, Record
+from tuner.policy import Policy
+from tuner.question import MIXED
+from tuner.report.dossier import Span, Timeline
+from tuner.report.timeline import smoothed
+from tuner.selector import Selector
+from tuner.simulator import Simulator, World
+from tuner.streams import Phase, Stream
+
+REQUESTS = 8  # of a phase at batch 1; in a batch as many full ones as make no fewer, but at least two
+HOPEFUL = 5  # setups of each anchor that may be the best single one
+
+
+def replayed(anchors: Sequence[Anchor], policy: Policy) -> Timeline | None:
+    """The timeline of a stream made of the anchors of the first temperature; None where nothing was forecast.
+
+    The requests are the prompts that the forecasts rest on: the policy was made from them.
+    """
+    known = [anchor for anchor in anchors if anchor.grounds is not None and anchor.forecasts]
+    known = [anchor for anchor in known if anchor.workload.temperature == known[0].workload.temperature]
+    if not known or policy.prior is None:
+        return None
+    simulator, stream = _simulator(known), _stream(known)
+    try:
+        steered = simulator.serve(stream, Selector(policy))
+        records = {setup: simulator.serve(stream, _Fixed(setup)) for setup in _hopeful(known)}
+    except NotMeasuredError:  # evidence of an earlier draftpick lacks what a replay needs
+        return None
+    if not steered.rounds:
+        return None
+    best = max(records, key=lambda setup: records[setup].tok_per_s)
+    return Timeline(
+        spans=tuple(_stretches(steered)),
+        plain=smoothed(list(_stretches(records[PLAIN]))),
+        best_single=smoothed(list(_stretches(records[best]))),
+        best_single_name=best.name,
+    )
+
+
+class _Fixed:
+    """A pilot that never changes its mind."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._pick = Pick(setup, True, 1, 1, MIXED, 0.0)
+
+    def choose(self, **_: object) -> Pick:
+        return self._pick
+
+    def observe(self, report: Round) -> bool:  # noqa: ARG002
+        return True
+
+
+def _simulator(known: Sequence[Anchor]) -> Simulator:
+    grounds = {anchor.workload.batch_size: anchor.grounds for anchor in reversed(known)}
+    first = known[0].grounds
+    assert first is not None
+    forecasters = {size: one.forecaster for size, one in grounds.items() if one is not None}
+    return Simulator(World(workload=known[0].workload, evidence=first.evidence, forecasters=forecasters))
+
+
+def _stream(known: Sequence[Anchor]) -> Stream:
+    """Every domain in turn at every batch, the smallest first, and back again."""
+    prompts = _served(known)
+    domains = tuple(dict.fromkeys(prompt.domain for prompt in prompts))
+    sizes = sorted({anchor.workload.batch_size for anchor in known})
+    phases = [
+        Phase(num_requests=max(REQUESTS, 2 * size), domains=(domain,), concurrency=size)
+        for size in (*sizes, *reversed(sizes[:-1]))
+        for domain in domains
+    ]
+    return streams.stream_of("timeline", phases, prompts, seed=0)
+
+
+def _served(known: Sequence[Anchor]) -> list[Prompt]:
+    """Prompts of the first workload that have a trace."""
+    own = [anchor for anchor in known if anchor.workload == known[0].workload]
+    return list({prompt.digest: prompt for anchor in own for prompt in anchor.forecast_pool}.values())
+
+
+def _hopeful(known: Iterable[Anchor]) -> set[Setup]:
+    """Plain decoding and the best forecasts of every anchor."""
+    return {PLAIN, *(one.setup for anchor in known for one in anchor.forecasts[:HOPEFUL])}
+
+
+def _stretches(record: Record) -> Iterator[Span]:
+    """Rounds alike in a row as one."""
+
+    def kind(one: Played) -> tuple[object, ...]:
+        return one.setup, one.num_rows, one.domain
+
+    start_s = 0.0
+    for _, group in groupby(record.rounds, key=kind):
+        together = list(group)
+        one, seconds = together[0], sum(each.seconds for each in together)
+        draft = one.setup.draft
+        yield Span(
+            start_s=start_s,
+            seconds=seconds,
+            draft_name=PLAIN.name if draft is None else draft.name,
+            length=one.setup.length,
+            batch_size=one.num_rows,
+            tokens=sum(each.tokens for each in together),
+            domain=one.domain,
+        )
+        start_s += seconds
