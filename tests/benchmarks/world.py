@@ -29,7 +29,7 @@ from tuner.space import candidates
 from tuner.summary import summarise
 
 LENGTHS = tuple(range(1, 17))
-BATCHES = (1, 4, 8, 16)
+BATCHES = (1, 8, 32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
