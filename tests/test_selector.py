@@ -149,7 +149,7 @@ def test_rounds_that_take_longer_than_stored() -> None:
 
 
 def test_probes_keep_their_budget() -> None:
-    """What probes lose against the setup in use stays within 0.5 % of the tokens and one burst."""
+    """What probes lose against the setup in use stays within 0.25 % of the tokens and one burst."""
     selector, world = Selector(learning_policy()), World(noise=0.0)
     picks, lost = [], 0.0
     for _ in range(5000):

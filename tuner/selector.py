@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from tuner.policy import Policy
 
 SNAPSHOT_VERSION = 1
-PROBE_SHARE = 0.005  # of all tokens: what probes may lose against the setup in use
+PROBE_SHARE = 0.0025  # of all tokens: what probes may lose against the setup in use
 PROBE_ROUNDS = 4
 FIRST_CREDIT, MOST_CREDIT = 8.0, 32.0  # tokens
 PLAN_EVERY = 24  # rounds between two looks for something to probe, more or less

@@ -30,13 +30,17 @@ from tests.benchmarks.world import Family
 from tuner import streams
 from tuner.played import Record
 from tuner.selector import Selector
-from tuner.streams import Stream
+from tuner.streams import Phase, Stream
 
 SCREENED_SEEDS, SCREENED_SHARE = 5, 0.85
 ARM_LENGTHS = (4,)
 MOST_OVER_PLAIN = 4.0  # a round's speed-up that counts as reward 1
 SHIFT_BATCH = 8
 DOMAINS = ("code", "copy", "prose")
+# up and down again; each load lasts about as long as the others, as loads do, so a larger one serves more requests
+LOADS = [
+    Phase(num_requests=requests, concurrency=size) for size, requests in ((1, 24), (8, 64), (32, 96), (8, 64), (1, 24))
+]
 BUILDERS: Mapping[str, Callable[[tuple[Prompt, ...], int], Stream]] = {
     "steady": lambda prompts, seed: streams.steady(prompts, seed, num_requests=90),
     "steady_in_batch": lambda prompts, seed: streams.steady(prompts, seed, num_requests=240, concurrency=SHIFT_BATCH),
@@ -44,14 +48,14 @@ BUILDERS: Mapping[str, Callable[[tuple[Prompt, ...], int], Stream]] = {
         prompts, seed, domains=DOMAINS * 2, num_requests=48, concurrency=SHIFT_BATCH
     ),
     "domain_shift_alone": lambda prompts, seed: streams.shifting(prompts, seed, domains=DOMAINS * 2),
-    "batch_shift": lambda prompts, seed: streams.batch_shift(prompts, seed, batches=world.BATCHES, turns=4),
+    "batch_shift": lambda prompts, seed: streams.stream_of("batch shift", LOADS, prompts, seed),
 }
 REAL_BUILDERS: Mapping[str, Callable[[tuple[Prompt, ...], int], Stream]] = {
     "steady": lambda prompts, seed: streams.steady(prompts, seed, num_requests=48),
     "domain_shift": lambda prompts, seed: streams.shifting(
         prompts, seed, domains=DOMAINS * 2, num_requests=32, concurrency=SHIFT_BATCH
     ),
-    "batch_shift": lambda prompts, seed: streams.batch_shift(prompts, seed, batches=world.BATCHES, turns=4),
+    "batch_shift": lambda prompts, seed: streams.stream_of("batch shift", LOADS, prompts, seed),
 }
 REAL_STATICS = 3
 Rates = dict[str, dict[str, list[float]]]  # stream -> pilot -> tokens per second, seed by seed

@@ -16,20 +16,19 @@ from profiles.loading import Bench, Question
 from profiles.terms import PLAIN, Prompt, Setup, Workload
 from store.book import Book
 from store.remember import Remember
-from tests.benchmarks.common import DRAFTS
 from tuner.anchors import Anchor, Grounds
-from tuner.claims import Forecast
 from tuner.evidence import Evidence, gather, spread_over_domains
 from tuner.forecast import Forecaster
-from tuner.objective import finalists
 from tuner.policy import Choice, Policy
 from tuner.question import MIXED
 from tuner.simulator import Simulator, World, noise_of
 from tuner.space import candidates
 from tuner.summary import summarise
+from tuner.verdict import alternatives
 
 LENGTHS = tuple(range(1, 17))
 BATCHES = (1, 8, 32)
+DRAFTS = ("ngram", "builtin:draft-general", "builtin:draft-code", "builtin:draft-prose")  # composites take long at 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,15 +73,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("--store", type=Path, help="folder of a store to keep evidence in; none: measure anew")
     parser.add_argument("--prompts", type=int, default=144, help="half make the policy, half are served")
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=48)
 
 
 @contextmanager
 def family(options: argparse.Namespace) -> Iterator[Family]:
     """Measures or recalls everything; the store is open meanwhile."""
     with tempfile.TemporaryDirectory() as folder, Book.open((options.store or Path(folder)) / "evidence.db") as book:
-        specs = spelling.with_composites([spelling.parse_draft(text) for text in DRAFTS])
-        bench = loading.load(shipped.TARGET, specs, None, None)
+        bench = loading.load(shipped.TARGET, [spelling.parse_draft(text) for text in DRAFTS], None, None)
         question = Question(lengths=LENGTHS, max_new_tokens=options.tokens, batch_sizes=BATCHES)
         loads, _ = loading.workloads(bench, question, [shipped.ALL_PROMPTS])
         prompts = spread_over_domains(loads[0][1], options.prompts)
@@ -144,10 +142,8 @@ def _family(bench: Bench, measured: Mapping[Workload, Grounds], prompts: Sequenc
 
 
 def _choice(anchor: Anchor) -> Choice:
-    """The best forecast of an anchor; plain decoding where none beats it."""
-    best: Forecast | None = None
-    for setup in finalists(anchor.forecasts, 1):
-        best = next(one for one in anchor.forecasts if one.setup == setup)
+    """The best forecast of an anchor by its low end; plain decoding where none beats it."""
+    best = next(iter(alternatives(anchor.forecasts)), None)
     return Choice(
         batch_size=anchor.workload.batch_size,
         context_length=anchor.workload.context_length,
