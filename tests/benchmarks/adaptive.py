@@ -35,7 +35,7 @@ from tuner.streams import Phase, Stream
 SCREENED_SEEDS, SCREENED_SHARE = 5, 0.85
 ARM_LENGTHS = (4,)
 MOST_OVER_PLAIN = 4.0  # a round's speed-up that counts as reward 1
-SHIFT_BATCH = 8
+SHIFT_BATCH = 4  # where drafts differ most by domain; beyond the crossover plain decoding is best in most of them
 DOMAINS = ("code", "copy", "prose")
 # up and down again; each load lasts about as long as the others, as loads do, so a larger one serves more requests
 LOADS = [

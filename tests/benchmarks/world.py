@@ -27,7 +27,7 @@ from tuner.summary import summarise
 from tuner.verdict import alternatives
 
 LENGTHS = tuple(range(1, 17))
-BATCHES = (1, 8, 32)
+BATCHES = (1, 4, 8, 32)
 DRAFTS = ("ngram", "builtin:draft-general", "builtin:draft-code", "builtin:draft-prose")  # composites take long at 32
 
 
