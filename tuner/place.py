@@ -35,26 +35,21 @@ MEMORY = 2048  # rounds of the selector for which a time is remembered
 class Pace:
     """How much longer rounds of one setup last than stored: the exponential of a running mean of logarithms.
 
-    `factor` is 0 while nothing was heard, or not for long. `least_share` is what the latest round counts at least; the
-    stored time counts as four rounds. Three rounds in a row that are off by a fifth, to the same side, are a jump: from
-    there on the stored time counts for nothing.
+    `factor` is 0 while nothing was heard, or not for long; `low` is a standard error less. `least_share` is what the
+    latest round counts at least; the stored time counts as four rounds. Three rounds in a row that are off by a fifth,
+    to the same side, are a jump: from there on the stored time counts for nothing.
     """
 
-    __slots__ = ("_least", "_log", "_off", "_share", "_spread", "factor", "last")
+    __slots__ = ("_least", "_log", "_off", "_share", "_spread", "factor", "last", "low")
 
     def __init__(self, least_share: float) -> None:
         self._least = least_share
-        self.factor = 0.0
+        self.factor = self.low = 0.0
         self.last = 0
         self._log = 0.0
         self._share = STORED_SHARE
         self._spread = NOISE
         self._off = 0
-
-    @property
-    def low(self) -> float:
-        """The factor less a standard error."""
-        return self.factor * (1.0 - math.sqrt(self._spread * self._share))
 
     def hear(self, ratio: float, now: int, start: float) -> bool:
         """A round took `ratio` times its stored seconds; `start` is what was assumed as long as nothing was known.
@@ -75,13 +70,14 @@ class Pace:
         self._share = max(self._least, self._share / (1.0 + self._share))  # 1/2, 1/3, 1/4 ...
         self._log += self._share * beyond
         self.factor, self.last = math.exp(self._log), now
+        self.low = self.factor * (1.0 - math.sqrt(self._spread * self._share))
         return jumped
 
     def snapshot(self) -> list[float]:
-        return [self.factor, self.last, self._log, self._share, self._spread, self._off]
+        return [self.factor, self.low, self.last, self._log, self._share, self._spread, self._off]
 
     def restore(self, learned: Sequence[float]) -> None:
-        self.factor, last, self._log, self._share, self._spread, off = learned
+        self.factor, self.low, last, self._log, self._share, self._spread, off = learned
         self.last, self._off = int(last), int(off)
 
 
@@ -111,10 +107,12 @@ class Times:
 class Option:
     """One draft at a place: tokens per second of a row at every length, and the best length.
 
-    `error` is the best length's standard error, `cautious` its rate less that.
+    Of the best length `rate` are its tokens per second, `error` their standard error, `cautious` the rate less that.
     """
 
-    __slots__ = ("beliefs", "best", "cautious", "error", "last_probe", "picks", "rates", "rows", "shared", "times")
+    __slots__ = (
+        "beliefs", "best", "cautious", "error", "last_probe", "picks", "rate", "rates", "rows", "shared", "times",
+    )  # fmt: skip
 
     def __init__(self, picks: Sequence[Pick], beliefs: Beliefs, times: Times, rows: int) -> None:
         self.picks = tuple(picks)
@@ -123,7 +121,7 @@ class Option:
         self.rows = rows
         self.last_probe = 0
         self.best = 0
-        self.cautious = self.error = 0.0
+        self.rate = self.cautious = self.error = 0.0
         self.rates: list[float] = []
         self.shared = 1.0
 
@@ -157,7 +155,7 @@ class Option:
         tokens, length = beliefs.tokens[self.best], beliefs.lengths[self.best]
         # no variance of a figure between 0 and its most is larger (Bhatia and Davis 2000)
         error = math.sqrt(max(0.0, (tokens - 1.0) * (length + 1.0 - tokens)) / beliefs.weight) / tokens
-        self.cautious, self.error = best_rate * (1.0 - error), best_rate * error
+        self.rate, self.cautious, self.error = best_rate, best_rate * (1.0 - error), best_rate * error
 
 
 class Place:
@@ -237,14 +235,13 @@ class Place:
         It may be so much faster than its rate as is a standard error, and one more for every 2,000 rounds since it was
         probed: texts change.
         """
-        rate = self.rate
-        hopeful = [
-            option
-            for option in self.options
-            if option is not self.option
-            and option.rates[option.best] + option.error * (1.0 + (now - option.last_probe) / CURIOUS) > rate
-        ]
-        return min(hopeful, key=lambda option: option.last_probe) if hopeful else None
+        rate, found = self.rate, None
+        for option in self.options:
+            if option is not self.option and (found is None or option.last_probe < found.last_probe):
+                error = option.error * (1.0 + (now - option.last_probe) / CURIOUS)
+                if option.rate + error > rate:
+                    found = option
+        return found
 
     def weigh(self, now: int) -> None:
         """Works out the figures of all options."""
@@ -272,33 +269,26 @@ class Place:
 
     def review(self, heard: Option | None, now: int) -> None:
         """After a round: weighs what was heard of, every other time another option, and changes what is in use."""
-        if self.options:
-            turn = self._turn = (self._turn + 1) % (2 * len(self.options))
-            option = self.options[turn // 2] if heard is None or turn % 2 else heard
-            option.beliefs.forget(now)
-            option.beliefs.settle()
-            option.weigh(self.shared, now)
-            self._change(now)
-
-    def _change(self, now: int) -> None:
-        dwelt, rate = now - self.since, self.rate
-        if self.option is not None and dwelt >= RETREAT_DWELL and self.plain_s * rate <= 1.0:
+        options = self.options
+        if not options:
+            return
+        turn = self._turn = (self._turn + 1) % (2 * len(options))
+        option = options[turn // 2] if heard is None or turn % 2 else heard
+        option.beliefs.forget(now)
+        option.beliefs.settle()
+        option.weigh(self.shared, now)
+        rate = self.rate
+        if self.option is not None and now - self.since >= RETREAT_DWELL and self.plain_s * rate <= 1.0:
             self._use(None, 0, now)
-            return
-        if dwelt < DWELL:
-            return
-        for option in self.options:
+        elif now - self.since >= DWELL:
             same = option is self.option
-            promised, margin = (option.rates[option.best], LENGTH_MARGIN) if same else (option.cautious, MARGIN)
-            if promised > rate * (1.0 + margin) and self._pays(option, promised / rate):
+            promised, margin = (option.rate, LENGTH_MARGIN) if same else (option.cautious, MARGIN)
+            if promised > rate * (1.0 + margin) and (same or self._pays(option, promised / rate)):
                 self._use(option, option.best, now)
-                rate = promised
 
     def _pays(self, option: Option, gain: float) -> bool:
         """Whether what a draft model must take in first is earned back soon."""
-        if option is self.option:
-            return True
-        round_s = option.beliefs.tokens[option.best] / option.rates[option.best]
+        round_s = option.beliefs.tokens[option.best] / option.rate
         return bool((gain - 1.0) * HORIZON * round_s > option.times.catch_up_s)
 
     def _use(self, option: Option | None, length: int, now: int) -> None:

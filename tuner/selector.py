@@ -205,8 +205,8 @@ class Selector:
         likely = option.times.catch_up_s * rate
         scored = self._scores and place.option is None and option.can_be_scored
         if not scored:
-            tokens, best = option.beliefs.tokens[option.best], option.rates[option.best]
-            likely += PROBE_ROUNDS * max(0.0, tokens * (rate / best - 1.0))
+            tokens = option.beliefs.tokens[option.best]
+            likely += PROBE_ROUNDS * max(0.0, tokens * (rate / option.rate - 1.0))
         risked = option.times.catch_up_s / place.plain_s if scored else place.worst(option, option.best)
         if likely > self._credit or risked > self._ledger.allowed():
             return None
@@ -222,14 +222,22 @@ class Selector:
     def _learn(self, place: Place, found: tuple[Option, int] | None, report: Round) -> None:
         """From a round of `found`, a draft and the place of its length, or of plain decoding."""
         pick, rows, seconds, _ = report
-        now, plain_low_s, rate = self._now, place.plain_low_s, place.rate
-        tokens = 1.0 + sum(accepted for _, accepted in rows) / len(rows)
+        now, widest, kept = self._now, 0, 0
+        for proposed, accepted in rows:
+            kept += accepted
+            widest = max(widest, proposed)
+        tokens = 1.0 + kept / len(rows)
+        if pick.probe:
+            self._credit -= max(0.0, seconds * place.rate - tokens)
+            if self._burst is not None and self._burst.is_over():
+                self._burst = None
         if found is None:
             option, lost = None, 0.0
             place.plain.paces[0].hear(seconds / place.plain.seconds[0], now, 1.0)
         else:
             option, length = found
-            stored_s = option.times.seconds[max(proposed for proposed, _ in rows)]
+            stored_s = option.times.seconds[widest]
+            plain_low_s = place.plain_low_s  # before this round is heard of
             pace = option.times.paces[length]
             usual_s = stored_s * (pace.factor or place.shared) + option.times.catch_up_s
             caught_up = option is not place.ran and option.times.catch_up_s > 0.0
@@ -240,11 +248,8 @@ class Selector:
             lost = min(seconds, HICCUP * usual_s) / plain_low_s - tokens
         place.ran = option
         self._ledger.add(lost)
-        self._credit = min(MOST_CREDIT, self._credit + PROBE_SHARE * tokens)
-        if pick.probe:
-            self._credit -= max(0.0, seconds * rate - tokens)
-            if self._burst is not None and self._burst.is_over():
-                self._burst = None
+        if self._credit < MOST_CREDIT:
+            self._credit += PROBE_SHARE * tokens
         place.review(option, now)
 
     def _learn_scored(self, place: Place, found: tuple[Option, int], report: Round) -> None:
