@@ -14,8 +14,16 @@ from tuner.prior import Kept, Prior, RoundTimes
 
 
 def summarise(anchors: Sequence[Anchor], lengths: Sequence[int]) -> Prior | None:
-    """What the forecasts of all anchors rest on; None where no draft was forecast."""
+    """What the forecasts of all anchors rest on; None where no draft was forecast.
+
+    A draft of which a setup was infeasible at a batch and context has no round times there: a selector must not try it.
+    """
     known = [anchor for anchor in anchors if anchor.grounds is not None and anchor.forecasts]
+    ruled_out = {
+        (one.setup.draft, anchor.workload.batch_size, anchor.workload.context_length)
+        for anchor in known
+        for one in anchor.infeasible
+    }
     drafts = tuple(dict.fromkeys(one.setup.draft for anchor in known for one in anchor.forecasts if one.setup.draft))
     if not drafts:
         return None
@@ -37,7 +45,7 @@ def summarise(anchors: Sequence[Anchor], lengths: Sequence[int]) -> Prior | None
             key = (number, anchor.domain, load.temperature)
             if walks[-1].num_rounds > 0.0:
                 kept.setdefault(key, _kept(key, walks, rising[-1]))
-            if (number, *point) not in times:
+            if (number, *point) not in times and (draft, *point) not in ruled_out:
                 times[number, *point] = RoundTimes(
                     draft=number,
                     batch_size=point[0],
