@@ -59,7 +59,7 @@ class TorchEngine:
         self._device = device
         self._gpus = sorted({str(one.device) for one in target.model.parameters() if one.device.type == "cuda"})
         self._environment = fingerprint(device)
-        self._warm: set[tuple[Setup | int, int]] = set()  # (setup, or longest length of steered runs; batch size)
+        self._warm: set[tuple[Setup | tuple[int, int], int]] = set()  # (setup, or steered runs' shape; batch size)
         self._rows: dict[int, dict[str, RowModel]] = {}  # by batch size, then by part: caches are kept between runs
         self._capacity = 0
         gc.collect()
@@ -150,9 +150,10 @@ class TorchEngine:
         with _translated(self._device):
             target = self._stepper(self.target.run_digest, workload)
             drafts = [self._stepper(digest, workload) for digest in self._model_parts]
-            if (max_length, workload.batch_size) not in self._warm:
+            shape = workload.context_length, max_length
+            if (shape, workload.batch_size) not in self._warm:
                 warm_up(target, drafts, (workload.context_length, max_length))
-                self._warm.add((max_length, workload.batch_size))
+                self._warm.add((shape, workload.batch_size))
             decoder = Decoder(target, drafters, draws, length=max_length)
             with self._watched() as runs:
                 found = Steered(decoder, drafters, workload, pilot).run(prompts, self._clock)

@@ -102,6 +102,8 @@ def round_times(number: int | None, step_s: float, *, batch_size: int = 1, longe
         draft=number,
         batch_size=batch_size,
         context_length=512,
+        temperature=0.0,
+        max_length=0 if number is None else longest,
         seconds=(0.01,) if number is None else tuple(0.01 + step_s * proposed for proposed in range(longest + 1)),
         catch_up_s=0.0 if number is None or step_s < 0.002 else 0.0001,
     )

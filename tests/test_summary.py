@@ -6,7 +6,7 @@ import pytest
 
 from profiles.errors import InputError
 from profiles.formulas import acceptance_length
-from profiles.terms import PLAIN, Infeasible, Setup
+from profiles.terms import PLAIN, Draft, Infeasible, Setup
 from tests.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts
 from tests.policies import learning_policy
 from tuner.prior import Prior, joined
@@ -51,15 +51,27 @@ def test_both_halves_are_the_forecasts_own(outcome: Outcome) -> None:
 
 
 def test_what_broke_a_limit_is_left_out(outcome: Outcome) -> None:
-    """A draft of which a setup is infeasible has no round times at that batch, so no selector tries it there."""
+    """From the shortest infeasible length on, at that batch; all of the draft where it is the first."""
+    assert most(outcome, 4) == {1: 2, 2: 4}
+    assert most(outcome, 1) == {2: 4}
+
+
+def most(outcome: Outcome, broken: int) -> dict[int, int]:
+    """By batch the longest length of the draft model, when this one is infeasible at batch 1 and was not chosen."""
     first = outcome.anchors[0]
-    first.infeasible.append(Infeasible(setup=Setup(draft=DRAFT_A, length=4), reason="memory", detail="too much"))
+    candidates = [(anchor, anchor.candidate) for anchor in outcome.anchors]
+    first.infeasible.append(Infeasible(setup=Setup(draft=DRAFT_A, length=broken), reason="memory", detail="too much"))
+    for anchor in outcome.anchors:
+        anchor.candidate = None
     try:
         prior = summarise(outcome.anchors, LENGTHS)
     finally:
         first.infeasible.pop()
+        for anchor, candidate in candidates:
+            anchor.candidate = candidate
     assert prior is not None
-    assert [one.batch_size for one in prior.times if one.draft == prior.drafts.index(DRAFT_A)] == [2]
+    model = prior.drafts.index(DRAFT_A)
+    return {one.batch_size: one.max_length for one in prior.times if one.draft == model}
 
 
 def test_without_a_forecast_there_is_nothing_to_start_from() -> None:
@@ -70,28 +82,43 @@ def test_without_a_forecast_there_is_nothing_to_start_from() -> None:
     assert found.prior is None
 
 
-def test_earlier_evidence_stands_where_the_newer_says_nothing(outcome: Outcome) -> None:
-    """Drafts are renumbered; of both runs the newer counts; other lengths cannot stand beside."""
+def test_earlier_evidence_stands_under_choices_that_stand(outcome: Outcome) -> None:
+    """Drafts are renumbered; where the newer run decided nothing of the earlier is left; other lengths never stand."""
     newer = outcome.prior
     assert newer is not None
     lookup = newer.drafts.index(NGRAM)
-    only_lookup = Prior(
-        drafts=(NGRAM,),
+    gone = Draft(kind="early_exit", num_layers=3)
+    earlier = Prior(
+        drafts=(gone, NGRAM),
         lengths=newer.lengths,
         kept=tuple(
-            replace(one, draft=0, domain="law") for one in newer.kept if one.draft == lookup and one.domain == MIXED
+            replace(one, draft=number, domain=domain)
+            for one in newer.kept
+            if (one.draft, one.domain) == (lookup, MIXED)
+            for number in (0, 1)
+            for domain in ("law", MIXED)
         ),
-        times=tuple(replace(one, draft=0, batch_size=64) for one in newer.times if one.draft == lookup)[:1],
+        times=tuple(
+            replace(one, draft=number, batch_size=batch)
+            for one in newer.times
+            if (one.draft, one.batch_size) == (lookup, 1)
+            for number in (0, 1)
+            for batch in (1, 64)
+        ),
     )
-    both = joined(newer, only_lookup)
+    both = joined(newer, earlier, [(64, GREEDY.context_length, "law", 0.0)])
     assert both is not None
-    assert both.drafts == newer.drafts
-    assert [one.draft for one in both.kept if one.domain == "law"] == [lookup]
-    assert [one.draft for one in both.times if one.batch_size == 64] == [lookup]
-    assert len(both.kept) == len(newer.kept) + 1
-    assert joined(newer, learning_policy().prior) == newer
-    assert joined(None, newer) == newer
-    assert joined(newer, None) == newer
+    assert both.drafts == (*newer.drafts, gone)
+    assert [one.draft for one in both.kept if one.domain == "law"] == [2, lookup]
+    assert [one.draft for one in both.times if one.batch_size == 64] == [2, lookup]
+    assert len(both.kept) == len(newer.kept) + 2
+    assert len(both.times) == len(newer.times) + 2
+    assert joined(newer, earlier, []) == newer
+    assert joined(newer, learning_policy().prior, [(1, 512, MIXED, 0.0)]) == newer
+    assert joined(newer, None, []) == newer
+    alone = joined(None, earlier, [(64, GREEDY.context_length, "law", 0.0)])
+    assert alone is not None
+    assert {one.domain for one in alone.kept} == {"law"}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ short lists, because they run once a round in serving code; it must not know tim
 
 from __future__ import annotations
 
+import math
+
 TYPE_CHECKING = False  # that of `typing`, whose import would double the time a process takes to start
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -13,12 +15,13 @@ if TYPE_CHECKING:
 
     from tuner.prior import Kept
 
-PRIOR_ROUNDS = 64.0  # what stored evidence weighs, however much of it there is: the text may differ
+PRIOR_ROUNDS = 64.0  # what stored evidence weighs at most, however much of it there is: the text may differ
 HALF_LIFE = 1024.0  # rounds of the selector after which what was seen weighs half
 SURPRISED_ROUNDS = 16.0  # what stored evidence weighs once rounds contradicted it
 WINDOW = 32  # rounds that a surprise is noticed in
-SURPRISE = 5.0  # standard errors of rounds drawn alone; rounds of one text are alike
+SURPRISE = 4.0  # standard errors of rounds drawn alone; rounds of one text are alike
 _FADE = 1.0 - 1.0 / WINDOW
+LEAST_SPREAD = 0.05
 _LEAST = 1e-9
 _LARGEST = 1e30
 
@@ -26,16 +29,17 @@ _LARGEST = 1e30
 class Beliefs:
     """Of one draft on one domain: `tokens[j]` of a mean round at `lengths[j]`, the target token included.
 
-    `hit` is the share of rounds that propose anything; `weight` the rounds that the figures rest on. A share is
-    (stored share x its weight + rounds that kept) / (weight + rounds that tested). What was seen fades as rounds of the
-    selector go by, in use or not, so that the figures return to the stored ones. When about 32 rounds contradict the
-    figures by 5 standard errors, either way, only those rounds are left and the stored evidence weighs 16 rounds, after
-    another surprise 8, and so on; its weight then comes back at the rate at which the rest fades.
+    `spreads[j]` is the variance of that number. `hit` is the share of rounds that propose anything; `weight` the rounds
+    that the figures rest on. A share is (stored share x its weight + rounds that kept) / (weight + rounds that tested).
+    What was seen fades as rounds of the selector go by, in use or not, so that the figures return to the stored ones.
+    When about 32 rounds contradict the figures by 4 standard errors, either way, only those rounds are left and the
+    stored evidence weighs 16 rounds, after another surprise 8, and so on; its weight then comes back at the rate at
+    which the rest fades.
     """
 
     __slots__ = (
-        "_calibration", "_drift", "_kept", "_last", "_next", "_prior", "_recent", "_scale", "_stored", "_tested",
-        "_variance", "hit", "lengths", "tokens",
+        "_calibration", "_drift", "_kept", "_last", "_most", "_next", "_prior", "_recent", "_scale",
+        "_stored", "_tested", "_variance", "hit", "lengths", "spreads", "tokens",
     )  # fmt: skip
 
     def __init__(self, kept: Kept, lengths: Sequence[int]) -> None:
@@ -44,7 +48,7 @@ class Beliefs:
         self._tested = [0.0] * len(self._prior)
         self._kept = [0.0] * len(self._prior)
         self._scale = 1.0  # what a round counts now: later rounds count more, instead of all others less
-        self._stored = PRIOR_ROUNDS
+        self._most = self._stored = min(PRIOR_ROUNDS, max(1.0, kept.num_rounds))
         self._last = 0
         self._recent: list[tuple[int, int]] = []
         self._next = 0
@@ -64,8 +68,8 @@ class Beliefs:
         The figures follow with the next `settle`.
         """
         self.forget(now)
-        length, mean = self.lengths[place], self.tokens[place] - 1.0
-        spread = max(mean * (length - mean), 0.05)  # the most that a variance can be (Bhatia and Davis 2000)
+        mean = self.tokens[place] - 1.0
+        spread = max(self.spreads[place], LEAST_SPREAD)
         for proposed, accepted in rows:
             self._count(proposed, accepted)
             self._drift = self._drift * _FADE + accepted - mean
@@ -83,9 +87,9 @@ class Beliefs:
         passed = now - self._last
         if passed > 0:
             self._last = now
-            growth = 2.0 ** (passed / HALF_LIFE)
+            growth = 2.0 ** min(passed / HALF_LIFE, 64.0)
             self._scale *= growth
-            self._stored = PRIOR_ROUNDS - (PRIOR_ROUNDS - self._stored) / growth
+            self._stored = self._most - (self._most - self._stored) / growth
             if self._scale > _LARGEST:
                 self._tested = [value / self._scale for value in self._tested]
                 self._kept = [value / self._scale for value in self._kept]
@@ -93,18 +97,22 @@ class Beliefs:
 
     def settle(self) -> None:
         """Works the figures out anew."""
-        weight, survived, accepted = self._stored * self._scale, 1.0, 0.0
-        tokens = []
+        weight, survived, accepted, squares, step = self._stored * self._scale, 1.0, 0.0, 0.0, -1.0
+        tokens, spreads = [], []
         for prior, kept, tested, calibration in zip(
             self._prior, self._kept, self._tested, self._calibration, strict=True
         ):
             survived *= (weight * prior + kept) / (weight + tested)
-            accepted += survived
-            if calibration > 0.0:
-                tokens.append(1.0 + (accepted - self.hit) * calibration)
-            elif calibration < 0.0:  # position 0
+            if calibration < 0.0:  # position 0
                 self.hit = survived
-        self.tokens = tokens
+            else:
+                accepted += survived
+                squares += step * survived  # of the number accepted: the sum of (2 i - 1) x the share that reaches i
+            step += 2.0
+            if calibration > 0.0:
+                tokens.append(1.0 + accepted * calibration)
+                spreads.append(squares - accepted * accepted)
+        self.tokens, self.spreads = tokens, spreads
 
     def snapshot(self) -> dict[str, Any]:
         """What was learned, as JSON values."""
@@ -126,8 +134,15 @@ class Beliefs:
         self._last, self._next = learned["last"], learned["next"]
         self._recent = [(proposed, accepted) for proposed, accepted in learned["recent"]]
         self._drift, self._variance = learned["drift"]
-        if not (self._stored > 0.0 and self._scale > 0.0 and min(*self._tested, *self._kept) >= 0.0):
-            raise ValueError("counts below 0")
+        counts = [*self._tested, *self._kept]
+        if not (
+            0.0 < self._stored < math.inf
+            and 0.0 < self._scale < math.inf
+            and 0.0 <= min(counts) <= max(counts) < math.inf
+        ):
+            raise ValueError("counts that cannot be")
+        if len(counts) != 2 * len(self._prior) or not 0 <= self._next < WINDOW or len(self._recent) > WINDOW:
+            raise ValueError("counts of other lengths")
         self.settle()
 
     def _count(self, proposed: int, accepted: int) -> None:

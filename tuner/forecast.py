@@ -67,7 +67,7 @@ class Forecaster:
         """
         use = use_of(setup, {shape: 1.0}, 0.0, self._target_part)
         stepped_s = sum(count * self.step_s(part, width) for (part, width), count in use.steps.items())
-        beyond_s = float(use.overhead_s(self._overheads[setup.draft])[0])
+        beyond_s = float(use.overhead_s(self._rates(setup.draft))[0])
         return max(stepped_s + beyond_s, LEAST_OF_STEPS * stepped_s)
 
     def step_s(self, part: str, width: int) -> float:
@@ -83,7 +83,7 @@ class Forecaster:
 
     def refill_s(self, draft: Draft | None) -> float:
         """Seconds of a row's prefill, the draft's included, which the other rows of a batch wait for."""
-        return float(self._overheads[draft][3, 0])
+        return float(self._rates(draft)[3, 0])
 
     def rounds(self, setup: Setup, prompts: Sequence[Traced]) -> Walk:
         """The rounds of these prompts, each alone in its batch, added up."""
@@ -101,7 +101,7 @@ class Forecaster:
         num_rounds = 0.0
         for use in self._uses(setup, prompts):
             num_rounds += use.idle + use.proposing
-            parts["overhead"] += float(use.overhead_s(self._overheads[setup.draft])[0])
+            parts["overhead"] += float(use.overhead_s(self._rates(setup.draft))[0])
             for (part, width), count in use.steps.items():
                 seconds = count * median(step_samples(self._evidence.steps, part, width))
                 parts["verify" if part == self._target_part else "draft"] += seconds
@@ -115,7 +115,7 @@ class Forecaster:
         total = numpy.zeros(len(weights))
         uses: dict[tuple[str, int], numpy.ndarray] = {}
         for index, use in enumerate(self._uses(setup, prompts)):
-            total += weights[:, index] * use.overhead_s(self._overheads[setup.draft])
+            total += weights[:, index] * use.overhead_s(self._rates(setup.draft))
             for step, count in use.steps.items():
                 uses.setdefault(step, numpy.zeros(len(weights)))
                 uses[step] += weights[:, index] * count
@@ -177,6 +177,11 @@ class Forecaster:
             trace, acceptance = self._evidence.traces[prompt.digest], self._acceptance(setup, prompt)
             self._walks[key] = walk(trace, acceptance, setup.length, self._workload.max_new_tokens)
         return self._walks[key]
+
+    def _rates(self, draft: Draft | None) -> numpy.ndarray:
+        if draft not in self._overheads:
+            raise NotMeasuredError(f"draft {draft.name if draft else PLAIN.name} was not run at this load")
+        return self._overheads[draft]
 
     def _calibrated(self) -> dict[Draft | None, numpy.ndarray]:
         """Overhead rates per draft, (4, resamplings + 1): all calibration runs first, then resampled ones."""

@@ -6,6 +6,7 @@ share of what plain decoding would have taken. It must not know drafts, domains 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 TYPE_CHECKING = False  # that of `typing`, whose import would double the time a process takes to start
@@ -47,6 +48,10 @@ class Ledger:
         most = MOST * min(1.0, LEAST_SHARE + (1.0 - LEAST_SHARE) * gain / FULL_GAIN)
         return (most - self._total + self._floor[0][1]) / RESERVE
 
+    def left(self, gain: float = FULL_GAIN) -> float:
+        """Plain rounds that may be lost in all; `gain` as for `allowed`."""
+        return self.allowed(gain) * RESERVE
+
     def add(self, lost: float) -> None:
         """Books a round; below 0 it gained."""
         floor = self._floor
@@ -70,3 +75,5 @@ class Ledger:
         """Takes up what `snapshot` told."""
         self._now, self._total = int(kept["now"]), float(kept["total"])
         self._floor = deque((int(now), float(total)) for now, total in kept["floor"])
+        if not self._floor or not 0.0 <= self.loss < math.inf:
+            raise ValueError("an account that cannot be")

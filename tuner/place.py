@@ -77,6 +77,8 @@ class Pace:
         return [self.factor, self.low, self.last, self._log, self._share, self._spread, self._off]
 
     def restore(self, learned: Sequence[float]) -> None:
+        if not all(math.isfinite(one) for one in learned):
+            raise ValueError("times that are not finite")
         self.factor, self.low, last, self._log, self._share, self._spread, off = learned
         self.last, self._off = int(last), int(off)
 
@@ -92,7 +94,8 @@ class Times:
     def __init__(self, seconds: Sequence[float], num_lengths: int, catch_up_s: float = 0.0) -> None:
         self.seconds = tuple(seconds)
         self.catch_up_s = catch_up_s
-        self.paces = [Pace(SHARE if num_lengths > 1 else PLAIN_SHARE) for _ in range(num_lengths)]
+        share = PLAIN_SHARE if len(self.seconds) == 1 else SHARE
+        self.paces = [Pace(share) for _ in range(num_lengths)]
 
     def snapshot(self) -> list[list[float]]:
         """The paces, as JSON values."""
@@ -111,7 +114,8 @@ class Option:
     """
 
     __slots__ = (
-        "beliefs", "best", "cautious", "error", "last_probe", "picks", "rate", "rates", "rows", "shared", "times",
+        "beliefs", "best", "cautious", "error", "heard", "last_probe", "picks", "rate", "rates", "rows", "shared",
+        "times",
     )  # fmt: skip
 
     def __init__(self, picks: Sequence[Pick], beliefs: Beliefs, times: Times, rows: int) -> None:
@@ -120,6 +124,7 @@ class Option:
         self.times = times
         self.rows = rows
         self.last_probe = 0
+        self.heard = False  # of a round here, or of a scoring
         self.best = 0
         self.rate = self.cautious = self.error = 0.0
         self.rates: list[float] = []
@@ -145,23 +150,22 @@ class Option:
         idle_s, best_rate = (1.0 - proposing) * seconds[0], 0.0
         self.shared = shared
         rates = self.rates = []
-        for length, tokens, pace in zip(beliefs.lengths, beliefs.tokens, self.times.paces, strict=True):
+        for length, tokens, pace in zip(beliefs.lengths, beliefs.tokens, self.times.paces, strict=False):
             if pace.factor and now - pace.last > MEMORY:
                 pace.factor = 0.0
             rate = tokens / ((idle_s + proposing * seconds[length]) * (pace.factor or shared))
             if rate > best_rate:
                 best_rate, self.best = rate, len(rates)
             rates.append(rate)
-        tokens, length = beliefs.tokens[self.best], beliefs.lengths[self.best]
-        # no variance of a figure between 0 and its most is larger (Bhatia and Davis 2000)
-        error = math.sqrt(max(0.0, (tokens - 1.0) * (length + 1.0 - tokens)) / beliefs.weight) / tokens
+        error = math.sqrt(max(0.0, beliefs.spreads[self.best]) / beliefs.weight) / beliefs.tokens[self.best]
         self.rate, self.cautious, self.error = best_rate, best_rate * (1.0 - error), best_rate * error
 
 
 class Place:
     """The options at one (batch, context, domain, temperature), and which is in use: `option` None is plain decoding.
 
-    Plain decoding is in use where nothing promises more by the margin, and it is stepped back to at once.
+    Plain decoding is in use where nothing promises more by the margin, and it is stepped back to at once. What was not
+    run here, only forecast, is not believed: it is probed first.
     """
 
     __slots__ = ("_by_setup", "_turn", "length", "option", "options", "plain", "plain_pick", "ran", "since")
@@ -173,6 +177,8 @@ class Place:
         self.plain = plain
         self.options = tuple(options)
         self.option = None if start is None else self.options[start[0]]
+        if self.option is not None:
+            self.option.heard = True  # the policy's own choice was run
         self.length = 0 if start is None else start[1]
         self.since = -DWELL
         self._turn = 0
@@ -208,18 +214,26 @@ class Place:
         times, place = (self.plain, 0) if self.option is None else (self.option.times, self.length)
         return times.paces[place].factor or 1.0
 
-    def pick(self, allowed: float) -> Pick:
-        """The setup in use, shortened until a round of it can lose at most `allowed` plain rounds."""
-        if self.option is not None:
+    def pick(self, allowed: float, left: float) -> Pick:
+        """The setup in use, shortened until a round of it can lose at most `allowed` plain rounds.
+
+        Catching up, before it is run again, may take what is `left` in all.
+        """
+        option = self.option
+        if option is not None and (option is self.ran or self.catch_up(option) <= left):
             most_s = (1.0 + allowed) * self.plain_s  # a round yields one token at least
             for length in range(self.length, -1, -1):
-                if self.option.round_s(length) <= most_s:
-                    return self.option.picks[length]
+                if option.round_s(length) <= most_s:
+                    return option.picks[length]
         return self.plain_pick
 
     def worst(self, option: Option, length: int) -> float:
         """Plain rounds that a round can lose: all proposals rejected."""
         return option.round_s(length) / self.plain_s - 1.0
+
+    def catch_up(self, option: Option) -> float:
+        """Plain rounds that the draft's catching up takes."""
+        return option.times.catch_up_s / self.plain_s
 
     def find(self, setup: Setup) -> tuple[Option, int] | None:
         """The option and the place of the length of a setup; None: it is none of this place's."""
@@ -256,16 +270,18 @@ class Place:
             "length": self.length,
             "since": self.since,
             "turn": self._turn,
-            "last_probes": [option.last_probe for option in self.options],
+            "options": [[option.last_probe, option.heard] for option in self.options],
         }
 
     def restore(self, learned: Mapping[str, Any]) -> None:
         """Takes up what `snapshot` told; `weigh` has to follow, once beliefs and times are there too."""
         self.option = None if learned["option"] is None else self.options[learned["option"]]
         self.ran = None if learned["ran"] is None else self.options[learned["ran"]]
-        self.length, self.since, self._turn = learned["length"], learned["since"], learned["turn"]
-        for option, last_probe in zip(self.options, learned["last_probes"], strict=True):
-            option.last_probe = last_probe
+        self.length, self.since, self._turn = int(learned["length"]), int(learned["since"]), int(learned["turn"])
+        for option, (last_probe, heard) in zip(self.options, learned["options"], strict=True):
+            option.last_probe, option.heard = int(last_probe), bool(heard)
+        if not 0 <= self.length < len(self.option.picks if self.option is not None else (0,)):
+            raise ValueError("a length that is not there")
 
     def review(self, heard: Option | None, now: int) -> None:
         """After a round: weighs what was heard of, every other time another option, and changes what is in use."""
@@ -283,7 +299,7 @@ class Place:
         elif now - self.since >= DWELL:
             same = option is self.option
             promised, margin = (option.rate, LENGTH_MARGIN) if same else (option.cautious, MARGIN)
-            if promised > rate * (1.0 + margin) and (same or self._pays(option, promised / rate)):
+            if promised > rate * (1.0 + margin) and (same or (option.heard and self._pays(option, promised / rate))):
                 self._use(option, option.best, now)
 
     def _pays(self, option: Option, gain: float) -> bool:

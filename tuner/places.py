@@ -1,7 +1,7 @@
 """Everything a selector holds of one policy: its places, with the beliefs and times that they share.
 
-Beliefs belong to (draft, domain, temperature), times to (draft, batch, context); a place joins them. Built once per
-policy; what happens at run time it must not know.
+Beliefs belong to (draft, domain, temperature), times to (draft, batch, context, temperature); a place joins them. Built
+once per policy; what happens at run time it must not know.
 """
 
 from __future__ import annotations
@@ -27,29 +27,25 @@ Key = tuple[int, int, str, float]  # batch size, context length, domain, tempera
 class Places:
     """The places of a policy, found by question (`find`) or by what a pick rests on (`by_key`).
 
+    `digest` is the policy's, its prior included.
+
     A choice that the policy's prior does not cover, or that a limit took all drafts from, is applied as it stands: its
     place has no options.
     """
 
     def __init__(self, policy: Policy) -> None:
-        from profiles.terms import PLAIN
+        from profiles.terms import PLAIN, digest_of
+        from tuner.policy import to_json
 
         self.policy = policy
+        self.digest = digest_of(to_json(policy))
         self.uncovered = Pick(PLAIN, False, 1, 1, MIXED, 0.0)
         self._table = Table(policy)
         self.beliefs: dict[tuple[str, str, float], Beliefs] = {}
-        self.times: dict[tuple[str | None, int, int], Times] = {}
+        self.times: dict[tuple[str | None, int, int, float], Times] = {}
         if policy.prior is not None:
             self._take_prior(policy.prior)
         self.by_key = {_key(choice): self._place(choice) for choice in policy.choices}
-
-    @property
-    def digest(self) -> str:
-        """Identity of the policy, its prior included."""
-        from profiles.terms import digest_of
-        from tuner.policy import to_json
-
-        return digest_of(to_json(self.policy))
 
     def find(self, question: tuple[int, int | None, str | None, float]) -> Place | None:
         """The place that covers a question; None: plain decoding. Raises InputError: an impossible value."""
@@ -61,6 +57,9 @@ class Places:
         for key, learned in earlier.beliefs.items():
             if key in self.beliefs and self.beliefs[key].lengths == learned.lengths:
                 self.beliefs[key].restore(learned.snapshot())
+        for place in self.by_key.values():
+            for option in place.options:
+                option.last_probe = now
         self._weigh(now)
 
     def snapshot(self, now: int) -> dict[str, Any]:
@@ -92,14 +91,15 @@ class Places:
             self.beliefs[digests[kept.draft], kept.domain, kept.temperature] = Beliefs(kept, prior.lengths)
         for one in prior.times:
             digest = None if one.draft is None else digests[one.draft]
-            num_lengths = 1 if one.draft is None else len(prior.lengths)
+            num_lengths = 1 if one.draft is None else sum(length <= one.max_length for length in prior.lengths)
             catch_up_s = one.catch_up_s * one.context_length / 2
-            self.times[digest, one.batch_size, one.context_length] = Times(one.seconds, num_lengths, catch_up_s)
+            point = one.batch_size, one.context_length, one.temperature
+            self.times[digest, *point] = Times(one.seconds, num_lengths, catch_up_s)
 
     def _place(self, choice: Choice) -> Place:
         from profiles.terms import PLAIN
 
-        plain = self.times.get((None, choice.batch_size, choice.context_length))
+        plain = self.times.get((None, choice.batch_size, choice.context_length, choice.temperature))
         options = [] if plain is None else self._options(choice)
         start = next(
             (
@@ -121,9 +121,10 @@ class Places:
         options = []
         for draft in () if prior is None else prior.drafts:
             beliefs = self.beliefs.get((draft.digest, choice.domain, choice.temperature))
-            times = self.times.get((draft.digest, choice.batch_size, choice.context_length))
-            if beliefs is not None and times is not None:
-                picks = [_pick(choice, Setup(draft=draft, length=length)) for length in beliefs.lengths]
+            times = self.times.get((draft.digest, choice.batch_size, choice.context_length, choice.temperature))
+            if beliefs is not None and times is not None and times.paces:
+                lengths = beliefs.lengths[: len(times.paces)]
+                picks = [_pick(choice, Setup(draft=draft, length=length)) for length in lengths]
                 options.append(Option(picks, beliefs, times, choice.batch_size))
         return options
 

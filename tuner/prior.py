@@ -5,10 +5,13 @@ length. Records only, standard library only: serving code reads them. How they c
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from profiles.errors import InputError
 from profiles.terms import Draft
+
+Point = tuple[int, int, str, float]  # batch size, context length, domain, temperature of a policy's choice
 
 
 def _require(condition: bool, message: str) -> None:
@@ -45,14 +48,16 @@ class Kept:
 class RoundTimes:
     """How long rounds of a batch take; `draft` is a place in `Prior.drafts`, None for plain decoding.
 
-    `seconds[p]`: a round in which the widest row proposes p tokens, overhead included; p = 0 is a round of this draft
-    that finds nothing. Plain decoding has p = 0 only. `catch_up_s`: per token of text that a draft model has to take in
-    when it is switched to, for the whole batch.
+    `max_length`: the longest that kept the run's limits there. `seconds[p]`: a round in which the widest row proposes p
+    tokens, overhead included; p = 0 is a round of this draft that finds nothing. Plain decoding has p = 0 only.
+    `catch_up_s`: per token of text that a draft model has to take in when it is switched to, for the whole batch.
     """
 
     draft: int | None
     batch_size: int
     context_length: int
+    temperature: float
+    max_length: int
     seconds: tuple[float, ...]
     catch_up_s: float = 0.0
 
@@ -87,17 +92,28 @@ class Prior:
             _require(len(times.seconds) == wanted, f"draft number {times.draft}: round times for other lengths")
 
 
-def joined(prior: Prior | None, earlier: Prior | None) -> Prior | None:
-    """The newer evidence, and of the earlier what it says nothing about; that of other lengths cannot stand beside."""
-    if prior is None or earlier is None or prior.lengths != earlier.lengths:
-        return prior or earlier
-    drafts = tuple(dict.fromkeys((*prior.drafts, *earlier.drafts)))
+def joined(prior: Prior | None, earlier: Prior | None, standing: Sequence[Point]) -> Prior | None:
+    """The newer evidence, and of the earlier what is under choices that the newer left `standing`.
+
+    Nothing else: a draft that was not tried again, or broke a limit, is no option where the newer run decided. Evidence
+    of other lengths cannot stand beside.
+    """
+    if earlier is None or not standing or (prior is not None and prior.lengths != earlier.lengths):
+        return prior
+    drafts = tuple(dict.fromkeys((*(() if prior is None else prior.drafts), *earlier.drafts)))
     moved = [drafts.index(draft) for draft in earlier.drafts]
-    kept = {(one.draft, one.domain, one.temperature): one for one in prior.kept}
+    texts = {(domain, temperature) for _, _, domain, temperature in standing}
+    points = {(batch, context, temperature) for batch, context, _, temperature in standing}
+    kept = {} if prior is None else {(one.draft, one.domain, one.temperature): one for one in prior.kept}
+    decided = {(one.domain, one.temperature) for one in kept.values()}
     for old in earlier.kept:
-        kept.setdefault((moved[old.draft], old.domain, old.temperature), replace(old, draft=moved[old.draft]))
-    times = {(one.draft, one.batch_size, one.context_length): one for one in prior.times}
-    for timed in earlier.times:
-        number = None if timed.draft is None else moved[timed.draft]
-        times.setdefault((number, timed.batch_size, timed.context_length), replace(timed, draft=number))
-    return Prior(drafts=drafts, lengths=prior.lengths, kept=tuple(kept.values()), times=tuple(times.values()))
+        text = old.domain, old.temperature
+        if text in texts and text not in decided:
+            kept[moved[old.draft], *text] = replace(old, draft=moved[old.draft])
+    times = [] if prior is None else list(prior.times)
+    timed = {(one.batch_size, one.context_length, one.temperature) for one in times}
+    for each in earlier.times:
+        point = each.batch_size, each.context_length, each.temperature
+        if point in points and point not in timed:
+            times.append(replace(each, draft=None if each.draft is None else moved[each.draft]))
+    return Prior(drafts=drafts, lengths=earlier.lengths, kept=tuple(kept.values()), times=tuple(times))

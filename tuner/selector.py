@@ -22,7 +22,6 @@ domains answers, and learns. Beyond what was measured the pick is plain decoding
 
 from __future__ import annotations
 
-import math
 from threading import Lock
 
 from profiles.errors import InputError
@@ -45,6 +44,7 @@ FIRST_CREDIT, MOST_CREDIT = 8.0, 32.0  # tokens
 PLAN_EVERY = 24  # rounds between two looks for something to probe, more or less
 PLAIN_MEMORY = 256  # rounds after which the time of plain decoding is looked at again
 KNOWN_QUESTIONS = 4096
+SHORTEST_S, LONGEST_S = 1e-9, 1e6  # of a round; others are impossible
 HICCUP = 4.0  # a round is booked as at most so many times longer than usual
 
 
@@ -64,7 +64,7 @@ class Selector:
         self._ledger = Ledger()
         self._now = 0
         self._credit = FIRST_CREDIT
-        self._random = seed
+        self._random = seed % 2**64
         self._plan_at = PROBE_ROUNDS
         self._burst: _Burst | None = None
         self.num_refused = 0
@@ -100,15 +100,18 @@ class Selector:
             place = self._known[question] if question in self._known else self._find(question)
             if place is None:
                 return self._places.uncovered
-            if self._burst is not None and self._burst.place is place:
-                if self._burst.worst <= self._ledger.allowed():
-                    return self._burst.pick
+            burst = self._burst
+            if burst is not None and burst.place is place:
+                if burst.left > 0 and burst.worst <= self._ledger.allowed():
+                    burst.left -= 1
+                    return burst.pick
                 self._burst = None
             if self._now >= self._plan_at and place.options:
                 pick = self._plan(place)
                 if pick is not None:
                     return pick
-            return place.pick(self._ledger.allowed(place.gain))
+            gain = place.gain
+            return place.pick(self._ledger.allowed(gain), self._ledger.left(gain))
 
     def observe(self, report: Round) -> bool:
         """Learns from a round that was run as picked; False: the report is impossible, it was refused and counted."""
@@ -151,7 +154,7 @@ class Selector:
         with self._lock:
             return {
                 "version": SNAPSHOT_VERSION,
-                "policy": self._places.digest,
+                "policy": self._places.digest,  # worked out when the policy came in
                 "counters": [self._now, self._credit, self._random, self._plan_at, self.num_refused],
                 "ledger": self._ledger.snapshot(),
                 "places": self._places.snapshot(self._now),
@@ -169,10 +172,12 @@ class Selector:
             now, credit, random, plan_at, num_refused = snapshot["counters"]
             ledger.restore(snapshot["ledger"])
             places.restore(snapshot["places"], int(now))
+            if not -MOST_CREDIT <= credit <= 2 * MOST_CREDIT:
+                raise ValueError(f"credit {credit}")
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"the snapshot is damaged: {type(error).__name__} {error}") from error
         with self._lock:
-            self._now, self._credit, self._random = int(now), float(credit), int(random)
+            self._now, self._credit, self._random = int(now), float(credit), int(random) % 2**64
             self._plan_at, self.num_refused, self._ledger = int(plan_at), int(num_refused), ledger
             self._change_to(places)
 
@@ -197,23 +202,25 @@ class Selector:
         self._plan_at = self._now + PLAN_EVERY // 2 + (self._random >> 33) % PLAN_EVERY
         rate, pace = place.rate, place.plain.paces[0]
         if place.option is not None and (not pace.factor or self._now - pace.last >= PLAIN_MEMORY):
-            likely = PROBE_ROUNDS * (place.plain_s * rate - 1.0)
-            return self._begin(place, place.plain_pick, 0.0) if likely <= self._credit else None
+            likely = min(MOST_CREDIT, PROBE_ROUNDS * place.gain)
+            if likely <= self._credit:
+                return self._begin(place, place.plain_pick, 0.0)
         option = place.curious(self._now)
         if option is None:
             return None
         likely = option.times.catch_up_s * rate
-        scored = self._scores and place.option is None and option.can_be_scored
+        scored = self._scores and place.option is None and option.can_be_scored and not place.plain_pick.temperature
         if not scored:
             tokens = option.beliefs.tokens[option.best]
             likely += PROBE_ROUNDS * max(0.0, tokens * (rate / option.rate - 1.0))
-        risked = option.times.catch_up_s / place.plain_s if scored else place.worst(option, option.best)
-        if likely > self._credit or risked > self._ledger.allowed():
+        worst = 0.0 if scored else place.worst(option, option.best)
+        risked = worst + (0.0 if option is place.ran else place.catch_up(option))
+        if likely > self._credit or worst > self._ledger.allowed() or risked > self._ledger.left():
             return None
         option.last_probe = self._now
         if scored:
             return place.plain_pick._replace(score=option.picks[-1].setup)
-        return self._begin(place, option.picks[option.best], place.worst(option, option.best))
+        return self._begin(place, option.picks[option.best], worst)
 
     def _begin(self, place: Place, pick: Pick, worst: float) -> Pick:
         self._burst = _Burst(place, pick._replace(probe=True), worst)
@@ -227,21 +234,19 @@ class Selector:
             kept += accepted
             widest = max(widest, proposed)
         tokens = 1.0 + kept / len(rows)
-        if pick.probe:
-            self._credit -= max(0.0, seconds * place.rate - tokens)
-            if self._burst is not None and self._burst.is_over():
-                self._burst = None
         if found is None:
-            option, lost = None, 0.0
+            option, lost, usual_s = None, 0.0, place.plain_s
             place.plain.paces[0].hear(seconds / place.plain.seconds[0], now, 1.0)
         else:
             option, length = found
+            option.heard = True
             stored_s = option.times.seconds[widest]
             plain_low_s = place.plain_low_s  # before this round is heard of
             pace = option.times.paces[length]
-            usual_s = stored_s * (pace.factor or place.shared) + option.times.catch_up_s
-            caught_up = option is not place.ran and option.times.catch_up_s > 0.0
-            if not caught_up and pace.hear(seconds / stored_s, now, place.shared):
+            usual_s = stored_s * (pace.factor or place.shared)
+            if option is not place.ran and option.times.catch_up_s:  # it caught up first
+                usual_s += option.times.catch_up_s
+            elif pace.hear(seconds / stored_s, now, place.shared):
                 place.plain.paces[0].last = self._plan_at = now - PLAIN_MEMORY  # is it the machine?
             option.beliefs.observe(rows, length, now)
             # a hiccup of the machine would have held up plain decoding too
@@ -250,37 +255,41 @@ class Selector:
         self._ledger.add(lost)
         if self._credit < MOST_CREDIT:
             self._credit += PROBE_SHARE * tokens
+        if pick.probe:
+            self._spend(min(seconds, HICCUP * usual_s) * place.rate - tokens)
         place.review(option, now)
 
     def _learn_scored(self, place: Place, found: tuple[Option, int], report: Round) -> None:
         """From the rounds that a draft would have had over text that is there."""
         option, length = found
+        seconds = min(report.seconds, HICCUP * max(place.plain_s, option.times.catch_up_s))
+        option.heard = True
         option.beliefs.observe(report.rows, length, self._now)
-        self._ledger.charge(report.seconds / place.plain_low_s)
-        self._credit -= report.seconds * place.rate
+        self._ledger.charge(seconds / place.plain_low_s)
+        self._spend(seconds * place.rate)
+        place.ran = option  # it has taken in what it missed
         place.review(option, self._now)
+
+    def _spend(self, lost: float) -> None:
+        """Takes the tokens that a probe lost from the budget."""
+        self._credit = max(-MOST_CREDIT, self._credit - max(0.0, lost))
 
 
 class _Burst:
-    """A few rounds in a row of one probe."""
+    """A few rounds in a row of one probe; `left` are still to be picked."""
 
-    __slots__ = ("_left", "pick", "place", "worst")
+    __slots__ = ("left", "pick", "place", "worst")
 
     def __init__(self, place: Place, pick: Pick, worst: float) -> None:
         self.place = place
         self.pick = pick
         self.worst = worst
-        self._left = PROBE_ROUNDS
-
-    def is_over(self) -> bool:
-        """After one more of its rounds."""
-        self._left -= 1
-        return self._left <= 0
+        self.left = PROBE_ROUNDS - 1
 
 
 def _is_possible(length: int, rows: object, seconds: object) -> bool:
     """Whether rounds asked for `length` tokens can have gone so, in so many seconds."""
-    if not isinstance(seconds, float | int) or not 0.0 < seconds < math.inf:
+    if not isinstance(seconds, float | int) or not SHORTEST_S < seconds < LONGEST_S:
         return False
     if not isinstance(rows, tuple | list) or not rows:
         return False
@@ -289,5 +298,5 @@ def _is_possible(length: int, rows: object, seconds: object) -> bool:
             return False
         proposed, accepted = row
         if type(proposed) is not int or type(accepted) is not int or not 0 <= accepted <= proposed <= length:
-            return False
+            return False  # bool and the whole numbers of arrays are no int
     return True

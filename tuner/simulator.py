@@ -60,6 +60,9 @@ class Simulator:
     ) -> Record:
         """Every request of the stream, in its order, as many rows at a time as it says.
 
+        The pilot is asked for the rows in use, like that of a server whose batch is as large as its requests; our own
+        engine steps all rows of its batch and asks for those.
+
         `noise`: factors of which one is drawn for every round's time, plain decoding's included. Drafts that are
         sampled draw their luck by `seed`; greedy ones have none. Raises: InputError: the stream needs a larger batch
         than was measured. NotMeasuredError: a prompt, or a setup that was picked, is not in the evidence.

@@ -5,6 +5,7 @@ how a selector uses them.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from profiles.formulas import WIDEST_CATCH_UP, Walk, acceptance_length
 from profiles.terms import CATCH_UP_WIDTHS, PLAIN, Draft, Prompt, Setup
@@ -16,28 +17,20 @@ from tuner.prior import Kept, Prior, RoundTimes
 def summarise(anchors: Sequence[Anchor], lengths: Sequence[int]) -> Prior | None:
     """What the forecasts of all anchors rest on; None where no draft was forecast.
 
-    A draft of which a setup was infeasible at a batch and context has no round times there: a selector must not try it.
+    Where a limit was broken, lengths from there on are left out, but for what was chosen: a selector must not try them.
     """
     known = [anchor for anchor in anchors if anchor.grounds is not None and anchor.forecasts]
-    ruled_out = {
-        (one.setup.draft, anchor.workload.batch_size, anchor.workload.context_length)
-        for anchor in known
-        for one in anchor.infeasible
-    }
     drafts = tuple(dict.fromkeys(one.setup.draft for anchor in known for one in anchor.forecasts if one.setup.draft))
     if not drafts:
         return None
     rising = tuple(sorted(set(lengths)))
     kept: dict[tuple[int, str, float], Kept] = {}
-    times: dict[tuple[int | None, int, int], RoundTimes] = {}
+    times: dict[tuple[int | None, int, int, float], RoundTimes] = {}
     for anchor in known:
         assert anchor.grounds is not None
         forecaster, load = anchor.grounds.forecaster, anchor.workload
-        point = load.batch_size, load.context_length
-        plain = RoundTimes(
-            draft=None, batch_size=point[0], context_length=point[1], seconds=(forecaster.round_s(PLAIN, (1, 0, 0)),)
-        )
-        times.setdefault((None, *point), plain)
+        point = load.batch_size, load.context_length, load.temperature
+        times.setdefault((None, *point), _round_times(None, point, (forecaster.round_s(PLAIN, (1, 0, 0)),), 0))
         for number, draft in enumerate(drafts):
             if draft not in anchor.grounds.evidence.drafts:
                 continue
@@ -45,15 +38,34 @@ def summarise(anchors: Sequence[Anchor], lengths: Sequence[int]) -> Prior | None
             key = (number, anchor.domain, load.temperature)
             if walks[-1].num_rounds > 0.0:
                 kept.setdefault(key, _kept(key, walks, rising[-1]))
-            if (number, *point) not in times and (draft, *point) not in ruled_out:
-                times[number, *point] = RoundTimes(
-                    draft=number,
-                    batch_size=point[0],
-                    context_length=point[1],
-                    seconds=_times(forecaster, draft, anchor.forecast_pool, rising[-1]),
-                    catch_up_s=_catch_up_s(forecaster, draft),
-                )
+            longest = _longest([one for one in known if one.workload == load], draft, rising)
+            if (number, *point) not in times and longest > 0:
+                seconds = _times(forecaster, draft, anchor.forecast_pool, rising[-1])
+                timed = _round_times(number, point, seconds, longest)
+                times[number, *point] = replace(timed, catch_up_s=_catch_up_s(forecaster, draft))
     return Prior(drafts=drafts, lengths=rising, kept=tuple(kept.values()), times=tuple(times.values()))
+
+
+def _longest(anchors: Sequence[Anchor], draft: Draft, rising: Sequence[int]) -> int:
+    """The longest length of a draft that may be tried at a load; 0: none."""
+    broken = [one.setup.length for anchor in anchors for one in anchor.infeasible if one.setup.draft == draft]
+    chosen = [one.candidate.length for one in anchors if one.candidate is not None and one.candidate.draft == draft]
+    below = [length for length in rising if not broken or length < min(broken)]
+    return max([0, *below, *(length for length in chosen if length not in broken)])
+
+
+def _round_times(
+    draft: int | None, point: tuple[int, int, float], seconds: tuple[float, ...], longest: int
+) -> RoundTimes:
+    batch_size, context_length, temperature = point
+    return RoundTimes(
+        draft=draft,
+        batch_size=batch_size,
+        context_length=context_length,
+        temperature=temperature,
+        max_length=longest,
+        seconds=seconds,
+    )
 
 
 def _kept(key: tuple[int, str, float], walks: Sequence[Walk], longest: int) -> Kept:

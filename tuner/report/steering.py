@@ -22,6 +22,7 @@ from tuner.simulator import Simulator, World
 from tuner.streams import Phase, Stream
 
 REQUESTS = 8  # of a phase at batch 1; in a batch as many full ones as make no fewer, but at least two
+MOST_TOKENS = 64  # of an output, so that a replay takes seconds
 HOPEFUL = 5  # setups of each anchor that may be the best single one
 
 
@@ -37,16 +38,15 @@ def replayed(anchors: Sequence[Anchor], policy: Policy) -> Timeline | None:
     simulator, stream = _simulator(known), _stream(known)
     try:
         steered = simulator.serve(stream, Selector(policy))
-        records = {setup: simulator.serve(stream, _Fixed(setup)) for setup in _hopeful(known)}
+        rates = {setup: simulator.serve(stream, _Fixed(setup)).tok_per_s for setup in _hopeful(known)}
+        best = max(rates, key=lambda setup: rates[setup])
+        single, plain = (simulator.serve(stream, _Fixed(setup)) for setup in (best, PLAIN))
     except NotMeasuredError:  # evidence of an earlier draftpick lacks what a replay needs
         return None
-    if not steered.rounds:
-        return None
-    best = max(records, key=lambda setup: records[setup].tok_per_s)
     return Timeline(
         spans=tuple(_stretches(steered)),
-        plain=smoothed(list(_stretches(records[PLAIN]))),
-        best_single=smoothed(list(_stretches(records[best]))),
+        plain=smoothed(list(_stretches(plain))),
+        best_single=smoothed(list(_stretches(single))),
         best_single_name=best.name,
     )
 
@@ -74,15 +74,20 @@ def _simulator(known: Sequence[Anchor]) -> Simulator:
 
 def _stream(known: Sequence[Anchor]) -> Stream:
     """Every domain in turn at every batch, the smallest first, and back again."""
-    prompts = _served(known)
+    prompts = [one for one in _served(known) if _has_rounds(known[0], one)]
     domains = tuple(dict.fromkeys(prompt.domain for prompt in prompts))
     sizes = sorted({anchor.workload.batch_size for anchor in known})
     phases = [
-        Phase(num_requests=max(REQUESTS, 2 * size), domains=(domain,), concurrency=size)
+        Phase(num_requests=max(REQUESTS, 2 * size), domains=(domain,), concurrency=size, most_tokens=MOST_TOKENS)
         for size in (*sizes, *reversed(sizes[:-1]))
         for domain in domains
     ]
     return streams.stream_of("timeline", phases, prompts, seed=0)
+
+
+def _has_rounds(first: Anchor, prompt: Prompt) -> bool:
+    assert first.grounds is not None
+    return len(first.grounds.evidence.traces[prompt.digest].token_ids) > 1
 
 
 def _served(known: Sequence[Anchor]) -> list[Prompt]:
@@ -92,8 +97,12 @@ def _served(known: Sequence[Anchor]) -> list[Prompt]:
 
 
 def _hopeful(known: Iterable[Anchor]) -> set[Setup]:
-    """Plain decoding and the best forecasts of every anchor."""
-    return {PLAIN, *(one.setup for anchor in known for one in anchor.forecasts[:HOPEFUL])}
+    """Plain decoding and the best forecasts of every anchor, of drafts that ran at every load."""
+    everywhere = set.intersection(*({one.setup.draft for one in anchor.forecasts} for anchor in known))
+    return {
+        PLAIN,
+        *(one.setup for anchor in known for one in anchor.forecasts[:HOPEFUL] if one.setup.draft in everywhere),
+    }
 
 
 def _stretches(record: Record) -> Iterator[Span]:
