@@ -22,6 +22,7 @@ from tuner.simulator import Simulator, World
 from tuner.streams import Phase, Stream
 
 REQUESTS = 8  # of a phase at batch 1; in a batch as many full ones as make no fewer, but at least two
+MOST_ROUNDS = 16  # that are drawn as one
 MOST_TOKENS = 64  # of an output, so that a replay takes seconds
 HOPEFUL = 5  # setups of each anchor that may be the best single one
 
@@ -106,14 +107,15 @@ def _hopeful(known: Iterable[Anchor]) -> set[Setup]:
 
 
 def _stretches(record: Record) -> Iterator[Span]:
-    """Rounds alike in a row as one."""
+    """Rounds alike in a row as one, sixteen at most, so that the speed within a long stretch is seen."""
 
-    def kind(one: Played) -> tuple[object, ...]:
-        return one.setup, one.num_rows, one.domain
+    def kind(numbered: tuple[int, Played]) -> tuple[object, ...]:
+        number, one = numbered
+        return one.setup, one.num_rows, one.domain, number // MOST_ROUNDS
 
     start_s = 0.0
-    for _, group in groupby(record.rounds, key=kind):
-        together = list(group)
+    for _, group in groupby(enumerate(record.rounds), key=kind):
+        together = [one for _, one in group]
         one, seconds = together[0], sum(each.seconds for each in together)
         draft = one.setup.draft
         yield Span(
