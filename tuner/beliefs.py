@@ -38,8 +38,8 @@ class Beliefs:
     """
 
     __slots__ = (
-        "_calibration", "_drift", "_kept", "_last", "_most", "_next", "_prior", "_recent", "_scale",
-        "_stored", "_tested", "_variance", "hit", "lengths", "spreads", "tokens",
+        "_drift", "_kept", "_last", "_most", "_next", "_prior", "_recent", "_scale",
+        "_static", "_stored", "_tested", "_variance", "hit", "lengths", "spreads", "tokens",
     )  # fmt: skip
 
     def __init__(self, kept: Kept, lengths: Sequence[int]) -> None:
@@ -53,8 +53,10 @@ class Beliefs:
         self._recent: list[tuple[int, int]] = []
         self._next = 0
         self._drift = self._variance = 0.0
-        self._calibration = _calibration(kept, self.lengths)
+        steps = [2.0 * position - 1.0 for position in range(1, len(self._prior))]
+        self._static = tuple(zip(kept.keep, _calibration(kept, self.lengths), steps, strict=True))
         self.hit = kept.hit
+        self.tokens, self.spreads = [1.0] * len(self.lengths), [0.0] * len(self.lengths)
         self.settle()
 
     @property
@@ -97,22 +99,18 @@ class Beliefs:
 
     def settle(self) -> None:
         """Works the figures out anew."""
-        weight, survived, accepted, squares, step = self._stored * self._scale, 1.0, 0.0, 0.0, -1.0
-        tokens, spreads = [], []
-        for prior, kept, tested, calibration in zip(
-            self._prior, self._kept, self._tested, self._calibration, strict=True
-        ):
-            survived *= (weight * prior + kept) / (weight + tested)
-            if calibration < 0.0:  # position 0
-                self.hit = survived
-            else:
-                accepted += survived
-                squares += step * survived  # of the number accepted: the sum of (2 i - 1) x the share that reaches i
-            step += 2.0
-            if calibration > 0.0:
-                tokens.append(1.0 + accepted * calibration)
-                spreads.append(squares - accepted * accepted)
-        self.tokens, self.spreads = tokens, spreads
+        weight, accepted, squares = self._stored * self._scale, 0.0, 0.0
+        kept, tested = iter(self._kept), iter(self._tested)
+        survived = self.hit = (weight * self._prior[0] + next(kept)) / (weight + next(tested))
+        tokens, spreads, number = self.tokens, self.spreads, 0  # written in place: nothing for the collector
+        for (prior, calibration, step), held, tried in zip(self._static, kept, tested, strict=True):
+            survived *= (weight * prior + held) / (weight + tried)
+            accepted += survived
+            squares += step * survived  # of the number accepted: the sum of (2 i - 1) x the share that reaches i
+            if calibration:
+                tokens[number] = 1.0 + accepted * calibration
+                spreads[number] = squares - accepted * accepted
+                number += 1
 
     def snapshot(self) -> dict[str, Any]:
         """What was learned, as JSON values."""
@@ -167,16 +165,16 @@ class Beliefs:
 
 
 def _calibration(kept: Kept, lengths: Sequence[int]) -> tuple[float, ...]:
-    """By position: what the walk at that length accepted over what the shares give; 0 where it was no length, -1 first.
+    """By position: what the walk at that length accepted over what the shares give; 0 where it was no length.
 
     The shares are those of the longest rounds; shorter ones start elsewhere in the text.
     """
-    factors = [-1.0] + [0.0] * len(kept.keep)
+    factors = [0.0] * len(kept.keep)
     survived, accepted, sums = kept.hit, 0.0, [0.0]
     for share in kept.keep:
         survived *= share
         accepted += survived
         sums.append(accepted)
     for length, tokens in zip(lengths, kept.per_round, strict=True):
-        factors[length] = max(_LEAST, (tokens - 1.0) / sums[length]) if sums[length] > 0.0 else 1.0
+        factors[length - 1] = max(_LEAST, (tokens - 1.0) / sums[length]) if sums[length] > 0.0 else 1.0
     return tuple(factors)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 WINDOW = 1000  # rounds
-MOST = 16.0  # plain rounds that any stretch of a window may have lost: 1,000 rounds in the time of 1,016 are 0.984
+MOST = 12.0  # plain rounds that any stretch of a window may have lost: 1,000 rounds in the time of 1,012 are 0.988
 RESERVE = 4.0  # a round may risk a quarter of what is left
 FULL_GAIN = 0.4  # of a plain round, from which on all of it may be used
 LEAST_SHARE = 0.7  # of it, by what gains nothing
@@ -26,7 +26,7 @@ class Ledger:
 
     All in plain rounds, the time of one round of plain decoding at that batch. `loss` is the largest sum over the
     latest 1, 2, ... 1,000 rounds: what a window that begins there would have lost if all that follows broke even.
-    A round risks at most a quarter of what is left of 16, so speculation fades out before it is spent, and comes back
+    A round risks at most a quarter of what is left of 12, so speculation fades out before it is spent, and comes back
     by its own gains or as losses leave the window. What gains little may use little of it, because it would be long in
     earning it back, and others would be held up.
     """
@@ -44,13 +44,12 @@ class Ledger:
         return self._total - self._floor[0][1]
 
     def allowed(self, gain: float = FULL_GAIN) -> float:
-        """Plain rounds that the next round may lose at worst; `gain`: what a plain round's time is expected to gain."""
+        """Plain rounds that the next round may lose at worst, a quarter of what is left.
+
+        `gain`: what a plain round's time is expected to gain.
+        """
         most = MOST * min(1.0, LEAST_SHARE + (1.0 - LEAST_SHARE) * gain / FULL_GAIN)
         return (most - self._total + self._floor[0][1]) / RESERVE
-
-    def left(self, gain: float = FULL_GAIN) -> float:
-        """Plain rounds that may be lost in all; `gain` as for `allowed`."""
-        return self.allowed(gain) * RESERVE
 
     def add(self, lost: float) -> None:
         """Books a round; below 0 it gained."""

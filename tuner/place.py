@@ -26,8 +26,7 @@ SHARE = 1.0 / 16.0  # of the latest round in how long rounds are taken to last; 
 STORED_SHARE = 1.0 / 4.0
 NOISE = 0.05**2  # of the logarithm of a round's time, until it is known
 PLAIN_SHARE = 1.0 / 64.0  # the same of plain decoding, which all losses are held against
-OFF, JUMP = math.log(1.2), 3
-MOST_OFF = math.log(1.5)  # a round alone counts as at most so much longer or shorter than the ones before it
+OFF, JUMP = math.log(1.2), 3  # a round alone counts as at most so much longer or shorter than the ones before it
 CURIOUS = 2000  # rounds
 MEMORY = 2048  # rounds of the selector for which a time is remembered
 
@@ -35,9 +34,9 @@ MEMORY = 2048  # rounds of the selector for which a time is remembered
 class Pace:
     """How much longer rounds of one setup last than stored: the exponential of a running mean of logarithms.
 
-    `factor` is 0 while nothing was heard, or not for long; `low` is a standard error less. `least_share` is what the
-    latest round counts at least; the stored time counts as four rounds. Three rounds in a row that are off by a fifth,
-    to the same side, are a jump: from there on the stored time counts for nothing.
+    `factor` is 0 while nothing was heard, or not for long; `low`, of plain decoding, is a standard error less.
+    `least_share` is what the latest round counts at least; the stored time counts as four rounds. Three rounds in a row
+    that are off by a fifth, to the same side, are a jump: from there on the stored time counts for nothing.
     """
 
     __slots__ = ("_least", "_log", "_off", "_share", "_spread", "factor", "last", "low")
@@ -65,12 +64,13 @@ class Pace:
         if jumped:
             self._share, self._off = 1.0, 0
         else:
-            beyond = min(max(beyond, -MOST_OFF), MOST_OFF)
+            beyond = min(max(beyond, -OFF), OFF)
             self._spread += SHARE * (beyond * beyond - self._spread)
         self._share = max(self._least, self._share / (1.0 + self._share))  # 1/2, 1/3, 1/4 ...
         self._log += self._share * beyond
         self.factor, self.last = math.exp(self._log), now
-        self.low = self.factor * (1.0 - math.sqrt(self._spread * self._share))
+        if self._least == PLAIN_SHARE:  # of no other is it asked
+            self.low = self.factor * (1.0 - math.sqrt(self._spread * self._share))
         return jumped
 
     def snapshot(self) -> list[float]:
@@ -127,7 +127,7 @@ class Option:
         self.heard = False  # of a round here, or of a scoring
         self.best = 0
         self.rate = self.cautious = self.error = 0.0
-        self.rates: list[float] = []
+        self.rates = [0.0] * len(self.picks)
         self.shared = 1.0
 
     @property
@@ -149,14 +149,16 @@ class Option:
         proposing = beliefs.hit if self.rows == 1 else 1.0 - (1.0 - beliefs.hit) ** self.rows
         idle_s, best_rate = (1.0 - proposing) * seconds[0], 0.0
         self.shared = shared
-        rates = self.rates = []
-        for length, tokens, pace in zip(beliefs.lengths, beliefs.tokens, self.times.paces, strict=False):
+        rates = self.rates  # written in place: nothing for the collector
+        for number, (length, tokens, pace) in enumerate(
+            zip(beliefs.lengths, beliefs.tokens, self.times.paces, strict=False)
+        ):
             if pace.factor and now - pace.last > MEMORY:
                 pace.factor = 0.0
             rate = tokens / ((idle_s + proposing * seconds[length]) * (pace.factor or shared))
             if rate > best_rate:
-                best_rate, self.best = rate, len(rates)
-            rates.append(rate)
+                best_rate, self.best = rate, number
+            rates[number] = rate
         error = math.sqrt(max(0.0, beliefs.spreads[self.best]) / beliefs.weight) / beliefs.tokens[self.best]
         self.rate, self.cautious, self.error = best_rate, best_rate * (1.0 - error), best_rate * error
 

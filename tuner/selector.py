@@ -25,7 +25,7 @@ from __future__ import annotations
 from threading import Lock
 
 from profiles.errors import InputError
-from tuner.ledger import Ledger
+from tuner.ledger import RESERVE, Ledger
 from tuner.places import Places
 
 TYPE_CHECKING = False  # that of `typing`, whose import would double the time a process takes to start
@@ -45,6 +45,7 @@ PLAN_EVERY = 24  # rounds between two looks for something to probe, more or less
 PLAIN_MEMORY = 256  # rounds after which the time of plain decoding is looked at again
 KNOWN_QUESTIONS = 4096
 SHORTEST_S, LONGEST_S = 1e-9, 1e6  # of a round; others are impossible
+_NUMBERS, _ROWS = (float, int), (tuple, list)
 HICCUP = 4.0  # a round is booked as at most so many times longer than usual
 
 
@@ -110,8 +111,8 @@ class Selector:
                 pick = self._plan(place)
                 if pick is not None:
                     return pick
-            gain = place.gain
-            return place.pick(self._ledger.allowed(gain), self._ledger.left(gain))
+            allowed = self._ledger.allowed(place.gain)
+            return place.pick(allowed, allowed * RESERVE)
 
     def observe(self, report: Round) -> bool:
         """Learns from a round that was run as picked; False: the report is impossible, it was refused and counted."""
@@ -215,7 +216,7 @@ class Selector:
             likely += PROBE_ROUNDS * max(0.0, tokens * (rate / option.rate - 1.0))
         worst = 0.0 if scored else place.worst(option, option.best)
         risked = worst + (0.0 if option is place.ran else place.catch_up(option))
-        if likely > self._credit or worst > self._ledger.allowed() or risked > self._ledger.left():
+        if likely > self._credit or worst > self._ledger.allowed() or risked > self._ledger.allowed() * RESERVE:
             return None
         option.last_probe = self._now
         if scored:
@@ -289,12 +290,12 @@ class _Burst:
 
 def _is_possible(length: int, rows: object, seconds: object) -> bool:
     """Whether rounds asked for `length` tokens can have gone so, in so many seconds."""
-    if not isinstance(seconds, float | int) or not SHORTEST_S < seconds < LONGEST_S:
+    if not isinstance(seconds, _NUMBERS) or not SHORTEST_S < seconds < LONGEST_S:
         return False
-    if not isinstance(rows, tuple | list) or not rows:
+    if not isinstance(rows, _ROWS) or not rows:
         return False
     for row in rows:
-        if not isinstance(row, tuple | list) or len(row) != 2:
+        if not isinstance(row, _ROWS) or len(row) != 2:
             return False
         proposed, accepted = row
         if type(proposed) is not int or type(accepted) is not int or not 0 <= accepted <= proposed <= length:
