@@ -81,7 +81,8 @@ def test_rounds_that_take_longer_than_stored() -> None:
     assert drafted(world.play(selector, 300)) < 0.1
     selector, world = Selector(learning_policy()), World(slowness=2.0)
     world.play(selector, 300)
-    assert share(world.play(selector, 1000), NGRAM8) > 0.9
+    picks = world.play(selector, 1000)
+    assert sum(pick.setup.draft == NGRAM and pick.setup.length >= 6 for pick in picks) > 900
 
 
 def test_probes_keep_their_budget() -> None:
