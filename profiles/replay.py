@@ -32,6 +32,17 @@ def rounds_of(
     return rounds
 
 
+def greedy_rounds(kept: Sequence[bool], length: int) -> list[tuple[int, int]]:
+    """(proposed, accepted) of the rounds that a greedy draft goes through where its choices are `kept` or not."""
+    rounds, start = [], 0
+    while start < len(kept):
+        proposed = min(length, len(kept) - start)
+        accepted = next((ahead for ahead in range(proposed) if not kept[start + ahead]), proposed)
+        rounds.append((proposed, accepted))
+        start += accepted + 1
+    return rounds
+
+
 @dataclass(slots=True, kw_only=True)
 class Replay:
     """One prompt in the queue: its rounds, and what the batch ran while it was in it (see `Sample`)."""

@@ -15,6 +15,7 @@ from profiles.decoding import Decoder, Generation
 from profiles.drafting import Drafted, Drafter, ModelDrafter, PartDrafter, Text, assembled
 from profiles.errors import InputError
 from profiles.protocol import Pilot
+from profiles.replay import greedy_rounds
 from profiles.rows import SMALLEST_VIEW, RowStepper, graph_view
 from profiles.steering import Pick, Round
 from profiles.terms import CATCH_UP_WIDTHS, PLAIN, Draft, Prompt, Setup, Workload
@@ -177,20 +178,9 @@ class Steered:
         seconds = clock.read() - started
         if not flags:
             return 0.0
-        rows = tuple(one for kept in flags.values() for one in rounds_of(kept, setup.length))
+        rows = tuple(one for kept in flags.values() for one in greedy_rounds(kept, setup.length))
         self._pilot.observe(Round(pick, rows, seconds, scored=True))
         return seconds
-
-
-def rounds_of(kept: Sequence[bool], length: int) -> list[tuple[int, int]]:
-    """(proposed, accepted) of the rounds that a greedy draft goes through where its choices are `kept` or not."""
-    rounds, start = [], 0
-    while start < len(kept):
-        proposed = min(length, len(kept) - start)
-        accepted = next((ahead for ahead in range(proposed) if not kept[start + ahead]), proposed)
-        rounds.append((proposed, accepted))
-        start += accepted + 1
-    return rounds
 
 
 def warm_up(target: RowStepper, drafts: Sequence[RowStepper], shape: tuple[int, int]) -> None:

@@ -15,13 +15,12 @@ from profiles.formulas import catch_up_width, walk
 from profiles.replay import replay, rounds_of
 from profiles.steering import Pick, Round
 from profiles.terms import PLAIN, Draft, Prompt, Setup
-from tests.benchmarks.pilots import fixed
 from tests.fakes import DRAFT_A, GREEDY, NGRAM, TARGET, FakeEngine, prompts
 from tuner import streams
 from tuner.evidence import Evidence, gather
 from tuner.forecast import Forecaster
 from tuner.played import Record
-from tuner.simulator import Simulator, World, noise_of
+from tuner.simulator import Fixed, Simulator, World, noise_of
 from tuner.streams import Phase, Request, Stream, Weather
 
 LENGTHS = (1, 2, 3, 4, 5, 6)
@@ -125,7 +124,7 @@ def test_alone_it_takes_what_the_forecast_says(
     simulator: Simulator, evidence: Evidence, forecaster: Forecaster, setup: Setup
 ) -> None:
     """Seconds at batch 1 without noise are the forecaster's own; tokens are all but the first of each output."""
-    record = simulator.serve(queue(1), fixed(setup))
+    record = simulator.serve(queue(1), Fixed(setup))
     seconds = 0.0
     for prompt in PROMPTS:
         acceptance = evidence.acceptance(setup.draft, prompt) if setup.draft else None
@@ -140,7 +139,7 @@ def test_alone_it_takes_what_the_forecast_says(
 @every_setup
 def test_in_a_batch_it_runs_what_a_replay_runs(priced: Simulator, evidence: Evidence, setup: Setup) -> None:
     """The shapes a full batch runs are those of `profiles.replay`, catch-up widths included."""
-    record = priced.serve(queue(4), fixed(setup))
+    record = priced.serve(queue(4), Fixed(setup))
     rounds = [
         rounds_of(
             evidence.traces[prompt.digest],
@@ -248,7 +247,7 @@ def test_the_same_seed_gives_the_same_record(simulator: Simulator, evidence: Evi
     """And another one other noise, of the machine as a whole: against plain decoding it cancels."""
     noise = noise_of(evidence.steps[TARGET.run_digest])
     assert sum(noise) / len(noise) == pytest.approx(1.0)
-    stream, pilot = queue(4), fixed(Setup(draft=NGRAM, length=4))
+    stream, pilot = queue(4), Fixed(Setup(draft=NGRAM, length=4))
     first = simulator.serve(stream, pilot, seed=1, noise=noise)
     assert first == simulator.serve(stream, pilot, seed=1, noise=noise)
     other = simulator.serve(stream, pilot, seed=2, noise=noise)
@@ -264,15 +263,15 @@ def test_sampled_drafts_draw_their_luck_by_seed() -> None:
     world = World(
         workload=workload, evidence=evidence, forecasters={1: Forecaster(evidence, workload, TARGET.run_digest)}
     )
-    records = [Simulator(world).serve(queue(1, PROMPTS[:2]), fixed(SETUPS[2]), seed=seed) for seed in (1, 1, 2)]
+    records = [Simulator(world).serve(queue(1, PROMPTS[:2]), Fixed(SETUPS[2]), seed=seed) for seed in (1, 1, 2)]
     assert records[0] == records[1] != records[2]
 
 
 def test_weather(simulator: Simulator) -> None:
     """A spike slows plain decoding just as much; a spoilt round keeps nothing of what was proposed."""
     stream, setup = queue(1), Setup(draft=DRAFT_A, length=3)
-    calm = simulator.serve(stream, fixed(setup))
-    slow = simulator.serve(stream, fixed(setup), weather=Weather(slows=lambda _: 3.0))
+    calm = simulator.serve(stream, Fixed(setup))
+    slow = simulator.serve(stream, Fixed(setup), weather=Weather(slows=lambda _: 3.0))
     assert slow.seconds == pytest.approx(3.0 * calm.seconds)
     assert slow.over_plain == pytest.approx(calm.over_plain)
     pilot = Script(lambda _: setup)
@@ -296,7 +295,7 @@ def test_an_ambush_waits_for_the_draft(simulator: Simulator) -> None:
 def test_worst_window(simulator: Simulator) -> None:
     """The least of all windows of that many rounds, and of the whole record when it is shorter."""
     setup = Setup(draft=DRAFT_A, length=4)
-    record = simulator.serve(queue(1), fixed(setup), weather=Weather(spoils=lambda moment: 50 <= moment.number < 80))
+    record = simulator.serve(queue(1), Fixed(setup), weather=Weather(spoils=lambda moment: 50 <= moment.number < 80))
     by_hand = min(
         sum(one.plain_s for one in record.rounds[at : at + 20])
         / sum(one.seconds for one in record.rounds[at : at + 20])
@@ -309,11 +308,11 @@ def test_worst_window(simulator: Simulator) -> None:
 def test_what_was_not_measured_is_refused(simulator: Simulator) -> None:
     """A larger batch, an unknown prompt and a longer length are named."""
     with pytest.raises(InputError, match="batch 5"):
-        simulator.serve(queue(5), fixed(PLAIN))
+        simulator.serve(queue(5), Fixed(PLAIN))
     with pytest.raises(NotMeasuredError, match="poem"):
-        simulator.serve(queue(1, prompts(1, "poem")), fixed(PLAIN))
+        simulator.serve(queue(1, prompts(1, "poem")), Fixed(PLAIN))
     with pytest.raises(NotMeasuredError, match="lengths up to 6"):
-        simulator.serve(queue(1), fixed(Setup(draft=NGRAM, length=9)))
+        simulator.serve(queue(1), Fixed(Setup(draft=NGRAM, length=9)))
 
 
 def test_streams_are_drawn_by_seed() -> None:

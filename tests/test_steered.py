@@ -15,7 +15,8 @@ from profiles.drafting import Drafted, DraftSource, ModelDrafter, Text
 from profiles.engine import TorchEngine
 from profiles.errors import BadNumbersError, InputError
 from profiles.formulas import Replayed, joined, round_outcomes
-from profiles.steered import SteeredRun, rounds_of
+from profiles.replay import greedy_rounds
+from profiles.steered import SteeredRun
 from profiles.terms import CATCH_UP_WIDTHS, PLAIN, AcceptanceTrace, Draft, Model, Prompt, Setup, TargetTrace, Workload
 from tests.toys import ScriptedPilot, TableModel, near, p_value, sequence_law, steer, wandering
 
@@ -253,7 +254,7 @@ def test_scoring_tells_what_a_draft_would_have_kept(engine: TorchEngine, kind: i
         pilot = ScriptedPilot(itertools.repeat(PLAIN), dict.fromkeys(range(every - 1, 30, every), setup))
         found = engine.run_steered(WORKLOAD, (prompt,), pilot, 4)
         kept = kept_of(engine, WORKLOAD, prompt, kind)
-        wanted = [rounds_of(kept[end - every : end], 4) for end in range(1 + every, 25, every)]
+        wanted = [greedy_rounds(kept[end - every : end], 4) for end in range(1 + every, 25, every)]
         assert [list(report.rows) for report in pilot.told if report.scored] == wanted
         assert [turn.scoring_s > 0.0 for turn in found.timeline] == [(one + 1) % every == 0 for one in range(23)]
 
@@ -266,7 +267,7 @@ def test_scoring_a_long_text(engine: TorchEngine, after: int) -> None:
     pilot = ScriptedPilot(itertools.repeat(PLAIN), {after - 1: setup})
     engine.run_steered(workload, PROMPTS[3:4], pilot, 8)
     [rows] = [list(report.rows) for report in pilot.told if report.scored]
-    assert rows == rounds_of(kept_of(engine, workload, PROMPTS[3], EXIT)[1 : after + 1], 8)
+    assert rows == greedy_rounds(kept_of(engine, workload, PROMPTS[3], EXIT)[1 : after + 1], 8)
 
 
 def test_scoring_beside_a_draft_that_runs_past_an_end_token(engine: TorchEngine) -> None:
@@ -279,7 +280,7 @@ def test_scoring_beside_a_draft_that_runs_past_an_end_token(engine: TorchEngine)
     found = engine.run_steered(workload, PROMPTS[1:2], pilot, 5)
     kept = kept_of(engine, workload, PROMPTS[1], OTHER)
     assert [turn.tokens for turn in found.timeline] == [1, place - 1]
-    assert [list(report.rows) for report in pilot.told if report.scored] == [rounds_of(kept[1:2], 5)]
+    assert [list(report.rows) for report in pilot.told if report.scored] == [greedy_rounds(kept[1:2], 5)]
 
 
 def test_a_scored_draft_is_caught_up(engine: TorchEngine) -> None:
@@ -311,9 +312,9 @@ def test_nothing_new_is_not_scored(engine: TorchEngine) -> None:
 
 def test_rounds_of_flags() -> None:
     """Kept runs up to k, a token of the target's after each, the last one cut."""
-    assert rounds_of([True, True, False, True, True, True, False, True], 2) == [(2, 2), (2, 2), (2, 0), (1, 1)]
-    assert rounds_of([False, True, False], 4) == [(3, 0), (2, 1)]
-    assert rounds_of([], 4) == []
+    assert greedy_rounds([True, True, False, True, True, True, False, True], 2) == [(2, 2), (2, 2), (2, 0), (1, 1)]
+    assert greedy_rounds([False, True, False], 4) == [(3, 0), (2, 1)]
+    assert greedy_rounds([], 4) == []
 
 
 def test_every_draft_model_is_timed_at_all_first_widths(engine: TorchEngine) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-TYPE_CHECKING = False  # that of `typing`, whose import would double the time a process takes to start
+TYPE_CHECKING = False  # that of `typing`, which is not worth its import in serving code
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any

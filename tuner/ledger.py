@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 
-TYPE_CHECKING = False  # that of `typing`, whose import would double the time a process takes to start
+TYPE_CHECKING = False  # that of `typing`, which is not worth its import in serving code
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
@@ -49,7 +49,7 @@ class Ledger:
         `gain`: what a plain round's time is expected to gain.
         """
         most = MOST * min(1.0, LEAST_SHARE + (1.0 - LEAST_SHARE) * gain / FULL_GAIN)
-        return (most - self._total + self._floor[0][1]) / RESERVE
+        return (most - self.loss) / RESERVE
 
     def add(self, lost: float) -> None:
         """Books a round; below 0 it gained."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-TYPE_CHECKING = False  # that of `typing`, whose import would double the time a process takes to start
+TYPE_CHECKING = False  # that of `typing`, which is not worth its import in serving code
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
@@ -34,21 +34,26 @@ MEMORY = 2048  # rounds of the selector for which a time is remembered
 class Pace:
     """How much longer rounds of one setup last than stored: the exponential of a running mean of logarithms.
 
-    `factor` is 0 while nothing was heard, or not for long; `low`, of plain decoding, is a standard error less.
-    `least_share` is what the latest round counts at least; the stored time counts as four rounds. Three rounds in a row
-    that are off by a fifth, to the same side, are a jump: from there on the stored time counts for nothing.
+    `factor` is 0 while nothing was heard, or not for long. `least_share` is what the latest round counts at least; the
+    stored time counts as four rounds. Three rounds in a row that are off by a fifth, to the same side, are a jump: from
+    there on the stored time counts for nothing.
     """
 
-    __slots__ = ("_least", "_log", "_off", "_share", "_spread", "factor", "last", "low")
+    __slots__ = ("_least", "_log", "_off", "_share", "_spread", "factor", "last")
 
     def __init__(self, least_share: float) -> None:
         self._least = least_share
-        self.factor = self.low = 0.0
+        self.factor = 0.0
         self.last = 0
         self._log = 0.0
         self._share = STORED_SHARE
         self._spread = NOISE
         self._off = 0
+
+    @property
+    def low(self) -> float:
+        """The factor less a standard error."""
+        return self.factor * (1.0 - math.sqrt(self._spread * self._share))
 
     def hear(self, ratio: float, now: int, start: float) -> bool:
         """A round took `ratio` times its stored seconds; `start` is what was assumed as long as nothing was known.
@@ -69,17 +74,15 @@ class Pace:
         self._share = max(self._least, self._share / (1.0 + self._share))  # 1/2, 1/3, 1/4 ...
         self._log += self._share * beyond
         self.factor, self.last = math.exp(self._log), now
-        if self._least == PLAIN_SHARE:  # of no other is it asked
-            self.low = self.factor * (1.0 - math.sqrt(self._spread * self._share))
         return jumped
 
     def snapshot(self) -> list[float]:
-        return [self.factor, self.low, self.last, self._log, self._share, self._spread, self._off]
+        return [self.factor, self.last, self._log, self._share, self._spread, self._off]
 
     def restore(self, learned: Sequence[float]) -> None:
         if not all(math.isfinite(one) for one in learned):
             raise ValueError("times that are not finite")
-        self.factor, self.low, last, self._log, self._share, self._spread, off = learned
+        self.factor, last, self._log, self._share, self._spread, off = learned
         self.last, self._off = int(last), int(off)
 
 

@@ -12,7 +12,7 @@ from tuner.place import Option, Place, Times
 from tuner.question import MIXED
 from tuner.table import Table
 
-TYPE_CHECKING = False  # that of `typing`, whose import would double the time a process takes to start
+TYPE_CHECKING = False  # that of `typing`, which is not worth its import in serving code
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any

@@ -28,7 +28,7 @@ from profiles.errors import InputError
 from tuner.ledger import RESERVE, Ledger
 from tuner.places import Places
 
-TYPE_CHECKING = False  # that of `typing`, whose import would double the time a process takes to start
+TYPE_CHECKING = False  # that of `typing`, which is not worth its import in serving code
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any

@@ -1,8 +1,8 @@
 """A simulated server: streams of requests served under a pilot, from recorded evidence instead of models.
 
-Traces say what a round keeps, staircases what it takes; nothing sleeps, so thousands of rounds pass in a second. The
-order of events is that of `profiles.replay`, which a pilot that never changes its mind reproduces exactly. It must not
-know how a pilot decides, and tells it nothing that an engine would not.
+Traces say what a round keeps, staircases what it takes; nothing sleeps. The order of events is that of
+`profiles.replay`, which a pilot that never changes its mind (`Fixed`) reproduces exactly. It must not know how a pilot
+decides, and tells it nothing that an engine would not.
 """
 
 import random
@@ -14,12 +14,13 @@ from typing import NamedTuple
 from profiles.errors import InputError, NotMeasuredError
 from profiles.formulas import Replayed, RoundOutcome, catch_up_width, check_length, round_outcomes
 from profiles.protocol import Pilot
-from profiles.replay import PLAIN_ROUND
+from profiles.replay import PLAIN_ROUND, greedy_rounds
 from profiles.steering import Pick, Round
-from profiles.terms import PLAIN, Prompt, Setup, StepTimes, Workload
+from profiles.terms import PLAIN, AcceptanceTrace, Prompt, Setup, StepTimes, Workload
 from tuner.evidence import Evidence
 from tuner.forecast import Forecaster
 from tuner.played import Played, Record
+from tuner.question import MIXED
 from tuner.streams import Moment, Request, Stream, Weather
 
 Shape = tuple[int, int, int]
@@ -90,6 +91,19 @@ def noise_of(times: StepTimes) -> tuple[float, ...]:
     return tuple(sample * len(samples) / sum(samples) for samples in times.samples_s.values() for sample in samples)
 
 
+class Fixed:
+    """A pilot that never changes its mind."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._pick = Pick(setup, True, 1, 1, MIXED, 0.0)
+
+    def choose(self, **_: object) -> Pick:
+        return self._pick
+
+    def observe(self, report: Round) -> bool:
+        return not report.scored
+
+
 class _Row:
     """A request under way.
 
@@ -114,7 +128,7 @@ class _Row:
         return self.prompt_tokens + self.start
 
     def behind(self, model: str) -> int:
-        return self.prompt_tokens + self.start - self.taken_in.get(model, 0)
+        return self.length - self.taken_in.get(model, 0)
 
 
 class _Arm:
@@ -168,13 +182,9 @@ class _Arm:
 
     def scored(self, row: _Row, start: int) -> list[tuple[int, int]]:
         """(proposed, accepted) of the rounds it would have gone through from `start` to where the row's text ends."""
-        rounds = []
-        while start < row.start:
-            left = row.start - start
-            (one,) = round_outcomes(self.acceptance(row.key[0]), start, min(self.setup.length, left), row.start)
-            rounds.append((one.proposed, one.accepted))
-            start += one.accepted + 1
-        return rounds
+        acceptance = self.acceptance(row.key[0])
+        assert isinstance(acceptance, AcceptanceTrace)
+        return greedy_rounds([keep == 1.0 for keep in acceptance.keep_probs[start : row.start]], self.setup.length)
 
     def scoring_s(self, num_rows: int, width: int) -> float:
         """Of taking in `width` tokens of every row."""

@@ -5,7 +5,6 @@ how a selector uses them.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from profiles.formulas import WIDEST_CATCH_UP, Walk, acceptance_length
 from profiles.terms import CATCH_UP_WIDTHS, PLAIN, Draft, Prompt, Setup
@@ -41,8 +40,7 @@ def summarise(anchors: Sequence[Anchor], lengths: Sequence[int]) -> Prior | None
             longest = _longest([one for one in known if one.workload == load], draft, rising)
             if (number, *point) not in times and longest > 0:
                 seconds = _times(forecaster, draft, anchor.forecast_pool, rising[-1])
-                timed = _round_times(number, point, seconds, longest)
-                times[number, *point] = replace(timed, catch_up_s=_catch_up_s(forecaster, draft))
+                times[number, *point] = _round_times(number, point, seconds, longest, _catch_up_s(forecaster, draft))
     return Prior(drafts=drafts, lengths=rising, kept=tuple(kept.values()), times=tuple(times.values()))
 
 
@@ -55,7 +53,7 @@ def _longest(anchors: Sequence[Anchor], draft: Draft, rising: Sequence[int]) -> 
 
 
 def _round_times(
-    draft: int | None, point: tuple[int, int, float], seconds: tuple[float, ...], longest: int
+    draft: int | None, point: tuple[int, int, float], seconds: tuple[float, ...], longest: int, catch_up_s: float = 0.0
 ) -> RoundTimes:
     batch_size, context_length, temperature = point
     return RoundTimes(
@@ -65,6 +63,7 @@ def _round_times(
         temperature=temperature,
         max_length=longest,
         seconds=seconds,
+        catch_up_s=catch_up_s,
     )
 
 
@@ -93,7 +92,7 @@ def _times(forecaster: Forecaster, draft: Draft, prompts: Sequence[Prompt], long
     seconds = [forecaster.round_s(Setup(draft=draft, length=1), (1, 0, 0))]
     for length in range(1, longest + 1):
         setup = Setup(draft=draft, length=length)
-        usual = (length + 1, length, 2) if draft.kind != "ngram" else (length + 1, 0, 0)
+        usual = (length + 1, length, CATCH_UP_WIDTHS[0]) if draft.kind != "ngram" else (length + 1, 0, 0)
         ran = {
             shape: count for shape, count in forecaster.rounds(setup, prompts).shapes.items() if shape[0] == length + 1
         }

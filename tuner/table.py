@@ -11,7 +11,7 @@ from itertools import product
 
 from tuner.question import MIXED, check_asked, match_temperature
 
-TYPE_CHECKING = False  # that of `typing`, whose import would double the time a process takes to start
+TYPE_CHECKING = False  # that of `typing`, which is not worth its import in serving code
 if TYPE_CHECKING:
     from tuner.policy import Choice, Policy
 

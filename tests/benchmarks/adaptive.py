@@ -25,11 +25,12 @@ from profiles.protocol import Pilot
 from profiles.terms import PLAIN, Prompt, Setup
 from tests.benchmarks import real, world
 from tests.benchmarks.common import finish
-from tests.benchmarks.pilots import Ema, Exp3, Oracle, Table, Ucb, fixed
+from tests.benchmarks.pilots import Ema, Exp3, Oracle, Table, Ucb
 from tests.benchmarks.world import Family
 from tuner import streams
 from tuner.played import Record
 from tuner.selector import Selector
+from tuner.simulator import Fixed
 from tuner.streams import Phase, Stream
 
 SCREENED_SEEDS, SCREENED_SHARE = 5, 0.85
@@ -70,9 +71,9 @@ def pilots(family: Family, stream: Stream, seed: int) -> dict[str, Pilot]:
     plain_s = family.simulator.arm(PLAIN).seconds(1, (1, 0, 0))
     found: dict[str, Pilot] = {
         "selector": Selector(family.policy, seed=seed, scores=True),
-        "plain": fixed(PLAIN),
+        "plain": Fixed(PLAIN),
         "policy": Table(family.look_up),
-        "policy, one setup": fixed(static),
+        "policy, one setup": Fixed(static),
         "ucb": Ucb(arms, MOST_OVER_PLAIN / plain_s),
         "exp3": Exp3(arms, MOST_OVER_PLAIN / plain_s, seed),
     }
@@ -93,7 +94,7 @@ class Replayed:
         """One stream under every pilot and every fixed setup that may be the best."""
         family, rates = self._family, self.rates[name]
         stream = BUILDERS[name](family.served, seed)
-        records = {setup: self._serve(stream, fixed(setup), seed) for setup in self._hopeful(name)}
+        records = {setup: self._serve(stream, Fixed(setup), seed) for setup in self._hopeful(name)}
         for setup, record in records.items():
             self.statics[name][setup].append(record.tok_per_s)
         rates["best static"].append(max(record.tok_per_s for record in records.values()))
@@ -198,8 +199,8 @@ def run_real(family: Family, num_seeds: int) -> dict[str, Any]:
         for seed in range(num_seeds):
             stream = build(family.served, seed)
             serve = family.simulator.serve
-            statics = sorted(family.setups, key=lambda setup: -serve(stream, fixed(setup)).tok_per_s)
-            arms: dict[str, Pilot] = {setup.name: fixed(setup) for setup in (*statics[:REAL_STATICS], PLAIN)}
+            statics = sorted(family.setups, key=lambda setup: -serve(stream, Fixed(setup)).tok_per_s)
+            arms: dict[str, Pilot] = {setup.name: Fixed(setup) for setup in (*statics[:REAL_STATICS], PLAIN)}
             arms["selector"] = Selector(family.policy, seed=seed, scores=True)
             if stream.most_rows == 1:
                 arms["oracle"] = real.oracle(family, stream)

@@ -10,10 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 from profiles.steering import Pick, Round
 from profiles.terms import PLAIN, Draft, Setup
+from tuner.question import MIXED
 
 EMA_STEPS: Mapping[int, tuple[int, ...]] = {1: (1, 3, 5, 7), 8: (0, 1, 3), 32: (0, 1), 64: (0,)}  # SGLang's defaults
 EMA_WEIGHT, EMA_INTERVAL, EMA_WARM_UP = 0.2, 5, 10
 EMA_DOWN, EMA_UP = -0.25, 0.0  # moves the thresholds half a token under a step count
+
+
+def picked(setup: Setup) -> Pick:
+    """A pick that rests on no measured point: these pilots have none."""
+    return Pick(setup, True, 1, 1, MIXED, 0.0)
 
 
 class Table:
@@ -22,24 +28,11 @@ class Table:
     def __init__(self, look_up: Callable[[int, str | None], Setup]) -> None:
         self._look_up = look_up
 
-    def choose(
-        self,
-        *,
-        batch_size: int = 1,
-        context_length: int | None = None,
-        domain: str | None = None,
-        temperature: float = 0.0,
-    ) -> Pick:
-        setup = self._look_up(batch_size, domain)
-        return Pick(setup, True, batch_size, context_length or 0, domain or "mixed", temperature)
+    def choose(self, *, batch_size: int = 1, domain: str | None = None, **_: object) -> Pick:
+        return picked(self._look_up(batch_size, domain))
 
     def observe(self, report: Round) -> bool:
         return not report.scored
-
-
-def fixed(setup: Setup) -> Table:
-    """One setup for ever."""
-    return Table(lambda *_: setup)
 
 
 class Ema:
@@ -49,17 +42,10 @@ class Ema:
         self._draft = draft
         self._slots = {size: _Slot(own, first_length) for size, own in steps.items()}
 
-    def choose(
-        self,
-        *,
-        batch_size: int = 1,
-        context_length: int | None = None,
-        domain: str | None = None,
-        temperature: float = 0.0,
-    ) -> Pick:
+    def choose(self, *, batch_size: int = 1, **_: object) -> Pick:
         length = self._slot(batch_size).steps
         setup = Setup(draft=self._draft, length=length) if length else PLAIN
-        return Pick(setup, True, batch_size, context_length or 0, domain or "mixed", temperature)
+        return picked(setup)
 
     def observe(self, report: Round) -> bool:
         self._slot(len(report.rows)).update([accepted for _, accepted in report.rows])
@@ -108,14 +94,7 @@ class Ucb:
         self._plays = [0] * len(arms)
         self._totals = [0.0] * len(arms)
 
-    def choose(
-        self,
-        *,
-        batch_size: int = 1,
-        context_length: int | None = None,
-        domain: str | None = None,
-        temperature: float = 0.0,
-    ) -> Pick:
+    def choose(self, **_: object) -> Pick:
         if 0 in self._plays:
             number = self._plays.index(0)
         else:
@@ -124,7 +103,7 @@ class Ucb:
                 range(len(self._plays)),
                 key=lambda arm: self._totals[arm] / self._plays[arm] + math.sqrt(room / self._plays[arm]),
             )
-        return Pick(self._setups[number], True, batch_size, context_length or 0, domain or "mixed", temperature)
+        return picked(self._setups[number])
 
     def observe(self, report: Round) -> bool:
         number = self._arms[report.pick.setup]
@@ -144,16 +123,9 @@ class Exp3:
         self._explore = explore
         self._scores = [0.0] * len(arms)
 
-    def choose(
-        self,
-        *,
-        batch_size: int = 1,
-        context_length: int | None = None,
-        domain: str | None = None,
-        temperature: float = 0.0,
-    ) -> Pick:
+    def choose(self, **_: object) -> Pick:
         setup = self._luck.choices(self._setups, self._shares())[0]
-        return Pick(setup, True, batch_size, context_length or 0, domain or "mixed", temperature)
+        return picked(setup)
 
     def observe(self, report: Round) -> bool:
         number = self._arms[report.pick.setup]
@@ -179,15 +151,8 @@ class Oracle:
         self._ahead = [(setup, tokens) for setup, tokens in reversed(requests) if tokens > 0]
         self._left = self._ahead[-1][1] if self._ahead else 0
 
-    def choose(
-        self,
-        *,
-        batch_size: int = 1,
-        context_length: int | None = None,
-        domain: str | None = None,
-        temperature: float = 0.0,
-    ) -> Pick:
-        return Pick(self._ahead[-1][0], True, batch_size, context_length or 0, domain or "mixed", temperature)
+    def choose(self, **_: object) -> Pick:
+        return picked(self._ahead[-1][0])
 
     def observe(self, report: Round) -> bool:
         ((_, accepted),) = report.rows

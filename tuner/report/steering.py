@@ -8,17 +8,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from profiles.errors import NotMeasuredError
-from profiles.steering import Pick, Round
 from profiles.terms import PLAIN, Prompt, Setup
 from tuner import streams
 from tuner.anchors import Anchor
 from tuner.played import Played, Record
 from tuner.policy import Policy
-from tuner.question import MIXED
 from tuner.report.dossier import Span, Timeline
 from tuner.report.timeline import smoothed
 from tuner.selector import Selector
-from tuner.simulator import Simulator, World
+from tuner.simulator import Fixed, Simulator, World
 from tuner.streams import Phase, Stream
 
 REQUESTS = 8  # of a phase at batch 1; in a batch as many full ones as make no fewer, but at least two
@@ -39,9 +37,9 @@ def replayed(anchors: Sequence[Anchor], policy: Policy) -> Timeline | None:
     simulator, stream = _simulator(known), _stream(known)
     try:
         steered = simulator.serve(stream, Selector(policy))
-        rates = {setup: simulator.serve(stream, _Fixed(setup)).tok_per_s for setup in _hopeful(known)}
+        rates = {setup: simulator.serve(stream, Fixed(setup)).tok_per_s for setup in _hopeful(known)}
         best = max(rates, key=lambda setup: rates[setup])
-        single, plain = (simulator.serve(stream, _Fixed(setup)) for setup in (best, PLAIN))
+        single, plain = (simulator.serve(stream, Fixed(setup)) for setup in (best, PLAIN))
     except NotMeasuredError:  # evidence of an earlier draftpick lacks what a replay needs
         return None
     return Timeline(
@@ -50,19 +48,6 @@ def replayed(anchors: Sequence[Anchor], policy: Policy) -> Timeline | None:
         best_single=smoothed(list(_stretches(single))),
         best_single_name=best.name,
     )
-
-
-class _Fixed:
-    """A pilot that never changes its mind."""
-
-    def __init__(self, setup: Setup) -> None:
-        self._pick = Pick(setup, True, 1, 1, MIXED, 0.0)
-
-    def choose(self, **_: object) -> Pick:
-        return self._pick
-
-    def observe(self, report: Round) -> bool:  # noqa: ARG002
-        return True
 
 
 def _simulator(known: Sequence[Anchor]) -> Simulator:

@@ -1,4 +1,4 @@
-"""Tells a request's domain from its text in less than a millisecond, or says that it is not sure.
+"""Tells a request's domain from its text, or says that it is not sure.
 
 A linear model over hashed n-grams, kept as one JSON file of weights without a word of the text it was trained on.
 Serving code imports this; how the weights came about it must not know.
@@ -104,7 +104,7 @@ class Router:
     def _probabilities(self, text: str) -> numpy.ndarray:
         if not isinstance(text, str):
             raise InputError(f"text of type {type(text).__name__}: a string is needed")
-        with config_context(skip_parameter_validation=True, assume_finite=True):  # a quarter of the time
+        with config_context(skip_parameter_validation=True, assume_finite=True):  # checks that the text cannot fail
             words, spelling = features([text])
         scores = words @ self.weights[:NUM_HASHES] + spelling @ self.weights[NUM_HASHES:]
         found: numpy.ndarray = softmax(scores[0] / self.temperature)
