@@ -132,11 +132,7 @@ def _keep_policy(shelf: Shelf, engine: Engine, outcome: Outcome, options: Option
     def made_from(latest: str | None) -> str:
         earlier = None if latest is None else policies.from_json(latest)
         choices = _joined(() if earlier is None else earlier.choices, outcome, options)
-        standing = [
-            (choice.batch_size, choice.context_length, choice.domain, choice.temperature)
-            for choice in choices
-            if choice not in outcome.choices
-        ]
+        standing = [choice.point for choice in choices if choice not in outcome.choices]
         policy = policies.Policy(
             created=_utc_now(),
             target=engine.target,

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from tuner.policy import Choice, Policy
     from tuner.prior import Prior
 
-Key = tuple[int, int, str, float]  # batch size, context length, domain, temperature
-
 
 class Places:
     """The places of a policy, found by question (`find`) or by what a pick rests on (`by_key`).
@@ -45,12 +43,12 @@ class Places:
         self.times: dict[tuple[str | None, int, int, float], Times] = {}
         if policy.prior is not None:
             self._take_prior(policy.prior)
-        self.by_key = {_key(choice): self._place(choice) for choice in policy.choices}
+        self.by_key = {choice.point: self._place(choice) for choice in policy.choices}
 
     def find(self, question: tuple[int, int | None, str | None, float]) -> Place | None:
         """The place that covers a question; None: plain decoding. Raises InputError: an impossible value."""
         choice = self._table.find(*question)
-        return None if choice is None else self.by_key[_key(choice)]
+        return None if choice is None else self.by_key[choice.point]
 
     def take_over(self, earlier: Places, now: int) -> None:
         """Goes on from what was learned of the same drafts on the same domains at the same lengths."""
@@ -129,9 +127,5 @@ class Places:
         return options
 
 
-def _key(choice: Choice) -> Key:
-    return choice.batch_size, choice.context_length, choice.domain, choice.temperature
-
-
 def _pick(choice: Choice, setup: Setup) -> Pick:
-    return Pick(setup, True, *_key(choice))
+    return Pick(setup, True, *choice.point)

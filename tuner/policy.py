@@ -15,7 +15,7 @@ from profiles.files import write_atomically
 from profiles.terms import ADDED, PLAIN, Environment, Model, Setup
 from tuner.claims import Forecast, Measured
 from tuner.prior import Prior
-from tuner.question import MIXED, check_asked, match_temperature
+from tuner.question import MIXED, Point, check_asked, match_temperature
 from tuner.records import decode_version
 
 POLICY_VERSION = 3  # 2 added alternatives and the machine's traits, 3 what a selector starts from; both are still read
@@ -66,9 +66,14 @@ class Choice:
             )
 
     @property
-    def anchor(self) -> tuple[int, int, str, float, float, int]:
+    def point(self) -> Point:
         """What the choice is for; a policy has one choice for each."""
-        return (self.batch_size, self.context_length, self.domain, self.temperature, self.top_p, self.top_k)
+        return self.batch_size, self.context_length, self.domain, self.temperature
+
+    @property
+    def anchor(self) -> tuple[int, int, str, float, float, int]:
+        """The point, and the filters that its temperature was measured with."""
+        return (*self.point, self.top_p, self.top_k)
 
     @property
     def is_decided(self) -> bool:
@@ -108,12 +113,13 @@ class Policy:
             _is_utc(self.created), f"created {self.created!r}: a UTC time like 2026-01-31T12:00:00+00:00 is needed"
         )
         _require(any(choice.domain == MIXED for choice in self.choices), f"no choice of domain {MIXED!r}")
-        anchors: set[object] = set()
+        points: set[Point] = set()
         filters: dict[float, tuple[float, int]] = {}
         for choice in self.choices:
-            anchor = (choice.batch_size, choice.context_length, choice.domain, choice.temperature)
-            _require(anchor not in anchors, f"two choices for (batch, context, domain, temperature) = {anchor}")
-            anchors.add(anchor)
+            _require(
+                choice.point not in points, f"two choices for (batch, context, domain, temperature) = {choice.point}"
+            )
+            points.add(choice.point)
             own = (choice.top_p, choice.top_k)
             shared = filters.setdefault(choice.temperature, own)
             _require(own == shared, f"temperature {choice.temperature:g} with (top-p, top-k) = {own} and {shared}")

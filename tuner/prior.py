@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 
 from profiles.errors import InputError
 from profiles.terms import Draft
-
-Point = tuple[int, int, str, float]  # batch size, context length, domain, temperature of a policy's choice
+from tuner.question import Point
 
 
 def _require(condition: bool, message: str) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MIXED = "mixed"  # the domain of a choice made over the prompts of all domains
 TEMPERATURE_TOLERANCE = 1e-6
+Point = tuple[int, int, str, float]  # batch size, context length, domain, temperature that were measured together
 
 
 def check_asked(batch_size: int, context_length: int | None, temperature: float) -> None:
