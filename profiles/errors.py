@@ -86,3 +86,9 @@ class RunInterruptedError(DraftpickError):
     """The user stopped a run; every finished unit is kept."""
 
     exit_code = 130
+
+
+def require(condition: bool, message: str) -> None:
+    """What records check their values with. Raises InputError."""
+    if not condition:
+        raise InputError(message)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
-from profiles.errors import InputError
+from profiles.errors import require
 
 DraftKind = Literal["model", "ngram", "early_exit", "composite"]
 DRAFT_KINDS: tuple[DraftKind, ...] = ("model", "ngram", "early_exit", "composite")
@@ -30,11 +30,6 @@ def digest_of(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
-
-
 def _finite(values: Sequence[float]) -> bool:
     return all(math.isfinite(value) for value in values)
 
@@ -48,8 +43,8 @@ class Interval:
     high: float
 
     def __post_init__(self) -> None:
-        _require(_finite((self.estimate, self.low, self.high)), f"interval {self} is not finite")
-        _require(self.low <= self.estimate <= self.high, f"interval {self} is not in order")
+        require(_finite((self.estimate, self.low, self.high)), f"interval {self} is not finite")
+        require(self.low <= self.estimate <= self.high, f"interval {self} is not in order")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +58,8 @@ class Model:
     num_params: int
 
     def __post_init__(self) -> None:
-        _require(self.dtype in DTYPES, f"dtype {self.dtype!r}: allowed are {', '.join(DTYPES)}")
-        _require(self.num_params > 0, f"model {self.name!r} has {self.num_params} parameters")
+        require(self.dtype in DTYPES, f"dtype {self.dtype!r}: allowed are {', '.join(DTYPES)}")
+        require(self.num_params > 0, f"model {self.name!r} has {self.num_params} parameters")
 
     @property
     def run_digest(self) -> str:
@@ -83,20 +78,20 @@ class Draft:
     num_layers: int | None = None
 
     def __post_init__(self) -> None:
-        _require(self.kind in DRAFT_KINDS, f"draft kind {self.kind!r}: allowed are {', '.join(DRAFT_KINDS)}")
+        require(self.kind in DRAFT_KINDS, f"draft kind {self.kind!r}: allowed are {', '.join(DRAFT_KINDS)}")
         has_model, has_match = self.kind in ("model", "composite"), self.kind in ("ngram", "composite")
-        _require(has_model == (self.model is not None), f"draft kind {self.kind!r} and its model disagree")
-        _require((self.kind == "early_exit") == (self.num_layers is not None), "only early-exit drafts have layers")
+        require(has_model == (self.model is not None), f"draft kind {self.kind!r} and its model disagree")
+        require((self.kind == "early_exit") == (self.num_layers is not None), "only early-exit drafts have layers")
         low, high = self.min_match, self.max_match
         if has_match:
-            _require(
+            require(
                 low is not None and high is not None and 1 <= low <= high,
                 f"ngram matches max={high},min={low}: allowed are 1 <= min <= max",
             )
         else:
-            _require(low is None and high is None, f"draft kind {self.kind!r} has no n-gram matches")
+            require(low is None and high is None, f"draft kind {self.kind!r} has no n-gram matches")
         if self.num_layers is not None:
-            _require(self.num_layers >= 1, f"early-exit layers {self.num_layers}: at least 1 is needed")
+            require(self.num_layers >= 1, f"early-exit layers {self.num_layers}: at least 1 is needed")
 
     @property
     def name(self) -> str:
@@ -149,12 +144,12 @@ class Setup:
     stop_below: float | None = None
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.length >= 1 if self.draft else self.length == 0,
             f"speculation length {self.length}: 0 exactly for plain decoding, at least 1 with a draft",
         )
         if self.stop_below is not None:
-            _require(
+            require(
                 self.draft is not None and 0.0 < self.stop_below < 1.0,
                 f"stop_below {self.stop_below}: allowed are fractions between 0 and 1, with a draft",
             )
@@ -181,7 +176,7 @@ class Prompt:
     token_ids: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _require(len(self.token_ids) > 0, f"a prompt of domain {self.domain!r} is empty")
+        require(len(self.token_ids) > 0, f"a prompt of domain {self.domain!r} is empty")
 
     @property
     def digest(self) -> str:
@@ -206,18 +201,18 @@ class Workload:
     end_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, f"batch size {self.batch_size}: at least 1 is needed")
-        _require(self.max_new_tokens >= 2, f"max-new-tokens {self.max_new_tokens}: at least 2 are needed")
-        _require(
+        require(self.batch_size >= 1, f"batch size {self.batch_size}: at least 1 is needed")
+        require(self.max_new_tokens >= 2, f"max-new-tokens {self.max_new_tokens}: at least 2 are needed")
+        require(
             self.context_length > self.max_new_tokens,
             f"context {self.context_length} leaves no room for a prompt beside {self.max_new_tokens} new tokens",
         )
-        _require(
+        require(
             math.isfinite(self.temperature) and 0.0 <= self.temperature <= 10.0,
             f"temperature {self.temperature}: allowed are 0 (greedy) to 10",
         )
-        _require(0.0 < self.top_p <= 1.0, f"top-p {self.top_p}: allowed are fractions above 0, up to 1")
-        _require(self.top_k >= 0, f"top-k {self.top_k}: allowed are 0 (off) and up")
+        require(0.0 < self.top_p <= 1.0, f"top-p {self.top_p}: allowed are fractions above 0, up to 1")
+        require(self.top_k >= 0, f"top-k {self.top_k}: allowed are 0 (off) and up")
 
     @property
     def acceptance_rule(self) -> str:
@@ -279,9 +274,9 @@ class TargetTrace:
 
     def __post_init__(self) -> None:
         size = len(self.token_ids)
-        _require(size > 0, "a target trace is empty")
-        _require(len(self.target_probs) == size == len(self.logit_gaps), "a target trace has columns of unequal length")
-        _require(_finite(self.target_probs) and _finite(self.logit_gaps), "a target trace holds a value not finite")
+        require(size > 0, "a target trace is empty")
+        require(len(self.target_probs) == size == len(self.logit_gaps), "a target trace has columns of unequal length")
+        require(_finite(self.target_probs) and _finite(self.logit_gaps), "a target trace holds a value not finite")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,9 +293,9 @@ class AcceptanceTrace:
     confidences: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        _require(len(self.keep_probs) > 0, "an acceptance trace is empty")
-        _require(len(self.keep_probs) == len(self.confidences), "an acceptance trace has columns of unequal length")
-        _require(all(0.0 <= value <= 1.0 for value in self.keep_probs), "a keep probability is outside 0 to 1")
+        require(len(self.keep_probs) > 0, "an acceptance trace is empty")
+        require(len(self.keep_probs) == len(self.confidences), "an acceptance trace has columns of unequal length")
+        require(all(0.0 <= value <= 1.0 for value in self.keep_probs), "a keep probability is outside 0 to 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -317,8 +312,8 @@ class LookupTrace:
     kept: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _require(len(self.proposed) == len(self.kept) > 0, "a look-up trace has columns of unequal length")
-        _require(
+        require(len(self.proposed) == len(self.kept) > 0, "a look-up trace has columns of unequal length")
+        require(
             all(
                 0 <= kept <= proposed <= self.max_length
                 for kept, proposed in zip(self.kept, self.proposed, strict=True)
@@ -345,10 +340,10 @@ class StepTimes:
     disturbed: bool = False
 
     def __post_init__(self) -> None:
-        _require(len(self.samples_s) > 0, "step times without a width")
+        require(len(self.samples_s) > 0, "step times without a width")
         for width, samples in self.samples_s.items():
             good = width >= 1 and len(samples) > 0 and _finite(samples) and min(samples) > 0.0
-            _require(good, f"step times at width {width} are {list(samples)[:3]}: positive seconds are needed")
+            require(good, f"step times at width {width} are {list(samples)[:3]}: positive seconds are needed")
         object.__setattr__(self, "samples_s", MappingProxyType(dict(sorted(self.samples_s.items()))))
 
 
@@ -375,14 +370,14 @@ class Sample:
     disturbed: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.output_tokens >= 1, f"a run emitted {self.output_tokens} tokens")
+        require(self.output_tokens >= 1, f"a run emitted {self.output_tokens} tokens")
         good = _finite((self.ttft_s, self.decode_s)) and self.ttft_s > 0.0 and self.decode_s >= 0.0
-        _require(good, f"a run took {self.ttft_s} + {self.decode_s} s")
+        require(good, f"a run took {self.ttft_s} + {self.decode_s} s")
         for (proposed, accepted), count in self.rounds.items():
-            _require(0 <= accepted <= proposed and count >= 1, f"round ({proposed}, {accepted}) counted {count} times")
+            require(0 <= accepted <= proposed and count >= 1, f"round ({proposed}, {accepted}) counted {count} times")
         for shape, count in self.shapes.items():
-            _require(min(shape) >= 0 and count >= 1, f"shape {shape} counted {count} times")
-        _require(self.refills >= 0, f"a run waited for {self.refills} prefills")
+            require(min(shape) >= 0 and count >= 1, f"shape {shape} counted {count} times")
+        require(self.refills >= 0, f"a run waited for {self.refills} prefills")
         object.__setattr__(self, "rounds", MappingProxyType(dict(sorted(self.rounds.items()))))
         object.__setattr__(self, "shapes", MappingProxyType(dict(sorted(self.shapes.items()))))
 

@@ -8,14 +8,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from profiles.errors import InputError
+from profiles.errors import require
 from profiles.terms import Draft
 from tuner.question import Point
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +31,11 @@ class Kept:
     num_rounds: float
 
     def __post_init__(self) -> None:
-        _require(self.draft >= 0, f"draft number {self.draft}: whole numbers from 0 are allowed")
+        require(self.draft >= 0, f"draft number {self.draft}: whole numbers from 0 are allowed")
         good = all(0.0 <= share <= 1.0 for share in (self.hit, *self.keep))
-        _require(good, f"shares of kept tokens {[self.hit, *self.keep]}: allowed are fractions from 0 to 1")
-        _require(all(tokens >= 1.0 for tokens in self.per_round), f"a round of {min(self.per_round, default=0)} tokens")
-        _require(self.num_rounds >= 0.0, f"{self.num_rounds} rounds: at least 0 are needed")
+        require(good, f"shares of kept tokens {[self.hit, *self.keep]}: allowed are fractions from 0 to 1")
+        require(all(tokens >= 1.0 for tokens in self.per_round), f"a round of {min(self.per_round, default=0)} tokens")
+        require(self.num_rounds >= 0.0, f"{self.num_rounds} rounds: at least 0 are needed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +56,11 @@ class RoundTimes:
     catch_up_s: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.draft is None or self.draft >= 0, f"draft number {self.draft}: whole numbers from 0 are allowed")
+        require(self.draft is None or self.draft >= 0, f"draft number {self.draft}: whole numbers from 0 are allowed")
         good = len(self.seconds) > 0 and all(math.isfinite(one) and one > 0.0 for one in self.seconds)
-        _require(good, f"round times {list(self.seconds)[:3]}: positive seconds are needed")
+        require(good, f"round times {list(self.seconds)[:3]}: positive seconds are needed")
         good = math.isfinite(self.catch_up_s) and self.catch_up_s >= 0.0
-        _require(good, f"catching up takes {self.catch_up_s} s a token: at least 0 is needed")
+        require(good, f"catching up takes {self.catch_up_s} s a token: at least 0 is needed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,16 +74,16 @@ class Prior:
 
     def __post_init__(self) -> None:
         good = list(self.lengths) == sorted(set(self.lengths)) and all(length >= 1 for length in self.lengths)
-        _require(good and bool(self.lengths), f"lengths {list(self.lengths)}: rising ones from 1 are needed")
+        require(good and bool(self.lengths), f"lengths {list(self.lengths)}: rising ones from 1 are needed")
         longest = self.lengths[-1]
         for kept in self.kept:
-            _require(kept.draft < len(self.drafts), f"draft number {kept.draft}: there are {len(self.drafts)}")
+            require(kept.draft < len(self.drafts), f"draft number {kept.draft}: there are {len(self.drafts)}")
             fits = len(kept.keep) == longest and len(kept.per_round) == len(self.lengths)
-            _require(fits, f"draft number {kept.draft} on {kept.domain!r}: figures for other lengths")
+            require(fits, f"draft number {kept.draft} on {kept.domain!r}: figures for other lengths")
         for times in self.times:
-            _require((times.draft or 0) < max(1, len(self.drafts)), f"draft number {times.draft} is not there")
+            require((times.draft or 0) < max(1, len(self.drafts)), f"draft number {times.draft} is not there")
             wanted = 1 if times.draft is None else longest + 1
-            _require(len(times.seconds) == wanted, f"draft number {times.draft}: round times for other lengths")
+            require(len(times.seconds) == wanted, f"draft number {times.draft}: round times for other lengths")
 
 
 def joined(prior: Prior | None, earlier: Prior | None, standing: Sequence[Point]) -> Prior | None:

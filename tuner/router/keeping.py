@@ -14,7 +14,7 @@ from tuner.router.training import train
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
+class Outcome:
     """A router and its file, or `why_none`."""
 
     router: Router | None
@@ -42,7 +42,7 @@ class Kept:
         return {"path": str(self.path), "domains": self.router.domains, **figures, **asdict(self.router.held_out)}
 
 
-def keep(labelled: Iterable[tuple[str, str]], path: Path, seed: int) -> Kept:
+def keep(labelled: Iterable[tuple[str, str]], path: Path, seed: int) -> Outcome:
     """Trains on (text, domain) pairs and writes the router to `path`; an earlier one stays where none can be made.
 
     Raises PolicyError: the file cannot be written.
@@ -50,6 +50,6 @@ def keep(labelled: Iterable[tuple[str, str]], path: Path, seed: int) -> Kept:
     try:
         router = train(labelled, seed)
     except InputError as error:
-        return Kept(router=None, path=path, why_none=str(error))
+        return Outcome(router=None, path=path, why_none=str(error))
     router.save(path)
-    return Kept(router=router, path=path)
+    return Outcome(router=router, path=path)

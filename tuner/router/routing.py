@@ -16,7 +16,7 @@ from scipy.special import softmax
 from sklearn import config_context
 from sklearn.feature_extraction.text import HashingVectorizer
 
-from profiles.errors import InputError, PolicyError
+from profiles.errors import InputError, PolicyError, require
 from profiles.files import write_atomically
 from profiles.terms import Interval, digest_of
 from tuner.records import decode_version
@@ -64,13 +64,13 @@ class Router:
 
     def __post_init__(self) -> None:
         distinct = len(set(self.domains)) == len(self.domains) >= 2 and all(self.domains)
-        _require(distinct, f"domains {list(self.domains)}: two or more names that differ are needed")
+        require(distinct, f"domains {list(self.domains)}: two or more names that differ are needed")
         wanted = (2 * NUM_HASHES, len(self.domains))
         good = self.weights.shape == wanted and bool(numpy.isfinite(self.weights).all())
-        _require(good, f"weights of shape {self.weights.shape}: finite ones of {wanted} are needed")
+        require(good, f"weights of shape {self.weights.shape}: finite ones of {wanted} are needed")
         good = math.isfinite(self.temperature) and self.temperature > 0.0
-        _require(good, f"temperature {self.temperature}: a number above 0 is needed")
-        _require(0.5 < self.threshold <= 1.0, f"threshold {self.threshold}: allowed are fractions above 0.5, up to 1")
+        require(good, f"temperature {self.temperature}: a number above 0 is needed")
+        require(0.5 < self.threshold <= 1.0, f"threshold {self.threshold}: allowed are fractions above 0.5, up to 1")
 
     def domain(self, text: str) -> str | None:
         """The domain that a selector is asked with; None where the text does not tell, so that `mixed` answers.
@@ -88,7 +88,7 @@ class Router:
 
     def save(self, path: str | Path) -> None:
         """Replaces the file in one step; the same router gives the same bytes. Raises PolicyError."""
-        kept = _Kept(
+        kept = _File(
             domains=self.domains,
             temperature=self.temperature,
             threshold=self.threshold,
@@ -115,8 +115,8 @@ def load(path: str | Path) -> Router:
     """The router in a file. Raises PolicyError, naming the file, when it cannot be read, is damaged or newer."""
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        kept: _Kept = decode_version(_Kept, raw, "router", ROUTER_VERSION)
-        _require(kept.digest == kept.own_digest, "it was damaged: its digest is another; run `tune.py run` again")
+        kept: _File = decode_version(_File, raw, "router", ROUTER_VERSION)
+        require(kept.digest == kept.own_digest, "it was damaged: its digest is another; run `tune.py run` again")
         weights = numpy.frombuffer(base64.b64decode(kept.weights, validate=True), dtype="<f4")
         return Router(
             domains=kept.domains,
@@ -138,7 +138,7 @@ def features(texts: list[str]) -> tuple[Any, Any]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Kept:
+class _File:
     """A router's file; `weights` are base64 of little-endian float32."""
 
     version: int = ROUTER_VERSION
@@ -152,8 +152,3 @@ class _Kept:
     @property
     def own_digest(self) -> str:
         return digest_of({name: value for name, value in asdict(self).items() if name != "digest"})
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
