@@ -6,6 +6,7 @@ records only.
 
 from typing import Protocol
 
+from profiles.properties import Properties
 from profiles.steering import Pick, Round
 from profiles.terms import (
     Acceptance,
@@ -25,8 +26,12 @@ class Engine(Protocol):
     """A target and its drafts on a device.
 
     A method measures one unit; a caller may stop between units and lose nothing. Every method raises `EngineError`
-    when the device fails and `InputError` when the models do not allow the workload.
+    when the device fails and `InputError` when the models do not allow the workload. What an engine cannot be asked
+    its `properties` say.
     """
+
+    @property
+    def properties(self) -> Properties: ...
 
     @property
     def environment(self) -> Environment: ...
@@ -50,7 +55,9 @@ class Engine(Protocol):
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
         """The staircases of the target (widths 1..max_length+1) and of all drafts' parts, interleaved; by part digest.
 
-        Each step is that of a whole batch, with `context_length` tokens cached in every row.
+        Each step is that of a whole batch, with `context_length` tokens cached in every row. Where the properties say
+        `rounds`, the target has width 1 alone, a plain round, and every traced draft has whole rounds by the tokens
+        verified: 1 (it proposed nothing) where that happens, and 1 + k for every k.
         """
         ...
 

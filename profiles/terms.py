@@ -10,12 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 from profiles.errors import require
 
-DraftKind = Literal["model", "ngram", "early_exit", "composite"]
-DRAFT_KINDS: tuple[DraftKind, ...] = ("model", "ngram", "early_exit", "composite")
+DraftKind = Literal["model", "ngram", "early_exit", "composite", "native"]
+DRAFT_KINDS: tuple[DraftKind, ...] = get_args(DraftKind)
 DTYPES = ("float32", "bfloat16", "float16")
 CATCH_UP_WIDTHS = (2, 4, 8, 16, 32, 64)  # of a draft model's first step of a round; wider ones are several of the last
 ADDED = MappingProxyType({"added": True})  # marks a field that JSON of an earlier version may lack
@@ -69,18 +69,25 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """What proposes tokens; exactly the parameters of its kind are set."""
+    """What proposes tokens; exactly the parameters of its kind are set.
+
+    `method`: of a native draft, a way of drafting that a serving engine has and names itself, with its options; such a
+    one may have a model.
+    """
 
     kind: DraftKind
     model: Model | None = None
     max_match: int | None = None
     min_match: int | None = None
     num_layers: int | None = None
+    method: str | None = field(default=None, metadata=ADDED)
 
     def __post_init__(self) -> None:
         require(self.kind in DRAFT_KINDS, f"draft kind {self.kind!r}: allowed are {', '.join(DRAFT_KINDS)}")
         has_model, has_match = self.kind in ("model", "composite"), self.kind in ("ngram", "composite")
-        require(has_model == (self.model is not None), f"draft kind {self.kind!r} and its model disagree")
+        agree = self.kind == "native" or has_model == (self.model is not None)
+        require(agree, f"draft kind {self.kind!r} and its model disagree")
+        require((self.kind == "native") == bool(self.method), "only native drafts have a method, and none lacks it")
         require((self.kind == "early_exit") == (self.num_layers is not None), "only early-exit drafts have layers")
         low, high = self.min_match, self.max_match
         if has_match:
@@ -98,6 +105,8 @@ class Draft:
         """The spelling the command line takes: a model's name, `ngram:max=4,min=2`, `early-exit:4` or a `+` of two."""
         if self.kind == "composite":
             return "+".join(part.name for part in self.parts)
+        if self.kind == "native":
+            return f"native:{self.method}" + ("" if self.model is None else f"+{self.model.name}")
         if self.model is not None:
             return self.model.name
         if self.kind == "ngram":
@@ -109,6 +118,8 @@ class Draft:
         """Identity of what it proposes (for early exit: together with the target's digest)."""
         if self.kind == "composite":
             return digest_of([self.kind, *(part.digest for part in self.parts)])
+        if self.kind == "native":
+            return digest_of([self.kind, self.method, None if self.model is None else self.model.run_digest])
         if self.model is not None:
             return digest_of([self.kind, self.model.digest, self.model.dtype])
         return digest_of([self.kind, self.max_match, self.min_match, self.num_layers])
@@ -237,6 +248,7 @@ class Environment:
     """The machine and the software that times are true for.
 
     `compute_capability` (`9.0`) and `memory_bandwidth_bytes_s` follow from the device: None where they are not known.
+    `engine_options`: how a serving engine was started, as far as times depend on it and nothing else says so.
     """
 
     device: str
@@ -250,12 +262,14 @@ class Environment:
     engine_version: str
     compute_capability: str | None = field(default=None, metadata=ADDED)
     memory_bandwidth_bytes_s: int | None = field(default=None, metadata=ADDED)
+    engine_options: str | None = field(default=None, metadata=ADDED)
 
     @property
     def digest(self) -> str:
         """Identity of all that is no mere trait of the device: evidence from before traits were read stays found."""
-        traits = ("compute_capability", "memory_bandwidth_bytes_s")
-        return digest_of({name: value for name, value in asdict(self).items() if name not in traits})
+        left_out = ("compute_capability", "memory_bandwidth_bytes_s")
+        left_out += () if self.engine_options is not None else ("engine_options",)
+        return digest_of({name: value for name, value in asdict(self).items() if name not in left_out})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ FLOORS = {
     "profiles.keys": 1,
     "profiles.packages": 1,
     "profiles.pairs": 1,
+    "profiles.properties": 0,
     "profiles.protocol": 0,
     "profiles.replay": 1,
     "profiles.shipped": 1,

@@ -1,0 +1,55 @@
+"""What engines do differently, as data: how times are read, how a request ends, what is counted, what can be trusted.
+
+Knows records only; every adapter states its own.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from profiles.terms import DraftKind, Workload
+
+Times = Literal["steps", "rounds"]
+Change = Literal["in place", "restart"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Properties:
+    """An engine's ways, stated where it is adapted and asked for wherever they matter.
+
+    `times`: the target's and the drafts' steps are timed apart, or only whole rounds. `past_end`: a round drafts its
+    full length although the output has less room, and counts what it accepts beyond. `pads`: every row of a round costs
+    what the widest does. `num_drafts`: what the engine's own counter of drafts counts. `traced_kinds`: drafts whose
+    acceptance it tells over a trace; other kinds are really run at every length. `keeps_history`: methods whose pool
+    outlives a request, so that runs depend on what ran before. `sampled_objection`: why sampled speculation is not to
+    be trusted in this version, None where it is. `origin`: whose arithmetic traces are; empty is our own engine's.
+    """
+
+    name: str
+    times: Times
+    past_end: bool
+    pads: bool
+    num_drafts: Literal["rounds", "rounds that proposed"]
+    draft_kinds: tuple[DraftKind, ...]
+    traced_kinds: tuple[DraftKind, ...]
+    length_change: Change
+    keeps_history: tuple[str, ...] = ()
+    sampled_objection: str | None = None
+    origin: str = ""
+
+    def objection(self, workload: Workload, *, drafting: bool) -> str | None:
+        """Why a workload cannot be run here, or None."""
+        if drafting and workload.temperature > 0.0 and self.sampled_objection is not None:
+            return f"temperature {workload.temperature:g} with a draft: {self.sampled_objection}"
+        return None
+
+
+TORCH = Properties(
+    name="torch",
+    times="steps",
+    past_end=False,
+    pads=True,
+    num_drafts="rounds",
+    draft_kinds=("model", "ngram", "early_exit", "composite"),
+    traced_kinds=("model", "ngram", "early_exit", "composite"),
+    length_change="in place",
+)
