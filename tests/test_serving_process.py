@@ -170,7 +170,7 @@ class Member:
 
 
 def test_a_fleet() -> None:
-    """So many live at most, the one not asked for the longest goes first, a dead one is started again; all are counted."""
+    """So many live at most, the one not asked for the longest goes first; a dead one is started again."""
     stopped: list[str] = []
     fleet = Fleet(lambda key: Member(key, stopped), 2)
     first = fleet.ask("a")
