@@ -1,0 +1,210 @@
+"""One vLLM engine behind JSON lines: a command on stdin, its answer on stdout, one at a time; all else goes to stderr.
+
+Run by any Python that has vLLM (`python -P vllm_worker.py`), so it needs the standard library and vLLM only. The engine
+lives in this process and is driven by hand: one `step()` is one round of all requests in flight. A command that fails
+is answered with `error`, after which the process is to be ended: vLLM does not start twice after a failure.
+"""
+
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from typing import Any
+
+# read when vLLM is imported: the engine's core in this process, where steps can be timed one by one
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+DROPPED_ROUNDS = 1  # the first full round after a prefill
+
+
+def version_of(*names: str) -> str | None:
+    """The version of the first package of these that is installed."""
+    for name in names:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+@dataclasses.dataclass(slots=True)
+class Flight:
+    """A request under way; `rounds` are (drafted, accepted), `widths` the batch's mean of tokens verified, each step.
+
+    `logprobs` are (of the token, of the likeliest, of the second) per token where they were asked for.
+    """
+
+    token_ids: list[int]
+    started_s: float
+    first_s: float = 0.0
+    last_s: float = 0.0
+    rounds: list[list[int]] = dataclasses.field(default_factory=list)
+    widths: list[int] = dataclasses.field(default_factory=list)
+    refills: int = 0
+    ended: bool = False
+    logprobs: list[tuple[float, float, float]] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[tuple[float, int, float]] = dataclasses.field(default_factory=list)
+
+    def take(self, output: Any, now: float) -> None:
+        """Notes what a step brought for this request."""
+        completion = output.outputs[0]
+        if output.prompt_logprobs is not None and not self.prompt_logprobs:
+            pairs = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+            self.prompt_logprobs = [_scored(token, law) for token, law in pairs if law is not None]
+        if completion.token_ids and not self.token_ids:
+            self.first_s = now
+        if completion.logprobs is not None:
+            pairs = zip(completion.token_ids, completion.logprobs, strict=True)
+            self.logprobs += [_chosen(token, law) for token, law in pairs]
+        self.token_ids += completion.token_ids
+        self.last_s = now
+        if completion.finish_reason is not None:
+            self.ended = completion.finish_reason == "stop"
+            self._settle(getattr(completion, "spec_decode_metrics", None))
+
+    def _settle(self, record: Any) -> None:
+        """Takes the engine's own count of accepted tokens: it knows of those past the output's end."""
+        if record is None or not record.per_step_drafted:
+            return
+        own = [pair for pair in self.rounds if pair[0] > 0]
+        if [pair[0] for pair in own] != list(record.per_step_drafted):
+            raise RuntimeError("the request's own record of its rounds differs from what was scheduled")
+        for pair, accepted in zip(own, record.per_step_accepted, strict=True):
+            pair[1] = accepted
+
+
+def _scored(token: int, law: dict[int, Any]) -> tuple[float, int, float]:
+    """A prompt token's log-probability and rank, and the likeliest token's log-probability."""
+    return law[token].logprob, law[token].rank, max(one.logprob for one in law.values())
+
+
+def _chosen(token: int, law: dict[int, Any]) -> tuple[float, float, float]:
+    ranked = sorted((one.logprob for one in law.values()), reverse=True)
+    return law[token].logprob, ranked[0], ranked[1]
+
+
+class Worker:
+    """The engine and the commands it answers; `start` comes first."""
+
+    def __init__(self) -> None:
+        self._engine: Any = None
+        self._scheduler: Any = None
+        self._scheduled: Any = None  # what the last step was to compute
+        self._numbers = itertools.count()
+
+    def start(self, options: dict[str, Any], speculative: dict[str, Any] | None) -> dict[str, Any]:
+        """Starts the engine. `in_place`: whether the length can be changed without another start."""
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        known = {field.name for field in dataclasses.fields(EngineArgs)}
+        options = {name: value for name, value in options.items() if name in known}
+        in_place = speculative is not None and self._changeable()
+        if speculative is not None and in_place:
+            schedule = [[1, options["max_num_seqs"], speculative["num_speculative_tokens"]]]
+            speculative = speculative | {"num_speculative_tokens_per_batch_size": schedule}
+        self._engine = LLMEngine.from_engine_args(EngineArgs(**options, speculative_config=speculative))
+        self._scheduler = self._engine.engine_core.engine_core.scheduler
+        schedule_step = self._scheduler.schedule
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self._scheduled = schedule_step(*args, **kwargs)
+            return self._scheduled
+
+        self._scheduler.schedule = noted
+        import torch
+
+        return {"in_place": in_place, "threads": torch.get_num_threads()}
+
+    @staticmethod
+    def _changeable() -> bool:
+        """Whether this version looks the length up in a table, which can be written between runs."""
+        from vllm.config import SpeculativeConfig
+
+        names = {field.name for field in dataclasses.fields(SpeculativeConfig)}
+        return "num_speculative_tokens_per_batch_size" in names
+
+    def use(self, length: int | None = None, window: list[int] | None = None) -> dict[str, Any]:
+        """From now on draft `length` tokens a round, and match n-grams of `window` (shortest, longest) tokens."""
+        if length is not None:
+            table = self._scheduler.dynamic_sd_lookup
+            self._scheduler.dynamic_sd_lookup = [length] * len(table)
+        if window is not None:
+            core = self._engine.engine_core.engine_core
+            drafter = core.model_executor.driver_worker.worker.model_runner.drafter
+            drafter.min_n, drafter.max_n = window
+        return {}
+
+    def run(self, prompts: list[list[int]], concurrency: int, sampling: dict[str, Any]) -> dict[str, Any]:
+        """Decodes a queue with `concurrency` requests in flight, a slot refilled at once; one record per prompt."""
+        flights: list[Flight] = []
+        flying: dict[str, Flight] = {}
+        waiting = deque(prompts)
+        while waiting or flying:
+            while waiting and len(flying) < concurrency:
+                self._add(waiting.popleft(), sampling, flying)
+                flights.append(next(reversed(flying.values())))
+            self._step(flying)
+        return {"runs": [dataclasses.asdict(flight) for flight in flights]}
+
+    def rounds(self, prompts: list[list[int]], count: int, sampling: dict[str, Any]) -> dict[str, Any]:
+        """Seconds of `count` rounds in which every prompt's row took part and drafted equally much, by tokens drafted.
+
+        Rounds of the first kind to be full `count` times end it, as does the end of the texts.
+        """
+        flying: dict[str, Flight] = {}
+        for prompt in prompts:
+            self._add(prompt, sampling, flying)
+        samples: dict[int, list[float]] = {}
+        dropped = 0
+        while len(flying) == len(prompts) and all(len(one) < count for one in samples.values()):
+            was_full = all(flight.token_ids for flight in flying.values())
+            began = time.perf_counter()
+            self._step(flying)
+            taken = time.perf_counter() - began
+            if not was_full:
+                continue
+            drafts = self._scheduled.scheduled_spec_decode_tokens
+            drafted = {len(drafts.get(name, ())) for name in self._scheduled.num_scheduled_tokens}
+            if dropped < DROPPED_ROUNDS:
+                dropped += 1
+            elif len(drafted) == 1:
+                samples.setdefault(drafted.pop(), []).append(taken)
+        self._engine.abort_request([name for name in flying], internal=True)
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+        return {"samples": samples}
+
+    def _add(self, prompt: list[int], sampling: dict[str, Any], flying: dict[str, Flight]) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(**sampling, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA)
+        name = str(next(self._numbers))
+        started_s = time.perf_counter()
+        inner = self._engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        flying[inner or name] = Flight(token_ids=[], started_s=started_s)
+
+    def _step(self, flying: dict[str, Flight]) -> None:
+        """One round of all in flight; requests that are done leave."""
+        decoding = {name: flight for name, flight in flying.items() if flight.token_ids}
+        before = {name: len(flight.token_ids) for name, flight in decoding.items()}
+        outputs = self._engine.step()
+        now = time.perf_counter()
+        by_name = {name.split("-")[0]: name for name in flying}
+        done = []
+        for output in outputs:
+            name = by_name[output.request_id]
+            flying[name].take(output, now)
+            if output.finished:
+                done.append(name)
+        raise NotImplementedError(before, done)
+
+
+if __name__ == "__main__":
+    pass
