@@ -242,11 +242,7 @@ class TorchEngine:
             raise InputError(f"speculation length {length}: this engine drafts up to {MAX_LENGTH} tokens a round")
         tokens = max(len(prompt.token_ids) for prompt in prompts) + workload.max_new_tokens
         models.check_room(self._target, context_length=tokens, max_length=length)
-        if tokens > workload.context_length:
-            raise InputError(
-                f"a prompt of {tokens - workload.max_new_tokens} tokens with {workload.max_new_tokens} new ones: "
-                f"allowed are {workload.context_length} together, the workload's context"
-            )
+        models.check_prompts(workload, prompts)
 
     def _check_partings(
         self, workload: Workload, prompt: Prompt, setups: tuple[Setup, ...], runs: list[Generation]

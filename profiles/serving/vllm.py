@@ -8,21 +8,23 @@ import json
 import math
 import os
 import random
+import statistics
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 from packaging.version import Version
 
-from profiles import acceptance, memory, sources
+from profiles import acceptance, models, sources
 from profiles.environment import fingerprint
-from profiles.errors import BadNumbersError, EngineError, InputError, ModelError
+from profiles.errors import BadNumbersError, EngineError, InputError
 from profiles.properties import Properties
 from profiles.serving.fleet import Fleet
 from profiles.serving.vllm_child import Child, python_of
+from profiles.serving.vllm_engines import CONTEXT_STEP, Kind, VllmOptions, kind_of, num_positions, start_arguments
 from profiles.terms import (
     PLAIN,
     Acceptance,
@@ -41,45 +43,10 @@ from profiles.terms import (
 
 NAME = "vllm"
 LAST_WRONG_ON_CPU = Version("0.33.0")  # the last CPU build whose kernel was read, and is as the one seen to be wrong
-CONTEXT_STEP = 128  # contexts are rounded up to this, so that one engine serves several
 CYCLES, ROUNDS = 4, 3  # so many visits to every draft and length, of so many full rounds each
-FEWEST_ROUNDS = 7
 PATTERN = 97  # token ids of a text that repeats
 WIDEST_GAP = 100.0  # stands for a second choice that top-k or top-p left out
 SURE = 4.0  # standard errors
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VllmOptions:
-    """How vLLM is run: by `python`, else $DRAFTPICK_VLLM_PYTHON, else this one.
-
-    `max_batch_size` requests in flight and `max_length` drafted tokens are what engines are started for; `max_alive`
-    of them are kept at a time. `timeout_s`: the longest that one answer may take. `log_folder`: by default a temporary
-    one, which is kept.
-    """
-
-    python: str | None = None
-    max_batch_size: int = 8
-    max_length: int = 8
-    max_alive: int = 4
-    timeout_s: float = 1800.0
-    log_folder: Path | None = None
-    worker: Path | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kind:
-    """What an engine is started for: the model served, and how it speculates.
-
-    `length` is the most drafted tokens a round, exactly so many where the version cannot change it. `is_processed`: its
-    log-probabilities are those after temperature, top-k and top-p.
-    """
-
-    served: str
-    method: str | None = None
-    draft: str | None = None
-    length: int = 0
-    is_processed: bool = False
 
 
 class VllmEngine:
@@ -93,7 +60,7 @@ class VllmEngine:
         self._options = options or VllmOptions()
         self._python = python_of(self._options.python, os.environ)
         self._logs = self._options.log_folder or Path(tempfile.mkdtemp(prefix="draftpick-vllm-"))
-        self._num_tokens = 0  # of a sequence, that the engines alive have room for
+        self._num_tokens = 0  # of a sequence, which the engines alive have room for
         self._in_place = True
         self._environment: Environment | None = None
         self._fleet: Fleet[Kind, Child] = Fleet(self._start, self._options.max_alive)
@@ -124,7 +91,7 @@ class VllmEngine:
     def environment(self) -> Environment:
         """As the plain engine, which is started for it, says."""
         if self._environment is None:
-            child = self._engine(Kind(served=self._target.name), CONTEXT_STEP)
+            child = self._engine(Kind(served=self._target.name), self._options.context_length)
             options = {"eager": self._on_cpu, "max_num_seqs": self._options.max_batch_size, "prefix_caching": False}
             self._environment = replace(
                 fingerprint("cpu" if self._on_cpu else "cuda"),
@@ -211,18 +178,22 @@ class VllmEngine:
         return tuple(samples)
 
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
-        """Plain rounds, and rounds of every traced draft at every length, visited in turn."""
-        times = {self._target.run_digest: {1: list[float]()}}
-        units = [(PLAIN, self._target.run_digest)]
+        """Plain rounds, and rounds of every traced draft at every length, visited in turn.
+
+        Rows of a look-up hold one text, so that all of them find what they draft from.
+        """
+        units = [(self._target.run_digest, PLAIN, 0)]
         for draft in self._drafts:
             if draft.kind in self.properties.traced_kinds:
-                times[draft.digest] = {}
-                units += [(Setup(draft=draft, length=length), draft.digest) for length in range(1, max_length + 1)]
+                units += [(draft.digest, Setup(draft=draft, length=k), k) for k in range(1, max_length + 1)]
+            if draft.kind == "ngram":
+                units.append((draft.digest, Setup(draft=draft, length=1), 0))
+        times: dict[str, dict[int, list[float]]] = {}
         shuffled = random.Random(0)
         for _ in range(CYCLES):
-            for setup, part in shuffled.sample(units, len(units)):
-                for width, seconds in self._rounds(workload, context_length, setup).items():
-                    times[part].setdefault(width, []).extend(seconds)
+            for part, setup, drafted in shuffled.sample(units, len(units)):
+                seconds = self._rounds(replace(workload, context_length=context_length), setup, drafted)
+                times.setdefault(part, {}).setdefault(1 + drafted, []).extend(seconds)
         return {
             part: StepTimes(
                 part_digest=part,
@@ -232,3 +203,187 @@ class VllmEngine:
             )
             for part, own in times.items()
         }
+
+    def check_sampling(self, workload: Workload, prompts: tuple[Prompt, ...], setup: Setup) -> None:
+        """Compares the target's mean log-probability of what is sampled with a draft and without one, by prompt.
+
+        A coarse check: wrong distributions can have equal means. Raises EngineError when the means are further apart
+        than four standard errors of their difference.
+        """
+        plain, drafted = (self._log_probs(workload, prompts, one) for one in (PLAIN, setup))
+        differences = [one - other for one, other in zip(drafted, plain, strict=True)]
+        if len(differences) < 2:
+            raise InputError(f"sampling is compared over {len(differences)} prompts: at least 2 are needed")
+        mean = statistics.fmean(differences)
+        error = statistics.stdev(differences) / math.sqrt(len(differences))
+        if abs(mean) > SURE * error:
+            raise EngineError(
+                f"{NAME} {self._version} samples another text with {setup.name} than without: mean log-probability "
+                f"{statistics.fmean(drafted):.2f} against {statistics.fmean(plain):.2f} at temperature "
+                f"{workload.temperature:g}; allowed are {SURE:g} standard errors of {error:.2f}"
+            )
+
+    def counters(self, setup: Setup, workload: Workload) -> dict[str, list[int]]:
+        """vLLM's own counts of a setup's engine since its start, as its /metrics tells them; positions each."""
+        return dict(self._drafting(workload, setup).ask("counters", self._options.timeout_s)["counters"])
+
+    def close(self) -> None:
+        """Ends all its processes; a later question starts them anew."""
+        self._fleet.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def _on_cpu(self) -> bool:
+        return "cpu" in (Version(self._version).local or "")
+
+    def _sampled_objection(self) -> str | None:
+        if not self._on_cpu or Version(Version(self._version).public) > LAST_WRONG_ON_CPU:
+            return None
+        return f"{NAME} {self._version} draws from another distribution when it drafts on the CPU; 0 is allowed"
+
+    def _child(self) -> Child:
+        path = self._logs / f"vllm-{self._fleet.num_starts}.log"
+        return Child(self._python, path, **({} if self._options.worker is None else {"worker": self._options.worker}))
+
+    def _engine(self, kind: Kind, context_length: int) -> Child:
+        """The engine for this, with room for such contexts and a round past their end."""
+        needed = max(context_length, self._options.context_length) + 2 * (self._options.max_length + 1)
+        if needed > self._num_tokens:
+            self.close()
+            self._num_tokens = -(-needed // CONTEXT_STEP) * CONTEXT_STEP
+        return self._fleet.ask(kind)
+
+    def _start(self, kind: Kind) -> Child:
+        arguments = start_arguments(kind, self._target.dtype, self._num_tokens, self._options, on_cpu=self._on_cpu)
+        child = self._child()
+        child.facts |= child.ask("start", self._options.timeout_s, **arguments)
+        child.facts["num_tokens"] = arguments["options"]["max_model_len"]
+        return child
+
+    def _drafting(self, workload: Workload, setup: Setup) -> Child:
+        """The engine for a setup, set to it; where its version cannot change the length, one for this length."""
+        length = self._options.max_length if self._in_place else setup.length
+        child = self._engine(kind_of(setup, self._target, length), workload.context_length)
+        draft = setup.draft
+        if draft is None:
+            return child
+        if self._in_place and not child.facts["in_place"]:
+            self._in_place = False
+            return self._drafting(workload, setup)
+        length_asked = setup.length if self._in_place else None
+        window = [draft.min_match, draft.max_match] if draft.kind == "ngram" else None
+        child.ask("use", self._options.timeout_s, length=length_asked, window=window)
+        return child
+
+    def _timed(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> list[dict[str, Any]]:
+        child = self._drafting(workload, setup)
+        queue = [prompt.token_ids for prompt in prompts]
+        if (setup.digest, workload.batch_size) not in child.warm:
+            self._run(child, queue[: workload.batch_size], workload.batch_size, _sampling(workload))
+            child.warm.add((setup.digest, workload.batch_size))
+        return self._run(child, queue, workload.batch_size, _sampling(workload))
+
+    def _run(
+        self, child: Child, queue: Sequence[Sequence[int]], concurrency: int, sampling: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        asked = {"prompts": queue, "concurrency": concurrency, "sampling": sampling}
+        return list(child.ask("run", self._options.timeout_s, **asked)["runs"])
+
+    def _scores(self, child: Child, prompt: Prompt, emitted: Sequence[int]) -> list[tuple[float, int, float]]:
+        """Of every emitted token its log-probability and rank, and the largest log-probability at its place.
+
+        The last is not read, only drawn for, because a text may fill the context: unless it is the likeliest its
+        log-probability is not known, and NaN.
+        """
+        asked = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 1, "logprobs": 2}
+        [run] = self._run(child, [[*prompt.token_ids, *emitted[:-1]]], 1, asked)
+        scores = [(own, rank, best) for own, rank, best in run["prompt_logprobs"][len(prompt.token_ids) - 1 :]]
+        best = run["logprobs"][0][1]
+        is_best = run["token_ids"] == [emitted[-1]]
+        return [*scores, (best if is_best else math.nan, 1 if is_best else 2, best)]
+
+    def _log_probs(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> list[float]:
+        """The target's mean log-probability of what the setup emits, by prompt."""
+        runs = self._run(
+            self._drafting(workload, setup),
+            [prompt.token_ids for prompt in prompts],
+            workload.batch_size,
+            _sampling(workload),
+        )
+        plain = self._drafting(workload, PLAIN)
+        scores = [self._scores(plain, prompt, run["token_ids"]) for prompt, run in zip(prompts, runs, strict=True)]
+        return [statistics.fmean(own for own, _, _ in one[:-1]) for one in scores]
+
+    def _rounds(self, workload: Workload, setup: Setup, drafted: int) -> list[float]:
+        """Seconds of full rounds that drafted so many tokens, about the workload's context."""
+        child = self._drafting(workload, setup)
+        looks_up = setup.draft is not None and setup.draft.kind == "ngram"
+        growth = (setup.length + 1) * (ROUNDS + 2) * (3 if looks_up else 1)
+        room = child.facts["num_tokens"] - growth - 2 * (setup.length + 1)
+        size = max(2, min(workload.context_length - growth // 2, room))
+        if looks_up:
+            assert setup.draft is not None
+            window = [1, setup.draft.max_match] if drafted else [size - 1, size - 1]
+            child.ask("use", self._options.timeout_s, window=window)
+        shift = 0 if looks_up else 7
+        rows = [[(row * shift + place) % PATTERN for place in range(size)] for row in range(workload.batch_size)]
+        sampling = _sampling(workload) | {"max_tokens": growth, "stop_token_ids": []}
+        asked = {"prompts": rows, "count": ROUNDS, "drafted": drafted, "sampling": sampling}
+        return list(child.ask("rounds", self._options.timeout_s, **asked)["seconds"])
+
+    def _check(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
+        """Raises InputError and ModelError for what this engine cannot be asked."""
+        if setup.draft is not None:
+            self._known(setup.draft)
+        if setup.stop_below is not None:
+            raise InputError(f"{setup.name}: {NAME} drafts a fixed number of tokens; leave stop_below out")
+        for what, asked, most in (
+            ("batch size", workload.batch_size, self._options.max_batch_size),
+            ("speculation length", setup.length, self._options.max_length),
+        ):
+            if asked > most:
+                raise InputError(f"{what} {asked}: this engine was started for up to {most}")
+        if (objection := self.properties.objection(workload, drafting=setup.draft is not None)) is not None:
+            raise InputError(objection)
+        models.check_prompts(workload, prompts)
+        names = [self._target.name]
+        if setup.draft is not None and setup.draft.model is not None:
+            names.append(setup.draft.model.name)
+        for name in names:
+            most = num_positions(sources.find(name))
+            models.check_positions((name, most), context_length=workload.context_length, max_length=setup.length)
+
+    def _known(self, draft: Draft) -> None:
+        if draft not in self._drafts:
+            known = ", ".join(one.name for one in self._drafts) or "none"
+            raise InputError(f"draft {draft.name} is not one of this engine's; they are {known}")
+
+
+def _sampling(workload: Workload) -> dict[str, Any]:
+    """vLLM's sampling parameters; end-of-text tokens stop an output only where the workload names them."""
+    law = {"top_p": workload.top_p, "top_k": workload.top_k, "seed": workload.seed} if workload.temperature else {}
+    return {
+        "temperature": workload.temperature,
+        "max_tokens": workload.max_new_tokens,
+        "stop_token_ids": list(workload.end_token_ids),
+        **law,
+    }
+
+
+def _sample(setup: Setup, prompt: Prompt, run: dict[str, Any]) -> Sample:
+    return Sample(
+        setup_digest=setup.digest,
+        prompt_digest=prompt.digest,
+        ttft_s=run["first_s"] - run["started_s"],
+        decode_s=run["last_s"] - run["first_s"],
+        output_tokens=len(run["token_ids"]),
+        rounds=Counter((drafted, accepted) for drafted, accepted in run["rounds"]),
+        shapes=Counter((width, 0, 0) for width in run["widths"]),
+        refills=run["refills"],
+        output_digest=digest_of(run["token_ids"]),
+    )

@@ -10,6 +10,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -153,27 +154,36 @@ class Worker:
             self._step(flying)
         return {"runs": [dataclasses.asdict(flight) for flight in flights]}
 
-    def rounds(self, prompts: list[list[int]], count: int, sampling: dict[str, Any]) -> dict[str, Any]:
-        """Seconds of rounds in which every prompt's row took part and drafted equally much, by tokens drafted.
+    def rounds(self, prompts: list[list[int]], count: int, drafted: int, sampling: dict[str, Any]) -> dict[str, Any]:
+        """Seconds of `count` rounds in which every prompt's row took part and drafted so many tokens.
 
-        Ends when there are `count` of one kind, or at the end of a text.
+        Fewer where a text ends before.
         """
         flying: dict[str, Flight] = {}
         for prompt in prompts:
             self._add(prompt, sampling, flying)
-        samples: dict[int, list[float]] = {}
-        dropped = 0
-        while len(flying) == len(prompts) and all(len(one) < count for one in samples.values()):
+        seconds: list[float] = []
+        num_full = 0
+        while len(flying) == len(prompts) and len(seconds) < count:
             is_full = all(flight.token_ids for flight in flying.values())
             began = time.monotonic()
-            drafted = self._step(flying)
+            found = self._step(flying)
             taken = time.monotonic() - began
-            if is_full and dropped < DROPPED_ROUNDS:
-                dropped += 1
-            elif is_full and len(set(drafted)) == 1:
-                samples.setdefault(drafted[0], []).append(taken)
+            num_full += is_full
+            if is_full and num_full > DROPPED_ROUNDS and set(found) == {drafted}:
+                seconds.append(taken)
         self._clear(flying)
-        return {"samples": samples}
+        return {"seconds": seconds}
+
+    def counters(self) -> dict[str, Any]:
+        """The engine's own counts since its start, of drafts and of tokens drafted and accepted."""
+        found = {one.name.removeprefix("vllm:spec_decode_num_"): one for one in self._engine.get_metrics()}
+        names = ("drafts", "draft_tokens", "accepted_tokens", "accepted_tokens_per_pos")
+        return {
+            "counters": {
+                name: getattr(found[name], "values", None) or [found[name].value] for name in names if name in found
+            }
+        }
 
     def _add(self, prompt: list[int], sampling: dict[str, Any], flying: dict[str, Flight]) -> Flight:
         from vllm import SamplingParams
@@ -214,12 +224,19 @@ class Worker:
 
 def answer_to(worker: Worker, question: dict[str, Any]) -> dict[str, Any]:
     """What a command came to, or its error in one line and whether memory ran out."""
-    commands = {"start": worker.start, "use": worker.use, "run": worker.run, "rounds": worker.rounds}
+    commands = {
+        "start": worker.start,
+        "use": worker.use,
+        "run": worker.run,
+        "rounds": worker.rounds,
+        "counters": worker.counters,
+    }
     try:
         return commands[question.pop("command")](**question)
     except Exception as error:
-        # validation errors of several lines come with the place of every field
         said = " ".join(str(error).split()) or "no message"
+        # a validation error of pydantic's says where and what was given around its message
+        said = re.sub(r".*?Value error, (.*?) \[type=.*", r"\1", said)
         full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         return {"error": f"{type(error).__name__}: {said}"[:600], "memory": full}
 
