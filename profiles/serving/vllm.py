@@ -4,6 +4,7 @@ A plain engine, one for every draft model, one for all n-gram drafts, and one fo
 speculation length and the n-gram window change within an engine. Whole rounds are timed, in vLLM's own scheduler.
 """
 
+import functools
 import json
 import math
 import os
@@ -19,12 +20,23 @@ from typing import Any, Self
 from packaging.version import Version
 
 from profiles import acceptance, models, sources
+from profiles.clock import quietest
 from profiles.environment import fingerprint
-from profiles.errors import BadNumbersError, EngineError, InputError
+from profiles.errors import BadNumbersError, InputError
+from profiles.partings import check_partings
 from profiles.properties import Properties
 from profiles.serving.fleet import Fleet
+from profiles.serving.sampled import check_means
 from profiles.serving.vllm_child import Child, python_of
-from profiles.serving.vllm_engines import CONTEXT_STEP, Kind, VllmOptions, kind_of, num_positions, start_arguments
+from profiles.serving.vllm_engines import (
+    CONTEXT_STEP,
+    Kind,
+    VllmOptions,
+    kind_of,
+    num_positions,
+    sampling_of,
+    start_arguments,
+)
 from profiles.terms import (
     PLAIN,
     Acceptance,
@@ -46,7 +58,6 @@ LAST_WRONG_ON_CPU = Version("0.33.0")  # the last CPU build whose kernel was rea
 CYCLES, ROUNDS = 4, 3  # so many visits to every draft and length, of so many full rounds each
 PATTERN = 97  # token ids of a text that repeats
 WIDEST_GAP = 100.0  # stands for a second choice that top-k or top-p left out
-SURE = 4.0  # standard errors
 
 
 class VllmEngine:
@@ -126,7 +137,7 @@ class VllmEngine:
         self._check(workload, (prompt,), PLAIN)
         is_sampled = workload.temperature > 0.0
         child = self._engine(Kind(served=self._target.name, is_processed=is_sampled), workload.context_length)
-        [run] = self._run(child, [prompt.token_ids], 1, _sampling(workload) | {"logprobs": 2})
+        [run] = self._run(child, [prompt.token_ids], 1, sampling_of(workload) | {"logprobs": 2})
         probs = [math.exp(own) for own, _, _ in run["logprobs"]]
         scale = workload.temperature if is_sampled else 1.0
         gaps = [min(WIDEST_GAP, max(0.0, scale * (first - second))) for _, first, second in run["logprobs"]]
@@ -171,11 +182,18 @@ class VllmEngine:
         """Timed runs of the queue, setup after setup, each on an engine that has run it before."""
         for setup in setups:
             self._check(workload, prompts, setup)
-        samples: list[Sample] = []
         for setup in setups:
-            runs = self._timed(workload, prompts, setup)
-            samples += [_sample(setup, prompt, run) for prompt, run in zip(prompts, runs, strict=True)]
-        return tuple(samples)
+            self._warm_up(workload, prompts, setup)
+        runs, disturbed = quietest(lambda: [self._decode(workload, prompts, setup) for setup in setups], self._gpus)
+        if workload.temperature == 0.0:
+            for prompt, own in zip(prompts, zip(*runs, strict=True), strict=True):
+                outputs = [run["token_ids"] for run in own]
+                check_partings(self.target, setups, outputs, functools.partial(self.trace_target, workload, prompt))
+        return tuple(
+            _sample(setup, prompt, run, disturbed)
+            for setup, own in zip(setups, runs, strict=True)
+            for prompt, run in zip(prompts, own, strict=True)
+        )
 
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
         """Plain rounds, and rounds of every traced draft at every length, visited in turn.
@@ -188,40 +206,38 @@ class VllmEngine:
                 units += [(draft.digest, Setup(draft=draft, length=k), k) for k in range(1, max_length + 1)]
             if draft.kind == "ngram":
                 units.append((draft.digest, Setup(draft=draft, length=1), 0))
-        times: dict[str, dict[int, list[float]]] = {}
-        shuffled = random.Random(0)
-        for _ in range(CYCLES):
-            for part, setup, drafted in shuffled.sample(units, len(units)):
-                seconds = self._rounds(replace(workload, context_length=context_length), setup, drafted)
-                times.setdefault(part, {}).setdefault(1 + drafted, []).extend(seconds)
+        at_context = replace(workload, context_length=context_length)
+
+        def visit_all() -> dict[str, dict[int, list[float]]]:
+            times: dict[str, dict[int, list[float]]] = {}
+            shuffled = random.Random(0)
+            for _ in range(CYCLES):
+                for part, setup, drafted in shuffled.sample(units, len(units)):
+                    seconds = self._rounds(at_context, setup, drafted)
+                    times.setdefault(part, {}).setdefault(1 + drafted, []).extend(seconds)
+            return times
+
+        for _, setup, drafted in units[:1] + [unit for unit in units if unit[1].length == 1]:
+            self._rounds(at_context, setup, drafted)  # engines are started, and warm, before anything counts
+        times, disturbed = quietest(visit_all, self._gpus)
         return {
             part: StepTimes(
                 part_digest=part,
                 batch_size=workload.batch_size,
                 context_length=context_length,
                 samples_s={width: tuple(seconds) for width, seconds in own.items() if seconds},
+                disturbed=disturbed,
             )
             for part, own in times.items()
         }
 
     def check_sampling(self, workload: Workload, prompts: tuple[Prompt, ...], setup: Setup) -> None:
-        """Compares the target's mean log-probability of what is sampled with a draft and without one, by prompt.
+        """Compares what a draft makes of sampling with plain sampling, over at least two prompts.
 
-        A coarse check: wrong distributions can have equal means. Raises EngineError when the means are further apart
-        than four standard errors of their difference.
+        Raises EngineError when the target's mean log-probabilities of the two disagree beyond chance.
         """
-        plain, drafted = (self._log_probs(workload, prompts, one) for one in (PLAIN, setup))
-        differences = [one - other for one, other in zip(drafted, plain, strict=True)]
-        if len(differences) < 2:
-            raise InputError(f"sampling is compared over {len(differences)} prompts: at least 2 are needed")
-        mean = statistics.fmean(differences)
-        error = statistics.stdev(differences) / math.sqrt(len(differences))
-        if abs(mean) > SURE * error:
-            raise EngineError(
-                f"{NAME} {self._version} samples another text with {setup.name} than without: mean log-probability "
-                f"{statistics.fmean(drafted):.2f} against {statistics.fmean(plain):.2f} at temperature "
-                f"{workload.temperature:g}; allowed are {SURE:g} standard errors of {error:.2f}"
-            )
+        drafted, plain = (self._log_probs(workload, prompts, one) for one in (setup, PLAIN))
+        check_means(f"{NAME} {self._version} with {setup.name}", drafted, plain)
 
     def counters(self, setup: Setup, workload: Workload) -> dict[str, list[int]]:
         """vLLM's own counts of a setup's engine since its start, as its /metrics tells them; positions each."""
@@ -240,6 +256,11 @@ class VllmEngine:
     @property
     def _on_cpu(self) -> bool:
         return "cpu" in (Version(self._version).local or "")
+
+    @property
+    def _gpus(self) -> tuple[str, ...]:
+        """What is watched for disturbance."""
+        return () if self._on_cpu else ("cuda:0",)
 
     def _sampled_objection(self) -> str | None:
         if not self._on_cpu or Version(Version(self._version).public) > LAST_WRONG_ON_CPU:
@@ -280,13 +301,17 @@ class VllmEngine:
         child.ask("use", self._options.timeout_s, length=length_asked, window=window)
         return child
 
-    def _timed(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> list[dict[str, Any]]:
+    def _warm_up(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
+        """The first run of a setup on an engine pays for lazy set-up: one is thrown away."""
         child = self._drafting(workload, setup)
-        queue = [prompt.token_ids for prompt in prompts]
         if (setup.digest, workload.batch_size) not in child.warm:
-            self._run(child, queue[: workload.batch_size], workload.batch_size, _sampling(workload))
+            self._decode(workload, prompts[: workload.batch_size], setup)
             child.warm.add((setup.digest, workload.batch_size))
-        return self._run(child, queue, workload.batch_size, _sampling(workload))
+
+    def _decode(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> list[dict[str, Any]]:
+        """The queue decoded with a setup: a record of the worker's for each prompt."""
+        queue = [prompt.token_ids for prompt in prompts]
+        return self._run(self._drafting(workload, setup), queue, workload.batch_size, sampling_of(workload))
 
     def _run(
         self, child: Child, queue: Sequence[Sequence[int]], concurrency: int, sampling: dict[str, Any]
@@ -309,12 +334,7 @@ class VllmEngine:
 
     def _log_probs(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> list[float]:
         """The target's mean log-probability of what the setup emits, by prompt."""
-        runs = self._run(
-            self._drafting(workload, setup),
-            [prompt.token_ids for prompt in prompts],
-            workload.batch_size,
-            _sampling(workload),
-        )
+        runs = self._decode(workload, prompts, setup)
         plain = self._drafting(workload, PLAIN)
         scores = [self._scores(plain, prompt, run["token_ids"]) for prompt, run in zip(prompts, runs, strict=True)]
         return [statistics.fmean(own for own, _, _ in one[:-1]) for one in scores]
@@ -332,7 +352,7 @@ class VllmEngine:
             child.ask("use", self._options.timeout_s, window=window)
         shift = 0 if looks_up else 7
         rows = [[(row * shift + place) % PATTERN for place in range(size)] for row in range(workload.batch_size)]
-        sampling = _sampling(workload) | {"max_tokens": growth, "stop_token_ids": []}
+        sampling = sampling_of(workload) | {"max_tokens": growth, "stop_token_ids": []}
         asked = {"prompts": rows, "count": ROUNDS, "drafted": drafted, "sampling": sampling}
         return list(child.ask("rounds", self._options.timeout_s, **asked)["seconds"])
 
@@ -364,18 +384,7 @@ class VllmEngine:
             raise InputError(f"draft {draft.name} is not one of this engine's; they are {known}")
 
 
-def _sampling(workload: Workload) -> dict[str, Any]:
-    """vLLM's sampling parameters; end-of-text tokens stop an output only where the workload names them."""
-    law = {"top_p": workload.top_p, "top_k": workload.top_k, "seed": workload.seed} if workload.temperature else {}
-    return {
-        "temperature": workload.temperature,
-        "max_tokens": workload.max_new_tokens,
-        "stop_token_ids": list(workload.end_token_ids),
-        **law,
-    }
-
-
-def _sample(setup: Setup, prompt: Prompt, run: dict[str, Any]) -> Sample:
+def _sample(setup: Setup, prompt: Prompt, run: dict[str, Any], disturbed: bool) -> Sample:
     return Sample(
         setup_digest=setup.digest,
         prompt_digest=prompt.digest,
@@ -386,4 +395,5 @@ def _sample(setup: Setup, prompt: Prompt, run: dict[str, Any]) -> Sample:
         shapes=Counter((width, 0, 0) for width in run["widths"]),
         refills=run["refills"],
         output_digest=digest_of(run["token_ids"]),
+        disturbed=disturbed,
     )

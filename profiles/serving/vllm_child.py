@@ -7,6 +7,7 @@ import contextlib
 import json
 import queue
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +35,9 @@ class Child:
     """
 
     def __init__(self, python: str, log_path: Path, *, worker: Path = WORKER) -> None:
-        self._process = Process([python, "-P", str(worker)], log_path, environment=ENVIRONMENT, piped=True)
+        self._scratch = tempfile.TemporaryDirectory(prefix="draftpick-vllm-")  # torch leaves a file behind per engine
+        variables = {**ENVIRONMENT, "TMPDIR": self._scratch.name}
+        self._process = Process([python, "-P", str(worker)], log_path, environment=variables, piped=True)
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
         self.facts: dict[str, Any] = self._answer("the start", HELLO_TIMEOUT_S)
@@ -62,7 +65,11 @@ class Child:
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         self._process.wait(GOODBYE_S)
+        self._end()
+
+    def _end(self) -> None:
         self._process.stop()
+        self._scratch.cleanup()
 
     def _listen(self, stdout: Any) -> None:
         with contextlib.suppress(OSError, ValueError):  # the pipe is closed when the process is stopped
@@ -74,15 +81,15 @@ class Child:
         try:
             line = self._lines.get(timeout=timeout_s)
         except queue.Empty:
-            self._process.stop()
+            self._end()
             raise self._process.failure(f"vLLM did not answer {command!r} within {timeout_s:g} s") from None
         if not line:
             self._process.wait(DEATH_S)
-            self._process.stop()
+            self._end()
             raise self._process.failure(f"vLLM ended during {command!r}")
         answer = _decoded(line)
         if answer is None:
-            self._process.stop()
+            self._end()
             raise EngineError(f"vLLM's worker answered {command!r} with what is no answer: {one_line(str(line))}")
         if "error" in answer:
             self.stop()

@@ -1,4 +1,4 @@
-"""What vLLM's engines are started with: from a draft and its limits to engine arguments.
+"""What vLLM is told: arguments that an engine is started with, and how a workload samples.
 
 Starts nothing.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 from profiles import memory, sources
 from profiles.errors import InputError, ModelError
-from profiles.terms import Model, Setup
+from profiles.terms import Model, Setup, Workload
 
 CONTEXT_STEP = 128  # contexts are rounded up to this, so that one engine serves several
 MEMORY_SHARE, SPARE_BYTES = 0.9, 64 * 2**20
@@ -60,9 +60,7 @@ def kind_of(setup: Setup, target: Model, most_length: int) -> Kind:
     return kind if draft.model is None else replace(kind, draft=draft.model.name)
 
 
-def start_arguments(
-    kind: Kind, dtype: str, num_tokens: int, options: VllmOptions, *, on_cpu: bool
-) -> dict[str, dict[str, Any] | None]:
+def start_arguments(kind: Kind, dtype: str, num_tokens: int, options: VllmOptions, *, on_cpu: bool) -> dict[str, Any]:
     """Arguments of the worker's `start`, with room for `num_tokens` a sequence or as many as the models have positions.
 
     Raises ModelError: a model that vLLM does not read. InputError: a native draft's options.
@@ -112,3 +110,14 @@ def _options_of(extras: Sequence[str]) -> dict[str, int | str]:
     if wrong := [word for word, (_, sign, value) in zip(extras, pairs, strict=True) if not (sign and value)]:
         raise InputError(f"native draft option {wrong[0]!r}: allowed are words like name=value")
     return {name.replace("-", "_"): int(value) if value.isdecimal() else value for name, _, value in pairs}
+
+
+def sampling_of(workload: Workload) -> dict[str, Any]:
+    """vLLM's sampling parameters; end-of-text tokens stop an output only where the workload names them."""
+    law = {"top_p": workload.top_p, "top_k": workload.top_k, "seed": workload.seed} if workload.temperature else {}
+    return {
+        "temperature": workload.temperature,
+        "max_tokens": workload.max_new_tokens,
+        "stop_token_ids": list(workload.end_token_ids),
+        **law,
+    }

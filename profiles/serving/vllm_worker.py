@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 # read when vLLM is imported: the engine's core in this process, where steps can be timed one by one
@@ -105,7 +106,7 @@ class Worker:
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        known = {field.name for field in dataclasses.fields(EngineArgs)}
+        known = {field.name for field in dataclasses.fields(EngineArgs)}  # older versions have fewer
         options = {name: value for name, value in options.items() if name in known}
         in_place = speculative is not None and self._changeable()
         if speculative is not None and in_place:
@@ -224,7 +225,7 @@ class Worker:
 
 def answer_to(worker: Worker, question: dict[str, Any]) -> dict[str, Any]:
     """What a command came to, or its error in one line and whether memory ran out."""
-    commands = {
+    commands: dict[str, Callable[..., dict[str, Any]]] = {
         "start": worker.start,
         "use": worker.use,
         "run": worker.run,
@@ -254,6 +255,7 @@ def main() -> None:
     worker = Worker()
     for line in sys.stdin:
         say(answer_to(worker, json.loads(line)))
+    os._exit(0)  # leaving the usual way takes vLLM seconds
 
 
 if __name__ == "__main__":
