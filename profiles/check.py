@@ -12,7 +12,7 @@ from profiles import environment, loading, memory, models, prompts, sources
 from profiles.errors import DraftpickError, InputError, ModelError, PairError
 from profiles.formulas import acceptance_length, acceptance_rate, joined, walk
 from profiles.loading import Bench
-from profiles.models import Loaded
+from profiles.models import Described
 from profiles.pairs import DraftCheck, Glance, PairReport
 from profiles.prompts import Request
 from profiles.shipped import ALL_PROMPTS
@@ -155,9 +155,9 @@ def _row(bench: Bench, spec: DraftSpec, look: _Look) -> DraftCheck:
     )
 
 
-def _found(bench: Bench, spec: DraftSpec) -> tuple[Draft, Loaded | None]:
+def _found(bench: Bench, spec: DraftSpec) -> tuple[Draft, Described | None]:
     """The draft that the engine has for it (equal weights under two names are one), and the model it runs."""
-    loaded: Loaded | None
+    loaded: Described | None
     if spec.path is not None:
         loaded = next(one for one in bench.loaded if one.record.name == spec.path)
     else:

@@ -4,6 +4,7 @@ A figure taken while other programs use the processor, or while a GPU is slowed 
 also watches for both. It knows nothing of models or of what is being timed.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -54,8 +55,12 @@ def _machine_s() -> float:
 
 
 def _own_s() -> float:
-    """Processor seconds of this process, all its threads and the children it has waited for."""
-    return sum(os.times()[:4])
+    """Processor seconds of this process and all its threads, and of its children, those still running included."""
+    total = sum(os.times()[:4])
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ended meanwhile
+            total += sum(child.cpu_times()[:4])
+    return total
 
 
 class OtherLoad:

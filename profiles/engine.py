@@ -19,6 +19,7 @@ from profiles.decoding import Decoder, Generation
 from profiles.drafting import DraftSource, ModelDrafter, NgramDrafter, PartDrafter
 from profiles.environment import fingerprint
 from profiles.errors import BadNumbersError, EngineError, InputError, OutOfMemoryError
+from profiles.properties import TORCH, Properties
 from profiles.protocol import Pilot
 from profiles.rows import RowModel
 from profiles.sampling import Draws
@@ -64,6 +65,10 @@ class TorchEngine:
         self._capacity = 0
         gc.collect()
         gc.freeze()  # the loaded models are not walked again by a collection in the middle of a timed run
+
+    @property
+    def properties(self) -> Properties:
+        return TORCH
 
     @property
     def environment(self) -> Environment:

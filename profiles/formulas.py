@@ -5,6 +5,7 @@ Every figure draftpick prints is derived here or in `tuner.forecast` from raw co
 
 import itertools
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from profiles.errors import InputError, NotMeasuredError
 from profiles.terms import CATCH_UP_WIDTHS, Acceptance, AcceptanceTrace, Interval, LookupTrace, Sample, TargetTrace
 
 WIDEST_CATCH_UP = CATCH_UP_WIDTHS[-1]
+NO_END = sys.maxsize  # new tokens, for an engine whose rounds take no notice of how many are still wanted
 
 
 def catch_up_width(behind: int) -> int:
@@ -80,7 +82,9 @@ class RoundOutcome:
         return 2 if self.accepted == self.proposed else 1
 
 
-def walk(trace: TargetTrace, acceptance: Replayed | None, length: int, max_new_tokens: int) -> Walk:
+def walk(
+    trace: TargetTrace, acceptance: Replayed | None, length: int, max_new_tokens: int, *, past_end: bool = False
+) -> Walk:
     """The rounds the engine would go through, in expectation over the draft's luck given the emitted tokens.
 
     Exact for greedy decoding, where every keep probability is 0 or 1. A forward pass over (start, tokens behind)
@@ -88,20 +92,24 @@ def walk(trace: TargetTrace, acceptance: Replayed | None, length: int, max_new_t
     drafts at most `max_new_tokens - generated - 1`; an accepted end token ends it with no target token. `acceptance`
     None is plain decoding.
 
+    `past_end`: an engine's rounds draft their full length whatever room is left, and count what they accept beyond
+    `max_new_tokens`: as many tokens of that as the trace is longer are counted here.
+
     Raises: NotMeasuredError: the look-up trace is shorter than `length`. InputError: a draft with length 0.
     """
     size = len(trace.token_ids)
+    emitted = min(size, max_new_tokens) if past_end else size
     if acceptance is None:
-        if size == 1:
+        if emitted == 1:
             return Walk(rounds={}, shapes={})
-        return Walk(rounds={(0, 0): float(size - 1)}, shapes={(1, 0, 0): float(size - 1)})
+        return Walk(rounds={(0, 0): float(emitted - 1)}, shapes={(1, 0, 0): float(emitted - 1)})
     check_length(acceptance, length)
     states: list[dict[int, float]] = [{} for _ in range(size + 1)]
     states[min(1, size)] = {1: 1.0}
     rounds: dict[tuple[int, int], float] = {}
     shapes: dict[tuple[int, int, int], float] = {}
-    for start in range(1, size):
-        asked = min(length, max_new_tokens - start - 1)
+    for start in range(1, emitted):
+        asked = min(length, (NO_END if past_end else max_new_tokens) - start - 1)
         outcomes = list(round_outcomes(acceptance, start, asked, size)) if states[start] else []
         for (behind, mass), outcome in itertools.product(states[start].items(), outcomes):
             weight = mass * outcome.share

@@ -8,9 +8,14 @@ from profiles.terms import Environment, Model, Prompt, Setup, Workload, digest_o
 Key = tuple[str, ...]
 
 
-def trace_point(workload: Workload, prompt: Prompt) -> Key:
+def sampling_digest(workload: Workload, origin: str = "") -> str:
+    """Identity of the output law and, beside our own engine, of whose arithmetic it is (`Properties.origin`)."""
+    return digest_of([workload.sampling_digest, origin]) if origin else workload.sampling_digest
+
+
+def trace_point(workload: Workload, prompt: Prompt, origin: str = "") -> Key:
     """What a trace is a trace of, beside the models."""
-    return workload.sampling_digest, prompt.digest
+    return sampling_digest(workload, origin), prompt.digest
 
 
 def queue_digest(prompts: tuple[Prompt, ...]) -> str:

@@ -5,8 +5,8 @@ Knows nothing of what will be measured.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,6 +16,7 @@ from profiles.engine import TorchEngine
 from profiles.errors import InputError, ModelError, OutOfMemoryError
 from profiles.memory import cached_values_per_token
 from profiles.prompts import Request
+from profiles.protocol import Engine
 from profiles.sizes import Footprint, cache_slots
 from profiles.sources import find
 from profiles.spelling import MAX_BATCH, DraftSpec, Refused
@@ -36,11 +37,12 @@ class Question:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    max_batch: int = MAX_BATCH
 
     def __post_init__(self) -> None:
         for size in self.batch_sizes:
-            if not 1 <= size <= MAX_BATCH:
-                raise InputError(f"batch size {size}: the torch engine takes 1 to {MAX_BATCH} rows at a time")
+            if not 1 <= size <= self.max_batch:
+                raise InputError(f"batch size {size}: this engine takes 1 to {self.max_batch} rows at a time")
         if self.seed < 0:
             raise InputError(f"seed {self.seed}: whole numbers from 0 are allowed")
         for context in self.contexts or (self.max_new_tokens + 1,):
@@ -62,15 +64,24 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
-    """An engine and the models it runs, the target first; what each draft adds to memory; drafts that were refused."""
+    """An engine and the models it runs, the target first; what each draft adds to memory; drafts that were refused.
 
-    engine: TorchEngine
-    loaded: tuple[models.Loaded, ...]
-    footprints: Mapping[Draft | None, Footprint]
+    `close` ends what the engine started. Footprints are empty where another engine allocates as it likes.
+    """
+
+    engine: Engine
+    loaded: tuple[models.Described, ...]
+    footprints: Mapping[Draft | None, Footprint] = field(default_factory=dict)
     refused: tuple[Refused, ...] = ()
+    close: Callable[[], None] = lambda: None
 
-    def needed_bytes(self, setup: Setup, workload: Workload) -> int:
-        """Weights and caches as allocated of the target and the setup's draft, in bytes; activations come on top."""
+    def needed_bytes(self, setup: Setup, workload: Workload) -> int | None:
+        """Weights and caches as allocated of the target and the setup's draft, in bytes; activations come on top.
+
+        None where that is not known.
+        """
+        if not self.footprints:
+            return None
         num_tokens = workload.batch_size * cache_slots(workload.context_length)
         return sum(self.footprints[part].total_bytes(num_tokens) for part in {None, setup.draft})
 
@@ -96,6 +107,8 @@ def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str
     for spec in specs:
         if spec.kind == "composite" and spec.path in errors:
             continue  # its model is refused already, which is said once
+        if spec.kind == "native":
+            raise InputError(f"draft {spec.name!r}: only a serving engine has it; --engine says which")
         try:
             if spec.path is not None and spec.path not in by_name:
                 memory.check_memory([spec.path], dtype=chosen, device=place, num_tokens=num_tokens)

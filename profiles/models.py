@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from profiles import gguf_file, rows, sources
 from profiles.errors import ModelError, PairError
@@ -27,18 +33,53 @@ _NO_ROLLBACK = "model {name!r}: {what} keep a running state, which cannot take t
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """A model ready to run, in evaluation mode and without gradients; `max_positions` bounds its context in tokens.
+class Described:
+    """What is known of a model without running it; `max_positions` bounds its context in tokens.
 
     `note`: what the user should know about how the weights came to be as they are run, in one line.
     """
 
-    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     record: Model
     max_positions: int
     end_token_ids: tuple[int, ...]
     note: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded(Described):
+    """A model ready to run, in evaluation mode and without gradients."""
+
+    model: PreTrainedModel
+
+
+def describe(name: str, *, dtype: str | None) -> Described:
+    """A model that another engine will run, its weights left alone; `dtype` None: the type that its files hold.
+
+    A packed GGUF file counts as float16. Raises ModelError: nothing there, pickled or broken files, no tokenizer.
+    """
+    source = sources.find(name)
+    sources.weight_files(source)
+    with translated(f"model {name!r}"):
+        config, tokenizer = sources.config_of(source), sources.tokenizer_of(source)
+        held = source.gguf.float_type if source.gguf is not None else str(getattr(config, "dtype", None))
+        own = {"F32": "float32", "BF16": "bfloat16"}.get(held, "float16") if source.gguf is not None else held
+        record = Model(
+            name=name,
+            revision=source.revision,
+            dtype=dtype or (own.removeprefix("torch.") if own != "None" else "float32"),
+            digest=sources.digest(source),
+            num_params=sources.num_values(source),
+        )
+        generation = None
+        if source.holds("generation_config.json"):
+            generation = GenerationConfig.from_pretrained(source.folder)
+        return Described(
+            tokenizer=tokenizer,
+            record=record,
+            max_positions=sources.max_positions(config, source),
+            end_token_ids=_end_token_ids(source, (generation, config.get_text_config(decoder=True), tokenizer)),
+        )
 
 
 def load(name: str, *, dtype: str, device: str, trust_remote_code: bool = False, several_gpus: bool = True) -> Loaded:
@@ -78,12 +119,14 @@ def load(name: str, *, dtype: str, device: str, trust_remote_code: bool = False,
             tokenizer=tokenizer,
             record=record,
             max_positions=sources.max_positions(config, source),
-            end_token_ids=_end_token_ids(source, model, tokenizer),
+            end_token_ids=_end_token_ids(
+                source, (model.generation_config, model.config.get_text_config(decoder=True), tokenizer)
+            ),
             note=_note(source, dtype, placement),
         )
 
 
-def check_pair(target: Loaded, draft: Loaded) -> None:
+def check_pair(target: Described, draft: Described) -> None:
     """Refuses a draft that does not speak the target's tokens; equal maps with padded embeddings are fine.
 
     Raises: PairError: the token maps differ.
@@ -108,7 +151,7 @@ def check_tokens(pair: str, target: PreTrainedTokenizerBase, draft: PreTrainedTo
         )
 
 
-def check_room(loaded: Loaded, *, context_length: int, max_length: int) -> None:
+def check_room(loaded: Described, *, context_length: int, max_length: int) -> None:
     """Refuses contexts in which a round of `max_length` drafted tokens could pass the model's last position.
 
     `context_length` is prompt plus new tokens. Raises: ModelError: names both and what is allowed.
@@ -270,14 +313,14 @@ def _check_finite(model: PreTrainedModel, source: Source, dtype: str) -> None:
             raise ModelError(f"model {source.name!r}: {name} holds NaN or infinity as {dtype}; finite is needed")
 
 
-def _end_token_ids(source: Source, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """A GGUF file's end tokens, else the generation config's, the config's, the tokenizer's; empty where none is named.
+def _end_token_ids(source: Source, places: tuple[Any, ...]) -> tuple[int, ...]:
+    """A GGUF file's end tokens, else the first that `places` name: generation config, config, tokenizer; else none.
 
     The configs of a GGUF are made by transformers, whose defaults name end tokens that the file does not have.
     """
     if source.gguf is not None:
         return source.gguf.end_token_ids
-    for place in (model.generation_config, model.config.get_text_config(decoder=True), tokenizer):
+    for place in places:
         found = getattr(place, "eos_token_id", None)
         if found is not None:
             return tuple(sorted({found} if isinstance(found, int) else set(found)))

@@ -12,6 +12,7 @@ from typing import Any
 
 from profiles.errors import InputError, NotMeasuredError
 from profiles.keys import Key, run_point, trace_point
+from profiles.properties import TORCH, Properties
 from profiles.protocol import Engine
 from profiles.terms import (
     CATCH_UP_WIDTHS,
@@ -29,17 +30,28 @@ from profiles.terms import (
     Workload,
 )
 
-RECORDING_VERSION = 2  # 1: the first form; 2: shapes and refills of a sample
+RECORDING_VERSION = 3  # 1: the first form; 2: shapes and refills of a sample; 3: the engine's properties
 
 Sweep = tuple[int, dict[str, StepTimes]]  # longest speculation length asked for, staircases by part digest
+
+
+def is_of_rounds(times: Mapping[str, StepTimes], target: Model) -> bool:
+    """Whether a sweep is of an engine that times whole rounds: its target has width 1 alone, a plain round."""
+    staircase = times.get(target.run_digest)
+    return staircase is not None and set(staircase.samples_s) == {1}
 
 
 def covers(times: Mapping[str, StepTimes], target: Model, drafts: tuple[Draft, ...], max_length: int) -> bool:
     """Whether a sweep has the target at widths 1..max_length+1 and every part of every draft.
 
-    The model of a composite is needed at all widths of a first step.
+    The model of a composite is needed at all widths of a first step. Of whole rounds every length of every draft is
+    needed. Native drafts are not timed.
     """
     staircase = times.get(target.run_digest)
+    drafts = tuple(draft for draft in drafts if draft.kind != "native")
+    if is_of_rounds(times, target):
+        lengths = set(range(2, max_length + 2))
+        return all(draft.digest in times and lengths <= set(times[draft.digest].samples_s) for draft in drafts)
     if staircase is None or not set(range(1, max_length + 2)) <= set(staircase.samples_s):
         return False
     if not all(part.digest in times for draft in drafts for part in draft.parts):
@@ -119,6 +131,7 @@ class RecordedEngine:
     environment: Environment
     target: Model
     drafts: tuple[Draft, ...]
+    properties: Properties = TORCH
     target_traces: dict[Key, TargetTrace] = field(default_factory=dict)
     acceptances: dict[Key, Acceptance] = field(default_factory=dict)
     sweeps: dict[tuple[int, int], Sweep] = field(default_factory=dict)
@@ -169,6 +182,7 @@ class RecordedEngine:
             "environment": plain(self.environment),
             "target": plain(self.target),
             "drafts": plain(self.drafts),
+            "properties": plain(self.properties),
             "target_traces": plain(self.target_traces),
             "acceptances": plain(self.acceptances),
             "sweeps": [
@@ -198,6 +212,7 @@ class RecordedEngine:
             environment=environment_from(document["environment"]),
             target=model_from(document["target"]),
             drafts=tuple(draft_from(data) for data in document["drafts"]),
+            properties=Properties(**_tuples(document["properties"])),
             target_traces={tuple(key): target_trace_from(data) for *key, data in document["target_traces"]},
             acceptances={tuple(key): acceptance_from(data) for *key, data in document["acceptances"]},
             sweeps={
@@ -215,8 +230,11 @@ class Recorder:
         self.environment = engine.environment
         self.target = engine.target
         self.drafts = engine.drafts
+        self.properties = engine.properties
         self._engine = engine
-        self.recording = RecordedEngine(environment=engine.environment, target=engine.target, drafts=engine.drafts)
+        self.recording = RecordedEngine(
+            environment=engine.environment, target=engine.target, drafts=engine.drafts, properties=engine.properties
+        )
 
     def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
         trace = self._engine.trace_target(workload, prompt)

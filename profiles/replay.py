@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from profiles.formulas import Replayed, RoundOutcome, catch_up_width, round_outcomes
+from profiles.properties import TORCH, Properties
 from profiles.terms import TargetTrace
 
 PLAIN_ROUND = RoundOutcome(proposed=0, accepted=0, share=1.0, by_model=False)
@@ -18,7 +19,10 @@ PLAIN_ROUND = RoundOutcome(proposed=0, accepted=0, share=1.0, by_model=False)
 def rounds_of(
     trace: TargetTrace, acceptance: Replayed | None, length: int, max_new_tokens: int, luck: random.Random
 ) -> list[RoundOutcome]:
-    """One way through a trace; the only one when every keep probability is 0 or 1."""
+    """One way through a trace; the only one when every keep probability is 0 or 1.
+
+    A round drafts no more than `max_new_tokens` leave room for; `profiles.formulas.NO_END` leaves all.
+    """
     size = len(trace.token_ids)
     rounds: list[RoundOutcome] = []
     start = 1
@@ -58,14 +62,17 @@ class Replay:
         return self.next_round == len(self.rounds)
 
 
-def replay(queue: Sequence[list[RoundOutcome]], batch_size: int) -> list[Replay]:
-    """What a batch runs for every prompt of the queue, in its order."""
+def replay(queue: Sequence[list[RoundOutcome]], batch_size: int, properties: Properties = TORCH) -> list[Replay]:
+    """What a batch runs for every prompt of the queue, in its order.
+
+    Where rows are not padded to the widest, a round counts as wide as its mean row.
+    """
     runs = [Replay(rounds=rounds) for rounds in queue]
     waiting = deque(runs)
     active: list[Replay] = []
     _refill(active, waiting, batch_size)
     while active:
-        _run_round(active)
+        _run_round(active, pads=properties.pads)
         active = [run for run in active if not run.is_done]
         _refill(active, waiting, batch_size)
     return runs
@@ -80,12 +87,13 @@ def _refill(active: list[Replay], waiting: deque[Replay], batch_size: int) -> No
             active.append(run)
 
 
-def _run_round(active: list[Replay]) -> None:
+def _run_round(active: list[Replay], *, pads: bool) -> None:
     outcomes = [run.rounds[run.next_round] for run in active]
     asking = [(run, outcome) for run, outcome in zip(active, outcomes, strict=True) if outcome.by_model]
     steps = max((outcome.proposed for _, outcome in asking), default=0)
     width = catch_up_width(max(run.behind for run, _ in asking)) if asking else 0
-    shape = max(outcome.proposed for outcome in outcomes) + 1, steps, width
+    proposed = [outcome.proposed for outcome in outcomes]
+    shape = (max(proposed) if pads else round(sum(proposed) / len(proposed))) + 1, steps, width
     for run, outcome in zip(active, outcomes, strict=True):
         run.shapes[shape] += 1
         before = 0 if asking and run.behind <= width else run.behind

@@ -11,8 +11,10 @@ from profiles.terms import Draft, DraftKind
 
 MAX_LENGTH = 64
 MAX_BATCH = 64  # rows the torch engine decodes at a time
+MAX_REQUESTS = 1024  # in flight at a server
 AGE_UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 MAX_AGE_S = 36500 * AGE_UNITS_S["d"]  # further back the calendar ends
+NATIVE = "native:"  # before what only a serving engine can draft with
 NGRAM_DEFAULTS = {"max": 4, "min": 2}  # tokens
 
 
@@ -20,8 +22,9 @@ NGRAM_DEFAULTS = {"max": 4, "min": 2}  # tokens
 class DraftSpec:
     """A draft as the user spelled it, before any model is loaded; exactly the parameters of its kind are set.
 
-    `path`: directory, GGUF file or hub id of a model draft, or of the model in a composite. `max_match` and
-    `min_match`: tokens of an n-gram match. `num_layers`: the target's first layers that an early-exit draft runs.
+    `path`: directory, GGUF file or hub id of a model draft, or of the model in a composite or native one. `max_match`
+    and `min_match`: tokens of an n-gram match. `num_layers`: the target's first layers that an early-exit draft runs.
+    `method`: of a native draft, as the serving engine names it.
     """
 
     kind: DraftKind
@@ -29,6 +32,7 @@ class DraftSpec:
     max_match: int | None = None
     min_match: int | None = None
     num_layers: int | None = None
+    method: str | None = None
 
     @property
     def name(self) -> str:
@@ -36,7 +40,8 @@ class DraftSpec:
         if self.num_layers is not None:
             return f"early-exit:{self.num_layers}"
         match = f"ngram:max={self.max_match},min={self.min_match}" if self.max_match is not None else None
-        return "+".join(part for part in (match, self.path) if part is not None)
+        own = match if self.method is None else f"{NATIVE}{self.method}"
+        return "+".join(part for part in (own, self.path) if part is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +80,13 @@ def parse_draft(text: str) -> DraftSpec:
     """The draft a user means. Raises InputError.
 
     `ngram[:max=4,min=2]`, `early-exit:LAYERS`, a path or hub id, or `ngram[...]+PATH`: both, the model where the text
-    offers no match.
+    offers no match. `native:METHOD[+PATH]` is what only a serving engine has, as it names it.
     """
+    if text.strip().startswith(NATIVE):
+        method, plus, path = text.strip().removeprefix(NATIVE).partition("+")
+        if not method.strip() or (plus and not path.strip()):
+            raise InputError(f"draft {text!r}: native:METHOD or native:METHOD+PATH is allowed")
+        return DraftSpec(kind="native", method=method.strip(), path=path.strip() or None)
     ngram, plus, path = text.strip().partition("+")
     if plus and ngram.partition(":")[0] == "ngram":
         match = _parse_ngram(text, ngram.partition(":")[2] or None)

@@ -69,25 +69,21 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """What proposes tokens; exactly the parameters of its kind are set.
-
-    `method`: of a native draft, a way of drafting that a serving engine has and names itself, with its options; such a
-    one may have a model.
-    """
+    """What proposes tokens; exactly the parameters of its kind are set. A `native` draft may have a model."""
 
     kind: DraftKind
     model: Model | None = None
     max_match: int | None = None
     min_match: int | None = None
     num_layers: int | None = None
-    method: str | None = field(default=None, metadata=ADDED)
+    method: str | None = field(default=None, metadata=ADDED)  # of a native draft: as a serving engine names it
 
     def __post_init__(self) -> None:
         require(self.kind in DRAFT_KINDS, f"draft kind {self.kind!r}: allowed are {', '.join(DRAFT_KINDS)}")
         has_model, has_match = self.kind in ("model", "composite"), self.kind in ("ngram", "composite")
-        agree = self.kind == "native" or has_model == (self.model is not None)
-        require(agree, f"draft kind {self.kind!r} and its model disagree")
-        require((self.kind == "native") == bool(self.method), "only native drafts have a method, and none lacks it")
+        is_native = self.kind == "native"
+        require(is_native or has_model == (self.model is not None), f"draft kind {self.kind!r} and its model disagree")
+        require(is_native == bool(self.method), "only native drafts have a method")
         require((self.kind == "early_exit") == (self.num_layers is not None), "only early-exit drafts have layers")
         low, high = self.min_match, self.max_match
         if has_match:
@@ -248,7 +244,7 @@ class Environment:
     """The machine and the software that times are true for.
 
     `compute_capability` (`9.0`) and `memory_bandwidth_bytes_s` follow from the device: None where they are not known.
-    `engine_options`: how a serving engine was started, as far as times depend on it and nothing else says so.
+    `engine_options`: how a serving engine was started, as far as no other field says it and times depend on it.
     """
 
     device: str
@@ -267,9 +263,11 @@ class Environment:
     @property
     def digest(self) -> str:
         """Identity of all that is no mere trait of the device: evidence from before traits were read stays found."""
-        left_out = ("compute_capability", "memory_bandwidth_bytes_s")
-        left_out += () if self.engine_options is not None else ("engine_options",)
-        return digest_of({name: value for name, value in asdict(self).items() if name not in left_out})
+        traits = ("compute_capability", "memory_bandwidth_bytes_s")
+        known = {name: value for name, value in asdict(self).items() if name not in traits}
+        return digest_of(
+            {name: value for name, value in known.items() if value is not None or name != "engine_options"}
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -327,13 +325,9 @@ class LookupTrace:
 
     def __post_init__(self) -> None:
         require(len(self.proposed) == len(self.kept) > 0, "a look-up trace has columns of unequal length")
-        require(
-            all(
-                0 <= kept <= proposed <= self.max_length
-                for kept, proposed in zip(self.kept, self.proposed, strict=True)
-            ),
-            "a look-up trace keeps more than it proposed, or proposes more than asked",
-        )
+        pairs = zip(self.kept, self.proposed, strict=True)
+        good = all(0 <= kept <= proposed <= self.max_length for kept, proposed in pairs)
+        require(good, "a look-up trace keeps more than it proposed, or proposes more than asked")
 
 
 Acceptance = AcceptanceTrace | LookupTrace

@@ -41,11 +41,12 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scope:
-    """What evidence is true for: a target on a machine under a workload."""
+    """What evidence is true for: a target on a machine under a workload; `origin` is whose arithmetic traces are."""
 
     target: Model
     environment: Environment
     workload: Workload
+    origin: str = ""
 
 
 class Book:
@@ -371,7 +372,7 @@ def _latest_policy(target: str | None, environment: Environment | None) -> Selec
 
 
 def _trace_key(scope: Scope, prompt: Prompt) -> dict[str, Any]:
-    sampling_digest, prompt_digest = trace_point(scope.workload, prompt)
+    sampling_digest, prompt_digest = trace_point(scope.workload, prompt, scope.origin)
     key = {"sampling_digest": sampling_digest, "prompt_digest": prompt_digest}
     return {"target_key": scope.target.run_digest, **key}
 

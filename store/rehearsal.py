@@ -162,6 +162,7 @@ class Imagined:
     def __init__(self, engine: Engine, paces: Mapping[int, Pace]) -> None:
         self.environment = engine.environment
         self.target = engine.target
+        self.properties = engine.properties
         self.drafts = tuple(draft for draft in engine.drafts if all(draft in pace.run_s for pace in paces.values()))
         self.units: Counter[str] = Counter()
         self.seconds = 0.0

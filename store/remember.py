@@ -26,6 +26,7 @@ from profiles.terms import (
     Workload,
 )
 from store.book import Book, Scope
+from store.sharing import Sharing
 
 Evidence = TypeVar("Evidence")
 
@@ -34,6 +35,8 @@ MAX_REPEATS = 3  # of disturbed timed runs, each in a run of its own
 
 class Remember:
     """Fits `Engine`. An `EngineError` is kept as an `Infeasible` row, never as a number, and raised again.
+
+    An engine seen to agree with ours takes our traces (`store.sharing`).
 
     Timings that other programs disturbed are measured again, but not by the object that measured them: a run that asks
     twice gets one answer, whatever other processes save meanwhile. Of a unit that two measure at once the first saved
@@ -47,8 +50,10 @@ class Remember:
         self.environment = engine.environment
         self.target = engine.target
         self.drafts = engine.drafts
+        self.properties = engine.properties
         self._engine = engine
         self._book = book
+        self._sharing = Sharing(book)
         self._since = since
         self._sweeps: dict[tuple[object, ...], tuple[int, dict[str, StepTimes]]] = {}  # longest length, times
         self._runs: dict[tuple[object, ...], tuple[Sample, ...]] = {}
@@ -60,7 +65,7 @@ class Remember:
 
     def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
         scope, point = self._scope(workload), trace_point(workload, prompt)
-        found = self._book.find_target_trace(scope, prompt)
+        found = self._book.find_target_trace(scope, prompt) or self._sharing.target_trace(scope, prompt)
         if found is not None:
             return self._reused(found, point)
         unit = f"target trace, {prompt.domain}"
@@ -72,7 +77,8 @@ class Remember:
         self, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft, max_length: int
     ) -> Acceptance:
         scope, point = self._scope(workload), (*trace_point(workload, prompt), draft.digest, max_length)
-        found = self._book.find_acceptance(scope, prompt, draft, max_length)
+        asked = (scope, prompt, draft, max_length)
+        found = self._book.find_acceptance(*asked) or self._sharing.acceptance(*asked)
         if found is not None:
             return self._reused(found, point)
         setup, unit = Setup(draft=draft, length=max_length), f"acceptance of {draft.name}, {prompt.domain}"
@@ -153,7 +159,8 @@ class Remember:
         self.answered_by[asked] = answering
 
     def _scope(self, workload: Workload) -> Scope:
-        return Scope(target=self.target, environment=self.environment, workload=workload)
+        origin = self.properties.origin
+        return Scope(target=self.target, environment=self.environment, workload=workload, origin=origin)
 
     def _measured(self, scope: Scope, setup: Setup, unit: str, measure: Callable[[], Evidence]) -> Evidence:
         """What the wrapped engine says, its seconds counted; a failure is put down to `setup`, with the unit named."""

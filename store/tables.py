@@ -95,6 +95,7 @@ environments = Table(
     Column("engine_version", String, nullable=False),
     Column("compute_capability", String),
     Column("memory_bandwidth_bytes_s", WIDE),
+    Column("engine_options", String),
 )
 
 target_traces = Table(

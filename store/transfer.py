@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Select, Table, select
 
 from profiles.errors import NotMeasuredError
 from profiles.formulas import median
-from profiles.recorded import draft_from, workload_from
+from profiles.recorded import draft_from, is_of_rounds, workload_from
 from profiles.terms import PLAIN, Acceptance, Draft, LookupTrace, Model, Sample, Setup, StepTimes, Workload
 from profiles.traits import Machine, known
 from store import tables
@@ -217,11 +217,14 @@ def _sweeps(connection: Connection, target: Model, here: Machine) -> Iterator[_S
         if machine["engine"] != here.get("engine"):
             continue
         records = [tables.sweep_record(row) for row in rows]
+        steps = {times.part_digest: times for _, _, times in records}
+        if is_of_rounds(steps, target):
+            continue  # of an engine that is not ours: rounds are not made of steps that another machine could lend
         yield _Sweep(
             machine=machine,
             environment_digest=rows[0]["environment_digest"],
             level=match(here, machine).level,
-            steps={times.part_digest: times for _, _, times in records},
+            steps=steps,
             max_length=min(max_length for _, max_length, _ in records),
         )
 

@@ -62,6 +62,7 @@ class Noted:
         self.environment = engine.environment
         self.target = engine.target
         self.drafts = engine.drafts
+        self.properties = engine.properties
         self._engine = engine
         self._journal = journal
         self._pause_s = pause_s

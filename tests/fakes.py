@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from profiles.formulas import RoundOutcome, joined
+from profiles.properties import TORCH
 from profiles.replay import replay, rounds_of
 from profiles.terms import (
     CATCH_UP_WIDTHS,
@@ -85,6 +86,7 @@ class FakeEngine:
         self.environment = MACHINE
         self.target = TARGET
         self.drafts: tuple[Draft, ...] = (DRAFT_A, NGRAM)
+        self.properties = TORCH
         self.calls: Counter[str] = Counter()
         self.failure: BaseException | None = None
         self.disturbed = False

@@ -101,8 +101,8 @@ def test_shorter_lengths_are_answered_by_longer_ones(recording: RecordedEngine) 
         ("", "Expecting value"),
         ("[]", "list indices"),
         ("{}", "it has no 'recording_version'"),
-        ('{"recording_version": 1}', "it has version 1, this draftpick reads version 2"),
-        ('{"recording_version": 2}', "it has no 'environment'"),
+        ('{"recording_version": 1}', "it has version 1, this draftpick reads version 3"),
+        ('{"recording_version": 3}', "it has no 'environment'"),
     ],
 )
 def test_bad_recording_is_refused_in_one_line(text: str, reason: str, tmp_path: Path) -> None:

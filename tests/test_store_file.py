@@ -119,7 +119,7 @@ class TestTheFile:
         shutil.copytree(migrations.LOCATION, scripts)
         monkeypatch.setattr(migrations, "LOCATION", scripts)
         later = scripts / "versions" / "9999_later.py"
-        head = "from alembic import op\nrevision, down_revision = '9999', '0003'\ndef upgrade():\n"
+        head = "from alembic import op\nrevision, down_revision = '9999', '0004'\ndef upgrade():\n"
         add = "    op.execute('ALTER TABLE runs ADD COLUMN host VARCHAR')\n"
         later.write_text(head + add + "    op.execute('ALTER TABLE nowhere ADD COLUMN host VARCHAR')\n")
         with pytest.raises(StoreError, match="no such table: nowhere"):
@@ -136,7 +136,7 @@ class TestTheFile:
         """A file of a later draftpick is left alone, and the error names both versions."""
         Book.open(path).close()
         sql(path, "UPDATE alembic_version SET version_num = '9998'")
-        with pytest.raises(NewerStoreError, match="schema 9998, this draftpick reads up to 0003"):
+        with pytest.raises(NewerStoreError, match="schema 9998, this draftpick reads up to 0004"):
             Book.open(path)
         assert sql(path, "SELECT version_num FROM alembic_version") == [("9998",)]
 
@@ -254,7 +254,7 @@ class TestMishaps:
         for opener in openers:
             opener.communicate(timeout=60)
             assert opener.returncode == 0
-        assert sql(path, "SELECT version_num FROM alembic_version") == [("0003",)]
+        assert sql(path, "SELECT version_num FROM alembic_version") == [("0004",)]
 
     def test_the_book_loads_no_heavy_library(self, path: Path) -> None:
         """Looking into the store needs neither torch, transformers, optuna, Alembic nor another database's driver."""

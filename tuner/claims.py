@@ -10,12 +10,15 @@ from profiles.terms import Interval, Setup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """What acceptance and step times say a setup should reach; not believed until measured."""
+    """What acceptance and step times say a setup should reach; not believed until measured.
+
+    `acceptance_length` is None where an engine that was only run does not count its rounds.
+    """
 
     setup: Setup
     tok_per_s: Interval
     speedup: Interval
-    acceptance_length: float
+    acceptance_length: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,16 +38,19 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundSplit:
-    """Where the mean round's seconds go, by forecast: the draft's steps, the target's check, and the rest."""
+    """Where the mean round's seconds go, by forecast: the draft's steps, the target's check, and the rest.
 
-    draft_s: float
+    `draft_s` is None where an engine times whole rounds: `verify_s` is then of drafting and check together.
+    """
+
+    draft_s: float | None
     verify_s: float
     overhead_s: float
 
     @property
     def total_s(self) -> float:
         """Of the whole round; the overhead may be below 0, where steps in a row are faster than alone."""
-        return self.draft_s + self.verify_s + self.overhead_s
+        return (self.draft_s or 0.0) + self.verify_s + self.overhead_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

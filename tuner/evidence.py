@@ -6,12 +6,13 @@ its reason and the rest goes on. Knows only the engine protocol.
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from profiles.errors import EngineError, InputError, NotMeasuredError
 from profiles.formulas import Replayed, joined, median
+from profiles.properties import TORCH, Properties
 from profiles.protocol import Engine
 from profiles.terms import (
     PLAIN,
@@ -43,7 +44,10 @@ class Traced(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """Everything one workload's forecasts rest on; keys are prompt, (draft's part, prompt) and part digests."""
+    """Everything one workload's forecasts rest on; keys are prompt, (draft's part, prompt) and part digests.
+
+    Drafts that the engine does not trace were run at every length: all that is known of them is in `calibration`.
+    """
 
     prompts: tuple[Prompt, ...]
     traces: dict[str, TargetTrace]
@@ -52,11 +56,21 @@ class Evidence:
     calibration: tuple[tuple[Setup, Sample], ...]
     drafts: tuple[Draft, ...]
     infeasible: tuple[Infeasible, ...]
+    properties: Properties = TORCH
+
+    def traces_of(self, draft: Draft) -> bool:
+        """Whether the engine traced it, else it was only run."""
+        return draft.kind in self.properties.traced_kinds
 
     @property
     def parts(self) -> tuple[Draft, ...]:
         """What was traced and timed: the drafts, of composites their parts, each once."""
-        return tuple({part.digest: part for draft in self.drafts for part in draft.parts}.values())
+        traced = [draft for draft in self.drafts if self.traces_of(draft)]
+        return tuple({part.digest: part for draft in traced for part in draft.parts}.values())
+
+    def can_tell(self, setup: Setup) -> bool:
+        """Whether a forecast can be made: of a draft that was only run, for the lengths that it ran at."""
+        return setup.draft is None or self.traces_of(setup.draft) or setup in {own for own, _ in self.calibration}
 
     def acceptance(self, draft: Draft, prompt: Traced) -> Replayed:
         """How a draft did on a prompt's trace. Raises NotMeasuredError when a part was not measured."""
@@ -116,82 +130,127 @@ def gather(
     """Measures or recalls all evidence for one workload. Raises InputError when there are no prompts."""
     if not prompts:
         raise InputError("no prompts: at least one is needed")
-    max_length = max(lengths)
+    max_length, traced_kinds = max(lengths), engine.properties.traced_kinds
     traces: dict[str, TargetTrace] = {}
     for done, prompt in enumerate(prompts):
         progress("target trace", done, len(prompts))
         traces[prompt.digest] = engine.trace_target(workload, prompt)
-    acceptances: dict[tuple[str, str], Acceptance] = {}
-    usable: list[Draft] = []
-    infeasible: list[Infeasible] = []
-    failed_parts: set[str] = set()
-    for number, draft in enumerate(engine.drafts):
-        if failed_parts.intersection(part.digest for part in draft.parts):
-            continue  # a composite of what failed already, which is said once
-        try:
-            for done, (prompt, part) in enumerate(itertools.product(prompts, draft.parts)):
-                if (part.digest, prompt.digest) in acceptances:
-                    continue
-                progress(
-                    "acceptance", number * len(prompts) + done // len(draft.parts), len(engine.drafts) * len(prompts)
-                )
-                trace = traces[prompt.digest]
-                acceptance = engine.trace_draft(workload, prompt, trace, part, max_length)
-                acceptances[part.digest, prompt.digest] = acceptance
-            usable.append(draft)
-        except EngineError as error:
-            failed_parts.add(part.digest)
-            setup = Setup(draft=draft, length=max_length)
-            infeasible.append(Infeasible(setup=setup, reason=type(error).__name__, detail=str(error)))
+    tracing = _Tracing(engine, workload, traces, progress)
+    usable = tracing.run(prompts, max_length)
     progress("step times", 0, 1)
     steps = engine.time_steps(workload, typical_context(workload, prompts), max_length)
-    calibration, failed = _calibrate(engine, workload, prompts, (tuple(usable), lengths), progress)
-    infeasible += failed
-    usable = [draft for draft in usable if draft not in {one.setup.draft for one in failed}]
+    calibration = _Calibration(engine, workload, prompts, progress)
+    calibration.run_traced([draft for draft in usable if draft.kind in traced_kinds], lengths)
+    calibration.run_alone(
+        [Setup(draft=draft, length=k) for draft in usable if draft.kind not in traced_kinds for k in lengths]
+    )
+    failed = {one.setup for one in calibration.infeasible}
     return Evidence(
         prompts=tuple(prompts),
         traces=traces,
-        acceptances=acceptances,
+        acceptances=tracing.acceptances,
         steps=steps,
-        calibration=tuple(calibration),
-        drafts=tuple(usable),
-        infeasible=tuple(infeasible),
+        calibration=tuple((setup, sample) for setup, sample in calibration.found if setup not in failed),
+        drafts=tuple(draft for draft in usable if draft.kind not in traced_kinds or draft not in _drafts_of(failed)),
+        infeasible=(*tracing.infeasible, *calibration.infeasible),
+        properties=engine.properties,
     )
 
 
-def _calibrate(
-    engine: Engine,
-    workload: Workload,
-    prompts: Sequence[Prompt],
-    asked: tuple[tuple[Draft, ...], Sequence[int]],
-    progress: Progress,
-) -> tuple[list[tuple[Setup, Sample]], list[Infeasible]]:
-    """Real runs of every (draft, calibration length), all of a queue in one unit, plain decoding before each draft.
+def _drafts_of(setups: Iterable[Setup]) -> set[Draft | None]:
+    return {setup.draft for setup in setups}
 
-    Plain decoding is under every speed-up, so it is run as often as there are drafts. When a unit fails, each draft is
-    tried alone, so that the one at fault is found and the rest goes on. Raises EngineError when plain decoding fails.
-    """
-    drafts, lengths = asked
-    by_draft = {draft: [Setup(draft=draft, length=k) for k in calibration_lengths(lengths)] for draft in drafts}
-    found: list[tuple[Setup, Sample]] = []
-    infeasible: list[Infeasible] = []
-    chosen = queues(prompts, workload.batch_size, CALIBRATION_PROMPTS, CALIBRATION_QUEUES)
 
-    def run(queue: tuple[Prompt, ...], setups: tuple[Setup, ...]) -> list[tuple[Setup, Sample]]:
-        samples = engine.run_together(workload, queue, setups, occasion_of("calibration", workload, done))
-        return [(setup, sample) for (setup, _), sample in zip(itertools.product(setups, queue), samples, strict=True)]
+class _Tracing:
+    """The drafts over the target's traces: what they accept, and which of them failed."""
 
-    for done, queue in enumerate(chosen):
-        progress("calibration", done, len(chosen))
-        setups = tuple(setup for own in by_draft.values() for setup in (PLAIN, *own)) or (PLAIN,)
+    def __init__(
+        self, engine: Engine, workload: Workload, traces: Mapping[str, TargetTrace], progress: Progress
+    ) -> None:
+        self.acceptances: dict[tuple[str, str], Acceptance] = {}
+        self.infeasible: list[Infeasible] = []
+        self._engine = engine
+        self._workload = workload
+        self._traces = traces
+        self._progress = progress
+
+    def run(self, prompts: Sequence[Prompt], max_length: int) -> list[Draft]:
+        """The drafts that can go on: traced, or of a kind that the engine does not trace."""
+        drafts, kinds = self._engine.drafts, self._engine.properties.traced_kinds
+        usable: list[Draft] = []
+        failed_parts: set[str] = set()
+        for number, draft in enumerate(drafts):
+            if failed_parts.intersection(part.digest for part in draft.parts):
+                continue  # a composite of what failed already, which is said once
+            parts = draft.parts if draft.kind in kinds else ()
+            try:
+                for done, (prompt, part) in enumerate(itertools.product(prompts, parts)):
+                    place = number * len(prompts) + done // len(parts)
+                    self._trace(prompt, part, max_length, (place, len(drafts) * len(prompts)))
+                usable.append(draft)
+            except EngineError as error:
+                failed_parts.add(part.digest)
+                setup = Setup(draft=draft, length=max_length)
+                self.infeasible.append(Infeasible(setup=setup, reason=type(error).__name__, detail=str(error)))
+        return usable
+
+    def _trace(self, prompt: Prompt, part: Draft, max_length: int, place: tuple[int, int]) -> None:
+        if (part.digest, prompt.digest) not in self.acceptances:
+            self._progress("acceptance", *place)
+            trace = self._traces[prompt.digest]
+            acceptance = self._engine.trace_draft(self._workload, prompt, trace, part, max_length)
+            self.acceptances[part.digest, prompt.digest] = acceptance
+
+
+class _Calibration:
+    """The real runs under way: what ran, and what could not."""
+
+    def __init__(self, engine: Engine, workload: Workload, prompts: Sequence[Prompt], progress: Progress) -> None:
+        self.found: list[tuple[Setup, Sample]] = []
+        self.infeasible: list[Infeasible] = []
+        self._engine = engine
+        self._workload = workload
+        self._queues = queues(prompts, workload.batch_size, CALIBRATION_PROMPTS, CALIBRATION_QUEUES)
+        self._progress = progress
+
+    def run_traced(self, drafts: Sequence[Draft], lengths: Sequence[int]) -> None:
+        """Every (draft, calibration length), all of a queue in one unit, plain decoding before each draft.
+
+        Plain decoding is under every speed-up, so it is run as often as there are drafts. When a unit fails, each draft
+        is tried alone, so that the one at fault is found and the rest goes on. Raises EngineError when plain decoding
+        fails.
+        """
+        by_draft = {draft: [Setup(draft=draft, length=k) for k in calibration_lengths(lengths)] for draft in drafts}
+        for number in range(len(self._queues)):
+            self._progress("calibration", number, len(self._queues))
+            try:
+                self._run(number, tuple(setup for own in by_draft.values() for setup in (PLAIN, *own)) or (PLAIN,))
+            except EngineError:
+                self._run(number, (PLAIN,))
+                for draft, own in list(by_draft.items()):
+                    if not self._try(number, tuple(own)):
+                        del by_draft[draft]
+
+    def run_alone(self, setups: Sequence[Setup]) -> None:
+        """Each setup beside plain decoding, one after another: an engine may have to start anew for every one."""
+        for done, setup in enumerate(setups):
+            self._progress("calibration", done, len(setups))
+            for number in range(len(self._queues)):
+                if not self._try(number, (PLAIN, setup)):
+                    break
+
+    def _try(self, number: int, setups: tuple[Setup, ...]) -> bool:
         try:
-            found += run(queue, setups)
-        except EngineError:
-            found += run(queue, (PLAIN,))
-            for draft, own in list(by_draft.items()):
-                try:
-                    found += run(queue, tuple(own))
-                except EngineError as error:
-                    del by_draft[draft]
-                    infeasible.append(Infeasible(setup=own[0], reason=type(error).__name__, detail=str(error)))
-    return found, infeasible
+            self._run(number, setups)
+        except EngineError as error:
+            at_fault = next(setup for setup in setups if setup != PLAIN)
+            self.infeasible.append(Infeasible(setup=at_fault, reason=type(error).__name__, detail=str(error)))
+            return False
+        return True
+
+    def _run(self, number: int, setups: tuple[Setup, ...]) -> None:
+        queue, occasion = self._queues[number], occasion_of("calibration", self._workload, number)
+        samples = self._engine.run_together(self._workload, queue, setups, occasion)
+        self.found += [
+            (setup, sample) for (setup, _), sample in zip(itertools.product(setups, queue), samples, strict=True)
+        ]

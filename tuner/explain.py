@@ -38,7 +38,7 @@ class Account:
     tok_per_s: Interval
     acceptance_length: float
     acceptance: float | None
-    draft_s: float
+    draft_s: float | None
     verify_s: float
     overhead_s: float
     round_s: float
@@ -222,7 +222,8 @@ def sentences(found: Explanation) -> list[str]:
 
 
 def _round_sentence(one: Account) -> str:
-    split = f"draft {_ms(one.draft_s)}, verify {_ms(one.verify_s)}, overhead {_ms(one.overhead_s)}"
+    drafted = "draft and verify" if one.draft_s is None else f"draft {_ms(one.draft_s)}, verify"
+    split = f"{drafted} {_ms(one.verify_s)}, overhead {_ms(one.overhead_s)}"
     if one.break_even_acceptance is None:
         needed = "which no acceptance yields"
     else:
@@ -253,5 +254,5 @@ def _figure(known: Interval) -> str:
     return f"{known.estimate:.2f} ({known.low:.2f} to {known.high:.2f})"
 
 
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f}"
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.2f}"

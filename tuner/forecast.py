@@ -13,7 +13,16 @@ from dataclasses import astuple
 import numpy
 
 from profiles.errors import NotMeasuredError
-from profiles.formulas import Replayed, Walk, acceptance_length, median, walk
+from profiles.formulas import (
+    NO_END,
+    Replayed,
+    Walk,
+    acceptance_length,
+    median,
+    rate_interval,
+    speedup_interval,
+    walk,
+)
 from profiles.replay import replay, rounds_of
 from profiles.terms import PLAIN, Draft, Interval, Sample, Setup, Workload
 from tuner.claims import Forecast, RoundSplit
@@ -35,15 +44,18 @@ class Forecaster:
         self._seed = seed
         self._walks: dict[tuple[Setup, str], Walk] = {}
         self._replays: dict[tuple[Setup, tuple[str, ...]], list[Use]] = {}
+        self._times = evidence.properties.times
         self._overheads = self._calibrated()
 
     def forecast(self, setup: Setup, prompts: Sequence[Traced]) -> Forecast:
         """Tokens per second of a row and speed-up over plain, 95 % intervals; outputs of one token say nothing.
 
         Percentile intervals of 400 joint resamplings of prompts, step-time samples and calibration runs. The same draws
-        serve the setup and plain decoding, so what they share cancels in the speed-up. Raises NotMeasuredError when
-        evidence is missing or no output has a second token.
+        serve the setup and plain decoding, so what they share cancels in the speed-up. Of a draft that was only run the
+        runs speak for themselves. Raises NotMeasuredError when evidence is missing or no output has a second token.
         """
+        if setup.draft is not None and not self._evidence.traces_of(setup.draft):
+            return self._seen(setup)
         prompts = [prompt for prompt in prompts if len(self._evidence.traces[prompt.digest].token_ids) > 1]
         if not prompts:
             raise NotMeasuredError("no output has a second token: there is no time per token to forecast")
@@ -60,12 +72,32 @@ class Forecaster:
             acceptance_length=acceptance_length(self.rounds(setup, prompts).rounds) or 1.0,
         )
 
+    def _seen(self, setup: Setup) -> Forecast:
+        """What real runs of a setup came to, against plain decoding of the same prompts, whatever their domain."""
+        runs = self._evidence.calibration
+        chosen, plain = (
+            [sample for own, sample in runs if own == wanted and sample.output_tokens > 1] for wanted in (setup, PLAIN)
+        )
+        both = {sample.prompt_digest for sample in chosen} & {sample.prompt_digest for sample in plain}
+        if len(both) < 2:
+            raise NotMeasuredError(
+                f"{setup.name} was run on {len(both)} prompts that have a second token: 2 are needed"
+            )
+        columns = [_columns_by_prompt(samples, sorted(both)) for samples in (plain, chosen)]
+        speedup, _ = speedup_interval(*columns[0], *columns[1])
+        return Forecast(
+            setup=setup,
+            tok_per_s=rate_interval(*columns[1]),
+            speedup=speedup,
+            acceptance_length=acceptance_length(_rounds_of(chosen)),
+        )
+
     def round_s(self, setup: Setup, shape: tuple[int, int, int]) -> float:
         """Seconds of one round of a `shape` (see `Sample`), overhead included.
 
         A first step of a draft model wider than any that was timed is priced in proportion to the widest.
         """
-        use = use_of(setup, {shape: 1.0}, 0.0, self._target_part)
+        use = use_of(setup, {shape: 1.0}, 0.0, self._target_part, self._times)
         stepped_s = sum(count * self.step_s(part, width) for (part, width), count in use.steps.items())
         beyond_s = float(use.overhead_s(self._rates(setup.draft))[0])
         return max(stepped_s + beyond_s, LEAST_OF_STEPS * stepped_s)
@@ -96,7 +128,8 @@ class Forecaster:
         return Walk(rounds=rounds, shapes=shapes)
 
     def split(self, setup: Setup, prompts: Sequence[Traced]) -> RoundSplit:
-        """Where a mean round's time goes. Raises NotMeasuredError when no prompt has a round."""
+        """Where a mean round's time goes. Raises NotMeasuredError when no prompt has a round, or none was traced."""
+        whole = self._times == "rounds"
         parts = {"draft": 0.0, "verify": 0.0, "overhead": 0.0}
         num_rounds = 0.0
         for use in self._uses(setup, prompts):
@@ -104,11 +137,11 @@ class Forecaster:
             parts["overhead"] += float(use.overhead_s(self._rates(setup.draft))[0])
             for (part, width), count in use.steps.items():
                 seconds = count * median(step_samples(self._evidence.steps, part, width))
-                parts["verify" if part == self._target_part else "draft"] += seconds
+                parts["verify" if whole or part == self._target_part else "draft"] += seconds
         if num_rounds == 0.0:
             raise NotMeasuredError(f"{setup.name}: no output has a second token, so there is no round to look into")
         draft_s, verify_s, overhead_s = (seconds / num_rounds for seconds in parts.values())
-        return RoundSplit(draft_s=draft_s, verify_s=verify_s, overhead_s=overhead_s)
+        return RoundSplit(draft_s=None if whole else draft_s, verify_s=verify_s, overhead_s=overhead_s)
 
     def _seconds(self, setup: Setup, prompts: Sequence[Traced], weights: numpy.ndarray) -> numpy.ndarray:
         """Total seconds per resampling; row 0 of `weights` (resamplings + 1, prompts) is the point estimate."""
@@ -134,7 +167,7 @@ class Forecaster:
         """What every prompt's rounds use: alone by its walk, in a batch by a replay of the prompts as a full queue."""
         if self._workload.batch_size == 1:
             walks = [self._walk(setup, prompt) for prompt in prompts]
-            return [use_of(setup, walked.shapes, 0.0, self._target_part) for walked in walks]
+            return [use_of(setup, walked.shapes, 0.0, self._target_part, self._times) for walked in walks]
         key = (setup, tuple(prompt.digest for prompt in prompts))
         if key not in self._replays:
             self._replays[key] = self._replay(setup, prompts)
@@ -149,13 +182,13 @@ class Forecaster:
                 self._evidence.traces[prompt.digest],
                 self._acceptance(setup, prompt),
                 setup.length,
-                self._workload.max_new_tokens,
+                NO_END if self._evidence.properties.past_end else self._workload.max_new_tokens,
                 luck,
             )
             for _ in range(turns)
             for prompt in prompts
         ]
-        runs = replay(queue, self._workload.batch_size)
+        runs = replay(queue, self._workload.batch_size, self._evidence.properties)
         uses = []
         for index in range(len(prompts)):
             own = runs[index :: len(prompts)]
@@ -163,19 +196,23 @@ class Forecaster:
             for run in own:
                 shapes.update(run.shapes)
             mean = {shape: count / turns for shape, count in shapes.items()}
-            uses.append(use_of(setup, mean, sum(run.refills for run in own) / turns, self._target_part))
+            refills = sum(run.refills for run in own) / turns
+            uses.append(use_of(setup, mean, refills, self._target_part, self._times))
         return uses
 
     def _acceptance(self, setup: Setup, prompt: Traced) -> Replayed | None:
         if setup.stop_below is not None:
             raise NotMeasuredError(f"{setup.name}: rounds that stop below a confidence are not replayed yet")
+        if setup.draft is not None and not self._evidence.traces_of(setup.draft):
+            raise NotMeasuredError(f"{setup.name}: its acceptance was not traced, it was only run")
         return None if setup.draft is None else self._evidence.acceptance(setup.draft, prompt)
 
     def _walk(self, setup: Setup, prompt: Traced) -> Walk:
         key = (setup, prompt.digest)
         if key not in self._walks:
             trace, acceptance = self._evidence.traces[prompt.digest], self._acceptance(setup, prompt)
-            self._walks[key] = walk(trace, acceptance, setup.length, self._workload.max_new_tokens)
+            past_end = self._evidence.properties.past_end
+            self._walks[key] = walk(trace, acceptance, setup.length, self._workload.max_new_tokens, past_end=past_end)
         return self._walks[key]
 
     def _rates(self, draft: Draft | None) -> numpy.ndarray:
@@ -185,21 +222,40 @@ class Forecaster:
 
     def _calibrated(self) -> dict[Draft | None, numpy.ndarray]:
         """Overhead rates per draft, (4, resamplings + 1): all calibration runs first, then resampled ones."""
+        traced = [one for one in self._evidence.calibration if self._is_priced(one[0])]
         by_setup: dict[Setup, list[Sample]] = {}
-        for setup, sample in self._evidence.calibration:
+        for setup, sample in traced:
             by_setup.setdefault(setup, []).append(sample)
         rng = numpy.random.default_rng(self._seed)
-        variants = [list(self._evidence.calibration)]
+        variants = [traced]
         for _ in range(CALIBRATION_RESAMPLES):
             variants.append(
                 [(setup, own[pick]) for setup, own in by_setup.items() for pick in rng.integers(0, len(own), len(own))]
             )
-        rates = [calibrate(self._evidence.steps, variant, self._target_part) for variant in variants]
+        rates = [calibrate(self._evidence.steps, variant, self._target_part, self._times) for variant in variants]
         order = [0, *(1 + draw % CALIBRATION_RESAMPLES for draw in range(RESAMPLES))]
         return {
             draft: numpy.array([astuple(rates[number].get(draft, Overhead())) for number in order]).T
             for draft in (None, *self._evidence.drafts)
+            if draft is None or self._evidence.traces_of(draft)
         }
+
+    def _is_priced(self, setup: Setup) -> bool:
+        return setup.draft is None or self._evidence.traces_of(setup.draft)
+
+
+def _columns_by_prompt(samples: Sequence[Sample], prompts: Sequence[str]) -> tuple[list[float], list[int]]:
+    """Decode seconds and tokens after the first, over all runs of each prompt."""
+    own = [[sample for sample in samples if sample.prompt_digest == prompt] for prompt in prompts]
+    seconds = [sum(sample.decode_s for sample in runs) for runs in own]
+    return seconds, [sum(sample.output_tokens - 1 for sample in runs) for runs in own]
+
+
+def _rounds_of(samples: Sequence[Sample]) -> Counter[tuple[int, int]]:
+    rounds: Counter[tuple[int, int]] = Counter()
+    for sample in samples:
+        rounds.update(sample.rounds)
+    return rounds
 
 
 def _percentiles(draws: numpy.ndarray) -> Interval:

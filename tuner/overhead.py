@@ -12,6 +12,7 @@ import numpy
 
 from profiles.errors import NotMeasuredError
 from profiles.formulas import WIDEST_CATCH_UP, median
+from profiles.properties import Times
 from profiles.terms import Draft, Sample, Setup, StepTimes
 
 Steps = Mapping[str, StepTimes]
@@ -47,12 +48,16 @@ class Use:
         return seconds
 
 
-def use_of(setup: Setup, shapes: Mapping[tuple[int, int, int], float], refills: float, target_part: str) -> Use:
+def use_of(
+    setup: Setup, shapes: Mapping[tuple[int, int, int], float], refills: float, target_part: str, times: Times = "steps"
+) -> Use:
     """What rounds of these `shapes` use, each (width of the target's step, draft steps, width of the first of them).
 
     A first step wider than the widest there is was several of that width. A look-up is asked once per round, also when
-    it proposes nothing.
+    it proposes nothing. Where an engine times whole `rounds`, each is one step, of plain decoding or of the draft.
     """
+    if times == "rounds":
+        return _whole_rounds(setup, shapes, refills, target_part)
     steps: defaultdict[tuple[str, int], float] = defaultdict(float)
     idle = proposing = drafted = 0.0
     ngram, model = _parts(setup.draft)
@@ -75,6 +80,15 @@ def use_of(setup: Setup, shapes: Mapping[tuple[int, int, int], float], refills: 
     )
 
 
+def _whole_rounds(setup: Setup, shapes: Mapping[tuple[int, int, int], float], refills: float, target_part: str) -> Use:
+    part = target_part if setup.draft is None else setup.draft.digest
+    steps: defaultdict[tuple[str, int], float] = defaultdict(float)
+    for (width, _, _), count in shapes.items():
+        steps[part, width] += count
+    idle = steps.get((part, 1), 0.0)
+    return Use(steps=dict(steps), idle=idle, proposing=sum(steps.values()) - idle, drafted=0.0, refills=refills)
+
+
 def _parts(draft: Draft | None) -> tuple[str | None, str | None]:
     """Part digests of a draft's look-up and of its model, where it has them."""
     by_kind = {part.kind == "ngram": part.digest for part in draft.parts} if draft is not None else {}
@@ -89,7 +103,9 @@ def step_samples(steps: Steps, part: str, width: int) -> tuple[float, ...]:
     return times.samples_s[width]
 
 
-def calibrate(steps: Steps, calibration: Calibration, target_part: str) -> dict[Draft | None, Overhead]:
+def calibrate(
+    steps: Steps, calibration: Calibration, target_part: str, times: Times = "steps"
+) -> dict[Draft | None, Overhead]:
     """The overheads of plain decoding (None) and of every draft that was run.
 
     A round without a proposal is a plain round, whatever the draft. Per step of a draft model, drafts share one figure
@@ -105,7 +121,7 @@ def calibrate(steps: Steps, calibration: Calibration, target_part: str) -> dict[
     for setup, sample in runs:
         if sample.rounds and not sample.shapes:
             raise NotMeasuredError(f"a run of {setup.name} does not say what its rounds ran: it must be measured again")
-        use = use_of(setup, sample.shapes, sample.refills, target_part)
+        use = use_of(setup, sample.shapes, sample.refills, target_part, times)
         stepped = sum(count * median(step_samples(steps, *step)) for step, count in use.steps.items())
         left_s = sample.decode_s - stepped - sample.refills * refill_s[setup.draft]
         beyond.setdefault(setup.draft, []).append((use, left_s))
@@ -120,7 +136,7 @@ def calibrate(steps: Steps, calibration: Calibration, target_part: str) -> dict[
         for draft, own in beyond.items()
         if draft is not None
     }
-    step_s = {draft: _model_step_s(steps, draft) for draft in points}
+    step_s = {draft: _model_step_s(steps, draft) if times == "steps" else 0.0 for draft in points}
     slopes = [
         slope / step_s[draft] for draft in points if step_s[draft] and (slope := _slope(points[draft])) is not None
     ]

@@ -128,7 +128,7 @@ class Tuner:
             anchor.stopped = "every output ended with its first token, so there is no time per token"
             return
         anchor.forecasts = search.search_forecasts(
-            candidates(evidence.drafts, options.lengths),
+            [setup for setup in candidates(evidence.drafts, options.lengths) if evidence.can_tell(setup)],
             lambda setup: grounds.forecaster.forecast(setup, anchor.forecast_pool),
             f"forecasts, {where}",
             options.storage,
