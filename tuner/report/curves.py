@@ -21,7 +21,7 @@ def acceptance_curves(evidence: Evidence, workload: Workload, target_part: str) 
 
     Positions count as in `formulas.acceptance_by_position`. Prompts without a round are left out.
     """
-    length = max(evidence.steps[target_part].samples_s) - 1  # the target is timed at widths 1 to length + 1
+    length = _longest_length(evidence, target_part)
     domains: dict[str, list[Prompt]] = {}
     for prompt in evidence.prompts:
         domains.setdefault(prompt.domain, []).append(prompt)
@@ -41,13 +41,20 @@ def acceptance_curves(evidence: Evidence, workload: Workload, target_part: str) 
     return tuple(curves)
 
 
+def _longest_length(evidence: Evidence, target_part: str) -> int:
+    """The largest speculation length that was timed: the width of the target's step, or of whole rounds, less one."""
+    parts = [part.digest for part in evidence.parts] if evidence.properties.times == "rounds" else [target_part]
+    return max((width for part in parts for width in evidence.steps[part].samples_s), default=1) - 1
+
+
 def _positions(
     evidence: Evidence, workload: Workload, asked: tuple[Draft, Prompt], length: int
 ) -> dict[int, tuple[float, float]]:
     """Position -> (rounds that proposed that far, those that kept that far) of one draft on one prompt."""
     draft, prompt = asked
     acceptance = evidence.acceptances[draft.digest, prompt.digest]
-    walked = walk(evidence.traces[prompt.digest], acceptance, length, workload.max_new_tokens)
+    past_end = evidence.properties.past_end
+    walked = walk(evidence.traces[prompt.digest], acceptance, length, workload.max_new_tokens, past_end=past_end)
     return {position: (tried, share * tried) for position, tried, share in acceptance_by_position(walked.rounds)}
 
 
@@ -101,6 +108,7 @@ def staircases(evidence: Evidence, target: Model) -> tuple[Staircase, ...]:
     found = []
     for digest, (name, kind) in parts.items():
         times = evidence.steps[digest]
+        kind = "round" if evidence.properties.times == "rounds" and kind != "target" else kind
         stairs = []
         for width, samples in times.samples_s.items():
             low, median, high = (float(value) for value in numpy.quantile(samples, (0.1, 0.5, 0.9)))
