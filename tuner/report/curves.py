@@ -105,13 +105,14 @@ def staircases(evidence: Evidence, target: Model) -> tuple[Staircase, ...]:
     """The target's staircase, then those of the drafts' parts, by name."""
     parts = {target.run_digest: (target.name, "target")}
     parts |= {part.digest: (part.name, part.kind) for part in evidence.parts}
+    whole = evidence.properties.times == "rounds"
     found = []
     for digest, (name, kind) in parts.items():
         times = evidence.steps[digest]
-        kind = "round" if evidence.properties.times == "rounds" and kind != "target" else kind
         stairs = []
         for width, samples in times.samples_s.items():
             low, median, high = (float(value) for value in numpy.quantile(samples, (0.1, 0.5, 0.9)))
             stairs.append(Stair(width=width, median_s=median, low_s=low, high_s=high))
-        found.append(Staircase(name=name, kind=kind, disturbed=times.disturbed, stairs=tuple(stairs)))
+        shown = "round" if whole and kind != "target" else kind
+        found.append(Staircase(name=name, kind=shown, disturbed=times.disturbed, stairs=tuple(stairs)))
     return tuple(found)
