@@ -161,7 +161,11 @@ def _write_tokenizer(writer: gguf.GGUFWriter, source: Source, tokenizer: PreTrai
     writer.add_token_list([by_id.get(index, f"[PAD{index}]") for index in range(num_tokens)])
     writer.add_token_types(kinds)
     writer.add_token_merges([one if isinstance(one, str) else " ".join(one) for one in model["merges"]])
-    for add, name in ((writer.add_bos_token_id, "bos"), (writer.add_eos_token_id, "eos"), (writer.add_pad_token_id, "pad")):
+    for add, name in (
+        (writer.add_bos_token_id, "bos"),
+        (writer.add_eos_token_id, "eos"),
+        (writer.add_pad_token_id, "pad"),
+    ):
         if (index := getattr(tokenizer, f"{name}_token_id")) is not None:
             add(index)
     writer.add_add_bos_token(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])

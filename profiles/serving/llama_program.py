@@ -1,0 +1,85 @@
+"""Which llama.cpp is used, and what its models are: a `llama-server` program, or the package xllamacpp in its place.
+
+Knows no workload.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from profiles import packages, sources
+from profiles.errors import InputError
+from profiles.serving import gguf_writer, llama_flags, llama_server
+from profiles.serving.llama_flags import Spelling
+from profiles.sources import translated
+from profiles.terms import Model
+
+STAND_IN = "xllamacpp"
+_SYNTHETIC = "--spec-synth-rates"
+_UNPACKED = {"F32": "float32", "ALL_F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """How a server is started and told to draft; `has_synthetic`: it can accept drafts by made-up rates."""
+
+    command: tuple[str, ...]
+    version: str
+    spelling: Spelling
+    has_synthetic: bool
+
+
+def program_of(path: str | None = None) -> Program:
+    """The `llama-server` at `path` or on the PATH by that name; None is the package xllamacpp.
+
+    Raises InputError: it cannot be run, or its flags are not known.
+    """
+    if path is None:
+        version = packages.installed(STAND_IN)
+        if version is None:
+            raise InputError("llama.cpp: the package xllamacpp is not installed; install it, or name a llama-server")
+        command, version = (sys.executable, "-P", llama_server.__file__), f"{STAND_IN} {version}"
+    else:
+        command, version = (path,), llama_flags.version_of([path])
+    text = llama_flags.help_of(command)
+    if text is None or version is None:
+        raise InputError(f"llama-server {path!r}: it cannot be run, or does not tell its version")
+    spelling = llama_flags.spelling_of_help(text)
+    if spelling is None:
+        known = ", ".join(one.builds for one in llama_flags.SPELLINGS)
+        raise InputError(f"llama-server {path!r}: its flags are not known; known are those of {known}")
+    return Program(command=command, version=version, spelling=spelling, has_synthetic=_SYNTHETIC in text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """A model as llama.cpp runs it: its record, its GGUF file, the type of its weights, and the longest context."""
+
+    record: Model
+    path: Path
+    float_type: str
+    max_positions: int
+
+
+def weights_of(name: str, dtype: str) -> Weights:
+    """The model a user names; one of safetensors becomes a GGUF of `dtype`, a GGUF is run as it is.
+
+    The record of packed weights says float32, in which llama.cpp adds up. Raises ModelError.
+    """
+    source = sources.find(name)
+    path = gguf_writer.gguf_of(name, dtype)
+    with translated(f"model {name!r}"):
+        packed = None if source.gguf is None else source.gguf.float_type
+        record = Model(
+            name=name,
+            revision=source.revision,
+            dtype=dtype if packed is None else _UNPACKED.get(packed, "float32"),
+            digest=sources.digest(source),
+            num_params=sources.num_values(source),
+        )
+        return Weights(
+            record=record,
+            path=path,
+            float_type=dtype if packed is None else _UNPACKED.get(packed, packed),
+            max_positions=sources.max_positions(sources.config_of(source), source),
+        )
