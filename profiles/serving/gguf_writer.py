@@ -66,7 +66,7 @@ def write(source: Source, dtype: str, path: Path) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         writer = gguf.GGUFWriter(draft, "llama")
-        num_tokens = _write_tokenizer(writer, source, tokenizer)
+        num_tokens = _write_tokenizer(writer, source, tokenizer, _end_token_ids(source, config, tokenizer))
         _write_config(writer, source, config, dtype)
         for tensor_name, tensor in _tensors(source, config, num_tokens):
             kind = _TYPES[dtype] if tensor.dim() > 1 else _TYPES["float32"]
@@ -139,20 +139,36 @@ def _interleaved(stem: str, tensor: torch.Tensor, config: PreTrainedConfig) -> t
 
 def _rotary_factors(config: PreTrainedConfig) -> torch.Tensor:
     """What divides the plain rotary frequencies in Llama 3.1 and later, one factor for each."""
+    scaled: torch.Tensor
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     size = 2 * scaled.numel()
-    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
+    plain: torch.Tensor = config.rope_parameters["rope_theta"] ** -(
+        torch.arange(0, size, 2, dtype=torch.float32) / size
+    )
     return plain / scaled
 
 
-def _write_tokenizer(writer: gguf.GGUFWriter, source: Source, tokenizer: PreTrainedTokenizerBase) -> int:
+def _end_token_ids(source: Source, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The generation config's end tokens, else the config's, else the tokenizer's, which goes first of them."""
+    generation = source.folder / "generation_config.json"
+    told = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
+    own = tokenizer.eos_token_id
+    named = (told.get("eos_token_id"), getattr(config, "eos_token_id", None), own)
+    found = next((one for one in named if one is not None), None)
+    ends = found if isinstance(found, list) else [found]
+    return sorted((end for end in ends if end is not None), key=lambda end: (end != own, end))
+
+
+def _write_tokenizer(
+    writer: gguf.GGUFWriter, source: Source, tokenizer: PreTrainedTokenizerBase, ends: list[int]
+) -> int:
     """Byte-level BPE as llama.cpp keeps it; the number of tokens. Raises ModelError for another kind."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())
     model = state.get("model") or {}
     if model.get("type") != "BPE" or model.get("byte_fallback") or "ByteLevel" not in json.dumps(state["decoder"]):
         raise ModelError(f"model {source.name!r}: its tokenizer is no byte-level BPE; {_CONVERT}")
-    by_id = {index: token for token, index in tokenizer.get_vocab().items()}
+    by_id: dict[int, str] = {index: token for token, index in tokenizer.get_vocab().items()}
     special = {token["id"]: token["special"] for token in state["added_tokens"]}
     num_tokens = max(by_id) + 1
     kinds = [_token_type(index, by_id, special) for index in range(num_tokens)]
@@ -161,13 +177,14 @@ def _write_tokenizer(writer: gguf.GGUFWriter, source: Source, tokenizer: PreTrai
     writer.add_token_list([by_id.get(index, f"[PAD{index}]") for index in range(num_tokens)])
     writer.add_token_types(kinds)
     writer.add_token_merges([one if isinstance(one, str) else " ".join(one) for one in model["merges"]])
-    for add, name in (
-        (writer.add_bos_token_id, "bos"),
-        (writer.add_eos_token_id, "eos"),
-        (writer.add_pad_token_id, "pad"),
+    for add, index in zip(
+        (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), ends, strict=False
     ):
-        if (index := getattr(tokenizer, f"{name}_token_id")) is not None:
-            add(index)
+        add(index)
+    if tokenizer.bos_token_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_token_id)
+    if tokenizer.pad_token_id is not None:
+        writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)

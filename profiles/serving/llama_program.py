@@ -3,20 +3,32 @@
 Knows no workload.
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from profiles import packages, sources
-from profiles.errors import InputError
+from profiles.errors import EngineError, InputError
 from profiles.serving import gguf_writer, llama_flags, llama_server
 from profiles.serving.llama_flags import Spelling
+from profiles.serving.load import fetch
+from profiles.serving.process import RunningServer
 from profiles.sources import translated
-from profiles.terms import Model
+from profiles.terms import Model, Setup
 
 STAND_IN = "xllamacpp"
 _SYNTHETIC = "--spec-synth-rates"
 _UNPACKED = {"F32": "float32", "ALL_F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """A server that somebody else started: the setup it serves, and how many requests at a time."""
+
+    url: str
+    serves: Setup
+    num_rows: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +39,7 @@ class Program:
     version: str
     spelling: Spelling
     has_synthetic: bool
+    running: Running | None = None
 
 
 def program_of(path: str | None = None) -> Program:
@@ -38,9 +51,9 @@ def program_of(path: str | None = None) -> Program:
         version = packages.installed(STAND_IN)
         if version is None:
             raise InputError("llama.cpp: the package xllamacpp is not installed; install it, or name a llama-server")
-        command, version = (sys.executable, "-P", llama_server.__file__), f"{STAND_IN} {version}"
+        command, version = [sys.executable, "-P", llama_server.__file__], f"{STAND_IN} {version}"
     else:
-        command, version = (path,), llama_flags.version_of([path])
+        command, version = [path], llama_flags.version_of([path])
     text = llama_flags.help_of(command)
     if text is None or version is None:
         raise InputError(f"llama-server {path!r}: it cannot be run, or does not tell its version")
@@ -48,7 +61,24 @@ def program_of(path: str | None = None) -> Program:
     if spelling is None:
         known = ", ".join(one.builds for one in llama_flags.SPELLINGS)
         raise InputError(f"llama-server {path!r}: its flags are not known; known are those of {known}")
-    return Program(command=command, version=version, spelling=spelling, has_synthetic=_SYNTHETIC in text)
+    return Program(command=tuple(command), version=version, spelling=spelling, has_synthetic=_SYNTHETIC in text)
+
+
+def program_at(url: str, serves: Setup) -> Program:
+    """The server that runs at `url`, started by somebody else for the setup `serves`.
+
+    Raises InputError: no such URL. EngineError: it does not answer as a llama-server does.
+    """
+    server = RunningServer(url)
+    said = fetch(f"{server.url}/props")
+    try:
+        props = json.loads(said)
+        version, num_rows = str(props["build_info"]), int(props["total_slots"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise EngineError(f"server {url}: no llama-server, its /props lack {error}") from error
+    running = Running(url=server.url, serves=serves, num_rows=num_rows)
+    newest = llama_flags.SPELLINGS[-1]
+    return Program(command=(), version=version, spelling=newest, has_synthetic=False, running=running)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,7 +50,9 @@ def plan_of(target: Model, drafts: Sequence[Draft], max_length: int, has_synthet
         plan.append(Timed(parts=look_ups, width=1, setup=_NO_MATCH))
     for length in range(1, max_length + 1):
         words = ("--spec-synth-rates", ",".join(["1"] * length)) if has_synthetic else ()
-        pairs = [((draft.digest,), draft) for draft in drafts if draft.kind == "model"]
+        pairs: list[tuple[tuple[str, ...], Draft]] = [
+            ((draft.digest,), draft) for draft in drafts if draft.kind == "model"
+        ]
         pairs += [(look_ups, _LOOK_UP)] if look_ups else []
         for parts, draft in pairs:
             setup = Setup(draft=draft, length=length)

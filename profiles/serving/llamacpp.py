@@ -39,6 +39,8 @@ NAME = "llamacpp"
 START_TIMEOUT_S = 600.0
 SPARE_TOKENS = 80  # a row's cache beside its context: llama.cpp drafts less where it nears the end
 WARM_UP_TOKENS = 16
+EXACT = ("-fa", "off", "-ctk", "f32", "-ctv", "f32")
+EXACT_DRAFT = ("-ctkd", "f32", "-ctvd", "f32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +103,7 @@ class LlamaCppEngine:
         for draft in self._drafts:
             self._check_kind(draft)
         self._fleet: Fleet[tuple[str, ...], LlamaServer] = Fleet(self._start, options.most_alive)
-        told = {"flash_attention": self._flash_attention, "more": options.more, "weights": target.float_type}
+        told = {"more": [*self._exact, *options.more], "weights": target.float_type}
         self._environment = replace(
             fingerprint(options.device),
             engine=NAME,
@@ -175,6 +177,8 @@ class LlamaCppEngine:
             return ngram_simple.trace_lookup(draft, prompt, trace, max_length)
         if weights is None or draft.kind != "model":
             raise InputError(f"draft {draft.name}: llama.cpp does not tell what it would draft; it is run instead")
+        if self._program.running is not None:
+            raise InputError(f"draft {draft.name}: a server that is running already does not tell what it would draft")
         alone = replace(workload, batch_size=1, temperature=0.0)
         server = self._fleet.ask(self._command(weights.path, alone, ()))
         text = [*prompt.token_ids, *trace.token_ids]
@@ -268,13 +272,23 @@ class LlamaCppEngine:
         return self._fleet.ask(self._key(setup, workload, more))
 
     def _key(self, setup: Setup, workload: Workload, more: Sequence[str] = ()) -> tuple[str, ...]:
-        """The command of a setup's server, which is also its key in the fleet."""
+        """The command of a setup's server, which is also its key in the fleet; the URL of one that was running."""
+        running = self._program.running
+        if running is not None:
+            if setup != running.serves or more:
+                raise InputError(f"{setup.name}: the server at {running.url} serves {running.serves.name} alone")
+            if workload.batch_size > running.num_rows:
+                raise InputError(
+                    f"batch size {workload.batch_size}: the server at {running.url} has {running.num_rows} slots"
+                )
+            return (running.url,)
         if setup.draft is None:
             return self._command(self._target.path, workload, more)
         weights = self._weights.get(setup.draft.digest)
         words = words_of(setup, self._program.spelling, None if weights is None else str(weights.path))
         if weights is not None:
             words += ["-td", str(self._options.threads), "-tbd", str(self._options.threads)]
+            words += EXACT_DRAFT if self._exact else ()
         return self._command(self._target.path, workload, [*words, *more])
 
     def _command(self, path: Path, workload: Workload, words: Sequence[str]) -> tuple[str, ...]:
@@ -287,19 +301,21 @@ class LlamaCppEngine:
             "-np": str(workload.batch_size),
             "-t": str(self._options.threads),
             "-tb": str(self._options.threads),
-            "-fa": self._flash_attention,
         }
         own = [word for pair in options.items() for word in pair]
-        return (*self._program.command, *own, "--metrics", *words, *self._options.more)
+        return (*self._program.command, *own, *self._exact, "--metrics", *words, *self._options.more)
 
     @property
-    def _flash_attention(self) -> str:
-        """Off in float32, where tokens are held against the torch engine's; else the server decides."""
-        return "off" if self._target.float_type == "float32" else "auto"
+    def _exact(self) -> tuple[str, ...]:
+        """In float32, where tokens are held against the torch engine's, caches are float32 too; else llama.cpp's way."""
+        return EXACT if self._target.float_type == "float32" else ()
 
     def _start(self, command: tuple[str, ...]) -> LlamaServer:
-        number = self._fleet.num_starts
-        server = Server(command, self._options.log_folder / f"llama-server-{number}.log")
+        server: Server | RunningServer
+        if self._program.running is not None:
+            server = RunningServer(self._program.running.url)
+        else:
+            server = Server(command, self._options.log_folder / f"llama-server-{self._fleet.num_starts}.log")
         server.wait_ready(START_TIMEOUT_S)
         return LlamaServer(server)
 
