@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export DRAFTPICK_STORE ?= $(CURDIR)/.draftpick
 
-.PHONY: tune test check clean
+.PHONY: tune test test-vllm check clean
 
 tune: $(VENV)/.installed
 	$(BIN)/python tune.py run
@@ -12,11 +12,15 @@ tune: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --durations=10
 
+test-vllm: $(VENV)/.installed
+	$(BIN)/python -m tests.lanes.vllm_env
+	$(BIN)/python -m pytest -m vllm --durations=10
+
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm"
 
 $(VENV)/.installed: requirements.lock
 	$(PYTHON) -m venv $(VENV)

@@ -18,7 +18,8 @@ from profiles.clock import Clock, quietest
 from profiles.decoding import Decoder, Generation
 from profiles.drafting import DraftSource, ModelDrafter, NgramDrafter, PartDrafter
 from profiles.environment import fingerprint
-from profiles.errors import BadNumbersError, EngineError, InputError, OutOfMemoryError
+from profiles.errors import BadNumbersError, InputError, OutOfMemoryError
+from profiles.partings import check_partings
 from profiles.properties import TORCH, Properties
 from profiles.protocol import Pilot
 from profiles.rows import RowModel
@@ -40,8 +41,6 @@ from profiles.terms import (
     Workload,
     digest_of,
 )
-
-NEAR_TIE = 1e-4  # greedy float32 outputs may part only where the two largest logits lie this close
 
 
 class TorchEngine:
@@ -135,8 +134,9 @@ class TorchEngine:
                 lambda: [self._generate(workload, prompts, setup) for setup in setups], self._gpus
             )
         if workload.temperature == 0.0:
-            for number, prompt in enumerate(prompts):
-                self._check_partings(workload, prompt, setups, [own[number] for own in runs])
+            for prompt, own in zip(prompts, zip(*runs, strict=True), strict=True):
+                outputs = [run.token_ids for run in own]
+                check_partings(self.target, setups, outputs, functools.partial(self.trace_target, workload, prompt))
         return tuple(
             _sample(setup, prompt, run, disturbed)
             for setup, own in zip(setups, runs, strict=True)
@@ -247,33 +247,7 @@ class TorchEngine:
             raise InputError(f"speculation length {length}: this engine drafts up to {MAX_LENGTH} tokens a round")
         tokens = max(len(prompt.token_ids) for prompt in prompts) + workload.max_new_tokens
         models.check_room(self._target, context_length=tokens, max_length=length)
-        if tokens > workload.context_length:
-            raise InputError(
-                f"a prompt of {tokens - workload.max_new_tokens} tokens with {workload.max_new_tokens} new ones: "
-                f"allowed are {workload.context_length} together, the workload's context"
-            )
-
-    def _check_partings(
-        self, workload: Workload, prompt: Prompt, setups: tuple[Setup, ...], runs: list[Generation]
-    ) -> None:
-        """Greedy outputs must equal the target's trace, but for near-ties; in 16-bit types a parting is only counted.
-
-        Raises EngineError when float32 outputs part where the target was sure: decoding would not be lossless.
-        """
-        if self.target.dtype != "float32" or all(run.token_ids == runs[0].token_ids for run in runs):
-            return
-        trace = self.trace_target(workload, prompt)
-        for setup, run in zip(setups, runs, strict=True):
-            pairs = enumerate(zip(trace.token_ids, run.token_ids, strict=False))
-            place = next((index for index, (ours, theirs) in pairs if ours != theirs), None)
-            if place is None:
-                continue
-            gap = trace.logit_gaps[place]
-            if gap > NEAR_TIE:
-                raise EngineError(
-                    f"{setup.name} parted from plain decoding at token {place} of prompt {prompt.digest} where the "
-                    f"two largest logits are {gap:.2g} apart; allowed are partings under {NEAR_TIE:g}"
-                )
+        models.check_prompts(workload, prompts)
 
 
 def _sample(setup: Setup, prompt: Prompt, run: Generation, disturbed: bool) -> Sample:

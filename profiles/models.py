@@ -7,6 +7,7 @@ nothing of drafts' rounds; where the files are is `sources`' matter, whether the
 import contextlib
 import copy
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +22,10 @@ from transformers import (
 )
 
 from profiles import gguf_file, rows, sources
-from profiles.errors import ModelError, PairError
+from profiles.errors import InputError, ModelError, PairError
 from profiles.memory import check_dtype
 from profiles.sources import Source, translated
-from profiles.terms import Model
+from profiles.terms import DTYPES, Model, Prompt, Workload
 
 # what a layer may keep per token, so that tokens can be taken back; a recurrent state cannot give them up
 _CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -62,21 +63,12 @@ def describe(name: str, *, dtype: str | None) -> Described:
     sources.weight_files(source)
     with translated(f"model {name!r}"):
         config, tokenizer = sources.config_of(source), sources.tokenizer_of(source)
-        held = source.gguf.float_type if source.gguf is not None else str(getattr(config, "dtype", None))
-        own = {"F32": "float32", "BF16": "bfloat16"}.get(held, "float16") if source.gguf is not None else held
-        record = Model(
-            name=name,
-            revision=source.revision,
-            dtype=dtype or (own.removeprefix("torch.") if own != "None" else "float32"),
-            digest=sources.digest(source),
-            num_params=sources.num_values(source),
-        )
         generation = None
         if source.holds("generation_config.json"):
             generation = GenerationConfig.from_pretrained(source.folder)
         return Described(
             tokenizer=tokenizer,
-            record=record,
+            record=_record(source, config, dtype),
             max_positions=sources.max_positions(config, source),
             end_token_ids=_end_token_ids(source, (generation, config.get_text_config(decoder=True), tokenizer)),
         )
@@ -126,6 +118,26 @@ def load(name: str, *, dtype: str, device: str, trust_remote_code: bool = False,
         )
 
 
+def describe_head(name: str, *, dtype: str) -> Model:
+    """A draft that is no model of its own, such as one that reads the target's hidden states. Raises ModelError."""
+    source = sources.find(name)
+    with translated(f"model {name!r}"):
+        return _record(source, sources.config_of(source), dtype)
+
+
+def _record(source: Source, config: PreTrainedConfig, dtype: str | None) -> Model:
+    held = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    if source.gguf is not None:
+        held = {"F32": "float32", "BF16": "bfloat16"}.get(source.gguf.float_type, "float16")
+    return Model(
+        name=source.name,
+        revision=source.revision,
+        dtype=dtype or (held if held in DTYPES else "float32"),
+        digest=sources.digest(source),
+        num_params=sources.num_values(source),
+    )
+
+
 def check_pair(target: Described, draft: Described) -> None:
     """Refuses a draft that does not speak the target's tokens; equal maps with padded embeddings are fine.
 
@@ -156,8 +168,13 @@ def check_room(loaded: Described, *, context_length: int, max_length: int) -> No
 
     `context_length` is prompt plus new tokens. Raises: ModelError: names both and what is allowed.
     """
-    most = loaded.max_positions
-    model = f"model {loaded.record.name!r} has {most} positions"
+    check_positions((loaded.record.name, loaded.max_positions), context_length=context_length, max_length=max_length)
+
+
+def check_positions(model_and_positions: tuple[str, int], *, context_length: int, max_length: int) -> None:
+    """As `check_room`, of a model that is known by name and number of positions only."""
+    name, most = model_and_positions
+    model = f"model {name!r} has {most} positions"
     if context_length > most:
         raise ModelError(f"context {context_length}: {model}; allowed are contexts up to {most - max_length}")
     if context_length + max_length > most:
@@ -165,6 +182,16 @@ def check_room(loaded: Described, *, context_length: int, max_length: int) -> No
         raise ModelError(
             f"context {context_length} with speculation length {max_length}: {model}; allowed are contexts up to "
             f"{most - max_length} with that length{shorter}"
+        )
+
+
+def check_prompts(workload: Workload, prompts: Sequence[Prompt]) -> None:
+    """Refuses prompts that are too long for the workload's context. Raises InputError: the lengths."""
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    if longest + workload.max_new_tokens > workload.context_length:
+        raise InputError(
+            f"a prompt of {longest} tokens with {workload.max_new_tokens} new ones: "
+            f"allowed are {workload.context_length} together, the workload's context"
         )
 
 

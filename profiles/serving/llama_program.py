@@ -1,4 +1,4 @@
-"""Which llama.cpp is used, and what its models are: a `llama-server` program, or the package xllamacpp in its place.
+"""Which llama.cpp is used: a `llama-server` program or, in its place, the package xllamacpp; and its models' files.
 
 Knows no workload.
 """
@@ -14,12 +14,11 @@ from profiles.serving import gguf_writer, llama_flags, llama_server
 from profiles.serving.llama_flags import Spelling
 from profiles.serving.load import fetch
 from profiles.serving.process import RunningServer
-from profiles.sources import translated
 from profiles.terms import Model, Setup
 
 STAND_IN = "xllamacpp"
 _SYNTHETIC = "--spec-synth-rates"
-_UNPACKED = {"F32": "float32", "ALL_F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_UNPACKED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,33 +82,15 @@ def program_at(url: str, serves: Setup) -> Program:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """A model as llama.cpp runs it: its record, its GGUF file, the type of its weights, and the longest context."""
+    """A model's GGUF file, and the type of the weights in it: float32, float16, bfloat16, or a packed one's name."""
 
-    record: Model
     path: Path
     float_type: str
-    max_positions: int
 
 
-def weights_of(name: str, dtype: str) -> Weights:
-    """The model a user names; one of safetensors becomes a GGUF of `dtype`, a GGUF is run as it is.
-
-    The record of packed weights says float32, in which llama.cpp adds up. Raises ModelError.
-    """
-    source = sources.find(name)
-    path = gguf_writer.gguf_of(name, dtype)
-    with translated(f"model {name!r}"):
-        packed = None if source.gguf is None else source.gguf.float_type
-        record = Model(
-            name=name,
-            revision=source.revision,
-            dtype=dtype if packed is None else _UNPACKED.get(packed, "float32"),
-            digest=sources.digest(source),
-            num_params=sources.num_values(source),
-        )
-        return Weights(
-            record=record,
-            path=path,
-            float_type=dtype if packed is None else _UNPACKED.get(packed, packed),
-            max_positions=sources.max_positions(sources.config_of(source), source),
-        )
+def weights_of(model: Model) -> Weights:
+    """The file that llama.cpp runs of a model: a GGUF as it is, safetensors written as GGUF. Raises ModelError."""
+    source = sources.find(model.name)
+    path = gguf_writer.gguf_of(model.name, model.dtype)
+    packed = None if source.gguf is None else source.gguf.float_type
+    return Weights(path=path, float_type=model.dtype if packed is None else _UNPACKED.get(packed, packed))

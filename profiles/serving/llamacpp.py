@@ -12,12 +12,13 @@ from typing import Any
 
 from profiles.environment import fingerprint
 from profiles.errors import EngineError, InputError
+from profiles.models import Described
 from profiles.properties import Properties
 from profiles.serving import llama_answers, llama_rounds, ngram_simple
 from profiles.serving.fleet import Fleet
 from profiles.serving.llama_answers import Generated, body_of
 from profiles.serving.llama_flags import KEEPS_HISTORY, words_of
-from profiles.serving.llama_program import Program, Weights
+from profiles.serving.llama_program import Program, Weights, weights_of
 from profiles.serving.load import drive
 from profiles.serving.process import RunningServer, Server
 from profiles.terms import (
@@ -91,19 +92,17 @@ class LlamaServer:
 class LlamaCppEngine:
     """A target and its drafts as GGUF files under llama.cpp; fits `protocol.Engine`. A context manager.
 
-    `drafts`: each with its weights, None for one that has none.
+    Raises InputError: a draft that llama.cpp does not have; ModelError: a model that is not to be had as GGUF.
     """
 
-    def __init__(
-        self, target: Weights, drafts: Sequence[tuple[Draft, Weights | None]], program: Program, options: Options
-    ) -> None:
-        self._target, self._program, self._options = target, program, options
-        self._weights = {draft.digest: weights for draft, weights in drafts}
-        self._drafts = tuple(draft for draft, _ in drafts)
-        for draft in self._drafts:
+    def __init__(self, target: Described, drafts: tuple[Draft, ...], program: Program, options: Options) -> None:
+        self._target, self._drafts, self._program, self._options = target, drafts, program, options
+        for draft in drafts:
             self._check_kind(draft)
+        self._file = weights_of(target.record)
+        self._weights = {draft.digest: weights_of(draft.model) if draft.model else None for draft in drafts}
         self._fleet: Fleet[tuple[str, ...], LlamaServer] = Fleet(self._start, options.most_alive)
-        told = {"more": [*self._exact, *options.more], "weights": target.float_type}
+        told = {"more": [*self._exact, *options.more], "weights": self._file.float_type}
         self._environment = replace(
             fingerprint(options.device),
             engine=NAME,
@@ -124,7 +123,7 @@ class LlamaCppEngine:
             traced_kinds=("model", "ngram"),
             length_change="restart",
             keeps_history=KEEPS_HISTORY,
-            origin=f"{NAME} {self._program.version} {self._target.float_type}",
+            origin=f"{NAME} {self._program.version} {self._file.float_type}",
         )
 
     @property
@@ -283,13 +282,13 @@ class LlamaCppEngine:
                 )
             return (running.url,)
         if setup.draft is None:
-            return self._command(self._target.path, workload, more)
+            return self._command(self._file.path, workload, more)
         weights = self._weights.get(setup.draft.digest)
         words = words_of(setup, self._program.spelling, None if weights is None else str(weights.path))
         if weights is not None:
             words += ["-td", str(self._options.threads), "-tbd", str(self._options.threads)]
             words += EXACT_DRAFT if self._exact else ()
-        return self._command(self._target.path, workload, [*words, *more])
+        return self._command(self._file.path, workload, [*words, *more])
 
     def _command(self, path: Path, workload: Workload, words: Sequence[str]) -> tuple[str, ...]:
         row = min(workload.context_length + SPARE_TOKENS, self._target.max_positions)
@@ -307,8 +306,8 @@ class LlamaCppEngine:
 
     @property
     def _exact(self) -> tuple[str, ...]:
-        """In float32, where tokens are held against the torch engine's, caches are float32 too; else llama.cpp's way."""
-        return EXACT if self._target.float_type == "float32" else ()
+        """In float32, where tokens are held against the torch engine's, caches are float32 too."""
+        return EXACT if self._file.float_type == "float32" else ()
 
     def _start(self, command: tuple[str, ...]) -> LlamaServer:
         server: Server | RunningServer

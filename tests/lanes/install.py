@@ -4,14 +4,13 @@ A lane that is whole is left alone. Compiled kernels are dropped: a config class
 """
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from tests.lanes.places import LANES, MARK, Lane
+from tests.lanes.places import LANES, Lane
 
 
 def wanted(names: list[str]) -> list[Lane]:
@@ -32,14 +31,17 @@ def install(lane: Lane) -> float:
     if lane.form == "vllm":
         for kernel in (making / "vllm").rglob("*.so"):
             kernel.unlink()
-        _call_it_for_cpus(making, lane.version)
-    (making / MARK).write_text(json.dumps(lane.packages), encoding="utf-8")
+        call_it_for_cpus(making, lane.version)
     making.rename(lane.folder)
+    lane.mark()
     return time.perf_counter() - began
 
 
-def _call_it_for_cpus(folder: Path, version: str) -> None:
-    """vLLM asks its package `vllm` for the version, and takes the CPU as its device where that says so."""
+def call_it_for_cpus(folder: Path, version: str) -> None:
+    """Names the CPU build in a folder of packages as vLLM looks for it.
+
+    vLLM asks its package `vllm` for the version, and takes the CPU as its device where that says so.
+    """
     for metadata in folder.glob(f"vllm-{version}*.dist-info"):
         shutil.rmtree(metadata)
     named = folder / f"vllm-{version}+cpu.dist-info"

