@@ -4,23 +4,21 @@ Drafting cannot be changed while a server runs, so a setup is a server; a few ar
 of each request, times are the server's own. Knows nothing of stores or searches.
 """
 
+import functools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 from profiles.environment import fingerprint
 from profiles.errors import EngineError, InputError
 from profiles.models import Described
+from profiles.partings import check_partings
 from profiles.properties import Properties
 from profiles.serving import llama_answers, llama_rounds, ngram_simple
-from profiles.serving.fleet import Fleet
 from profiles.serving.llama_answers import Generated, body_of
 from profiles.serving.llama_flags import KEEPS_HISTORY, words_of
 from profiles.serving.llama_program import Program, Weights, weights_of
-from profiles.serving.load import drive
-from profiles.serving.process import RunningServer, Server
+from profiles.serving.llama_servers import SPARE_TOKENS, LlamaServer, LlamaServers, Options
 from profiles.terms import (
     PLAIN,
     Acceptance,
@@ -37,56 +35,7 @@ from profiles.terms import (
 )
 
 NAME = "llamacpp"
-START_TIMEOUT_S = 600.0
-SPARE_TOKENS = 80  # a row's cache beside its context: llama.cpp drafts less where it nears the end
 WARM_UP_TOKENS = 16
-EXACT = ("-fa", "off", "-ctk", "f32", "-ctv", "f32")
-EXACT_DRAFT = ("-ctkd", "f32", "-ctvd", "f32")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """How every server is started. `more`: arguments added as they are (`-ngl 99`); `most_alive` servers are kept."""
-
-    threads: int
-    log_folder: Path
-    more: tuple[str, ...] = ()
-    most_alive: int = 4
-    device: str = "cpu"
-
-
-class LlamaServer:
-    """A server and what was already run on it, as a fleet keeps it."""
-
-    def __init__(self, server: Server | RunningServer) -> None:
-        self.server = server
-        self.is_warm = False
-
-    @property
-    def alive(self) -> bool:
-        return self.server.alive
-
-    @property
-    def url(self) -> str:
-        return self.server.url
-
-    def stop(self) -> None:
-        """Ends it; safe to call again."""
-        self.server.stop()
-
-    def ask(self, bodies: Sequence[dict[str, Any]], concurrency: int) -> list[Generated]:
-        """The answers, in order. Raises EngineError, with the server's last words where it died."""
-        with self.server.watched():
-            answers = drive(self.url, llama_answers.PATH, bodies, concurrency)
-            return [llama_answers.read(answer, self.url) for answer in answers]
-
-    def tokens_of(self, body: dict[str, Any], run: Generated) -> list[int]:
-        """Tokens of a run, asked again where parts of characters were not streamed."""
-        found = run.token_ids
-        if found is None:
-            with self.server.watched():
-                found = llama_answers.tokens_again(self.url, body)
-        return found
 
 
 class LlamaCppEngine:
@@ -101,14 +50,13 @@ class LlamaCppEngine:
             self._check_kind(draft)
         self._file = weights_of(target.record)
         self._weights = {draft.digest: weights_of(draft.model) if draft.model else None for draft in drafts}
-        self._fleet: Fleet[tuple[str, ...], LlamaServer] = Fleet(self._start, options.most_alive)
-        told = {"more": [*self._exact, *options.more], "weights": self._file.float_type}
+        self._servers = LlamaServers(program, options, self._file, self._weights, target.max_positions)
         self._environment = replace(
             fingerprint(options.device),
             engine=NAME,
             engine_version=program.version,
             threads=options.threads,
-            engine_options=json.dumps(told, sort_keys=True, separators=(",", ":")),
+            engine_options=json.dumps(self._servers.told, sort_keys=True, separators=(",", ":")),
         )
 
     @property
@@ -141,13 +89,18 @@ class LlamaCppEngine:
     @property
     def num_starts(self) -> int:
         """Servers started so far."""
-        return self._fleet.num_starts
+        return self._servers.num_starts
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """All processes of its servers that live now."""
+        return self._servers.pids
 
     def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
         """One plain run; a token that is half of a character has probability and gap 0, for it is not told."""
         alone = replace(workload, batch_size=1)
         self._check(alone, (prompt,), PLAIN)
-        server = self._server(PLAIN, alone)
+        server = self._servers.of(PLAIN, alone)
         body = body_of(alone, prompt.token_ids, n_probs=2)
         [run] = server.ask([body], 1)
         token_ids = server.tokens_of(body, run)
@@ -176,10 +129,8 @@ class LlamaCppEngine:
             return ngram_simple.trace_lookup(draft, prompt, trace, max_length)
         if weights is None or draft.kind != "model":
             raise InputError(f"draft {draft.name}: llama.cpp does not tell what it would draft; it is run instead")
-        if self._program.running is not None:
-            raise InputError(f"draft {draft.name}: a server that is running already does not tell what it would draft")
         alone = replace(workload, batch_size=1, temperature=0.0)
-        server = self._fleet.ask(self._command(weights.path, alone, ()))
+        server = self._servers.scoring(weights, alone)
         text = [*prompt.token_ids, *trace.token_ids]
         bodies = [
             body_of(alone, text[:end], n_predict=1, n_probs=1, cache_prompt=True, ignore_eos=False)
@@ -220,11 +171,20 @@ class LlamaCppEngine:
         """Timed runs, one setup after another; a server whose drafts remember earlier requests is started anew."""
         for setup in setups:
             self._check(workload, prompts, setup)
-        return tuple(sample for setup in setups for sample in self._run(workload, prompts, setup))
+        queues = [self._run(workload, prompts, setup) for setup in setups]
+        if workload.temperature == 0.0:
+            for number, prompt in enumerate(prompts):
+                outputs = [outputs[number] for _, outputs in queues]
+                check_partings(self.target, setups, outputs, functools.partial(self.trace_target, workload, prompt))
+        return tuple(
+            llama_answers.sample_of(setup, prompt, number, runs, outputs[number])
+            for setup, (runs, outputs) in zip(setups, queues, strict=True)
+            for number, prompt in enumerate(prompts)
+        )
 
     def close(self) -> None:
         """Stops all servers; safe to call again."""
-        self._fleet.close()
+        self._servers.close()
 
     def __enter__(self) -> "LlamaCppEngine":
         return self
@@ -232,11 +192,13 @@ class LlamaCppEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> list[Sample]:
+    def _run(
+        self, workload: Workload, prompts: Sequence[Prompt], setup: Setup
+    ) -> tuple[list[Generated], list[list[int]]]:
+        """One queue under one setup: its runs and their tokens."""
         method = setup.draft.method if setup.draft is not None else None
-        if method is not None and method.split(",")[0] in KEEPS_HISTORY:
-            self._fleet.stop(self._key(setup, workload))
-        server = self._server(setup, workload)
+        remembers = method is not None and method.split(",")[0] in KEEPS_HISTORY
+        server = self._servers.anew(setup, workload) if remembers else self._servers.of(setup, workload)
         self._warm_up(server, workload)
         bodies = [body_of(workload, prompt.token_ids) for prompt in prompts]
         runs = server.ask(bodies, workload.batch_size)
@@ -244,14 +206,11 @@ class LlamaCppEngine:
         for run, token_ids in zip(runs, outputs, strict=True):
             self._check_end(workload, run, token_ids)
         self._check_drafted(setup, runs)
-        return [
-            llama_answers.sample_of(setup, prompt, number, runs, outputs[number])
-            for number, prompt in enumerate(prompts)
-        ]
+        return runs, outputs
 
     def _rounds(self, asked: llama_rounds.Timed, shape: llama_rounds.Shape, workload: Workload) -> list[float]:
         """Seconds of full rounds of one kind, of a batch that was there before."""
-        server = self._server(asked.setup, workload, asked.words)
+        server = self._servers.of(asked.setup, workload, asked.words)
         bodies = [llama_rounds.body_of(asked, shape)] * shape.batch_size
         if not server.is_warm:
             server.ask(bodies, shape.batch_size)
@@ -266,57 +225,6 @@ class LlamaCppEngine:
             body = body_of(short, llama_rounds.pattern(2, min(room, WARM_UP_TOKENS)))
             server.ask([body] * workload.batch_size, workload.batch_size)
             server.is_warm = True
-
-    def _server(self, setup: Setup, workload: Workload, more: Sequence[str] = ()) -> LlamaServer:
-        return self._fleet.ask(self._key(setup, workload, more))
-
-    def _key(self, setup: Setup, workload: Workload, more: Sequence[str] = ()) -> tuple[str, ...]:
-        """The command of a setup's server, which is also its key in the fleet; the URL of one that was running."""
-        running = self._program.running
-        if running is not None:
-            if setup != running.serves or more:
-                raise InputError(f"{setup.name}: the server at {running.url} serves {running.serves.name} alone")
-            if workload.batch_size > running.num_rows:
-                raise InputError(
-                    f"batch size {workload.batch_size}: the server at {running.url} has {running.num_rows} slots"
-                )
-            return (running.url,)
-        if setup.draft is None:
-            return self._command(self._file.path, workload, more)
-        weights = self._weights.get(setup.draft.digest)
-        words = words_of(setup, self._program.spelling, None if weights is None else str(weights.path))
-        if weights is not None:
-            words += ["-td", str(self._options.threads), "-tbd", str(self._options.threads)]
-            words += EXACT_DRAFT if self._exact else ()
-        return self._command(self._file.path, workload, [*words, *more])
-
-    def _command(self, path: Path, workload: Workload, words: Sequence[str]) -> tuple[str, ...]:
-        row = min(workload.context_length + SPARE_TOKENS, self._target.max_positions)
-        options = {
-            "-m": str(path),
-            "--host": "{host}",
-            "--port": "{port}",
-            "-c": str(row * workload.batch_size),
-            "-np": str(workload.batch_size),
-            "-t": str(self._options.threads),
-            "-tb": str(self._options.threads),
-        }
-        own = [word for pair in options.items() for word in pair]
-        return (*self._program.command, *own, *self._exact, "--metrics", *words, *self._options.more)
-
-    @property
-    def _exact(self) -> tuple[str, ...]:
-        """In float32, where tokens are held against the torch engine's, caches are float32 too."""
-        return EXACT if self._file.float_type == "float32" else ()
-
-    def _start(self, command: tuple[str, ...]) -> LlamaServer:
-        server: Server | RunningServer
-        if self._program.running is not None:
-            server = RunningServer(self._program.running.url)
-        else:
-            server = Server(command, self._options.log_folder / f"llama-server-{self._fleet.num_starts}.log")
-        server.wait_ready(START_TIMEOUT_S)
-        return LlamaServer(server)
 
     def _weights_of(self, draft: Draft) -> Weights | None:
         if draft.digest not in self._weights:
