@@ -21,6 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from profiles import sources
 from profiles.errors import ModelError
 from profiles.sources import Source, translated
+from profiles.terms import digest_of
 
 _TYPES = {
     "float32": gguf.GGMLQuantizationType.F32,
@@ -32,6 +33,7 @@ _FILE_TYPES = {
     "float16": gguf.LlamaFileType.MOSTLY_F16,
     "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,
 }
+FORMAT = 1  # raised when a model would be written otherwise
 _CONVERT = "convert it with llama.cpp's convert_hf_to_gguf.py and name the .gguf file"
 # how llama.cpp calls the way a text is split before its merges, by what the tokenizer's file says; token ids, which is
 # all that is sent to a server here, do not go through it
@@ -50,9 +52,11 @@ def gguf_of(name: str, dtype: str) -> Path:
     source = sources.find(name)
     if source.gguf is not None:
         return source.gguf.path
-    folder = Path(platformdirs.user_cache_dir("draftpick")) / "gguf"
+    folder = platformdirs.user_cache_path("draftpick") / "gguf"
     with translated(f"model {name!r}"):
-        path = folder / f"{sources.digest(source)}-{dtype}.gguf"
+        others = [source.folder / file for file in source.holds("*.json", "*.jinja")]
+        told = [[file.name, file.read_text(encoding="utf-8", errors="replace")] for file in others]
+        path = folder / f"{digest_of([FORMAT, sources.digest(source), told])}-{dtype}.gguf"
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             write(source, dtype, path)
@@ -66,7 +70,7 @@ def write(source: Source, dtype: str, path: Path) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         writer = gguf.GGUFWriter(draft, "llama")
-        num_tokens = _write_tokenizer(writer, source, tokenizer)
+        num_tokens = _write_tokenizer(writer, source, tokenizer, _end_token_ids(source, config, tokenizer))
         _write_config(writer, source, config, dtype)
         for tensor_name, tensor in _tensors(source, config, num_tokens):
             kind = _TYPES[dtype] if tensor.dim() > 1 else _TYPES["float32"]
@@ -139,20 +143,36 @@ def _interleaved(stem: str, tensor: torch.Tensor, config: PreTrainedConfig) -> t
 
 def _rotary_factors(config: PreTrainedConfig) -> torch.Tensor:
     """What divides the plain rotary frequencies in Llama 3.1 and later, one factor for each."""
+    scaled: torch.Tensor
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     size = 2 * scaled.numel()
-    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
+    plain: torch.Tensor = config.rope_parameters["rope_theta"] ** -(
+        torch.arange(0, size, 2, dtype=torch.float32) / size
+    )
     return plain / scaled
 
 
-def _write_tokenizer(writer: gguf.GGUFWriter, source: Source, tokenizer: PreTrainedTokenizerBase) -> int:
+def _end_token_ids(source: Source, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The generation config's end tokens, else the config's, else the tokenizer's, which goes first of them."""
+    generation = source.folder / "generation_config.json"
+    told = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
+    own = tokenizer.eos_token_id
+    named = (told.get("eos_token_id"), getattr(config, "eos_token_id", None), own)
+    found = next((one for one in named if one is not None), None)
+    ends = found if isinstance(found, list) else [found]
+    return sorted((end for end in ends if end is not None), key=lambda end: (end != own, end))
+
+
+def _write_tokenizer(
+    writer: gguf.GGUFWriter, source: Source, tokenizer: PreTrainedTokenizerBase, ends: list[int]
+) -> int:
     """Byte-level BPE as llama.cpp keeps it; the number of tokens. Raises ModelError for another kind."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())
     model = state.get("model") or {}
     if model.get("type") != "BPE" or model.get("byte_fallback") or "ByteLevel" not in json.dumps(state["decoder"]):
         raise ModelError(f"model {source.name!r}: its tokenizer is no byte-level BPE; {_CONVERT}")
-    by_id = {index: token for token, index in tokenizer.get_vocab().items()}
+    by_id: dict[int, str] = {index: token for token, index in tokenizer.get_vocab().items()}
     special = {token["id"]: token["special"] for token in state["added_tokens"]}
     num_tokens = max(by_id) + 1
     kinds = [_token_type(index, by_id, special) for index in range(num_tokens)]
@@ -161,13 +181,14 @@ def _write_tokenizer(writer: gguf.GGUFWriter, source: Source, tokenizer: PreTrai
     writer.add_token_list([by_id.get(index, f"[PAD{index}]") for index in range(num_tokens)])
     writer.add_token_types(kinds)
     writer.add_token_merges([one if isinstance(one, str) else " ".join(one) for one in model["merges"]])
-    for add, name in (
-        (writer.add_bos_token_id, "bos"),
-        (writer.add_eos_token_id, "eos"),
-        (writer.add_pad_token_id, "pad"),
+    for add, index in zip(
+        (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), ends, strict=False
     ):
-        if (index := getattr(tokenizer, f"{name}_token_id")) is not None:
-            add(index)
+        add(index)
+    if tokenizer.bos_token_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_token_id)
+    if tokenizer.pad_token_id is not None:
+        writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)

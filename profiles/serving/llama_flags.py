@@ -137,6 +137,8 @@ def _native_words(draft: Draft, length: int, weights: str | None) -> list[str]:
         raise InputError(f"draft {draft.name}: llama.cpp's methods are {', '.join(NATIVE)}")
     kind, length_flag = NATIVE[name]
     words = ["--spec-type", kind, length_flag, str(length)]
+    if name == "ngram-mod" and not any(option.startswith("n-min=") for option in options):
+        words += ["--spec-ngram-mod-n-min", "1"]  # its own least number is above the lengths that are asked
     if weights is not None:
         words += ["--spec-draft-model", weights]
     for option in options:

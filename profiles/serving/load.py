@@ -72,7 +72,7 @@ async def _drive(url: str, bodies: Sequence[Body], concurrency: int, timeout_s: 
     answers: list[Answer | None] = [None] * len(bodies)
     waiting = iter(enumerate(bodies))
     clock = Clock("cpu")
-    # a connection each: servers close kept ones when they like, also in the moment of the next request
+    # llama.cpp closes a connection after a stream; a request sent at that moment would be lost
     limits = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=0)
     async with httpx2.AsyncClient(timeout=timeout_s, limits=limits, trust_env=False) as client:
 
