@@ -143,6 +143,8 @@ def _opened(log_path: Path) -> Iterator[Any]:
 
 
 def _end(popen: subprocess.Popen[bytes], lifeline: int, graces_s: float) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        os.write(lifeline, b".")  # a process that was forked off this one may hold the pipe open
     os.close(lifeline)
     try:
         popen.wait(graces_s + 10 * keeper.LEFTOVER_GRACE_S)
