@@ -204,6 +204,23 @@ def test_sampling_is_refused_by_version(
         assert engine.properties.objection(sampled, drafting=False) is None
 
 
+def test_sampling_is_compared_before_it_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Once for each draft and law, where the version is not refused; a draft that samples another text is an error."""
+    monkeypatch.setenv("FAKE_VLLM_VERSION", "0.34.0+cpu")
+    sampled = replace(WORKLOAD, temperature=0.7)
+    compared = []
+    with VllmEngine(TARGET, (MODEL,), replace(OPTIONS, log_folder=tmp_path)) as engine:
+        compare = engine.check_sampling
+        monkeypatch.setattr(engine, "check_sampling", lambda *asked: (compared.append(asked), compare(*asked)))
+        for length in (2, 3):
+            engine.run_together(sampled, PROMPTS, (PLAIN, Setup(draft=MODEL, length=length)), "test 0")
+        assert len(compared) == 1
+        monkeypatch.setattr(engine, "_log_probs", lambda _, __, setup: [-2.0, -2.1] if setup.draft else [-4.0, -4.1])
+        engine.run_together(sampled, PROMPTS, (K3,), "test 0")
+        with pytest.raises(EngineError, match="samples another text"):
+            engine.run_together(replace(sampled, seed=1), PROMPTS, (K3,), "test 0")
+
+
 def test_a_native_draft_is_started_as_it_is_spelled() -> None:
     """Method and options go to vLLM as they are; a word that is no option is refused."""
     kind = Kind(served=TARGET.name, method="eagle3,draft-tensor-parallel-size=1", draft=OTHER.name, length=3)
@@ -228,5 +245,5 @@ def test_means_that_disagree_are_refused() -> None:
     check_means("draft", [-4.1, -3.8, -4.3, -4.0], plain)
     with pytest.raises(EngineError, match=r"mean log-probability -2.30 against -4.05"):
         check_means("draft", [-2.3, -2.2, -2.4, -2.3], plain)
-    with pytest.raises(InputError, match="over 1 prompts"):
+    with pytest.raises(InputError, match="over 1 texts"):
         check_means("draft", [-2.3], [-2.3])

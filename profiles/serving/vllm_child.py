@@ -86,6 +86,9 @@ class Child:
         except queue.Empty:
             self._end()
             raise self._process.failure(f"with vLLM did not answer {command!r} within {timeout_s:g} s") from None
+        except BaseException:  # Ctrl-C: the answer that is still to come must not be taken for another's
+            self._end()
+            raise
         if not line:
             self._process.wait(DEATH_S)
             self._end()
