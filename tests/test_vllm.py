@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(not RUNNING.is_whole, reason="no lane: make test-vllm"),
 ]
+QUIET = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # on a shared machine
 LONGEST, NEW = 6, 64
 WORKLOAD = Workload(context_length=240, max_new_tokens=NEW)
 LONGER = dataclasses.replace(WORKLOAD, context_length=240 + LONGEST, max_new_tokens=NEW + LONGEST)
@@ -56,7 +57,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     options = VllmOptions(
         python=str(RUNNING.python), max_length=LONGEST, max_alive=6, log_folder=tmp_path_factory.mktemp("logs")
     )
-    with VllmEngine(target.record, (draft, *NGRAMS), options) as vllm:
+    with pytest.MonkeyPatch.context() as patch, VllmEngine(target.record, (draft, *NGRAMS), options) as vllm:
+        for name, value in QUIET.items():
+            patch.setenv(name, value)
         traces = tuple(vllm.trace_target(LONGER, prompt) for prompt in found)
         yield Pair(vllm=vllm, torch=torch, draft=draft, prompts=tuple(found), traces=traces)
     assert vllm.pids == ()
