@@ -9,6 +9,7 @@ import gc
 
 gc.set_threshold(50_000)  # a look-up is mostly importing, and there is no garbage among modules just loaded
 
+import contextlib
 import math
 import sys
 import time
@@ -23,8 +24,8 @@ from typer.exceptions import TyperException
 
 from profiles import machine, shipped, spelling
 from profiles.errors import DraftpickError, InputError, MatchError, NotMeasuredError
-from profiles.terms import PLAIN
-from store import bundle_verbs, deploy, places, telling
+from profiles.terms import PLAIN, Environment
+from store import bundle_verbs, deploy, latest, places, telling, verify_verb
 from store.book import Book
 from store.printing import print_json, say, say_aside
 from tuner import flags
@@ -34,11 +35,10 @@ from tuner.match import LEVELS, Level
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from profiles.loading import Bench
+    from profiles.loading import Bench, Question
     from store.rehearsal import Loads, Rehearsal
     from store.runs import FinishedRun
     from tuner.limits import Limits
-    from tuner.report import Dossier
 
 OBJECTIVES = ("tpot", "throughput")
 EXIT_NOT_PROVEN, EXIT_NOTHING_FEASIBLE, EXIT_INTERRUPTED = 5, 6, 130
@@ -49,6 +49,7 @@ app = typer.Typer(
     help="Measures which draft and speculation length decode fastest on this machine, and proves it.",
 )
 app.add_typer(bundle_verbs.app, name="bundle")
+app.command("verify")(verify_verb.verify)
 
 
 @app.command("run")
@@ -70,16 +71,18 @@ def run(asked: flags.RunFlags) -> int:
             with Book.open(place) as book:  # a store that cannot be used is told before models are loaded
                 runs.Shelf.of(book)
         bench, loads, labelled, warnings = _load(asked)
-    say_aside(f"target {asked.target} on {bench.engine.environment.device}; store {places.name(place)}", *warnings)
-    say_aside(*(f"left out: {one.name}: {one.detail}" for one in bench.refused))
     lengths = spelling.parse_lengths(asked.lengths)
     options = Options(lengths=lengths, limits=limits, needed_bytes=bench.needed_bytes, refused=bench.refused)
-    if asked.dry_run:
-        since = runs.utc_ago(since_s)
-        return _print_rehearsal(rehearsal.rehearse(bench.engine, loads, place, options, since), asked.json_only)
-    with Book.open(place) as book, StageProgress(_console(stderr=True)) as progress:
-        watch = Watch(progress=progress.update, out_of_time=out_of_time, show=progress.standings)
-        done = runs.tune(bench.engine, loads, runs.Shelf.of(book, runs.utc_ago(since_s)), options, watch)
+    with contextlib.closing(bench):  # ends the servers that it started
+        engine = bench.engine
+        say_aside(f"target {asked.target} on {_where(engine.environment)}; store {places.name(place)}", *warnings)
+        say_aside(*(f"left out: {one.name}: {one.detail}" for one in bench.refused))
+        if asked.dry_run:
+            since = runs.utc_ago(since_s)
+            return _print_rehearsal(rehearsal.rehearse(engine, loads, place, options, since), asked.json_only)
+        with Book.open(place) as book, StageProgress(_console(stderr=True)) as progress:
+            watch = Watch(progress=progress.update, out_of_time=out_of_time, show=progress.standings)
+            done = runs.tune(engine, loads, runs.Shelf.of(book, runs.utc_ago(since_s)), options, watch)
     routed = routers.keep(labelled, done.policy_path.with_name(done.policy.router_name), asked.seed)
     document = reports.document(
         done.policy, cost=done.cost, store=places.name(place), policy_path=str(done.policy_path)
@@ -91,10 +94,45 @@ def run(asked: flags.RunFlags) -> int:
     return _exit_code(done)
 
 
-def _specs(target: str, drafts: list[str] | None) -> list[spelling.DraftSpec]:
+def _where(environment: Environment) -> str:
+    """The device, and the engine where it is not our own."""
+    own = environment.engine == machine.ENGINE
+    return environment.device if own else f"{environment.device}, {environment.engine} {environment.engine_version}"
+
+
+def _specs(target: str, drafts: list[str] | None, look_up: str = "ngram") -> list[spelling.DraftSpec]:
     """What was asked for, or the drafts that ship with the target that ships, or prompt look-up."""
-    default = [*(shipped.DRAFTS if target == shipped.TARGET else ()), "ngram"]
+    default = [*(shipped.DRAFTS if target == shipped.TARGET else ()), look_up]
     return [spelling.parse_draft(text) for text in drafts or default]
+
+
+def _bench(asked: flags.RunFlags, question: "Question") -> "Bench":
+    """The engine that was asked for, with target and drafts."""
+    from profiles import loading
+    from profiles.serving import opening
+    from tuner import export
+
+    num_tokens = max(question.contexts, default=question.max_new_tokens) * max(question.batch_sizes)
+    if asked.engine == "torch":
+        specs = spelling.with_composites(_specs(asked.target, asked.draft))
+        return loading.load(asked.target, specs, asked.dtype, asked.device, num_tokens)
+    specs = _specs(asked.target, asked.draft, opening.LOOK_UPS.get(asked.engine, "ngram"))
+    workload = question.workload(max(question.contexts, default=question.max_new_tokens + 1), ())
+    return opening.open_bench(
+        opening.Place(
+            engine=asked.engine,
+            command=asked.engine_command,
+            launch=asked.launch,
+            url=asked.url,
+            kind=asked.kind,
+            threads=asked.threads,
+            device=asked.device,
+            max_requests=max(question.batch_sizes),
+            max_length=max(question.lengths),
+        ),
+        opening.Models(target=asked.target, drafts=tuple(specs), dtype=asked.dtype),
+        lambda target, setup: export.words(target, setup, workload, asked.kind, asked.engine_version),
+    )
 
 
 def _load(asked: flags.RunFlags) -> "tuple[Bench, Loads, list[tuple[str, str]], list[str]]":
@@ -103,7 +141,6 @@ def _load(asked: flags.RunFlags) -> "tuple[Bench, Loads, list[tuple[str, str]], 
     from profiles import prompts as files
     from tuner.anchors import plan_anchors
 
-    specs = spelling.with_composites(_specs(asked.target, asked.draft))
     question = loading.Question(
         lengths=spelling.parse_lengths(asked.lengths),
         batch_sizes=tuple(dict.fromkeys(asked.batch_size or [1])),
@@ -113,9 +150,9 @@ def _load(asked: flags.RunFlags) -> "tuple[Bench, Loads, list[tuple[str, str]], 
         top_p=asked.top_p,
         top_k=asked.top_k,
         seed=asked.seed,
+        engine=asked.engine,
     )
-    num_tokens = max(question.contexts, default=question.max_new_tokens) * max(question.batch_sizes)
-    bench = loading.load(asked.target, specs, asked.dtype, asked.device, num_tokens)
+    bench = _bench(asked, question)
     sources = asked.prompts or [shipped.ALL_PROMPTS]
     requests = [request for source in sources for request in files.read(source, domain=asked.domain)]
     loads, warnings = loading.workloads_of(bench, question, requests)
@@ -240,8 +277,8 @@ def explain(
     from tuner import explain as explains
 
     with Book.open(places.existing(store)) as book:
-        policy = _find_policy(book, target)
-        dossier = _dossier(book, policy)
+        policy = latest.find_policy(book, target)
+        dossier = latest.find_dossier(book, policy)
     answer = _ask(policy, batch_size, context, domain, temperature)
     figures = [anchor for anchor in dossier.anchors if anchor.choice.anchor == answer.choice.anchor]
     if not figures:
@@ -264,7 +301,7 @@ def report(
     from tuner.report import page
 
     with Book.open(places.existing(store)) as book:
-        dossier = _dossier(book, _find_policy(book, target))
+        dossier = latest.find_dossier(book, latest.find_policy(book, target))
     page.write(dossier, out_path)
     say_aside(f"wrote {out_path}")
 
@@ -275,24 +312,6 @@ def _ask(
     """The policy's answer; without a temperature, at the one that was tuned last."""
     asked = policy.headline.temperature if temperature is None else temperature
     return policy.look_up(batch_size=batch_size, context_length=context, domain=domain, temperature=asked)
-
-
-def _dossier(book: Book, policy: policies.Policy) -> "Dossier":
-    """What the target's last finished run left to be shown."""
-    from tuner.report import Dossier
-
-    raw = book.latest_outcome(policy.target, policy.environment).get("dossier")
-    if raw is None:
-        raise NotMeasuredError(f"no finished run of {policy.target.name} is in the store: run `tune.py run` first")
-    try:
-        dossier = Dossier.from_json(raw)
-    except InputError as error:
-        raise InputError(f"the last run in store {book.place}: {error}") from error
-    if not any(anchor.candidates for anchor in dossier.anchors):
-        raise NotMeasuredError(
-            f"the last run of {policy.target.name} ended before a forecast: run it again, for longer"
-        )
-    return dossier
 
 
 def _limits(asked: flags.RunFlags) -> "Limits":
@@ -315,13 +334,9 @@ def _deadline(budget: float | None) -> Callable[[], bool]:
 def _print_rehearsal(found: "Rehearsal", json_only: bool) -> int:
     """What a run would measure; nothing was."""
     if not json_only:
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
+        from store import rehearsal
 
-        table = Table("stage", "units to measure", box=SIMPLE_HEAD)
-        for stage, count in found.new_units.items():
-            table.add_row(stage, str(count))
-        _console().print(table)
+        _console().print(rehearsal.units_table(found))
         _console().print(f"{found.known_units} units are known; measuring the rest takes about {found.seconds:.0f} s")
     print_json(asdict(found))
     return 0
@@ -333,14 +348,6 @@ def _exit_code(done: "FinishedRun") -> int:
     if any(choice.proven for choice in own):
         return 0
     return EXIT_NOTHING_FEASIBLE if done.outcome.anchors[0].ruled_out(PLAIN) else EXIT_NOT_PROVEN
-
-
-def _find_policy(book: Book, target: str | None) -> policies.Policy:
-    text = book.latest_policy(target)
-    if text is None:
-        asked = f"of target {target!r} " if target else ""
-        raise NotMeasuredError(f"no policy {asked}in store {book.place}: run `tune.py run` first")
-    return deploy.read_policy(book, text)
 
 
 def _console(stderr: bool = False) -> "Console":

@@ -19,7 +19,7 @@ from profiles.prompts import Request
 from profiles.protocol import Engine
 from profiles.sizes import Footprint, cache_slots
 from profiles.sources import find
-from profiles.spelling import MAX_BATCH, DraftSpec, Refused
+from profiles.spelling import MAX_BATCH, MAX_REQUESTS, DraftSpec, Refused
 from profiles.terms import DTYPES, Draft, Prompt, Setup, Workload
 
 CONTEXT_STEP = 64  # a context that follows from the prompts is rounded up to a multiple of this
@@ -37,12 +37,13 @@ class Question:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
-    max_batch: int = MAX_BATCH
+    engine: str = "torch"
 
     def __post_init__(self) -> None:
+        most = MAX_BATCH if self.engine == "torch" else MAX_REQUESTS
         for size in self.batch_sizes:
-            if not 1 <= size <= self.max_batch:
-                raise InputError(f"batch size {size}: this engine takes 1 to {self.max_batch} rows at a time")
+            if not 1 <= size <= most:
+                raise InputError(f"batch size {size}: the {self.engine} engine takes 1 to {most} rows at a time")
         if self.seed < 0:
             raise InputError(f"seed {self.seed}: whole numbers from 0 are allowed")
         for context in self.contexts or (self.max_new_tokens + 1,):

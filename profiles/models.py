@@ -25,7 +25,7 @@ from profiles import gguf_file, rows, sources
 from profiles.errors import InputError, ModelError, PairError
 from profiles.memory import check_dtype
 from profiles.sources import Source, translated
-from profiles.terms import Model, Prompt, Workload
+from profiles.terms import DTYPES, Model, Prompt, Workload
 
 # what a layer may keep per token, so that tokens can be taken back; a recurrent state cannot give them up
 _CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -63,21 +63,12 @@ def describe(name: str, *, dtype: str | None) -> Described:
     sources.weight_files(source)
     with translated(f"model {name!r}"):
         config, tokenizer = sources.config_of(source), sources.tokenizer_of(source)
-        held = source.gguf.float_type if source.gguf is not None else str(getattr(config, "dtype", None))
-        own = {"F32": "float32", "BF16": "bfloat16"}.get(held, "float16") if source.gguf is not None else held
-        record = Model(
-            name=name,
-            revision=source.revision,
-            dtype=dtype or (own.removeprefix("torch.") if own != "None" else "float32"),
-            digest=sources.digest(source),
-            num_params=sources.num_values(source),
-        )
         generation = None
         if source.holds("generation_config.json"):
             generation = GenerationConfig.from_pretrained(source.folder)
         return Described(
             tokenizer=tokenizer,
-            record=record,
+            record=_record(source, config, dtype),
             max_positions=sources.max_positions(config, source),
             end_token_ids=_end_token_ids(source, (generation, config.get_text_config(decoder=True), tokenizer)),
         )
@@ -125,6 +116,26 @@ def load(name: str, *, dtype: str, device: str, trust_remote_code: bool = False,
             ),
             note=_note(source, dtype, placement),
         )
+
+
+def describe_head(name: str, *, dtype: str) -> Model:
+    """A draft that is no model of its own, such as one that reads the target's hidden states. Raises ModelError."""
+    source = sources.find(name)
+    with translated(f"model {name!r}"):
+        return _record(source, sources.config_of(source), dtype)
+
+
+def _record(source: Source, config: PreTrainedConfig, dtype: str | None) -> Model:
+    held = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    if source.gguf is not None:
+        held = {"F32": "float32", "BF16": "bfloat16"}.get(source.gguf.float_type, "float16")
+    return Model(
+        name=source.name,
+        revision=source.revision,
+        dtype=dtype or (held if held in DTYPES else "float32"),
+        digest=sources.digest(source),
+        num_params=sources.num_values(source),
+    )
 
 
 def check_pair(target: Described, draft: Described) -> None:

@@ -12,6 +12,7 @@ PACKAGES = {
     "sglang": ("sglang",),
     "trtllm": ("tensorrt_llm",),
     "transformers": ("transformers",),
+    "xllamacpp": ("xllamacpp",),
 }
 
 

@@ -86,6 +86,7 @@ def parse_draft(text: str) -> DraftSpec:
         method, plus, path = text.strip().removeprefix(NATIVE).partition("+")
         if not method.strip() or (plus and not path.strip()):
             raise InputError(f"draft {text!r}: native:METHOD or native:METHOD+PATH is allowed")
+        method_options(method)
         return DraftSpec(kind="native", method=method.strip(), path=path.strip() or None)
     ngram, plus, path = text.strip().partition("+")
     if plus and ngram.partition(":")[0] == "ngram":
@@ -111,6 +112,15 @@ def with_composites(specs: Sequence[DraftSpec]) -> list[DraftSpec]:
     ngram = parse_draft("ngram")
     composites = [replace(ngram, kind="composite", path=spec.path) for spec in specs if spec.kind == "model"]
     return list(dict.fromkeys([*specs, *composites]))
+
+
+def method_options(method: str) -> tuple[str, dict[str, str]]:
+    """The name and the options of a native draft's method: `ngram-mod,n-match=24`. Raises InputError."""
+    name, *options = (part.strip() for part in method.split(","))
+    pairs = [option.partition("=") for option in options]
+    if not name or any(not (key and equals and value) for key, equals, value in pairs):
+        raise InputError(f"method {method!r}: a name is allowed, and options behind it like eagle3,key=value")
+    return name, {key: value for key, _, value in pairs}
 
 
 def _parse_ngram(text: str, options: str | None) -> DraftSpec:

@@ -17,7 +17,7 @@ from sqlalchemy import Select, bindparam, func, select
 from profiles.errors import NotMeasuredError, PolicyError
 from profiles.recorded import model_from
 from profiles.shipped import BUILTIN, CARRIED
-from profiles.spelling import MAX_BATCH
+from profiles.spelling import MAX_BATCH, MAX_REQUESTS
 from profiles.terms import Draft, Model
 from profiles.traits import Machine, known, on_gpu
 from store import tables
@@ -30,7 +30,13 @@ if TYPE_CHECKING:
     from store.transfer import Transferred
     from tuner.export import Deployment
 
-NOT_MEASURED = ("vllm", "sglang", "trtllm", "llamacpp")  # engines that are emitted for and not run on yet
+# serving engines, and the words with which `tune.py run` measures on them
+SERVING = {
+    "vllm": ("--engine", "vllm"),
+    "llamacpp": ("--engine", "llamacpp"),
+    "sglang": ("--engine", "server", "--kind", "sglang", "--launch", "COMMAND --port {port} {speculative}"),
+    "trtllm": ("--engine", "server", "--kind", "trtllm", "--launch", "COMMAND --port {port} {speculative}"),
+}
 SOFT = ("exact", "version")  # the same device and engine: one such policy may answer what another does not cover
 
 
@@ -154,8 +160,9 @@ def lookup(book: Book, question: Question, here: Machine) -> Found:
     if found.level != "exact":
         choice = replace(found.answer.choice, proven=False)
         found = replace(found, answer=replace(found.answer, choice=choice))
-        if here.get("engine") not in NOT_MEASURED and question.batch_size <= MAX_BATCH:
-            found = replace(found, advice=measuring_command(found, question))
+        words = SERVING.get(str(here.get("engine")), ())
+        if question.batch_size <= (MAX_REQUESTS if words else MAX_BATCH):
+            found = replace(found, advice=measuring_command(found, question, words))
     if not ranked or ranked[0].match.level == "capability":
         from store.transfer import transfer  # needs numpy, which the usual answer does not
 
@@ -200,13 +207,15 @@ def _nothing(book: Book, targets: Sequence[Model], question: Question) -> Found:
     return Found(target=target, answer=answer, level="none")
 
 
-def measuring_command(found: Found, question: Question) -> str:
+def measuring_command(found: Found, question: Question, engine: Sequence[str] = ()) -> str:
     """The command line that measures what was asked, with the drafts and the law of sampling of the policy.
+
+    `engine`: the words for another engine than ours, which takes look-ups and draft models alone.
 
     Which prompts that was does not stand in a policy: theirs must be named again, but for the family that ships.
     """
     target = found.target.name.replace(CARRIED, "PATH/TO/")
-    words = ["python", "tune.py", "run", "--target", target, "--dtype", found.target.dtype]
+    words = ["python", "tune.py", "run", *engine, "--target", target, "--dtype", found.target.dtype]
     if not found.target.name.startswith(BUILTIN):
         drafts = _drafts(found.policy.choices) if found.policy is not None else ()
         words += [word for draft in drafts for word in ("--draft", draft.name.replace(CARRIED, "PATH/TO/"))]

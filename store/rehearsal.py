@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sqlalchemy import insert, select
 
@@ -41,6 +42,9 @@ from store.remember import Remember
 from tuner.evidence import queues, spread_over_domains, typical_context
 from tuner.limits import Limits
 from tuner.tuning import Options, Tuner
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 GLANCE_PROMPTS = 3
 # What is imagined lets drafting win, by other setups in other domains and with wide intervals, so that every stage is
@@ -121,6 +125,17 @@ def _copy(place: Place, copy: Path, target: Model) -> None:
         twin.commit()
 
 
+def units_table(found: Rehearsal) -> "Table":
+    """How many units of each stage would be measured."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table("stage", "units to measure", box=SIMPLE_HEAD)
+    for stage, count in found.new_units.items():
+        table.add_row(stage, str(count))
+    return table
+
+
 def glance(engine: Remember, load: tuple[Workload, tuple[Prompt, ...]], max_length: int) -> Pace:
     """Times a few units of each kind for real; a draft that fails is left out."""
     workload, prompts = load
@@ -134,7 +149,8 @@ def glance(engine: Remember, load: tuple[Workload, tuple[Prompt, ...]], max_leng
     engine.time_steps(workload, typical_context(workload, chosen), 1)
     widths_s = (engine.measured_seconds - started) / 2  # of the target's two widths; the drafts' are timed beside them
     acceptance_s: dict[Draft, float] = {}
-    for part in dict.fromkeys(part for draft in engine.drafts for part in draft.parts):
+    traced = {draft: draft.parts if draft.kind in engine.properties.traced_kinds else () for draft in engine.drafts}
+    for part in dict.fromkeys(part for parts in traced.values() for part in parts):
         with contextlib.suppress(EngineError):
             started = engine.measured_seconds
             engine.trace_draft(workload, chosen[0], traces[0], part, max_length)
@@ -147,7 +163,7 @@ def glance(engine: Remember, load: tuple[Workload, tuple[Prompt, ...]], max_leng
 
     run_s: dict[Draft | None, float] = {None: mean_run_s(PLAIN)}
     for draft in engine.drafts:
-        if not set(draft.parts) <= acceptance_s.keys():
+        if not acceptance_s.keys() >= set(traced[draft]):
             continue
         with contextlib.suppress(EngineError):
             run_s[draft] = mean_run_s(Setup(draft=draft, length=(max_length + 1) // 2))

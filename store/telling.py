@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from profiles.errors import InputError
 from profiles.machine import ENGINE
 from store.book import Book
-from store.deploy import NOT_MEASURED, Found
+from store.deploy import SERVING, Found
 from tuner.match import MEANINGS
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def engine_asked(form: str | None) -> str:
 
     if form not in export.FORMS:
         raise InputError(f"format {form!r}: allowed are {', '.join(export.FORMS)}")
-    return form if form in NOT_MEASURED else ENGINE
+    return form if form in SERVING else ENGINE
 
 
 def lookup_text(found: Found, form: str | None, version: str | None) -> tuple[str, list[str]]:

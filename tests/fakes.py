@@ -12,8 +12,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from profiles.formulas import RoundOutcome, joined
-from profiles.properties import TORCH
+from profiles.formulas import NO_END, RoundOutcome, joined
+from profiles.properties import TORCH, Properties
 from profiles.replay import replay, rounds_of
 from profiles.terms import (
     CATCH_UP_WIDTHS,
@@ -86,7 +86,7 @@ class FakeEngine:
         self.environment = MACHINE
         self.target = TARGET
         self.drafts: tuple[Draft, ...] = (DRAFT_A, NGRAM)
-        self.properties = TORCH
+        self.properties: Properties = TORCH
         self.calls: Counter[str] = Counter()
         self.failure: BaseException | None = None
         self.disturbed = False
@@ -108,7 +108,7 @@ class FakeEngine:
         self._asked("time_steps")
         lengths = range(1, max_length + 1)
         typical = {
-            TARGET.run_digest: {width: _target_step_s(width) for width in range(1, max_length + 2)},
+            TARGET.run_digest: {width: target_step_s(width) for width in range(1, max_length + 2)},
             DRAFT_A.digest: {1: DRAFT_STEP_S, **dict.fromkeys(self._first_widths(), FIRST_STEP_S)},
             NGRAM.digest: dict.fromkeys(lengths, LOOK_UP_S),
         }
@@ -179,13 +179,13 @@ class FakeEngine:
         """A queue replayed over its traces; in a batch every step takes as long as alone."""
         rounds = [self._rounds(workload, prompt, setup) for prompt in prompts]
         samples = []
-        for prompt, run in zip(prompts, replay(rounds, workload.batch_size), strict=True):
+        for prompt, run in zip(prompts, replay(rounds, workload.batch_size, self.properties), strict=True):
             rng = self._random("run", workload.anchor_digest, prompt.digest, setup.digest, occasion)
             trace = self._trace(workload, prompt)
             prefill_s = 0.020 if setup.draft is None else 0.023
             decode_s = run.refills * prefill_s
             for (width, steps, first_width), count in run.shapes.items():
-                decode_s += count * (_target_step_s(width) + _drafting_s(setup.draft, steps, first_width))
+                decode_s += count * (target_step_s(width) + drafting_s(setup.draft, steps, first_width))
             samples.append(
                 Sample(
                     setup_digest=setup.digest,
@@ -209,7 +209,8 @@ class FakeEngine:
             for part in (setup.draft.parts if setup.draft is not None else ())
         ]
         acceptance = joined(found) if found else None
-        return rounds_of(trace, acceptance, setup.length, workload.max_new_tokens, random.Random(0))
+        most = NO_END if self.properties.past_end else workload.max_new_tokens
+        return rounds_of(trace, acceptance, setup.length, most, random.Random(0))
 
     def _lucky(self, workload: Workload, prompt: Prompt, acceptance: Acceptance) -> Acceptance:
         """The acceptance of one run: every keep probability drawn to 0 or 1 (greedy ones are already)."""
@@ -224,11 +225,11 @@ class FakeEngine:
         )
 
 
-def _target_step_s(width: int) -> float:
+def target_step_s(width: int) -> float:
     return TARGET_STEP_S * (1.0 + WIDER_BY * (width - 1))
 
 
-def _drafting_s(draft: Draft | None, steps: int, first_width: int) -> float:
+def drafting_s(draft: Draft | None, steps: int, first_width: int) -> float:
     if draft is None:
         return 0.0
     look_up_s = LOOK_UP_S if draft.looks_up else 0.0

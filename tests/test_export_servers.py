@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiles.errors import InputError
+from profiles.serving.llama_flags import SPELLINGS, spelling_of_build, spelling_of_help
 from profiles.terms import PLAIN, Draft, Setup
 from tests.lanes.cases import cases, deployment, draft_at, model_at
 from tests.lanes.places import LANES
 from tests.policies import CODE_DRAFT, EARLY_EXIT, NGRAM, TARGET, choice, forecast, measured
 from tuner.export import Form, emit
-from tuner.export.llamacpp import SPELLINGS, spelling_of_build, spelling_of_help
 from tuner.export.sglang import FLAGS
 from tuner.export.trtllm import KEYS
 from tuner.export.versions import NEWEST

@@ -7,7 +7,7 @@ its reason and the rest goes on. Knows only the engine protocol.
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from profiles.errors import EngineError, InputError, NotMeasuredError
@@ -139,6 +139,8 @@ def gather(
     usable = tracing.run(prompts, max_length)
     progress("step times", 0, 1)
     steps = engine.time_steps(workload, typical_context(workload, prompts), max_length)
+    if engine.properties.times == "rounds":
+        steps = _with_idle_rounds(steps, steps[engine.target.run_digest].samples_s[1])
     calibration = _Calibration(engine, workload, prompts, progress)
     calibration.run_traced([draft for draft in usable if draft.kind in traced_kinds], lengths)
     calibration.run_alone(
@@ -155,6 +157,11 @@ def gather(
         infeasible=(*tracing.infeasible, *calibration.infeasible),
         properties=engine.properties,
     )
+
+
+def _with_idle_rounds(rounds: Mapping[str, StepTimes], plain_s: tuple[float, ...]) -> dict[str, StepTimes]:
+    """A draft whose engine never lets it propose nothing has no such round: a plain one stands for it."""
+    return {part: replace(times, samples_s={1: plain_s, **times.samples_s}) for part, times in rounds.items()}
 
 
 def _drafts_of(setups: Iterable[Setup]) -> set[Draft | None]:

@@ -40,6 +40,20 @@ Domain = Annotated[str | None, typer.Option(help="Label of all prompts; default:
 Temperature = Annotated[float, typer.Option(help="0 decodes greedily.")]
 TopP = Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")]
 TopK = Annotated[int, typer.Option(help="Sample among the k most likely tokens; 0 is off.")]
+EngineName = Annotated[str, typer.Option("--engine", help="What decodes: torch, vllm, llamacpp or server.")]
+EngineCommand = Annotated[
+    str | None,
+    typer.Option(help="The llama-server to start, or the Python that has vLLM; default: what is found."),
+]
+Launch = Annotated[
+    str | None,
+    typer.Option(
+        help="The command of an OpenAI-compatible server, with {port} and {speculative} in it, for --engine server."
+    ),
+]
+Url = Annotated[str | None, typer.Option(help="A server that runs already, for --engine llamacpp or server.")]
+Kind = Annotated[str, typer.Option(help="What the server is: vllm, sglang, llamacpp or trtllm.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of a serving engine on a CPU; default: one per core.")]
 DType = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Output tokens per prompt at most.")]
@@ -97,6 +111,13 @@ class RunFlags:
 
     target: Target = shipped.TARGET
     draft: Drafts = None
+    engine: EngineName = "torch"
+    engine_command: EngineCommand = None
+    launch: Launch = None
+    url: Url = None
+    kind: Kind = "vllm"
+    engine_version: EngineVersion = None
+    threads: Threads = None
     lengths: Lengths = "1-8"
     batch_size: BatchSizes = None
     context: Contexts = None

@@ -19,7 +19,8 @@ def summarise(anchors: Sequence[Anchor], lengths: Sequence[int]) -> Prior | None
     Where a limit was broken, lengths from there on are left out, but for what was chosen: a selector must not try them.
     """
     known = [anchor for anchor in anchors if anchor.grounds is not None and anchor.forecasts]
-    drafts = tuple(dict.fromkeys(one.setup.draft for anchor in known for one in anchor.forecasts if one.setup.draft))
+    forecast = dict.fromkeys(one.setup.draft for anchor in known for one in anchor.forecasts if one.setup.draft)
+    drafts = tuple(draft for draft in forecast if draft.kind != "native")  # of which nothing but runs is known
     if not drafts:
         return None
     rising = tuple(sorted(set(lengths)))

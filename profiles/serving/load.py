@@ -72,7 +72,8 @@ async def _drive(url: str, bodies: Sequence[Body], concurrency: int, timeout_s: 
     answers: list[Answer | None] = [None] * len(bodies)
     waiting = iter(enumerate(bodies))
     clock = Clock("cpu")
-    limits = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    # llama.cpp closes a connection after a stream; a request sent at that moment would be lost
+    limits = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=0)
     async with httpx2.AsyncClient(timeout=timeout_s, limits=limits, trust_env=False) as client:
 
         async def serve(requests: Iterator[tuple[int, Body]]) -> None:

@@ -5,16 +5,20 @@ the choice was made it must not know.
 """
 
 import json
+import shlex
 from dataclasses import asdict
 from typing import Literal, get_args
 
 from profiles.errors import InputError
+from profiles.terms import Model, Setup, Workload
 from tuner.export import llamacpp, sglang, transformers, trtllm, vllm
 from tuner.export.picking import label_of
 from tuner.export.terms import Deployment, Export
 from tuner.export.versions import engine_of
+from tuner.policy import Choice
+from tuner.question import MIXED
 
-__all__ = ["FORMS", "Deployment", "Export", "Form", "emit"]
+__all__ = ["FORMS", "Deployment", "Export", "Form", "emit", "words"]
 
 Form = Literal["json", "llamacpp", "sglang", "transformers", "trtllm", "vllm"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -36,3 +40,21 @@ def emit(deployment: Deployment, form: str, version: str | None = None) -> Expor
     if form in EMITTERS:
         return EMITTERS[form](deployment, engine_of(form, version))
     raise InputError(f"format {form!r}: allowed are {', '.join(FORMS)}")
+
+
+def words(target: Model, setup: Setup, workload: Workload, form: str, version: str | None = None) -> list[str]:
+    """The arguments that tell an engine a setup; none for plain decoding. Raises InputError where it has none."""
+    if setup.draft is None:
+        return []
+    choice = Choice(
+        batch_size=workload.batch_size,
+        context_length=workload.context_length,
+        domain=MIXED,
+        temperature=workload.temperature,
+        setup=setup,
+        reason="asked for",
+    )
+    made = emit(Deployment(target=target, choice=choice, rows=(choice,), measured_on=form), form, version)
+    if not made.text:
+        raise InputError(f"{setup.name}: {made.note}")
+    return shlex.split(made.text)

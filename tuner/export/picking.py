@@ -11,6 +11,7 @@ from profiles.spelling import printable
 from profiles.terms import PLAIN, Model, Setup
 from tuner.export.terms import Deployment, Export
 
+NATIVE_FORMS = ("llamacpp", "vllm")  # engines whose own ways of drafting can be spelled
 TRANSFERRED = "a transferred forecast, not measured"
 Objection = Callable[[Setup], str | None]  # why an engine cannot be told a setup, or None
 
@@ -100,6 +101,8 @@ def kind_objection(setup: Setup, engine: Engine) -> str | None:
         return f"{engine.title} takes a look-up or a draft model, not both"
     if setup.draft.kind == "early_exit":
         return f"{engine.title} cannot draft with the target's own layers"
+    if setup.draft.kind == "native" and engine.form not in NATIVE_FORMS:
+        return f"{engine.title} is not told of {setup.draft.name}"
     if setup.stop_below is not None:
         return f"{engine.title} has no stop before a proposal"
     return None

@@ -5,12 +5,12 @@ The engines are never imported: their packages' metadata is read, and `llama-ser
 
 import re
 import shutil
-import subprocess
 
 from packaging.version import InvalidVersion, Version
 
 from profiles import packages
 from profiles.errors import InputError
+from profiles.serving import llama_flags
 from tuner.export.picking import Engine
 
 TITLES = {
@@ -72,18 +72,9 @@ def installed(form: str) -> str | None:
 
 
 def server_help() -> str | None:
-    """What `llama-server --help` on the PATH prints, None without one.
-
-    Its flags tell what it takes. Its build number does not: a build from a shallow clone calls itself build 1.
-    """
+    """What `llama-server --help` on the PATH prints, None without one."""
     program = shutil.which("llama-server")
-    if program is None:
-        return None
-    try:
-        done = subprocess.run([program, "--help"], capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout + done.stderr
+    return None if program is None else llama_flags.help_of([program])
 
 
 def _spelled(form: str, version: str) -> str:

@@ -7,6 +7,7 @@ import json
 
 from packaging.version import Version
 
+from profiles.spelling import method_options
 from profiles.terms import Model, Setup
 from tuner.export.picking import (
     Engine,
@@ -64,7 +65,7 @@ def emit(deployment: Deployment, engine: Engine) -> Export:
         setup, said = as_scheduled(setup, ranges, deployment.choice.batch_size)
         notes += said
     schedule = _schedule(ranges) if SCHEDULE in allowed else []
-    config = _config(setup, schedule, allowed, sampled=deployment.choice.temperature > 0.0)
+    config = _config(setup, schedule, allowed, sampled=_draws(deployment))
     if not schedule:
         notes.append(one_length(deployment, setup, "--max-num-seqs", alike=len(ranges) == 1))
     notes += _caveats(deployment, config)
@@ -78,7 +79,7 @@ def _objection(target: Model, setup: Setup, engine: Engine) -> str | None:
     reason = reason or vocabulary_objection(target, setup, engine)
     if reason is not None:
         return reason
-    first = METHODS[_method(setup)]
+    first = METHODS.get(_method(setup), FIRST)
     if Version(engine.version) < Version(first):
         return f"{engine.name} cannot run a draft model, {first} is the first that can again"
     return None
@@ -86,6 +87,8 @@ def _objection(target: Model, setup: Setup, engine: Engine) -> str | None:
 
 def _method(setup: Setup) -> str:
     assert setup.draft is not None
+    if setup.draft.method is not None:
+        return method_options(setup.draft.method)[0]
     return "ngram" if setup.draft.kind == "ngram" else "draft_model"
 
 
@@ -115,15 +118,22 @@ def _config(setup: Setup, schedule: list[list[int]], allowed: frozenset[str], *,
             config["revision"] = draft.model.revision
         if sampled and "draft_sample_method" in allowed:
             config["draft_sample_method"] = "probabilistic"  # as was measured; the default drafts greedily
-    else:
+    elif draft.kind == "ngram":
         config |= {"prompt_lookup_max": draft.max_match, "prompt_lookup_min": draft.min_match}
+    if draft.method is not None:
+        config |= method_options(draft.method)[1]
     if schedule:
         config[SCHEDULE] = schedule
     return config
 
 
+def _draws(deployment: Deployment) -> bool:
+    """Whether the drafts were sampled where the choice was measured, which vLLM does only when told."""
+    return deployment.choice.temperature > 0.0 and deployment.where != "vllm"
+
+
 def _caveats(deployment: Deployment, config: dict[str, object]) -> list[str]:
-    sampled = deployment.choice.temperature > 0.0 and config["method"] == "draft_model"
+    sampled = _draws(deployment) and config["method"] == "draft_model"
     if sampled and "draft_sample_method" not in config:
         return ["this version drafts greedily, the choice was measured with sampled drafts"]
     return []

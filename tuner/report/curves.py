@@ -21,7 +21,7 @@ def acceptance_curves(evidence: Evidence, workload: Workload, target_part: str) 
 
     Positions count as in `formulas.acceptance_by_position`. Prompts without a round are left out.
     """
-    length = max(evidence.steps[target_part].samples_s) - 1  # the target is timed at widths 1 to length + 1
+    length = _longest_length(evidence, target_part)
     domains: dict[str, list[Prompt]] = {}
     for prompt in evidence.prompts:
         domains.setdefault(prompt.domain, []).append(prompt)
@@ -41,13 +41,20 @@ def acceptance_curves(evidence: Evidence, workload: Workload, target_part: str) 
     return tuple(curves)
 
 
+def _longest_length(evidence: Evidence, target_part: str) -> int:
+    """The largest speculation length that was timed: the width of the target's step, or of whole rounds, less one."""
+    parts = [part.digest for part in evidence.parts] if evidence.properties.times == "rounds" else [target_part]
+    return max((width for part in parts for width in evidence.steps[part].samples_s), default=1) - 1
+
+
 def _positions(
     evidence: Evidence, workload: Workload, asked: tuple[Draft, Prompt], length: int
 ) -> dict[int, tuple[float, float]]:
     """Position -> (rounds that proposed that far, those that kept that far) of one draft on one prompt."""
     draft, prompt = asked
     acceptance = evidence.acceptances[draft.digest, prompt.digest]
-    walked = walk(evidence.traces[prompt.digest], acceptance, length, workload.max_new_tokens)
+    past_end = evidence.properties.past_end
+    walked = walk(evidence.traces[prompt.digest], acceptance, length, workload.max_new_tokens, past_end=past_end)
     return {position: (tried, share * tried) for position, tried, share in acceptance_by_position(walked.rounds)}
 
 
@@ -98,6 +105,7 @@ def staircases(evidence: Evidence, target: Model) -> tuple[Staircase, ...]:
     """The target's staircase, then those of the drafts' parts, by name."""
     parts = {target.run_digest: (target.name, "target")}
     parts |= {part.digest: (part.name, part.kind) for part in evidence.parts}
+    whole = evidence.properties.times == "rounds"
     found = []
     for digest, (name, kind) in parts.items():
         times = evidence.steps[digest]
@@ -105,5 +113,6 @@ def staircases(evidence: Evidence, target: Model) -> tuple[Staircase, ...]:
         for width, samples in times.samples_s.items():
             low, median, high = (float(value) for value in numpy.quantile(samples, (0.1, 0.5, 0.9)))
             stairs.append(Stair(width=width, median_s=median, low_s=low, high_s=high))
-        found.append(Staircase(name=name, kind=kind, disturbed=times.disturbed, stairs=tuple(stairs)))
+        shown = "round" if whole and kind != "target" else kind
+        found.append(Staircase(name=name, kind=shown, disturbed=times.disturbed, stairs=tuple(stairs)))
     return tuple(found)

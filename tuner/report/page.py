@@ -215,6 +215,7 @@ def _load(index: int, load: LoadFigures, hues: dict[str, str]) -> dict[str, Any]
         "bars": bars,
         "curves": curves,
         "stairs": stairs,
+        "whole_rounds": any(part.kind == "round" for part in load.staircases),
         "disturbed": [part.name for part in load.staircases if part.disturbed],
     }
 

@@ -21,6 +21,7 @@ from tuner.report.charts import ROW_INCHES, ChartRow, Palette, draw_rows, dress_
 from tuner.report.dossier import AcceptanceCurve, Staircase
 
 WIDTH_INCHES = 3.6
+WIDTHS = {"ngram": "tokens asked for", "round": "tokens checked in one round"}  # by kind; others: a forward's width
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 # colours no picture uses otherwise: they become the page's CSS variables
@@ -146,11 +147,11 @@ def staircase(name: str, part: Staircase, hue: str) -> str:
         axes.set(xlim=(widths[0] - 0.7, widths[-1] + 0.7), ylim=(0.0, most * scale * 1.12))
         axes.set_xticks(widths if len(widths) <= 12 else widths[:: -(-len(widths) // 8)])
         axes.yaxis.set_major_locator(round_numbers(5))
-        words = "tokens asked for" if part.kind == "ngram" else "width: tokens in one forward"
-        axes.set_xlabel(words, fontsize=9, color=PAGE.ink)
+        axes.set_xlabel(WIDTHS.get(part.kind, "width: tokens in one forward"), fontsize=9, color=PAGE.ink)
         axes.set_ylabel(unit, fontsize=9, color=PAGE.ink)
         dress_axes(axes, "y", PAGE)
-        return inline(figure, name, f"steps: time in {unit} of one forward against its width")
+        what = "round" if part.kind == "round" else "forward"
+        return inline(figure, name, f"steps: time in {unit} of one {what} against its width")
 
 
 def _panel(height: float, left: float = 0.42) -> tuple[Figure, Any]:

@@ -1,0 +1,96 @@
+"""Which llama.cpp is used: a `llama-server` program or, in its place, the package xllamacpp; and its models' files.
+
+Knows no workload.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from profiles import packages, sources
+from profiles.errors import EngineError, InputError
+from profiles.serving import gguf_writer, llama_flags, llama_server
+from profiles.serving.llama_flags import Spelling
+from profiles.serving.load import fetch
+from profiles.serving.process import RunningServer
+from profiles.terms import Model, Setup
+
+STAND_IN = "xllamacpp"
+_SYNTHETIC = "--spec-synth-rates"
+_UNPACKED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """A server that somebody else started: the setup it serves, and how many requests at a time."""
+
+    url: str
+    serves: Setup
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """How a server is started and told to draft; `has_synthetic`: it can accept drafts by made-up rates."""
+
+    command: tuple[str, ...]
+    version: str
+    spelling: Spelling
+    has_synthetic: bool
+    running: Running | None = None
+
+
+def program_of(path: str | None = None) -> Program:
+    """The `llama-server` at `path` or on the PATH by that name; None is the package xllamacpp.
+
+    Raises InputError: it cannot be run, or its flags are not known.
+    """
+    if path is None:
+        version = packages.installed(STAND_IN)
+        if version is None:
+            raise InputError("llama.cpp: the package xllamacpp is not installed; install it, or name a llama-server")
+        command, version = [sys.executable, "-P", llama_server.__file__], f"{STAND_IN} {version}"
+    else:
+        command, version = [path], llama_flags.version_of([path])
+    text = llama_flags.help_of(command)
+    if text is None or version is None:
+        raise InputError(f"llama-server {path!r}: it cannot be run, or does not tell its version")
+    spelling = llama_flags.spelling_of_help(text)
+    if spelling is None:
+        known = ", ".join(one.builds for one in llama_flags.SPELLINGS)
+        raise InputError(f"llama-server {path!r}: its flags are not known; known are those of {known}")
+    return Program(command=tuple(command), version=version, spelling=spelling, has_synthetic=_SYNTHETIC in text)
+
+
+def program_at(url: str, serves: Setup) -> Program:
+    """The server that runs at `url`, started by somebody else for the setup `serves`.
+
+    Raises InputError: no such URL. EngineError: it does not answer as a llama-server does.
+    """
+    server = RunningServer(url)
+    said = fetch(f"{server.url}/props")
+    try:
+        props = json.loads(said)
+        version, num_rows = str(props["build_info"]), int(props["total_slots"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise EngineError(f"server {url}: no llama-server, its /props lack {error}") from error
+    running = Running(url=server.url, serves=serves, num_rows=num_rows)
+    newest = llama_flags.SPELLINGS[-1]
+    return Program(command=(), version=version, spelling=newest, has_synthetic=False, running=running)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """A model's GGUF file, and the type of the weights in it: float32, float16, bfloat16, or a packed one's name."""
+
+    path: Path
+    float_type: str
+
+
+def weights_of(model: Model) -> Weights:
+    """The file that llama.cpp runs of a model: a GGUF as it is, safetensors written as GGUF. Raises ModelError."""
+    source = sources.find(model.name)
+    path = gguf_writer.gguf_of(model.name, model.dtype)
+    packed = None if source.gguf is None else source.gguf.float_type
+    return Weights(path=path, float_type=model.dtype if packed is None else _UNPACKED.get(packed, packed))

@@ -1,0 +1,170 @@
+"""The llama.cpp servers of an engine: their commands, and the few of them that are kept alive.
+
+Knows no workload beyond its rows and its context.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from profiles.errors import InputError
+from profiles.serving import llama_answers
+from profiles.serving.fleet import Fleet
+from profiles.serving.llama_answers import Generated
+from profiles.serving.llama_flags import words_of
+from profiles.serving.llama_program import Program, Weights
+from profiles.serving.load import drive
+from profiles.serving.process import RunningServer, Server
+from profiles.terms import Setup, Workload
+
+START_TIMEOUT_S = 600.0
+SPARE_TOKENS = 80  # a row's cache beside its context: llama.cpp drafts less where it nears the end
+# in float32, where tokens are held against the torch engine's, caches are float32 too
+EXACT = ("-fa", "off", "-ctk", "f32", "-ctv", "f32")
+EXACT_DRAFT = ("-ctkd", "f32", "-ctvd", "f32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How every server is started. `more`: arguments added as they are (`-ngl 99`); `most_alive` servers are kept."""
+
+    threads: int
+    log_folder: Path
+    more: tuple[str, ...] = ()
+    most_alive: int = 4
+    device: str = "cpu"
+
+
+class LlamaServer:
+    """A server and what was already run on it, as a fleet keeps it."""
+
+    def __init__(self, server: Server | RunningServer) -> None:
+        self.server = server
+        self.is_warm = False
+
+    @property
+    def alive(self) -> bool:
+        return self.server.alive
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+    def stop(self) -> None:
+        """Ends it; safe to call again."""
+        self.server.stop()
+
+    def ask(self, bodies: Sequence[dict[str, Any]], concurrency: int) -> list[Generated]:
+        """The answers, in order. Raises EngineError, with the server's last words where it died."""
+        with self.server.watched():
+            answers = drive(self.url, llama_answers.PATH, bodies, concurrency)
+            return [llama_answers.read(answer, self.url) for answer in answers]
+
+    def tokens_of(self, body: dict[str, Any], run: Generated) -> list[int]:
+        """Tokens of a run, asked again where parts of characters were not streamed."""
+        found = run.token_ids
+        if found is None:
+            with self.server.watched():
+                found = llama_answers.tokens_again(self.url, body)
+        return found
+
+
+class LlamaServers:
+    """The servers of one target. `weights` are the drafts' by digest; rows are never longer than `max_positions`.
+
+    Every method that gives a server raises EngineError where it cannot be started, with its last words.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        options: Options,
+        target: Weights,
+        weights: Mapping[str, Weights | None],
+        max_positions: int,
+    ) -> None:
+        self._program, self._options = program, options
+        self._target, self._weights, self._max_positions = target, weights, max_positions
+        self._exact = EXACT if target.float_type == "float32" else ()
+        self._fleet: Fleet[tuple[str, ...], LlamaServer] = Fleet(self._start, options.most_alive)
+
+    @property
+    def num_starts(self) -> int:
+        """Servers started so far."""
+        return self._fleet.num_starts
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """All processes of its servers that live now."""
+        return tuple(pid for member in self._fleet.members for pid in member.server.pids)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What times depend on beside threads: the arguments of every server, and the type of the weights."""
+        return {"more": [*self._exact, *self._options.more], "weights": self._target.float_type}
+
+    def of(self, setup: Setup, workload: Workload, more: Sequence[str] = ()) -> LlamaServer:
+        """The server of a setup for so many rows; `more` arguments make it another one.
+
+        Raises InputError: a server that was running serves another setup, or fewer requests at a time.
+        """
+        return self._fleet.ask(self._key(setup, workload, more))
+
+    def anew(self, setup: Setup, workload: Workload) -> LlamaServer:
+        """As `of`, freshly started: one that remembers no request."""
+        self._fleet.stop(self._key(setup, workload))
+        return self.of(setup, workload)
+
+    def scoring(self, weights: Weights, workload: Workload) -> LlamaServer:
+        """A draft as a target of its own. Raises InputError: only a server that was running may be used."""
+        if self._program.running is not None:
+            raise InputError(f"{weights.path.name}: a server that is running already does not tell what it would draft")
+        return self._fleet.ask(self._command(weights.path, workload, ()))
+
+    def close(self) -> None:
+        """Stops all; safe to call again."""
+        self._fleet.close()
+
+    def _key(self, setup: Setup, workload: Workload, more: Sequence[str] = ()) -> tuple[str, ...]:
+        """The command of a setup's server, which is also its key in the fleet; the URL of one that was running."""
+        running = self._program.running
+        if running is not None:
+            if setup != running.serves or more:
+                raise InputError(f"{setup.name}: the server at {running.url} serves {running.serves.name} alone")
+            if workload.batch_size > running.num_rows:
+                raise InputError(
+                    f"batch size {workload.batch_size}: the server at {running.url} has {running.num_rows} slots"
+                )
+            return (running.url,)
+        if setup.draft is None:
+            return self._command(self._target.path, workload, more)
+        weights = self._weights.get(setup.draft.digest)
+        words = words_of(setup, self._program.spelling, None if weights is None else str(weights.path))
+        if weights is not None:
+            words += ["-td", str(self._options.threads), "-tbd", str(self._options.threads)]
+            words += EXACT_DRAFT if self._exact else ()
+        return self._command(self._target.path, workload, [*words, *more])
+
+    def _command(self, path: Path, workload: Workload, words: Sequence[str]) -> tuple[str, ...]:
+        row = min(workload.context_length + SPARE_TOKENS, self._max_positions)
+        options = {
+            "-m": str(path),
+            "--host": "{host}",
+            "--port": "{port}",
+            "-c": str(row * workload.batch_size),
+            "-np": str(workload.batch_size),
+            "-t": str(self._options.threads),
+            "-tb": str(self._options.threads),
+        }
+        own = [word for pair in options.items() for word in pair]
+        return (*self._program.command, *own, *self._exact, "--metrics", *words, *self._options.more)
+
+    def _start(self, command: tuple[str, ...]) -> LlamaServer:
+        server: Server | RunningServer
+        if self._program.running is not None:
+            server = RunningServer(self._program.running.url)
+        else:
+            server = Server(command, self._options.log_folder / f"llama-server-{self._fleet.num_starts}.log")
+        server.wait_ready(START_TIMEOUT_S)
+        return LlamaServer(server)

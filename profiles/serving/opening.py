@@ -1,0 +1,181 @@
+"""From what a user names to a serving engine on a bench: models are described, drafts that it cannot run are refused.
+
+The one place that knows all adapters; what will be measured it must not know.
+"""
+
+import os
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import platformdirs
+import psutil
+
+from profiles import environment, models, sources
+from profiles.errors import InputError
+from profiles.loading import Bench
+from profiles.models import Described
+from profiles.protocol import Engine
+from profiles.serving.openai import KINDS
+from profiles.spelling import DraftSpec, Refused
+from profiles.terms import DTYPES, PLAIN, Draft, DraftKind, Model, Setup
+
+DRAFT_KINDS: tuple[DraftKind, ...] = ("model", "ngram", "native")
+LOOK_UPS = {"llamacpp": "ngram:max=3,min=3"}  # what is tried where no draft is named, where it is not `ngram`
+TITLE = "draftpick"  # of the folder for logs
+FlagsOf = Callable[[Model, Setup], list[str]]  # the arguments that tell a server of a setup
+
+
+class ServingEngine(Engine, Protocol):
+    """An engine that starts processes."""
+
+    def close(self) -> None:
+        """Ends them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Which engine, and how it is reached; what is None is looked for.
+
+    `command`: the `llama-server` to start, or the Python that has vLLM. `launch`: a server's command with `{port}` and
+    `{speculative}` in it; `url`: a server that runs already; `kind`: what such a server is. `max_requests`: most that
+    will be in flight; `max_length`: most tokens drafted a round.
+    """
+
+    engine: str
+    command: str | None = None
+    launch: str | None = None
+    url: str | None = None
+    kind: str = "vllm"
+    threads: int | None = None
+    device: str | None = None
+    max_requests: int = 1
+    max_length: int = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """Target and drafts as a user names them; `dtype` None: float32 on a CPU, bfloat16 on a GPU, of a GGUF its own."""
+
+    target: str
+    drafts: tuple[DraftSpec, ...]
+    dtype: str | None = None
+
+
+def open_bench(place: Place, asked: Models, flags_of: FlagsOf) -> Bench:
+    """The bench of a serving engine. A draft that cannot be used is refused and the others go on.
+
+    Raises: InputError: an unknown engine or dtype, no way to reach it. ModelError: the target cannot be read. The first
+    draft's error, when there are drafts and none can be used.
+    """
+    if place.engine not in OPENED:
+        raise InputError(f"engine {place.engine!r}: allowed are torch, {', '.join(OPENED)}")
+    if asked.dtype is not None and asked.dtype not in DTYPES:
+        raise InputError(f"dtype {asked.dtype!r}: allowed are {', '.join(DTYPES)}")
+    on_cpu = environment.pick_device(place.device) == "cpu"
+    own = None if asked.target.lower().endswith(".gguf") else "float32" if on_cpu else "bfloat16"
+    described = {asked.target: models.describe(asked.target, dtype=asked.dtype or own)}
+    drafts: dict[str, Draft] = {}
+    errors: dict[str, InputError] = {}
+    for spec in asked.drafts:
+        try:
+            draft = _draft(spec, described, asked.target)
+            drafts.setdefault(draft.digest, draft)
+        except InputError as error:
+            errors[spec.name] = error
+    if errors and not drafts:
+        raise next(iter(errors.values()))
+    target = described[asked.target]
+    engine = OPENED[place.engine](place, target, tuple(drafts.values()), flags_of)
+    refused = [Refused(name=name, reason=type(error).__name__, detail=str(error)) for name, error in errors.items()]
+    return Bench(engine=engine, loaded=tuple(described.values()), refused=tuple(refused), close=engine.close)
+
+
+def _draft(spec: DraftSpec, described: dict[str, Described], target: str) -> Draft:
+    """The record of a draft; a model is described first. Raises InputError: of a kind or a model that does not do."""
+    if spec.kind not in DRAFT_KINDS:
+        raise InputError(f"draft {spec.name!r}: a serving engine drafts with {', '.join(DRAFT_KINDS)} only")
+    record = None
+    if spec.path is not None and spec.kind == "native":
+        record = models.describe_head(spec.path, dtype=described[target].record.dtype)
+    elif spec.path is not None:
+        if spec.path not in described:
+            one = models.describe(spec.path, dtype=described[target].record.dtype)
+            models.check_pair(described[target], one)
+            described[spec.path] = one
+        record = described[spec.path].record
+    return Draft(kind=spec.kind, model=record, max_match=spec.max_match, min_match=spec.min_match, method=spec.method)
+
+
+def _place_of(name: str) -> str:
+    """The folder or file of a model, as a server is told of it."""
+    source = sources.find(name)
+    return str(source.folder if source.gguf is None else source.gguf.path)
+
+
+def _logs(engine: str) -> Path:
+    """A folder of this run's own, under the user's for logs."""
+    return platformdirs.user_log_path(TITLE) / f"{engine}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+
+
+def _vllm(place: Place, target: Described, drafts: tuple[Draft, ...], flags_of: FlagsOf) -> ServingEngine:  # noqa: ARG001
+    from profiles.serving.vllm import VllmEngine
+    from profiles.serving.vllm_engines import VllmOptions
+
+    options = VllmOptions(
+        python=place.command,
+        max_batch_size=place.max_requests,
+        max_length=place.max_length,
+        max_alive=len(drafts) + 1,
+        log_folder=_logs(place.engine),
+    )
+    return VllmEngine(target.record, drafts, options)
+
+
+def _llamacpp(place: Place, target: Described, drafts: tuple[Draft, ...], flags_of: FlagsOf) -> ServingEngine:  # noqa: ARG001
+    from profiles.serving.llama_program import program_at, program_of
+    from profiles.serving.llama_servers import Options
+    from profiles.serving.llamacpp import LlamaCppEngine
+
+    if place.url is None:
+        program = program_of(place.command)
+    else:
+        program = program_at(place.url, Setup(draft=drafts[0], length=place.max_length) if drafts else PLAIN)
+    options = Options(
+        threads=place.threads or psutil.cpu_count(logical=False) or 1,
+        log_folder=_logs(place.engine),
+        device=environment.pick_device(place.device),
+    )
+    return LlamaCppEngine(target, drafts, program, options)
+
+
+def _server(place: Place, target: Described, drafts: tuple[Draft, ...], flags_of: FlagsOf) -> ServingEngine:
+    from profiles.serving.launch import Launch
+    from profiles.serving.server import ServerEngine
+
+    kind = next((one for one in KINDS if one == place.kind), None)
+    if kind is None:
+        raise InputError(f"kind of server {place.kind!r}: allowed are {', '.join(KINDS)}")
+    launch = Launch(
+        kind=kind,
+        log_folder=_logs(place.kind),
+        template=(place.launch or "").replace("{model}", shlex.quote(_place_of(target.record.name))),
+        url=place.url,
+        flags_of=lambda setup: flags_of(target.record, setup),
+    )
+
+    def encode(text: str) -> list[int]:
+        return list(target.tokenizer.encode(text, add_special_tokens=False))
+
+    return ServerEngine(target.record, drafts, launch, encode, environment.pick_device(place.device))
+
+
+OPENED: dict[str, Callable[[Place, Described, tuple[Draft, ...], FlagsOf], ServingEngine]] = {
+    "vllm": _vllm,
+    "llamacpp": _llamacpp,
+    "server": _server,
+}

@@ -1,0 +1,326 @@
+"""`ServerEngine`: the engine protocol on any OpenAI-compatible server, started from a template or running already.
+
+Every setup has a server of its own; drafts are not traced but really run. Times are the client's: they contain HTTP and
+the server's scheduling, as its users see them. How a setup is spelled for the server it is told.
+"""
+
+import functools
+import itertools
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, Self
+from weakref import WeakKeyDictionary
+
+from profiles.clock import quietest
+from profiles.environment import fingerprint
+from profiles.errors import EngineError, InputError
+from profiles.partings import check_partings
+from profiles.properties import Properties
+from profiles.serving import metrics, openai
+from profiles.serving.fleet import Fleet
+from profiles.serving.launch import Launch
+from profiles.serving.load import drive, fetch
+from profiles.serving.openai import Completion, Encode
+from profiles.serving.process import RunningServer, Server
+from profiles.serving.sampled import check_means
+from profiles.terms import (
+    PLAIN,
+    Acceptance,
+    Draft,
+    Environment,
+    Model,
+    Prompt,
+    Rounds,
+    Sample,
+    Setup,
+    StepTimes,
+    TargetTrace,
+    Workload,
+    digest_of,
+)
+
+LEAST_ROUNDS = 7
+PATTERN = "The quick brown fox jumps over the lazy dog and runs on. "
+_PREFIXES = {"vllm": metrics.VLLM, "llamacpp": metrics.LLAMA_CPP}
+_VERSIONS = (("/version", "version"), ("/server_info", "version"), ("/props", "build_info"))
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+Started = Server | RunningServer
+Counted = tuple[Completion, Rounds | None]
+
+
+class ServerEngine:
+    """A target and its drafts behind OpenAI-compatible servers; fits `protocol.Engine`, and is a context manager.
+
+    `encode`: a text's token ids, nothing added. `num_starts`: servers started so far.
+    """
+
+    def __init__(self, target: Model, drafts: tuple[Draft, ...], launch: Launch, encode: Encode, device: str) -> None:
+        self._target, self._drafts = target, drafts
+        self._launch, self._encode, self._device = launch, encode, device
+        self._fleet: Fleet[Setup, Started] = Fleet(self._start, launch.most_alive)
+        self._warm: WeakKeyDictionary[Started, set[int]] = WeakKeyDictionary()
+        self._sampled_well: set[tuple[Draft | None, str]] = set()
+        self._environment: Environment | None = None
+
+    @property
+    def properties(self) -> Properties:
+        kind = self._launch.kind
+        return Properties(
+            name="server",
+            times="rounds",
+            past_end=kind != "llamacpp",
+            pads=False,
+            num_drafts="rounds that proposed",
+            draft_kinds=("model", "ngram", "native"),
+            traced_kinds=(),
+            length_change="restart",
+            keeps_history=("ngram-mod", "ngram-cache") if kind == "llamacpp" else (),
+            origin=f"server {kind} {self.environment.engine_version} {self._target.dtype}",
+        )
+
+    @property
+    def environment(self) -> Environment:
+        """This machine with the server's version, which is asked of a plain server; where a URL is, is not known."""
+        if self._environment is None:
+            options = {"kind": self._launch.kind, "launch": self._launch.template or self._launch.url}
+            self._environment = replace(
+                fingerprint(self._device),
+                engine="server",
+                engine_version=_version(self._server(self._launch.running).url),
+                engine_options=json.dumps(options, sort_keys=True),
+            )
+        return self._environment
+
+    @property
+    def target(self) -> Model:
+        return self._target
+
+    @property
+    def drafts(self) -> tuple[Draft, ...]:
+        return self._drafts
+
+    @property
+    def num_starts(self) -> int:
+        return self._fleet.num_starts
+
+    def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
+        """One plain run with the two largest log-probabilities of every token."""
+        alone = replace(workload, batch_size=1)
+        _check(alone, (prompt,))
+        more = {"logprobs": 2} | ({"return_tokens_as_token_ids": True} if self._launch.kind == "vllm" else {})
+        [run] = self._drive(PLAIN, alone, (prompt,), more)
+        return openai.trace_of(prompt, run, workload.end_token_ids)
+
+    def trace_draft(
+        self,
+        workload: Workload,  # noqa: ARG002 -- the protocol's
+        prompt: Prompt,  # noqa: ARG002
+        trace: TargetTrace,  # noqa: ARG002
+        draft: Draft,
+        max_length: int,  # noqa: ARG002
+    ) -> Acceptance:
+        """Raises InputError: servers do not score a text with a draft."""
+        raise InputError(f"draft {draft.name}: a server does not tell its acceptance over a text; it is run instead")
+
+    def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:  # noqa: ARG002
+        """Plain rounds of a full batch, by the gaps in the stream of the request that started last."""
+        asked, rows = self._synthetic(workload, context_length)
+        self._warm_up(PLAIN, asked, rows)
+        runs, disturbed = quietest(lambda: self._drive(PLAIN, asked, rows))
+        samples_s = _full_rounds(runs)
+        if len(samples_s) < LEAST_ROUNDS:
+            raise EngineError(f"{len(samples_s)} rounds of all {len(rows)} rows were seen: {LEAST_ROUNDS} are needed")
+        times = StepTimes(
+            part_digest=self._target.run_digest,
+            batch_size=workload.batch_size,
+            context_length=context_length,
+            samples_s={1: samples_s},
+            disturbed=disturbed,
+        )
+        return {times.part_digest: times}
+
+    def run_together(
+        self,
+        workload: Workload,
+        prompts: tuple[Prompt, ...],
+        setups: tuple[Setup, ...],
+        occasion: str,  # noqa: ARG002 -- a key of stored evidence
+    ) -> tuple[Sample, ...]:
+        """The queue through each setup's server in turn; all of it again while the machine is disturbed."""
+        _check(workload, prompts)
+        for setup in dict.fromkeys(setups):
+            self._warm_up(setup, workload, prompts)
+            self._check_sampling(setup, workload, prompts)
+        queues, disturbed = quietest(lambda: [self._queue(setup, workload, prompts) for setup in setups])
+        for number, prompt in enumerate(prompts if workload.temperature == 0.0 else ()):
+            outputs = [queue[number][0].token_ids for queue in queues]
+            trace = functools.partial(self.trace_target, workload, prompt)
+            check_partings(self._target, setups, outputs, trace)
+        return tuple(
+            replace(_sample(setup, prompts, queue, number), disturbed=disturbed)
+            for setup, queue in zip(setups, queues, strict=True)
+            for number in range(len(prompts))
+        )
+
+    def close(self) -> None:
+        """Stops every server that was started here; safe to call again."""
+        self._fleet.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self, setup: Setup) -> Started:
+        launch = self._launch
+        if launch.url is not None:
+            if setup != launch.running:
+                raise InputError(f"{setup.name}: the server {launch.url} runs {launch.running.name}, and only that")
+            server: Started = RunningServer(launch.url)
+            server.wait_ready(launch.silent_s)
+            return server
+        variables, words = launch.command(setup)
+        server = Server(words, launch.log_path(setup), environment=variables)
+        server.wait_ready(launch.ready_s)
+        return server
+
+    def _server(self, setup: Setup) -> Started:
+        if setup.draft is not None and setup.draft not in self._drafts:
+            known = ", ".join(draft.name for draft in self._drafts) or "none"
+            raise InputError(f"draft {setup.draft.name} is not one of this engine's: {known}")
+        return self._fleet.ask(setup)
+
+    def _drive(
+        self, setup: Setup, workload: Workload, prompts: Sequence[Prompt], more: Mapping[str, Any] = NOTHING
+    ) -> list[Completion]:
+        """One load; a server that fails is stopped, so that the next one meets a fresh one."""
+        server = self._server(setup)
+        try:
+            with server.watched():
+                name = _served_model(server.url)
+                bodies = [{**openai.body_of(self._launch.kind, name, workload, prompt), **more} for prompt in prompts]
+                answers = drive(server.url, openai.PATH, bodies, workload.batch_size, self._launch.silent_s)
+        except EngineError:
+            self._fleet.stop(setup)
+            raise
+        return [openai.read(answer, self._encode) for answer in answers]
+
+    def _warm_up(self, setup: Setup, workload: Workload, prompts: Sequence[Prompt]) -> None:
+        """The first requests of a server at a batch size are thrown away."""
+        sizes = self._warm.setdefault(self._server(setup), set())
+        if workload.batch_size not in sizes:
+            self._drive(setup, workload, prompts[: workload.batch_size])
+            sizes.add(workload.batch_size)
+
+    def _queue(self, setup: Setup, workload: Workload, prompts: Sequence[Prompt]) -> list[Counted]:
+        """A queue through a setup's server, each request with its rounds as far as the server tells."""
+        prefix = _PREFIXES.get(self._launch.kind)
+        if setup.draft is None or prefix is None or workload.batch_size > 1:
+            return [(run, openai.rounds_of(run)) for run in self._drive(setup, workload, prompts)]
+        found = []  # one request at a time, so that the counters' difference is its own
+        for prompt in prompts:
+            before = self._counters(setup, prefix)
+            [run] = self._drive(setup, workload, (prompt,))
+            rounds = openai.rounds_of(run)
+            if rounds is None and before is not None and (after := self._counters(setup, prefix)) is not None:
+                rounds = openai.rounds_between(run, after - before)
+            found.append((run, rounds))
+        return found
+
+    def _check_sampling(self, setup: Setup, workload: Workload, prompts: Sequence[Prompt]) -> None:
+        """Once for a draft and a way to sample: texts with and without it must be equally likely to the target.
+
+        Raises EngineError when they are not beyond chance. A single prompt does not tell, and is not asked.
+        """
+        law = setup.draft, workload.sampling_digest
+        if setup.draft is None or workload.temperature == 0.0 or len(prompts) < 2 or law in self._sampled_well:
+            return
+        means = [
+            [openai.mean_log_prob(run) for run in self._drive(one, workload, prompts, {"logprobs": 1})]
+            for one in (setup, PLAIN)
+        ]
+        check_means(f"server with {setup.name}", *means)
+        self._sampled_well.add(law)
+
+    def _counters(self, setup: Setup, prefix: str) -> metrics.Counters | None:
+        """None where the server publishes none: rounds are then not known."""
+        try:
+            return metrics.read_counters(self._server(setup).url, prefix)
+        except EngineError:
+            return None
+
+    def _synthetic(self, workload: Workload, context_length: int) -> tuple[Workload, tuple[Prompt, ...]]:
+        """A load whose rows have `context_length` tokens halfway; long enough for rows that start one after another."""
+        size = workload.batch_size
+        num_new = 4 * LEAST_ROUNDS + size
+        length = max(1, min(context_length + num_new // 2, workload.context_length) - num_new)
+        pattern = list(self._encode(PATTERN))
+        rows = tuple(
+            Prompt(domain="steps", token_ids=tuple(itertools.islice(itertools.cycle(pattern), row, row + length)))
+            for row in range(size)
+        )
+        asked = replace(workload, max_new_tokens=num_new, context_length=length + num_new, end_token_ids=())
+        return asked, rows
+
+
+def _sample(setup: Setup, prompts: Sequence[Prompt], queue: Sequence[Counted], number: int) -> Sample:
+    run, rounds = queue[number]
+    num_tokens = len(run.token_ids)
+    if setup.draft is None:
+        rounds = {(0, 0): num_tokens - 1} if num_tokens > 1 else {}
+    shapes: Counter[tuple[int, int, int]] = Counter()
+    for (proposed, _), count in (rounds or {}).items():
+        shapes[(proposed + 1, 0, 0)] += count
+    return Sample(
+        setup_digest=setup.digest,
+        prompt_digest=prompts[number].digest,
+        ttft_s=run.first_s - run.answer.started_s,
+        decode_s=run.last_s - run.first_s,
+        output_tokens=num_tokens,
+        rounds=rounds or {},
+        shapes=shapes,
+        refills=sum(run.first_s < other.first_s < run.last_s for other, _ in queue),
+        output_digest=digest_of(run.token_ids),
+    )
+
+
+def _full_rounds(runs: Sequence[Completion]) -> tuple[float, ...]:
+    """Seconds between the tokens of the row that started last, while all rows were in flight."""
+    last = max(runs, key=lambda run: run.first_s)
+    until_s = min(run.last_s for run in runs)
+    pairs = itertools.pairwise(last.arrivals)
+    gaps = ((now_s - then_s) for (then_s, _), (now_s, num_tokens) in pairs if now_s <= until_s and num_tokens <= 1)
+    return tuple(gap_s for gap_s in gaps if gap_s > 0.0)
+
+
+def _check(workload: Workload, prompts: Sequence[Prompt]) -> None:
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    if longest + workload.max_new_tokens > workload.context_length:
+        raise InputError(
+            f"a prompt of {longest} tokens with {workload.max_new_tokens} new ones: allowed are "
+            f"{workload.context_length} together, the workload's context"
+        )
+
+
+def _served_model(url: str) -> str:
+    """The name a server gives its model; its first, where it has several."""
+    try:
+        return str(json.loads(fetch(f"{url}/v1/models"))["data"][0]["id"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise EngineError(f"{url}/v1/models names no model") from error
+
+
+def _version(url: str) -> str:
+    for path, name in _VERSIONS:
+        try:
+            found = json.loads(fetch(f"{url}{path}"))
+        except (EngineError, ValueError):
+            continue
+        if isinstance(found, dict) and found.get(name):
+            return str(found[name])
+    return "unknown"

@@ -1,0 +1,178 @@
+"""Engines that time whole rounds, run past the end and have drafts that are only run: from evidence to a choice."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from profiles.errors import EngineError, NotMeasuredError
+from profiles.formulas import walk
+from profiles.recorded import RecordedEngine, Recorder, covers
+from profiles.terms import PLAIN, AcceptanceTrace, Prompt, Sample, Setup, TargetTrace, Workload
+from store import rehearsal
+from store.book import Book
+from store.places import place
+from store.remember import Remember
+from store.runs import Shelf, tune
+from tests.fakes import DRAFT_A, GREEDY, NGRAM, TARGET, FakeEngine, prompts
+from tests.serving import NATIVE, FakeServer
+from tuner.evidence import Evidence, gather
+from tuner.forecast import Forecaster
+from tuner.overhead import use_of
+from tuner.tuning import Options, Outcome, Tuner, Watch
+
+LENGTHS = (1, 2, 3, 4, 5, 6)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.fakes.NOISE", 0.002)
+        yield
+
+
+@pytest.fixture(scope="module", params=[1, 4], ids=["alone", "batch"])
+def load(request: pytest.FixtureRequest) -> Workload:
+    return replace(GREEDY, batch_size=request.param)
+
+
+@pytest.fixture(scope="module")
+def evidence(load: Workload) -> Evidence:
+    return gather(FakeServer(), load, prompts(12), LENGTHS, lambda *_: None)
+
+
+def _trace(size: int) -> TargetTrace:
+    ones = (1.0,) * size
+    return TargetTrace(prompt_digest="p", token_ids=tuple(range(size)), target_probs=ones, logit_gaps=ones, ended=False)
+
+
+def _kept(*keep: int) -> AcceptanceTrace:
+    return AcceptanceTrace(
+        prompt_digest="p", draft_digest="d", keep_probs=tuple(map(float, keep)), confidences=(1.0,) * len(keep)
+    )
+
+
+def test_rounds_that_run_past_the_end() -> None:
+    """5 new tokens, k = 3: the round from token 3 drafts 3 although 1 is wanted, and counts what is kept beyond."""
+    keep = _kept(0, 1, 0, 1, 1, 1, 1, 0)
+    assert walk(_trace(5), replace(keep, keep_probs=keep.keep_probs[:5], confidences=(1.0,) * 5), 3, 5).rounds == {
+        (3, 1): 1.0,
+        (1, 1): 1.0,
+    }
+    assert walk(_trace(8), keep, 3, 5, past_end=True).rounds == {(3, 1): 1.0, (3, 3): 1.0}
+    assert walk(_trace(8), None, 0, 5, past_end=True).rounds == {(0, 0): 4.0}
+
+
+def test_a_round_is_one_step() -> None:
+    """Of plain decoding or of the draft, by the tokens verified; what the model's steps were does not matter."""
+    use = use_of(Setup(draft=DRAFT_A, length=3), {(4, 3, 2): 5.0, (1, 0, 0): 1.0}, 2.0, TARGET.run_digest, "rounds")
+    assert use.steps == {(DRAFT_A.digest, 4): 5.0, (DRAFT_A.digest, 1): 1.0}
+    assert (use.idle, use.proposing, use.drafted, use.refills) == (1.0, 5.0, 0.0, 2.0)
+    assert use_of(PLAIN, {(1, 0, 0): 7.0}, 0.0, TARGET.run_digest, "rounds").steps == {(TARGET.run_digest, 1): 7.0}
+
+
+def test_what_a_sweep_of_rounds_needs() -> None:
+    """Plain rounds, and every length of every draft that is timed; a native draft is not."""
+    times = FakeServer().time_steps(GREEDY, 96, 4)
+    assert covers(times, TARGET, (DRAFT_A, NGRAM, NATIVE), 4)
+    assert not covers(times, TARGET, (DRAFT_A, NGRAM, NATIVE), 5)
+    assert not covers({TARGET.run_digest: times[TARGET.run_digest]}, TARGET, (DRAFT_A,), 4)
+
+
+@pytest.mark.parametrize("draft", [DRAFT_A, NGRAM, NATIVE], ids=["model", "ngram", "native"])
+def test_forecast_agrees_with_real_runs(load: Workload, evidence: Evidence, draft: object) -> None:
+    """Whole rounds forecast real runs within 5 %; a draft that is only run is forecast by its runs."""
+    engine, forecaster = FakeServer(), Forecaster(evidence, load, TARGET.run_digest)
+    for length in LENGTHS:
+        setup = Setup(draft=draft, length=length)  # type: ignore[arg-type]
+        queue = evidence.prompts * (1 if load.batch_size == 1 else 4)
+        samples = engine.run_together(load, queue, (PLAIN, setup), "grid")
+        plain, chosen = samples[: len(queue)], samples[len(queue) :]
+        measured = sum(run.decode_s for run in plain) / sum(run.decode_s for run in chosen)
+        forecast = forecaster.forecast(setup, evidence.prompts)
+        assert forecast.speedup.estimate == pytest.approx(measured, rel=0.05 if draft != NATIVE else 0.15)
+        assert forecast.acceptance_length is not None
+        assert forecast.acceptance_length > 1.0
+
+
+def test_what_was_only_run_has_no_walk(load: Workload, evidence: Evidence) -> None:
+    """Its rounds cannot be replayed, and a round of the others is not told apart into draft and check."""
+    forecaster = Forecaster(evidence, load, TARGET.run_digest)
+    with pytest.raises(NotMeasuredError, match="it was only run"):
+        forecaster.rounds(Setup(draft=NATIVE, length=2), evidence.prompts)
+    assert forecaster.split(Setup(draft=DRAFT_A, length=2), evidence.prompts).draft_s is None
+    assert not evidence.can_tell(Setup(draft=NATIVE, length=9))
+
+
+class LongNativeFails(FakeServer):
+    """Cannot run its native draft at more than three tokens."""
+
+    def run_together(
+        self, workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], occasion: str
+    ) -> tuple[Sample, ...]:
+        if any(setup.draft == NATIVE and setup.length > 3 for setup in setups):
+            raise EngineError("the pool is too small")
+        return super().run_together(workload, prompts, setups, occasion)
+
+
+def _tuned(engine: FakeEngine) -> Outcome:
+    return Tuner(engine, Options(lengths=LENGTHS), Watch()).tune([(GREEDY, prompts(48))])
+
+
+def test_a_length_that_fails_is_infeasible_alone() -> None:
+    """The other lengths of a native draft go on as candidates; the failed ones are rows with the engine's words."""
+    outcome = _tuned(LongNativeFails(keep=0.9))
+    tried = {one.setup for one in outcome.anchors[0].forecasts}
+    assert {setup.length for setup in tried if setup.draft == NATIVE} == {1, 2, 3}
+    assert {one.setup.length for one in outcome.infeasible} == {4, 5, 6}
+    assert {one.detail for one in outcome.infeasible} == {"the pool is too small"}
+    assert outcome.choices[0].proven
+
+
+def test_a_run_is_kept_and_repeated(tmp_path: Path) -> None:
+    """A whole run over a store; the second measures nothing, and a dry run knows that."""
+    with Book.open(place(str(tmp_path))) as book:
+        shelf, loads = Shelf.of(book), [(GREEDY, prompts(48))]
+        first = tune(FakeServer(keep=0.9), loads, shelf, Options(lengths=LENGTHS), Watch())
+        again = tune(FakeServer(keep=0.9), loads, shelf, Options(lengths=LENGTHS), Watch())
+    assert first.policy.headline.proven
+    assert again.cost["measured_units"] == 0
+    assert again.policy.choices == first.policy.choices
+    found = rehearsal.rehearse(FakeServer(keep=0.9), loads, place(str(tmp_path)), Options(lengths=LENGTHS))
+    assert sum(found.new_units.values()) == 0
+
+
+def test_a_recording_keeps_the_properties(tmp_path: Path) -> None:
+    """A saved recording of a serving engine loads as it was, its properties too."""
+    recorder = Recorder(FakeServer())
+    gather(recorder, GREEDY, prompts(4), (1, 2), lambda *_: None)
+    recorder.recording.save(tmp_path / "recording.json")
+    assert RecordedEngine.load(tmp_path / "recording.json") == recorder.recording
+
+
+class Counting(FakeServer):
+    """Another serving engine over the same models, whose outputs differ from ours where `differs` says so."""
+
+    def __init__(self, differs: bool) -> None:
+        super().__init__()
+        self._differs = differs
+
+    def _trace(self, workload: Workload, prompt: Prompt) -> TargetTrace:
+        trace = super()._trace(workload, prompt)
+        other = (*trace.token_ids[:-1], 4)
+        return replace(trace, token_ids=other) if self._differs and prompt == prompts(12)[2] else trace
+
+
+@pytest.mark.parametrize("differs", [False, True], ids=["equal", "one token differs"])
+def test_traces_are_lent_where_they_agreed(tmp_path: Path, differs: bool) -> None:
+    """After six prompts with equal tokens ours are taken for the rest; one token that differs keeps them apart."""
+    with Book.open(place(str(tmp_path))) as book:
+        gather(Remember(FakeEngine(), book), GREEDY, prompts(12), LENGTHS, lambda *_: None)
+        engine = Counting(differs)
+        gather(Remember(engine, book), GREEDY, prompts(12), LENGTHS, lambda *_: None)
+        assert engine.calls["trace_target"] == (12 if differs else 6)
+        assert engine.calls["trace_draft"] == (24 if differs else 12)
+        sampled = replace(GREEDY, temperature=0.8)
+        gather(Remember(engine, book), sampled, prompts(12), LENGTHS, lambda *_: None)
+        assert engine.calls["trace_target"] == (12 if differs else 6) + 12
