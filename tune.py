@@ -109,7 +109,7 @@ def _specs(target: str, drafts: list[str] | None, look_up: str = "ngram") -> lis
 def _bench(asked: flags.RunFlags, question: "Question") -> "Bench":
     """The engine that was asked for, with target and drafts."""
     from profiles import loading
-    from profiles.serving import opening
+    from profiles.serving import openai, opening
     from tuner import export
 
     num_tokens = max(question.contexts, default=question.max_new_tokens) * max(question.batch_sizes)
@@ -125,6 +125,7 @@ def _bench(asked: flags.RunFlags, question: "Question") -> "Bench":
             launch=asked.launch,
             url=asked.url,
             kind=asked.kind,
+            more=openai.RECORD_FLAGS.get(asked.kind, ()),
             threads=asked.threads,
             device=asked.device,
             max_requests=max(question.batch_sizes),

@@ -87,7 +87,7 @@ def _measure(deployment: "Deployment", emitted: tuple[Setup, list[str]], asked: 
         launch=asked.launch,
         max_requests=max(row.batch_size for row in deployment.batches),
     )
-    named = opening.Models(target=deployment.target.name, drafts=(), dtype=deployment.target.dtype)
+    named = opening.Models(target=deployment.target.name, dtype=deployment.target.dtype, known=(setup.draft,))
     question = loading.Question(
         lengths=(setup.length,),
         contexts=(choice.context_length,),

@@ -19,8 +19,9 @@ from profiles.terms import Prompt, Rounds, TargetTrace, Workload
 
 PATHS = {"llamacpp": "/completion"}  # of the kinds that tell token ids elsewhere than under OpenAI's path
 PATH = "/v1/completions"
-Kind = Literal["vllm", "sglang", "llamacpp", "openai"]
+Kind = Literal["vllm", "sglang", "llamacpp", "trtllm", "openai"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+RECORD_FLAGS = {"vllm": ("--per-request-spec-decode-metrics", "detailed", "--enable-per-request-metrics")}
 Encode = Callable[[str], Sequence[int]]
 
 
@@ -42,7 +43,7 @@ def body_of(kind: Kind, model: str, workload: Workload, prompt: Prompt) -> Body:
         samplers = (["top_k"] if workload.top_k else []) + (["top_p"] if workload.top_p < 1.0 else []) + ["temperature"]
         own = {"samplers": samplers, "top_k": workload.top_k, "cache_prompt": False, "ignore_eos": not ends}
         own |= {"n_predict": workload.max_new_tokens, "return_tokens": True, "timings_per_token": True}
-    elif kind == "openai":
+    elif kind in ("openai", "trtllm"):
         own |= {"top_k": workload.top_k} if workload.top_k else {}
     else:
         own |= {"min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": False}

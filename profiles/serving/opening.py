@@ -42,8 +42,8 @@ class Place:
     """Which engine, and how it is reached; what is None is looked for.
 
     `command`: the `llama-server` to start, or the Python that has vLLM. `launch`: a server's command with `{port}` and
-    `{speculative}` in it; `url`: a server that runs already; `kind`: what such a server is. `max_requests`: most that
-    will be in flight; `max_length`: most tokens drafted a round.
+    `{speculative}` in it; `url`: a server that runs already; `kind`: what such a server is; `more`: what stands behind
+    a draft's flags. `max_requests`: most that will be in flight; `max_length`: most tokens drafted a round.
     """
 
     engine: str
@@ -53,17 +53,22 @@ class Place:
     kind: str = "vllm"
     threads: int | None = None
     device: str | None = None
+    more: tuple[str, ...] = ()
     max_requests: int = 1
     max_length: int = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Models:
-    """Target and drafts as a user names them; `dtype` None: float32 on a CPU, bfloat16 on a GPU, of a GGUF its own."""
+    """Target and drafts as a user names them; `dtype` None: float32 on a CPU, bfloat16 on a GPU, of a GGUF its own.
+
+    `known`: drafts whose records are at hand.
+    """
 
     target: str
-    drafts: tuple[DraftSpec, ...]
+    drafts: tuple[DraftSpec, ...] = ()
     dtype: str | None = None
+    known: tuple[Draft, ...] = ()
 
 
 def open_bench(place: Place, asked: Models, flags_of: FlagsOf) -> Bench:
@@ -79,7 +84,7 @@ def open_bench(place: Place, asked: Models, flags_of: FlagsOf) -> Bench:
     on_cpu = environment.pick_device(place.device) == "cpu"
     own = None if asked.target.lower().endswith(".gguf") else "float32" if on_cpu else "bfloat16"
     described = {asked.target: models.describe(asked.target, dtype=asked.dtype or own)}
-    drafts: dict[str, Draft] = {}
+    drafts = {draft.digest: draft for draft in asked.known}
     errors: dict[str, InputError] = {}
     for spec in asked.drafts:
         try:
@@ -165,7 +170,7 @@ def _server(place: Place, target: Described, drafts: tuple[Draft, ...], flags_of
         log_folder=_logs(place.kind),
         template=(place.launch or "").replace("{model}", shlex.quote(_place_of(target.record.name))),
         url=place.url,
-        flags_of=lambda setup: flags_of(target.record, setup),
+        flags_of=lambda setup: [*flags_of(target.record, setup), *place.more],
     )
 
     def encode(text: str) -> list[int]:

@@ -22,10 +22,12 @@ from profiles.properties import Properties
 from profiles.serving import metrics, openai
 from profiles.serving.fleet import Fleet
 from profiles.serving.launch import Launch
+from profiles.serving.llama_flags import KEEPS_HISTORY
 from profiles.serving.load import drive, fetch
 from profiles.serving.openai import Completion, Encode
 from profiles.serving.process import RunningServer, Server
 from profiles.serving.sampled import check_means
+from profiles.spelling import method_options
 from profiles.terms import (
     PLAIN,
     Acceptance,
@@ -78,7 +80,7 @@ class ServerEngine:
             draft_kinds=("model", "ngram", "native"),
             traced_kinds=(),
             length_change="restart",
-            keeps_history=("ngram-mod", "ngram-cache") if kind == "llamacpp" else (),
+            keeps_history=KEEPS_HISTORY if kind == "llamacpp" else (),
             origin=f"server {kind} {self.environment.engine_version} {self._target.dtype}",
         )
 
@@ -86,10 +88,11 @@ class ServerEngine:
     def environment(self) -> Environment:
         """This machine with the server's version, which is asked of a plain server; where a URL is, is not known."""
         if self._environment is None:
-            options = {"kind": self._launch.kind, "launch": self._launch.template or self._launch.url}
+            kind = self._launch.kind
+            options = {"served by": self._launch.template or self._launch.url}
             self._environment = replace(
                 fingerprint(self._device),
-                engine="server",
+                engine=kind,
                 engine_version=_version(self._server(self._launch.running).url),
                 engine_options=json.dumps(options, sort_keys=True),
             )
@@ -151,7 +154,11 @@ class ServerEngine:
         queues, disturbed = [], []
         for setup in setups:
             self._check_sampling(setup, workload, prompts)
-            self._warm_up(setup, workload, prompts)
+            if self._keeps_history(setup):
+                self._fleet.stop(setup)  # its pool must not hold what ran before, nor the queue itself
+                self._warm_up(setup, *self._synthetic(workload, workload.context_length))
+            else:
+                self._warm_up(setup, workload, prompts)
             queue, was_disturbed = quietest(functools.partial(self._queue, setup, workload, prompts))
             queues.append(queue)
             disturbed.append(was_disturbed)
@@ -164,6 +171,10 @@ class ServerEngine:
             for setup, queue, was_disturbed in zip(setups, queues, disturbed, strict=True)
             for number in range(len(prompts))
         )
+
+    def _keeps_history(self, setup: Setup) -> bool:
+        method = None if setup.draft is None or setup.draft.method is None else method_options(setup.draft.method)[0]
+        return method in self.properties.keeps_history and self._launch.url is None
 
     @property
     def _past_end(self) -> bool:

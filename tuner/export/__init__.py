@@ -6,6 +6,7 @@ the choice was made it must not know.
 
 import json
 import shlex
+import tempfile
 from dataclasses import asdict
 from typing import Literal, get_args
 
@@ -43,7 +44,10 @@ def emit(deployment: Deployment, form: str, version: str | None = None) -> Expor
 
 
 def words(target: Model, setup: Setup, workload: Workload, form: str, version: str | None = None) -> list[str]:
-    """The arguments that tell an engine a setup; none for plain decoding. Raises InputError where it has none."""
+    """The arguments that tell an engine a setup; none for plain decoding. Raises InputError where it has none.
+
+    What TensorRT-LLM takes is a file, which is written among the temporary ones.
+    """
     if setup.draft is None:
         return []
     choice = Choice(
@@ -57,4 +61,8 @@ def words(target: Model, setup: Setup, workload: Workload, form: str, version: s
     made = emit(Deployment(target=target, choice=choice, rows=(choice,), measured_on=form), form, version)
     if not made.text:
         raise InputError(f"{setup.name}: {made.note}")
+    if form == "trtllm":  # which takes a file
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False, encoding="utf-8") as file:
+            file.write(made.text)
+        return ["--config", file.name]
     return shlex.split(made.text)
