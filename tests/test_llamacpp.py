@@ -330,7 +330,7 @@ class TestRefusals:
         prompt = Prompt(domain="a", token_ids=tuple(range(400, 440)))
         with (
             LlamaCppEngine(target, (draft,), program, options) as engine,
-            pytest.raises(EngineError, match="drafted nothing: .*vocab"),
+            pytest.raises(EngineError, match=r"drafted nothing: .*vocab"),
         ):
             engine.run_together(short, (prompt,), (Setup(draft=draft, length=2),), "race 0")
 
