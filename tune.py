@@ -25,7 +25,7 @@ from typer.exceptions import TyperException
 from profiles import machine, shipped, spelling
 from profiles.errors import DraftpickError, InputError, MatchError, NotMeasuredError
 from profiles.terms import PLAIN, Environment
-from store import bundle_verbs, deploy, latest, places, telling
+from store import bundle_verbs, deploy, latest, places, telling, verify_verb
 from store.book import Book
 from store.printing import print_json, say, say_aside
 from tuner import flags
@@ -49,6 +49,7 @@ app = typer.Typer(
     help="Measures which draft and speculation length decode fastest on this machine, and proves it.",
 )
 app.add_typer(bundle_verbs.app, name="bundle")
+app.command("verify")(verify_verb.verify)
 
 
 @app.command("run")
@@ -127,6 +128,7 @@ def _bench(asked: flags.RunFlags, question: "Question") -> "Bench":
             threads=asked.threads,
             device=asked.device,
             max_requests=max(question.batch_sizes),
+            max_length=max(question.lengths),
         ),
         opening.Models(target=asked.target, drafts=tuple(specs), dtype=asked.dtype),
         lambda target, setup: export.words(target, setup, workload, asked.kind, asked.engine_version),

@@ -211,6 +211,7 @@ def test_a_fleet_whose_start_fails() -> None:
         ),
         ("RuntimeError: See root cause above.\n", "RuntimeError: See root cause above."),
         ("(EngineCore pid=12) ERROR 11-22 12:53:48 [core.py:1] ValueError: bad\n", "ValueError: bad"),
+        ("ERROR: no weights\nINFO: bye\n", "no weights"),
         ("\x1b[31merror\x1b[0m: a\tb\x07c\r\n", "error: a b c"),
         ("error: " + "x" * 1000, "error: " + "x" * 293),
         ("error: \xff\xfe", "error: \xff\xfe"),

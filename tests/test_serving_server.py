@@ -34,7 +34,8 @@ def flags_of(setup: Setup) -> list[str]:
 
 
 def engine_at(folder: Path, more: str = "", **options: Any) -> ServerEngine:
-    launch = Launch(kind="vllm", log_folder=folder, template=f"{TEMPLATE} {more}", flags_of=flags_of, **options)
+    options = {"flags_of": flags_of, **options}
+    launch = Launch(kind="vllm", log_folder=folder, template=f"{TEMPLATE} {more}", **options)
     return ServerEngine(TARGET, (NGRAM,), launch, encode, "cpu")
 
 

@@ -42,13 +42,13 @@ def last_words(log_path: Path, start: int = 0) -> str:
     lines = _lines(log_path, start)
     errors = [line for line in lines if _ERROR.search(line)]
     causes = [line for line in errors if not _POINTER.search(line)]
-    return next((found[-1] for found in (causes, errors, lines) if found), "")[:MOST_CHARACTERS]
+    return _without_prefix(next((found[-1] for found in (causes, errors, lines) if found), ""))
 
 
 def error_of(what: str, log_path: Path, start: int = 0) -> EngineError:
     """The error for `what` went wrong, with the log's last words; OutOfMemoryError where they say memory ran out."""
     short = [line for line in _lines(log_path, start) if _OUT_OF_MEMORY.search(line)]
-    words = short[-1][:MOST_CHARACTERS] if short else last_words(log_path, start) or "it said nothing"
+    words = _without_prefix(short[-1]) if short else last_words(log_path, start) or "it said nothing"
     kind = OutOfMemoryError if short else EngineError
     return kind(f"{what}: {words} (log: {log_path})")
 
@@ -60,8 +60,16 @@ def says_port_is_taken(words: str) -> bool:
 
 def one_line(text: str) -> str:
     """Text from outside as one printable line of at most 300 characters."""
+    return _printable(text)[:MOST_CHARACTERS]
+
+
+def _printable(text: str) -> str:
     printable = "".join(one if one.isprintable() else " " for one in _COLOURS.sub("", text))
-    return " ".join(printable.split())[:MOST_CHARACTERS]
+    return " ".join(printable.split())
+
+
+def _without_prefix(line: str) -> str:
+    return (_PREFIX.sub("", line) or line)[:MOST_CHARACTERS]
 
 
 def _lines(log_path: Path, start: int) -> Sequence[str]:
@@ -71,5 +79,5 @@ def _lines(log_path: Path, start: int) -> Sequence[str]:
             text = file.read(MOST_READ_BYTES).decode(errors="replace")
     except OSError:
         return []
-    plain = (_PREFIX.sub("", one_line(line)) for line in text.splitlines())
+    plain = (_printable(line) for line in text.splitlines())
     return [line for line in plain if line]

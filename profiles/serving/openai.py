@@ -5,6 +5,7 @@ Each kind of server has requests and records of its own beside the common ones; 
 
 import contextlib
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -140,30 +141,36 @@ def trace_of(prompt: Prompt, completion: Completion, ends: Sequence[int]) -> Tar
 
     Probabilities are those the server states, of most servers before temperature and filters.
     """
-    chosen: list[float] = []
-    gaps: list[float] = []
-    for _, choice in _choices(completion.answer):
-        given = choice.get("logprobs") or {}
-        if content := given.get("content"):
-            rows = [(one["logprob"], [top["logprob"] for top in one.get("top_logprobs", ())]) for one in content]
-        else:
-            tops = given.get("top_logprobs") or []
-            rows = [
-                (value, list(top.values())) for value, top in zip(given.get("token_logprobs") or [], tops, strict=True)
-            ]
-        for value, tops_of_one in rows:
-            chosen.append(math.exp(min(0.0, value)))
-            best = sorted(tops_of_one, reverse=True)[:2]
-            gaps.append(max(0.0, best[0] - best[1]) if len(best) == 2 else 0.0)
-    if len(chosen) != len(completion.token_ids):
-        raise EngineError(f"the server gave {len(chosen)} log-probabilities for {len(completion.token_ids)} tokens")
+    rows = _log_probs(completion)
     return TargetTrace(
         prompt_digest=prompt.digest,
         token_ids=completion.token_ids,
-        target_probs=tuple(chosen),
-        logit_gaps=tuple(gaps),
+        target_probs=tuple(math.exp(min(0.0, chosen)) for chosen, _ in rows),
+        logit_gaps=tuple(max(0.0, best[0] - best[1]) if len(best) > 1 else 0.0 for _, best in rows),
         ended=completion.token_ids[-1] in ends,
     )
+
+
+@_as_expected()
+def mean_log_prob(completion: Completion) -> float:
+    """Of its tokens, as the server states them. Raises EngineError: it was not asked for them, or has none."""
+    return statistics.fmean(chosen for chosen, _ in _log_probs(completion))
+
+
+def _log_probs(completion: Completion) -> list[tuple[float, list[float]]]:
+    """Of every token its own log-probability, and the largest ones, the greatest first."""
+    rows: list[tuple[float, list[float]]] = []
+    for _, choice in _choices(completion.answer):
+        given = choice.get("logprobs") or {}
+        if content := given.get("content"):
+            rows += [(one["logprob"], [top["logprob"] for top in one.get("top_logprobs", ())]) for one in content]
+        else:
+            chosen = given.get("token_logprobs") or []
+            tops = given.get("top_logprobs") or [{}] * len(chosen)
+            rows += [(value, list((top or {}).values())) for value, top in zip(chosen, tops, strict=True)]
+    if len(rows) != len(completion.token_ids):
+        raise EngineError(f"the server gave {len(rows)} log-probabilities for {len(completion.token_ids)} tokens")
+    return [(value, sorted(tops, reverse=True)) for value, tops in rows]
 
 
 def _choices(answer: Answer) -> Iterator[tuple[float, Mapping[str, Any]]]:

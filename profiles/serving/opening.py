@@ -4,6 +4,7 @@ The one place that knows all adapters; what will be measured it must not know.
 """
 
 import os
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,15 +12,16 @@ from pathlib import Path
 from typing import Protocol
 
 import platformdirs
+import psutil
 
-from profiles import environment, models
+from profiles import environment, models, sources
 from profiles.errors import InputError
 from profiles.loading import Bench
 from profiles.models import Described
 from profiles.protocol import Engine
 from profiles.serving.openai import KINDS
 from profiles.spelling import DraftSpec, Refused
-from profiles.terms import DTYPES, Draft, DraftKind, Model, Setup
+from profiles.terms import DTYPES, PLAIN, Draft, DraftKind, Model, Setup
 
 DRAFT_KINDS: tuple[DraftKind, ...] = ("model", "ngram", "native")
 LOOK_UPS = {"llamacpp": "ngram:max=3,min=3"}  # what is tried where no draft is named, where it is not `ngram`
@@ -109,6 +111,12 @@ def _draft(spec: DraftSpec, described: dict[str, Described], target: str) -> Dra
     return Draft(kind=spec.kind, model=record, max_match=spec.max_match, min_match=spec.min_match, method=spec.method)
 
 
+def _place_of(name: str) -> str:
+    """The folder or file of a model, as a server is told of it."""
+    source = sources.find(name)
+    return str(source.folder if source.gguf is None else source.gguf.path)
+
+
 def _logs(engine: str) -> Path:
     """A folder of this run's own, under the user's for logs."""
     return platformdirs.user_log_path(TITLE) / f"{engine}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
@@ -128,6 +136,23 @@ def _vllm(place: Place, target: Described, drafts: tuple[Draft, ...], flags_of: 
     return VllmEngine(target.record, drafts, options)
 
 
+def _llamacpp(place: Place, target: Described, drafts: tuple[Draft, ...], flags_of: FlagsOf) -> ServingEngine:  # noqa: ARG001
+    from profiles.serving.llama_program import program_at, program_of
+    from profiles.serving.llama_servers import Options
+    from profiles.serving.llamacpp import LlamaCppEngine
+
+    if place.url is None:
+        program = program_of(place.command)
+    else:
+        program = program_at(place.url, Setup(draft=drafts[0], length=place.max_length) if drafts else PLAIN)
+    options = Options(
+        threads=place.threads or psutil.cpu_count(logical=False) or 1,
+        log_folder=_logs(place.engine),
+        device=environment.pick_device(place.device),
+    )
+    return LlamaCppEngine(target, drafts, program, options)
+
+
 def _server(place: Place, target: Described, drafts: tuple[Draft, ...], flags_of: FlagsOf) -> ServingEngine:
     from profiles.serving.launch import Launch
     from profiles.serving.server import ServerEngine
@@ -138,7 +163,7 @@ def _server(place: Place, target: Described, drafts: tuple[Draft, ...], flags_of
     launch = Launch(
         kind=kind,
         log_folder=_logs(place.kind),
-        template=place.launch or "",
+        template=(place.launch or "").replace("{model}", shlex.quote(_place_of(target.record.name))),
         url=place.url,
         flags_of=lambda setup: flags_of(target.record, setup),
     )
@@ -151,5 +176,6 @@ def _server(place: Place, target: Described, drafts: tuple[Draft, ...], flags_of
 
 OPENED: dict[str, Callable[[Place, Described, tuple[Draft, ...], FlagsOf], ServingEngine]] = {
     "vllm": _vllm,
+    "llamacpp": _llamacpp,
     "server": _server,
 }

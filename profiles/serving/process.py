@@ -27,7 +27,7 @@ from profiles.serving.log import error_of, last_words, says_port_is_taken
 GRACES_S = (10.0, 5.0)  # after SIGINT and after SIGTERM
 POLL_S = 0.05
 HEALTH_TIMEOUT_S = 5.0
-DEATH_S = 2.0  # a server whose connection broke is given this long to be seen as dead
+DEATH_S = 2 * keeper.LEFTOVER_GRACE_S  # after which a server that answers nothing any more is seen as ended, if it is
 LOCALHOST = "127.0.0.1"
 OK, NOT_FOUND = 200, 404
 
@@ -252,7 +252,7 @@ class Server:
         try:
             yield
         except EngineError as error:
-            if self.process.wait(DEATH_S):
+            if _health(self.url, HEALTH_TIMEOUT_S) is None and self.process.wait(DEATH_S):
                 raise self.process.failure() from error
             raise
 

@@ -4,6 +4,7 @@ Every setup has a server of its own; drafts are not traced but really run. Times
 the server's scheduling, as its users see them. How a setup is spelled for the server it is told.
 """
 
+import functools
 import itertools
 import json
 from collections import Counter
@@ -16,6 +17,7 @@ from weakref import WeakKeyDictionary
 from profiles.clock import quietest
 from profiles.environment import fingerprint
 from profiles.errors import EngineError, InputError
+from profiles.partings import check_partings
 from profiles.properties import Properties
 from profiles.serving import metrics, openai
 from profiles.serving.fleet import Fleet
@@ -23,6 +25,7 @@ from profiles.serving.launch import Launch
 from profiles.serving.load import drive, fetch
 from profiles.serving.openai import Completion, Encode
 from profiles.serving.process import RunningServer, Server
+from profiles.serving.sampled import check_means
 from profiles.terms import (
     PLAIN,
     Acceptance,
@@ -46,6 +49,7 @@ _VERSIONS = (("/version", "version"), ("/server_info", "version"), ("/props", "b
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 Started = Server | RunningServer
+Counted = tuple[Completion, Rounds | None]
 
 
 class ServerEngine:
@@ -59,6 +63,7 @@ class ServerEngine:
         self._launch, self._encode, self._device = launch, encode, device
         self._fleet: Fleet[Setup, Started] = Fleet(self._start, launch.most_alive)
         self._warm: WeakKeyDictionary[Started, set[int]] = WeakKeyDictionary()
+        self._sampled_well: set[tuple[Draft | None, str]] = set()
         self._environment: Environment | None = None
 
     @property
@@ -149,8 +154,17 @@ class ServerEngine:
         _check(workload, prompts)
         for setup in dict.fromkeys(setups):
             self._warm_up(setup, workload, prompts)
-        queues, disturbed = quietest(lambda: [self._samples(setup, workload, prompts) for setup in setups])
-        return tuple(replace(sample, disturbed=disturbed) for queue in queues for sample in queue)
+            self._check_sampling(setup, workload, prompts)
+        queues, disturbed = quietest(lambda: [self._queue(setup, workload, prompts) for setup in setups])
+        for number, prompt in enumerate(prompts if workload.temperature == 0.0 else ()):
+            outputs = [queue[number][0].token_ids for queue in queues]
+            trace = functools.partial(self.trace_target, workload, prompt)
+            check_partings(self._target, setups, outputs, trace)
+        return tuple(
+            replace(_sample(setup, prompts, queue, number), disturbed=disturbed)
+            for setup, queue in zip(setups, queues, strict=True)
+            for number in range(len(prompts))
+        )
 
     def close(self) -> None:
         """Stops every server that was started here; safe to call again."""
@@ -203,25 +217,35 @@ class ServerEngine:
             self._drive(setup, workload, prompts[: workload.batch_size])
             sizes.add(workload.batch_size)
 
-    def _samples(self, setup: Setup, workload: Workload, prompts: Sequence[Prompt]) -> list[Sample]:
+    def _queue(self, setup: Setup, workload: Workload, prompts: Sequence[Prompt]) -> list[Counted]:
+        """A queue through a setup's server, each request with its rounds as far as the server tells."""
         prefix = _PREFIXES.get(self._launch.kind)
         if setup.draft is None or prefix is None or workload.batch_size > 1:
-            runs = self._drive(setup, workload, prompts)
-            found = [openai.rounds_of(run) for run in runs]
-        else:  # one request at a time, so that the counters' difference is its own
-            runs, found = [], []
-            for prompt in prompts:
-                before = self._counters(setup, prefix)
-                [run] = self._drive(setup, workload, (prompt,))
-                rounds = openai.rounds_of(run)
-                if rounds is None and before is not None and (after := self._counters(setup, prefix)) is not None:
-                    rounds = openai.rounds_between(run, after - before)
-                runs.append(run)
-                found.append(rounds)
-        return [
-            _sample(setup, prompt, runs[number], found[number], _refills(runs, number))
-            for number, prompt in enumerate(prompts)
+            return [(run, openai.rounds_of(run)) for run in self._drive(setup, workload, prompts)]
+        found = []  # one request at a time, so that the counters' difference is its own
+        for prompt in prompts:
+            before = self._counters(setup, prefix)
+            [run] = self._drive(setup, workload, (prompt,))
+            rounds = openai.rounds_of(run)
+            if rounds is None and before is not None and (after := self._counters(setup, prefix)) is not None:
+                rounds = openai.rounds_between(run, after - before)
+            found.append((run, rounds))
+        return found
+
+    def _check_sampling(self, setup: Setup, workload: Workload, prompts: Sequence[Prompt]) -> None:
+        """Once for a draft and a way to sample: texts with and without it must be equally likely to the target.
+
+        Raises EngineError when they are not beyond chance. A single prompt does not tell, and is not asked.
+        """
+        law = setup.draft, workload.sampling_digest
+        if setup.draft is None or workload.temperature == 0.0 or len(prompts) < 2 or law in self._sampled_well:
+            return
+        means = [
+            [openai.mean_log_prob(run) for run in self._drive(one, workload, prompts, {"logprobs": 1})]
+            for one in (setup, PLAIN)
         ]
+        check_means(f"server with {setup.name}", *means)
+        self._sampled_well.add(law)
 
     def _counters(self, setup: Setup, prefix: str) -> metrics.Counters | None:
         """None where the server publishes none: rounds are then not known."""
@@ -244,7 +268,8 @@ class ServerEngine:
         return asked, rows
 
 
-def _sample(setup: Setup, prompt: Prompt, run: Completion, rounds: Rounds | None, refills: int) -> Sample:
+def _sample(setup: Setup, prompts: Sequence[Prompt], queue: Sequence[Counted], number: int) -> Sample:
+    run, rounds = queue[number]
     num_tokens = len(run.token_ids)
     if setup.draft is None:
         rounds = {(0, 0): num_tokens - 1} if num_tokens > 1 else {}
@@ -253,21 +278,15 @@ def _sample(setup: Setup, prompt: Prompt, run: Completion, rounds: Rounds | None
         shapes[(proposed + 1, 0, 0)] += count
     return Sample(
         setup_digest=setup.digest,
-        prompt_digest=prompt.digest,
+        prompt_digest=prompts[number].digest,
         ttft_s=run.first_s - run.answer.started_s,
         decode_s=run.last_s - run.first_s,
         output_tokens=num_tokens,
         rounds=rounds or {},
         shapes=shapes,
-        refills=refills,
-        output_digest=digest_of(list(run.token_ids)),
+        refills=sum(run.first_s < other.first_s < run.last_s for other, _ in queue),
+        output_digest=digest_of(run.token_ids),
     )
-
-
-def _refills(runs: Sequence[Completion], number: int) -> int:
-    """How many other requests got their first token between this one's first and last."""
-    own = runs[number]
-    return sum(own.first_s < other.first_s < own.last_s for other in runs)
 
 
 def _full_rounds(runs: Sequence[Completion]) -> tuple[float, ...]:

@@ -1,0 +1,116 @@
+"""The verb that proves an emitted command again: it starts exactly that, beside a plain server, and loads both.
+
+Joins the look-up, the exporter and the server engine; how any of them works it must not know.
+"""
+
+import shlex
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from profiles import machine, shipped
+from profiles.errors import NotMeasuredError
+from profiles.terms import Setup
+from store import deploy, places, telling
+from store.book import Book
+from store.printing import print_json, say, say_aside
+from tuner import flags
+from tuner.question import MIXED
+
+if TYPE_CHECKING:
+    from tuner.export import Deployment
+    from tuner.verify import Verified
+
+EXIT_NOT_CONFIRMED = 5
+Launch = Annotated[
+    str,
+    typer.Option(
+        help="The server's command, with {port} and {speculative} in it; {model} is the target's folder or file."
+    ),
+]
+ServedForm = Annotated[str, typer.Option("--format", help="The engine that is started: vllm, sglang or llamacpp.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyFlags:
+    """The options of `tune.py verify`."""
+
+    launch: Launch
+    form: ServedForm = "vllm"
+    target: flags.TunedTarget = None
+    batch_size: flags.AskedBatch = 1
+    context: flags.AskedContext = None
+    domain: flags.AskedDomain = None
+    prompts: flags.Prompts = None
+    max_new_tokens: flags.MaxNewTokens = 64
+    engine_version: flags.EngineVersion = None
+    store: flags.Store = None
+    json_only: flags.JsonOnly = False
+
+
+@flags.of_record(VerifyFlags)
+def verify(asked: VerifyFlags) -> int:
+    """Start the command that `lookup --format` prints, beside a plain one, and prove the choice again under load."""
+    from tuner import export
+
+    question = deploy.Question(
+        target=asked.target, batch_size=asked.batch_size, context_length=asked.context, domain=asked.domain
+    )
+    with Book.open_read_only(places.existing(asked.store)) as book:
+        found = deploy.lookup(book, question, machine.this_machine(telling.engine_asked(asked.form)))
+    deployment = found.deployment()
+    made = export.emit(deployment, asked.form, asked.engine_version)
+    if made.setup is None or not made.text:
+        raise NotMeasuredError(f"there is nothing to start: {made.note}")
+    say_aside(f"emitted for {asked.form}: {made.text.strip()}", *([made.note] if made.note else []))
+    rows = _measure(deployment, (made.setup, shlex.split(made.text)), asked)
+    if not asked.json_only:
+        say(*(_line(row) for row in rows))
+    confirmed = all(row.verdict == "confirmed" for row in rows)
+    print_json({"emitted": made.text.strip(), "confirmed": confirmed, "concurrencies": [asdict(row) for row in rows]})
+    return 0 if confirmed else EXIT_NOT_CONFIRMED
+
+
+def _measure(deployment: "Deployment", emitted: tuple[Setup, list[str]], asked: VerifyFlags) -> "Sequence[Verified]":
+    """The emitted words against none, at the concurrencies that the policy decided, on its domain's prompts."""
+    from profiles import loading
+    from profiles.serving import opening
+    from tuner import verify as verifying
+
+    choice, (setup, words) = deployment.choice, emitted
+    place = opening.Place(
+        engine="server",
+        kind=asked.form,
+        launch=asked.launch,
+        max_requests=max(row.batch_size for row in deployment.batches),
+    )
+    named = opening.Models(target=deployment.target.name, drafts=(), dtype=deployment.target.dtype)
+    question = loading.Question(
+        lengths=(setup.length,),
+        contexts=(choice.context_length,),
+        max_new_tokens=asked.max_new_tokens,
+        temperature=choice.temperature,
+        top_p=choice.top_p,
+        top_k=choice.top_k,
+        engine=place.engine,
+    )
+    with closing(opening.open_bench(place, named, lambda *_: words)) as bench:
+        sources = asked.prompts or [shipped.ALL_PROMPTS]
+        ((workload, prompts),), warnings = loading.workloads(bench, question, sources)
+        say_aside(*warnings)
+        own = [prompt for prompt in prompts if choice.domain in (MIXED, prompt.domain)]
+        claims = {row.batch_size: row.setup for row in deployment.batches}
+        return verifying.verify(bench.engine, setup, claims, own, workload)
+
+
+def _line(row: "Verified") -> str:
+    """A concurrency in one line."""
+    speedup, end_to_end = row.measured.speedup, row.measured.end_to_end
+    return (
+        f"{row.concurrency} in flight: {row.verdict}; {row.claimed.name} was chosen, the emitted command is "
+        f"{speedup.estimate:.2f} [{speedup.low:.2f}, {speedup.high:.2f}] times plain decoding, "
+        f"{end_to_end.estimate:.2f} end to end, {row.measured.num_prompts} prompts"
+    )

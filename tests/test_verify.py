@@ -1,0 +1,48 @@
+"""An emitted command measured against plain decoding, concurrency by concurrency."""
+
+import pytest
+
+from profiles.errors import EngineError, InputError
+from profiles.terms import PLAIN, Setup
+from tests.fakes import DRAFT_A, GREEDY, FakeEngine, prompts
+from tuner.verify import verify
+
+GOOD, LONG = Setup(draft=DRAFT_A, length=3), Setup(draft=DRAFT_A, length=12)
+
+
+def test_a_claim_that_holds() -> None:
+    """A draft that helps is proven again at every concurrency, and the records stand in order."""
+    found = verify(FakeEngine(keep=0.8), GOOD, {4: GOOD, 1: GOOD}, prompts(24), GREEDY)
+    assert [(one.concurrency, one.verdict) for one in found] == [(1, "confirmed"), (4, "confirmed")]
+    assert all(one.measured.num_partings == 0 for one in found)
+
+
+def test_a_claim_that_does_not_hold() -> None:
+    """A draft that hardly ever agrees is slower than plain decoding: the claim is refuted."""
+    [found] = verify(FakeEngine(keep=0.05), LONG, {1: LONG}, prompts(24), GREEDY)
+    assert found.verdict == "refuted"
+    assert found.measured.speedup.high < 1.0
+
+
+def test_too_few_prompts_to_prove() -> None:
+    """What the proof's conditions do not allow is not shown, however fast it looked."""
+    [found] = verify(FakeEngine(keep=0.8), GOOD, {1: GOOD}, prompts(4), GREEDY)
+    assert found.verdict == "not shown"
+
+
+def test_a_plain_claim() -> None:
+    """Where the policy leaves drafting off, the emitted command may not be much slower than plain decoding."""
+    [held] = verify(FakeEngine(keep=0.8), GOOD, {1: PLAIN}, prompts(24), GREEDY)
+    [lost] = verify(FakeEngine(keep=0.05), LONG, {1: PLAIN}, prompts(24), GREEDY)
+    assert (held.verdict, lost.verdict) == ("confirmed", "refuted")
+
+
+def test_what_cannot_be_verified() -> None:
+    """Nothing claimed or nothing to run is refused; an engine's failure goes through."""
+    engine = FakeEngine()
+    for claims, count in (({}, 24), ({1: GOOD}, 1)):
+        with pytest.raises(InputError, match="at least 1 and 2"):
+            verify(engine, GOOD, claims, prompts(count), GREEDY)
+    engine.failure = EngineError("it died")
+    with pytest.raises(EngineError, match="it died"):
+        verify(engine, GOOD, {1: GOOD}, prompts(24), GREEDY)
