@@ -166,8 +166,9 @@ def choice(body: dict[str, Any], options: argparse.Namespace, tokens: list[int],
     if body.get("return_token_ids") and options.token_ids:
         found["token_ids"] = tokens
     if body.get("logprobs"):
-        tops = [{f"token_id:{token}": -0.5, f"token_id:{following(token)}": -1.25} for token in tokens]
-        found["logprobs"] = {"token_logprobs": [-0.5] * len(tokens), "top_logprobs": tops}
+        own = -2.5 if options.skewed and options.speculative else -0.5
+        tops = [{f"token_id:{token}": own, f"token_id:{following(token)}": own - 0.75} for token in tokens]
+        found["logprobs"] = {"token_logprobs": [own] * len(tokens), "top_logprobs": tops}
     return found
 
 
@@ -211,6 +212,7 @@ def main() -> None:
     parser.add_argument("--fault", default="")
     parser.add_argument("--speculative", type=int, default=0)
     parser.add_argument("--step-s", type=float, default=0.001)
+    parser.add_argument("--skewed", action="store_true", help="other log-probabilities with a draft than without")
     parser.add_argument("--no-records", dest="records", action="store_false")
     parser.add_argument("--no-token-ids", dest="token_ids", action="store_false")
     Handler.options = parser.parse_args()

@@ -35,7 +35,7 @@ def test_the_fingerprint_describes_this_machine() -> None:
     assert found.threads == torch.get_num_threads()
     assert found.torch == torch.__version__
     assert found.engine == "draftpick-torch"
-    assert found.engine_version == f"0.4.0+transformers-{importlib.metadata.version('transformers')}"
+    assert found.engine_version == f"0.5.0+transformers-{importlib.metadata.version('transformers')}"
 
 
 def test_nvml_is_started_before_a_handle_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,12 +49,12 @@ BEFORE_READY: dict[str, tuple[str, type[EngineError], str]] = {
     "out of memory": ("--fault out-of-memory", OutOfMemoryError, "torch.OutOfMemoryError: CUDA out of memory"),
     "crashes": ("--fault crashes", EngineError, "was ended by SIGSEGV"),
     "huge log": ("--fault huge-log", EngineError, "RuntimeError: after much talk"),
-    "health check hangs": ("--fault health-hangs", EngineError, r"was not healthy after 1.5 s \(no answer\)"),
-    "health says 500 for ever": ("--fault health-500", EngineError, r"was not healthy after 1.5 s \(status 500\)"),
+    "health check hangs": ("--fault health-hangs", EngineError, r"was not healthy after 4 s \(no answer\)"),
+    "health says 500 for ever": ("--fault health-500", EngineError, r"was not healthy after 4 s \(status 500\)"),
     "never listens": (
         "--fault never-ready",
         EngineError,
-        r"was not healthy after 1.5 s \(no answer\): loading weights takes long",
+        r"was not healthy after 4 s \(no answer\): loading weights takes long",
     ),
     "leaves a process": ("--fault grandchild-and-exits", EngineError, "RuntimeError: worker failed"),
 }
@@ -66,7 +66,7 @@ UNDER_LOAD: dict[str, tuple[str, str]] = {
     "error in the stream": ("error-event", "says: EngineCore encountered an issue"),
     "stream ends early": ("ends-early", "ended its answer in the middle, after 3 events"),
     "connection cut": ("cut", "cannot be talked to: "),
-    "stream stalls": ("stalls", "was silent for 1 s"),
+    "stream stalls": ("stalls", "was silent for 2 s"),
 }
 
 
@@ -74,7 +74,8 @@ UNDER_LOAD: dict[str, tuple[str, str]] = {
 def test_a_server_that_does_not_come_up(tmp_path: Path, case: str) -> None:
     """The draft's server fails with its own last words; plain decoding beside it goes on and nothing is left."""
     flags, kind, said = BEFORE_READY[case]
-    with engine_at(tmp_path, ready_s=1.5, flags_of=lambda setup: flags.split()) as engine:
+    ready_s = 4.0 if "not healthy" in said else 60.0
+    with engine_at(tmp_path, ready_s=ready_s, flags_of=lambda setup: flags.split()) as engine:
         with pytest.raises(kind, match=said) as raised:
             engine.run_together(WORKLOAD, PROMPTS[:2], (Setup(draft=NGRAM, length=2),), "race 0")
         assert "\n" not in str(raised.value)
@@ -88,7 +89,8 @@ def test_a_server_that_fails_under_load(tmp_path: Path, case: str) -> None:
     """Each fails with a line that says how, is stopped, and is started afresh for the next question."""
     fault, said = UNDER_LOAD[case]
     faulty = iter([["--fault", fault], []])
-    with engine_at(tmp_path, silent_s=1.0, flags_of=lambda setup: next(faulty)) as engine:
+    silent_s = 2.0 if fault == "stalls" else 60.0
+    with engine_at(tmp_path, silent_s=silent_s, flags_of=lambda setup: next(faulty)) as engine:
         setup = Setup(draft=NGRAM, length=2)
         with pytest.raises(EngineError, match=re.escape(said)):
             engine.run_together(WORKLOAD, PROMPTS[:2], (setup,), "race 0")
@@ -98,14 +100,14 @@ def test_a_server_that_fails_under_load(tmp_path: Path, case: str) -> None:
 
 def test_a_server_killed_in_the_middle_of_a_stream(tmp_path: Path) -> None:
     """`kill -9` of a server from outside, while it answers, is told as that; the next run has a new one."""
-    slow = iter([["--step-s", "0.2"], []])
+    slow = iter([["--step-s", "0.4"], []])
     setup = Setup(draft=NGRAM, length=2)
     with engine_at(tmp_path, flags_of=lambda _: next(slow)) as engine:
 
         def kill() -> None:
             psutil.Process().children(recursive=True)[-1].kill()
 
-        killer = threading.Timer(1.5, kill)
+        killer = threading.Timer(3.0, kill)
         killer.start()
         with pytest.raises(EngineError, match="was ended by SIGKILL"):
             engine.run_together(WORKLOAD, PROMPTS[:4], (setup,), "race 0")

@@ -1,10 +1,13 @@
 """An emitted command measured against plain decoding, concurrency by concurrency."""
 
+from pathlib import Path
+
 import pytest
 
 from profiles.errors import EngineError, InputError
-from profiles.terms import PLAIN, Setup
+from profiles.terms import PLAIN, Prompt, Setup
 from tests.fakes import DRAFT_A, GREEDY, FakeEngine, prompts
+from tests.test_serving_server import DRAFTED, WORKLOAD, engine_at
 from tuner.verify import verify
 
 GOOD, LONG = Setup(draft=DRAFT_A, length=3), Setup(draft=DRAFT_A, length=12)
@@ -35,6 +38,16 @@ def test_a_plain_claim() -> None:
     [held] = verify(FakeEngine(keep=0.8), GOOD, {1: PLAIN}, prompts(24), GREEDY)
     [lost] = verify(FakeEngine(keep=0.05), LONG, {1: PLAIN}, prompts(24), GREEDY)
     assert (held.verdict, lost.verdict) == ("confirmed", "refuted")
+
+
+def test_over_two_servers(tmp_path: Path) -> None:
+    """A plain server and one with the emitted words are started once each, and loaded in turn at each concurrency."""
+    few = tuple(Prompt(domain="a", token_ids=(1, 2, first)) for first in range(6))
+    with engine_at(tmp_path, "--step-s 0.002") as engine:
+        found = verify(engine, DRAFTED, {1: DRAFTED, 2: DRAFTED}, few, WORKLOAD)
+        assert engine.num_starts == 2
+    assert [one.concurrency for one in found] == [1, 2]
+    assert all(one.measured.speedup.estimate > 1.0 and one.measured.num_partings == 0 for one in found)
 
 
 def test_what_cannot_be_verified() -> None:

@@ -59,8 +59,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _stop_at_end_of(lifeline: int, child: subprocess.Popen[bytes], graces_s: Sequence[float]) -> None:
-    while os.read(lifeline, 1):
-        pass
+    os.read(lifeline, 1)  # a word from the parent, or its end
     for number, grace_s in zip((signal.SIGINT, signal.SIGTERM, signal.SIGKILL), (*graces_s, 0.0), strict=True):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, number)

@@ -19,7 +19,9 @@ _ERROR = re.compile(
 )
 # lines that only say that something above went wrong
 _POINTER = re.compile(
-    r"root cause above|exiting due to|see (the )?(error|log|stack)s? above|^\s*(at|File) ", re.IGNORECASE
+    r"root cause above|exiting due to|for further information|refused the arguments"
+    r"|see (the )?(error|log|stack)s? above|^\s*(at|File) ",
+    re.IGNORECASE,
 )
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|OutOfMemory|MemoryError|bad_alloc|cannot allocate memory|failed to allocate|unable to allocate"

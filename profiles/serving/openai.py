@@ -17,6 +17,7 @@ from profiles.serving.log import one_line
 from profiles.serving.metrics import Counters
 from profiles.terms import Prompt, Rounds, TargetTrace, Workload
 
+PATHS = {"llamacpp": "/completion"}  # of the kinds that tell token ids elsewhere than under OpenAI's path
 PATH = "/v1/completions"
 Kind = Literal["vllm", "sglang", "llamacpp", "openai"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -36,18 +37,26 @@ def body_of(kind: Kind, model: str, workload: Workload, prompt: Prompt) -> Body:
         "ignore_eos": True,
         "stream_options": {"include_usage": True},
     }
-    stops = {"stop_token_ids": ends} if ends else {}
+    own: dict[str, Any] = {"stop_token_ids": ends} if ends else {}
     if kind == "llamacpp":  # it stops at its model's own end tokens, and at no others
         samplers = (["top_k"] if workload.top_k else []) + (["top_p"] if workload.top_p < 1.0 else []) + ["temperature"]
-        own = {"samplers": samplers, "top_k": workload.top_k, "cache_prompt": False, "timings_per_token": True}
-        return {**common, **own, "ignore_eos": not ends}
-    if kind == "openai":
-        return {**common, **stops, **({"top_k": workload.top_k} if workload.top_k else {})}
-    neutral = {"min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": False}
-    own = {"return_token_ids": True, "top_k": workload.top_k or -1}
+        own = {"samplers": samplers, "top_k": workload.top_k, "cache_prompt": False, "ignore_eos": not ends}
+        own |= {"n_predict": workload.max_new_tokens, "return_tokens": True, "timings_per_token": True}
+    elif kind == "openai":
+        own |= {"top_k": workload.top_k} if workload.top_k else {}
+    else:
+        own |= {"min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": False}
+        own |= {"return_token_ids": True, "top_k": workload.top_k or -1}
     if kind == "sglang":
         own |= {"return_spec_tokens_details": True, "no_stop_trim": True}
-    return {**common, **stops, **neutral, **own}
+    return {**common, **own}
+
+
+def log_probs_of(kind: Kind, count: int) -> Body:
+    """What is added to a request for the log-probabilities of its tokens and of the `count` largest at each place."""
+    if kind == "llamacpp":
+        return {"n_probs": count}
+    return {"logprobs": count} | ({"return_tokens_as_token_ids": True} if kind == "vllm" else {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +106,7 @@ def read(answer: Answer, encode: Encode) -> Completion:
     if not gives_ids:
         token_ids = list(encode("".join(texts)))
     counted = next((usage.get("completion_tokens") for usage in _found(answer, "usage")), None)
+    counted = answer.last.get("tokens_predicted", counted)  # llama.cpp's own
     if counted is None and not gives_ids:
         raise EngineError("the server gives neither token ids nor a count of tokens: neither can be checked")
     if counted is not None and counted != len(token_ids):
@@ -113,26 +123,28 @@ def rounds_of(completion: Completion) -> Rounds | None:
     answer = completion.answer
     for metrics in _found(answer, "metrics"):
         if record := metrics.get("speculative_decoding"):
-            return _with_plain(completion, _of_vllm(record))
+            return _with_plain(completion, _of_vllm(record), past_end=True)
     for extension in _found(answer, "sglext"):
         if record := extension.get("spec_tokens_details"):
-            return _with_plain(completion, _of_sglang(record))
+            return _with_plain(completion, _of_sglang(record), past_end=True)
     timings = [event["timings"] for event in answer.events if isinstance(event.get("timings"), dict)]
     if any("draft_n" in one for one in timings):
-        return _with_plain(completion, _of_llamacpp(timings))
+        return _with_plain(completion, _of_llamacpp(timings), past_end=False)
     return None
 
 
-def rounds_between(completion: Completion, counted: Counters) -> Rounds | None:
+def rounds_between(completion: Completion, counted: Counters, *, past_end: bool) -> Rounds | None:
     """The rounds of a request that had the server for itself, from the difference of its counters.
 
-    None where rounds drafted unequally many tokens: then the counters do not say which accepted how many.
+    `past_end` as in `Properties`. None where rounds drafted unequally many tokens: then the counters do not say which
+    accepted how many.
     """
     if counted.num_drafts <= 0 or counted.num_draft_tokens % counted.num_drafts:
         return None
     length = counted.num_draft_tokens // counted.num_drafts
     reached = (counted.num_drafts, *counted.accepted_by_position, *[0] * (length + 1))
-    return _with_plain(completion, [((length, kept), reached[kept] - reached[kept + 1]) for kept in range(length + 1)])
+    found = [((length, kept), reached[kept] - reached[kept + 1]) for kept in range(length + 1)]
+    return _with_plain(completion, found, past_end=past_end)
 
 
 @_as_expected()
@@ -177,6 +189,9 @@ def _choices(answer: Answer) -> Iterator[tuple[float, Mapping[str, Any]]]:
     for at_s, event in answer.chunks:
         for choice in event.get("choices") or ():
             yield at_s, choice
+        if "content" in event:  # llama.cpp's own
+            given = {"content": event.get("completion_probabilities")}
+            yield at_s, {"token_ids": event.get("tokens"), "text": event["content"], "logprobs": given}
 
 
 def _found(answer: Answer, name: str) -> Iterator[Mapping[str, Any]]:
@@ -214,14 +229,14 @@ def _of_llamacpp(timings: Sequence[Mapping[str, Any]]) -> Counted:
     return [(pair, 1) for pair in rounds if pair[0] > 0]
 
 
-def _with_plain(completion: Completion, counted: Counted) -> Rounds:
+def _with_plain(completion: Completion, counted: Counted, *, past_end: bool) -> Rounds:
     """Adds the rounds that proposed nothing: what is left of the output; the last round may reach past its end."""
     rounds: Counter[tuple[int, int]] = Counter()
     for pair, count in counted:
         rounds[pair] += count
     by_drafts = sum((accepted + 1) * count for (_, accepted), count in rounds.items())
     least = max(0, len(completion.token_ids) - 1 - by_drafts)
-    if all(num_tokens for _, num_tokens in completion.arrivals):  # then an event is a round, unless some came together
+    if past_end and all(num_tokens for _, num_tokens in completion.arrivals):  # an event is a round, or a few of them
         most = least + max((accepted for _, accepted in rounds), default=0)
         least = min(max(len(completion.arrivals) - 1 - rounds.total(), least), most)
     rounds[(0, 0)] = least

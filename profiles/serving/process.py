@@ -52,7 +52,7 @@ class Process:
         variables = {**os.environ, **(environment or {})}
         if shutil.which(command[0], path=variables.get("PATH")) is None:
             raise InputError(f"command {command[0]!r}: there is no such program, or it may not be run")
-        self.name = Path(command[0]).name
+        self.name = _name(command)
         self.log_path = log_path
         reading, lifeline = os.pipe()
         try:
@@ -124,6 +124,13 @@ class Process:
         self.stop()
 
 
+def _name(command: Sequence[str]) -> str:
+    """What people call it: the program, or the module or script that Python runs."""
+    words = [word for word in command if word not in ("-P", "-m", "-u")]
+    named = words[1] if len(words) > 1 and Path(words[0]).name.startswith("python") else words[0]
+    return Path(named).name.rpartition("profiles.serving.")[2]
+
+
 @contextlib.contextmanager
 def _opened(log_path: Path) -> Iterator[Any]:
     try:
@@ -136,6 +143,8 @@ def _opened(log_path: Path) -> Iterator[Any]:
 
 
 def _end(popen: subprocess.Popen[bytes], lifeline: int, graces_s: float) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        os.write(lifeline, b".")  # a process that was forked off this one may hold the pipe open
     os.close(lifeline)
     try:
         popen.wait(graces_s + 10 * keeper.LEFTOVER_GRACE_S)

@@ -42,7 +42,7 @@ from profiles.terms import (
     digest_of,
 )
 
-LEAST_ROUNDS = 7
+NUM_LOADS, ROUNDS_OF_A_LOAD = 7, 28  # of which a plain round's seconds are taken
 PATTERN = "The quick brown fox jumps over the lazy dog and runs on. "
 _PREFIXES = {"vllm": metrics.VLLM, "llamacpp": metrics.LLAMA_CPP}
 _VERSIONS = (("/version", "version"), ("/server_info", "version"), ("/props", "build_info"))
@@ -72,7 +72,7 @@ class ServerEngine:
         return Properties(
             name="server",
             times="rounds",
-            past_end=kind != "llamacpp",
+            past_end=self._past_end,
             pads=False,
             num_drafts="rounds that proposed",
             draft_kinds=("model", "ngram", "native"),
@@ -111,8 +111,7 @@ class ServerEngine:
         """One plain run with the two largest log-probabilities of every token."""
         alone = replace(workload, batch_size=1)
         _check(alone, (prompt,))
-        more = {"logprobs": 2} | ({"return_tokens_as_token_ids": True} if self._launch.kind == "vllm" else {})
-        [run] = self._drive(PLAIN, alone, (prompt,), more)
+        [run] = self._drive(PLAIN, alone, (prompt,), openai.log_probs_of(self._launch.kind, 2))
         return openai.trace_of(prompt, run, workload.end_token_ids)
 
     def trace_draft(
@@ -127,13 +126,10 @@ class ServerEngine:
         raise InputError(f"draft {draft.name}: a server does not tell its acceptance over a text; it is run instead")
 
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:  # noqa: ARG002
-        """Plain rounds of a full batch, by the gaps in the stream of the request that started last."""
+        """Plain rounds of a full batch, a mean for each of seven loads."""
         asked, rows = self._synthetic(workload, context_length)
         self._warm_up(PLAIN, asked, rows)
-        runs, disturbed = quietest(lambda: self._drive(PLAIN, asked, rows))
-        samples_s = _full_rounds(runs)
-        if len(samples_s) < LEAST_ROUNDS:
-            raise EngineError(f"{len(samples_s)} rounds of all {len(rows)} rows were seen: {LEAST_ROUNDS} are needed")
+        samples_s, disturbed = quietest(lambda: self._plain_rounds(asked, rows))
         times = StepTimes(
             part_digest=self._target.run_digest,
             batch_size=workload.batch_size,
@@ -150,21 +146,28 @@ class ServerEngine:
         setups: tuple[Setup, ...],
         occasion: str,  # noqa: ARG002 -- a key of stored evidence
     ) -> tuple[Sample, ...]:
-        """The queue through each setup's server in turn; all of it again while the machine is disturbed."""
+        """The queue through each setup's server in turn, again while the machine is disturbed."""
         _check(workload, prompts)
-        for setup in dict.fromkeys(setups):
-            self._warm_up(setup, workload, prompts)
+        queues, disturbed = [], []
+        for setup in setups:
             self._check_sampling(setup, workload, prompts)
-        queues, disturbed = quietest(lambda: [self._queue(setup, workload, prompts) for setup in setups])
+            self._warm_up(setup, workload, prompts)
+            queue, was_disturbed = quietest(functools.partial(self._queue, setup, workload, prompts))
+            queues.append(queue)
+            disturbed.append(was_disturbed)
         for number, prompt in enumerate(prompts if workload.temperature == 0.0 else ()):
             outputs = [queue[number][0].token_ids for queue in queues]
             trace = functools.partial(self.trace_target, workload, prompt)
             check_partings(self._target, setups, outputs, trace)
         return tuple(
-            replace(_sample(setup, prompts, queue, number), disturbed=disturbed)
-            for setup, queue in zip(setups, queues, strict=True)
+            replace(_sample(setup, prompts, queue, number), disturbed=was_disturbed)
+            for setup, queue, was_disturbed in zip(setups, queues, disturbed, strict=True)
             for number in range(len(prompts))
         )
+
+    @property
+    def _past_end(self) -> bool:
+        return self._launch.kind != "llamacpp"
 
     def close(self) -> None:
         """Stops every server that was started here; safe to call again."""
@@ -204,7 +207,8 @@ class ServerEngine:
             with server.watched():
                 name = _served_model(server.url)
                 bodies = [{**openai.body_of(self._launch.kind, name, workload, prompt), **more} for prompt in prompts]
-                answers = drive(server.url, openai.PATH, bodies, workload.batch_size, self._launch.silent_s)
+                path = openai.PATHS.get(self._launch.kind, openai.PATH)
+                answers = drive(server.url, path, bodies, workload.batch_size, self._launch.silent_s)
         except EngineError:
             self._fleet.stop(setup)
             raise
@@ -228,7 +232,7 @@ class ServerEngine:
             [run] = self._drive(setup, workload, (prompt,))
             rounds = openai.rounds_of(run)
             if rounds is None and before is not None and (after := self._counters(setup, prefix)) is not None:
-                rounds = openai.rounds_between(run, after - before)
+                rounds = openai.rounds_between(run, after - before, past_end=self._past_end)
             found.append((run, rounds))
         return found
 
@@ -241,11 +245,24 @@ class ServerEngine:
         if setup.draft is None or workload.temperature == 0.0 or len(prompts) < 2 or law in self._sampled_well:
             return
         means = [
-            [openai.mean_log_prob(run) for run in self._drive(one, workload, prompts, {"logprobs": 1})]
+            [
+                openai.mean_log_prob(run)
+                for run in self._drive(one, workload, prompts, openai.log_probs_of(self._launch.kind, 1))
+            ]
             for one in (setup, PLAIN)
         ]
         check_means(f"server with {setup.name}", *means)
         self._sampled_well.add(law)
+
+    def _plain_rounds(self, workload: Workload, rows: Sequence[Prompt]) -> tuple[float, ...]:
+        """Seconds, a mean for each load. Raises EngineError: in too few of them all rows were in flight together."""
+        samples_s: list[float] = []
+        for _ in range(2 * NUM_LOADS):
+            round_s = _round_s(self._drive(PLAIN, workload, rows))
+            samples_s += [] if round_s is None else [round_s]
+            if len(samples_s) == NUM_LOADS:
+                return tuple(samples_s)
+        raise EngineError(f"of {2 * NUM_LOADS} loads of {len(rows)} requests, {len(samples_s)} were decoded together")
 
     def _counters(self, setup: Setup, prefix: str) -> metrics.Counters | None:
         """None where the server publishes none: rounds are then not known."""
@@ -257,7 +274,7 @@ class ServerEngine:
     def _synthetic(self, workload: Workload, context_length: int) -> tuple[Workload, tuple[Prompt, ...]]:
         """A load whose rows have `context_length` tokens halfway; long enough for rows that start one after another."""
         size = workload.batch_size
-        num_new = 4 * LEAST_ROUNDS + size
+        num_new = ROUNDS_OF_A_LOAD + size
         length = max(1, min(context_length + num_new // 2, workload.context_length) - num_new)
         pattern = list(self._encode(PATTERN))
         rows = tuple(
@@ -289,13 +306,17 @@ def _sample(setup: Setup, prompts: Sequence[Prompt], queue: Sequence[Counted], n
     )
 
 
-def _full_rounds(runs: Sequence[Completion]) -> tuple[float, ...]:
-    """Seconds between the tokens of the row that started last, while all rows were in flight."""
-    last = max(runs, key=lambda run: run.first_s)
+def _round_s(runs: Sequence[Completion]) -> float | None:
+    """Seconds a token of the row that started last, while all rows were in flight; a mean, for events come in bursts.
+
+    None where they never were.
+    """
     until_s = min(run.last_s for run in runs)
-    pairs = itertools.pairwise(last.arrivals)
-    gaps = ((now_s - then_s) for (then_s, _), (now_s, num_tokens) in pairs if now_s <= until_s and num_tokens <= 1)
-    return tuple(gap_s for gap_s in gaps if gap_s > 0.0)
+    last = max(runs, key=lambda run: run.first_s)
+    seen = [(at_s, num_tokens or 1) for at_s, num_tokens in last.arrivals if at_s <= until_s]
+    if len(seen) < 2 or seen[-1][0] <= seen[0][0]:
+        return None
+    return (seen[-1][0] - seen[0][0]) / sum(num_tokens for _, num_tokens in seen[1:])
 
 
 def _check(workload: Workload, prompts: Sequence[Prompt]) -> None:

@@ -5,10 +5,10 @@ speculation length and the n-gram window change within an engine. Whole rounds a
 """
 
 import functools
+import itertools
 import json
 import math
 import os
-import random
 import statistics
 import tempfile
 from collections import Counter
@@ -37,6 +37,7 @@ from profiles.serving.vllm_engines import (
     sampling_of,
     start_arguments,
 )
+from profiles.serving.vllm_rounds import Visit, in_turn, question, visits
 from profiles.terms import (
     PLAIN,
     Acceptance,
@@ -55,8 +56,7 @@ from profiles.terms import (
 
 NAME = "vllm"
 LAST_WRONG_ON_CPU = Version("0.33.0")  # the last CPU build whose kernel was read, and is as the one seen to be wrong
-CYCLES, ROUNDS = 4, 3  # so many visits to every draft and length, of so many full rounds each
-PATTERN = 97  # token ids of a text that repeats
+SAMPLED_TEXTS = 16
 WIDEST_GAP = 100.0  # stands for a second choice that top-k or top-p left out
 
 
@@ -74,6 +74,7 @@ class VllmEngine:
         self._num_tokens = 0  # of a sequence, which the engines alive have room for
         self._in_place = True
         self._environment: Environment | None = None
+        self._trusted: set[tuple[str, str]] = set()  # (draft, law of sampling)
         self._fleet: Fleet[Kind, Child] = Fleet(self._start, self._options.max_alive)
         with self._child() as child:
             version, self._torch = child.facts.get("vllm"), str(child.facts.get("torch"))
@@ -184,6 +185,7 @@ class VllmEngine:
             self._check(workload, prompts, setup)
         for setup in setups:
             self._warm_up(workload, prompts, setup)
+            self._trust(workload, prompts, setup)
         runs, disturbed = quietest(lambda: [self._decode(workload, prompts, setup) for setup in setups], self._gpus)
         if workload.temperature == 0.0:
             for prompt, own in zip(prompts, zip(*runs, strict=True), strict=True):
@@ -196,29 +198,21 @@ class VllmEngine:
         )
 
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
-        """Plain rounds, and rounds of every traced draft at every length, visited in turn.
-
-        Rows of a look-up hold one text, so that all of them find what they draft from.
-        """
-        units = [(self._target.run_digest, PLAIN, 0)]
-        for draft in self._drafts:
-            if draft.kind in self.properties.traced_kinds:
-                units += [(draft.digest, Setup(draft=draft, length=k), k) for k in range(1, max_length + 1)]
-            if draft.kind == "ngram":
-                units.append((draft.digest, Setup(draft=draft, length=1), 0))
+        """Whole rounds: of plain decoding, and of every traced draft at every length."""
+        traced = [draft for draft in self._drafts if draft.kind in self.properties.traced_kinds]
+        asked = visits(self._target, traced, max_length)
         at_context = replace(workload, context_length=context_length)
 
         def visit_all() -> dict[str, dict[int, list[float]]]:
             times: dict[str, dict[int, list[float]]] = {}
-            shuffled = random.Random(0)
-            for _ in range(CYCLES):
-                for part, setup, drafted in shuffled.sample(units, len(units)):
-                    seconds = self._rounds(at_context, setup, drafted)
-                    times.setdefault(part, {}).setdefault(1 + drafted, []).extend(seconds)
+            for visit in in_turn(self._target, asked):
+                seconds = self._rounds(at_context, visit)
+                times.setdefault(visit.part, {}).setdefault(1 + visit.drafted, []).extend(seconds)
             return times
 
-        for _, setup, drafted in units[:1] + [unit for unit in units if unit[1].length == 1]:
-            self._rounds(at_context, setup, drafted)  # engines are started, and warm, before anything counts
+        for visit in asked:
+            if visit.setup.length <= 1:
+                self._rounds(at_context, visit)  # engines are started, and warm, before anything counts
         times, disturbed = quietest(visit_all, self._gpus)
         return {
             part: StepTimes(
@@ -232,7 +226,7 @@ class VllmEngine:
         }
 
     def check_sampling(self, workload: Workload, prompts: tuple[Prompt, ...], setup: Setup) -> None:
-        """Compares what a draft makes of sampling with plain sampling, over at least two prompts.
+        """Compares what a draft makes of sampling with plain sampling, over some texts of these prompts.
 
         Raises EngineError when the target's mean log-probabilities of the two disagree beyond chance.
         """
@@ -308,6 +302,15 @@ class VllmEngine:
             self._decode(workload, prompts[: workload.batch_size], setup)
             child.warm.add((setup.digest, workload.batch_size))
 
+    def _trust(self, workload: Workload, prompts: tuple[Prompt, ...], setup: Setup) -> None:
+        """Sampling with a draft is believed once it was compared, for each draft and law."""
+        if setup.draft is None or workload.temperature == 0.0:
+            return
+        law = setup.draft.digest, workload.sampling_digest
+        if law not in self._trusted:
+            self.check_sampling(workload, prompts, setup)
+            self._trusted.add(law)
+
     def _decode(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> list[dict[str, Any]]:
         """The queue decoded with a setup: a record of the worker's for each prompt."""
         queue = [prompt.token_ids for prompt in prompts]
@@ -333,27 +336,24 @@ class VllmEngine:
         return [*scores, (best if is_best else math.nan, 1 if is_best else 2, best)]
 
     def _log_probs(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> list[float]:
-        """The target's mean log-probability of what the setup emits, by prompt."""
-        runs = self._decode(workload, prompts, setup)
-        plain = self._drafting(workload, PLAIN)
-        scores = [self._scores(plain, prompt, run["token_ids"]) for prompt, run in zip(prompts, runs, strict=True)]
-        return [statistics.fmean(own for own, _, _ in one[:-1]) for one in scores]
+        """The target's mean log-probability of what the setup emits, by text, each with its own seed.
 
-    def _rounds(self, workload: Workload, setup: Setup, drafted: int) -> list[float]:
-        """Seconds of full rounds that drafted so many tokens, about the workload's context."""
-        child = self._drafting(workload, setup)
-        looks_up = setup.draft is not None and setup.draft.kind == "ngram"
-        growth = (setup.length + 1) * (ROUNDS + 2) * (3 if looks_up else 1)
-        room = child.facts["num_tokens"] - growth - 2 * (setup.length + 1)
-        size = max(2, min(workload.context_length - growth // 2, room))
-        if looks_up:
-            assert setup.draft is not None
-            window = [1, setup.draft.max_match] if drafted else [size - 1, size - 1]
-            child.ask("use", self._options.timeout_s, window=window)
-        shift = 0 if looks_up else 7
-        rows = [[(row * shift + place) % PATTERN for place in range(size)] for row in range(workload.batch_size)]
-        sampling = sampling_of(workload) | {"max_tokens": growth, "stop_token_ids": []}
-        asked = {"prompts": rows, "count": ROUNDS, "drafted": drafted, "sampling": sampling}
+        NaN for a text of one token.
+        """
+        law, child = sampling_of(workload), self._drafting(workload, setup)
+        texts: list[tuple[Prompt, list[int]]] = []
+        for seed, prompt in zip(range(SAMPLED_TEXTS), itertools.cycle(prompts), strict=False):
+            [run] = self._run(child, [prompt.token_ids], 1, law | {"seed": workload.seed + seed})
+            texts.append((prompt, run["token_ids"]))
+        plain = self._drafting(workload, PLAIN)
+        scores = [self._scores(plain, prompt, emitted) for prompt, emitted in texts]
+        return [statistics.fmean([own for own, _, _ in one[:-1]] or [math.nan]) for one in scores]
+
+    def _rounds(self, workload: Workload, visit: Visit) -> list[float]:
+        """Seconds of a visit's rounds."""
+        child = self._drafting(workload, visit.setup)
+        asked = question(visit, workload, child.facts["num_tokens"])
+        child.ask("use", self._options.timeout_s, window=asked.pop("window"))
         return list(child.ask("rounds", self._options.timeout_s, **asked)["seconds"])
 
     def _check(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
@@ -371,12 +371,10 @@ class VllmEngine:
         if (objection := self.properties.objection(workload, drafting=setup.draft is not None)) is not None:
             raise InputError(objection)
         models.check_prompts(workload, prompts)
-        names = [self._target.name]
-        if setup.draft is not None and setup.draft.model is not None:
-            names.append(setup.draft.model.name)
-        for name in names:
-            most = num_positions(sources.find(name))
-            models.check_positions((name, most), context_length=workload.context_length, max_length=setup.length)
+        for model in (self._target, None if setup.draft is None else setup.draft.model):
+            if model is not None:
+                places = model.name, num_positions(sources.find(model.name))
+                models.check_positions(places, context_length=workload.context_length, max_length=setup.length)
 
     def _known(self, draft: Draft) -> None:
         if draft not in self._drafts:

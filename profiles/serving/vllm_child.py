@@ -6,9 +6,11 @@ Knows the worker's lines (`vllm_worker.py`), not what is measured with it.
 import contextlib
 import json
 import queue
+import shutil
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,8 +37,9 @@ class Child:
     """
 
     def __init__(self, python: str, log_path: Path, *, worker: Path = WORKER) -> None:
-        self._scratch = tempfile.TemporaryDirectory(prefix="draftpick-vllm-")  # torch leaves a file behind per engine
-        variables = {**ENVIRONMENT, "TMPDIR": self._scratch.name}
+        scratch = tempfile.mkdtemp(prefix="draftpick-vllm-")  # an engine leaves a file behind
+        self._clean_up = weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
+        variables = {**ENVIRONMENT, "TMPDIR": scratch}
         self._process = Process([python, "-P", str(worker)], log_path, environment=variables, piped=True)
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
@@ -69,7 +72,7 @@ class Child:
 
     def _end(self) -> None:
         self._process.stop()
-        self._scratch.cleanup()
+        self._clean_up()
 
     def _listen(self, stdout: Any) -> None:
         with contextlib.suppress(OSError, ValueError):  # the pipe is closed when the process is stopped
@@ -82,11 +85,14 @@ class Child:
             line = self._lines.get(timeout=timeout_s)
         except queue.Empty:
             self._end()
-            raise self._process.failure(f"vLLM did not answer {command!r} within {timeout_s:g} s") from None
+            raise self._process.failure(f"with vLLM did not answer {command!r} within {timeout_s:g} s") from None
+        except BaseException:  # Ctrl-C: the answer that is still to come must not be taken for another's
+            self._end()
+            raise
         if not line:
             self._process.wait(DEATH_S)
             self._end()
-            raise self._process.failure(f"vLLM ended during {command!r}")
+            raise self._process.failure()
         answer = _decoded(line)
         if answer is None:
             self._end()

@@ -1,7 +1,7 @@
 """Makes the environment that runs vLLM on the processor: `python -m tests.lanes.vllm_env`.
 
-A virtual environment beside the other lanes (3 GB): the CPU build asks for packages for sound and pictures, which text
-needs none of, and for a Triton that has no CPU backend, so its needs are installed from its own list without these.
+A virtual environment beside the other lanes (2.4 GB): the CPU build asks for packages for sound and pictures, which
+text needs none of, so its needs are installed from its own list without these.
 """
 
 import shutil
@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from tests.lanes.install import call_it_for_cpus
 from tests.lanes.places import RUNNING, Lane
 
-LEFT_OUT = {"torch", "torchaudio", "torchvision", "torchcodec", "triton"}
+LEFT_OUT = {"torch", "torchaudio", "torchvision", "torchcodec"}
 
 
 def needs_of(wheel: Path) -> list[str]:
@@ -44,6 +44,7 @@ def make(lane: Lane) -> float:
     wheel = next(wheels.glob("*.whl"))
     subprocess.run([*pip, "install", "--quiet", *lane.needs, *needs_of(wheel)], check=True)
     subprocess.run([*pip, "install", "--quiet", "--no-deps", str(wheel)], check=True)
+    subprocess.run([*pip, "uninstall", "--quiet", "--yes", "triton"], check=True)  # a need of a need; has no CPU part
     shutil.rmtree(wheels)
     call_it_for_cpus(next(lane.folder.glob("lib/python*/site-packages")), lane.version)
     lane.mark()
