@@ -228,9 +228,8 @@ class TestRounds:
         for sample, trace, one in zip(samples[len(queue) :], traces, kept, strict=True):
             assert dict(sample.rounds) == dict(walk(trace, one, 3, NEW_TOKENS).rounds)
         assert any(sample.refills for sample in samples)
-        plain = samples[0]
-        assert dict(plain.rounds) == {(0, 0): plain.output_tokens - 1}
-        assert dict(plain.shapes) == {(1, 0, 0): plain.output_tokens - 1}
+        size = samples[0].output_tokens
+        assert (dict(samples[0].rounds), dict(samples[0].shapes)) == ({(0, 0): size - 1}, {(1, 0, 0): size - 1})
         assert all(sample.ttft_s > 0.0 and sample.decode_s > 0.0 for sample in samples)
 
     def test_sampled(self, engine: LlamaCppEngine, workload: Workload, queue: tuple[Prompt, ...]) -> None:
