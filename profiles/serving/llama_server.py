@@ -18,8 +18,8 @@ PROGRAM = 12  # the place of `llama-server` in llama.cpp's list of programs
 REFUSED = 2
 
 
-def parse(words: list[str]) -> Any:
-    """The record that llama.cpp reads from `words`; ends the process where it refuses them."""
+def parse(words: list[str]) -> tuple[Any, bool]:
+    """The record that llama.cpp reads from `words`, and whether it took them; for some it ends the process instead."""
     import xllamacpp
 
     library = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("*.so"))))
@@ -35,21 +35,22 @@ def parse(words: list[str]) -> Any:
     record = xllamacpp.CommonParams()
     given = ["llama-server", *words]
     array = (ctypes.c_char_p * (len(given) + 1))(*[word.encode() for word in given], None)
-    if not function(len(given), array, id(record) + OBJECT_HEAD, PROGRAM, None):
-        _end(REFUSED, "error: llama.cpp refused the arguments")
-    if "-m" in words and record.model.path != words[words.index("-m") + 1]:
-        _end(REFUSED, "error: this build of xllamacpp keeps its arguments elsewhere; use a llama-server binary")
-    return record
+    return record, bool(function(len(given), array, id(record) + OBJECT_HEAD, PROGRAM, None))
 
 
 def main(words: list[str]) -> None:
     """Serves until SIGINT or SIGTERM."""
     import xllamacpp
 
+    record, taken = parse(words)
+    if not taken:
+        _end(REFUSED, "error: llama.cpp refused the arguments")
+    if "-m" in words and record.model.path != words[words.index("-m") + 1]:
+        _end(REFUSED, "error: this build of xllamacpp keeps its arguments elsewhere; use a llama-server binary")
     signals = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # before the server's threads, which inherit it
     try:
-        server = xllamacpp.Server(parse(words))
+        server = xllamacpp.Server(record)
     except Exception as error:  # whatever the binding makes of what llama.cpp throws
         _end(1, f"error: {' '.join(str(error).split())}")
     sys.stderr.write(f"listening on {server.listening_address}\n")

@@ -51,6 +51,11 @@ class LlamaServer:
     def url(self) -> str:
         return self.server.url
 
+    @property
+    def last_words(self) -> str:
+        """What its log says of an error; empty where it says nothing, or where somebody else keeps the log."""
+        return self.server.process.last_words() if isinstance(self.server, Server) else ""
+
     def stop(self) -> None:
         """Ends it; safe to call again."""
         self.server.stop()

@@ -205,7 +205,7 @@ class LlamaCppEngine:
         outputs = [server.tokens_of(*pair) for pair in zip(bodies, runs, strict=True)]
         for run, token_ids in zip(runs, outputs, strict=True):
             self._check_end(workload, run, token_ids)
-        self._check_drafted(setup, runs)
+        self._check_drafted(setup, runs, server)
         return runs, outputs
 
     def _rounds(self, asked: llama_rounds.Timed, shape: llama_rounds.Shape, workload: Workload) -> list[float]:
@@ -272,8 +272,8 @@ class LlamaCppEngine:
         if run.stopped_at_end and token_ids[-1] not in ends:
             raise EngineError(f"llama.cpp ended at token {token_ids[-1]}: the workload's end tokens are {sorted(ends)}")
 
-    def _check_drafted(self, setup: Setup, runs: Sequence[Generated]) -> None:
+    def _check_drafted(self, setup: Setup, runs: Sequence[Generated], server: LlamaServer) -> None:
         """Raises EngineError: a draft model that never drafted; llama.cpp goes on without one it cannot use."""
         could = setup.draft is not None and setup.draft.kind == "model" and any(run.num_tokens > 2 for run in runs)
         if could and not any(step.proposed for run in runs for step in run.steps):
-            raise EngineError(f"{setup.name}: llama.cpp drafted nothing, as it does with a draft that it cannot use")
+            raise EngineError(f"{setup.name}: llama.cpp drafted nothing: {server.last_words or 'it does not say why'}")
