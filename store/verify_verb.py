@@ -81,6 +81,7 @@ def _measure(deployment: "Deployment", emitted: tuple[Setup, list[str]], asked: 
     from tuner import verify as verifying
 
     choice, (setup, words) = deployment.choice, emitted
+    assert setup.draft is not None  # plain decoding is never emitted
     place = opening.Place(
         engine="server",
         kind=asked.form,
