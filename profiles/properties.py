@@ -6,7 +6,7 @@ Knows records only; every adapter states its own.
 from dataclasses import dataclass
 from typing import Literal
 
-from profiles.terms import DraftKind, Workload
+from profiles.terms import DraftKind, Setup, Workload
 
 Times = Literal["steps", "rounds"]
 Change = Literal["in place", "restart"]
@@ -21,7 +21,8 @@ class Properties:
     what the widest does. `num_drafts`: what the engine's own counter of drafts counts. `traced_kinds`: drafts whose
     acceptance it tells over a trace; other kinds are really run at every length. `keeps_history`: methods whose pool
     outlives a request, so that runs depend on what ran before. `sampled_objection`: why sampled speculation is not to
-    be trusted in this version, None where it is. `origin`: whose arithmetic traces are; empty is our own engine's.
+    be trusted in this version, None where it is. `drops_short`: a look-up drafts nothing where it may not draft as many
+    tokens as its match has. `origin`: whose arithmetic traces are; empty is our own engine's.
     """
 
     name: str
@@ -34,7 +35,15 @@ class Properties:
     length_change: Change
     keeps_history: tuple[str, ...] = ()
     sampled_objection: str | None = None
+    drops_short: bool = False
     origin: str = ""
+
+    def drafts_with(self, setup: Setup) -> bool:
+        """Whether a setup can propose anything at all."""
+        draft = setup.draft
+        if draft is None or draft.min_match is None or not self.drops_short:
+            return draft is not None
+        return setup.length >= draft.min_match
 
     def objection(self, workload: Workload, *, drafting: bool) -> str | None:
         """Why a workload cannot be run here, or None."""

@@ -146,8 +146,8 @@ def test_sampled_text_must_be_the_target_s(tmp_path: Path, skewed: bool) -> None
 
 def test_what_it_says_of_itself(engine: ServerEngine) -> None:
     """The server's version and how it was started are in the environment; drafts are run, not traced."""
-    assert (engine.environment.engine, engine.environment.engine_version) == ("server", VERSION)
-    assert json.loads(engine.environment.engine_options or "")["kind"] == "vllm"
+    assert (engine.environment.engine, engine.environment.engine_version) == ("vllm", VERSION)
+    assert "{port}" in json.loads(engine.environment.engine_options or "")["served by"]
     assert engine.properties.traced_kinds == ()
     with pytest.raises(InputError, match="it is run instead"):
         engine.trace_draft(WORKLOAD, PROMPTS[0], engine.trace_target(WORKLOAD, PROMPTS[0]), NGRAM, 4)

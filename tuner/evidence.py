@@ -70,7 +70,10 @@ class Evidence:
 
     def can_tell(self, setup: Setup) -> bool:
         """Whether a forecast can be made: of a draft that was only run, for the lengths that it ran at."""
-        return setup.draft is None or self.traces_of(setup.draft) or setup in {own for own, _ in self.calibration}
+        if setup.draft is None:
+            return True
+        ran = self.traces_of(setup.draft) or setup in {own for own, _ in self.calibration}
+        return ran and self.properties.drafts_with(setup)
 
     def acceptance(self, draft: Draft, prompt: Traced) -> Replayed:
         """How a draft did on a prompt's trace. Raises NotMeasuredError when a part was not measured."""
@@ -190,6 +193,11 @@ class _Tracing:
             if failed_parts.intersection(part.digest for part in draft.parts):
                 continue  # a composite of what failed already, which is said once
             parts = draft.parts if draft.kind in kinds else ()
+            longest = Setup(draft=draft, length=max_length)
+            if not self._engine.properties.drafts_with(longest):
+                detail = f"{self._engine.properties.name} drafts nothing with it at lengths up to {max_length}"
+                self.infeasible.append(Infeasible(setup=longest, reason="InputError", detail=detail))
+                continue
             try:
                 for done, (prompt, part) in enumerate(itertools.product(prompts, parts)):
                     place = number * len(prompts) + done // len(parts)
@@ -197,8 +205,7 @@ class _Tracing:
                 usable.append(draft)
             except EngineError as error:
                 failed_parts.add(part.digest)
-                setup = Setup(draft=draft, length=max_length)
-                self.infeasible.append(Infeasible(setup=setup, reason=type(error).__name__, detail=str(error)))
+                self.infeasible.append(Infeasible(setup=longest, reason=type(error).__name__, detail=str(error)))
         return usable
 
     def _trace(self, prompt: Prompt, part: Draft, max_length: int, place: tuple[int, int]) -> None:
@@ -227,7 +234,7 @@ class _Calibration:
         is tried alone, so that the one at fault is found and the rest goes on. Raises EngineError when plain decoding
         fails.
         """
-        by_draft = {draft: [Setup(draft=draft, length=k) for k in calibration_lengths(lengths)] for draft in drafts}
+        by_draft = {draft: self._calibrated(draft, lengths) for draft in drafts}
         for number in range(len(self._queues)):
             self._progress("calibration", number, len(self._queues))
             try:
@@ -237,6 +244,11 @@ class _Calibration:
                 for draft, own in list(by_draft.items()):
                     if not self._try(number, tuple(own)):
                         del by_draft[draft]
+
+    def _calibrated(self, draft: Draft, lengths: Sequence[int]) -> list[Setup]:
+        asked = [Setup(draft=draft, length=k) for k in lengths]
+        drafting = [setup.length for setup in asked if self._engine.properties.drafts_with(setup)]
+        return [Setup(draft=draft, length=k) for k in calibration_lengths(drafting)]
 
     def run_alone(self, setups: Sequence[Setup]) -> None:
         """Each setup beside plain decoding, one after another: an engine may have to start anew for every one."""

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
+from profiles.clock import quietest
 from profiles.environment import fingerprint
 from profiles.errors import EngineError, InputError
 from profiles.models import Described
@@ -71,6 +72,7 @@ class LlamaCppEngine:
             traced_kinds=("model", "ngram"),
             length_change="restart",
             keeps_history=KEEPS_HISTORY,
+            drops_short=True,
             origin=f"{NAME} {self._program.version} {self._file.float_type}",
         )
 
@@ -159,7 +161,10 @@ class LlamaCppEngine:
             context_length=context_length,
             most_tokens=min(workload.context_length + SPARE_TOKENS, self._target.max_positions),
         )
-        return llama_rounds.time_plan(plan, shape, lambda asked: self._rounds(asked, shape, workload))
+        times, disturbed = quietest(
+            lambda: llama_rounds.time_plan(plan, shape, lambda asked: self._rounds(asked, shape, workload))
+        )
+        return {part: replace(rounds, disturbed=disturbed) for part, rounds in times.items()}
 
     def run_together(
         self,
@@ -171,14 +176,15 @@ class LlamaCppEngine:
         """Timed runs, one setup after another; a server whose drafts remember earlier requests is started anew."""
         for setup in setups:
             self._check(workload, prompts, setup)
-        queues = [self._run(workload, prompts, setup) for setup in setups]
+        found = [quietest(functools.partial(self._run, workload, prompts, setup)) for setup in setups]
+        queues = [queue for queue, _ in found]
         if workload.temperature == 0.0:
             for number, prompt in enumerate(prompts):
                 outputs = [outputs[number] for _, outputs in queues]
                 check_partings(self.target, setups, outputs, functools.partial(self.trace_target, workload, prompt))
         return tuple(
-            llama_answers.sample_of(setup, prompt, number, runs, outputs[number])
-            for setup, (runs, outputs) in zip(setups, queues, strict=True)
+            replace(llama_answers.sample_of(setup, prompt, number, runs, outputs[number]), disturbed=disturbed)
+            for setup, ((runs, outputs), disturbed) in zip(setups, found, strict=True)
             for number, prompt in enumerate(prompts)
         )
 
