@@ -5,6 +5,7 @@ Knows the worker's lines (`vllm_worker.py`), not what is measured with it.
 
 import contextlib
 import json
+import os
 import queue
 import shutil
 import sys
@@ -14,6 +15,8 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from platformdirs import user_cache_dir
 
 from profiles.errors import EngineError, OutOfMemoryError
 from profiles.serving.log import one_line
@@ -39,7 +42,8 @@ class Child:
     def __init__(self, python: str, log_path: Path, *, worker: Path = WORKER) -> None:
         scratch = tempfile.mkdtemp(prefix="draftpick-vllm-")  # an engine leaves a file behind
         self._clean_up = weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
-        variables = {**ENVIRONMENT, "TMPDIR": scratch}
+        compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{user_cache_dir('draftpick')}/torchinductor")
+        variables = {**ENVIRONMENT, "TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": compiled}
         self._process = Process([python, "-P", str(worker)], log_path, environment=variables, piped=True)
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
