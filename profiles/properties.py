@@ -18,17 +18,19 @@ class Properties:
 
     `times`: the target's and the drafts' steps are timed apart, or only whole rounds. `past_end`: a round drafts its
     full length although the output has less room, and counts what it accepts beyond. `pads`: every row of a round costs
-    what the widest does. `num_drafts`: what the engine's own counter of drafts counts. `traced_kinds`: drafts whose
-    acceptance it tells over a trace; other kinds are really run at every length. `keeps_history`: methods whose pool
-    outlives a request, so that runs depend on what ran before. `sampled_objection`: why sampled speculation is not to
-    be trusted in this version, None where it is. `drops_short`: a look-up drafts nothing where it may not draft as many
-    tokens as its match has. `origin`: whose arithmetic traces are; empty is our own engine's.
+    what the widest does. `together`: rows that come in at the same moment are prefilled in one step, not one after
+    another. `num_drafts`: what the engine's own counter of drafts counts. `traced_kinds`: drafts whose acceptance it
+    tells over a trace; other kinds are really run at every length. `keeps_history`: methods whose pool outlives a
+    request, so that runs depend on what ran before. `sampled_objection`: why sampled speculation is not to be trusted
+    in this version, None where it is. `drops_short`: a look-up drafts nothing where it may not draft as many tokens as
+    its match has. `origin`: whose arithmetic traces are; empty is our own engine's.
     """
 
     name: str
     times: Times
     past_end: bool
     pads: bool
+    together: bool
     num_drafts: Literal["rounds", "rounds that proposed"]
     draft_kinds: tuple[DraftKind, ...]
     traced_kinds: tuple[DraftKind, ...]
@@ -57,6 +59,7 @@ TORCH = Properties(
     times="steps",
     past_end=False,
     pads=True,
+    together=False,
     num_drafts="rounds",
     draft_kinds=("model", "ngram", "early_exit", "composite"),
     traced_kinds=("model", "ngram", "early_exit", "composite"),

@@ -70,17 +70,18 @@ def replay(queue: Sequence[list[RoundOutcome]], batch_size: int, properties: Pro
     runs = [Replay(rounds=rounds) for rounds in queue]
     waiting = deque(runs)
     active: list[Replay] = []
-    _refill(active, waiting, batch_size)
+    _refill(active, waiting, batch_size, together=properties.together)
     while active:
         _run_round(active, pads=properties.pads)
         active = [run for run in active if not run.is_done]
-        _refill(active, waiting, batch_size)
+        _refill(active, waiting, batch_size, together=properties.together)
     return runs
 
 
-def _refill(active: list[Replay], waiting: deque[Replay], batch_size: int) -> None:
+def _refill(active: list[Replay], waiting: deque[Replay], batch_size: int, *, together: bool) -> None:
+    before = list(active)
     while waiting and len(active) < batch_size:
-        for other in active:
+        for other in before if together else active:
             other.refills += 1
         run = waiting.popleft()
         if not run.is_done:  # an output of one token makes room at once

@@ -1,7 +1,9 @@
-"""What every engine must keep: one suite over the torch engine, the recorded one and the remembering wrapper."""
+"""What every engine must keep: one suite over torch, a recording, the remembering wrapper, llama.cpp and vLLM."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -10,11 +12,27 @@ from profiles.drafting import DraftSource
 from profiles.engine import TorchEngine
 from profiles.errors import InputError, NotMeasuredError
 from profiles.formulas import walk
+from profiles.properties import Change, Times
 from profiles.protocol import Engine
 from profiles.recorded import RecordedEngine, Recorder
-from profiles.terms import CATCH_UP_WIDTHS, PLAIN, AcceptanceTrace, Draft, LookupTrace, Prompt, Setup, Workload
+from profiles.serving import opening
+from profiles.serving.opening import Models, Place
+from profiles.shipped import TARGET
+from profiles.spelling import parse_draft
+from profiles.terms import (
+    CATCH_UP_WIDTHS,
+    DRAFT_KINDS,
+    PLAIN,
+    AcceptanceTrace,
+    Draft,
+    LookupTrace,
+    Prompt,
+    Setup,
+    Workload,
+)
 from store.book import Book
 from store.remember import Remember
+from tests.lanes.places import RUNNING
 
 WORKLOAD = Workload(context_length=96, max_new_tokens=24)
 PROMPT = Prompt(domain="a", token_ids=tuple(range(20, 40)))
@@ -53,10 +71,32 @@ def recording(torch_engine: TorchEngine) -> RecordedEngine:
     return recorder.recording
 
 
-@pytest.fixture(params=["torch", "recorded", "remembered"])
-def engine(
-    request: pytest.FixtureRequest, torch_engine: TorchEngine, recording: RecordedEngine, tmp_path: Path
-) -> Iterator[Engine]:
+def _served(engine: str) -> Iterator[Engine]:
+    """The pair that ships on a serving engine, with a look-up that it has."""
+    ngram = opening.LOOK_UPS.get(engine, "ngram:max=3,min=1")
+    asked = Models(target=TARGET, drafts=(parse_draft("builtin:draft-general"), parse_draft(ngram)), dtype="float32")
+    python = str(RUNNING.python) if engine == "vllm" else None
+    place = Place(engine=engine, command=python, threads=1, device="cpu", max_length=MAX_LENGTH)
+    bench = opening.open_bench(place, asked, lambda *_: [])
+    yield bench.engine
+    bench.close()
+
+
+@pytest.fixture(scope="module")
+def llamacpp_engine() -> Iterator[Engine]:
+    pytest.importorskip("xllamacpp")
+    yield from _served("llamacpp")
+
+
+@pytest.fixture(scope="module")
+def vllm_engine() -> Iterator[Engine]:
+    if not RUNNING.is_whole:
+        pytest.skip("no lane: make test-vllm")
+    yield from _served("vllm")
+
+
+@pytest.fixture(params=["torch", "recorded", "remembered", "llamacpp", pytest.param("vllm", marks=pytest.mark.vllm)])
+def engine(request: pytest.FixtureRequest, recording: RecordedEngine, tmp_path: Path) -> Iterator[Engine]:
     """Each engine in turn; the wrapper wraps the recording, and answers the second question from its book."""
     if request.param == "remembered":
         with Book.open(tmp_path / "evidence.db") as book:
@@ -64,11 +104,22 @@ def engine(
             _ask_everything(remembering)
             yield remembering
     else:
-        yield torch_engine if request.param == "torch" else recording
+        yield recording if request.param == "recorded" else request.getfixturevalue(f"{request.param}_engine")
 
 
 class TestEngineContract:
-    """Every promise of `terms.Engine`."""
+    """Every promise of `protocol.Engine`."""
+
+    def test_its_properties_are_stated(self, engine: Engine) -> None:
+        """Values of the kinds there are, drafts of a kind it has, and a name for traces of another arithmetic."""
+        stated = engine.properties
+        assert stated.times in get_args(Times)
+        assert stated.length_change in get_args(Change)
+        assert set(stated.traced_kinds) <= set(stated.draft_kinds) <= set(DRAFT_KINDS)
+        assert {draft.kind for draft in engine.drafts} <= set(stated.draft_kinds)
+        assert (stated.origin == "") == (stated.name == "torch")
+        assert stated.name in engine.environment.engine
+        assert stated.objection(WORKLOAD, drafting=True) is None
 
     def test_trace_of_the_target(self, engine: Engine) -> None:
         """One probability and one gap per emitted token; the prompt is named by its digest."""
@@ -93,27 +144,31 @@ class TestEngineContract:
                 assert set(acceptance.keep_probs) <= {0.0, 1.0}
 
     def test_step_times_cover_what_rounds_use(self, engine: Engine) -> None:
-        """The target at widths 1..k+1, a draft model at 1, 2 and maybe more, a look-up at every length."""
+        """The target at widths 1..k+1, a draft model at 1, 2 and maybe more, a look-up at every length; else rounds."""
         times = engine.time_steps(WORKLOAD, 32, MAX_LENGTH)
-        assert set(times[engine.target.run_digest].samples_s) == {1, 2, 3, 4, 5}
+        whole = engine.properties.times == "rounds"
+        assert set(times[engine.target.run_digest].samples_s) == ({1} if whole else {1, 2, 3, 4, 5})
         for draft in engine.drafts:
-            widths = {1, 2, 3, 4} if draft.kind == "ngram" else {1, 2}
-            more = set() if draft.kind == "ngram" else set(CATCH_UP_WIDTHS)
+            widths = {2, 3, 4, 5} if whole else {1, 2, 3, 4} if draft.kind == "ngram" else {1, 2}
+            more = {1} if whole else set() if draft.kind == "ngram" else set(CATCH_UP_WIDTHS)
             assert widths <= set(times[draft.digest].samples_s) <= widths | more
             assert times[draft.digest].context_length == 32
+            assert not whole or min(map(len, times[draft.digest].samples_s.values())) >= 7
 
     def test_real_runs_in_the_order_asked(self, engine: Engine) -> None:
-        """One sample per setup, equal greedy outputs, and rounds as the walk has them."""
+        """One sample per setup, equal greedy outputs, and rounds as the walk has them, under the engine's end rule."""
         setups = _setups(engine)
         samples = engine.run_together(WORKLOAD, (PROMPT,), setups, "test 0")
         assert [sample.setup_digest for sample in samples] == [setup.digest for setup in setups]
         assert len({sample.output_digest for sample in samples}) == 1
-        trace = engine.trace_target(WORKLOAD, PROMPT)
+        past_end = engine.properties.past_end
+        asked = replace(WORKLOAD, max_new_tokens=24 + MAX_LENGTH) if past_end else WORKLOAD
+        trace = engine.trace_target(asked, PROMPT)
         for setup, sample in zip(setups, samples, strict=True):
             acceptance = None
             if setup.draft is not None:
-                acceptance = engine.trace_draft(WORKLOAD, PROMPT, trace, setup.draft, MAX_LENGTH)
-            assert dict(sample.rounds) == dict(walk(trace, acceptance, setup.length, 24).rounds)
+                acceptance = engine.trace_draft(asked, PROMPT, trace, setup.draft, MAX_LENGTH)
+            assert dict(sample.rounds) == dict(walk(trace, acceptance, setup.length, 24, past_end=past_end).rounds)
 
     def test_what_it_does_not_have_is_an_error(self, engine: Engine) -> None:
         """A draft never loaded or measured is refused with a message that names it."""

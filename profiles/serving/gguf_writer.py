@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import platformdirs
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -20,8 +19,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from profiles import sources
 from profiles.errors import ModelError
+from profiles.serving.gguf_place import gguf_place
 from profiles.sources import Source, translated
-from profiles.terms import digest_of
 
 _TYPES = {
     "float32": gguf.GGMLQuantizationType.F32,
@@ -33,7 +32,6 @@ _FILE_TYPES = {
     "float16": gguf.LlamaFileType.MOSTLY_F16,
     "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,
 }
-FORMAT = 1  # raised when a model would be written otherwise
 _CONVERT = "convert it with llama.cpp's convert_hf_to_gguf.py and name the .gguf file"
 # how llama.cpp calls the way a text is split before its merges, by what the tokenizer's file says; token ids, which is
 # all that is sent to a server here, do not go through it
@@ -52,13 +50,10 @@ def gguf_of(name: str, dtype: str) -> Path:
     source = sources.find(name)
     if source.gguf is not None:
         return source.gguf.path
-    folder = platformdirs.user_cache_path("draftpick") / "gguf"
     with translated(f"model {name!r}"):
-        others = [source.folder / file for file in source.holds("*.json", "*.jinja")]
-        told = [[file.name, file.read_text(encoding="utf-8", errors="replace")] for file in others]
-        path = folder / f"{digest_of([FORMAT, sources.digest(source), told])}-{dtype}.gguf"
+        path = gguf_place(source.folder, sources.digest(source), dtype)
         if not path.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             write(source, dtype, path)
     return path
 

@@ -67,6 +67,7 @@ class LlamaCppEngine:
             times="rounds",
             past_end=False,
             pads=False,
+            together=False,
             num_drafts="rounds that proposed",
             draft_kinds=("model", "ngram", "native"),
             traced_kinds=("model", "ngram"),

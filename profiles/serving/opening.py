@@ -26,6 +26,7 @@ from profiles.terms import DTYPES, PLAIN, Draft, DraftKind, Model, Setup
 DRAFT_KINDS: tuple[DraftKind, ...] = ("model", "ngram", "native")
 LOOK_UPS = {"llamacpp": "ngram:max=3,min=3"}  # what is tried where no draft is named, where it is not `ngram`
 TITLE = "draftpick"  # of the folder for logs
+LEAST_ROWS = 8  # vLLM's rows are part of what its times are kept under, so few numbers of them
 FlagsOf = Callable[[Model, Setup], list[str]]  # the arguments that tell a server of a setup
 
 
@@ -133,9 +134,9 @@ def _vllm(place: Place, target: Described, drafts: tuple[Draft, ...], flags_of: 
 
     options = VllmOptions(
         python=place.command,
-        max_batch_size=place.max_requests,
+        max_batch_size=max(LEAST_ROWS, 1 << (place.max_requests - 1).bit_length()),
         max_length=place.max_length,
-        max_alive=len(drafts) + 1,
+        max_alive=len(drafts) + 2,  # beside the drafts' engines the plain one, and one that scores
         log_folder=_logs(place.engine),
     )
     return VllmEngine(target.record, drafts, options)

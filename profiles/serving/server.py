@@ -76,6 +76,7 @@ class ServerEngine:
             times="rounds",
             past_end=self._past_end,
             pads=False,
+            together=False,
             num_drafts="rounds that proposed",
             draft_kinds=("model", "ngram", "native"),
             traced_kinds=(),

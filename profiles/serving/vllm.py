@@ -91,6 +91,7 @@ class VllmEngine:
             times="rounds",
             past_end=True,
             pads=False,
+            together=True,
             num_drafts="rounds that proposed",
             draft_kinds=("model", "ngram", "native"),
             traced_kinds=("model", "ngram"),

@@ -15,6 +15,7 @@ from tuner.export.picking import (
     place_of,
     refused,
     weights_objection,
+    written_gguf,
 )
 from tuner.export.terms import Deployment, Export
 
@@ -34,13 +35,13 @@ def emit(deployment: Deployment, version: str | None) -> Export:
     setup, notes = pick(deployment, engine, _objection(deployment.target, engine))
     if setup is None or setup.draft is None:
         return refused(notes)
-    if setup.draft.kind == "ngram":
+    if deployment.where != "llamacpp" and setup.draft.kind == "ngram":
         # with at least one match of the smallest size a round drafts, here as in the measured look-up
         notes.append(
             f"llama.cpp looks up the latest {setup.draft.min_match} tokens alone; the choice was measured with the "
             f"longest match of {setup.draft.max_match} down to {setup.draft.min_match}, the earliest in the text"
         )
-    elif deployment.choice.temperature > 0.0:
+    elif deployment.where != "llamacpp" and deployment.choice.temperature > 0.0:
         notes.append("llama.cpp drafts greedily, the choice was measured with sampled drafts")
     notes.append(one_length(deployment, setup, "--parallel"))
     return made(deployment, engine, setup, " ".join(_words(setup, spelling)) + "\n", notes)
@@ -65,5 +66,6 @@ def _length_objection(setup: Setup) -> str | None:
 
 def _words(setup: Setup, spelling: Spelling) -> list[str]:
     assert setup.draft is not None
-    weights = None if setup.draft.model is None else place_of(setup.draft.model)
+    model = setup.draft.model
+    weights = None if model is None else str(written_gguf(model) or place_of(model))
     return [shlex.quote(word) for word in words_of(setup, spelling, weights)]

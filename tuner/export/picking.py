@@ -5,7 +5,9 @@ Every engine brings its own objections; how they are worded and what is skipped 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+from profiles.serving.gguf_place import gguf_place
 from profiles.shipped import BUILTIN, CARRIED, FAMILY_FOLDER
 from profiles.spelling import printable
 from profiles.terms import PLAIN, Model, Setup
@@ -122,7 +124,7 @@ def weights_objection(target: Model, setup: Setup, engine: Engine) -> str | None
             return f"the {role} {model.name.removeprefix(CARRIED)} {came}"
         if engine.form == "transformers":
             continue
-        if engine.form == "llamacpp" and not is_gguf(model):
+        if engine.form == "llamacpp" and not is_gguf(model) and written_gguf(model) is None:
             return f"llama.cpp reads GGUF files only: convert the {role} {model.name} and measure that"
         if engine.form != "llamacpp" and is_gguf(model):
             return f"the {role} {model.name} is a GGUF file, which {engine.title} is not told"
@@ -131,6 +133,13 @@ def weights_objection(target: Model, setup: Setup, engine: Engine) -> str | None
 
 def is_gguf(model: Model) -> bool:
     return model.name.lower().endswith(".gguf")
+
+
+def written_gguf(model: Model) -> Path | None:
+    """The GGUF that a run on llama.cpp wrote of a directory; None where there is none here."""
+    folder = Path(place_of(model))
+    found = gguf_place(folder, model.digest, model.dtype) if folder.is_dir() else None
+    return found if found is not None and found.is_file() else None
 
 
 def place_of(model: Model) -> str:
