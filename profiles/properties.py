@@ -3,13 +3,15 @@
 Knows records only; every adapter states its own.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from profiles.terms import DraftKind, Setup, Workload
+from profiles.terms import Draft, DraftKind, Setup, Workload
 
 Times = Literal["steps", "rounds"]
 Change = Literal["in place", "restart"]
+Batching = Literal["padded", "continuous"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,20 +19,21 @@ class Properties:
     """An engine's ways, stated where it is adapted and asked for wherever they matter.
 
     `times`: the target's and the drafts' steps are timed apart, or only whole rounds. `past_end`: a round drafts its
-    full length although the output has less room, and counts what it accepts beyond. `pads`: every row of a round costs
-    what the widest does. `together`: rows that come in at the same moment are prefilled in one step, not one after
-    another. `num_drafts`: what the engine's own counter of drafts counts. `traced_kinds`: drafts whose acceptance it
-    tells over a trace; other kinds are really run at every length. `keeps_history`: methods whose pool outlives a
-    request, so that runs depend on what ran before. `sampled_objection`: why sampled speculation is not to be trusted
-    in this version, None where it is. `drops_short`: a look-up drafts nothing where it may not draft as many tokens as
-    its match has. `origin`: whose arithmetic traces are; empty is our own engine's.
+    full length although the output has less room, and counts what it accepts beyond. `batching`: in a padded batch
+    every row of a round costs what the widest does, a row that is done too, and rows are prefilled one after another;
+    in a continuous one a row costs its own tokens and rows that come in together are prefilled in one step, so that a
+    load is kept up with requests that nobody asked for until the last one of interest is done. `num_drafts`: what the
+    engine's own counter of drafts counts. `traced_kinds`: drafts whose acceptance it tells over a trace; other kinds
+    are really run at every length. `keeps_history`: methods whose pool outlives a request, so that runs depend on what
+    ran before. `sampled_objection`: why sampled speculation is not to be trusted in this version, None where it is.
+    `drops_short`: a look-up drafts nothing where it may not draft as many tokens as its match has. `origin`: whose
+    arithmetic traces are; empty is our own engine's.
     """
 
     name: str
     times: Times
     past_end: bool
-    pads: bool
-    together: bool
+    batching: Batching
     num_drafts: Literal["rounds", "rounds that proposed"]
     draft_kinds: tuple[DraftKind, ...]
     traced_kinds: tuple[DraftKind, ...]
@@ -39,6 +42,10 @@ class Properties:
     sampled_objection: str | None = None
     drops_short: bool = False
     origin: str = ""
+
+    def timed(self, drafts: Sequence[Draft]) -> tuple[Draft, ...]:
+        """The drafts that are traced and timed; others are only run."""
+        return tuple(draft for draft in drafts if draft.kind in self.traced_kinds)
 
     def drafts_with(self, setup: Setup) -> bool:
         """Whether a setup can propose anything at all."""
@@ -58,8 +65,7 @@ TORCH = Properties(
     name="torch",
     times="steps",
     past_end=False,
-    pads=True,
-    together=False,
+    batching="padded",
     num_drafts="rounds",
     draft_kinds=("model", "ngram", "early_exit", "composite"),
     traced_kinds=("model", "ngram", "early_exit", "composite"),

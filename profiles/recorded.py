@@ -45,10 +45,9 @@ def covers(times: Mapping[str, StepTimes], target: Model, drafts: tuple[Draft, .
     """Whether a sweep has the target at widths 1..max_length+1 and every part of every draft.
 
     The model of a composite is needed at all widths of a first step. Of whole rounds every length of every draft is
-    needed. Native drafts are not timed.
+    needed. `drafts` are those that are traced (`Properties.timed`): others have no step times.
     """
     staircase = times.get(target.run_digest)
-    drafts = tuple(draft for draft in drafts if draft.kind != "native")
     if is_of_rounds(times, target):
         lengths = set(range(2, max_length + 2))
         return all(draft.digest in times and lengths <= set(times[draft.digest].samples_s) for draft in drafts)
@@ -161,7 +160,7 @@ class RecordedEngine:
         point = f"step times at batch {workload.batch_size}, context {context_length}"
         if not times:
             raise NotMeasuredError(f"{point} were never measured")
-        if measured < max_length or not covers(times, self.target, self.drafts, max_length):
+        if measured < max_length or not covers(times, self.target, self.properties.timed(self.drafts), max_length):
             raise NotMeasuredError(f"{point} were measured up to k={measured}, not every part up to k={max_length}")
         return dict(times)
 

@@ -4,9 +4,10 @@ Rows advance by their own acceptance while a round costs the widest row. Exact f
 luck is drawn once per prompt. The order of events is that of `decoding.Decoder`. Arithmetic on records.
 """
 
+import itertools
 import random
-from collections import Counter, deque
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from profiles.formulas import Replayed, RoundOutcome, catch_up_width, round_outcomes
@@ -65,36 +66,38 @@ class Replay:
 def replay(queue: Sequence[list[RoundOutcome]], batch_size: int, properties: Properties = TORCH) -> list[Replay]:
     """What a batch runs for every prompt of the queue, in its order.
 
-    Where rows are not padded to the widest, a round counts as wide as its mean row.
+    In continuous batching a round counts as wide as its mean row, and when the queue is empty it goes round again until
+    the last of its prompts is done (`Properties.batching`).
     """
     runs = [Replay(rounds=rounds) for rounds in queue]
-    waiting = deque(runs)
+    continuous = properties.batching == "continuous"
+    again = (Replay(rounds=rounds) for rounds in itertools.cycle(queue)) if continuous and batch_size > 1 else iter(())
+    waiting = itertools.chain(runs, again)
     active: list[Replay] = []
-    _refill(active, waiting, batch_size, together=properties.together)
-    while active:
-        _run_round(active, pads=properties.pads)
+    while True:
+        _refill(active, waiting, batch_size, continuous=continuous)
+        if all(run.is_done for run in runs):
+            return runs
+        _run_round(active, continuous=continuous)
         active = [run for run in active if not run.is_done]
-        _refill(active, waiting, batch_size, together=properties.together)
-    return runs
 
 
-def _refill(active: list[Replay], waiting: deque[Replay], batch_size: int, *, together: bool) -> None:
+def _refill(active: list[Replay], waiting: Iterator[Replay], batch_size: int, *, continuous: bool) -> None:
     before = list(active)
-    while waiting and len(active) < batch_size:
-        for other in before if together else active:
+    while len(active) < batch_size and (run := next(waiting, None)) is not None:
+        for other in before if continuous else active:
             other.refills += 1
-        run = waiting.popleft()
         if not run.is_done:  # an output of one token makes room at once
             active.append(run)
 
 
-def _run_round(active: list[Replay], *, pads: bool) -> None:
+def _run_round(active: list[Replay], *, continuous: bool) -> None:
     outcomes = [run.rounds[run.next_round] for run in active]
     asking = [(run, outcome) for run, outcome in zip(active, outcomes, strict=True) if outcome.by_model]
     steps = max((outcome.proposed for _, outcome in asking), default=0)
     width = catch_up_width(max(run.behind for run, _ in asking)) if asking else 0
     proposed = [outcome.proposed for outcome in outcomes]
-    shape = (max(proposed) if pads else round(sum(proposed) / len(proposed))) + 1, steps, width
+    shape = (round(sum(proposed) / len(proposed)) if continuous else max(proposed)) + 1, steps, width
     for run, outcome in zip(active, outcomes, strict=True):
         run.shapes[shape] += 1
         before = 0 if asking and run.behind <= width else run.behind

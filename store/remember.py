@@ -52,6 +52,7 @@ class Remember:
         self.drafts = engine.drafts
         self.properties = engine.properties
         self._engine = engine
+        self._timed = engine.properties.timed(engine.drafts)
         self._book = book
         self._sharing = Sharing(book)
         self._since = since
@@ -91,9 +92,9 @@ class Remember:
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
         scope, point = self._scope(workload), (workload.batch_size, context_length)
         longest, known = self._sweeps.get(point, (0, {}))
-        if longest >= max_length and covers(known, self.target, self.drafts, max_length):
+        if longest >= max_length and covers(known, self.target, self._timed, max_length):
             return self._reused(known, point)
-        found = self._book.find_step_times(scope, self.drafts, (context_length, max_length), self._since)
+        found = self._book.find_step_times(scope, self._timed, (context_length, max_length), self._since)
         if found is not None and not _disturbed(found.values()):
             self._sweeps[point] = (max_length, found)
             return self._reused(found, point)
@@ -101,7 +102,7 @@ class Remember:
         times = self._measured(
             scope, PLAIN, unit, lambda: self._engine.time_steps(workload, context_length, max_length)
         )
-        self._book.save_step_times(scope, self.drafts, max_length, times)
+        self._book.save_step_times(scope, self._timed, max_length, times)
         self._sweeps[point] = (max_length, times)
         return self._kept(times, point)
 

@@ -9,17 +9,19 @@ import pytest
 from profiles.errors import EngineError, NotMeasuredError
 from profiles.formulas import walk
 from profiles.recorded import RecordedEngine, Recorder, covers
-from profiles.terms import PLAIN, AcceptanceTrace, Prompt, Sample, Setup, TargetTrace, Workload
+from profiles.terms import PLAIN, AcceptanceTrace, Prompt, Sample, Setup, StepTimes, TargetTrace, Workload
 from store import rehearsal
 from store.book import Book
+from store.latest import find_dossier, find_policy
 from store.places import place
 from store.remember import Remember
 from store.runs import Shelf, tune
 from tests.fakes import DRAFT_A, GREEDY, NGRAM, TARGET, FakeEngine, prompts
-from tests.serving import NATIVE, FakeServer
+from tests.serving import NATIVE, SERVING, FakeServer
 from tuner.evidence import Evidence, gather
 from tuner.forecast import Forecaster
 from tuner.overhead import use_of
+from tuner.report import page
 from tuner.tuning import Options, Outcome, Tuner, Watch
 
 LENGTHS = (1, 2, 3, 4, 5, 6)
@@ -75,8 +77,8 @@ def test_a_round_is_one_step() -> None:
 def test_what_a_sweep_of_rounds_needs() -> None:
     """Plain rounds, and every length of every draft that is timed; a native draft is not."""
     times = FakeServer().time_steps(GREEDY, 96, 4)
-    assert covers(times, TARGET, (DRAFT_A, NGRAM, NATIVE), 4)
-    assert not covers(times, TARGET, (DRAFT_A, NGRAM, NATIVE), 5)
+    assert covers(times, TARGET, SERVING.timed((DRAFT_A, NGRAM, NATIVE)), 4)
+    assert not covers(times, TARGET, (DRAFT_A, NGRAM), 5)
     assert not covers({TARGET.run_digest: times[TARGET.run_digest]}, TARGET, (DRAFT_A,), 4)
 
 
@@ -136,11 +138,36 @@ def test_a_run_is_kept_and_repeated(tmp_path: Path) -> None:
         shelf, loads = Shelf.of(book), [(GREEDY, prompts(48))]
         first = tune(FakeServer(keep=0.9), loads, shelf, Options(lengths=LENGTHS), Watch())
         again = tune(FakeServer(keep=0.9), loads, shelf, Options(lengths=LENGTHS), Watch())
+        page.write(find_dossier(book, find_policy(book, None)), tmp_path / "report.html")
     assert first.policy.headline.proven
     assert again.cost["measured_units"] == 0
     assert again.policy.choices == first.policy.choices
     found = rehearsal.rehearse(FakeServer(keep=0.9), loads, place(str(tmp_path)), Options(lengths=LENGTHS))
     assert sum(found.new_units.values()) == 0
+
+
+class OnlyRuns(FakeServer):
+    """As a bare server: no draft is traced or timed."""
+
+    def __init__(self) -> None:
+        super().__init__(keep=0.9)
+        self.properties = replace(SERVING, traced_kinds=())
+
+    def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
+        whole = super().time_steps(workload, context_length, max_length)
+        return {TARGET.run_digest: whole[TARGET.run_digest]}
+
+
+def test_a_run_of_a_server_that_traces_nothing(tmp_path: Path) -> None:
+    """It ends in a policy; dry run, report and look-up answer; the second run measures nothing."""
+    with Book.open(place(str(tmp_path))) as book:
+        shelf, loads = Shelf.of(book), [(GREEDY, prompts(48))]
+        done = tune(OnlyRuns(), loads, shelf, Options(lengths=LENGTHS), Watch())
+        again = tune(OnlyRuns(), loads, shelf, Options(lengths=LENGTHS), Watch())
+        page.write(find_dossier(book, find_policy(book, None)), tmp_path / "report.html")
+    assert done.policy.headline.proven
+    assert again.cost["measured_units"] == 0
+    rehearsal.rehearse(OnlyRuns(), loads, place(str(tmp_path / "other")), Options(lengths=(1, 2)))
 
 
 def test_a_recording_keeps_the_properties(tmp_path: Path) -> None:

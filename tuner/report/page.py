@@ -247,6 +247,8 @@ def _interval(known: Interval | None, digits: int = 2) -> str:
     return "" if known is None else f"{known.estimate:.{digits}f} ({known.low:.{digits}f} to {known.high:.{digits}f})"
 
 
-def _seconds(seconds: float) -> str:
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "\N{EN DASH}"
     text = f"{seconds * 1e3:.3g} ms" if abs(seconds) >= 1e-3 else f"{seconds * 1e6:.3g} µs"
     return text.replace("-", "\N{MINUS SIGN}")  # the calibrated rest of a round can come out below 0
