@@ -92,7 +92,7 @@ def test_a_load_is_kept_up(tmp_path: Path) -> None:
         bodies = [{**BODY, "max_tokens": size} for size in (3, 3, 3, 3, 30)]
         answers = drive(server.url, "/v1/completions", bodies, 2)
         assert len(answers) == 5
-        assert answers[-1].refills >= 5
+        assert answers[-1].refills >= 3
         alone = drive(server.url, "/v1/completions", bodies[-2:], 2)
         assert alone[-1].refills == 0
 
