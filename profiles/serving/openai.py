@@ -21,7 +21,6 @@ PATHS = {"llamacpp": "/completion"}  # of the kinds that tell token ids elsewher
 PATH = "/v1/completions"
 Kind = Literal["vllm", "sglang", "llamacpp", "trtllm", "openai"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-RECORD_FLAGS = {"vllm": ("--per-request-spec-decode-metrics", "detailed", "--enable-per-request-metrics")}
 Encode = Callable[[str], Sequence[int]]
 
 

@@ -18,7 +18,7 @@ from profiles.clock import quietest
 from profiles.environment import fingerprint
 from profiles.errors import EngineError, InputError
 from profiles.partings import check_partings
-from profiles.properties import Properties
+from profiles.properties import SERVED_KINDS, Properties
 from profiles.serving import metrics, openai
 from profiles.serving.fleet import Fleet
 from profiles.serving.launch import Launch
@@ -77,10 +77,11 @@ class ServerEngine:
             past_end=self._past_end,
             batching="continuous",
             num_drafts="rounds that proposed",
-            draft_kinds=("model", "ngram", "native"),
+            draft_kinds=SERVED_KINDS,
             traced_kinds=(),
             length_change="restart",
             keeps_history=KEEPS_HISTORY if kind == "llamacpp" else (),
+            drops_short=kind == "llamacpp",
             origin=f"server {kind} {self.environment.engine_version} {self._target.dtype}",
         )
 

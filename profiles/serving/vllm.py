@@ -24,7 +24,7 @@ from profiles.clock import quietest
 from profiles.environment import fingerprint
 from profiles.errors import BadNumbersError, InputError
 from profiles.partings import check_partings
-from profiles.properties import Properties
+from profiles.properties import SERVED_KINDS, Properties
 from profiles.serving.fleet import Fleet
 from profiles.serving.sampled import check_means
 from profiles.serving.vllm_child import Child, python_of
@@ -92,7 +92,7 @@ class VllmEngine:
             past_end=True,
             batching="continuous",
             num_drafts="rounds that proposed",
-            draft_kinds=("model", "ngram", "native"),
+            draft_kinds=SERVED_KINDS,
             traced_kinds=("model", "ngram"),
             length_change="in place" if self._in_place else "restart",
             sampled_objection=self._sampled_objection(),
