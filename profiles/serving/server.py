@@ -313,7 +313,7 @@ def _sample(setup: Setup, prompts: Sequence[Prompt], queue: Sequence[Counted], n
         output_tokens=num_tokens,
         rounds=rounds or {},
         shapes=shapes,
-        refills=sum(run.first_s < other.first_s < run.last_s for other, _ in queue),
+        refills=run.answer.refills,
         output_digest=digest_of(run.token_ids),
     )
 
