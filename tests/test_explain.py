@@ -276,3 +276,15 @@ def test_what_the_last_run_did_not_decide_is_refused() -> None:
         explain(replace(facts(), candidates=(), stopped="the budget ended"))
     failed = Candidate(setup_name="draft-f", draft_name="draft-f", length=1, state="infeasible", reason="it failed")
     assert explain(facts(failed)) == explain(facts())
+
+
+def test_a_choice_that_was_only_run() -> None:
+    """What is known of it is told, and that no more is; where plain rounds were not timed, its rate stands in."""
+    found = explain(facts(RACED, chosen=replace(CHOSEN, round_split=None)))
+    [said] = [one for one in sentences(found) if one.startswith("draft-a k=2 was only run")]
+    assert said.endswith("where a round's time goes is not known; its runs came to 1.55 times plain decoding.")
+    assert (found.plain_s_per_token, found.accounts[0].round_s) == (0.005, None)
+    json.dumps(found.to_json(), allow_nan=False)
+    untimed = replace(facts(), candidates=(replace(PLAIN, round_split=None), replace(CHOSEN, round_split=None)))
+    assert explain(untimed).plain_s_per_token == pytest.approx(1 / 200)
+    Console(file=io.StringIO()).print(comparison(found.accounts))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from profiles.terms import PLAIN, Draft, Interval, Setup
 from tests.lanes.cases import deployment
 from tests.policies import CODE_DRAFT, NGRAM, choice, forecast, measured
-from tuner.export import Deployment, emit
+from tuner.export import Deployment, emit, record_words
 from tuner.export.schedule import Range, length_at, merged, ranges_of
 from tuner.objective import MIN_SPEEDUP
 from tuner.policy import Choice
@@ -140,3 +140,24 @@ def test_merged_ranges_cover_the_same_batches(rows: list[tuple[int, float, float
         assert any(gains)
     for one in ranges:
         assert length_at(done, one.first) <= one.length
+
+
+def test_a_schedule_claims_every_measured_batch() -> None:
+    """What it says at each, plain decoding too; one length claims the batches that it was decided for alone."""
+    rows = (drafting(1, 5, 1.8), drafting(4, 2, 1.4), choice(PLAIN, batch_size=8))
+    three, two = (Setup(draft=CODE_DRAFT, length=length) for length in (5, 2))
+    assert emit(deployment(rows[0], *rows), "vllm", "0.32.0").claims == {1: three, 4: two, 8: PLAIN}
+    assert emit(deployment(rows[0], *rows), "vllm", "0.16.0").claims == {1: three}
+    assert emit(deployment(rows[1], *rows), "sglang").claims == {4: two}
+    alike = (drafting(1, 3, 1.8), drafting(4, 3, 1.4))
+    assert set(emit(deployment(alike[1], *alike), "vllm", "0.32.0").claims) == {1, 4}
+
+
+def test_records_are_asked_for_where_there_are_any() -> None:
+    """Of each request how it was drafted: vLLM 0.24.0 ends at the flag, 0.32.0 has it."""
+    assert record_words("vllm", "0.24.0") == record_words("sglang") == ()
+    assert record_words("vllm", "0.32.0") == (
+        "--per-request-spec-decode-metrics",
+        "detailed",
+        "--enable-per-request-metrics",
+    )

@@ -233,3 +233,32 @@ def test_every_field_of_an_environment_may_be_given() -> None:
     assert set(every) == set(Environment.__dataclass_fields__)
     assert LEVELS[0] == "exact"
     assert LEVELS[-1] == "none"
+
+
+def test_a_serving_engine_chooses_threads_and_torch_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are compared where the asking machine states them; its version is the package's, as a run spells it."""
+    served = CPU | {"engine": "llamacpp", "engine_version": "xllamacpp 2026.1"}
+    assert match(without(served, "threads", "torch"), served | {"threads": 4}).level == "exact"
+    assert match(served, served | {"threads": 4}).level == "family"
+    assert match(without(CPU, "threads"), CPU).level == "version"
+    monkeypatch.setattr(machine, "installed", {"xllamacpp": "2026.1", "sglang": "0.5"}.get)
+    found = this_machine("llamacpp", "cpu")
+    assert (found["engine_version"], "threads" in found, "torch" in found) == ("xllamacpp 2026.1", False, False)
+    assert this_machine("sglang", "cpu")["engine_version"] == "0.5"
+
+
+def test_the_version_of_an_engine_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the package the program on the PATH says its own; vLLM's is asked of the Python that is named."""
+    monkeypatch.setattr(machine, "installed", lambda _: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("DRAFTPICK_VLLM_PYTHON", raising=False)
+    assert machine.served_version("llamacpp") is None
+    assert machine.served_version("vllm") is None
+    for name, said in (("llama-server", "version: 11549 (abc)"), ("python", "0.33.0")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{said}'\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    assert machine.served_version("llamacpp") == "version: 11549 (abc)"
+    monkeypatch.setenv("DRAFTPICK_VLLM_PYTHON", str(tmp_path / "python"))
+    assert machine.served_version("vllm") == "0.33.0"
+    monkeypatch.setenv("DRAFTPICK_VLLM_PYTHON", str(tmp_path / "missing"))
+    assert machine.served_version("vllm") is None

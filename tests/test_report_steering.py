@@ -11,6 +11,7 @@ from profiles.errors import EngineError
 from profiles.terms import Prompt, Sample, Setup, Workload
 from tests.fakes import DRAFT_A, GREEDY, MACHINE, TARGET, FakeEngine, prompts
 from tests.policies import CREATED
+from tests.serving import NATIVE, FakeServer
 from tuner.policy import Policy
 from tuner.report.assemble import dossier
 from tuner.report.dossier import Dossier
@@ -74,3 +75,17 @@ def test_a_draft_that_failed_at_one_batch_is_left_out() -> None:
     assert found is not None
     assert DRAFT_A.name not in found.best_single_name
     assert {span.batch_size for span in found.spans if span.draft_name == DRAFT_A.name} <= {1}
+
+
+def test_a_native_draft_among_the_best_does_not_hide_it() -> None:
+    """Where a draft that was only run is the choice, the timeline is of the others."""
+    engine = FakeServer(keep=0.9)
+    outcome = Tuner(engine, Options(lengths=(1, 2))).tune([(GREEDY, prompts(30))])
+    native = replace(outcome.choices[0], setup=Setup(draft=NATIVE, length=2), proven=False)
+    policy = Policy(
+        created=CREATED, target=TARGET, environment=MACHINE, choices=(native, *outcome.choices[1:]), prior=outcome.prior
+    )
+    assert any(one.setup.draft == NATIVE for one in outcome.anchors[0].forecasts)
+    shown = dossier(outcome, policy).timeline
+    assert shown is not None
+    assert NATIVE.name not in {span.draft_name for span in shown.spans}

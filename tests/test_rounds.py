@@ -250,3 +250,19 @@ def test_traces_are_lent_where_they_agreed(tmp_path: Path, differs: bool) -> Non
         sampled = replace(GREEDY, temperature=0.8)
         gather(Remember(engine, book), sampled, prompts(12), LENGTHS, lambda *_: None)
         assert engine.calls["trace_target"] == (12 if differs else 6) + 12
+
+
+def test_drafts_run_on_too_few_prompts_are_no_candidates(tmp_path: Path) -> None:
+    """With one prompt nothing can be said of a draft that is only run: the others go on."""
+    with Book.open(place(str(tmp_path))) as book:
+        done = tune(OnlyRuns(), [(GREEDY, prompts(1))], Shelf.of(book), Options(lengths=(1, 2)), Watch())
+    assert [one.setup for one in done.outcome.anchors[0].forecasts] == [PLAIN]
+
+
+def test_a_look_up_that_drops_short_drafts_is_run_where_it_drafts() -> None:
+    """At lengths from its match on, and at none below."""
+    engine = OnlyRuns()
+    engine.properties = replace(engine.properties, drops_short=True)
+    found = gather(engine, GREEDY, prompts(6), (1, 2, 3), lambda *_: None)
+    assert NGRAM.min_match == 2
+    assert {setup.length for setup, _ in found.calibration if setup.draft == NGRAM} == {2, 3}
