@@ -3,13 +3,13 @@
 Starts nothing.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from profiles import memory, sources
-from profiles.errors import InputError, ModelError
+from profiles.errors import ModelError
+from profiles.spelling import method_options
 from profiles.terms import Model, Setup, Workload
 
 CONTEXT_STEP = 128  # contexts are rounded up to this, so that one engine serves several
@@ -91,8 +91,9 @@ def start_arguments(kind: Kind, dtype: str, num_tokens: int, options: VllmOption
 
 def _speculative(kind: Kind) -> dict[str, Any]:
     assert kind.method is not None
-    name, *extras = kind.method.split(",")
-    config: dict[str, Any] = {"method": name, "num_speculative_tokens": kind.length, **_options_of(extras)}
+    name, options = method_options(kind.method)
+    extras = {key.replace("-", "_"): int(value) if value.isdecimal() else value for key, value in options.items()}
+    config: dict[str, Any] = {**extras, "method": name, "num_speculative_tokens": kind.length}
     return config if kind.draft is None else config | {"model": str(sources.find(kind.draft).folder)}
 
 
@@ -102,14 +103,6 @@ def num_positions(source: sources.Source) -> int:
         raise ModelError(f"model {source.name!r}: a GGUF file; vLLM takes a directory with safetensors weights")
     with sources.translated(f"model {source.name!r}"):
         return sources.max_positions(sources.config_of(source), source)
-
-
-def _options_of(extras: Sequence[str]) -> dict[str, int | str]:
-    """`name=value` words as vLLM's speculative config takes them. Raises InputError."""
-    pairs = [word.partition("=") for word in extras]
-    if wrong := [word for word, (_, sign, value) in zip(extras, pairs, strict=True) if not (sign and value)]:
-        raise InputError(f"native draft option {wrong[0]!r}: allowed are words like name=value")
-    return {name.replace("-", "_"): int(value) if value.isdecimal() else value for name, _, value in pairs}
 
 
 def sampling_of(workload: Workload) -> dict[str, Any]:
