@@ -103,7 +103,7 @@ def tune(
 
 
 def _starts(engine: Engine, outcome: Outcome) -> dict[str, Any]:
-    """Of an engine that starts others: how often it did and how long that took, and as often for a grid's every cell."""
+    """Of an engine that starts others: how often and how long that took, and how often a grid would, once a cell."""
     num_starts: int | None = getattr(engine, "num_starts", None)
     if num_starts is None:
         return {}

@@ -26,6 +26,7 @@ FLOORS = {
     "profiles.properties": 0,
     "profiles.protocol": 0,
     "profiles.replay": 1,
+    "profiles.serving.gguf_place": 1,
     "profiles.serving.llama_flags": 1,
     "profiles.serving.gguf_place": 1,
     "profiles.shipped": 1,
