@@ -13,6 +13,7 @@ from typing import Any, Self
 import pynvml
 import torch
 
+UUID = "GPU-"  # how NVML's UUIDs begin
 _EVERY_S = 0.05
 _MOST_OTHERS_PERCENT = 5  # a desktop that redraws itself stays below
 _SM_CLOCK, _MEMORY_CLOCK, _GPU_TEMPERATURE = 1, 2, 0
@@ -66,7 +67,7 @@ class GpuWatch:
     def __enter__(self) -> Self:
         self._samples, self._others_percent, self._thread = [], None, None
         self._ended.clear()
-        if not self._device.startswith("cuda"):
+        if not self._device.startswith(("cuda", UUID)):
             return self
         _ask("nvmlInit")
         self._handle = handle_of(self._device)
@@ -165,14 +166,19 @@ def _ask(name: str, *arguments: object) -> Any:
 
 
 def handle_of(device: str) -> Any:
-    """NVML's handle of torch's device, by UUID or bus address: NVML's numbers ignore CUDA_VISIBLE_DEVICES."""
+    """NVML's handle of torch's device, by UUID or bus address: NVML's numbers ignore CUDA_VISIBLE_DEVICES.
+
+    Or of the device whose UUID is given.
+    """
+    if device.startswith(UUID):
+        return _ask("nvmlDeviceGetHandleByUUID", device)
     try:
         properties = torch.cuda.get_device_properties(device)
-        uuid = str(getattr(properties, "uuid", "")).removeprefix("GPU-")
+        uuid = str(getattr(properties, "uuid", "")).removeprefix(UUID)
         place = [int(getattr(properties, f"pci_{part}_id", -1)) for part in ("domain", "bus", "device")]
     except Exception:  # no such GPU, or a CUDA that does not start: there is nothing to watch
         return None
-    handle = _ask("nvmlDeviceGetHandleByUUID", f"GPU-{uuid}") if uuid else None
+    handle = _ask("nvmlDeviceGetHandleByUUID", f"{UUID}{uuid}") if uuid else None
     if handle is None and min(place) >= 0:
         handle = _ask("nvmlDeviceGetHandleByPciBusId", "{:08x}:{:02x}:{:02x}.0".format(*place))
     return handle

@@ -135,7 +135,7 @@ def answer(body: dict[str, Any], options: argparse.Namespace, counters: Counter[
     """The events of a completion, a round each."""
     ends = set(body.get("stop_token_ids") or ())
     last, emitted, drafted, accepted = body["prompt"][-1], 0, [], []
-    most, length = body["max_tokens"], options.speculative
+    most, length = min(body["max_tokens"], options.most), options.speculative
     finished = False
     time.sleep(options.step_s)
     while not finished:
@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--fault", default="")
     parser.add_argument("--speculative", type=int, default=0)
+    parser.add_argument("--most", type=int, default=1000, help="tokens after which every answer ends")
     as_vllm = {"dest": "speculative", "type": lambda text: json.loads(text)["num_speculative_tokens"]}
     parser.add_argument("--speculative-config", **as_vllm, help="as vLLM takes it; a schedule's longest draft")
     parser.add_argument("--per-request-spec-decode-metrics")

@@ -19,7 +19,9 @@ def main() -> None:
         command = question.pop("command")
         if at == command:
             go_wrong(fault)
-        if command == "start":
+        if command == "about":
+            say(json.loads(os.environ.get("FAKE_VLLM_DEVICE", '{"kind": "cpu"}')))
+        elif command == "start":
             length = (question["speculative"] or {}).get("num_speculative_tokens", 0)
             say({"in_place": fault != "fixed", "threads": 3})
         elif command == "use":

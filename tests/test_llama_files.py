@@ -158,6 +158,23 @@ class TestLookUp:
         assert found.proposed == (0, 0, 3, 3, 3, 3)
         assert found.kept == (0, 0, 2, 1, 0, 1)
 
+    @pytest.mark.parametrize(
+        ("prompt", "max_length", "proposed"),
+        [((9, 1, 2, 7, 8, 8, 1), 3, 3), ((9, 1, 2, 7, 8, 8, 1), 4, None), ((9, 1, 2, 7, 1), 9, 0)],
+    )
+    def test_texts_that_are_short(self, prompt: tuple[int, ...], max_length: int, proposed: int | None) -> None:
+        """Where all lengths draft, or none does, the trace says so; where only some do there is no one trace."""
+        draft = Draft(kind="ngram", max_match=2, min_match=2)
+        asked = Prompt(domain="a", token_ids=prompt)
+        trace = TargetTrace(
+            prompt_digest=asked.digest, token_ids=(2, 3), target_probs=(1.0,) * 2, logit_gaps=(1.0,) * 2, ended=False
+        )
+        if proposed is None:
+            with pytest.raises(EngineError, match="lengths up to 3 alone; for lengths up to 4 prompts of 8 tokens"):
+                trace_lookup(draft, asked, trace, max_length)
+        else:
+            assert trace_lookup(draft, asked, trace, max_length).proposed == (0, proposed)
+
     def test_words_of_a_setup(self) -> None:
         """A method's options become llama.cpp's flags beside its length."""
         words = llama_flags.words_of(

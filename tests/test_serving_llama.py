@@ -10,6 +10,7 @@ import pytest
 
 from profiles import models, prompts
 from profiles.errors import EngineError
+from profiles.serving import server
 from profiles.serving.gguf_writer import gguf_of
 from profiles.serving.launch import Launch
 from profiles.serving.llama_flags import SPELLINGS, words_of
@@ -18,6 +19,7 @@ from profiles.terms import PLAIN, Draft, Prompt, Setup, Workload
 
 TARGET = "builtin:target"
 WORKLOAD = Workload(context_length=128, max_new_tokens=32)
+POOL = Setup(draft=Draft(kind="native", method="ngram-mod ,n-match=4"), length=4)
 NGRAM = Setup(draft=Draft(kind="ngram", max_match=3, min_match=3), length=4)
 UNKNOWN = Setup(draft=Draft(kind="native", method="no-such-method"), length=1)
 
@@ -37,7 +39,7 @@ def engine(described: models.Described, tmp_path_factory: pytest.TempPathFactory
         template=f"{shlex.join(words)} {options}",
         flags_of=lambda setup: ["--no-such-flag"] if setup == UNKNOWN else words_of(setup, SPELLINGS[-1]),
     )
-    drafts = tuple(setup.draft for setup in (NGRAM, UNKNOWN) if setup.draft is not None)
+    drafts = tuple(setup.draft for setup in (NGRAM, POOL, UNKNOWN) if setup.draft is not None)
     with ServerEngine(described.record, drafts, launch, described.tokenizer.encode, "cpu") as one:
         yield one
 
@@ -60,6 +62,24 @@ def test_the_same_text_with_a_draft_and_in_a_batch(engine: ServerEngine, code: t
         assert drafted.rounds == batched.rounds
     proposed = sum((Counter(dict(one.rounds)) for one in alone[4:]), Counter())
     assert any(length for length, _ in proposed)
+
+
+def test_a_pool_is_emptied_before_every_try(
+    engine: ServerEngine, code: tuple[Prompt, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A queue that is run again because others disturbed it meets a new server too."""
+    again = []
+    monkeypatch.setattr(server, "quietest", lambda measure, _: (again.append(measure()) or measure(), False))
+    starts = engine.num_starts
+    samples = engine.run_together(WORKLOAD, code[:2], (POOL,), "race 0")
+    assert engine.num_starts == starts + 2
+    assert [rounds for _, rounds in again[0]] == [dict(sample.rounds) for sample in samples]
+
+
+def test_a_draft_may_sample(engine: ServerEngine, code: tuple[Prompt, ...]) -> None:
+    """llama.cpp tells no log-probabilities while it drafts, and is not asked for them."""
+    sampled = replace(WORKLOAD, temperature=0.8, top_p=0.9, seed=3)
+    assert len(engine.run_together(sampled, code[:1], (NGRAM,), "race 0")) == 1
 
 
 def test_a_trace(engine: ServerEngine, code: tuple[Prompt, ...]) -> None:

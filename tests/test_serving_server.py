@@ -14,9 +14,10 @@ import pytest
 
 from profiles.errors import EngineError, InputError
 from profiles.protocol import Engine
+from profiles.serving import llama_answers
 from profiles.serving.launch import Launch
 from profiles.serving.load import Answer
-from profiles.serving.openai import read, rounds_of
+from profiles.serving.openai import Kind, body_of, read, rounds_of
 from profiles.serving.process import Server
 from profiles.serving.server import ServerEngine
 from profiles.terms import PLAIN, Draft, Prompt, Setup, Workload, digest_of
@@ -25,6 +26,7 @@ from tests.fakes import TARGET
 
 TEMPLATE = f"FAKE=1 {shlex.quote(sys.executable)} tests/fake_server.py --port {{port}} --host {{host}} {{speculative}}"
 NGRAM = Draft(kind="ngram", max_match=3, min_match=1)
+SALTED: tuple[Kind, ...] = ("vllm", "sglang")
 WORKLOAD = Workload(context_length=64, max_new_tokens=16)
 PROMPTS = tuple(Prompt(domain="a", token_ids=(1, 2, first)) for first in range(8))
 DRAFTED = Setup(draft=NGRAM, length=3)
@@ -133,15 +135,54 @@ def test_plain_rounds(tmp_path: Path, batch_size: int) -> None:
 
 @pytest.mark.parametrize("skewed", [False, True])
 def test_sampled_text_must_be_the_target_s(tmp_path: Path, skewed: bool) -> None:
-    """A draft whose sampled text is less likely to the target than plain text is refused."""
+    """A draft whose sampled text is less likely to the target than plain text is refused, by one prompt too."""
     with engine_at(tmp_path, "--skewed" if skewed else "") as engine:
-        assert engine.run_together(WORKLOAD, PROMPTS[:2], (DRAFTED,), "race 0")
+        assert engine.run_together(WORKLOAD, PROMPTS[:1], (DRAFTED,), "race 0")
         workload = replace(WORKLOAD, temperature=0.8)
         if not skewed:
-            assert len(engine.run_together(workload, PROMPTS[:2], (DRAFTED, PLAIN), "race 0")) == 4
+            assert len(engine.run_together(workload, PROMPTS[:1], (DRAFTED, PLAIN), "race 0")) == 2
         else:
-            with pytest.raises(EngineError, match="samples another text than plain decoding"):
-                engine.run_together(workload, PROMPTS[:2], (DRAFTED, PLAIN), "race 0")
+            with pytest.raises(EngineError, match=r"samples another text than plain decoding.* over 16 texts"):
+                engine.run_together(workload, PROMPTS[:1], (DRAFTED, PLAIN), "race 0")
+
+
+def test_an_output_that_ends_early(tmp_path: Path) -> None:
+    """Where no token is an end an output has all the tokens that were asked for."""
+    with (
+        engine_at(tmp_path, "--most 9") as engine,
+        pytest.raises(EngineError, match=r"server with plain ended after 9 of 16 tokens, at token \d+; no token is an"),
+    ):
+        engine.run_together(WORKLOAD, PROMPTS[:1], (PLAIN,), "race 0")
+
+
+@pytest.mark.parametrize(("device", "most"), [("cpu", 2), ("cuda:0", 1)])
+def test_a_gpu_holds_one_server(tmp_path: Path, device: str, most: int) -> None:
+    """A server takes all of a GPU's memory, so another is stopped first; two take turns on a processor."""
+    launch = Launch(kind="vllm", log_folder=tmp_path, template=TEMPLATE, flags_of=flags_of)
+    with ServerEngine(TARGET, (NGRAM,), launch, encode, device) as engine:
+        engine.run_together(WORKLOAD, PROMPTS[:1], (DRAFTED, PLAIN, DRAFTED), "race 0")
+        assert engine.num_starts == 4 - most
+
+
+def test_what_is_computed_follows_from_the_template(tmp_path: Path) -> None:
+    """Traces of a server started otherwise are another origin's."""
+    origins = set()
+    for more in ("", "--step-s 0.002"):
+        with engine_at(tmp_path, more) as engine:
+            origins.add(engine.properties.origin)
+    assert len(origins) == 2
+    assert all(origin.startswith(f"server vllm {VERSION} float32 ") for origin in origins)
+
+
+def test_requests() -> None:
+    """Nothing comes from a prefix cache, and llama.cpp samples as its own adapter has it."""
+    sampled = replace(WORKLOAD, temperature=0.7, top_k=5, top_p=0.9)
+    for kind in SALTED:
+        salts = {body_of(kind, "m", WORKLOAD, PROMPTS[0])["cache_salt"] for _ in range(3)}
+        assert len(salts) == 3
+    own = body_of("llamacpp", "m", sampled, PROMPTS[0])
+    assert own == {"model": "m", **llama_answers.body_of(sampled, PROMPTS[0].token_ids)}
+    assert own["samplers"] == ["temperature", "top_k", "top_p"]
 
 
 def test_what_it_says_of_itself(engine: ServerEngine) -> None:

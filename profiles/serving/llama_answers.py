@@ -58,7 +58,6 @@ class Generated:
     last_s: float
     decode_s: float
     refills: int
-    stopped_at_end: bool
 
     @property
     def token_ids(self) -> list[int] | None:
@@ -76,7 +75,10 @@ class Generated:
 
 
 def body_of(workload: Workload, token_ids: Sequence[int], **more: Any) -> dict[str, Any]:
-    """A request for a timed run: samplers as the workload says and no others, nothing cached, rounds told."""
+    """A request for a timed run: samplers as the workload says and no others, nothing cached, rounds told.
+
+    Temperature comes before top-k and top-p, as in torch and vLLM; llama.cpp's own order is another law.
+    """
     law = {"temperature": workload.temperature, "samplers": ["temperature"]}
     if workload.temperature > 0.0:
         law |= {"samplers": ["temperature", "top_k", "top_p"], "top_k": workload.top_k, "top_p": workload.top_p}
@@ -147,7 +149,6 @@ def _read(answer: Answer) -> Generated:
         last_s=answer.chunks[-1][0],
         decode_s=totals[-1].milliseconds / 1000.0,
         refills=answer.refills,
-        stopped_at_end=last["stop_type"] == "eos",
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from profiles.errors import InputError
+from profiles.spelling import method_options
 from profiles.terms import Draft, Setup
 
 LOOK_UP = "ngram-simple"
@@ -22,6 +23,7 @@ NATIVE = {
     "ngram-map-k4v": ("ngram-map-k4v", "--spec-ngram-map-k4v-size-m"),
 }
 KEEPS_HISTORY = ("ngram-mod", "ngram-map-k", "ngram-map-k4v")  # their pool outlives a request
+_OPTION = re.compile(r"[a-z][a-z-]*=[\w.]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,11 @@ def version_of(command: Sequence[str]) -> str | None:
     return None if said is None else next((line for line in said.splitlines() if line.startswith("version")), None)
 
 
+def devices_of(command: Sequence[str]) -> list[str]:
+    """The GPUs that the server can use, as it names them."""
+    return re.findall(r"^\s+(\w+): ", _said(command, "--list-devices") or "", re.MULTILINE)
+
+
 def _said(command: Sequence[str], flag: str) -> str | None:
     try:
         done = subprocess.run(
@@ -113,6 +120,12 @@ def _said(command: Sequence[str], flag: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout + done.stderr
+
+
+def keeps_history(setup: Setup) -> bool:
+    """Whether what a setup drafts depends on what ran before it."""
+    method = None if setup.draft is None else setup.draft.method
+    return method is not None and method_options(method)[0] in KEEPS_HISTORY
 
 
 def words_of(setup: Setup, spelling: Spelling, weights: str | None = None) -> list[str]:
@@ -134,18 +147,18 @@ def words_of(setup: Setup, spelling: Spelling, weights: str | None = None) -> li
 
 def _native_words(draft: Draft, length: int, weights: str | None) -> list[str]:
     """`ngram-mod,n-match=8` is `--spec-type ngram-mod --spec-ngram-mod-n-match 8`, with the length beside it."""
-    name, *options = str(draft.method).split(",")
+    assert draft.method is not None
+    name, options = method_options(draft.method)
     if name not in NATIVE:
         raise InputError(f"draft {draft.name}: llama.cpp's methods are {', '.join(NATIVE)}")
     kind, length_flag = NATIVE[name]
     words = ["--spec-type", kind, length_flag, str(length)]
-    if name == "ngram-mod" and not any(option.startswith("n-min=") for option in options):
+    if name == "ngram-mod" and "n-min" not in options:
         words += ["--spec-ngram-mod-n-min", "1"]  # its own least number is above the lengths that are asked
     if weights is not None:
         words += ["--spec-draft-model", weights]
-    for option in options:
-        key, _, value = option.partition("=")
-        if not re.fullmatch(r"[a-z][a-z-]*=[\w.]+", option):
-            raise InputError(f"draft {draft.name}: option {option!r}: NAME=VALUE is needed, like n-match=8")
+    for key, value in options.items():
+        if not _OPTION.fullmatch(f"{key}={value}"):
+            raise InputError(f"draft {draft.name}: option {key}={value}: NAME=VALUE is needed, like n-match=8")
         words += [f"--spec-{kind}-{key}", value]
     return words

@@ -40,6 +40,13 @@ class Program:
     has_synthetic: bool
     running: Running | None = None
 
+    def check_device(self, device: str) -> None:
+        """Raises InputError: a GPU for a build that can use none."""
+        if device.startswith("cuda") and self.running is None and not llama_flags.devices_of(self.command):
+            raise InputError(
+                f"device {device!r}: {self.version} finds no GPU; take cpu, or a llama-server built for it"
+            )
+
 
 def program_of(path: str | None = None) -> Program:
     """The `llama-server` at `path` or on the PATH by that name; None is the package xllamacpp.

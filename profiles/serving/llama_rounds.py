@@ -15,7 +15,7 @@ from profiles.terms import PLAIN, Draft, Model, Setup, StepTimes
 FIRST_TOKEN = 32  # of the pattern: no tokenizer known has a special token from there on
 FORCED = 1000.0  # added to a logit
 SKIPPED = 2  # rounds after a prefill, whose traces are still in the processor's caches
-LEAST_SAMPLES, MOST_TRIES = 7, 5
+LEAST_SAMPLES, MOST_TRIES = 4, 5  # of a pass
 STAGGER = 8  # rounds a full batch may start late
 _LOOK_UP = Draft(kind="ngram", max_match=1, min_match=1)
 _NO_MATCH = Setup(draft=Draft(kind="ngram", max_match=2, min_match=2), length=2)
@@ -42,7 +42,7 @@ class Shape:
 
 
 def plan_of(target: Model, drafts: Sequence[Draft], max_length: int, has_synthetic: bool) -> list[Timed]:
-    """Everything to time, shortest drafts first; plain rounds at both ends and in the middle."""
+    """Everything to time in one pass, shortest drafts first; plain rounds at its start and in the middle."""
     plain = Timed(parts=(target.run_digest,), width=1)
     look_ups = tuple(draft.digest for draft in drafts if draft.kind == "ngram")
     plan = [plain]
@@ -58,7 +58,7 @@ def plan_of(target: Model, drafts: Sequence[Draft], max_length: int, has_synthet
             setup = Setup(draft=draft, length=length)
             plan.append(Timed(parts=parts, width=length + 1, setup=setup, words=words, period=length + 1))
     plan.insert(len(plan) // 2, plain)
-    return [*plan, plain]
+    return plan
 
 
 def pattern(period: int, num_tokens: int) -> list[int]:
@@ -105,9 +105,12 @@ def _within(run: Generated, start_s: float, end_s: float, width: int) -> list[St
 
 
 def time_plan(plan: Sequence[Timed], shape: Shape, measure: Callable[[Timed], list[float]]) -> dict[str, StepTimes]:
-    """The staircases of all parts. Raises EngineError: a width of which no rounds could be had."""
+    """The staircases of all parts, from a pass over the plan and one back, in which a drift of the machine cancels.
+
+    Raises EngineError: a width of which no rounds could be had.
+    """
     found: dict[str, dict[int, tuple[float, ...]]] = {}
-    for asked in plan:
+    for asked in (*plan, *reversed(plan)):
         seconds: list[float] = []
         for _ in range(MOST_TRIES):
             if len(seconds) < LEAST_SAMPLES:

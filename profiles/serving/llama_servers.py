@@ -22,18 +22,27 @@ START_TIMEOUT_S = 600.0
 SPARE_TOKENS = 80  # a row's cache beside its context: llama.cpp drafts less where it nears the end
 # in float32, where tokens are held against the torch engine's, caches are float32 too
 EXACT = ("-fa", "off", "-ctk", "f32", "-ctv", "f32")
+ON_GPU, ON_CPU = ("-ngl", "99"), ("-dev", "none")
+DRAFT_ON_GPU, DRAFT_ON_CPU = ("-ngld", "99"), ("-devd", "none")
 EXACT_DRAFT = ("-ctkd", "f32", "-ctvd", "f32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How every server is started. `more`: arguments added as they are (`-ngl 99`); `most_alive` servers are kept."""
+    """How every server is started; on a GPU with all layers there.
+
+    `more`: arguments added as they are (`-b 512`). `most_alive` servers are kept, by default one on a GPU, else four.
+    """
 
     threads: int
     log_folder: Path
     more: tuple[str, ...] = ()
-    most_alive: int = 4
+    most_alive: int | None = None
     device: str = "cpu"
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
 
 
 class LlamaServer:
@@ -92,12 +101,20 @@ class LlamaServers:
         self._program, self._options = program, options
         self._target, self._weights, self._max_positions = target, weights, max_positions
         self._exact = EXACT if target.float_type == "float32" else ()
-        self._fleet: Fleet[tuple[str, ...], LlamaServer] = Fleet(self._start, options.most_alive)
+        self._where = ON_GPU if options.on_gpu else ON_CPU
+        self._fleet: Fleet[tuple[str, ...], LlamaServer] = Fleet(
+            self._start, options.most_alive or (1 if options.on_gpu else 4)
+        )
 
     @property
     def num_starts(self) -> int:
         """Servers started so far."""
         return self._fleet.num_starts
+
+    @property
+    def starting_s(self) -> float:
+        """Seconds that the starts took."""
+        return self._fleet.starting_s
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -107,7 +124,7 @@ class LlamaServers:
     @property
     def told(self) -> dict[str, Any]:
         """What times depend on beside threads: the arguments of every server, and the type of the weights."""
-        return {"more": [*self._exact, *self._options.more], "weights": self._target.float_type}
+        return {"more": [*self._where, *self._exact, *self._options.more], "weights": self._target.float_type}
 
     def of(self, setup: Setup, workload: Workload, more: Sequence[str] = ()) -> LlamaServer:
         """The server of a setup for so many rows; `more` arguments make it another one.
@@ -148,6 +165,7 @@ class LlamaServers:
         words = words_of(setup, self._program.spelling, None if weights is None else str(weights.path))
         if weights is not None:
             words += ["-td", str(self._options.threads), "-tbd", str(self._options.threads)]
+            words += DRAFT_ON_GPU if self._options.on_gpu else DRAFT_ON_CPU
             words += EXACT_DRAFT if self._exact else ()
         return self._command(self._target.path, workload, [*words, *more])
 
@@ -163,7 +181,7 @@ class LlamaServers:
             "-tb": str(self._options.threads),
         }
         own = [word for pair in options.items() for word in pair]
-        return (*self._program.command, *own, *self._exact, "--metrics", *words, *self._options.more)
+        return (*self._program.command, *own, *self._where, *self._exact, "--metrics", *words, *self._options.more)
 
     def _start(self, command: tuple[str, ...]) -> LlamaServer:
         server: Server | RunningServer

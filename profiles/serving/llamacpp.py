@@ -6,18 +6,20 @@ of each request, times are the server's own. Knows nothing of stores or searches
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
+from profiles import models
 from profiles.clock import quietest
 from profiles.environment import fingerprint
 from profiles.errors import EngineError, InputError
 from profiles.models import Described
-from profiles.partings import check_partings
+from profiles.partings import check_end, check_partings
 from profiles.properties import SERVED_KINDS, Properties
 from profiles.serving import llama_answers, llama_rounds, ngram_simple
 from profiles.serving.llama_answers import Generated, body_of
-from profiles.serving.llama_flags import KEEPS_HISTORY, words_of
+from profiles.serving.llama_flags import KEEPS_HISTORY, keeps_history, words_of
 from profiles.serving.llama_program import Program, Weights, weights_of
 from profiles.serving.llama_servers import SPARE_TOKENS, LlamaServer, LlamaServers, Options
 from profiles.terms import (
@@ -37,16 +39,19 @@ from profiles.terms import (
 
 NAME = "llamacpp"
 WARM_UP_TOKENS = 16
+Measurement = TypeVar("Measurement")
 
 
 class LlamaCppEngine:
     """A target and its drafts as GGUF files under llama.cpp; fits `protocol.Engine`. A context manager.
 
-    Raises InputError: a draft that llama.cpp does not have; ModelError: a model that is not to be had as GGUF.
+    Raises InputError: a draft that llama.cpp does not have, a GPU that it cannot use; ModelError: a model that is not
+    to be had as GGUF.
     """
 
     def __init__(self, target: Described, drafts: tuple[Draft, ...], program: Program, options: Options) -> None:
         self._target, self._drafts, self._program, self._options = target, drafts, program, options
+        program.check_device(options.device)
         for draft in drafts:
             self._check_kind(draft)
         self._file = weights_of(target.record)
@@ -94,6 +99,11 @@ class LlamaCppEngine:
         return self._servers.num_starts
 
     @property
+    def starting_s(self) -> float:
+        """Seconds that the starts took."""
+        return self._servers.starting_s
+
+    @property
     def pids(self) -> tuple[int, ...]:
         """All processes of its servers that live now."""
         return self._servers.pids
@@ -110,7 +120,7 @@ class LlamaCppEngine:
         if workload.temperature > 0.0:
             [filtered] = server.ask([body | {"n_probs": 1, "post_sampling_probs": True}], 1)
             probs, _ = llama_answers.probs_of(filtered)
-        self._check_end(workload, run, token_ids)
+        check_end(NAME, workload, token_ids)
         return TargetTrace(
             prompt_digest=prompt.digest,
             token_ids=tuple(token_ids),
@@ -161,7 +171,7 @@ class LlamaCppEngine:
             context_length=context_length,
             most_tokens=min(workload.context_length + SPARE_TOKENS, self._target.max_positions),
         )
-        times, disturbed = quietest(
+        times, disturbed = self._quietest(
             lambda: llama_rounds.time_plan(plan, shape, lambda asked: self._rounds(asked, shape, workload))
         )
         return {part: replace(rounds, disturbed=disturbed) for part, rounds in times.items()}
@@ -176,7 +186,7 @@ class LlamaCppEngine:
         """Timed runs, one setup after another; a server whose drafts remember earlier requests is started anew."""
         for setup in setups:
             self._check(workload, prompts, setup)
-        found = [quietest(functools.partial(self._run, workload, prompts, setup)) for setup in setups]
+        found = [self._quietest(functools.partial(self._run, workload, prompts, setup)) for setup in setups]
         queues = [queue for queue, _ in found]
         if workload.temperature == 0.0:
             for number, prompt in enumerate(prompts):
@@ -198,19 +208,21 @@ class LlamaCppEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _quietest(self, measure: Callable[[], Measurement]) -> tuple[Measurement, bool]:
+        """As `clock.quietest`; a server that is not ours is not told from others, and nothing is watched."""
+        return quietest(measure, (self._options.device,)) if self._program.running is None else (measure(), False)
+
     def _run(
         self, workload: Workload, prompts: Sequence[Prompt], setup: Setup
     ) -> tuple[list[Generated], list[list[int]]]:
         """One queue under one setup: its runs and their tokens."""
-        method = setup.draft.method if setup.draft is not None else None
-        remembers = method is not None and method.split(",")[0] in KEEPS_HISTORY
-        server = self._servers.anew(setup, workload) if remembers else self._servers.of(setup, workload)
+        server = self._servers.anew(setup, workload) if keeps_history(setup) else self._servers.of(setup, workload)
         self._warm_up(server, workload)
         bodies = [body_of(workload, prompt.token_ids) for prompt in prompts]
         runs = server.ask(bodies, workload.batch_size)
         outputs = [server.tokens_of(*pair) for pair in zip(bodies, runs, strict=True)]
-        for run, token_ids in zip(runs, outputs, strict=True):
-            self._check_end(workload, run, token_ids)
+        for token_ids in outputs:
+            check_end(NAME, workload, token_ids)
         self._check_drafted(setup, runs, server)
         return runs, outputs
 
@@ -254,12 +266,7 @@ class LlamaCppEngine:
                 )
         if setup.stop_below is not None:
             raise InputError(f"{setup.name}: llama.cpp has no such stop")
-        longest = max(len(prompt.token_ids) for prompt in prompts)
-        if longest + workload.max_new_tokens > workload.context_length:
-            raise InputError(
-                f"a prompt of {longest} tokens with {workload.max_new_tokens} new ones: allowed are "
-                f"{workload.context_length} together, the workload's context"
-            )
+        models.check_prompts(workload, prompts)
         self._check_positions(workload.context_length, setup.length)
 
     def _check_positions(self, context_length: int, length: int) -> None:
@@ -269,14 +276,6 @@ class LlamaCppEngine:
                 f"context {context_length} with speculation length {length}: model {self.target.name!r} has {most} "
                 f"positions; allowed are contexts up to {most - length} with that length"
             )
-
-    def _check_end(self, workload: Workload, run: Generated, token_ids: Sequence[int]) -> None:
-        """Raises EngineError: llama.cpp takes other tokens for an end than the workload does."""
-        ends = set(workload.end_token_ids)
-        if ends.intersection(token_ids[:-1]):
-            raise EngineError(f"llama.cpp went on after an end token of {sorted(ends)}: the GGUF file has other ones")
-        if run.stopped_at_end and token_ids[-1] not in ends:
-            raise EngineError(f"llama.cpp ended at token {token_ids[-1]}: the workload's end tokens are {sorted(ends)}")
 
     def _check_drafted(self, setup: Setup, runs: Sequence[Generated], server: LlamaServer) -> None:
         """Raises EngineError: a draft model that never drafted; llama.cpp goes on without one it cannot use."""

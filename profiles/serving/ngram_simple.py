@@ -1,10 +1,11 @@
 """What llama.cpp's `ngram-simple` proposes along a text: a look-up of one size of n-gram, at its latest place.
 
 The rule is `common_ngram_simple_draft` of llama.cpp (common/ngram-map.cpp): the tokens that followed the latest earlier
-occurrence of the last n, and nothing where fewer than n of them are known. Knows nothing of servers.
+occurrence of the last n, and nothing where fewer than n of them are known, nor in a text of no more than n + 2 tokens
+beside those it may draft. Knows nothing of servers.
 """
 
-from profiles.errors import InputError
+from profiles.errors import EngineError, InputError
 from profiles.terms import Draft, LookupTrace, Prompt, TargetTrace
 
 
@@ -18,8 +19,8 @@ def check(draft: Draft) -> int:
 def trace_lookup(draft: Draft, prompt: Prompt, trace: TargetTrace, max_length: int) -> LookupTrace:
     """What is proposed for a round at every position of the trace, and how much of it is kept.
 
-    True for every length from n to `max_length` where prompt and output have more than n + `max_length` + 2 tokens;
-    llama.cpp drafts nothing in shorter texts, nor for lengths under n. Raises InputError as `check`.
+    For every length from n to `max_length`; llama.cpp drafts nothing for lengths under n. Raises: InputError as
+    `check`. EngineError: the text is so short somewhere that llama.cpp drafts for some of these lengths only.
     """
     size = check(draft)
     text = [*prompt.token_ids, *trace.token_ids]
@@ -33,8 +34,14 @@ def trace_lookup(draft: Draft, prompt: Prompt, trace: TargetTrace, max_length: i
             seen += 1
         place = latest.get(tuple(text[known + 1 - size : known + 1]))
         tokens = [] if place is None else text[place + size : min(place + size + max_length, known)]
-        if len(tokens) < size or known <= size + max_length + 1:
+        longest = known - size - 2  # the greatest length that drafts in so short a text
+        if len(tokens) < size or longest < size:
             tokens = []
+        elif longest < max_length:
+            raise EngineError(
+                f"draft {draft.name}: in a text of {known + 1} tokens llama.cpp drafts for lengths up to {longest} "
+                f"alone; for lengths up to {max_length} prompts of {size + max_length + 2} tokens are needed"
+            )
         emitted = trace.token_ids[start : start + len(tokens)]
         pairs = zip(tokens, emitted, strict=False)
         proposed.append(len(tokens))

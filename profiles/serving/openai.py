@@ -6,18 +6,20 @@ Each kind of server has requests and records of its own beside the common ones; 
 import contextlib
 import math
 import statistics
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from profiles.errors import EngineError
+from profiles.serving import llama_answers
 from profiles.serving.load import Answer, Body
 from profiles.serving.log import one_line
 from profiles.serving.metrics import Counters
 from profiles.terms import Prompt, Rounds, TargetTrace, Workload
 
-PATHS = {"llamacpp": "/completion"}  # of the kinds that tell token ids elsewhere than under OpenAI's path
+PATHS = {"llamacpp": llama_answers.PATH}  # of the kinds that tell token ids elsewhere than under OpenAI's path
 PATH = "/v1/completions"
 Kind = Literal["vllm", "sglang", "llamacpp", "trtllm", "openai"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -25,7 +27,14 @@ Encode = Callable[[str], Sequence[int]]
 
 
 def body_of(kind: Kind, model: str, workload: Workload, prompt: Prompt) -> Body:
-    """The request for one prompt: its token ids, the workload's sampling and nothing else, ends only where it says."""
+    """The request for one prompt: its token ids, the workload's sampling and nothing else, ends only where it says.
+
+    Nothing may come from a prefix cache, or the queue that runs second had shorter prefills: each request has a salt of
+    its own. What knows no salt (older SGLang, kinds `trtllm` and `openai`) is to be started without such a cache,
+    SGLang with `--disable-radix-cache`.
+    """
+    if kind == "llamacpp":  # it stops at its model's own end tokens, and at no others
+        return {"model": model, **llama_answers.body_of(workload, prompt.token_ids)}
     ends = list(workload.end_token_ids)
     common: dict[str, Any] = {
         "model": model,
@@ -38,21 +47,17 @@ def body_of(kind: Kind, model: str, workload: Workload, prompt: Prompt) -> Body:
         "stream_options": {"include_usage": True},
     }
     own: dict[str, Any] = {"stop_token_ids": ends} if ends else {}
-    if kind == "llamacpp":  # it stops at its model's own end tokens, and at no others
-        samplers = (["top_k"] if workload.top_k else []) + (["top_p"] if workload.top_p < 1.0 else []) + ["temperature"]
-        own = {"samplers": samplers, "top_k": workload.top_k, "cache_prompt": False, "ignore_eos": not ends}
-        own |= {"n_predict": workload.max_new_tokens, "return_tokens": True, "timings_per_token": True}
-    elif kind in ("openai", "trtllm"):
+    if kind in ("openai", "trtllm"):
         own |= {"top_k": workload.top_k} if workload.top_k else {}
     else:
-        own |= {"min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": False}
+        own |= {"cache_salt": uuid.uuid4().hex, "min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": False}
         own |= {"return_token_ids": True, "top_k": workload.top_k or -1}
     if kind == "sglang":
         own |= {"return_spec_tokens_details": True, "no_stop_trim": True}
     return {**common, **own}
 
 
-def log_probs_of(kind: Kind, count: int) -> Body:
+def log_probs_of(kind: Kind, count: int) -> dict[str, Any]:
     """What is added to a request for the log-probabilities of its tokens and of the `count` largest at each place."""
     if kind == "llamacpp":
         return {"n_probs": count}

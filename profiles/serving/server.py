@@ -8,26 +8,25 @@ import functools
 import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import MappingProxyType
-from typing import Any, Self
+from typing import Self, TypeVar
 from weakref import WeakKeyDictionary
 
+from profiles import models
 from profiles.clock import quietest
 from profiles.environment import fingerprint
 from profiles.errors import EngineError, InputError
-from profiles.partings import check_partings
+from profiles.partings import check_end, check_partings
 from profiles.properties import SERVED_KINDS, Properties
 from profiles.serving import metrics, openai
 from profiles.serving.fleet import Fleet
 from profiles.serving.launch import Launch
-from profiles.serving.llama_flags import KEEPS_HISTORY
-from profiles.serving.load import drive, fetch
+from profiles.serving.llama_flags import KEEPS_HISTORY, keeps_history
+from profiles.serving.load import Body, drive, fetch
 from profiles.serving.openai import Completion, Encode
 from profiles.serving.process import RunningServer, Server
-from profiles.serving.sampled import check_means
-from profiles.spelling import method_options
+from profiles.serving.sampled import check_means, texts_of
 from profiles.terms import (
     PLAIN,
     Acceptance,
@@ -49,9 +48,9 @@ PATTERN = "The quick brown fox jumps over the lazy dog and runs on. "
 _PREFIXES = {"vllm": metrics.VLLM, "llamacpp": metrics.LLAMA_CPP}
 _VERSIONS = (("/version", "version"), ("/server_info", "version"), ("/props", "build_info"))
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 Started = Server | RunningServer
 Counted = tuple[Completion, Rounds | None]
+Measurement = TypeVar("Measurement")
 
 
 class ServerEngine:
@@ -63,7 +62,8 @@ class ServerEngine:
     def __init__(self, target: Model, drafts: tuple[Draft, ...], launch: Launch, encode: Encode, device: str) -> None:
         self._target, self._drafts = target, drafts
         self._launch, self._encode, self._device = launch, encode, device
-        self._fleet: Fleet[Setup, Started] = Fleet(self._start, launch.most_alive)
+        most_alive = launch.most_alive or (1 if device.startswith("cuda") else 2)
+        self._fleet: Fleet[Setup, Started] = Fleet(self._start, most_alive)
         self._warm: WeakKeyDictionary[Started, set[int]] = WeakKeyDictionary()
         self._sampled_well: set[tuple[Draft | None, str]] = set()
         self._environment: Environment | None = None
@@ -82,7 +82,7 @@ class ServerEngine:
             length_change="restart",
             keeps_history=KEEPS_HISTORY if kind == "llamacpp" else (),
             drops_short=kind == "llamacpp",
-            origin=f"server {kind} {self.environment.engine_version} {self._target.dtype}",
+            origin=f"server {kind} {self.environment.engine_version} {self._target.dtype} {self._launch.digest}",
         )
 
     @property
@@ -111,11 +111,16 @@ class ServerEngine:
     def num_starts(self) -> int:
         return self._fleet.num_starts
 
+    @property
+    def starting_s(self) -> float:
+        """Seconds that the starts took."""
+        return self._fleet.starting_s
+
     def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
         """One plain run with the two largest log-probabilities of every token."""
         alone = replace(workload, batch_size=1)
-        _check(alone, (prompt,))
-        [run] = self._drive(PLAIN, alone, (prompt,), openai.log_probs_of(self._launch.kind, 2))
+        models.check_prompts(alone, (prompt,))
+        [run] = self._drive(PLAIN, alone, (prompt,), [openai.log_probs_of(self._launch.kind, 2)])
         return openai.trace_of(prompt, run, workload.end_token_ids)
 
     def trace_draft(
@@ -133,7 +138,7 @@ class ServerEngine:
         """Plain rounds of a full batch, a mean for each of seven loads."""
         asked, rows = self._synthetic(workload, context_length)
         self._warm_up(PLAIN, asked, rows)
-        samples_s, disturbed = quietest(lambda: self._plain_rounds(asked, rows))
+        samples_s, disturbed = self._quietest(lambda: self._plain_rounds(asked, rows))
         times = StepTimes(
             part_digest=self._target.run_digest,
             batch_size=workload.batch_size,
@@ -151,31 +156,25 @@ class ServerEngine:
         occasion: str,  # noqa: ARG002 -- a key of stored evidence
     ) -> tuple[Sample, ...]:
         """The queue through each setup's server in turn, again while the machine is disturbed."""
-        _check(workload, prompts)
-        queues, disturbed = [], []
+        models.check_prompts(workload, prompts)
+        found = []
         for setup in setups:
             self._check_sampling(setup, workload, prompts)
-            if self._keeps_history(setup):
-                self._fleet.stop(setup)  # its pool must not hold what ran before, nor the queue itself
-                self._warm_up(setup, *self._synthetic(workload, workload.context_length))
-            else:
-                self._warm_up(setup, workload, prompts)
-            queue, was_disturbed = quietest(functools.partial(self._queue, setup, workload, prompts))
-            queues.append(queue)
-            disturbed.append(was_disturbed)
+            found.append(self._quietest(functools.partial(self._fresh_queue, setup, workload, prompts)))
+        queues = [queue for queue, _ in found]
         for number, prompt in enumerate(prompts if workload.temperature == 0.0 else ()):
             outputs = [queue[number][0].token_ids for queue in queues]
             trace = functools.partial(self.trace_target, workload, prompt)
             check_partings(self._target, setups, outputs, trace)
         return tuple(
             replace(_sample(setup, prompts, queue, number), disturbed=was_disturbed)
-            for setup, queue, was_disturbed in zip(setups, queues, disturbed, strict=True)
+            for setup, (queue, was_disturbed) in zip(setups, found, strict=True)
             for number in range(len(prompts))
         )
 
-    def _keeps_history(self, setup: Setup) -> bool:
-        method = None if setup.draft is None or setup.draft.method is None else method_options(setup.draft.method)[0]
-        return method in self.properties.keeps_history and self._launch.url is None
+    def _quietest(self, measure: Callable[[], Measurement]) -> tuple[Measurement, bool]:
+        """As `clock.quietest`; a server that is not ours is not told from others, and nothing is watched."""
+        return quietest(measure, (self._device,)) if self._launch.url is None else (measure(), False)
 
     @property
     def _past_end(self) -> bool:
@@ -211,20 +210,24 @@ class ServerEngine:
         return self._fleet.ask(setup)
 
     def _drive(
-        self, setup: Setup, workload: Workload, prompts: Sequence[Prompt], more: Mapping[str, Any] = NOTHING
+        self, setup: Setup, workload: Workload, prompts: Sequence[Prompt], more: Sequence[Body] = ()
     ) -> list[Completion]:
-        """One load; a server that fails is stopped, so that the next one meets a fresh one."""
-        server = self._server(setup)
+        """One load, `more` added to each request; a server that fails is stopped: the next one meets a fresh one."""
+        server, kind = self._server(setup), self._launch.kind
+        pairs = list(zip(prompts, more or [{}] * len(prompts), strict=True))
         try:
             with server.watched():
                 name = _served_model(server.url)
-                bodies = [{**openai.body_of(self._launch.kind, name, workload, prompt), **more} for prompt in prompts]
-                path = openai.PATHS.get(self._launch.kind, openai.PATH)
+                bodies = [{**openai.body_of(kind, name, workload, prompt), **own} for prompt, own in pairs]
+                path = openai.PATHS.get(kind, openai.PATH)
                 answers = drive(server.url, path, bodies, workload.batch_size, self._launch.silent_s)
         except EngineError:
             self._fleet.stop(setup)
             raise
-        return [openai.read(answer, self._encode) for answer in answers]
+        runs = [openai.read(answer, self._encode) for answer in answers]
+        for run in runs:
+            check_end(f"server with {setup.name}", workload, run.token_ids)
+        return runs
 
     def _warm_up(self, setup: Setup, workload: Workload, prompts: Sequence[Prompt]) -> None:
         """The first requests of a server at a batch size are thrown away."""
@@ -232,6 +235,15 @@ class ServerEngine:
         if workload.batch_size not in sizes:
             self._drive(setup, workload, prompts[: workload.batch_size])
             sizes.add(workload.batch_size)
+
+    def _fresh_queue(self, setup: Setup, workload: Workload, prompts: Sequence[Prompt]) -> list[Counted]:
+        """As `_queue`, of a warm server whose drafts know nothing of what ran before, nor of the queue itself."""
+        if keeps_history(setup) and self._launch.kind == "llamacpp" and self._launch.url is None:
+            self._fleet.stop(setup)
+            self._warm_up(setup, *self._synthetic(workload, workload.context_length))
+        else:
+            self._warm_up(setup, workload, prompts)
+        return self._queue(setup, workload, prompts)
 
     def _queue(self, setup: Setup, workload: Workload, prompts: Sequence[Prompt]) -> list[Counted]:
         """A queue through a setup's server, each request with its rounds as far as the server tells."""
@@ -251,19 +263,16 @@ class ServerEngine:
     def _check_sampling(self, setup: Setup, workload: Workload, prompts: Sequence[Prompt]) -> None:
         """Once for a draft and a way to sample: texts with and without it must be equally likely to the target.
 
-        Raises EngineError when they are not beyond chance. A single prompt does not tell, and is not asked.
+        Raises EngineError when they are not beyond chance. llama.cpp is not asked: it draws every token from the target
+        and keeps a draft's only where it is the one drawn, and tells no log-probabilities while it drafts.
         """
-        law = setup.draft, workload.sampling_digest
-        if setup.draft is None or workload.temperature == 0.0 or len(prompts) < 2 or law in self._sampled_well:
+        law, kind = (setup.draft, workload.sampling_digest), self._launch.kind
+        if setup.draft is None or workload.temperature == 0.0 or kind == "llamacpp" or law in self._sampled_well:
             return
-        means = [
-            [
-                openai.mean_log_prob(run)
-                for run in self._drive(one, workload, prompts, openai.log_probs_of(self._launch.kind, 1))
-            ]
-            for one in (setup, PLAIN)
-        ]
-        check_means(f"server with {setup.name}", *means)
+        texts = texts_of(workload, prompts)
+        more = [openai.log_probs_of(kind, 1) | {"seed": seed} for _, seed in texts]
+        drafted, plain = (self._drive(one, workload, [prompt for prompt, _ in texts], more) for one in (setup, PLAIN))
+        check_means(f"server with {setup.name}", *(list(map(openai.mean_log_prob, runs)) for runs in (drafted, plain)))
         self._sampled_well.add(law)
 
     def _plain_rounds(self, workload: Workload, rows: Sequence[Prompt]) -> tuple[float, ...]:
@@ -329,15 +338,6 @@ def _round_s(runs: Sequence[Completion]) -> float | None:
     if len(seen) < 2 or seen[-1][0] <= seen[0][0]:
         return None
     return (seen[-1][0] - seen[0][0]) / sum(num_tokens for _, num_tokens in seen[1:])
-
-
-def _check(workload: Workload, prompts: Sequence[Prompt]) -> None:
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    if longest + workload.max_new_tokens > workload.context_length:
-        raise InputError(
-            f"a prompt of {longest} tokens with {workload.max_new_tokens} new ones: allowed are "
-            f"{workload.context_length} together, the workload's context"
-        )
 
 
 def _served_model(url: str) -> str:

@@ -5,29 +5,27 @@ speculation length and the n-gram window change within an engine. Whole rounds a
 """
 
 import functools
-import itertools
 import json
 import math
 import os
 import statistics
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from profiles import acceptance, models, sources
 from profiles.clock import quietest
-from profiles.environment import fingerprint
 from profiles.errors import BadNumbersError, InputError
 from profiles.partings import check_partings
 from profiles.properties import SERVED_KINDS, Properties
 from profiles.serving.fleet import Fleet
-from profiles.serving.sampled import check_means
+from profiles.serving.sampled import check_means, texts_of
 from profiles.serving.vllm_child import Child, python_of
+from profiles.serving.vllm_device import VllmDevice
 from profiles.serving.vllm_engines import (
     CONTEXT_STEP,
     Kind,
@@ -37,7 +35,7 @@ from profiles.serving.vllm_engines import (
     sampling_of,
     start_arguments,
 )
-from profiles.serving.vllm_rounds import Visit, in_turn, question, visits
+from profiles.serving.vllm_rounds import Visit, in_turn, question, sample_of, visits
 from profiles.terms import (
     PLAIN,
     Acceptance,
@@ -51,12 +49,10 @@ from profiles.terms import (
     StepTimes,
     TargetTrace,
     Workload,
-    digest_of,
 )
 
 NAME = "vllm"
 LAST_WRONG_ON_CPU = Version("0.33.0")  # the last CPU build whose kernel was read, and is as the one seen to be wrong
-SAMPLED_TEXTS = 16
 WIDEST_GAP = 100.0  # stands for a second choice that top-k or top-p left out
 
 
@@ -78,11 +74,12 @@ class VllmEngine:
         self._fleet: Fleet[Kind, Child] = Fleet(self._start, self._options.max_alive)
         with self._child() as child:
             version, self._torch = child.facts.get("vllm"), str(child.facts.get("torch"))
-        if version is None:
-            raise InputError(
-                f"python {self._python!r} has no vLLM; name one that has it, in $DRAFTPICK_VLLM_PYTHON for instance"
-            )
-        self._version = str(version)
+            if version is None:
+                raise InputError(
+                    f"python {self._python!r} has no vLLM; name one that has it, in $DRAFTPICK_VLLM_PYTHON for instance"
+                )
+            self._version = str(version)
+            self._device = VllmDevice.told(child.ask("about", self._options.timeout_s))
 
     @property
     def properties(self) -> Properties:
@@ -104,9 +101,13 @@ class VllmEngine:
         """As the plain engine, which is started for it, says."""
         if self._environment is None:
             child = self._engine(Kind(served=self._target.name), self._options.context_length)
-            options = {"eager": self._on_cpu, "max_num_seqs": self._options.max_batch_size, "prefix_caching": False}
+            options = {
+                "eager": self._device.on_cpu,
+                "max_num_seqs": self._options.max_batch_size,
+                "prefix_caching": False,
+            }
             self._environment = replace(
-                fingerprint("cpu" if self._on_cpu else "cuda"),
+                self._device.fingerprint(),
                 threads=int(child.facts["threads"]),
                 torch=self._torch,
                 engine=NAME,
@@ -127,6 +128,11 @@ class VllmEngine:
     def num_starts(self) -> int:
         """Engines started so far."""
         return self._fleet.num_starts
+
+    @property
+    def starting_s(self) -> float:
+        """Seconds that the starts took."""
+        return self._fleet.starting_s
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -186,13 +192,15 @@ class VllmEngine:
         for setup in setups:
             self._warm_up(workload, prompts, setup)
             self._trust(workload, prompts, setup)
-        runs, disturbed = quietest(lambda: [self._decode(workload, prompts, setup) for setup in setups], self._gpus)
+        runs, disturbed = quietest(
+            lambda: [self._decode(workload, prompts, setup) for setup in setups], self._device.watched
+        )
         if workload.temperature == 0.0:
             for prompt, own in zip(prompts, zip(*runs, strict=True), strict=True):
                 outputs = [run["token_ids"] for run in own]
                 check_partings(self.target, setups, outputs, functools.partial(self.trace_target, workload, prompt))
         return tuple(
-            _sample(setup, prompt, run, disturbed)
+            sample_of(setup, prompt, run, disturbed)
             for setup, own in zip(setups, runs, strict=True)
             for prompt, run in zip(prompts, own, strict=True)
         )
@@ -213,7 +221,7 @@ class VllmEngine:
         for visit in asked:
             if visit.setup.length <= 1:
                 self._rounds(at_context, visit)  # engines are started, and warm, before anything counts
-        times, disturbed = quietest(visit_all, self._gpus)
+        times, disturbed = quietest(visit_all, self._device.watched)
         return {
             part: StepTimes(
                 part_digest=part,
@@ -247,17 +255,12 @@ class VllmEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def _on_cpu(self) -> bool:
-        return "cpu" in (Version(self._version).local or "")
-
-    @property
-    def _gpus(self) -> tuple[str, ...]:
-        """What is watched for disturbance."""
-        return () if self._on_cpu else ("cuda:0",)
-
     def _sampled_objection(self) -> str | None:
-        if not self._on_cpu or Version(Version(self._version).public) > LAST_WRONG_ON_CPU:
+        try:
+            version = Version(Version(self._version).public)
+        except InvalidVersion:
+            return None  # a build of one's own: what it samples is compared before it is measured, as any other's
+        if not self._device.on_cpu or version > LAST_WRONG_ON_CPU:
             return None
         return f"{NAME} {self._version} draws from another distribution when it drafts on the CPU; 0 is allowed"
 
@@ -274,7 +277,9 @@ class VllmEngine:
         return self._fleet.ask(kind)
 
     def _start(self, kind: Kind) -> Child:
-        arguments = start_arguments(kind, self._target.dtype, self._num_tokens, self._options, on_cpu=self._on_cpu)
+        arguments = start_arguments(
+            kind, self._target.dtype, self._num_tokens, self._options, on_cpu=self._device.on_cpu
+        )
         child = self._child()
         child.facts |= child.ask("start", self._options.timeout_s, **arguments)
         child.facts["num_tokens"] = arguments["options"]["max_model_len"]
@@ -342,8 +347,8 @@ class VllmEngine:
         """
         law, child = sampling_of(workload), self._drafting(workload, setup)
         texts: list[tuple[Prompt, list[int]]] = []
-        for seed, prompt in zip(range(SAMPLED_TEXTS), itertools.cycle(prompts), strict=False):
-            [run] = self._run(child, [prompt.token_ids], 1, law | {"seed": workload.seed + seed})
+        for prompt, seed in texts_of(workload, prompts):
+            [run] = self._run(child, [prompt.token_ids], 1, law | {"seed": seed})
             texts.append((prompt, run["token_ids"]))
         plain = self._drafting(workload, PLAIN)
         scores = [self._scores(plain, prompt, emitted) for prompt, emitted in texts]
@@ -380,18 +385,3 @@ class VllmEngine:
         if draft not in self._drafts:
             known = ", ".join(one.name for one in self._drafts) or "none"
             raise InputError(f"draft {draft.name} is not one of this engine's; they are {known}")
-
-
-def _sample(setup: Setup, prompt: Prompt, run: dict[str, Any], disturbed: bool) -> Sample:
-    return Sample(
-        setup_digest=setup.digest,
-        prompt_digest=prompt.digest,
-        ttft_s=run["first_s"] - run["started_s"],
-        decode_s=run["last_s"] - run["first_s"],
-        output_tokens=len(run["token_ids"]),
-        rounds=Counter((drafted, accepted) for drafted, accepted in run["rounds"]),
-        shapes=Counter((width, 0, 0) for width in run["widths"]),
-        refills=run["refills"],
-        output_digest=digest_of(run["token_ids"]),
-        disturbed=disturbed,
-    )

@@ -101,6 +101,25 @@ class Worker:
         self._scheduled: Any = None  # what the last step was to compute
         self._numbers = itertools.count()
 
+    def about(self) -> dict[str, Any]:
+        """What vLLM computes on here: its name alone does not tell whether it was built for a processor or a GPU."""
+        import torch
+        from vllm.platforms import current_platform
+
+        kind = current_platform.device_type
+        if kind == "cpu":
+            return {"kind": kind}
+        capability = current_platform.get_device_capability()
+        return {
+            "kind": kind,
+            "name": current_platform.get_device_name(0),
+            "count": torch.cuda.device_count() or 1,
+            "memory_bytes": current_platform.get_device_total_memory(0),
+            "capability": capability and f"{capability.major}.{capability.minor}",
+            "cuda": torch.version.cuda,
+            "uuid": current_platform.get_device_uuid(0) if kind == "cuda" else None,
+        }
+
     def start(self, options: dict[str, Any], speculative: dict[str, Any] | None) -> dict[str, Any]:
         """Starts the engine. `in_place`: whether the length can be changed without another start."""
         from vllm import EngineArgs
@@ -231,6 +250,7 @@ class Worker:
 def answer_to(worker: Worker, question: dict[str, Any]) -> dict[str, Any]:
     """What a command came to, or its error in one line and whether memory ran out."""
     commands: dict[str, Callable[..., dict[str, Any]]] = {
+        "about": worker.about,
         "start": worker.start,
         "use": worker.use,
         "run": worker.run,
