@@ -109,30 +109,32 @@ def _specs(target: str, drafts: list[str] | None, look_up: str = "ngram") -> lis
 def _bench(asked: flags.RunFlags, question: "Question") -> "Bench":
     """The engine that was asked for, with target and drafts."""
     from profiles import loading
-    from profiles.serving import openai, opening
+    from profiles.serving import opening
     from tuner import export
 
     num_tokens = max(question.contexts, default=question.max_new_tokens) * max(question.batch_sizes)
     if asked.engine == "torch":
         specs = spelling.with_composites(_specs(asked.target, asked.draft))
         return loading.load(asked.target, specs, asked.dtype, asked.device, num_tokens)
-    specs = _specs(asked.target, asked.draft, opening.LOOK_UPS.get(asked.engine, "ngram"))
+    kind = asked.kind or "vllm"
+    look_up = opening.LOOK_UPS.get(kind if asked.engine == "server" else asked.engine, "ngram")
+    specs = _specs(asked.target, asked.draft, look_up)
     workload = question.workload(max(question.contexts, default=question.max_new_tokens + 1), ())
     return opening.open_bench(
         opening.Place(
             engine=asked.engine,
             command=asked.engine_command,
             launch=asked.launch,
-            url=asked.url,
-            kind=asked.kind,
-            more=openai.RECORD_FLAGS.get(asked.kind, ()),
+            kind=kind,
+            more=export.record_words(kind, asked.engine_version) if asked.engine == "server" else (),
             threads=asked.threads,
             device=asked.device,
             max_requests=max(question.batch_sizes),
+            min_length=min(question.lengths),
             max_length=max(question.lengths),
         ),
         opening.Models(target=asked.target, drafts=tuple(specs), dtype=asked.dtype),
-        lambda target, setup: export.words(target, setup, workload, asked.kind, asked.engine_version),
+        lambda target, setup: export.words(target, setup, workload, kind, asked.engine_version),
     )
 
 
@@ -153,12 +155,15 @@ def _load(asked: flags.RunFlags) -> "tuple[Bench, Loads, list[tuple[str, str]], 
         seed=asked.seed,
         engine=asked.engine,
     )
-    bench = _bench(asked, question)
     sources = asked.prompts or [shipped.ALL_PROMPTS]
-    requests = [request for source in sources for request in files.read(source, domain=asked.domain)]
-    loads, warnings = loading.workloads_of(bench, question, requests)
-    for workload, prompts in loads:
-        plan_anchors(workload, prompts)  # refuses a domain's name, which the run would only do once it is noted
+    with contextlib.ExitStack() as opened:
+        bench = _bench(asked, question)
+        opened.callback(bench.close)
+        requests = [request for source in sources for request in files.read(source, domain=asked.domain)]
+        loads, warnings = loading.workloads_of(bench, question, requests)
+        for workload, prompts in loads:
+            plan_anchors(workload, prompts)  # refuses a domain's name, which the run would only do once it is noted
+        opened.pop_all()
     notes = [loaded.note for loaded in bench.loaded if loaded.note is not None]
     labelled = [(files.asked_text(request), request.domain) for request in requests]
     return bench, loads, labelled, [*notes, *warnings]

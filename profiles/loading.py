@@ -169,7 +169,8 @@ def workloads_of(
 
     Prompts are cut to what the context leaves beside the new tokens; a context they do not fill shrinks to what they
     do, so that no row claims a length that was never run. Raises ModelError when a model has no room for
-    a context and the longest speculation length, PromptError for prompts that cannot be used.
+    a context and the longest speculation length, PromptError for prompts that cannot be used, InputError for a way to
+    sample that the engine does wrongly with drafts.
     """
     target, longest = bench.loaded[0], max(question.lengths)
     room = min(loaded.max_positions for loaded in bench.loaded) - longest
@@ -187,7 +188,11 @@ def workloads_of(
         loads[min(context or fitting, fitting)] = tuple(tokenized)
     ends = target.end_token_ids
     anchors = itertools.product(question.batch_sizes, loads.items())
-    return [(question.workload(context, ends, size), tokenized) for size, (context, tokenized) in anchors], warnings
+    found = [(question.workload(context, ends, size), tokenized) for size, (context, tokenized) in anchors]
+    objection = bench.engine.properties.objection(found[0][0], drafting=bool(bench.engine.drafts))
+    if objection is not None:
+        raise InputError(objection)
+    return found, warnings
 
 
 def _check_room(bench: Bench, question: Question, context: int | None) -> None:

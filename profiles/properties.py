@@ -9,6 +9,7 @@ from typing import Literal
 
 from profiles.terms import Draft, DraftKind, Setup, Workload
 
+SERVED_KINDS: tuple[DraftKind, ...] = ("model", "ngram", "native")  # what serving engines draft with
 Times = Literal["steps", "rounds"]
 Change = Literal["in place", "restart"]
 Batching = Literal["padded", "continuous"]

@@ -15,6 +15,7 @@ MAX_REQUESTS = 1024  # in flight at a server
 AGE_UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 MAX_AGE_S = 36500 * AGE_UNITS_S["d"]  # further back the calendar ends
 NATIVE = "native:"  # before what only a serving engine can draft with
+TAKEN = {"method", "model", "num_speculative_tokens"}
 NGRAM_DEFAULTS = {"max": 4, "min": 2}  # tokens
 
 
@@ -121,6 +122,18 @@ def method_options(method: str) -> tuple[str, dict[str, str]]:
     if not name or any(not (key and equals and value) for key, equals, value in pairs):
         raise InputError(f"method {method!r}: a name is allowed, and options behind it like eagle3,key=value")
     return name, {key: value for key, _, value in pairs}
+
+
+def engine_options(method: str) -> tuple[str, dict[str, int | str]]:
+    """As `method_options`, as vLLM's configuration takes them: `_` for `-`, and digits as numbers. Raises InputError.
+
+    What says which method, which model or how many tokens is no option: it would take the measured one's place.
+    """
+    name, options = method_options(method)
+    found = {key.replace("-", "_"): int(value) if value.isdecimal() else value for key, value in options.items()}
+    if taken := sorted(found.keys() & TAKEN):
+        raise InputError(f"method {method!r}: option {taken[0]} is set by draftpick itself")
+    return name, found
 
 
 def _parse_ngram(text: str, options: str | None) -> DraftSpec:

@@ -35,7 +35,6 @@ SERVING = {
     "vllm": ("--engine", "vllm"),
     "llamacpp": ("--engine", "llamacpp"),
     "sglang": ("--engine", "server", "--kind", "sglang", "--launch", "COMMAND --port {port} {speculative}"),
-    "trtllm": ("--engine", "server", "--kind", "trtllm", "--launch", "COMMAND --port {port} {speculative}"),
 }
 SOFT = ("exact", "version")  # the same device and engine: one such policy may answer what another does not cover
 

@@ -20,6 +20,7 @@ from store.book import Book, Scope
 from store.remember import Remember
 from tuner import policy as policies
 from tuner import prior, search
+from tuner.anchors import Anchor
 from tuner.limits import Limits
 from tuner.report import assemble
 from tuner.tuning import Options, Outcome, Tuner, Watch
@@ -94,10 +95,28 @@ def tune(
         "reused_units": remembering.reused_units,
         "grid_seconds_estimate": outcome.grid_seconds_estimate,
     }
+    cost |= _starts(engine, outcome)
     left_out = (*options.refused, *_left_out(outcome))
     dossier = assemble.dossier(outcome, policy).to_json()
     book.finish_run(run_id, {"cost": cost, "left_out": [asdict(one) for one in left_out], "dossier": dossier})
     return FinishedRun(policy=policy, policy_path=path, outcome=outcome, left_out=left_out, cost=cost)
+
+
+def _starts(engine: Engine, outcome: Outcome) -> dict[str, Any]:
+    """Of an engine that starts others: how often it did and how long that took, and as often for a grid's every cell."""
+    if not hasattr(engine, "starts"):
+        return {}
+    num_starts, starting_s = engine.starts
+    cells = sum(len(anchors[0].forecasts) for anchors in _by_load(outcome))
+    return {"engine_starts": num_starts, "starting_seconds": round(starting_s, 2), "grid_starts": cells}
+
+
+def _by_load(outcome: Outcome) -> list[list[Anchor]]:
+    """The anchors of each workload; the first is over all domains."""
+    loads: dict[Workload, list[Anchor]] = {}
+    for anchor in outcome.anchors:
+        loads.setdefault(anchor.workload, []).append(anchor)
+    return list(loads.values())
 
 
 def _with_kept_ids(outcome: Outcome, remembering: Remember) -> Outcome:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from profiles import machine, shipped
-from profiles.errors import NotMeasuredError
-from profiles.terms import Setup
+from profiles.errors import InputError, NotMeasuredError
 from store import deploy, places, telling
 from store.book import Book
 from store.printing import print_json, say, say_aside
@@ -21,7 +20,7 @@ from tuner import flags
 from tuner.question import MIXED
 
 if TYPE_CHECKING:
-    from tuner.export import Deployment
+    from tuner.export import Deployment, Export
     from tuner.verify import Verified
 
 EXIT_NOT_CONFIRMED = 5
@@ -50,6 +49,11 @@ class VerifyFlags:
     store: flags.Store = None
     json_only: flags.JsonOnly = False
 
+    def __post_init__(self) -> None:
+        """Raises InputError: a format that starts no server."""
+        if self.form not in flags.SERVER_KINDS:
+            raise InputError(f"format {self.form!r}: allowed are {', '.join(flags.SERVER_KINDS)}")
+
 
 @flags.of_record(VerifyFlags)
 def verify(asked: VerifyFlags) -> int:
@@ -66,27 +70,31 @@ def verify(asked: VerifyFlags) -> int:
     if made.setup is None or not made.text:
         raise NotMeasuredError(f"there is nothing to start: {made.note}")
     say_aside(f"emitted for {asked.form}: {made.text.strip()}", *([made.note] if made.note else []))
-    rows = _measure(deployment, (made.setup, shlex.split(made.text)), asked)
+    rows = _measure(deployment, made, asked)
+    others = [row.batch_size for row in deployment.batches if row.batch_size not in made.claims]
     if not asked.json_only:
         say(*(_line(row) for row in rows))
+        say(*(f"{size} in flight: not covered, the emitted command is for other numbers" for size in others))
     confirmed = all(row.verdict == "confirmed" for row in rows)
-    print_json({"emitted": made.text.strip(), "confirmed": confirmed, "concurrencies": [asdict(row) for row in rows]})
+    told = {"emitted": made.text.strip(), "confirmed": confirmed, "not_covered": others}
+    print_json({**told, "concurrencies": [asdict(row) for row in rows]})
     return 0 if confirmed else EXIT_NOT_CONFIRMED
 
 
-def _measure(deployment: "Deployment", emitted: tuple[Setup, list[str]], asked: VerifyFlags) -> "Sequence[Verified]":
-    """The emitted words against none, at the concurrencies that the policy decided, on its domain's prompts."""
+def _measure(deployment: "Deployment", made: "Export", asked: VerifyFlags) -> "Sequence[Verified]":
+    """The emitted words against none, at the concurrencies that they are for, on the choice's domain's prompts."""
     from profiles import loading
     from profiles.serving import opening
     from tuner import verify as verifying
 
-    choice, (setup, words) = deployment.choice, emitted
-    assert setup.draft is not None  # plain decoding is never emitted
+    choice, setup = deployment.choice, made.setup
+    assert setup is not None  # plain decoding is never emitted
+    assert setup.draft is not None
     place = opening.Place(
         engine="server",
         kind=asked.form,
         launch=asked.launch,
-        max_requests=max(row.batch_size for row in deployment.batches),
+        max_requests=max(made.claims),
     )
     named = opening.Models(target=deployment.target.name, dtype=deployment.target.dtype, known=(setup.draft,))
     question = loading.Question(
@@ -98,20 +106,19 @@ def _measure(deployment: "Deployment", emitted: tuple[Setup, list[str]], asked: 
         top_k=choice.top_k,
         engine=place.engine,
     )
-    with closing(opening.open_bench(place, named, lambda *_: words)) as bench:
+    with closing(opening.open_bench(place, named, lambda *_: shlex.split(made.text))) as bench:
         sources = asked.prompts or [shipped.ALL_PROMPTS]
         ((workload, prompts),), warnings = loading.workloads(bench, question, sources)
         say_aside(*warnings)
         own = [prompt for prompt in prompts if choice.domain in (MIXED, prompt.domain)]
-        claims = {row.batch_size: row.setup for row in deployment.batches}
-        return verifying.verify(bench.engine, setup, claims, own, workload)
+        return verifying.verify(bench.engine, setup, made.claims, own, workload)
 
 
 def _line(row: "Verified") -> str:
     """A concurrency in one line."""
     speedup, end_to_end = row.measured.speedup, row.measured.end_to_end
     return (
-        f"{row.concurrency} in flight: {row.verdict}; {row.claimed.name} was chosen, the emitted command is "
+        f"{row.concurrency} in flight: {row.verdict}; {row.claimed.name} there, the emitted command is "
         f"{speedup.estimate:.2f} [{speedup.low:.2f}, {speedup.high:.2f}] times plain decoding, "
         f"{end_to_end.estimate:.2f} end to end, {row.measured.num_prompts} prompts"
     )

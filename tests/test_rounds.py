@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from profiles.errors import EngineError, NotMeasuredError
-from profiles.formulas import walk
+from profiles.formulas import RoundOutcome, median, walk
+from profiles.properties import TORCH
 from profiles.recorded import RecordedEngine, Recorder, covers
+from profiles.replay import replay
 from profiles.terms import PLAIN, AcceptanceTrace, Prompt, Sample, Setup, StepTimes, TargetTrace, Workload
 from store import rehearsal
 from store.book import Book
@@ -20,7 +22,7 @@ from tests.fakes import DRAFT_A, GREEDY, NGRAM, TARGET, FakeEngine, prompts
 from tests.serving import NATIVE, SERVING, FakeServer
 from tuner.evidence import Evidence, gather
 from tuner.forecast import Forecaster
-from tuner.overhead import use_of
+from tuner.overhead import calibrate, use_of
 from tuner.report import page
 from tuner.tuning import Options, Outcome, Tuner, Watch
 
@@ -80,6 +82,51 @@ def test_what_a_sweep_of_rounds_needs() -> None:
     assert covers(times, TARGET, SERVING.timed((DRAFT_A, NGRAM, NATIVE)), 4)
     assert not covers(times, TARGET, (DRAFT_A, NGRAM), 5)
     assert not covers({TARGET.run_digest: times[TARGET.run_digest]}, TARGET, (DRAFT_A,), 4)
+
+
+def test_a_continuous_batch_is_kept_full() -> None:
+    """Two rows, prompts of 2, 4 and 4 rounds that draft 4, 0 and 2: the last one ends beside the first one's repeat.
+
+    Rows that come in together do not wait for each other; a round counts as wide as its mean row.
+    """
+
+    def rounds(count: int, proposed: int) -> list[RoundOutcome]:
+        return [RoundOutcome(proposed=proposed, accepted=0, share=1.0, by_model=False)] * count
+
+    queue = [rounds(2, 4), rounds(4, 0), rounds(4, 2)]
+    first, second, third = replay(queue, 2, SERVING)
+    assert (first.refills, second.refills, third.refills) == (0, 1, 1)
+    assert first.shapes == {(3, 0, 0): 2}
+    assert second.shapes == {(3, 0, 0): 2, (2, 0, 0): 2}
+    assert third.shapes == {(2, 0, 0): 2, (4, 0, 0): 2}
+    padded = replay(queue, 2, TORCH)
+    assert [run.refills for run in padded] == [1, 1, 0]
+    assert padded[2].shapes == {(3, 0, 0): 4}
+
+
+def test_what_a_prefill_takes() -> None:
+    """Of runs with equal rounds, one refill each 50 ms: the slope, whatever the time to the first token was."""
+    steps = FakeServer().time_steps(GREEDY, 96, 4)
+    setup, round_s = Setup(draft=DRAFT_A, length=2), median(steps[DRAFT_A.digest].samples_s[3])
+
+    def run(refills: int) -> Sample:
+        return Sample(
+            setup_digest=setup.digest,
+            prompt_digest="p",
+            ttft_s=0.4,
+            decode_s=40 * round_s + 0.05 * refills,
+            output_tokens=64,
+            rounds={(2, 1): 40},
+            shapes={(3, 0, 0): 40},
+            refills=refills,
+            output_digest="o",
+        )
+
+    rates = calibrate(steps, [(setup, run(refills)) for refills in (0, 2, 5, 9)], TARGET.run_digest, "rounds")
+    assert rates[DRAFT_A].refill_s == pytest.approx(0.05)
+    assert rates[DRAFT_A].round_s == pytest.approx(0.0, abs=1e-9)
+    alike = calibrate(steps, [(setup, run(0)), (setup, run(1))], TARGET.run_digest, "rounds")
+    assert alike[DRAFT_A].refill_s == 0.4
 
 
 @pytest.mark.parametrize("draft", [DRAFT_A, NGRAM, NATIVE], ids=["model", "ngram", "native"])

@@ -85,6 +85,18 @@ def test_a_server_under_load(tmp_path: Path) -> None:
     assert gone(pids)
 
 
+def test_a_load_is_kept_up(tmp_path: Path) -> None:
+    """Five requests, the last a long one, two in flight: others keep it company to its end and are thrown away."""
+    with Server([*FAKE, "--step-s", "0.02"], tmp_path / "log") as server:
+        server.wait_ready(20.0)
+        bodies = [{**BODY, "max_tokens": size} for size in (3, 3, 3, 3, 30)]
+        answers = drive(server.url, "/v1/completions", bodies, 2)
+        assert len(answers) == 5
+        assert answers[-1].refills >= 3
+        alone = drive(server.url, "/v1/completions", bodies[-2:], 2)
+        assert alone[-1].refills == 0
+
+
 def test_counters_of_a_server(tmp_path: Path) -> None:
     """What a load added to the counters is their difference, position by position."""
     with Server((*FAKE, "--speculative", "3"), tmp_path / "log") as server:

@@ -27,6 +27,7 @@ FLOORS = {
     "profiles.protocol": 0,
     "profiles.replay": 1,
     "profiles.serving.llama_flags": 1,
+    "profiles.serving.gguf_place": 1,
     "profiles.shipped": 1,
     "profiles.sizes": 1,
     "profiles.spelling": 1,

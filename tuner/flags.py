@@ -13,8 +13,16 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from profiles import shipped
+from profiles.errors import InputError
 
 Record = TypeVar("Record")
+ENGINE_OPTIONS = {  # by engine: the options that are only for it
+    "torch": (),
+    "vllm": ("engine_command",),
+    "llamacpp": ("engine_command", "threads"),
+    "server": ("launch", "kind", "engine_version"),
+}
+SERVER_KINDS = ("vllm", "sglang", "llamacpp")  # whose flags can be told by a command line
 
 Target = Annotated[str, typer.Option(help="A directory, a .gguf file, a hub id or builtin:target.")]
 Drafts = Annotated[
@@ -51,9 +59,8 @@ Launch = Annotated[
         help="The command of an OpenAI-compatible server, with {port} and {speculative} in it, for --engine server."
     ),
 ]
-Url = Annotated[str | None, typer.Option(help="A server that runs already, for --engine llamacpp or server.")]
-Kind = Annotated[str, typer.Option(help="What the server is: vllm, sglang, llamacpp or trtllm.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of a serving engine on a CPU; default: one per core.")]
+Kind = Annotated[str | None, typer.Option(help="What the server is: vllm, sglang or llamacpp; default: vllm.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of --engine llamacpp; default: one per core.")]
 DType = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Output tokens per prompt at most.")]
@@ -114,8 +121,7 @@ class RunFlags:
     engine: EngineName = "torch"
     engine_command: EngineCommand = None
     launch: Launch = None
-    url: Url = None
-    kind: Kind = "vllm"
+    kind: Kind = None
     engine_version: EngineVersion = None
     threads: Threads = None
     lengths: Lengths = "1-8"
@@ -139,6 +145,25 @@ class RunFlags:
     dry_run: DryRun = False
     seed: Seed = 0
     json_only: JsonOnly = False
+
+    def __post_init__(self) -> None:
+        """Raises InputError: an unknown engine, what is for another one, a server without its command, no threads."""
+        if self.engine not in ENGINE_OPTIONS:
+            raise InputError(f"engine {self.engine!r}: allowed are {', '.join(ENGINE_OPTIONS)}")
+        named = dict.fromkeys(name for names in ENGINE_OPTIONS.values() for name in names)
+        foreign = [
+            name for name in named if name not in ENGINE_OPTIONS[self.engine] and getattr(self, name) is not None
+        ]
+        for name in foreign:
+            engines = " or ".join(engine for engine, names in ENGINE_OPTIONS.items() if name in names)
+            option = name.replace("_", "-")
+            raise InputError(f"{option} {getattr(self, name)!r}: it is for --engine {engines}, not {self.engine}")
+        if self.engine == "server" and not self.launch:
+            raise InputError("engine server: --launch COMMAND is needed, with {port} and {speculative} in it")
+        if self.kind is not None and self.kind not in SERVER_KINDS:
+            raise InputError(f"kind of server {self.kind!r}: allowed are {', '.join(SERVER_KINDS)}")
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"threads {self.threads}: whole numbers from 1 are allowed")
 
 
 def of_record(record: type[Record]) -> Callable[[Callable[[Record], int]], Callable[..., int]]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from profiles.machine import ENGINE
 from profiles.sizes import GIB
 from profiles.spelling import printable
 from profiles.traits import Machine, family, on_gpu
@@ -24,6 +25,7 @@ MEANINGS: Mapping[Level, str] = {
     "none": "nothing that was measured fits this machine and covers the question",
 }
 _VERSIONS = ("driver", "cuda", "torch", "engine_version")
+_CHOSEN = ("threads", "torch")  # by a serving engine itself
 _COMPARED = ("device", "engine", "memory_bytes", "device_count", "threads", *_VERSIONS)
 # A driver keeps a few hundred MiB of a GPU's memory to itself, which not every way of asking counts.
 _SAME_MEMORY = 0.03
@@ -82,14 +84,21 @@ def match(here: Machine, there: Machine) -> Match:
     known. Memory (beyond 3 %), the number of devices, and on a processor the number of threads: `family` when they
     differ, `version` when they are not known. Main memory beside a processor, and threads beside a GPU, do not limit
     decoding: `version`. Another device: `family` where `profiles.traits.family` agrees, `capability` where both compute
-    capabilities are known and equal, else `none`; so too a device that is not known.
+    capabilities are known and equal, else `none`; so too a device that is not known. A serving engine chooses threads and
+    torch itself: asked for one, they count only where the asking machine states them.
     """
-    unequal = tuple(field for field in _COMPARED if not _is_equal(field, here, there))
+    compared = [field for field in _COMPARED if field in here or field not in _CHOSEN or not _is_served(here)]
+    unequal = tuple(field for field in compared if not _is_equal(field, here, there))
     if "engine" in unequal:  # versions of two engines say nothing of each other
         unequal = tuple(field for field in unequal if field != "engine_version")
     worst = max((LEVELS.index(_level_of(field, here, there)) for field in unequal), default=0)
     ratios = (_log_ratio(here, there, "memory_bandwidth_bytes_s"), _log_ratio(here, there, "memory_bytes"))
     return Match(level=LEVELS[worst], unequal=unequal, distance=(*ratios, len(unequal)), here=here, there=there)
+
+
+def _is_served(machine: Machine) -> bool:
+    """Whether the engine is another than ours, which takes the threads and the torch that there are."""
+    return machine.get("engine", ENGINE) != ENGINE
 
 
 def _is_equal(field: str, here: Machine, there: Machine) -> bool:

@@ -4,8 +4,9 @@ A step timed alone is not a step in a round: caches are warmer in a row of draft
 own. Arithmetic on records; how a forecast uses it is elsewhere.
 """
 
+import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -15,6 +16,7 @@ from profiles.formulas import WIDEST_CATCH_UP, median
 from profiles.properties import Times
 from profiles.terms import Draft, Sample, Setup, StepTimes
 
+LEAST_REFILLS = 0.05  # per round, that two runs must differ by to tell what one takes
 Steps = Mapping[str, StepTimes]
 Calibration = Iterable[tuple[Setup, Sample]]
 
@@ -115,6 +117,8 @@ def calibrate(
     runs = list(calibration)
     refill_s = {
         draft: median(sample.ttft_s for setup, sample in runs if setup.draft == draft)
+        if times == "steps"
+        else _refill_s(steps, [one for one in runs if one[0].draft == draft], target_part)
         for draft in dict.fromkeys(setup.draft for setup, _ in runs)
     }
     beyond: dict[Draft | None, list[tuple[Use, float]]] = {}
@@ -147,6 +151,27 @@ def calibrate(
         round_s = _weighted_median([(seconds - drafted_s * drafted, rounds) for drafted, seconds, rounds in own_points])
         rates[draft] = Overhead(idle_s=idle_s, round_s=round_s, drafted_s=drafted_s, refill_s=refill_s[draft])
     return rates
+
+
+def _refill_s(steps: Steps, runs: Sequence[tuple[Setup, Sample]], target_part: str) -> float:
+    """Seconds that another request's prefill adds to a request: what runs took longer the more of them there were.
+
+    In continuous batching a prefill is part of a round, so the time to a first token, which waits for rounds and for
+    others' prefills, does not tell. The median slope over pairs of runs (Theil and Sen), per round; where they differ
+    too little to tell, the shortest time to a first token.
+    """
+    points = []
+    for setup, sample in runs:
+        use = use_of(setup, sample.shapes, sample.refills, target_part, "rounds")
+        if num_rounds := use.idle + use.proposing:
+            stepped_s = sum(count * median(step_samples(steps, *step)) for step, count in use.steps.items())
+            points.append((sample.refills / num_rounds, (sample.decode_s - stepped_s) / num_rounds))
+    slopes = [
+        (y1 - y0) / (x1 - x0)
+        for (x0, y0), (x1, y1) in itertools.combinations(sorted(points), 2)
+        if x1 - x0 >= LEAST_REFILLS
+    ]
+    return max(0.0, median(slopes)) if slopes else min(sample.ttft_s for _, sample in runs)
 
 
 def _model_step_s(steps: Steps, draft: Draft) -> float:

@@ -24,8 +24,8 @@ MOST_LOSS = 0.05  # where plain decoding is claimed, the emitted command may be 
 class Verified:
     """What the emitted command did at one concurrency, against plain decoding there.
 
-    `claimed` is the policy's setup. `confirmed`: a drafting setup is proven faster again, a plain one is not slower
-    than 5 %; `refuted`: the interval says the contrary.
+    `claimed` is what the command says for it. `confirmed`: a drafting setup is proven faster again, a plain one is not
+    slower than 5 %; `refuted`: the interval says the contrary.
     """
 
     concurrency: int

@@ -57,6 +57,7 @@ class Generated:
     first_s: float
     last_s: float
     decode_s: float
+    refills: int
 
     @property
     def token_ids(self) -> list[int] | None:
@@ -147,6 +148,7 @@ def _read(answer: Answer) -> Generated:
         first_s=first_s,
         last_s=answer.chunks[-1][0],
         decode_s=totals[-1].milliseconds / 1000.0,
+        refills=answer.refills,
     )
 
 
@@ -193,7 +195,6 @@ def tokens_again(url: str, body: Mapping[str, Any]) -> list[int]:
 def sample_of(setup: Setup, prompt: Prompt, number: int, runs: Sequence[Generated], token_ids: list[int]) -> Sample:
     """The run of one prompt among those of its queue; a first token of another that came meanwhile was a refill."""
     run = runs[number]
-    others = [other.first_s for place, other in enumerate(runs) if place != number]
     return Sample(
         setup_digest=setup.digest,
         prompt_digest=prompt.digest,
@@ -202,6 +203,6 @@ def sample_of(setup: Setup, prompt: Prompt, number: int, runs: Sequence[Generate
         output_tokens=len(token_ids),
         rounds=run.rounds,
         shapes=run.shapes,
-        refills=sum(run.first_s < first_s <= run.last_s for first_s in others),
+        refills=run.refills,
         output_digest=digest_of(token_ids),
     )

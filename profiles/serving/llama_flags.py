@@ -114,7 +114,9 @@ def devices_of(command: Sequence[str]) -> list[str]:
 
 def _said(command: Sequence[str], flag: str) -> str | None:
     try:
-        done = subprocess.run([*command, flag], capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(
+            [*command, flag], capture_output=True, text=True, errors="replace", timeout=30, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout + done.stderr

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from profiles import packages, sources
 from profiles.errors import EngineError, InputError
+from profiles.packages import XLLAMACPP
 from profiles.serving import gguf_writer, llama_flags, llama_server
 from profiles.serving.llama_flags import Spelling
 from profiles.serving.load import fetch
 from profiles.serving.process import RunningServer
 from profiles.terms import Model, Setup
 
-STAND_IN = "xllamacpp"
 _SYNTHETIC = "--spec-synth-rates"
 _UNPACKED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -54,10 +54,10 @@ def program_of(path: str | None = None) -> Program:
     Raises InputError: it cannot be run, or its flags are not known.
     """
     if path is None:
-        version = packages.installed(STAND_IN)
+        version = packages.installed(XLLAMACPP)
         if version is None:
             raise InputError("llama.cpp: the package xllamacpp is not installed; install it, or name a llama-server")
-        command, version = [sys.executable, "-P", llama_server.__file__], f"{STAND_IN} {version}"
+        command, version = [sys.executable, "-P", llama_server.__file__], f"{XLLAMACPP} {version}"
     else:
         command, version = [path], llama_flags.version_of([path])
     text = llama_flags.help_of(command)

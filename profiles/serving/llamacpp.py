@@ -16,7 +16,7 @@ from profiles.environment import fingerprint
 from profiles.errors import EngineError, InputError
 from profiles.models import Described
 from profiles.partings import check_end, check_partings
-from profiles.properties import Properties
+from profiles.properties import SERVED_KINDS, Properties
 from profiles.serving import llama_answers, llama_rounds, ngram_simple
 from profiles.serving.llama_answers import Generated, body_of
 from profiles.serving.llama_flags import KEEPS_HISTORY, keeps_history, words_of
@@ -73,7 +73,7 @@ class LlamaCppEngine:
             past_end=False,
             batching="continuous",
             num_drafts="rounds that proposed",
-            draft_kinds=("model", "ngram", "native"),
+            draft_kinds=SERVED_KINDS,
             traced_kinds=("model", "ngram"),
             length_change="restart",
             keeps_history=KEEPS_HISTORY,

@@ -4,9 +4,10 @@ Knows no engine: what the events mean its adapters say.
 """
 
 import asyncio
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
@@ -16,6 +17,7 @@ from profiles.errors import EngineError
 from profiles.serving.log import one_line
 
 TIMEOUT_S = 300.0
+POLL_S = 0.002
 DONE = "[DONE]"
 FIRST_ERROR_STATUS = 400
 Body = Mapping[str, Any]
@@ -23,10 +25,14 @@ Body = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One streamed answer: when it was asked for, and its events with the seconds at which they came, on one clock."""
+    """One streamed answer: when it was asked for, and its events with the seconds at which they came, on one clock.
+
+    `refills`: other requests whose first event came during it. Those that came in together with it do not count.
+    """
 
     started_s: float
     chunks: tuple[tuple[float, Mapping[str, Any]], ...]
+    refills: int = 0
 
     @property
     def events(self) -> tuple[Mapping[str, Any], ...]:
@@ -41,10 +47,12 @@ class Answer:
 def drive(
     base_url: str, path: str, bodies: Sequence[Body], concurrency: int, timeout_s: float = TIMEOUT_S
 ) -> tuple[Answer, ...]:
-    """Posts every body and reads the streams, `concurrency` in flight until none is left; answers in the bodies' order.
+    """Posts every body and reads the streams, `concurrency` in flight all the time; answers in the bodies' order.
 
-    `timeout_s`: how long a server may be silent. Raises EngineError: it is gone, answers an error (its message is
-    given), is silent for too long, or its stream is no stream of JSON events that comes to an end.
+    A queue longer than that goes round again when it is empty, so that its last answers are decoded under the same load
+    as its first; what is asked for twice is broken off and thrown away. `timeout_s`: how long a server may be silent.
+    Raises EngineError: it is gone, answers an error (its message is given), is silent for too long, or its stream is no
+    stream of JSON events that comes to an end.
     """
     try:
         return asyncio.run(_drive(f"{base_url}{path}", bodies, concurrency, timeout_s))
@@ -69,30 +77,63 @@ def _first(errors: ExceptionGroup[Exception]) -> Exception:
 
 
 async def _drive(url: str, bodies: Sequence[Body], concurrency: int, timeout_s: float) -> tuple[Answer, ...]:
-    answers: list[Answer | None] = [None] * len(bodies)
-    waiting = iter(enumerate(bodies))
+    streams = [_Stream() for _ in bodies]
+    waiting = iter(list(zip(streams, bodies, strict=True)))
+    again = itertools.cycle(bodies) if len(bodies) > concurrency > 1 else iter(())
+    fillers: list[_Stream] = []
     clock = Clock("cpu")
     # llama.cpp closes a connection after a stream; a request sent at that moment would be lost
     limits = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=0)
     async with httpx2.AsyncClient(timeout=timeout_s, limits=limits, trust_env=False) as client:
 
-        async def serve(requests: Iterator[tuple[int, Body]]) -> None:
-            for index, body in requests:  # shared: the slot that is free takes the next
-                try:
-                    answers[index] = await _ask(client, url, body, clock)
-                except httpx2.HTTPError as error:
-                    raise _lost(url, error, timeout_s) from error
+        async def ask(stream: _Stream, body: Body) -> None:
+            try:
+                await _ask(client, url, (stream, body), clock)
+            except httpx2.HTTPError as error:
+                raise _lost(url, error, timeout_s) from error
+
+        async def serve() -> None:
+            for stream, body in waiting:  # shared: the slot that is free takes the next
+                await ask(stream, body)
+            for body in again:
+                if all(stream.ended for stream in streams):
+                    break
+                fillers.append(_Stream())
+                await ask(fillers[-1], body)
+
+        async def end() -> None:
+            while not all(stream.ended for stream in streams):
+                await asyncio.sleep(POLL_S)
+            for slot in slots:
+                slot.cancel()
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(concurrency):
-                group.create_task(serve(waiting))
-    return tuple(answer for answer in answers if answer is not None)
+            slots = [group.create_task(serve()) for _ in range(concurrency)]
+            group.create_task(end())
+    firsts_s = [stream.chunks[0][0] for stream in (*streams, *fillers) if stream.chunks]
+    return tuple(stream.answer(firsts_s) for stream in streams)
 
 
-async def _ask(client: httpx2.AsyncClient, url: str, body: Body, clock: Clock) -> Answer:
-    chunks: list[tuple[float, Mapping[str, Any]]] = []
-    ended = False
-    started_s = clock.read()
+@dataclass(slots=True)
+class _Stream:
+    """An answer under way."""
+
+    started_s: float = 0.0
+    chunks: list[tuple[float, Mapping[str, Any]]] = field(default_factory=list)
+    ended: bool = False
+
+    def answer(self, firsts_s: Sequence[float]) -> Answer:
+        """`firsts_s`: when the first events of all requests came; within half a gap between events it was together."""
+        first_s, last_s = self.chunks[0][0], self.chunks[-1][0]
+        together_s = first_s + (last_s - first_s) / (2 * len(self.chunks))
+        refills = sum(together_s < other_s <= last_s for other_s in firsts_s)
+        return Answer(started_s=self.started_s, chunks=tuple(self.chunks), refills=refills)
+
+
+async def _ask(client: httpx2.AsyncClient, url: str, asked: tuple[_Stream, Body], clock: Clock) -> None:
+    (stream, body), ended = asked, False
+    chunks = stream.chunks
+    stream.started_s = clock.read()
     async with client.stream("POST", url, json={**body, "stream": True}) as response:
         if response.status_code >= FIRST_ERROR_STATUS:
             await response.aread()
@@ -107,7 +148,7 @@ async def _ask(client: httpx2.AsyncClient, url: str, body: Body, clock: Clock) -
                 chunks.append((arrived_s, event))
     if not ended or not chunks:
         raise EngineError(f"{url} ended its answer in the middle, after {len(chunks)} events")
-    return Answer(started_s=started_s, chunks=tuple(chunks))
+    stream.ended = True
 
 
 def _decoded(url: str, data: str) -> Mapping[str, Any]:

@@ -23,7 +23,6 @@ PATHS = {"llamacpp": llama_answers.PATH}  # of the kinds that tell token ids els
 PATH = "/v1/completions"
 Kind = Literal["vllm", "sglang", "llamacpp", "trtllm", "openai"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-RECORD_FLAGS = {"vllm": ("--per-request-spec-decode-metrics", "detailed", "--enable-per-request-metrics")}
 Encode = Callable[[str], Sequence[int]]
 
 

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Protocol
 
 import platformdirs
-import psutil
 
-from profiles import environment, models, sources
+from profiles import environment, machine, models, sources
 from profiles.errors import InputError
 from profiles.loading import Bench
 from profiles.models import Described
+from profiles.properties import SERVED_KINDS
 from profiles.protocol import Engine
 from profiles.serving.openai import KINDS
-from profiles.spelling import DraftSpec, Refused
-from profiles.terms import DTYPES, PLAIN, Draft, DraftKind, Model, Setup
+from profiles.spelling import DraftSpec, Refused, engine_options
+from profiles.terms import DTYPES, Draft, Model, Setup
 
-DRAFT_KINDS: tuple[DraftKind, ...] = ("model", "ngram", "native")
-LOOK_UPS = {"llamacpp": "ngram:max=3,min=3"}  # what is tried where no draft is named, where it is not `ngram`
+# what is tried where no draft is named, where it is not `ngram`: by the engine, or by the kind of the server
+LOOK_UPS = {"llamacpp": "ngram:max=3,min=3"}
 TITLE = "draftpick"  # of the folder for logs
 LEAST_ROWS = 8  # vLLM's rows are part of what its times are kept under, so few numbers of them
 FlagsOf = Callable[[Model, Setup], list[str]]  # the arguments that tell a server of a setup
@@ -43,20 +43,28 @@ class Place:
     """Which engine, and how it is reached; what is None is looked for.
 
     `command`: the `llama-server` to start, or the Python that has vLLM. `launch`: a server's command with `{port}` and
-    `{speculative}` in it; `url`: a server that runs already; `kind`: what such a server is; `more`: what stands behind
-    a draft's flags. `max_requests`: most that will be in flight; `max_length`: most tokens drafted a round.
+    `{speculative}` in it; `kind`: what such a server is; `more`: what stands behind a draft's flags. `max_requests`:
+    most that will be in flight; `min_length`, `max_length`: fewest and most tokens drafted a round.
     """
 
     engine: str
     command: str | None = None
     launch: str | None = None
-    url: str | None = None
     kind: str = "vllm"
     threads: int | None = None
     device: str | None = None
     more: tuple[str, ...] = ()
     max_requests: int = 1
+    min_length: int = 1
     max_length: int = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """An engine before its drafts are known: `check` raises InputError for a draft that it does not have."""
+
+    check: Callable[[Draft], None]
+    with_drafts: Callable[[tuple[Draft, ...]], ServingEngine]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,26 +93,33 @@ def open_bench(place: Place, asked: Models, flags_of: FlagsOf) -> Bench:
     on_cpu = environment.pick_device(place.device) == "cpu"
     own = None if asked.target.lower().endswith(".gguf") else "float32" if on_cpu else "bfloat16"
     described = {asked.target: models.describe(asked.target, dtype=asked.dtype or own)}
+    found = OPENED[place.engine](place, described[asked.target], flags_of)
     drafts = {draft.digest: draft for draft in asked.known}
     errors: dict[str, InputError] = {}
     for spec in asked.drafts:
         try:
             draft = _draft(spec, described, asked.target)
+            found.check(draft)
             drafts.setdefault(draft.digest, draft)
         except InputError as error:
             errors[spec.name] = error
     if errors and not drafts:
         raise next(iter(errors.values()))
-    target = described[asked.target]
-    engine = OPENED[place.engine](place, target, tuple(drafts.values()), flags_of)
+    engine = found.with_drafts(tuple(drafts.values()))
+    used = {draft.model for draft in drafts.values()}
     refused = [Refused(name=name, reason=type(error).__name__, detail=str(error)) for name, error in errors.items()]
-    return Bench(engine=engine, loaded=tuple(described.values()), refused=tuple(refused), close=engine.close)
+    return Bench(
+        engine=engine,
+        loaded=tuple(one for name, one in described.items() if name == asked.target or one.record in used),
+        refused=tuple(refused),
+        close=engine.close,
+    )
 
 
 def _draft(spec: DraftSpec, described: dict[str, Described], target: str) -> Draft:
     """The record of a draft; a model is described first. Raises InputError: of a kind or a model that does not do."""
-    if spec.kind not in DRAFT_KINDS:
-        raise InputError(f"draft {spec.name!r}: a serving engine drafts with {', '.join(DRAFT_KINDS)} only")
+    if spec.kind not in SERVED_KINDS:
+        raise InputError(f"draft {spec.name!r}: a serving engine drafts with {', '.join(SERVED_KINDS)} only")
     record = None
     if spec.path is not None and spec.kind == "native":
         record = models.describe_head(spec.path, dtype=described[target].record.dtype)
@@ -128,38 +143,56 @@ def _logs(engine: str) -> Path:
     return platformdirs.user_log_path(TITLE) / f"{engine}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
-def _vllm(place: Place, target: Described, drafts: tuple[Draft, ...], flags_of: FlagsOf) -> ServingEngine:  # noqa: ARG001
+def _vllm(place: Place, target: Described, flags_of: FlagsOf) -> Found:  # noqa: ARG001
     from profiles.serving.vllm import VllmEngine
-    from profiles.serving.vllm_engines import VllmOptions
+    from profiles.serving.vllm_engines import VllmOptions, num_positions
 
-    options = VllmOptions(
-        python=place.command,
-        max_batch_size=max(LEAST_ROWS, 1 << (place.max_requests - 1).bit_length()),
-        max_length=place.max_length,
-        max_alive=len(drafts) + 2,  # beside the drafts' engines the plain one, and one that scores
-        log_folder=_logs(place.engine),
-    )
-    return VllmEngine(target.record, drafts, options)
+    def check(draft: Draft) -> None:
+        if draft.model is not None:
+            num_positions(sources.find(draft.model.name))
+        if draft.method is not None:
+            engine_options(draft.method)
+
+    def with_drafts(drafts: tuple[Draft, ...]) -> ServingEngine:
+        options = VllmOptions(
+            python=place.command,
+            max_batch_size=max(LEAST_ROWS, 1 << (place.max_requests - 1).bit_length()),
+            max_length=place.max_length,
+            max_alive=len(drafts) + 2,  # beside the drafts' engines the plain one, and one that scores
+            log_folder=_logs(place.engine),
+        )
+        return VllmEngine(target.record, drafts, options)
+
+    num_positions(sources.find(target.record.name))  # refuses what vLLM does not read
+    return Found(check=check, with_drafts=with_drafts)
 
 
-def _llamacpp(place: Place, target: Described, drafts: tuple[Draft, ...], flags_of: FlagsOf) -> ServingEngine:  # noqa: ARG001
-    from profiles.serving.llama_program import program_at, program_of
+def _llamacpp(place: Place, target: Described, flags_of: FlagsOf) -> Found:  # noqa: ARG001
+    from profiles.serving import ngram_simple
+    from profiles.serving.llama_flags import words_of
+    from profiles.serving.llama_program import program_of, weights_of
     from profiles.serving.llama_servers import Options
     from profiles.serving.llamacpp import LlamaCppEngine
 
-    if place.url is None:
-        program = program_of(place.command)
-    else:
-        program = program_at(place.url, Setup(draft=drafts[0], length=place.max_length) if drafts else PLAIN)
+    program = program_of(place.command)
     options = Options(
-        threads=place.threads or psutil.cpu_count(logical=False) or 1,
+        threads=place.threads or machine.num_threads() or 1,
         log_folder=_logs(place.engine),
         device=environment.pick_device(place.device),
     )
-    return LlamaCppEngine(target, drafts, program, options)
+
+    def check(draft: Draft) -> None:
+        if draft.kind == "ngram":
+            ngram_simple.check(draft)
+        words_of(Setup(draft=draft, length=place.max_length), program.spelling, "")
+        if draft.model is not None:
+            weights_of(draft.model)
+
+    return Found(check=check, with_drafts=lambda drafts: LlamaCppEngine(target, drafts, program, options))
 
 
-def _server(place: Place, target: Described, drafts: tuple[Draft, ...], flags_of: FlagsOf) -> ServingEngine:
+def _server(place: Place, target: Described, flags_of: FlagsOf) -> Found:
+    from profiles.serving import ngram_simple
     from profiles.serving.launch import Launch
     from profiles.serving.server import ServerEngine
 
@@ -170,17 +203,26 @@ def _server(place: Place, target: Described, drafts: tuple[Draft, ...], flags_of
         kind=kind,
         log_folder=_logs(place.kind),
         template=(place.launch or "").replace("{model}", shlex.quote(_place_of(target.record.name))),
-        url=place.url,
         flags_of=lambda setup: [*flags_of(target.record, setup), *place.more],
     )
+
+    def check(draft: Draft) -> None:
+        """A draft that can be told at one of its lengths: what drops short look-ups takes them at others only."""
+        if kind == "llamacpp" and draft.kind == "ngram":
+            ngram_simple.check(draft)
+        try:
+            launch.command(Setup(draft=draft, length=place.max_length))
+        except InputError:
+            launch.command(Setup(draft=draft, length=place.min_length))
 
     def encode(text: str) -> list[int]:
         return list(target.tokenizer.encode(text, add_special_tokens=False))
 
-    return ServerEngine(target.record, drafts, launch, encode, environment.pick_device(place.device))
+    device = environment.pick_device(place.device)
+    return Found(check=check, with_drafts=lambda drafts: ServerEngine(target.record, drafts, launch, encode, device))
 
 
-OPENED: dict[str, Callable[[Place, Described, tuple[Draft, ...], FlagsOf], ServingEngine]] = {
+OPENED: dict[str, Callable[[Place, Described, FlagsOf], Found]] = {
     "vllm": _vllm,
     "llamacpp": _llamacpp,
     "server": _server,

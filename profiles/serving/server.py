@@ -18,7 +18,7 @@ from profiles.clock import quietest
 from profiles.environment import fingerprint
 from profiles.errors import EngineError, InputError
 from profiles.partings import check_end, check_partings
-from profiles.properties import Properties
+from profiles.properties import SERVED_KINDS, Properties
 from profiles.serving import metrics, openai
 from profiles.serving.fleet import Fleet
 from profiles.serving.launch import Launch
@@ -77,10 +77,11 @@ class ServerEngine:
             past_end=self._past_end,
             batching="continuous",
             num_drafts="rounds that proposed",
-            draft_kinds=("model", "ngram", "native"),
+            draft_kinds=SERVED_KINDS,
             traced_kinds=(),
             length_change="restart",
             keeps_history=KEEPS_HISTORY if kind == "llamacpp" else (),
+            drops_short=kind == "llamacpp",
             origin=f"server {kind} {self.environment.engine_version} {self._target.dtype} {self._launch.digest}",
         )
 
@@ -316,7 +317,7 @@ def _sample(setup: Setup, prompts: Sequence[Prompt], queue: Sequence[Counted], n
         output_tokens=num_tokens,
         rounds=rounds or {},
         shapes=shapes,
-        refills=sum(run.first_s < other.first_s < run.last_s for other, _ in queue),
+        refills=run.answer.refills,
         output_digest=digest_of(run.token_ids),
     )
 

@@ -22,7 +22,7 @@ from profiles import acceptance, models, sources
 from profiles.clock import quietest
 from profiles.errors import BadNumbersError, InputError
 from profiles.partings import check_partings
-from profiles.properties import Properties
+from profiles.properties import SERVED_KINDS, Properties
 from profiles.serving.fleet import Fleet
 from profiles.serving.sampled import check_means, texts_of
 from profiles.serving.vllm_child import Child, python_of
@@ -91,7 +91,7 @@ class VllmEngine:
             past_end=True,
             batching="continuous",
             num_drafts="rounds that proposed",
-            draft_kinds=("model", "ngram", "native"),
+            draft_kinds=SERVED_KINDS,
             traced_kinds=("model", "ngram"),
             length_change="in place" if self._in_place else "restart",
             sampled_objection=self._sampled_objection(),

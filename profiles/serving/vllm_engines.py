@@ -9,7 +9,7 @@ from typing import Any
 
 from profiles import memory, sources
 from profiles.errors import ModelError
-from profiles.spelling import method_options
+from profiles.spelling import engine_options
 from profiles.terms import Model, Setup, Workload
 
 CONTEXT_STEP = 128  # contexts are rounded up to this, so that one engine serves several
@@ -91,9 +91,8 @@ def start_arguments(kind: Kind, dtype: str, num_tokens: int, options: VllmOption
 
 def _speculative(kind: Kind) -> dict[str, Any]:
     assert kind.method is not None
-    name, options = method_options(kind.method)
-    extras = {key.replace("-", "_"): int(value) if value.isdecimal() else value for key, value in options.items()}
-    config: dict[str, Any] = {**extras, "method": name, "num_speculative_tokens": kind.length}
+    name, extras = engine_options(kind.method)
+    config: dict[str, Any] = {"method": name, "num_speculative_tokens": kind.length, **extras}
     return config if kind.draft is None else config | {"model": str(sources.find(kind.draft).folder)}
 
 

@@ -13,7 +13,6 @@ import os
 import re
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +47,7 @@ class Flight:
     rounds: list[list[int]] = dataclasses.field(default_factory=list)
     widths: list[int] = dataclasses.field(default_factory=list)
     refills: int = 0
+    done: bool = False
     ended: bool = False
     logprobs: list[tuple[float, float, float]] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[tuple[float, int, float]] = dataclasses.field(default_factory=list)
@@ -164,15 +164,20 @@ class Worker:
         return {}
 
     def run(self, prompts: list[list[int]], concurrency: int, sampling: dict[str, Any]) -> dict[str, Any]:
-        """Decodes a queue with `concurrency` requests in flight, a slot refilled at once; one record per prompt."""
+        """Decodes a queue with `concurrency` requests in flight, a slot refilled at once; one record per prompt.
+
+        When a queue longer than that is empty it goes round again, so that the load stays until its last one is done.
+        """
         flights: list[Flight] = []
         flying: dict[str, Flight] = {}
-        waiting = deque(prompts)
-        while waiting or flying:
-            while waiting and len(flying) < concurrency:
-                flights.append(self._add(waiting.popleft(), sampling, flying))
+        again = itertools.cycle(prompts) if len(prompts) > concurrency > 1 else ()
+        waiting = itertools.chain(prompts, again)
+        while len(flights) < len(prompts) or not all(flight.done for flight in flights[: len(prompts)]):
+            while len(flying) < concurrency and (prompt := next(waiting, None)) is not None:
+                flights.append(self._add(prompt, sampling, flying))
             self._step(flying)
-        return {"runs": [dataclasses.asdict(flight) for flight in flights]}
+        self._clear(flying)
+        return {"runs": [dataclasses.asdict(flight) for flight in flights[: len(prompts)]]}
 
     def rounds(self, prompts: list[list[int]], count: int, drafted: int, sampling: dict[str, Any]) -> dict[str, Any]:
         """Seconds of `count` rounds in which every prompt's row took part and drafted so many tokens.
@@ -232,7 +237,7 @@ class Worker:
         for output in outputs:
             flying[output.request_id].take(output, now)
             if output.finished:
-                del flying[output.request_id]
+                flying.pop(output.request_id).done = True
         return drafted
 
     def _clear(self, flying: dict[str, Flight]) -> None:

@@ -6,9 +6,10 @@ the choice was made it must not know.
 
 import json
 import shlex
-import tempfile
 from dataclasses import asdict
 from typing import Literal, get_args
+
+from packaging.version import Version
 
 from profiles.errors import InputError
 from profiles.terms import Model, Setup, Workload
@@ -19,7 +20,7 @@ from tuner.export.versions import engine_of
 from tuner.policy import Choice
 from tuner.question import MIXED
 
-__all__ = ["FORMS", "Deployment", "Export", "Form", "emit", "words"]
+__all__ = ["FORMS", "Deployment", "Export", "Form", "emit", "record_words", "words"]
 
 Form = Literal["json", "llamacpp", "sglang", "transformers", "trtllm", "vllm"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -44,10 +45,7 @@ def emit(deployment: Deployment, form: str, version: str | None = None) -> Expor
 
 
 def words(target: Model, setup: Setup, workload: Workload, form: str, version: str | None = None) -> list[str]:
-    """The arguments that tell an engine a setup; none for plain decoding. Raises InputError where it has none.
-
-    What TensorRT-LLM takes is a file, which is written among the temporary ones.
-    """
+    """The arguments that tell an engine a setup; none for plain decoding. Raises InputError where it has none."""
     if setup.draft is None:
         return []
     choice = Choice(
@@ -61,8 +59,11 @@ def words(target: Model, setup: Setup, workload: Workload, form: str, version: s
     made = emit(Deployment(target=target, choice=choice, rows=(choice,), measured_on=form), form, version)
     if not made.text:
         raise InputError(f"{setup.name}: {made.note}")
-    if form == "trtllm":  # which takes a file
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False, encoding="utf-8") as file:
-            file.write(made.text)
-        return ["--config", file.name]
     return shlex.split(made.text)
+
+
+def record_words(form: str, version: str | None = None) -> tuple[str, ...]:
+    """The arguments by which a server tells of each request how it was drafted; none where its version has none."""
+    if form != "vllm" or Version(engine_of(form, version).version) < Version(vllm.FIRST_RECORDS):
+        return ()
+    return vllm.RECORDS

@@ -3,7 +3,7 @@
 Every engine brings its own objections; how they are worded and what is skipped for them is decided here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from profiles.shipped import BUILTIN, CARRIED, FAMILY_FOLDER
 from profiles.spelling import printable
 from profiles.terms import PLAIN, Model, Setup
 from tuner.export.terms import Deployment, Export
+from tuner.policy import Choice
 
 NATIVE_FORMS = ("llamacpp", "vllm")  # engines whose own ways of drafting can be spelled
 TRANSFERRED = "a transferred forecast, not measured"
@@ -57,21 +58,32 @@ def one_length(deployment: Deployment, setup: Setup, limit: str, *, alike: bool 
 
     A batch is decided by the smallest measured one that is at least as large. `alike`: the length is for all of them.
     """
-    rows = deployment.batches
-    asked = next(at for at, row in enumerate(rows) if row.batch_size == deployment.choice.batch_size)
-    others = [] if alike else [at for at, row in enumerate(rows) if row.setup not in (setup, deployment.choice.setup)]
-    before = max((at for at in others if at < asked), default=None)
-    after = min((at for at in others if at > asked), default=None)
-    last = rows[-1 if after is None else after - 1].batch_size
-    span = f"up to {last}" if before is None else f"{rows[before].batch_size + 1} to {last}, smaller ones otherwise"
-    beyond = "nothing was measured" if after is None else f"{rows[after].setup.name} was decided"
+    before, own, after = _around(deployment, setup, alike=alike)
+    last = own[-1].batch_size
+    span = f"{before[-1].batch_size + 1} to {last}, smaller ones otherwise" if before else f"up to {last}"
+    beyond = f"{after[0].setup.name} was decided" if after else "nothing was measured"
     return f"k={setup.length} is for batches {span}; from {last + 1} on {beyond}: keep {limit} at or under {last}"
 
 
+def claimed(deployment: Deployment, setup: Setup, *, alike: bool = False) -> dict[int, Setup]:
+    """What an engine that keeps one length claims: the batches that `one_length` names."""
+    return {row.batch_size: setup for row in _around(deployment, setup, alike=alike)[1]}
+
+
+def _around(deployment: Deployment, setup: Setup, *, alike: bool) -> tuple[Sequence[Choice], ...]:
+    """The measured batches before, of and after the stretch around the asked one that a setup was decided for."""
+    rows = deployment.batches
+    asked = next(at for at, row in enumerate(rows) if row.batch_size == deployment.choice.batch_size)
+    others = [] if alike else [at for at, row in enumerate(rows) if row.setup not in (setup, deployment.choice.setup)]
+    first = max((at + 1 for at in others if at < asked), default=0)
+    end = min((at for at in others if at > asked), default=len(rows))
+    return rows[:first], rows[first:end], rows[end:]
+
+
 def made(deployment: Deployment, engine: Engine, setup: Setup, text: str, notes: list[str]) -> Export:
-    """The export with its label."""
+    """The export with its label, of one length for the batches that were decided so."""
     label = label_of(deployment, engine.form, setup)
-    return Export(text=text, note=joined(notes), setup=setup, label=label)
+    return Export(text=text, note=joined(notes), setup=setup, label=label, claims=claimed(deployment, setup))
 
 
 def label_of(deployment: Deployment, form: str, setup: Setup) -> str:

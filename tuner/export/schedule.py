@@ -53,6 +53,12 @@ def as_scheduled(setup: Setup, ranges: Sequence[Range], batch_size: int) -> tupl
     return replace(setup, length=length), [shorter]
 
 
+def scheduled(setup: Setup, ranges: Sequence[Range], deployment: Deployment) -> dict[int, Setup]:
+    """What every measured batch decodes with under a schedule of a setup's draft: plain decoding where it says 0."""
+    lengths = {row.batch_size: length_at(ranges, row.batch_size) for row in deployment.batches}
+    return {size: replace(setup, length=length) if length else PLAIN for size, length in lengths.items()}
+
+
 def merged(ranges: Sequence[Range]) -> tuple[Range, ...]:
     """Neighbours joined until every flip that is left has a real gain.
 

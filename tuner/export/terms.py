@@ -1,6 +1,7 @@
 """What an export is asked for and what it hands back; on its own, because all engines' modules share it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from profiles.terms import Model, Setup
 from tuner.policy import Choice
@@ -38,10 +39,12 @@ class Export:
     """`text` is ready for a file, empty where the engine cannot or need not be told; `note` says why, or a caveat.
 
     `setup` is what the text says, at the answer's batch. `label` is `proven` only where that setup was proven on this
-    very engine, `measured on ENGINE` where it was timed, else `forecast on ENGINE`; empty with an empty text.
+    very engine, `measured on ENGINE` where it was timed, else `forecast on ENGINE`; empty with an empty text. `claims`:
+    the measured batches that the text is for, and what each decodes with there.
     """
 
     text: str
     note: str | None = None
     setup: Setup | None = None
     label: str = ""
+    claims: Mapping[int, Setup] = field(default_factory=dict)

@@ -4,13 +4,15 @@ Key names and versions were read in, and are checked by the lane in `tests/lanes
 """
 
 import json
+from dataclasses import replace
 
 from packaging.version import Version
 
-from profiles.spelling import method_options
+from profiles.spelling import engine_options
 from profiles.terms import Model, Setup
 from tuner.export.picking import (
     Engine,
+    claimed,
     kind_objection,
     made,
     one_length,
@@ -19,7 +21,7 @@ from tuner.export.picking import (
     refused,
     weights_objection,
 )
-from tuner.export.schedule import Range, as_scheduled, ranges_of
+from tuner.export.schedule import Range, as_scheduled, ranges_of, scheduled
 from tuner.export.terms import Deployment, Export
 from tuner.export.vocabulary import vocabulary_objection
 
@@ -37,6 +39,8 @@ KEYS = {
     "draft_sample_method": "0.23.0",
     SCHEDULE: "0.24.0",
 }
+# seen in 0.32.0 and 0.33.0, and in none of 0.10.2 to 0.24.0
+RECORDS, FIRST_RECORDS = ("--per-request-spec-decode-metrics", "detailed", "--enable-per-request-metrics"), "0.32.0"
 # never emitted: `disable_by_batch_size` (parsed but dead from 0.10.0 to 0.16.0, then an error), `tensor_parallel_size`
 # (an error), `draft_tensor_parallel_size` (the target's is the default), `num_speculative_tokens` of 0 (an error)
 LAST_BATCH = 65_536  # ends the last range; vLLM carries the last length on beyond it
@@ -71,7 +75,10 @@ def emit(deployment: Deployment, engine: Engine) -> Export:
     notes += _caveats(deployment, config)
     # a quote inside the JSON is spelled as an escape, so that the shell sees one plain quoted word
     text = json.dumps(config).replace("'", "\\u0027")
-    return made(deployment, engine, setup, f"--speculative-config '{text}'\n", notes)
+    export = made(deployment, engine, setup, f"--speculative-config '{text}'\n", notes)
+    if schedule:
+        return replace(export, claims=scheduled(setup, ranges, deployment))
+    return replace(export, claims=claimed(deployment, setup, alike=len(ranges) == 1))
 
 
 def _objection(target: Model, setup: Setup, engine: Engine) -> str | None:
@@ -88,7 +95,7 @@ def _objection(target: Model, setup: Setup, engine: Engine) -> str | None:
 def _method(setup: Setup) -> str:
     assert setup.draft is not None
     if setup.draft.method is not None:
-        return method_options(setup.draft.method)[0]
+        return engine_options(setup.draft.method)[0]
     return "ngram" if setup.draft.kind == "ngram" else "draft_model"
 
 
@@ -121,7 +128,7 @@ def _config(setup: Setup, schedule: list[list[int]], allowed: frozenset[str], *,
     elif draft.kind == "ngram":
         config |= {"prompt_lookup_max": draft.max_match, "prompt_lookup_min": draft.min_match}
     if draft.method is not None:
-        config |= method_options(draft.method)[1]
+        config |= engine_options(draft.method)[1]
     if schedule:
         config[SCHEDULE] = schedule
     return config
