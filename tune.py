@@ -25,6 +25,7 @@ from typer.exceptions import TyperException
 from profiles import machine, shipped, spelling
 from profiles.errors import DraftpickError, InputError, MatchError, NotMeasuredError
 from profiles.terms import PLAIN, Environment
+from profiles.traits import ENGINE
 from store import bundle_verbs, deploy, latest, places, telling, verify_verb
 from store.book import Book
 from store.printing import print_json, say, say_aside
@@ -96,7 +97,7 @@ def run(asked: flags.RunFlags) -> int:
 
 def _where(environment: Environment) -> str:
     """The device, and the engine where it is not our own."""
-    own = environment.engine == machine.ENGINE
+    own = environment.engine == ENGINE
     return environment.device if own else f"{environment.device}, {environment.engine} {environment.engine_version}"
 
 

@@ -12,6 +12,7 @@ from profiles import machine
 from profiles.errors import InputError
 from profiles.gpu_watch import handle_of
 from profiles.terms import Environment
+from profiles.traits import ENGINE
 
 
 def pick_device(asked: str | None) -> str:
@@ -68,7 +69,7 @@ def fingerprint(device: str) -> Environment:
         cuda=torch.version.cuda if on_gpu else None,
         threads=torch.get_num_threads(),
         torch=torch.__version__,
-        engine=machine.ENGINE,
+        engine=ENGINE,
         engine_version=version,
         compute_capability=capability,
         memory_bandwidth_bytes_s=bandwidth,

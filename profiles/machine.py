@@ -22,9 +22,8 @@ from profiles.files import open_file
 from profiles.packages import XLLAMACPP, installed, installed_in, own_version
 from profiles.serving.llama_flags import version_of
 from profiles.sizes import GIB
-from profiles.traits import Machine, checked, known
+from profiles.traits import ENGINE, Machine, checked, known
 
-ENGINE = "draftpick-torch"
 OVERRIDE = "DRAFTPICK_ENVIRONMENT"
 MOST_BYTES = 1_000_000
 

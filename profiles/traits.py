@@ -12,6 +12,7 @@ from profiles.errors import InputError
 from profiles.terms import Environment
 
 Machine = Mapping[str, object]
+ENGINE = "draftpick-torch"  # our own
 
 NUMBERS = ("device_count", "memory_bytes", "threads", "memory_bandwidth_bytes_s")
 OPTIONAL_TEXTS = ("driver", "cuda")  # null: there is none, as on a CPU

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import insert, select
 
 from profiles.errors import EngineError
+from profiles.properties import Properties
 from profiles.protocol import Engine
 from profiles.terms import (
     CATCH_UP_WIDTHS,
@@ -163,13 +164,21 @@ def glance(engine: Remember, load: tuple[Workload, tuple[Prompt, ...]], max_leng
 
     run_s: dict[Draft | None, float] = {None: mean_run_s(PLAIN)}
     for draft in engine.drafts:
-        if not acceptance_s.keys() >= set(traced[draft]):
+        middle = _middle(engine.properties, draft, max_length)
+        if middle is None or not acceptance_s.keys() >= set(traced[draft]):
             continue
         with contextlib.suppress(EngineError):
-            run_s[draft] = mean_run_s(Setup(draft=draft, length=(max_length + 1) // 2))
+            run_s[draft] = mean_run_s(middle)
     tokens = sum(len(trace.token_ids) for trace in traces) // len(traces)
     trace_s = max(trace_s, run_s[None])  # with few prompts the traces were known from the warm-up
     return Pace(trace_s=trace_s, acceptance_s=acceptance_s, run_s=run_s, widths_s=widths_s, output_tokens=tokens)
+
+
+def _middle(properties: Properties, draft: Draft, max_length: int) -> Setup | None:
+    """The draft at a middle one of the lengths at which it drafts; None where it does so at none."""
+    asked = (Setup(draft=draft, length=length) for length in range(1, max_length + 1))
+    drafting = [setup for setup in asked if properties.drafts_with(setup)]
+    return drafting[(len(drafting) - 1) // 2] if drafting else None
 
 
 class Imagined:

@@ -103,10 +103,11 @@ def tune(
 
 
 def _starts(engine: Engine, outcome: Outcome) -> dict[str, Any]:
-    """Of an engine that starts others: how often it did and how long that took, and as often for a grid's every cell."""
-    if not hasattr(engine, "starts"):
+    """Of an engine that starts others: how often and how long that took, and how often a grid would, once a cell."""
+    num_starts: int | None = getattr(engine, "num_starts", None)
+    if num_starts is None:
         return {}
-    num_starts, starting_s = engine.starts
+    starting_s: float = getattr(engine, "starting_s", 0.0)
     cells = sum(len(anchors[0].forecasts) for anchors in _by_load(outcome))
     return {"engine_starts": num_starts, "starting_seconds": round(starting_s, 2), "grid_starts": cells}
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from profiles.errors import InputError
-from profiles.machine import ENGINE
+from profiles.traits import ENGINE
 from store.book import Book
 from store.deploy import SERVING, Found
 from tuner.match import MEANINGS

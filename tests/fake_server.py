@@ -212,6 +212,10 @@ def main() -> None:
     parser.add_argument("--fault", default="")
     parser.add_argument("--speculative", type=int, default=0)
     parser.add_argument("--most", type=int, default=1000, help="tokens after which every answer ends")
+    as_vllm = {"dest": "speculative", "type": lambda text: json.loads(text)["num_speculative_tokens"]}
+    parser.add_argument("--speculative-config", **as_vllm, help="as vLLM takes it; a schedule's longest draft")
+    parser.add_argument("--per-request-spec-decode-metrics")
+    parser.add_argument("--enable-per-request-metrics", action="store_true")
     parser.add_argument("--step-s", type=float, default=0.001)
     parser.add_argument("--skewed", action="store_true", help="other log-probabilities with a draft than without")
     parser.add_argument("--no-records", dest="records", action="store_false")

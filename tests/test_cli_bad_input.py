@@ -102,7 +102,26 @@ BAD_RUNS = {
     "--dry-run --lengths 0": "lengths '0'",
     "--dry-run --domain mixed": "domain 'mixed'",
     "--dry-run --max-age 5": "age '5'",
+    # serving engines
+    "--engine foo": "engine 'foo': allowed are torch, vllm, llamacpp, server",
+    "--engine server": "engine server: --launch COMMAND is needed, with {port} and {speculative} in it",
+    "--engine server --launch 'vllm serve {{model}} {{speculative}}'": "{port} is needed, where the server",
+    "--engine server --launch 'vllm serve {{port}}'": "{speculative} is needed, where a draft's flags go",
+    "--engine server --launch 'vllm {{port}} \"'": "No closing quotation",
+    "--engine server --launch '{{port}}' --kind nonsense": "kind of server 'nonsense': allowed are vllm, sglang",
+    "--engine server --launch '{{port}}' --kind openai": "kind of server 'openai': allowed are vllm, sglang, llamacpp",
+    "--engine server --launch '{{port}} {{speculative}}' --kind sglang --engine-version 0.1": "not known to have NGRAM",
+    "--engine server --launch '{{port}} {{speculative}}' --engine-version new": "engine version 'new'",
+    "--engine server --launch '{{port}}' --threads 2": "threads 2: it is for --engine llamacpp, not server",
+    "--engine llamacpp --threads 0": "threads 0: whole numbers from 1 are allowed",
+    "--engine llamacpp --launch '{{port}}'": "launch '{port}': it is for --engine server, not llamacpp",
+    "--engine llamacpp --engine-command {files}/binary": "its flags are not known; known are those of",
+    "--engine llamacpp --engine-command {files}/missing": "it cannot be run, or does not tell its version",
+    "--engine-command vllm": "engine-command 'vllm': it is for --engine vllm or llamacpp, not torch",
+    "--kind vllm": "kind 'vllm': it is for --engine server, not torch",
+    "--engine-version 0.33.0": "engine-version '0.33.0': it is for --engine server, not torch",
     # usage
+    "--url http://h:x": "No such option: --url",
     "--foo": "No such option: --foo",
     "surplus": "surplus",
     "--target": "'--target' requires an argument",
@@ -144,6 +163,15 @@ BAD_OTHERS = {
     "check --target {llama} --prompts {files}/missing.jsonl": (2, "missing.jsonl': No such file"),
     "check --target {llama} --prompts {files}/malformed.jsonl": (2, "malformed.jsonl' line 2: not JSON"),
     "check --target {llama} --prompts -": (2, "prompts from standard input: it holds no prompts"),
+    "verify": (2, "'--launch'"),
+    "verify --launch '{{port}}' --format json": (2, "format 'json': allowed are vllm, sglang, llamacpp"),
+    "verify --launch '{{port}}' --format transformers": (2, "format 'transformers': allowed are vllm"),
+    "verify --launch '{{port}}' --format trtllm": (2, "format 'trtllm': allowed are vllm"),
+    "verify --launch '{{port}}'": (
+        3,
+        "there is nothing to start: nothing to set for vLLM: plain decoding is the choice",
+    ),
+    "verify --launch '{{port}}' --engine-version new --batch-size 0": (2, "batch size 0"),
     "explain --foo": (2, "--foo"),
     "explain --target nosuch": (3, "target 'nosuch'"),
     "explain --instead nosuch": (2, "setup 'nosuch' is no candidate for domain 'mixed'; allowed are "),
@@ -185,6 +213,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir(parents=True)
     for name, written in PROMPT_FILES.items():
         (folder / name).write_bytes(written)
+    program = folder / "binary"  # says what no text is
+    program.write_bytes(b"#!/bin/sh\nprintf 'version: \\377\\n'\n")
+    program.chmod(0o755)
     return folder
 
 

@@ -250,7 +250,7 @@ def test_a_native_draft_is_started_as_it_is_spelled() -> None:
     speculative = start_arguments(kind, "float32", 128, OPTIONS, on_cpu=False)["speculative"]
     assert speculative.pop("model").endswith("draft-general")
     assert speculative == {"method": "eagle3", "num_speculative_tokens": 3, "draft_tensor_parallel_size": 1}
-    with pytest.raises(InputError, match="eagle3,fast"):
+    with pytest.raises(InputError, match="'eagle3,fast'"):
         start_arguments(replace(kind, method="eagle3,fast"), "float32", 128, OPTIONS, on_cpu=False)
 
 

@@ -29,6 +29,7 @@ from profiles.terms import (
 
 CALIBRATION_PROMPTS = 3  # at batch 1
 CALIBRATION_QUEUES = (2, 2)  # in a batch: how many queues, and their length in batches
+LEAST_PROMPTS = 2  # for an interval over prompts
 QUEUE_BATCHES = 4  # of a queue that keeps the batch full
 CONTEXT_STEP = 32  # anchors are rounded up to this many tokens, so that like prompt sets share a staircase
 
@@ -69,11 +70,15 @@ class Evidence:
         return tuple({part.digest: part for draft in traced for part in draft.parts}.values())
 
     def can_tell(self, setup: Setup) -> bool:
-        """Whether a forecast can be made: of a draft that was only run, for the lengths that it ran at."""
+        """Whether a forecast can be made: of a draft that was only run, for lengths at which two prompts were timed."""
         if setup.draft is None:
             return True
-        ran = self.traces_of(setup.draft) or setup in {own for own, _ in self.calibration}
-        return ran and self.properties.drafts_with(setup)
+        known = self.traces_of(setup.draft) or len(self.prompts_of(setup) & self.prompts_of(PLAIN)) >= LEAST_PROMPTS
+        return known and self.properties.drafts_with(setup)
+
+    def prompts_of(self, setup: Setup) -> set[str]:
+        """Digests of the prompts that a setup was run on and that had a second token, so a time per token."""
+        return {one.prompt_digest for own, one in self.calibration if own == setup and one.output_tokens > 1}
 
     def acceptance(self, draft: Draft, prompt: Traced) -> Replayed:
         """How a draft did on a prompt's trace. Raises NotMeasuredError when a part was not measured."""
@@ -147,7 +152,12 @@ def gather(
     calibration = _Calibration(engine, workload, prompts, progress)
     calibration.run_traced([draft for draft in usable if draft.kind in traced_kinds], lengths)
     calibration.run_alone(
-        [Setup(draft=draft, length=k) for draft in usable if draft.kind not in traced_kinds for k in lengths]
+        [
+            setup
+            for draft in usable
+            for setup in (Setup(draft=draft, length=k) for k in lengths)
+            if draft.kind not in traced_kinds and engine.properties.drafts_with(setup)
+        ]
     )
     failed = {one.setup for one in calibration.infeasible}
     return Evidence(

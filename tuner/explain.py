@@ -26,8 +26,8 @@ class Account:
 
     `break_even_length`: tokens a round must yield to be as fast as plain decoding. `break_even_acceptance`: the
     acceptance of every single token that yields them when each round drafts k tokens, None when none does;
-    `acceptance` is what the candidate's own acceptance length comes to in the same way. `why_not` is empty for what
-    was chosen.
+    `acceptance` is what the candidate's own acceptance length comes to in the same way. Of a draft that was only run
+    nothing is known of its rounds' time: None. `why_not` is empty for what was chosen.
     """
 
     setup_name: str
@@ -39,10 +39,10 @@ class Account:
     acceptance_length: float
     acceptance: float | None
     draft_s: float | None
-    verify_s: float
-    overhead_s: float
-    round_s: float
-    break_even_length: float
+    verify_s: float | None
+    overhead_s: float | None
+    round_s: float | None
+    break_even_length: float | None
     break_even_acceptance: float | None
     why_not: str = ""
 
@@ -92,7 +92,7 @@ def explain(figures: AnchorFigures, instead: str | None = None) -> Explanation:
             raise InputError(f"setup {name!r} is no candidate for domain {choice.domain!r}; allowed are {allowed}")
     if instead == chosen_name:
         raise InputError(f"setup {instead!r} is what was chosen for domain {choice.domain!r}; name another one")
-    plain_s = _round_s(known[PLAIN.name])
+    plain_s = _token_s(known[PLAIN.name])
     accounts = {name: _account(one, plain_s) for name, one in known.items()}
     chosen = accounts.pop(chosen_name)
     others = [
@@ -123,7 +123,7 @@ def _forecast_candidates(figures: AnchorFigures) -> dict[str, Candidate]:
     known = {
         one.setup_name: one
         for one in figures.candidates
-        if one.forecast_speedup and one.forecast_tok_per_s and one.acceptance_length and one.round_split
+        if one.forecast_speedup and one.forecast_tok_per_s and one.acceptance_length
     }
     if not known:
         raise InputError(f"domain {domain!r}: {figures.stopped or 'nothing was forecast'}; run again")
@@ -143,8 +143,16 @@ def needed_acceptance(acceptance_length: float, length: int) -> float | None:
     return float(brentq(lambda a: sum(a**power for power in range(length + 1)) - acceptance_length, 0.0, 1.0))
 
 
-def _round_s(one: Candidate) -> float:
-    assert one.round_split is not None  # else it would have been left out
+def _token_s(plain: Candidate) -> float:
+    """Seconds of a token of plain decoding: of its round, else, where no round was timed, by its rate."""
+    assert plain.forecast_tok_per_s  # else it would have been left out
+    round_s = _round_s(plain)
+    return 1.0 / plain.forecast_tok_per_s.estimate if round_s is None else round_s
+
+
+def _round_s(one: Candidate) -> float | None:
+    if one.round_split is None:
+        return None
     round_s = one.round_split.total_s
     if not round_s > 0.0:
         raise InputError(f"{one.setup_name}: a round of {round_s} s; more than 0 is needed")
@@ -155,9 +163,8 @@ def _account(one: Candidate, plain_s: float) -> Account:
     assert one.forecast_speedup  # else it would have been left out, here and below
     assert one.forecast_tok_per_s
     assert one.acceptance_length
-    assert one.round_split
-    round_s = _round_s(one)
-    break_even_length = round_s / plain_s
+    split, round_s = one.round_split, _round_s(one)
+    break_even_length = None if round_s is None else round_s / plain_s
     drafts = one.length > 0
     return Account(
         setup_name=one.setup_name,
@@ -168,12 +175,14 @@ def _account(one: Candidate, plain_s: float) -> Account:
         tok_per_s=one.forecast_tok_per_s,
         acceptance_length=one.acceptance_length,
         acceptance=needed_acceptance(one.acceptance_length, one.length) if drafts else None,
-        draft_s=one.round_split.draft_s,
-        verify_s=one.round_split.verify_s,
-        overhead_s=one.round_split.overhead_s,
+        draft_s=None if split is None else split.draft_s,
+        verify_s=None if split is None else split.verify_s,
+        overhead_s=None if split is None else split.overhead_s,
         round_s=round_s,
         break_even_length=break_even_length,
-        break_even_acceptance=needed_acceptance(break_even_length, one.length) if drafts else None,
+        break_even_acceptance=needed_acceptance(break_even_length, one.length)
+        if drafts and break_even_length
+        else None,
     )
 
 
@@ -222,6 +231,11 @@ def sentences(found: Explanation) -> list[str]:
 
 
 def _round_sentence(one: Account) -> str:
+    if one.round_s is None or one.break_even_length is None:
+        return (
+            f"{one.setup_name} was only run: it yields {one.acceptance_length:.2f} tokens a round, and where a round's "
+            f"time goes is not known; its runs came to {one.best_known:.2f} times plain decoding."
+        )
     drafted = "draft and verify" if one.draft_s is None else f"draft {_ms(one.draft_s)}, verify"
     split = f"{drafted} {_ms(one.verify_s)}, overhead {_ms(one.overhead_s)}"
     if one.break_even_acceptance is None:
@@ -244,7 +258,8 @@ def comparison(accounts: Sequence[Account], most_rows: int = 12) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for one in accounts[:most_rows]:
         times = (_ms(one.draft_s), _ms(one.verify_s), _ms(one.overhead_s))
-        tokens = f"{one.acceptance_length:.2f}", f"{one.break_even_length:.2f}"
+        needed = "-" if one.break_even_length is None else f"{one.break_even_length:.2f}"
+        tokens = f"{one.acceptance_length:.2f}", needed
         style = "bold" if not one.why_not else "dim" if one.state == INFEASIBLE else ""
         table.add_row(Text(one.setup_name), *tokens, *times, f"{one.speedup.estimate:.2f}", style=style)
     return table

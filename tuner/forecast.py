@@ -26,7 +26,7 @@ from profiles.formulas import (
 from profiles.replay import replay, rounds_of
 from profiles.terms import PLAIN, Draft, Interval, Sample, Setup, Workload
 from tuner.claims import Forecast, RoundSplit
-from tuner.evidence import QUEUE_BATCHES, Evidence, Traced
+from tuner.evidence import LEAST_PROMPTS, QUEUE_BATCHES, Evidence, Traced
 from tuner.overhead import Overhead, Use, calibrate, step_samples, use_of
 
 RESAMPLES = 400
@@ -78,10 +78,10 @@ class Forecaster:
         chosen, plain = (
             [sample for own, sample in runs if own == wanted and sample.output_tokens > 1] for wanted in (setup, PLAIN)
         )
-        both = {sample.prompt_digest for sample in chosen} & {sample.prompt_digest for sample in plain}
-        if len(both) < 2:
+        both = self._evidence.prompts_of(setup) & self._evidence.prompts_of(PLAIN)
+        if len(both) < LEAST_PROMPTS:
             raise NotMeasuredError(
-                f"{setup.name} was run on {len(both)} prompts that have a second token: 2 are needed"
+                f"{setup.name} was run on {len(both)} prompts that have a second token: {LEAST_PROMPTS} are needed"
             )
         columns = [_columns_by_prompt(samples, sorted(both)) for samples in (plain, chosen)]
         speedup, _ = speedup_interval(*columns[0], *columns[1])

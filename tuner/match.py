@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from profiles.machine import ENGINE
 from profiles.sizes import GIB
 from profiles.spelling import printable
-from profiles.traits import Machine, family, on_gpu
+from profiles.traits import ENGINE, Machine, family, on_gpu
 
 Level = Literal["exact", "version", "engine", "family", "capability", "none"]
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -84,8 +83,8 @@ def match(here: Machine, there: Machine) -> Match:
     known. Memory (beyond 3 %), the number of devices, and on a processor the number of threads: `family` when they
     differ, `version` when they are not known. Main memory beside a processor, and threads beside a GPU, do not limit
     decoding: `version`. Another device: `family` where `profiles.traits.family` agrees, `capability` where both compute
-    capabilities are known and equal, else `none`; so too a device that is not known. A serving engine chooses threads and
-    torch itself: asked for one, they count only where the asking machine states them.
+    capabilities are known and equal, else `none`; so too a device that is not known. A serving engine chooses threads
+    and torch itself: asked for one, they count only where the asking machine states them.
     """
     compared = [field for field in _COMPARED if field in here or field not in _CHOSEN or not _is_served(here)]
     unequal = tuple(field for field in compared if not _is_equal(field, here, there))

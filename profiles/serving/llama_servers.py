@@ -112,6 +112,11 @@ class LlamaServers:
         return self._fleet.num_starts
 
     @property
+    def starting_s(self) -> float:
+        """Seconds that the starts took."""
+        return self._fleet.starting_s
+
+    @property
     def pids(self) -> tuple[int, ...]:
         """All processes of its servers that live now."""
         return tuple(pid for member in self._fleet.members for pid in member.server.pids)

@@ -99,6 +99,11 @@ class LlamaCppEngine:
         return self._servers.num_starts
 
     @property
+    def starting_s(self) -> float:
+        """Seconds that the starts took."""
+        return self._servers.starting_s
+
+    @property
     def pids(self) -> tuple[int, ...]:
         """All processes of its servers that live now."""
         return self._servers.pids

@@ -111,6 +111,11 @@ class ServerEngine:
     def num_starts(self) -> int:
         return self._fleet.num_starts
 
+    @property
+    def starting_s(self) -> float:
+        """Seconds that the starts took."""
+        return self._fleet.starting_s
+
     def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
         """One plain run with the two largest log-probabilities of every token."""
         alone = replace(workload, batch_size=1)

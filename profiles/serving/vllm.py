@@ -10,7 +10,6 @@ import math
 import os
 import statistics
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +35,7 @@ from profiles.serving.vllm_engines import (
     sampling_of,
     start_arguments,
 )
-from profiles.serving.vllm_rounds import Visit, in_turn, question, visits
+from profiles.serving.vllm_rounds import Visit, in_turn, question, sample_of, visits
 from profiles.terms import (
     PLAIN,
     Acceptance,
@@ -50,7 +49,6 @@ from profiles.terms import (
     StepTimes,
     TargetTrace,
     Workload,
-    digest_of,
 )
 
 NAME = "vllm"
@@ -132,6 +130,11 @@ class VllmEngine:
         return self._fleet.num_starts
 
     @property
+    def starting_s(self) -> float:
+        """Seconds that the starts took."""
+        return self._fleet.starting_s
+
+    @property
     def pids(self) -> tuple[int, ...]:
         """All processes of its engines that live now."""
         return tuple(pid for child in self._fleet.members for pid in child.pids)
@@ -197,7 +200,7 @@ class VllmEngine:
                 outputs = [run["token_ids"] for run in own]
                 check_partings(self.target, setups, outputs, functools.partial(self.trace_target, workload, prompt))
         return tuple(
-            _sample(setup, prompt, run, disturbed)
+            sample_of(setup, prompt, run, disturbed)
             for setup, own in zip(setups, runs, strict=True)
             for prompt, run in zip(prompts, own, strict=True)
         )
@@ -382,18 +385,3 @@ class VllmEngine:
         if draft not in self._drafts:
             known = ", ".join(one.name for one in self._drafts) or "none"
             raise InputError(f"draft {draft.name} is not one of this engine's; they are {known}")
-
-
-def _sample(setup: Setup, prompt: Prompt, run: dict[str, Any], disturbed: bool) -> Sample:
-    return Sample(
-        setup_digest=setup.digest,
-        prompt_digest=prompt.digest,
-        ttft_s=run["first_s"] - run["started_s"],
-        decode_s=run["last_s"] - run["first_s"],
-        output_tokens=len(run["token_ids"]),
-        rounds=Counter((drafted, accepted) for drafted, accepted in run["rounds"]),
-        shapes=Counter((width, 0, 0) for width in run["widths"]),
-        refills=run["refills"],
-        output_digest=digest_of(run["token_ids"]),
-        disturbed=disturbed,
-    )

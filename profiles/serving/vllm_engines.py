@@ -92,7 +92,7 @@ def start_arguments(kind: Kind, dtype: str, num_tokens: int, options: VllmOption
 def _speculative(kind: Kind) -> dict[str, Any]:
     assert kind.method is not None
     name, extras = engine_options(kind.method)
-    config: dict[str, Any] = {"method": name, "num_speculative_tokens": kind.length, **extras}
+    config: dict[str, Any] = {**extras, "method": name, "num_speculative_tokens": kind.length}
     return config if kind.draft is None else config | {"model": str(sources.find(kind.draft).folder)}
 
 

@@ -1,15 +1,16 @@
-"""Which whole rounds of vLLM are timed, in which order, and over which texts.
+"""Which whole rounds of vLLM are timed, in which order and over which texts; and how its worker's records are read.
 
 Knows what the worker is asked; asks nothing.
 """
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from profiles.serving.vllm_engines import kind_of, sampling_of
-from profiles.terms import PLAIN, Draft, Model, Setup, Workload
+from profiles.terms import PLAIN, Draft, Model, Prompt, Sample, Setup, Workload, digest_of
 
 CYCLES, ROUNDS = 4, 3  # so many visits to every draft and length, of so many full rounds each
 PATTERN = 97  # token ids of a text that repeats
@@ -74,3 +75,19 @@ def question(visit: Visit, workload: Workload, num_tokens: int) -> dict[str, Any
         "window": window,
         "sampling": sampling_of(workload) | {"max_tokens": growth, "stop_token_ids": []},
     }
+
+
+def sample_of(setup: Setup, prompt: Prompt, run: dict[str, Any], disturbed: bool) -> Sample:
+    """The sample of a request, from the worker's record of it."""
+    return Sample(
+        setup_digest=setup.digest,
+        prompt_digest=prompt.digest,
+        ttft_s=run["first_s"] - run["started_s"],
+        decode_s=run["last_s"] - run["first_s"],
+        output_tokens=len(run["token_ids"]),
+        rounds=Counter((drafted, accepted) for drafted, accepted in run["rounds"]),
+        shapes=Counter((width, 0, 0) for width in run["widths"]),
+        refills=run["refills"],
+        output_digest=digest_of(run["token_ids"]),
+        disturbed=disturbed,
+    )

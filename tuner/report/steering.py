@@ -5,6 +5,7 @@ setup. Nothing is decoded, so it shows how a selector behaves and not how fast t
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from profiles.errors import NotMeasuredError
@@ -12,7 +13,8 @@ from profiles.terms import PLAIN, Prompt, Setup
 from tuner import streams
 from tuner.anchors import Anchor
 from tuner.played import Played, Record
-from tuner.policy import Policy
+from tuner.policy import Choice, Policy
+from tuner.prior import Prior
 from tuner.report.dossier import Span, Timeline
 from tuner.report.timeline import smoothed
 from tuner.selector import Selector
@@ -28,7 +30,8 @@ HOPEFUL = 5  # setups of each anchor that may be the best single one
 def replayed(anchors: Sequence[Anchor], policy: Policy) -> Timeline | None:
     """The timeline of a stream made of the anchors of the first temperature; None where nothing was forecast.
 
-    The requests are the prompts that the forecasts rest on: the policy was made from them.
+    The requests are the prompts that the forecasts rest on: the policy was made from them. Drafts that were only run
+    cannot be replayed: where one was chosen the best of the others stands in.
     """
     known = [anchor for anchor in anchors if anchor.grounds is not None and anchor.forecasts]
     known = [anchor for anchor in known if anchor.workload.temperature == known[0].workload.temperature]
@@ -36,8 +39,8 @@ def replayed(anchors: Sequence[Anchor], policy: Policy) -> Timeline | None:
         return None
     simulator, stream = _simulator(known), _stream(known)
     try:
-        steered = simulator.serve(stream, Selector(policy))
-        rates = {setup: simulator.serve(stream, Fixed(setup)).tok_per_s for setup in _hopeful(known)}
+        steered = simulator.serve(stream, Selector(_replayable(policy, policy.prior)))
+        rates = {setup: simulator.serve(stream, Fixed(setup)).tok_per_s for setup in _hopeful(known, policy.prior)}
         best = max(rates, key=lambda setup: rates[setup])
         single, plain = (simulator.serve(stream, Fixed(setup)) for setup in (best, PLAIN))
     except NotMeasuredError:  # evidence of an earlier draftpick lacks what a replay needs
@@ -48,6 +51,17 @@ def replayed(anchors: Sequence[Anchor], policy: Policy) -> Timeline | None:
         best_single=smoothed(list(_stretches(single))),
         best_single_name=best.name,
     )
+
+
+def _replayable(policy: Policy, prior: Prior) -> Policy:
+    """The policy with setups of the prior's drafts alone."""
+
+    def of(choice: Choice) -> Choice:
+        setups = (choice.setup, *(one.setup for one in choice.alternatives))
+        setup = next((setup for setup in setups if setup == PLAIN or setup.draft in prior.drafts), PLAIN)
+        return choice if setup == choice.setup else replace(choice, setup=setup, proven=False)
+
+    return replace(policy, choices=tuple(of(choice) for choice in policy.choices))
 
 
 def _simulator(known: Sequence[Anchor]) -> Simulator:
@@ -82,13 +96,11 @@ def _served(known: Sequence[Anchor]) -> list[Prompt]:
     return list({prompt.digest: prompt for anchor in own for prompt in anchor.forecast_pool}.values())
 
 
-def _hopeful(known: Iterable[Anchor]) -> set[Setup]:
-    """Plain decoding and the best forecasts of every anchor, of drafts that ran at every load."""
-    everywhere = set.intersection(*({one.setup.draft for one in anchor.forecasts} for anchor in known))
-    return {
-        PLAIN,
-        *(one.setup for anchor in known for one in anchor.forecasts[:HOPEFUL] if one.setup.draft in everywhere),
-    }
+def _hopeful(known: Iterable[Anchor], prior: Prior) -> set[Setup]:
+    """Plain decoding and the best forecasts of every anchor, of the prior's drafts that ran at every load."""
+    everywhere = set.intersection({*prior.drafts}, *({one.setup.draft for one in anchor.forecasts} for anchor in known))
+    own = [[one.setup for one in anchor.forecasts if one.setup.draft in everywhere] for anchor in known]
+    return {PLAIN, *(setup for setups in own for setup in setups[:HOPEFUL])}
 
 
 def _stretches(record: Record) -> Iterator[Span]:
