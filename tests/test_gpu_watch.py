@@ -118,6 +118,15 @@ def test_a_quiet_gpu_is_sampled_at_both_ends(monkeypatch: pytest.MonkeyPatch) ->
     assert watch.worst is None
 
 
+def test_a_gpu_by_its_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that another Python computes on is watched although torch knows none here."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", None)
+    install(monkeypatch, FakeNvml(POWER_CAP))
+    with GpuWatch(f"GPU-{UUID}") as watch:
+        pass
+    assert watch.disturbed
+
+
 @pytest.mark.parametrize("mask", [IDLE, CLOCKS_SET, BOOST, 0x100, 0x200, 0x400, IDLE | CLOCKS_SET, 0x8000])
 def test_idling_and_chosen_clocks_do_not_disturb(monkeypatch: pytest.MonkeyPatch, mask: int) -> None:
     """Reasons that are a state or a setting are told with the sample and are no disturbance."""

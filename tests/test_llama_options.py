@@ -1,4 +1,4 @@
-"""What llama.cpp is started with: threads, devices, and what of them times are kept under. Nothing is run."""
+"""What llama.cpp is started with, and what of it times are kept under; the order in which lengths are timed."""
 
 import json
 import sys
@@ -9,11 +9,12 @@ import pytest
 
 from profiles import environment, models
 from profiles.errors import InputError
-from profiles.serving import llama_flags, llamacpp
+from profiles.serving import llama_flags, llama_rounds, llamacpp
 from profiles.serving.llama_program import Program, program_of
 from profiles.serving.llama_servers import Options
 from profiles.serving.llamacpp import LlamaCppEngine
 from profiles.shipped import TARGET
+from profiles.terms import Draft
 
 pytest.importorskip("xllamacpp")
 
@@ -55,3 +56,22 @@ def test_threads_belong_to_the_key(program: Program, options: Options) -> None:
     assert [one.threads for one in found] == [1, 2, 1]
     assert found[0].engine_options is not None
     assert json.loads(found[0].engine_options)["weights"] == "float32"
+
+
+def test_lengths_are_timed_there_and_back() -> None:
+    """Every width has samples of two passes in opposite order, so that a machine that slows down favours none."""
+    target = models.describe(TARGET, dtype="float32").record
+    look_up = Draft(kind="ngram", max_match=3, min_match=3)
+    plan = llama_rounds.plan_of(target, [look_up], 3, has_synthetic=True)
+    widths: list[int] = []
+
+    def measure(asked: llama_rounds.Timed) -> list[float]:
+        widths.append(asked.width)
+        return [float(len(widths))] * 4
+
+    shape = llama_rounds.Shape(batch_size=2, context_length=100, most_tokens=200)
+    times = llama_rounds.time_plan(plan, shape, measure)
+    assert widths == widths[::-1]
+    assert set(times[look_up.digest].samples_s) == {1, 2, 3, 4}
+    for width, samples_s in times[look_up.digest].samples_s.items():
+        assert (len(samples_s), sum(samples_s) / len(samples_s)) == (8, (len(widths) + 1) / 2), width

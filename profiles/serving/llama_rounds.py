@@ -16,7 +16,7 @@ FIRST_TOKEN = 32  # of the pattern: no tokenizer known has a special token from 
 FORCED = 1000.0  # added to a logit
 SKIPPED = 2  # rounds after a prefill, whose traces are still in the processor's caches
 LEAST_SAMPLES, MOST_TRIES = 4, 5  # of a pass
-STAGGER = 8  # rounds a full batch may start late
+STAGGER, STAGGER_TOKENS = 8, 24  # rounds a full batch may start late, more of them where they are short
 _LOOK_UP = Draft(kind="ngram", max_match=1, min_match=1)
 _NO_MATCH = Setup(draft=Draft(kind="ngram", max_match=2, min_match=2), length=2)
 
@@ -68,7 +68,9 @@ def pattern(period: int, num_tokens: int) -> list[int]:
 
 def body_of(asked: Timed, shape: Shape) -> dict[str, Any]:
     """The request of every row: a prompt that stays cached, and enough tokens for the rounds."""
-    num_rounds = SKIPPED + LEAST_SAMPLES + 1 + min(shape.batch_size - 1, 1) * STAGGER
+    num_rounds = SKIPPED + LEAST_SAMPLES + 1
+    if shape.batch_size > 1:
+        num_rounds += max(STAGGER, STAGGER_TOKENS // asked.width)
     wanted = 1 + num_rounds * asked.width
     least_prompt = 3 * asked.period
     num_new = min(wanted, shape.most_tokens - least_prompt - asked.width)
