@@ -26,7 +26,7 @@ from profiles import machine, shipped, spelling
 from profiles.errors import DraftpickError, InputError, MatchError, NotMeasuredError
 from profiles.terms import PLAIN, Environment
 from profiles.traits import ENGINE
-from store import bundle_verbs, deploy, latest, places, telling, verify_verb
+from store import bundle_verbs, deploy, latest, load_verb, places, telling, verify_verb
 from store.book import Book
 from store.printing import print_json, say, say_aside
 from tuner import flags
@@ -51,6 +51,7 @@ app = typer.Typer(
 )
 app.add_typer(bundle_verbs.app, name="bundle")
 app.command("verify")(verify_verb.verify)
+app.command("load")(load_verb.load)
 
 
 @app.command("run")

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,11 +186,14 @@ def test_load_is_measured_when_the_unit_fails() -> None:
 
 
 def test_another_process_is_seen_by_the_real_readers() -> None:
-    """A child that spins beside us is load, because it is not waited for inside the block."""
+    """A process that spins beside us and is none of our children is load."""
     if sum(psutil.cpu_times()) == 0.0:
         pytest.skip("this kernel does not tell how busy the machine is")
     spin = "import time; end = time.monotonic() + 5\nwhile time.monotonic() < end: pass"
-    child = subprocess.Popen([sys.executable, "-c", spin])
+    started = 'import subprocess, sys; print(subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=-3).pid)'
+    # its parent ends at once, so that it is an orphan
+    done = subprocess.run([sys.executable, "-c", started, spin], capture_output=True, text=True, check=True)
+    other = psutil.Process(int(done.stdout))
     try:
         load = OtherLoad()
         with load:
@@ -197,10 +201,25 @@ def test_another_process_is_seen_by_the_real_readers() -> None:
             while Clock("cpu").read() < end:
                 os.sched_yield()
     finally:
+        other.kill()
+    assert load.cores is not None
+    assert load.cores > 0.0
+
+
+def test_our_own_children_are_no_load() -> None:
+    """A serving engine that we started, and that still runs, is not another program."""
+    spin = "import time; end = time.monotonic() + 5\nwhile time.monotonic() < end: pass"
+    child = subprocess.Popen([sys.executable, "-c", spin])
+    try:
+        psutil.Process(child.pid).cpu_times()
+        load = OtherLoad()
+        with load:
+            time.sleep(0.6)
+    finally:
         child.kill()
         child.wait()
     assert load.cores is not None
-    assert load.cores > 0.0
+    assert load.cores < 0.5
 
 
 def load_of(cores: float) -> OtherLoad:

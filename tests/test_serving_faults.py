@@ -49,12 +49,12 @@ BEFORE_READY: dict[str, tuple[str, type[EngineError], str]] = {
     "out of memory": ("--fault out-of-memory", OutOfMemoryError, "torch.OutOfMemoryError: CUDA out of memory"),
     "crashes": ("--fault crashes", EngineError, "was ended by SIGSEGV"),
     "huge log": ("--fault huge-log", EngineError, "RuntimeError: after much talk"),
-    "health check hangs": ("--fault health-hangs", EngineError, r"was not healthy after 4 s \(no answer\)"),
-    "health says 500 for ever": ("--fault health-500", EngineError, r"was not healthy after 4 s \(status 500\)"),
+    "health check hangs": ("--fault health-hangs", EngineError, r"was not healthy after 2 s \(no answer\)"),
+    "health says 500 for ever": ("--fault health-500", EngineError, r"was not healthy after 2 s \(status 500\)"),
     "never listens": (
         "--fault never-ready",
         EngineError,
-        r"was not healthy after 4 s \(no answer\): loading weights takes long",
+        r"was not healthy after 2 s \(no answer\): loading weights takes long",
     ),
     "leaves a process": ("--fault grandchild-and-exits", EngineError, "RuntimeError: worker failed"),
 }
@@ -74,7 +74,7 @@ UNDER_LOAD: dict[str, tuple[str, str]] = {
 def test_a_server_that_does_not_come_up(tmp_path: Path, case: str) -> None:
     """The draft's server fails with its own last words; plain decoding beside it goes on and nothing is left."""
     flags, kind, said = BEFORE_READY[case]
-    ready_s = 4.0 if "not healthy" in said else 60.0
+    ready_s = 2.0 if "not healthy" in said else 60.0
     with engine_at(tmp_path, ready_s=ready_s, flags_of=lambda setup: flags.split()) as engine:
         with pytest.raises(kind, match=said) as raised:
             engine.run_together(WORKLOAD, PROMPTS[:2], (Setup(draft=NGRAM, length=2),), "race 0")
