@@ -5,6 +5,7 @@ the draft is forecast, and then every length is really run beside plain decoding
 measured figures would choose: the fastest whose interval is above 1 and whose gain is not a tie, else plain decoding.
 Lengths that the overhead was calibrated with are shown and not graded. vLLM runs in the lane's Python
 (`python -m tests.lanes.vllm_env`), or in the one that $DRAFTPICK_VLLM_PYTHON names; without it, it is left out.
+llama.cpp has one thread.
 """
 
 import argparse
@@ -43,6 +44,7 @@ def bench_of(engine: str, drafts: tuple[str, ...] = (DRAFT,), max_requests: int 
     place = opening.Place(
         engine=engine,
         command=python if engine == "vllm" else None,
+        threads=1 if engine == "llamacpp" else None,  # whose threads spin: the client that loads it needs a core too
         max_requests=max_requests,
         max_length=max(LENGTHS),
         device="cpu",
