@@ -92,10 +92,10 @@ def _as_expected() -> Iterator[None]:
 
 
 @_as_expected()
-def read(answer: Answer, encode: Encode) -> Completion:
+def read(answer: Answer, encode: Encode, again: Callable[[], Sequence[int]] | None = None) -> Completion:
     """The tokens of an answer: their ids where the server gives them, else its text through the target's tokenizer.
 
-    Raises EngineError: no token, or a text whose tokens are not as many as the server counted.
+    `again` asks for all ids in one piece, where a server streams none for a part of a character. Raises EngineError: no token, or a text whose tokens are not as many as the server counted.
     """
     arrivals: list[tuple[float, int]] = []
     token_ids: list[int] = []
@@ -114,6 +114,8 @@ def read(answer: Answer, encode: Encode) -> Completion:
     counted = answer.last.get("tokens_predicted", counted)  # llama.cpp's own
     if counted is None and not gives_ids:
         raise EngineError("the server gives neither token ids nor a count of tokens: neither can be checked")
+    if again is not None and counted != len(token_ids):
+        token_ids = list(again())
     if counted is not None and counted != len(token_ids):
         how = "gave the ids of" if gives_ids else "wrote a text of"
         raise EngineError(f"the server counted {counted} tokens and {how} {len(token_ids)}")

@@ -19,7 +19,7 @@ from profiles.environment import fingerprint
 from profiles.errors import EngineError, InputError
 from profiles.partings import check_end, check_partings
 from profiles.properties import SERVED_KINDS, Properties
-from profiles.serving import metrics, openai
+from profiles.serving import llama_answers, metrics, openai
 from profiles.serving.fleet import Fleet
 from profiles.serving.launch import Launch
 from profiles.serving.llama_flags import KEEPS_HISTORY, keeps_history
@@ -224,7 +224,9 @@ class ServerEngine:
         except EngineError:
             self._fleet.stop(setup)
             raise
-        runs = [openai.read(answer, self._encode) for answer in answers]
+        piece = functools.partial(llama_answers.tokens_again, server.url)
+        again = [functools.partial(piece, body) if kind == "llamacpp" else None for body in bodies]
+        runs = [openai.read(answer, self._encode, one) for answer, one in zip(answers, again, strict=True)]
         for run in runs:
             check_end(f"server with {setup.name}", workload, run.token_ids)
         return runs
