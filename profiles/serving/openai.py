@@ -95,7 +95,8 @@ def _as_expected() -> Iterator[None]:
 def read(answer: Answer, encode: Encode, again: Callable[[], Sequence[int]] | None = None) -> Completion:
     """The tokens of an answer: their ids where the server gives them, else its text through the target's tokenizer.
 
-    `again` asks for all ids in one piece, where a server streams none for a part of a character. Raises EngineError: no token, or a text whose tokens are not as many as the server counted.
+    `again` asks for all ids in one piece, where a server streams none for a part of a character. Raises EngineError: no
+    token, or a text whose tokens are not as many as the server counted.
     """
     arrivals: list[tuple[float, int]] = []
     token_ids: list[int] = []
