@@ -11,16 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy
 import typer
 
 from profiles import shipped
 from profiles.errors import InputError
-from profiles.formulas import acceptance_length, acceptance_rate, rate_interval, tpot_s
 from profiles.terms import Draft, Interval, Sample, Setup
 from store.printing import print_json, say
 from tuner import flags
-from tuner.evidence import queues
 
 if TYPE_CHECKING:
     from profiles.loading import Bench
@@ -67,6 +64,7 @@ class Figures:
 def load(asked: LoadFlags) -> int:
     """Load a server that runs already: time to first token, time per token, and what it accepts of its drafts."""
     from profiles import loading
+    from tuner.evidence import queues
 
     with closing(_bench(asked)) as bench:
         question = loading.Question(
@@ -110,6 +108,8 @@ def _bench(asked: LoadFlags) -> "Bench":
 
 
 def _figures(batch_size: int, samples: Sequence[Sample]) -> Figures:
+    from profiles.formulas import acceptance_length, acceptance_rate, rate_interval, tpot_s
+
     timed = [sample for sample in samples if sample.output_tokens > 1]
     if len(timed) < 2:
         raise InputError(f"{len(timed)} answers have a second token: at least 2 are needed to time them")
@@ -128,6 +128,8 @@ def _figures(batch_size: int, samples: Sequence[Sample]) -> Figures:
 
 
 def _percentiles(seconds: Sequence[float]) -> tuple[float, float]:
+    import numpy
+
     median, slow = (float(value) * 1e3 for value in numpy.percentile(seconds, (50, 95)))
     return median, slow
 

@@ -1,6 +1,6 @@
 """The vLLM adapter over a real vLLM on the processor: what it forecasts is what vLLM's own counters say.
 
-Run by `make test-vllm`, which installs the lane (2.4 GB).
+Run by `make test-vllm`, which installs the lane (gigabytes).
 """
 
 import dataclasses

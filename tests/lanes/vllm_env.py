@@ -1,6 +1,6 @@
 """Makes the environment that runs vLLM on the processor: `python -m tests.lanes.vllm_env`.
 
-A virtual environment beside the other lanes (2.4 GB): the CPU build asks for packages for sound and pictures, which
+A virtual environment beside the other lanes: the CPU build asks for packages for sound and pictures, which
 text needs none of, so its needs are installed from its own list without these.
 """
 
