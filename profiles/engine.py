@@ -19,7 +19,7 @@ from profiles.decoding import Decoder, Generation
 from profiles.drafting import DraftSource, ModelDrafter, NgramDrafter, PartDrafter
 from profiles.environment import fingerprint
 from profiles.errors import BadNumbersError, InputError, OutOfMemoryError
-from profiles.partings import check_partings
+from profiles.partings import check_queues
 from profiles.properties import TORCH, Properties
 from profiles.protocol import Pilot
 from profiles.rows import RowModel
@@ -133,10 +133,8 @@ class TorchEngine:
             runs, disturbed = quietest(
                 lambda: [self._generate(workload, prompts, setup) for setup in setups], self._gpus
             )
-        if workload.temperature == 0.0:
-            for prompt, own in zip(prompts, zip(*runs, strict=True), strict=True):
-                outputs = [run.token_ids for run in own]
-                check_partings(self.target, setups, outputs, functools.partial(self.trace_target, workload, prompt))
+        outputs = [(setup, [run.token_ids for run in own]) for setup, own in zip(setups, runs, strict=True)]
+        check_queues(self.target, workload, prompts, outputs, self.trace_target)
         return tuple(
             _sample(setup, prompt, run, disturbed)
             for setup, own in zip(setups, runs, strict=True)

@@ -3,10 +3,11 @@
 Compares tokens; runs no model.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 from profiles.errors import EngineError
-from profiles.terms import Model, Setup, TargetTrace, Workload
+from profiles.terms import Model, Prompt, Setup, TargetTrace, Workload
 
 NEAR_TIE = 1e-4  # greedy float32 outputs may part only where the two largest logits lie this close
 
@@ -35,6 +36,22 @@ def check_partings(
                 f"{setup.name} parted from plain decoding at token {place} of prompt {trace.prompt_digest} where the "
                 f"two largest logits are {trace.logit_gaps[place]:.2g} apart; allowed are partings under {NEAR_TIE:g}"
             )
+
+
+def check_queues(
+    target: Model,
+    workload: Workload,
+    prompts: Sequence[Prompt],
+    outputs: Sequence[tuple[Setup, Sequence[Sequence[int]]]],
+    trace_target: Callable[[Workload, Prompt], TargetTrace],
+) -> None:
+    """As `check_partings`, of a queue that several setups decoded, one output per prompt each; sampled ones are not."""
+    if workload.temperature > 0.0:
+        return
+    setups = [setup for setup, _ in outputs]
+    for number, prompt in enumerate(prompts):
+        traced = functools.partial(trace_target, workload, prompt)
+        check_partings(target, setups, [own[number] for _, own in outputs], traced)
 
 
 def check_end(who: str, workload: Workload, token_ids: Sequence[int]) -> None:

@@ -44,9 +44,13 @@ class Properties:
     drops_short: bool = False
     origin: str = ""
 
+    def traces(self, draft: Draft) -> bool:
+        """Whether a draft is traced and timed; others are only run."""
+        return draft.kind in self.traced_kinds
+
     def timed(self, drafts: Sequence[Draft]) -> tuple[Draft, ...]:
-        """The drafts that are traced and timed; others are only run."""
-        return tuple(draft for draft in drafts if draft.kind in self.traced_kinds)
+        """Of these drafts the ones that are."""
+        return tuple(draft for draft in drafts if self.traces(draft))
 
     def drafts_with(self, setup: Setup) -> bool:
         """Whether a setup can propose anything at all."""

@@ -150,7 +150,7 @@ def glance(engine: Remember, load: tuple[Workload, tuple[Prompt, ...]], max_leng
     engine.time_steps(workload, typical_context(workload, chosen), 1)
     widths_s = (engine.measured_seconds - started) / 2  # of the target's two widths; the drafts' are timed beside them
     acceptance_s: dict[Draft, float] = {}
-    traced = {draft: draft.parts if draft.kind in engine.properties.traced_kinds else () for draft in engine.drafts}
+    traced = {draft: draft.parts if engine.properties.traces(draft) else () for draft in engine.drafts}
     for part in dict.fromkeys(part for parts in traced.values() for part in parts):
         with contextlib.suppress(EngineError):
             started = engine.measured_seconds

@@ -10,7 +10,7 @@ import pytest
 
 from profiles import models, prompts
 from profiles.errors import EngineError
-from profiles.serving import server
+from profiles.serving import served
 from profiles.serving.gguf_writer import gguf_of
 from profiles.serving.launch import Launch
 from profiles.serving.llama_flags import SPELLINGS, words_of
@@ -69,7 +69,7 @@ def test_a_pool_is_emptied_before_every_try(
 ) -> None:
     """A queue that is run again because others disturbed it meets a new server too."""
     again = []
-    monkeypatch.setattr(server, "quietest", lambda measure, _: (again.append(measure()) or measure(), False))
+    monkeypatch.setattr(served, "quietest", lambda measure, _: (again.append(measure()) or measure(), False))
     starts = engine.num_starts
     samples = engine.run_together(WORKLOAD, code[:2], (POOL,), "race 0")
     assert engine.num_starts == starts + 2

@@ -14,8 +14,7 @@ import pytest
 
 from profiles.errors import EngineError, InputError
 from profiles.protocol import Engine
-from profiles.serving import llama_answers
-from profiles.serving import server as server_engine
+from profiles.serving import llama_answers, served
 from profiles.serving.launch import Launch
 from profiles.serving.load import Answer
 from profiles.serving.openai import Kind, body_of, read, rounds_of
@@ -232,7 +231,7 @@ def test_a_template_filled_in(tmp_path: Path) -> None:
 
 def test_a_server_by_its_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs the setup it was started with, and no other; its load is not taken for that of others."""
-    monkeypatch.setattr(server_engine, "quietest", None)
+    monkeypatch.setattr(served, "quietest", None)
     command = [sys.executable, "tests/fake_server.py", "--port", "{port}", "--speculative", "3"]
     with Server(command, tmp_path / "log") as server:
         server.wait_ready(20.0)

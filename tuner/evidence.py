@@ -6,7 +6,7 @@ its reason and the rest goes on. Knows only the engine protocol.
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -61,12 +61,12 @@ class Evidence:
 
     def traces_of(self, draft: Draft) -> bool:
         """Whether the engine traced it, else it was only run."""
-        return draft.kind in self.properties.traced_kinds
+        return self.properties.traces(draft)
 
     @property
     def parts(self) -> tuple[Draft, ...]:
         """What was traced and timed: the drafts, of composites their parts, each once."""
-        traced = [draft for draft in self.drafts if self.traces_of(draft)]
+        traced = self.properties.timed(self.drafts)
         return tuple({part.digest: part for draft in traced for part in draft.parts}.values())
 
     def can_tell(self, setup: Setup) -> bool:
@@ -138,7 +138,7 @@ def gather(
     """Measures or recalls all evidence for one workload. Raises InputError when there are no prompts."""
     if not prompts:
         raise InputError("no prompts: at least one is needed")
-    max_length, traced_kinds = max(lengths), engine.properties.traced_kinds
+    max_length, properties = max(lengths), engine.properties
     traces: dict[str, TargetTrace] = {}
     for done, prompt in enumerate(prompts):
         progress("target trace", done, len(prompts))
@@ -147,38 +147,35 @@ def gather(
     usable = tracing.run(prompts, max_length)
     progress("step times", 0, 1)
     steps = engine.time_steps(workload, typical_context(workload, prompts), max_length)
-    if engine.properties.times == "rounds":
+    if properties.times == "rounds":
         steps = _with_idle_rounds(steps, steps[engine.target.run_digest].samples_s[1])
     calibration = _Calibration(engine, workload, prompts, progress)
-    calibration.run_traced([draft for draft in usable if draft.kind in traced_kinds], lengths)
+    calibration.run_traced(properties.timed(usable), lengths)
     calibration.run_alone(
         [
             setup
             for draft in usable
             for setup in (Setup(draft=draft, length=k) for k in lengths)
-            if draft.kind not in traced_kinds and engine.properties.drafts_with(setup)
+            if not properties.traces(draft) and properties.drafts_with(setup)
         ]
     )
     failed = {one.setup for one in calibration.infeasible}
+    failed_drafts = {setup.draft for setup in failed}
     return Evidence(
         prompts=tuple(prompts),
         traces=traces,
         acceptances=tracing.acceptances,
         steps=steps,
         calibration=tuple((setup, sample) for setup, sample in calibration.found if setup not in failed),
-        drafts=tuple(draft for draft in usable if draft.kind not in traced_kinds or draft not in _drafts_of(failed)),
+        drafts=tuple(draft for draft in usable if not properties.traces(draft) or draft not in failed_drafts),
         infeasible=(*tracing.infeasible, *calibration.infeasible),
-        properties=engine.properties,
+        properties=properties,
     )
 
 
 def _with_idle_rounds(rounds: Mapping[str, StepTimes], plain_s: tuple[float, ...]) -> dict[str, StepTimes]:
     """A draft whose engine never lets it propose nothing has no such round: a plain one stands for it."""
     return {part: replace(times, samples_s={1: plain_s, **times.samples_s}) for part, times in rounds.items()}
-
-
-def _drafts_of(setups: Iterable[Setup]) -> set[Draft | None]:
-    return {setup.draft for setup in setups}
 
 
 class _Tracing:
@@ -196,16 +193,16 @@ class _Tracing:
 
     def run(self, prompts: Sequence[Prompt], max_length: int) -> list[Draft]:
         """The drafts that can go on: traced, or of a kind that the engine does not trace."""
-        drafts, kinds = self._engine.drafts, self._engine.properties.traced_kinds
+        drafts, properties = self._engine.drafts, self._engine.properties
         usable: list[Draft] = []
         failed_parts: set[str] = set()
         for number, draft in enumerate(drafts):
             if failed_parts.intersection(part.digest for part in draft.parts):
                 continue  # a composite of what failed already, which is said once
-            parts = draft.parts if draft.kind in kinds else ()
+            parts = draft.parts if properties.traces(draft) else ()
             longest = Setup(draft=draft, length=max_length)
-            if not self._engine.properties.drafts_with(longest):
-                detail = f"{self._engine.properties.name} drafts nothing with it at lengths up to {max_length}"
+            if not properties.drafts_with(longest):
+                detail = f"{properties.name} drafts nothing with it at lengths up to {max_length}"
                 self.infeasible.append(Infeasible(setup=longest, reason="InputError", detail=detail))
                 continue
             try:

@@ -16,6 +16,9 @@ class Stoppable(Protocol):
     @property
     def alive(self) -> bool: ...
 
+    @property
+    def pids(self) -> tuple[int, ...]: ...
+
     def stop(self) -> None: ...
 
 

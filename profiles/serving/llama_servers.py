@@ -61,6 +61,10 @@ class LlamaServer:
         return self.server.url
 
     @property
+    def pids(self) -> tuple[int, ...]:
+        return self.server.pids
+
+    @property
     def last_words(self) -> str:
         """What its log says of an error; empty where it says nothing, or where somebody else keeps the log."""
         return self.server.process.last_words() if isinstance(self.server, Server) else ""
@@ -85,8 +89,9 @@ class LlamaServer:
 
 
 class LlamaServers:
-    """The servers of one target. `weights` are the drafts' by digest; rows are never longer than `max_positions`.
+    """The servers of one target, kept in `fleet`.
 
+    `weights` are the drafts' by digest; rows are never longer than `max_positions`.
     Every method that gives a server raises EngineError where it cannot be started, with its last words.
     """
 
@@ -102,24 +107,9 @@ class LlamaServers:
         self._target, self._weights, self._max_positions = target, weights, max_positions
         self._exact = EXACT if target.float_type == "float32" else ()
         self._where = ON_GPU if options.on_gpu else ON_CPU
-        self._fleet: Fleet[tuple[str, ...], LlamaServer] = Fleet(
+        self.fleet: Fleet[tuple[str, ...], LlamaServer] = Fleet(
             self._start, options.most_alive or (1 if options.on_gpu else 4)
         )
-
-    @property
-    def num_starts(self) -> int:
-        """Servers started so far."""
-        return self._fleet.num_starts
-
-    @property
-    def starting_s(self) -> float:
-        """Seconds that the starts took."""
-        return self._fleet.starting_s
-
-    @property
-    def pids(self) -> tuple[int, ...]:
-        """All processes of its servers that live now."""
-        return tuple(pid for member in self._fleet.members for pid in member.server.pids)
 
     @property
     def told(self) -> dict[str, Any]:
@@ -131,22 +121,18 @@ class LlamaServers:
 
         Raises InputError: a server that was running serves another setup, or fewer requests at a time.
         """
-        return self._fleet.ask(self._key(setup, workload, more))
+        return self.fleet.ask(self._key(setup, workload, more))
 
     def anew(self, setup: Setup, workload: Workload) -> LlamaServer:
         """As `of`, freshly started: one that remembers no request."""
-        self._fleet.stop(self._key(setup, workload))
+        self.fleet.stop(self._key(setup, workload))
         return self.of(setup, workload)
 
     def scoring(self, weights: Weights, workload: Workload) -> LlamaServer:
         """A draft as a target of its own. Raises InputError: only a server that was running may be used."""
         if self._program.running is not None:
             raise InputError(f"{weights.path.name}: a server that is running already does not tell what it would draft")
-        return self._fleet.ask(self._command(weights.path, workload, ()))
-
-    def close(self) -> None:
-        """Stops all; safe to call again."""
-        self._fleet.close()
+        return self.fleet.ask(self._command(weights.path, workload, ()))
 
     def _key(self, setup: Setup, workload: Workload, more: Sequence[str] = ()) -> tuple[str, ...]:
         """The command of a setup's server, which is also its key in the fleet; the URL of one that was running."""
@@ -188,6 +174,6 @@ class LlamaServers:
         if self._program.running is not None:
             server = RunningServer(self._program.running.url)
         else:
-            server = Server(command, self._options.log_folder / f"llama-server-{self._fleet.num_starts}.log")
+            server = Server(command, self._options.log_folder / f"llama-server-{self.fleet.num_starts}.log")
         server.wait_ready(START_TIMEOUT_S)
         return LlamaServer(server)

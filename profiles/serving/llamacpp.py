@@ -6,29 +6,27 @@ of each request, times are the server's own. Knows nothing of stores or searches
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 from profiles import models
-from profiles.clock import quietest
 from profiles.environment import fingerprint
 from profiles.errors import EngineError, InputError
 from profiles.models import Described
-from profiles.partings import check_end, check_partings
+from profiles.partings import check_end, check_queues
 from profiles.properties import SERVED_KINDS, Properties
 from profiles.serving import llama_answers, llama_rounds, ngram_simple
 from profiles.serving.llama_answers import Generated, body_of
 from profiles.serving.llama_flags import KEEPS_HISTORY, keeps_history, words_of
 from profiles.serving.llama_program import Program, Weights, weights_of
 from profiles.serving.llama_servers import SPARE_TOKENS, LlamaServer, LlamaServers, Options
+from profiles.serving.served import Served
 from profiles.terms import (
     PLAIN,
     Acceptance,
     AcceptanceTrace,
     Draft,
     Environment,
-    Model,
     Prompt,
     Sample,
     Setup,
@@ -39,10 +37,9 @@ from profiles.terms import (
 
 NAME = "llamacpp"
 WARM_UP_TOKENS = 16
-Measurement = TypeVar("Measurement")
 
 
-class LlamaCppEngine:
+class LlamaCppEngine(Served[tuple[str, ...], LlamaServer]):
     """A target and its drafts as GGUF files under llama.cpp; fits `protocol.Engine`. A context manager.
 
     Raises InputError: a draft that llama.cpp does not have, a GPU that it cannot use; ModelError: a model that is not
@@ -50,13 +47,14 @@ class LlamaCppEngine:
     """
 
     def __init__(self, target: Described, drafts: tuple[Draft, ...], program: Program, options: Options) -> None:
-        self._target, self._drafts, self._program, self._options = target, drafts, program, options
+        self._target, self._program, self._options = target, program, options
         program.check_device(options.device)
         for draft in drafts:
             self._check_kind(draft)
         self._file = weights_of(target.record)
         self._weights = {draft.digest: weights_of(draft.model) if draft.model else None for draft in drafts}
         self._servers = LlamaServers(program, options, self._file, self._weights, target.max_positions)
+        super().__init__(target.record, drafts, self._servers.fleet)
         self._environment = replace(
             fingerprint(options.device),
             engine=NAME,
@@ -84,29 +82,6 @@ class LlamaCppEngine:
     @property
     def environment(self) -> Environment:
         return self._environment
-
-    @property
-    def target(self) -> Model:
-        return self._target.record
-
-    @property
-    def drafts(self) -> tuple[Draft, ...]:
-        return self._drafts
-
-    @property
-    def num_starts(self) -> int:
-        """Servers started so far."""
-        return self._servers.num_starts
-
-    @property
-    def starting_s(self) -> float:
-        """Seconds that the starts took."""
-        return self._servers.starting_s
-
-    @property
-    def pids(self) -> tuple[int, ...]:
-        """All processes of its servers that live now."""
-        return self._servers.pids
 
     def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
         """One plain run; a token that is half of a character has probability and gap 0, for it is not told."""
@@ -187,30 +162,17 @@ class LlamaCppEngine:
         for setup in setups:
             self._check(workload, prompts, setup)
         found = [self._quietest(functools.partial(self._run, workload, prompts, setup)) for setup in setups]
-        queues = [queue for queue, _ in found]
-        if workload.temperature == 0.0:
-            for number, prompt in enumerate(prompts):
-                outputs = [outputs[number] for _, outputs in queues]
-                check_partings(self.target, setups, outputs, functools.partial(self.trace_target, workload, prompt))
+        queues = [(setup, outputs) for setup, ((_, outputs), _) in zip(setups, found, strict=True)]
+        check_queues(self.target, workload, prompts, queues, self.trace_target)
         return tuple(
             replace(llama_answers.sample_of(setup, prompt, number, runs, outputs[number]), disturbed=disturbed)
             for setup, ((runs, outputs), disturbed) in zip(setups, found, strict=True)
             for number, prompt in enumerate(prompts)
         )
 
-    def close(self) -> None:
-        """Stops all servers; safe to call again."""
-        self._servers.close()
-
-    def __enter__(self) -> "LlamaCppEngine":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _quietest(self, measure: Callable[[], Measurement]) -> tuple[Measurement, bool]:
-        """As `clock.quietest`; a server that is not ours is not told from others, and nothing is watched."""
-        return quietest(measure, (self._options.device,)) if self._program.running is None else (measure(), False)
+    @property
+    def _watched(self) -> tuple[str, ...] | None:
+        return (self._options.device,) if self._program.running is None else None
 
     def _run(
         self, workload: Workload, prompts: Sequence[Prompt], setup: Setup

@@ -8,16 +8,14 @@ import functools
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Self, TypeVar
 from weakref import WeakKeyDictionary
 
 from profiles import models
-from profiles.clock import quietest
 from profiles.environment import fingerprint
 from profiles.errors import EngineError, InputError
-from profiles.partings import check_end, check_partings
+from profiles.partings import check_end, check_queues
 from profiles.properties import SERVED_KINDS, Properties
 from profiles.serving import llama_answers, metrics, openai
 from profiles.serving.fleet import Fleet
@@ -27,6 +25,7 @@ from profiles.serving.load import Body, drive, fetch
 from profiles.serving.openai import Completion, Encode
 from profiles.serving.process import RunningServer, Server
 from profiles.serving.sampled import check_means, texts_of
+from profiles.serving.served import Served
 from profiles.terms import (
     PLAIN,
     Acceptance,
@@ -50,20 +49,18 @@ _VERSIONS = (("/version", "version"), ("/server_info", "version"), ("/props", "b
 
 Started = Server | RunningServer
 Counted = tuple[Completion, Rounds | None]
-Measurement = TypeVar("Measurement")
 
 
-class ServerEngine:
+class ServerEngine(Served[Setup, Started]):
     """A target and its drafts behind OpenAI-compatible servers; fits `protocol.Engine`, and is a context manager.
 
-    `encode`: a text's token ids, nothing added. `num_starts`: servers started so far.
+    `encode`: a text's token ids, nothing added.
     """
 
     def __init__(self, target: Model, drafts: tuple[Draft, ...], launch: Launch, encode: Encode, device: str) -> None:
-        self._target, self._drafts = target, drafts
-        self._launch, self._encode, self._device = launch, encode, device
         most_alive = launch.most_alive or (1 if device.startswith("cuda") else 2)
-        self._fleet: Fleet[Setup, Started] = Fleet(self._start, most_alive)
+        super().__init__(target, drafts, Fleet(self._start, most_alive))
+        self._launch, self._encode, self._device = launch, encode, device
         self._warm: WeakKeyDictionary[Started, set[int]] = WeakKeyDictionary()
         self._sampled_well: set[tuple[Draft | None, str]] = set()
         self._environment: Environment | None = None
@@ -82,7 +79,7 @@ class ServerEngine:
             length_change="restart",
             keeps_history=KEEPS_HISTORY if kind == "llamacpp" else (),
             drops_short=kind == "llamacpp",
-            origin=f"server {kind} {self.environment.engine_version} {self._target.dtype} {self._launch.digest}",
+            origin=f"server {kind} {self.environment.engine_version} {self.target.dtype} {self._launch.digest}",
         )
 
     @property
@@ -98,23 +95,6 @@ class ServerEngine:
                 engine_options=json.dumps(options, sort_keys=True),
             )
         return self._environment
-
-    @property
-    def target(self) -> Model:
-        return self._target
-
-    @property
-    def drafts(self) -> tuple[Draft, ...]:
-        return self._drafts
-
-    @property
-    def num_starts(self) -> int:
-        return self._fleet.num_starts
-
-    @property
-    def starting_s(self) -> float:
-        """Seconds that the starts took."""
-        return self._fleet.starting_s
 
     def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
         """One plain run with the two largest log-probabilities of every token."""
@@ -140,7 +120,7 @@ class ServerEngine:
         self._warm_up(PLAIN, asked, rows)
         samples_s, disturbed = self._quietest(lambda: self._plain_rounds(asked, rows))
         times = StepTimes(
-            part_digest=self._target.run_digest,
+            part_digest=self.target.run_digest,
             batch_size=workload.batch_size,
             context_length=context_length,
             samples_s={1: samples_s},
@@ -161,34 +141,23 @@ class ServerEngine:
         for setup in setups:
             self._check_sampling(setup, workload, prompts)
             found.append(self._quietest(functools.partial(self._fresh_queue, setup, workload, prompts)))
-        queues = [queue for queue, _ in found]
-        for number, prompt in enumerate(prompts if workload.temperature == 0.0 else ()):
-            outputs = [queue[number][0].token_ids for queue in queues]
-            trace = functools.partial(self.trace_target, workload, prompt)
-            check_partings(self._target, setups, outputs, trace)
+        outputs = [
+            (setup, [run.token_ids for run, _ in queue]) for setup, (queue, _) in zip(setups, found, strict=True)
+        ]
+        check_queues(self.target, workload, prompts, outputs, self.trace_target)
         return tuple(
             replace(_sample(setup, prompts, queue, number), disturbed=was_disturbed)
             for setup, (queue, was_disturbed) in zip(setups, found, strict=True)
             for number in range(len(prompts))
         )
 
-    def _quietest(self, measure: Callable[[], Measurement]) -> tuple[Measurement, bool]:
-        """As `clock.quietest`; a server that is not ours is not told from others, and nothing is watched."""
-        return quietest(measure, (self._device,)) if self._launch.url is None else (measure(), False)
-
     @property
     def _past_end(self) -> bool:
         return self._launch.kind != "llamacpp"
 
-    def close(self) -> None:
-        """Stops every server that was started here; safe to call again."""
-        self._fleet.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    @property
+    def _watched(self) -> tuple[str, ...] | None:
+        return (self._device,) if self._launch.url is None else None
 
     def _start(self, setup: Setup) -> Started:
         launch = self._launch
@@ -204,9 +173,8 @@ class ServerEngine:
         return server
 
     def _server(self, setup: Setup) -> Started:
-        if setup.draft is not None and setup.draft not in self._drafts:
-            known = ", ".join(draft.name for draft in self._drafts) or "none"
-            raise InputError(f"draft {setup.draft.name} is not one of this engine's: {known}")
+        if setup.draft is not None:
+            self._known(setup.draft)
         return self._fleet.ask(setup)
 
     def _drive(

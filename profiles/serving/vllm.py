@@ -4,7 +4,6 @@ A plain engine, one for every draft model, one for all n-gram drafts, and one fo
 speculation length and the n-gram window change within an engine. Whole rounds are timed, in vLLM's own scheduler.
 """
 
-import functools
 import json
 import math
 import os
@@ -13,17 +12,17 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
 from profiles import acceptance, models, sources
-from profiles.clock import quietest
 from profiles.errors import BadNumbersError, InputError
-from profiles.partings import check_partings
+from profiles.partings import check_queues
 from profiles.properties import SERVED_KINDS, Properties
 from profiles.serving.fleet import Fleet
 from profiles.serving.sampled import check_means, texts_of
+from profiles.serving.served import Served
 from profiles.serving.vllm_child import Child, python_of
 from profiles.serving.vllm_device import VllmDevice
 from profiles.serving.vllm_engines import (
@@ -56,22 +55,21 @@ LAST_WRONG_ON_CPU = Version("0.33.0")  # the last CPU build whose kernel was rea
 WIDEST_GAP = 100.0  # stands for a second choice that top-k or top-p left out
 
 
-class VllmEngine:
+class VllmEngine(Served[Kind, Child]):
     """A target and its drafts in vLLM; fits `protocol.Engine`. A context manager: `close` ends its processes.
 
     Raises InputError: the Python has no vLLM.
     """
 
     def __init__(self, target: Model, drafts: Sequence[Draft], options: VllmOptions | None = None) -> None:
-        self._target, self._drafts = target, tuple(drafts)
         self._options = options or VllmOptions()
+        super().__init__(target, drafts, Fleet(self._start, self._options.max_alive))
         self._python = python_of(self._options.python, os.environ)
         self._logs = self._options.log_folder or Path(tempfile.mkdtemp(prefix="draftpick-vllm-"))
         self._num_tokens = 0  # of a sequence, which the engines alive have room for
         self._in_place = True
         self._environment: Environment | None = None
         self._trusted: set[tuple[str, str]] = set()  # (draft, law of sampling)
-        self._fleet: Fleet[Kind, Child] = Fleet(self._start, self._options.max_alive)
         with self._child() as child:
             version, self._torch = child.facts.get("vllm"), str(child.facts.get("torch"))
             if version is None:
@@ -93,14 +91,14 @@ class VllmEngine:
             traced_kinds=("model", "ngram"),
             length_change="in place" if self._in_place else "restart",
             sampled_objection=self._sampled_objection(),
-            origin=f"{NAME} {self._version} {self._target.dtype}",
+            origin=f"{NAME} {self._version} {self.target.dtype}",
         )
 
     @property
     def environment(self) -> Environment:
         """As the plain engine, which is started for it, says."""
         if self._environment is None:
-            child = self._engine(Kind(served=self._target.name), self._options.context_length)
+            child = self._engine(Kind(served=self.target.name), self._options.context_length)
             options = {
                 "eager": self._device.on_cpu,
                 "max_num_seqs": self._options.max_batch_size,
@@ -116,40 +114,17 @@ class VllmEngine:
             )
         return self._environment
 
-    @property
-    def target(self) -> Model:
-        return self._target
-
-    @property
-    def drafts(self) -> tuple[Draft, ...]:
-        return self._drafts
-
-    @property
-    def num_starts(self) -> int:
-        """Engines started so far."""
-        return self._fleet.num_starts
-
-    @property
-    def starting_s(self) -> float:
-        """Seconds that the starts took."""
-        return self._fleet.starting_s
-
-    @property
-    def pids(self) -> tuple[int, ...]:
-        """All processes of its engines that live now."""
-        return tuple(pid for child in self._fleet.members for pid in child.pids)
-
     def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
         """One plain run with log-probabilities; sampled ones come from an engine that tells them as drawn from."""
         self._check(workload, (prompt,), PLAIN)
         is_sampled = workload.temperature > 0.0
-        child = self._engine(Kind(served=self._target.name, is_processed=is_sampled), workload.context_length)
+        child = self._engine(Kind(served=self.target.name, is_processed=is_sampled), workload.context_length)
         [run] = self._run(child, [prompt.token_ids], 1, sampling_of(workload) | {"logprobs": 2})
         probs = [math.exp(own) for own, _, _ in run["logprobs"]]
         scale = workload.temperature if is_sampled else 1.0
         gaps = [min(WIDEST_GAP, max(0.0, scale * (first - second))) for _, first, second in run["logprobs"]]
         if not all(map(math.isfinite, (*probs, *gaps))):
-            raise BadNumbersError(f"target {self._target.name}: its log-probabilities are not finite; check its dtype")
+            raise BadNumbersError(f"target {self.target.name}: its log-probabilities are not finite; check its dtype")
         return TargetTrace(
             prompt_digest=prompt.digest,
             token_ids=tuple(run["token_ids"]),
@@ -192,13 +167,9 @@ class VllmEngine:
         for setup in setups:
             self._warm_up(workload, prompts, setup)
             self._trust(workload, prompts, setup)
-        runs, disturbed = quietest(
-            lambda: [self._decode(workload, prompts, setup) for setup in setups], self._device.watched
-        )
-        if workload.temperature == 0.0:
-            for prompt, own in zip(prompts, zip(*runs, strict=True), strict=True):
-                outputs = [run["token_ids"] for run in own]
-                check_partings(self.target, setups, outputs, functools.partial(self.trace_target, workload, prompt))
+        runs, disturbed = self._quietest(lambda: [self._decode(workload, prompts, setup) for setup in setups])
+        outputs = [(setup, [run["token_ids"] for run in own]) for setup, own in zip(setups, runs, strict=True)]
+        check_queues(self.target, workload, prompts, outputs, self.trace_target)
         return tuple(
             sample_of(setup, prompt, run, disturbed)
             for setup, own in zip(setups, runs, strict=True)
@@ -207,13 +178,12 @@ class VllmEngine:
 
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
         """Whole rounds: of plain decoding, and of every traced draft at every length."""
-        traced = [draft for draft in self._drafts if draft.kind in self.properties.traced_kinds]
-        asked = visits(self._target, traced, max_length)
+        asked = visits(self.target, self.properties.timed(self.drafts), max_length)
         at_context = replace(workload, context_length=context_length)
 
         def visit_all() -> dict[str, dict[int, list[float]]]:
             times: dict[str, dict[int, list[float]]] = {}
-            for visit in in_turn(self._target, asked):
+            for visit in in_turn(self.target, asked):
                 seconds = self._rounds(at_context, visit)
                 times.setdefault(visit.part, {}).setdefault(1 + visit.drafted, []).extend(seconds)
             return times
@@ -221,7 +191,7 @@ class VllmEngine:
         for visit in asked:
             if visit.setup.length <= 1:
                 self._rounds(at_context, visit)  # engines are started, and warm, before anything counts
-        times, disturbed = quietest(visit_all, self._device.watched)
+        times, disturbed = self._quietest(visit_all)
         return {
             part: StepTimes(
                 part_digest=part,
@@ -245,15 +215,9 @@ class VllmEngine:
         """vLLM's own counts of a setup's engine since its start, as its /metrics tells them; positions each."""
         return dict(self._drafting(workload, setup).ask("counters", self._options.timeout_s)["counters"])
 
-    def close(self) -> None:
-        """Ends all its processes; a later question starts them anew."""
-        self._fleet.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    @property
+    def _watched(self) -> tuple[str, ...]:
+        return self._device.watched
 
     def _sampled_objection(self) -> str | None:
         try:
@@ -278,7 +242,7 @@ class VllmEngine:
 
     def _start(self, kind: Kind) -> Child:
         arguments = start_arguments(
-            kind, self._target.dtype, self._num_tokens, self._options, on_cpu=self._device.on_cpu
+            kind, self.target.dtype, self._num_tokens, self._options, on_cpu=self._device.on_cpu
         )
         child = self._child()
         child.facts |= child.ask("start", self._options.timeout_s, **arguments)
@@ -288,7 +252,7 @@ class VllmEngine:
     def _drafting(self, workload: Workload, setup: Setup) -> Child:
         """The engine for a setup, set to it; where its version cannot change the length, one for this length."""
         length = self._options.max_length if self._in_place else setup.length
-        child = self._engine(kind_of(setup, self._target, length), workload.context_length)
+        child = self._engine(kind_of(setup, self.target, length), workload.context_length)
         draft = setup.draft
         if draft is None:
             return child
@@ -376,12 +340,7 @@ class VllmEngine:
         if (objection := self.properties.objection(workload, drafting=setup.draft is not None)) is not None:
             raise InputError(objection)
         models.check_prompts(workload, prompts)
-        for model in (self._target, None if setup.draft is None else setup.draft.model):
+        for model in (self.target, None if setup.draft is None else setup.draft.model):
             if model is not None:
                 places = model.name, num_positions(sources.find(model.name))
                 models.check_positions(places, context_length=workload.context_length, max_length=setup.length)
-
-    def _known(self, draft: Draft) -> None:
-        if draft not in self._drafts:
-            known = ", ".join(one.name for one in self._drafts) or "none"
-            raise InputError(f"draft {draft.name} is not one of this engine's; they are {known}")
