@@ -46,6 +46,10 @@ class Described:
     end_token_ids: tuple[int, ...]
     note: str | None = None
 
+    def encode(self, text: str) -> list[int]:
+        """A text's token ids, nothing added."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded(Described):

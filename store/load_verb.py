@@ -90,20 +90,13 @@ def _bench(asked: LoadFlags) -> "Bench":
     from profiles import models
     from profiles.loading import Bench
     from profiles.serving.launch import Launch
-    from profiles.serving.openai import KINDS
+    from profiles.serving.openai import kind_of
     from profiles.serving.server import ServerEngine
 
-    kind = next((one for one in KINDS if one == asked.kind), None)
-    if kind is None:
-        raise InputError(f"kind of server {asked.kind!r}: allowed are {', '.join(KINDS)}")
     described = models.describe(asked.target, dtype=None)
-    launch = Launch(kind=kind, log_folder=Path(), url=asked.url, running=AS_STARTED)
+    launch = Launch(kind=kind_of(asked.kind), log_folder=Path(), url=asked.url, running=AS_STARTED)
     assert AS_STARTED.draft is not None
-
-    def encode(text: str) -> list[int]:
-        return list(described.tokenizer.encode(text, add_special_tokens=False))
-
-    engine = ServerEngine(described.record, (AS_STARTED.draft,), launch, encode, "cpu")
+    engine = ServerEngine(described.record, (AS_STARTED.draft,), launch, described.encode, "cpu")
     return Bench(engine=engine, loaded=(described,), close=engine.close)
 
 

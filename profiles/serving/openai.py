@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from profiles.errors import EngineError
+from profiles.errors import EngineError, InputError
 from profiles.serving import llama_answers
 from profiles.serving.load import Answer, Body
 from profiles.serving.log import one_line
@@ -24,6 +24,14 @@ PATH = "/v1/completions"
 Kind = Literal["vllm", "sglang", "llamacpp", "trtllm", "openai"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Encode = Callable[[str], Sequence[int]]
+
+
+def kind_of(name: str) -> Kind:
+    """A kind of server by its name. Raises InputError."""
+    kind = next((one for one in KINDS if one == name), None)
+    if kind is None:
+        raise InputError(f"kind of server {name!r}: allowed are {', '.join(KINDS)}")
+    return kind
 
 
 def body_of(kind: Kind, model: str, workload: Workload, prompt: Prompt) -> Body:

@@ -19,7 +19,7 @@ from profiles.loading import Bench
 from profiles.models import Described
 from profiles.properties import SERVED_KINDS
 from profiles.protocol import Engine
-from profiles.serving.openai import KINDS
+from profiles.serving.openai import kind_of
 from profiles.spelling import DraftSpec, Refused, engine_options
 from profiles.terms import DTYPES, Draft, Model, Setup
 
@@ -196,9 +196,7 @@ def _server(place: Place, target: Described, flags_of: FlagsOf) -> Found:
     from profiles.serving.launch import Launch
     from profiles.serving.server import ServerEngine
 
-    kind = next((one for one in KINDS if one == place.kind), None)
-    if kind is None:
-        raise InputError(f"kind of server {place.kind!r}: allowed are {', '.join(KINDS)}")
+    kind = kind_of(place.kind)
     launch = Launch(
         kind=kind,
         log_folder=_logs(place.kind),
@@ -215,11 +213,10 @@ def _server(place: Place, target: Described, flags_of: FlagsOf) -> Found:
         except InputError:
             launch.command(Setup(draft=draft, length=place.min_length))
 
-    def encode(text: str) -> list[int]:
-        return list(target.tokenizer.encode(text, add_special_tokens=False))
+    def with_drafts(drafts: tuple[Draft, ...]) -> ServingEngine:
+        return ServerEngine(target.record, drafts, launch, target.encode, environment.pick_device(place.device))
 
-    device = environment.pick_device(place.device)
-    return Found(check=check, with_drafts=lambda drafts: ServerEngine(target.record, drafts, launch, encode, device))
+    return Found(check=check, with_drafts=with_drafts)
 
 
 OPENED: dict[str, Callable[[Place, Described, FlagsOf], Found]] = {
