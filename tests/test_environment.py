@@ -190,8 +190,11 @@ def test_another_process_is_seen_by_the_real_readers() -> None:
     if sum(psutil.cpu_times()) == 0.0:
         pytest.skip("this kernel does not tell how busy the machine is")
     spin = "import time; end = time.monotonic() + 5\nwhile time.monotonic() < end: pass"
-    started = 'import subprocess, sys; print(subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=-3).pid)'
-    # its parent ends at once, so that it is an orphan
+    # its parent ends at once, so that it is an orphan; it holds neither of the parent's pipes, which are waited for
+    started = (
+        "import subprocess, sys; nowhere = subprocess.DEVNULL;"
+        'print(subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=nowhere, stderr=nowhere).pid)'
+    )
     done = subprocess.run([sys.executable, "-c", started, spin], capture_output=True, text=True, check=True)
     other = psutil.Process(int(done.stdout))
     try:
