@@ -112,15 +112,16 @@ def _bench(asked: flags.RunFlags, question: "Question") -> "Bench":
     """The engine that was asked for, with target and drafts."""
     from profiles import loading
     from profiles.serving import opening
+    from profiles.serving.dialects import DIALECTS, kind_of
     from tuner import export
 
     num_tokens = max(question.contexts, default=question.max_new_tokens) * max(question.batch_sizes)
     if asked.engine == "torch":
         specs = spelling.with_composites(_specs(asked.target, asked.draft))
         return loading.load(asked.target, specs, asked.dtype, asked.device, num_tokens)
-    kind = asked.kind or "vllm"
-    look_up = opening.LOOK_UPS.get(kind if asked.engine == "server" else asked.engine, "ngram")
-    specs = _specs(asked.target, asked.draft, look_up)
+    kind = kind_of(asked.kind or "vllm")
+    dialect = DIALECTS[kind if asked.engine == "server" else asked.engine]
+    specs = _specs(asked.target, asked.draft, dialect.look_up)
     workload = question.workload(max(question.contexts, default=question.max_new_tokens + 1), ())
     return opening.open_bench(
         opening.Place(

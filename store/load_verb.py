@@ -89,8 +89,8 @@ def load(asked: LoadFlags) -> int:
 def _bench(asked: LoadFlags) -> "Bench":
     from profiles import models
     from profiles.loading import Bench
+    from profiles.serving.dialects import kind_of
     from profiles.serving.launch import Launch
-    from profiles.serving.openai import kind_of
     from profiles.serving.server import ServerEngine
 
     described = models.describe(asked.target, dtype=None)

@@ -16,6 +16,7 @@ from profiles.properties import Change, Times
 from profiles.protocol import Engine
 from profiles.recorded import RecordedEngine, Recorder
 from profiles.serving import opening
+from profiles.serving.dialects import DIALECTS
 from profiles.serving.opening import Models, Place
 from profiles.shipped import TARGET
 from profiles.spelling import parse_draft
@@ -73,8 +74,8 @@ def recording(torch_engine: TorchEngine) -> RecordedEngine:
 
 def _served(engine: str) -> Iterator[Engine]:
     """The pair that ships on a serving engine, with a look-up that it has."""
-    ngram = opening.LOOK_UPS.get(engine, "ngram:max=3,min=1")
-    asked = Models(target=TARGET, drafts=(parse_draft("builtin:draft-general"), parse_draft(ngram)), dtype="float32")
+    drafts = (parse_draft("builtin:draft-general"), parse_draft(DIALECTS[engine].look_up))
+    asked = Models(target=TARGET, drafts=drafts, dtype="float32")
     python = str(RUNNING.python) if engine == "vllm" else None
     place = Place(engine=engine, command=python, threads=1, device="cpu", max_length=MAX_LENGTH)
     bench = opening.open_bench(place, asked, lambda *_: [])

@@ -15,9 +15,10 @@ import pytest
 from profiles.errors import EngineError, InputError
 from profiles.protocol import Engine
 from profiles.serving import llama_answers, served
+from profiles.serving.dialects import DIALECTS, LLAMA_CPP
 from profiles.serving.launch import Launch
 from profiles.serving.load import Answer
-from profiles.serving.openai import Kind, body_of, read, rounds_of
+from profiles.serving.openai import read, rounds_of
 from profiles.serving.process import Server
 from profiles.serving.server import ServerEngine
 from profiles.terms import PLAIN, Draft, Prompt, Setup, Workload, digest_of
@@ -26,7 +27,7 @@ from tests.fakes import TARGET
 
 TEMPLATE = f"FAKE=1 {shlex.quote(sys.executable)} tests/fake_server.py --port {{port}} --host {{host}} {{speculative}}"
 NGRAM = Draft(kind="ngram", max_match=3, min_match=1)
-SALTED: tuple[Kind, ...] = ("vllm", "sglang")
+SALTED = ("vllm", "sglang")
 WORKLOAD = Workload(context_length=64, max_new_tokens=16)
 PROMPTS = tuple(Prompt(domain="a", token_ids=(1, 2, first)) for first in range(8))
 DRAFTED = Setup(draft=NGRAM, length=3)
@@ -178,10 +179,10 @@ def test_requests() -> None:
     """Nothing comes from a prefix cache, and llama.cpp samples as its own adapter has it."""
     sampled = replace(WORKLOAD, temperature=0.7, top_k=5, top_p=0.9)
     for kind in SALTED:
-        salts = {body_of(kind, "m", WORKLOAD, PROMPTS[0])["cache_salt"] for _ in range(3)}
+        salts = {DIALECTS[kind].body_of(WORKLOAD, PROMPTS[0])["cache_salt"] for _ in range(3)}
         assert len(salts) == 3
-    own = body_of("llamacpp", "m", sampled, PROMPTS[0])
-    assert own == {"model": "m", **llama_answers.body_of(sampled, PROMPTS[0].token_ids)}
+    own = LLAMA_CPP.body_of(sampled, PROMPTS[0])
+    assert own == llama_answers.body_of(sampled, PROMPTS[0].token_ids)
     assert own["samplers"] == ["temperature", "top_k", "top_p"]
 
 
@@ -253,7 +254,7 @@ def test_rounds_of_sglang() -> None:
     record = {"spec_num_proposed_drafts": 9, "spec_verify_ct": 3, "spec_correct_drafts_histogram": [1, 0, 1, 1]}
     events = [{"choices": [{"token_ids": [1] * size}]} for size in (1, 1, 3, 4)]
     found = read(answered(*events, {"sglext": {"spec_tokens_details": record}}), encode)
-    assert rounds_of(found) == {(3, 0): 1, (3, 2): 1, (3, 3): 1}
+    assert rounds_of(found, DIALECTS["sglang"]) == {(3, 0): 1, (3, 2): 1, (3, 3): 1}
 
 
 def test_rounds_of_llamacpp() -> None:
@@ -264,7 +265,7 @@ def test_rounds_of_llamacpp() -> None:
         for place, (drafted, accepted) in enumerate(totals)
     ]
     found = read(answered(*events, {"usage": {"completion_tokens": 5}}), encode)
-    assert rounds_of(found) == {(3, 1): 1, (3, 0): 1, (0, 0): 1}
+    assert rounds_of(found, LLAMA_CPP) == {(3, 1): 1, (3, 0): 1, (0, 0): 1}
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from profiles.errors import InputError
+from profiles.serving.dialects import KINDS, Kind
 from profiles.serving.load import TIMEOUT_S
-from profiles.serving.openai import KINDS, Kind
 from profiles.terms import PLAIN, Setup, digest_of
 
 SPECULATIVE = "{speculative}"

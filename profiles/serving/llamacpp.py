@@ -16,8 +16,9 @@ from profiles.models import Described
 from profiles.partings import check_end, check_queues
 from profiles.properties import SERVED_KINDS, Properties
 from profiles.serving import llama_answers, llama_rounds, ngram_simple
+from profiles.serving.dialects import LLAMA_CPP
 from profiles.serving.llama_answers import Generated, body_of
-from profiles.serving.llama_flags import KEEPS_HISTORY, keeps_history, words_of
+from profiles.serving.llama_flags import keeps_history, words_of
 from profiles.serving.llama_program import Program, Weights, weights_of
 from profiles.serving.llama_servers import SPARE_TOKENS, LlamaServer, LlamaServers, Options
 from profiles.serving.served import Served
@@ -68,14 +69,14 @@ class LlamaCppEngine(Served[tuple[str, ...], LlamaServer]):
         return Properties(
             name=NAME,
             times="rounds",
-            past_end=False,
+            past_end=LLAMA_CPP.past_end,
             batching="continuous",
             num_drafts="rounds that proposed",
             draft_kinds=SERVED_KINDS,
             traced_kinds=("model", "ngram"),
             length_change="restart",
-            keeps_history=KEEPS_HISTORY,
-            drops_short=True,
+            keeps_history=LLAMA_CPP.keeps_history,
+            drops_short=LLAMA_CPP.drops_short,
             origin=f"{NAME} {self._program.version} {self._file.float_type}",
         )
 

@@ -19,12 +19,10 @@ from profiles.loading import Bench
 from profiles.models import Described
 from profiles.properties import SERVED_KINDS
 from profiles.protocol import Engine
-from profiles.serving.openai import kind_of
+from profiles.serving.dialects import DIALECTS, kind_of
 from profiles.spelling import DraftSpec, Refused, engine_options
 from profiles.terms import DTYPES, Draft, Model, Setup
 
-# what is tried where no draft is named, where it is not `ngram`: by the engine, or by the kind of the server
-LOOK_UPS = {"llamacpp": "ngram:max=3,min=3"}
 TITLE = "draftpick"  # of the folder for logs
 LEAST_ROWS = 8  # vLLM's rows are part of what its times are kept under, so few numbers of them
 FlagsOf = Callable[[Model, Setup], list[str]]  # the arguments that tell a server of a setup
@@ -206,7 +204,7 @@ def _server(place: Place, target: Described, flags_of: FlagsOf) -> Found:
 
     def check(draft: Draft) -> None:
         """A draft that can be told at one of its lengths: what drops short look-ups takes them at others only."""
-        if kind == "llamacpp" and draft.kind == "ngram":
+        if DIALECTS[kind].drops_short and draft.kind == "ngram":
             ngram_simple.check(draft)
         try:
             launch.command(Setup(draft=draft, length=place.max_length))

@@ -18,9 +18,10 @@ from profiles.errors import EngineError, InputError
 from profiles.partings import check_end, check_queues
 from profiles.properties import SERVED_KINDS, Properties
 from profiles.serving import llama_answers, metrics, openai
+from profiles.serving.dialects import DIALECTS
 from profiles.serving.fleet import Fleet
 from profiles.serving.launch import Launch
-from profiles.serving.llama_flags import KEEPS_HISTORY, keeps_history
+from profiles.serving.llama_flags import keeps_history
 from profiles.serving.load import Body, drive, fetch
 from profiles.serving.openai import Completion, Encode
 from profiles.serving.process import RunningServer, Server
@@ -44,7 +45,6 @@ from profiles.terms import (
 
 NUM_LOADS, ROUNDS_OF_A_LOAD = 7, 28  # of which a plain round's seconds are taken
 PATTERN = "The quick brown fox jumps over the lazy dog and runs on. "
-_PREFIXES = {"vllm": metrics.VLLM, "llamacpp": metrics.LLAMA_CPP}
 _VERSIONS = (("/version", "version"), ("/server_info", "version"), ("/props", "build_info"))
 
 Started = Server | RunningServer
@@ -61,6 +61,7 @@ class ServerEngine(Served[Setup, Started]):
         most_alive = launch.most_alive or (1 if device.startswith("cuda") else 2)
         super().__init__(target, drafts, Fleet(self._start, most_alive))
         self._launch, self._encode, self._device = launch, encode, device
+        self._dialect = DIALECTS[launch.kind]
         self._warm: WeakKeyDictionary[Started, set[int]] = WeakKeyDictionary()
         self._sampled_well: set[tuple[Draft | None, str]] = set()
         self._environment: Environment | None = None
@@ -71,14 +72,14 @@ class ServerEngine(Served[Setup, Started]):
         return Properties(
             name="server",
             times="rounds",
-            past_end=self._past_end,
+            past_end=self._dialect.past_end,
             batching="continuous",
             num_drafts="rounds that proposed",
             draft_kinds=SERVED_KINDS,
             traced_kinds=(),
             length_change="restart",
-            keeps_history=KEEPS_HISTORY if kind == "llamacpp" else (),
-            drops_short=kind == "llamacpp",
+            keeps_history=self._dialect.keeps_history,
+            drops_short=self._dialect.drops_short,
             origin=f"server {kind} {self.environment.engine_version} {self.target.dtype} {self._launch.digest}",
         )
 
@@ -100,7 +101,7 @@ class ServerEngine(Served[Setup, Started]):
         """One plain run with the two largest log-probabilities of every token."""
         alone = replace(workload, batch_size=1)
         models.check_prompts(alone, (prompt,))
-        [run] = self._drive(PLAIN, alone, (prompt,), [openai.log_probs_of(self._launch.kind, 2)])
+        [run] = self._drive(PLAIN, alone, (prompt,), [self._dialect.log_probs_of(2)])
         return openai.trace_of(prompt, run, workload.end_token_ids)
 
     def trace_draft(
@@ -152,10 +153,6 @@ class ServerEngine(Served[Setup, Started]):
         )
 
     @property
-    def _past_end(self) -> bool:
-        return self._launch.kind != "llamacpp"
-
-    @property
     def _watched(self) -> tuple[str, ...] | None:
         return (self._device,) if self._launch.url is None else None
 
@@ -181,19 +178,18 @@ class ServerEngine(Served[Setup, Started]):
         self, setup: Setup, workload: Workload, prompts: Sequence[Prompt], more: Sequence[Body] = ()
     ) -> list[Completion]:
         """One load, `more` added to each request; a server that fails is stopped: the next one meets a fresh one."""
-        server, kind = self._server(setup), self._launch.kind
+        server, dialect = self._server(setup), self._dialect
         pairs = list(zip(prompts, more or [{}] * len(prompts), strict=True))
         try:
             with server.watched():
                 name = _served_model(server.url)
-                bodies = [{**openai.body_of(kind, name, workload, prompt), **own} for prompt, own in pairs]
-                path = openai.PATHS.get(kind, openai.PATH)
-                answers = drive(server.url, path, bodies, workload.batch_size, self._launch.silent_s)
+                bodies = [{"model": name, **dialect.body_of(workload, prompt), **own} for prompt, own in pairs]
+                answers = drive(server.url, dialect.path, bodies, workload.batch_size, self._launch.silent_s)
         except EngineError:
             self._fleet.stop(setup)
             raise
         piece = functools.partial(llama_answers.tokens_again, server.url)
-        again = [functools.partial(piece, body) if kind == "llamacpp" else None for body in bodies]
+        again = [functools.partial(piece, body) if dialect.cuts_characters else None for body in bodies]
         runs = [openai.read(answer, self._encode, one) for answer, one in zip(answers, again, strict=True)]
         for run in runs:
             check_end(f"server with {setup.name}", workload, run.token_ids)
@@ -208,7 +204,7 @@ class ServerEngine(Served[Setup, Started]):
 
     def _fresh_queue(self, setup: Setup, workload: Workload, prompts: Sequence[Prompt]) -> list[Counted]:
         """As `_queue`, of a warm server whose drafts know nothing of what ran before, nor of the queue itself."""
-        if keeps_history(setup) and self._launch.kind == "llamacpp" and self._launch.url is None:
+        if keeps_history(setup) and self._dialect.keeps_history and self._launch.url is None:
             self._fleet.stop(setup)
             self._warm_up(setup, *self._synthetic(workload, workload.context_length))
         else:
@@ -217,30 +213,30 @@ class ServerEngine(Served[Setup, Started]):
 
     def _queue(self, setup: Setup, workload: Workload, prompts: Sequence[Prompt]) -> list[Counted]:
         """A queue through a setup's server, each request with its rounds as far as the server tells."""
-        prefix = _PREFIXES.get(self._launch.kind)
+        prefix, dialect = self._dialect.counters, self._dialect
         if setup.draft is None or prefix is None or workload.batch_size > 1:
-            return [(run, openai.rounds_of(run)) for run in self._drive(setup, workload, prompts)]
+            return [(run, openai.rounds_of(run, dialect)) for run in self._drive(setup, workload, prompts)]
         found = []  # one request at a time, so that the counters' difference is its own
         for prompt in prompts:
             before = self._counters(setup, prefix)
             [run] = self._drive(setup, workload, (prompt,))
-            rounds = openai.rounds_of(run)
+            rounds = openai.rounds_of(run, dialect)
             if rounds is None and before is not None and (after := self._counters(setup, prefix)) is not None:
-                rounds = openai.rounds_between(run, after - before, past_end=self._past_end)
+                rounds = openai.rounds_between(run, after - before, dialect)
             found.append((run, rounds))
         return found
 
     def _check_sampling(self, setup: Setup, workload: Workload, prompts: Sequence[Prompt]) -> None:
         """Once for a draft and a way to sample: texts with and without it must be equally likely to the target.
 
-        Raises EngineError when they are not beyond chance. llama.cpp is not asked: it draws every token from the target
-        and keeps a draft's only where it is the one drawn, and tells no log-probabilities while it drafts.
+        Raises EngineError when they are not, beyond chance. Not asked is what draws every token from the target.
         """
-        law, kind = (setup.draft, workload.sampling_digest), self._launch.kind
-        if setup.draft is None or workload.temperature == 0.0 or kind == "llamacpp" or law in self._sampled_well:
+        law, dialect = (setup.draft, workload.sampling_digest), self._dialect
+        is_sampled = workload.temperature > 0.0 and not dialect.draws_every_token
+        if setup.draft is None or not is_sampled or law in self._sampled_well:
             return
         texts = texts_of(workload, prompts)
-        more = [openai.log_probs_of(kind, 1) | {"seed": seed} for _, seed in texts]
+        more = [{**dialect.log_probs_of(1), "seed": seed} for _, seed in texts]
         drafted, plain = (self._drive(one, workload, [prompt for prompt, _ in texts], more) for one in (setup, PLAIN))
         check_means(f"server with {setup.name}", *(list(map(openai.mean_log_prob, runs)) for runs in (drafted, plain)))
         self._sampled_well.add(law)

@@ -20,6 +20,7 @@ from profiles import acceptance, models, sources
 from profiles.errors import BadNumbersError, InputError
 from profiles.partings import check_queues
 from profiles.properties import SERVED_KINDS, Properties
+from profiles.serving.dialects import VLLM
 from profiles.serving.fleet import Fleet
 from profiles.serving.sampled import check_means, texts_of
 from profiles.serving.served import Served
@@ -84,7 +85,7 @@ class VllmEngine(Served[Kind, Child]):
         return Properties(
             name=NAME,
             times="rounds",
-            past_end=True,
+            past_end=VLLM.past_end,
             batching="continuous",
             num_drafts="rounds that proposed",
             draft_kinds=SERVED_KINDS,
