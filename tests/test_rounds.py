@@ -124,9 +124,32 @@ def test_what_a_prefill_takes() -> None:
 
     rates = calibrate(steps, [(setup, run(refills)) for refills in (0, 2, 5, 9)], TARGET.run_digest, "rounds")
     assert rates[DRAFT_A].refill_s == pytest.approx(0.05)
-    assert rates[DRAFT_A].round_s == pytest.approx(0.0, abs=1e-9)
+    assert rates[DRAFT_A].factor == pytest.approx(1.0)
     alike = calibrate(steps, [(setup, run(0)), (setup, run(1))], TARGET.run_digest, "rounds")
     assert alike[DRAFT_A].refill_s == 0.4
+
+
+def test_real_rounds_are_a_multiple_of_timed_ones() -> None:
+    """Rounds of longer texts on a slower machine: each as much longer as the calibrated ones, none a constant more."""
+    steps = FakeServer().time_steps(GREEDY, 96, 4)
+    short_s, long_s = (median(steps[DRAFT_A.digest].samples_s[width]) for width in (2, 5))
+
+    def run(length: int, factor: float) -> tuple[Setup, Sample]:
+        setup = Setup(draft=DRAFT_A, length=length)
+        found = Sample(
+            setup_digest=setup.digest,
+            prompt_digest="p",
+            ttft_s=0.1,
+            decode_s=factor * 40 * (short_s if length == 1 else long_s),
+            output_tokens=64,
+            rounds={(length, 1): 40},
+            shapes={(length + 1, 0, 0): 40},
+            output_digest="o",
+        )
+        return setup, found
+
+    rates = calibrate(steps, [run(1, 1.25), run(4, 1.25), run(4, 9.0)], TARGET.run_digest, "rounds")[DRAFT_A]
+    assert (rates.factor, rates.round_s, rates.idle_s) == (pytest.approx(1.25), 0.0, 0.0)
 
 
 @pytest.mark.parametrize("draft", [DRAFT_A, NGRAM, NATIVE], ids=["model", "ngram", "native"])

@@ -27,7 +27,7 @@ from profiles.terms import (
     Workload,
 )
 
-CALIBRATION_PROMPTS = 3  # at batch 1
+CALIBRATION_PROMPTS = {"steps": 3, "rounds": 6}  # at batch 1; rounds of a run are their only check, and runs are short
 CALIBRATION_QUEUES = (2, 2)  # in a batch: how many queues, and their length in batches
 LEAST_PROMPTS = 2  # for an interval over prompts
 QUEUE_BATCHES = 4  # of a queue that keeps the batch full
@@ -231,7 +231,8 @@ class _Calibration:
         self.infeasible: list[Infeasible] = []
         self._engine = engine
         self._workload = workload
-        self._queues = queues(prompts, workload.batch_size, CALIBRATION_PROMPTS, CALIBRATION_QUEUES)
+        alone = CALIBRATION_PROMPTS[engine.properties.times]
+        self._queues = queues(prompts, workload.batch_size, alone, CALIBRATION_QUEUES)
         self._progress = progress
 
     def run_traced(self, drafts: Sequence[Draft], lengths: Sequence[int]) -> None:

@@ -5,6 +5,7 @@ that catch up, other rows' prefills, and a host overhead per round calibrated on
 nothing here is measured.
 """
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -98,8 +99,11 @@ class Forecaster:
         A first step of a draft model wider than any that was timed is priced in proportion to the widest.
         """
         use = use_of(setup, {shape: 1.0}, 0.0, self._target_part, self._times)
-        stepped_s = sum(count * self.step_s(part, width) for (part, width), count in use.steps.items())
-        beyond_s = float(use.overhead_s(self._rates(setup.draft))[0])
+        rates = self._rates(setup.draft)
+        stepped_s = float(rates[4, 0]) * sum(
+            count * self.step_s(part, width) for (part, width), count in use.steps.items()
+        )
+        beyond_s = float(use.overhead_s(rates)[0])
         return max(stepped_s + beyond_s, LEAST_OF_STEPS * stepped_s)
 
     def step_s(self, part: str, width: int) -> float:
@@ -131,12 +135,13 @@ class Forecaster:
         """Where a mean round's time goes. Raises NotMeasuredError when no prompt has a round, or none was traced."""
         whole = self._times == "rounds"
         parts = {"draft": 0.0, "verify": 0.0, "overhead": 0.0}
-        num_rounds = 0.0
+        num_rounds, rates = 0.0, self._rates(setup.draft)
+        factor = float(rates[4, 0])
         for use in self._uses(setup, prompts):
             num_rounds += use.idle + use.proposing
-            parts["overhead"] += float(use.overhead_s(self._rates(setup.draft))[0])
+            parts["overhead"] += float(use.overhead_s(rates)[0])
             for (part, width), count in use.steps.items():
-                seconds = count * median(step_samples(self._evidence.steps, part, width))
+                seconds = factor * count * median(step_samples(self._evidence.steps, part, width))
                 parts["verify" if whole or part == self._target_part else "draft"] += seconds
         if num_rounds == 0.0:
             raise NotMeasuredError(f"{setup.name}: no output has a second token, so there is no round to look into")
@@ -145,15 +150,15 @@ class Forecaster:
 
     def _seconds(self, setup: Setup, prompts: Sequence[Traced], weights: numpy.ndarray) -> numpy.ndarray:
         """Total seconds per resampling; row 0 of `weights` (resamplings + 1, prompts) is the point estimate."""
-        total = numpy.zeros(len(weights))
+        total, rates = numpy.zeros(len(weights)), self._rates(setup.draft)
         uses: dict[tuple[str, int], numpy.ndarray] = {}
         for index, use in enumerate(self._uses(setup, prompts)):
-            total += weights[:, index] * use.overhead_s(self._rates(setup.draft))
+            total += weights[:, index] * use.overhead_s(rates)
             for step, count in use.steps.items():
                 uses.setdefault(step, numpy.zeros(len(weights)))
                 uses[step] += weights[:, index] * count
         for (part, width), used in uses.items():
-            total += used * self._resampled(part, width, len(weights))
+            total += used * rates[4] * self._resampled(part, width, len(weights))
         return total
 
     def _resampled(self, part: str, width: int, size: int) -> numpy.ndarray:
@@ -174,8 +179,8 @@ class Forecaster:
         return self._replays[key]
 
     def _replay(self, setup: Setup, prompts: Sequence[Traced]) -> list[Use]:
-        """The mean of each prompt's turns in a queue long enough to keep the batch full."""
-        turns = -(-QUEUE_BATCHES * self._workload.batch_size // len(prompts))
+        """The mean of each prompt's turns in a queue as long as those of real runs, in which every prompt has one."""
+        size = max(QUEUE_BATCHES * self._workload.batch_size, len(prompts))
         luck = random.Random(f"{self._seed} {setup.digest}")
         queue = [
             rounds_of(
@@ -185,8 +190,7 @@ class Forecaster:
                 NO_END if self._evidence.properties.past_end else self._workload.max_new_tokens,
                 luck,
             )
-            for _ in range(turns)
-            for prompt in prompts
+            for prompt in itertools.islice(itertools.cycle(prompts), size)
         ]
         runs = replay(queue, self._workload.batch_size, self._evidence.properties)
         uses = []
@@ -195,8 +199,8 @@ class Forecaster:
             shapes: Counter[tuple[int, int, int]] = Counter()
             for run in own:
                 shapes.update(run.shapes)
-            mean = {shape: count / turns for shape, count in shapes.items()}
-            refills = sum(run.refills for run in own) / turns
+            mean = {shape: count / len(own) for shape, count in shapes.items()}
+            refills = sum(run.refills for run in own) / len(own)
             uses.append(use_of(setup, mean, refills, self._target_part, self._times))
         return uses
 
@@ -221,7 +225,7 @@ class Forecaster:
         return self._overheads[draft]
 
     def _calibrated(self) -> dict[Draft | None, numpy.ndarray]:
-        """Overhead rates per draft, (4, resamplings + 1): all calibration runs first, then resampled ones."""
+        """Overhead rates per draft, (5, resamplings + 1): all calibration runs first, then resampled ones."""
         traced = [one for one in self._evidence.calibration if self._is_priced(one[0])]
         by_setup: dict[Setup, list[Sample]] = {}
         for setup, sample in traced:

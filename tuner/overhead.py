@@ -1,7 +1,8 @@
 """What rounds take beyond their steps, calibrated on a few real runs: host work, and steps that follow each other.
 
 A step timed alone is not a step in a round: caches are warmer in a row of draft steps, and the loop costs time of its
-own. Arithmetic on records; how a forecast uses it is elsewhere.
+own. A round timed whole has the loop in it; real ones take a multiple of it, for their texts have other lengths.
+Arithmetic on records; how a forecast uses it is elsewhere.
 """
 
 import itertools
@@ -17,6 +18,7 @@ from profiles.properties import Times
 from profiles.terms import Draft, Sample, Setup, StepTimes
 
 LEAST_REFILLS = 0.05  # per round, that two runs must differ by to tell what one takes
+LEAST_FACTOR = 0.1  # a few disturbed runs may say that rounds take next to nothing
 Steps = Mapping[str, StepTimes]
 Calibration = Iterable[tuple[Setup, Sample]]
 
@@ -25,13 +27,14 @@ Calibration = Iterable[tuple[Setup, Sample]]
 class Overhead:
     """Seconds beyond the steps: per round that proposed nothing, per round that did, per step of the draft model.
 
-    `refill_s` is what another row's prefill takes.
+    `refill_s` is what another row's prefill takes. `factor`: what a step takes, as a multiple of what it was timed at.
     """
 
     idle_s: float = 0.0
     round_s: float = 0.0
     drafted_s: float = 0.0
     refill_s: float = 0.0
+    factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +48,8 @@ class Use:
     refills: float
 
     def overhead_s(self, rates: numpy.ndarray) -> numpy.ndarray:
-        """Seconds beyond the steps for `rates` (4, any), the fields of `Overhead` down the rows."""
-        seconds: numpy.ndarray = numpy.array([self.idle, self.proposing, self.drafted, self.refills]) @ rates
+        """Seconds beyond the steps for `rates` (5, any), the fields of `Overhead` down the rows."""
+        seconds: numpy.ndarray = numpy.array([self.idle, self.proposing, self.drafted, self.refills]) @ rates[:4]
         return seconds
 
 
@@ -112,23 +115,36 @@ def calibrate(
 
     A round without a proposal is a plain round, whatever the draft. Per step of a draft model, drafts share one figure
     *relative to their own step*: what a row of steps saves over single ones is a share of the step, and one draft's
-    line through two lengths is mostly noise. The rest is per round that proposed. Medians weighted by rounds.
+    line through two lengths is mostly noise. The rest is per round that proposed. Medians weighted by rounds. Where
+    whole `rounds` are timed, a draft has a factor on them and nothing else but its prefills.
     """
-    runs = list(calibration)
-    refill_s = {
-        draft: median(sample.ttft_s for setup, sample in runs if setup.draft == draft)
-        if times == "steps"
-        else _refill_s(steps, [one for one in runs if one[0].draft == draft], target_part)
-        for draft in dict.fromkeys(setup.draft for setup, _ in runs)
-    }
-    beyond: dict[Draft | None, list[tuple[Use, float]]] = {}
-    for setup, sample in runs:
+    runs: dict[Draft | None, list[_Run]] = {}
+    for setup, sample in calibration:
         if sample.rounds and not sample.shapes:
             raise NotMeasuredError(f"a run of {setup.name} does not say what its rounds ran: it must be measured again")
         use = use_of(setup, sample.shapes, sample.refills, target_part, times)
-        stepped = sum(count * median(step_samples(steps, *step)) for step, count in use.steps.items())
-        left_s = sample.decode_s - stepped - sample.refills * refill_s[setup.draft]
-        beyond.setdefault(setup.draft, []).append((use, left_s))
+        stepped_s = sum(count * median(step_samples(steps, *step)) for step, count in use.steps.items())
+        runs.setdefault(setup.draft, []).append(_Run(use=use, stepped_s=stepped_s, sample=sample))
+    if times == "rounds":
+        return {draft: _of_rounds(own) for draft, own in runs.items()}
+    return _of_steps(steps, runs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """A calibration run, what it used, and the seconds of its steps as they were timed."""
+
+    use: Use
+    stepped_s: float
+    sample: Sample
+
+
+def _of_steps(steps: Steps, runs: Mapping[Draft | None, list[_Run]]) -> dict[Draft | None, Overhead]:
+    refill_s = {draft: median(run.sample.ttft_s for run in own) for draft, own in runs.items()}
+    beyond = {
+        draft: [(run.use, run.sample.decode_s - run.stepped_s - run.sample.refills * refill_s[draft]) for run in own]
+        for draft, own in runs.items()
+    }
     idle_s = _weighted_median([(left_s / use.idle, use.idle) for use, left_s in beyond.get(None, []) if use.idle])
     # per draft: (draft steps a round, seconds beyond an idle round's, rounds) of every run that proposed
     points = {
@@ -140,7 +156,7 @@ def calibrate(
         for draft, own in beyond.items()
         if draft is not None
     }
-    step_s = {draft: _model_step_s(steps, draft) if times == "steps" else 0.0 for draft in points}
+    step_s = {draft: _model_step_s(steps, draft) for draft in points}
     slopes = [
         slope / step_s[draft] for draft in points if step_s[draft] and (slope := _slope(points[draft])) is not None
     ]
@@ -153,7 +169,18 @@ def calibrate(
     return rates
 
 
-def _refill_s(steps: Steps, runs: Sequence[tuple[Setup, Sample]], target_part: str) -> float:
+def _of_rounds(runs: Sequence[_Run]) -> Overhead:
+    """The factor on a draft's timed rounds: the median over its runs, weighted by their seconds."""
+    refill_s = _refill_s(runs)
+    factors = [
+        (max(LEAST_FACTOR, (run.sample.decode_s - run.sample.refills * refill_s) / run.stepped_s), run.stepped_s)
+        for run in runs
+        if run.stepped_s
+    ]
+    return Overhead(refill_s=refill_s, factor=_weighted_median(factors) if factors else 1.0)
+
+
+def _refill_s(runs: Sequence[_Run]) -> float:
     """Seconds that another request's prefill adds to a request: what runs took longer the more of them there were.
 
     In continuous batching a prefill is part of a round, so the time to a first token, which waits for rounds and for
@@ -161,17 +188,15 @@ def _refill_s(steps: Steps, runs: Sequence[tuple[Setup, Sample]], target_part: s
     too little to tell, the shortest time to a first token.
     """
     points = []
-    for setup, sample in runs:
-        use = use_of(setup, sample.shapes, sample.refills, target_part, "rounds")
-        if num_rounds := use.idle + use.proposing:
-            stepped_s = sum(count * median(step_samples(steps, *step)) for step, count in use.steps.items())
-            points.append((sample.refills / num_rounds, (sample.decode_s - stepped_s) / num_rounds))
+    for run in runs:
+        if num_rounds := run.use.idle + run.use.proposing:
+            points.append((run.sample.refills / num_rounds, (run.sample.decode_s - run.stepped_s) / num_rounds))
     slopes = [
         (y1 - y0) / (x1 - x0)
         for (x0, y0), (x1, y1) in itertools.combinations(sorted(points), 2)
         if x1 - x0 >= LEAST_REFILLS
     ]
-    return max(0.0, median(slopes)) if slopes else min(sample.ttft_s for _, sample in runs)
+    return max(0.0, median(slopes)) if slopes else min(run.sample.ttft_s for run in runs)
 
 
 def _model_step_s(steps: Steps, draft: Draft) -> float:

@@ -22,7 +22,7 @@ from profiles.serving import opening
 from profiles.terms import PLAIN, Prompt, Setup, Workload
 from tests.benchmarks.common import finish
 from tests.lanes.places import RUNNING
-from tuner.evidence import calibration_lengths, gather, queues, spread_over_domains
+from tuner.evidence import QUEUE_BATCHES, calibration_lengths, gather, queues, spread_over_domains
 from tuner.forecast import Forecaster
 from tuner.objective import MIN_SPEEDUP
 from tuner.proof import Pair, measure
@@ -31,7 +31,7 @@ from tuner.search import run_pairs
 ENGINES = ("torch", "llamacpp", "vllm")
 LENGTHS = (1, 2, 3, 4, 5, 6)
 BATCH_SIZES = (1, 8)
-QUEUES = (4, 2)  # in a batch: how many, and their length in batches
+QUEUES = (3, QUEUE_BATCHES)  # in a batch: how many, and their length in batches, that of the forecasts' queues
 TARGET, DRAFT = shipped.TARGET, "builtin:draft-general"
 
 
@@ -130,7 +130,7 @@ def main() -> None:
     """A row per engine, batch and length, then the choices side by side, then JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engines", nargs="*", default=list(ENGINES), metavar="ENGINE", help=", ".join(ENGINES))
-    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     options = parser.parse_args()
     print(f"{'engine':9} {'B':>3} {'setup':28} {'forecast':>8} {'measured':>8} {'interval':16} {'error':>7}  graded")
