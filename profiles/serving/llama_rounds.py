@@ -15,7 +15,7 @@ from profiles.terms import PLAIN, Draft, Model, Setup, StepTimes
 FIRST_TOKEN = 32  # of the pattern: no tokenizer known has a special token from there on
 FORCED = 1000.0  # added to a logit
 SKIPPED = 2  # rounds after a prefill, whose traces are still in the processor's caches
-LEAST_SAMPLES, MOST_TRIES = 4, 5  # of a pass
+LEAST_SAMPLES, LEAST_S, MOST_TRIES = 4, 0.15, 12  # of a visit: rounds, their seconds, requests
 PASSES = 2  # each there and back
 STAGGER, STAGGER_TOKENS = 8, 24  # rounds a full batch may start late, more of them where they are short
 _LOOK_UP = Draft(kind="ngram", max_match=1, min_match=1)
@@ -110,14 +110,14 @@ def _within(run: Generated, start_s: float, end_s: float, width: int) -> list[St
 def time_plan(plan: Sequence[Timed], shape: Shape, measure: Callable[[Timed], list[float]]) -> dict[str, StepTimes]:
     """The staircases of all parts, from passes over the plan and back, in which a drift of the machine cancels.
 
-    A pass takes a few rounds of each width, which may all fall into one slow moment: medians are over several passes.
+    A visit's rounds may all fall into one slow moment of the machine: medians are over several passes.
     Raises EngineError: a width of which no rounds could be had.
     """
     found: dict[str, dict[int, tuple[float, ...]]] = {}
     for asked in PASSES * (*plan, *reversed(plan)):
         seconds: list[float] = []
         for _ in range(MOST_TRIES):
-            if len(seconds) < LEAST_SAMPLES:
+            if len(seconds) < LEAST_SAMPLES or sum(seconds) < LEAST_S:
                 seconds += measure(asked)
         if len(seconds) < LEAST_SAMPLES:
             raise EngineError(
