@@ -221,6 +221,13 @@ def test_a_fleet_whose_start_fails() -> None:
             "ValueError: bad\nRuntimeError: Engine core initialization failed. See root cause above.\n",
             "ValueError: bad",
         ),
+        (
+            "(W pid=1) ERROR 11-22 12:53:48 [a.py:1]     raise ValueError(\n"
+            "(W pid=1) ERROR 11-22 12:53:48 [a.py:1] ValueError: too little memory\n"
+            "(W pid=1) ERROR 11-22 12:53:48 [a.py:1] W failed to start.\n    raise RuntimeError(\n",
+            "ValueError: too little memory",
+        ),
+        ("1 validation error for Config\n  Value error, too long\n", "Value error, too long"),
         ("RuntimeError: See root cause above.\n", "RuntimeError: See root cause above."),
         ("(EngineCore pid=12) ERROR 11-22 12:53:48 [core.py:1] ValueError: bad\n", "ValueError: bad"),
         ("ERROR: no weights\nINFO: bye\n", "no weights"),

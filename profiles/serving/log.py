@@ -17,15 +17,16 @@ _ERROR = re.compile(
     r"|no such|out of memory|bad_alloc|killed|abort|terminate called|segmentation|panic|assert",
     re.IGNORECASE,
 )
-# lines that only say that something above went wrong
+# lines that only say that something above went wrong, or where in the source
 _POINTER = re.compile(
     r"root cause above|exiting due to|for further information|refused the arguments"
-    r"|see (the )?(error|log|stack)s? above|^\s*(at|File) ",
+    r"|see (the )?(error|log|stack)s? above|see stack trace|validation errors? for|^\s*(at|File|raise) ",
     re.IGNORECASE,
 )
+_EXCEPTION = re.compile(r"^[\w.]*(Error|Exception): ")
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|OutOfMemory|MemoryError|bad_alloc|cannot allocate memory|failed to allocate|unable to allocate"
-    r"|no available memory|not enough memory|memory allocation .*fail|No available memory for the cache",
+    r"|no available memory|not enough memory|less than desired (CPU|GPU) memory|memory allocation .*fail|No available memory for the cache",
     re.IGNORECASE,
 )
 _PORT_TAKEN = re.compile(r"address (is )?already in use|EADDRINUSE|errno 98|couldn't bind", re.IGNORECASE)
@@ -37,14 +38,15 @@ _PREFIX = re.compile(
 
 
 def last_words(log_path: Path, start: int = 0) -> str:
-    """The last line from byte `start` on that tells of an error, else the last line: printable, at most 300 characters.
+    """The last exception's message from byte `start` on, else the last line that tells of an error, else the last line.
 
-    Empty where the log says nothing or cannot be read.
+    Printable, at most 300 characters. Empty where the log says nothing or cannot be read.
     """
     lines = _lines(log_path, start)
     errors = [line for line in lines if _ERROR.search(line)]
-    causes = [line for line in errors if not _POINTER.search(line)]
-    return _without_prefix(next((found[-1] for found in (causes, errors, lines) if found), ""))
+    causes = [line for line in errors if not _POINTER.search(_PREFIX.sub("", line))]
+    exceptions = [line for line in causes if _EXCEPTION.match(_PREFIX.sub("", line))]
+    return _without_prefix(next((found[-1] for found in (exceptions, causes, errors, lines) if found), ""))
 
 
 def error_of(what: str, log_path: Path, start: int = 0) -> EngineError:

@@ -72,7 +72,7 @@ def emit(deployment: Deployment, engine: Engine) -> Export:
     config = _config(setup, schedule, allowed, sampled=_draws(deployment))
     if not schedule:
         notes.append(one_length(deployment, setup, "--max-num-seqs", alike=len(ranges) == 1))
-    notes += _caveats(deployment, config)
+    notes += _caveats(deployment, config, schedule)
     # a quote inside the JSON is spelled as an escape, so that the shell sees one plain quoted word
     text = json.dumps(config).replace("'", "\\u0027")
     export = made(deployment, engine, setup, f"--speculative-config '{text}'\n", notes)
@@ -139,8 +139,13 @@ def _draws(deployment: Deployment) -> bool:
     return deployment.choice.temperature > 0.0 and deployment.where != "vllm"
 
 
-def _caveats(deployment: Deployment, config: dict[str, object]) -> list[str]:
-    sampled = _draws(deployment) and config["method"] == "draft_model"
-    if sampled and "draft_sample_method" not in config:
-        return ["this version drafts greedily, the choice was measured with sampled drafts"]
-    return []
+def _caveats(deployment: Deployment, config: dict[str, object], schedule: list[list[int]]) -> list[str]:
+    notes = []
+    if _draws(deployment) and config["method"] == "draft_model" and "draft_sample_method" not in config:
+        notes.append("this version drafts greedily, the choice was measured with sampled drafts")
+    if "model" in config and any(length == 0 for _, _, length in schedule):
+        notes.append(
+            "where the schedule says 0 the draft still reads what the target writes, which a server without a draft is "
+            "spared: slower than that there; tune.py verify measures by how much"
+        )
+    return notes
