@@ -270,6 +270,7 @@ def test_schedule_by_version() -> None:
     config = config_of(emit(case, "vllm", "0.24.0"))
     assert config["num_speculative_tokens"] == 4
     assert config[SCHEDULE] == [[1, 1, 4], [2, 4, 2], [5, 65_536, 0]]
+    assert "where the schedule says 0 the draft still reads" in str(emit(case, "vllm", "0.24.0").note)
     older = emit(case, "vllm", "0.23.0")
     assert SCHEDULE not in config_of(older)
     assert "vLLM 0.23.0 has no length per batch size; k=4 is for batches up to 1" in str(older.note)

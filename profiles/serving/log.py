@@ -26,7 +26,7 @@ _POINTER = re.compile(
 _EXCEPTION = re.compile(r"^[\w.]*(Error|Exception): ")
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|OutOfMemory|MemoryError|bad_alloc|cannot allocate memory|failed to allocate|unable to allocate"
-    r"|no available memory|not enough memory|less than desired (CPU|GPU) memory|memory allocation .*fail|No available memory for the cache",
+    r"|no available memory|not enough memory|less than desired (CPU|GPU) memory|memory allocation .*fail",
     re.IGNORECASE,
 )
 _PORT_TAKEN = re.compile(r"address (is )?already in use|EADDRINUSE|errno 98|couldn't bind", re.IGNORECASE)
