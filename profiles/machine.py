@@ -20,7 +20,7 @@ import psutil
 from profiles.errors import InputError
 from profiles.files import open_file
 from profiles.packages import XLLAMACPP, installed, installed_in, own_version
-from profiles.serving.llama_flags import version_of
+from profiles.serving.llama_flags import named_server, version_of
 from profiles.sizes import GIB
 from profiles.traits import ENGINE, Machine, checked, known
 
@@ -89,12 +89,14 @@ def own_engine_version() -> str | None:
 def served_version(engine: str) -> str | None:
     """Of a serving engine as a run on it here would find it, spelled as its adapter does; None where there is none.
 
-    vLLM's is asked of the Python that $DRAFTPICK_VLLM_PYTHON names, if it does.
+    vLLM's is asked of the Python that $DRAFTPICK_VLLM_PYTHON names, llama.cpp's of what $DRAFTPICK_LLAMA_SERVER names,
+    if they do.
     """
     if engine == "llamacpp":
-        program = shutil.which("llama-server")
+        named = named_server()
+        program = named or shutil.which("llama-server")
         package = installed(XLLAMACPP)
-        if package is not None:
+        if package is not None and named is None:
             return f"{XLLAMACPP} {package}"
         return None if program is None else version_of([program])
     python = os.environ.get("DRAFTPICK_VLLM_PYTHON")

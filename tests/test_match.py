@@ -248,15 +248,20 @@ def test_a_serving_engine_chooses_threads_and_torch_itself(monkeypatch: pytest.M
 
 
 def test_the_version_of_an_engine_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the package the program on the PATH says its own; vLLM's is asked of the Python that is named."""
+    """Without the package the program on the PATH says its own; what is named goes before the package."""
     monkeypatch.setattr(machine, "installed", lambda _: None)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("DRAFTPICK_VLLM_PYTHON", raising=False)
+    for named in ("DRAFTPICK_VLLM_PYTHON", "DRAFTPICK_LLAMA_SERVER"):
+        monkeypatch.delenv(named, raising=False)
     assert machine.served_version("llamacpp") is None
     assert machine.served_version("vllm") is None
     for name, said in (("llama-server", "version: 11549 (abc)"), ("python", "0.33.0")):
         (tmp_path / name).write_text(f"#!/bin/sh\necho '{said}'\n", encoding="utf-8")
         (tmp_path / name).chmod(0o755)
+    assert machine.served_version("llamacpp") == "version: 11549 (abc)"
+    monkeypatch.setattr(machine, "installed", lambda _: "1.0")
+    assert machine.served_version("llamacpp") == "xllamacpp 1.0"
+    monkeypatch.setenv("DRAFTPICK_LLAMA_SERVER", str(tmp_path / "llama-server"))
     assert machine.served_version("llamacpp") == "version: 11549 (abc)"
     monkeypatch.setenv("DRAFTPICK_VLLM_PYTHON", str(tmp_path / "python"))
     assert machine.served_version("vllm") == "0.33.0"

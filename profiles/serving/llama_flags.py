@@ -4,6 +4,7 @@ Every spelling below was parsed by the real parser (`common_params_parse` in the
 b8929, b9093, b9294 and b11549; `tests/lanes`). Between those builds the renaming happened, at a build not known here.
 """
 
+import os
 import re
 import subprocess
 from collections.abc import Sequence
@@ -91,6 +92,11 @@ def spelling_of_help(text: str) -> Spelling | None:
     words = set(re.findall(r"[\w-]+", text))
     known = (one for one in SPELLINGS if words.issuperset(one.has) and not words.intersection(one.lacks))
     return next(known, None)
+
+
+def named_server() -> str | None:
+    """The `llama-server` that $DRAFTPICK_LLAMA_SERVER names, for runs and look-ups that name none."""
+    return os.environ.get("DRAFTPICK_LLAMA_SERVER") or None
 
 
 def help_of(command: Sequence[str]) -> str | None:

@@ -49,10 +49,11 @@ class Program:
 
 
 def program_of(path: str | None = None) -> Program:
-    """The `llama-server` at `path` or on the PATH by that name; None is the package xllamacpp.
+    """The `llama-server` at `path` or on the PATH by that name; None is the one named, else the package xllamacpp.
 
     Raises InputError: it cannot be run, or its flags are not known.
     """
+    path = path or llama_flags.named_server()
     if path is None:
         version = packages.installed(XLLAMACPP)
         if version is None:

@@ -72,8 +72,8 @@ def installed(form: str) -> str | None:
 
 
 def server_help() -> str | None:
-    """What `llama-server --help` on the PATH prints, None without one."""
-    program = shutil.which("llama-server")
+    """What `llama-server --help` prints, of the one that is named or on the PATH; None without one."""
+    program = llama_flags.named_server() or shutil.which("llama-server")
     return None if program is None else llama_flags.help_of([program])
 
 
