@@ -65,9 +65,11 @@ def fake() -> FakeEngine:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_repeats() -> Iterator[None]:
-    """Timed units are not repeated on a busy machine: tests look at tokens and records, not at seconds."""
+    """Timed units are short, and not repeated on a busy machine: tests look at tokens and records, not at seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("profiles.clock.MAX_REPEATS", 0)
+        patch.setattr("profiles.serving.llama_rounds.PASSES", 1)
+        patch.setattr("profiles.serving.llama_rounds.LEAST_S", 0.0)
         yield
 
 

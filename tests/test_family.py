@@ -56,7 +56,7 @@ def test_edits_answer_what_they_ask() -> None:
 def test_trained_models_walk_as_they_run() -> None:
     """Greedy, every draft that ships, k = 1..16: outputs equal plain decoding, rounds equal the walk."""
     bench = loading.load(TARGET, [spelling.parse_draft(text) for text in (*DRAFTS, "early-exit:4")], None, "cpu")
-    question = loading.Question(lengths=tuple(range(1, 17)), max_new_tokens=24)
+    question = loading.Question(lengths=tuple(range(1, 17)), max_new_tokens=16)
     ((workload, built_in),), _ = loading.workloads(bench, question, ["builtin:all"])
     for prompt in spread_over_domains(built_in, 3)[1:]:
         trace = bench.engine.trace_target(workload, prompt)
@@ -66,4 +66,4 @@ def test_trained_models_walk_as_they_run() -> None:
             plain, *samples = bench.engine.run_together(workload, (prompt,), setups, "test")
             for length, sample in enumerate(samples, start=1):
                 assert sample.output_digest == plain.output_digest
-                assert dict(sample.rounds) == dict(walk(trace, acceptance, length, 24).rounds)
+                assert dict(sample.rounds) == dict(walk(trace, acceptance, length, 16).rounds)
