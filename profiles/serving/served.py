@@ -3,6 +3,7 @@
 Knows no engine.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Generic, Self, TypeVar
 
@@ -14,7 +15,7 @@ from profiles.terms import Draft, Model
 Measurement = TypeVar("Measurement")
 
 
-class Served(Generic[Key, Member]):
+class Served(ABC, Generic[Key, Member]):
     """An engine as far as its processes go; a context manager, which ends them."""
 
     def __init__(self, target: Model, drafts: Sequence[Draft], fleet: Fleet[Key, Member]) -> None:
@@ -60,9 +61,9 @@ class Served(Generic[Key, Member]):
             raise InputError(f"draft {draft.name} is not one of this engine's; they are {known}")
 
     @property
+    @abstractmethod
     def _watched(self) -> Sequence[str] | None:
         """The GPUs to watch while something is timed; None where the processes are not ours to tell from others'."""
-        raise NotImplementedError
 
     def _quietest(self, measure: Callable[[], Measurement]) -> tuple[Measurement, bool]:
         """As `clock.quietest`; nothing is watched where others cannot be told."""
