@@ -1,5 +1,5 @@
 """Keeps what was measured and decided; `lookup` answers a deploy script from it."""
 
-from store.deploy import Found, Question, lookup
+from tuner.deploy.lookup import Found, Question, lookup
 
 __all__ = ["Found", "Question", "lookup"]

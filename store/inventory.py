@@ -3,25 +3,25 @@
 It counts rows and reads times; it loads no evidence and no torch, and what is counted it does not judge.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
 
 import sqlalchemy
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
 from sqlalchemy import Connection, Integer, cast, func, select
 
-from profiles.errors import StoreError
-from profiles.recorded import draft_from, environment_from, model_from
-from profiles.terms import Environment, Model, Setup
+from profiles.records.codec import draft_from, environment_from, model_from
+from profiles.records.core import Environment, Model, Setup
+from profiles.records.errors import StoreError
 from store import tables
-from store.book import Book
+from store.evidence_store import EvidenceStore
 
 Record = TypeVar("Record")
+
+
 Key = tuple[str, str]  # a target's run digest and a machine's digest
+
 
 MOST_FAILURES = 3
 
@@ -55,12 +55,12 @@ class Entry:
     failures: tuple[Failure, ...]
 
 
-def inventory(book: Book, here: str | None = None) -> tuple[Entry, ...]:
+def inventory(evidence_store: EvidenceStore, here: str | None = None) -> tuple[Entry, ...]:
     """One entry per target (float type included) and machine, newest first; `here` is this machine's digest.
 
     Raises StoreError when the store cannot be read.
     """
-    with book.reading() as connection:
+    with evidence_store.reading() as connection:
         spans = {table.name: list(_spans(connection, table)) for table in tables.ABOUT_TARGETS}
         disturbed, failures = _disturbed(connection), _failures(connection)
         models = _records(connection, tables.models, "key", model_from)
@@ -89,52 +89,6 @@ def inventory(book: Book, here: str | None = None) -> tuple[Entry, ...]:
             for key, counted in rows.items()
         ]
     return tuple(sorted(entries, key=lambda entry: entry.newest, reverse=True))
-
-
-def inventory_table(entries: Sequence[Entry], now: datetime) -> Table:
-    """One row per entry: whose evidence, from where, how much, how old; `now` needs its time zone."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, leading=1)
-    table.add_column("target, and where it was measured", overflow="fold")
-    table.add_column("what is known, and how old", no_wrap=True)
-    for entry in entries:
-        target, machine = entry.target, entry.environment
-        place = {True: "\nthis machine", False: "\nanother machine or other software", None: ""}[entry.is_here]
-        table.add_row(
-            Text.assemble(
-                (target.name, "bold"),
-                f"\n{target.dtype}, digest {target.digest[:8]}",
-                f"\n{machine.device}, {machine.threads} threads",
-                f"\ntorch {machine.torch}",
-                f"\n{machine.engine} {machine.engine_version}",
-                (place, "green" if entry.is_here else "dim"),
-            ),
-            "\n".join(_known(entry, now)),
-        )
-        for failure in entry.failures:
-            told = Text(f"{failure.setup_name} failed: {failure.reason}, {failure.detail}")
-            table.add_row(told, age(failure.seen, now), style="dim")
-    return table
-
-
-def _known(entry: Entry, now: datetime) -> Iterator[str]:
-    for table, count in entry.rows.items():
-        yield f"{table.replace('_', ' ')}: {count}"
-    if entry.disturbed is not None:
-        yield f"{entry.disturbed:.1%} of samples disturbed"
-    yield f"newest: {age(entry.newest, now)}"
-    yield f"oldest: {age(entry.oldest, now)}"
-
-
-def age(then: str, now: datetime) -> str:
-    """How long ago an ISO 8601 time with its zone was, in the largest unit that has passed: `3 hours ago`."""
-    seconds = (now - datetime.fromisoformat(then)).total_seconds()
-    if seconds < -60.0:
-        return "in the future: a clock was wrong"
-    for unit, size in (("year", 365 * 86400), ("month", 30 * 86400), ("day", 86400), ("hour", 3600), ("minute", 60)):
-        if seconds >= size:
-            count = int(seconds // size)
-            return f"{count} {unit}{'s' * (count > 1)} ago"
-    return "just now"
 
 
 def _spans(connection: Connection, table: sqlalchemy.Table) -> Iterator[tuple[Key, int, str, str]]:

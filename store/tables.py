@@ -1,6 +1,6 @@
 """The store's tables, and the two small functions per record that turn it into a row and back.
 
-A row is a record's plain form (`profiles.recorded`) beside the digests it is found by; arrays are JSON columns, times
+A row is a record's plain form beside the digests it is found by; arrays are JSON columns, times
 are UTC text that sorts. Names of drafts and setups are stored for people who read the file, never to find a row.
 """
 
@@ -24,7 +24,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-from profiles.recorded import (
+from profiles.records.codec import (
     acceptance_trace_from,
     lookup_trace_from,
     plain,
@@ -32,16 +32,8 @@ from profiles.recorded import (
     step_times_from,
     target_trace_from,
 )
-from profiles.terms import (
-    AcceptanceTrace,
-    Environment,
-    Infeasible,
-    LookupTrace,
-    Model,
-    Sample,
-    StepTimes,
-    TargetTrace,
-)
+from profiles.records.core import Environment, Model
+from profiles.records.evidence import AcceptanceTrace, Infeasible, LookupTrace, Sample, StepTimes, TargetTrace
 
 Row = Mapping[str, Any]
 WIDE = Integer().with_variant(BigInteger, "postgresql")  # SQLite's whole numbers have 64 bits under either name

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from store.book import Book
-from store.connection import Place
-from tests import servers, tiny
-from tests.cli import DECIDED, call, small_run, write_prompts
-from tests.fakes import FakeEngine
+from store.database import Place
+from store.evidence_store import EvidenceStore
+from tests.support import servers, tiny
+from tests.support.cli import DECIDED, call, small_run, write_prompts
+from tests.support.fakes import FakeEngine
 
 
 @pytest.fixture(scope="session")
@@ -51,9 +51,9 @@ def place(request: pytest.FixtureRequest, path: Path) -> Iterator[Place]:
 
 
 @pytest.fixture
-def book(place: Place) -> Iterator[Book]:
+def evidence_store(place: Place) -> Iterator[EvidenceStore]:
     """An open, empty store of either kind."""
-    with Book.open(place) as opened:
+    with EvidenceStore.open(place) as opened:
         yield opened
 
 
@@ -67,9 +67,9 @@ def fake() -> FakeEngine:
 def _no_repeats() -> Iterator[None]:
     """Timed units are short, and not repeated on a busy machine: tests look at tokens and records, not at seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("profiles.clock.MAX_REPEATS", 0)
-        patch.setattr("profiles.serving.llama_rounds.PASSES", 1)
-        patch.setattr("profiles.serving.llama_rounds.LEAST_S", 0.0)
+        patch.setattr("profiles.timing.clock.MAX_REPEATS", 0)
+        patch.setattr("profiles.engines.llamacpp.timing.PASSES", 1)
+        patch.setattr("profiles.engines.llamacpp.timing.LEAST_S", 0.0)
         yield
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import sqlalchemy
 from sqlalchemy import Connection, column, select
 
-from profiles.errors import NewerStoreError, StoreError
+from profiles.records.errors import NewerStoreError, StoreError
 
 LOCATION = Path(__file__).parent
 REVISIONS = ("0001", "0002", "0003", "0004")  # those in `versions/`, oldest first

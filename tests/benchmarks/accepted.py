@@ -16,12 +16,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from profiles.terms import Draft, Model
+from profiles.records.core import Draft, Model
 from tests.benchmarks.common import finish
 from tests.lanes.cases import cases, draft_at, model_at
 from tests.lanes.places import LANES, Lane, Verdict, ask
 from tests.lanes.transformers_lane import drafts_as_asked, rounds_of
-from tests.tiny import write_gguf, write_model
+from tests.support.tiny import write_gguf, write_model
 from tuner.export import Deployment, Export, Form, emit
 
 CLASSES = {

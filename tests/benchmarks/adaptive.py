@@ -21,17 +21,15 @@ from typing import Any
 
 from scipy import stats
 
-from profiles.protocol import Pilot
-from profiles.terms import PLAIN, Prompt, Setup
-from tests.benchmarks import real, world
+from profiles.engines.base import RoundController
+from profiles.records.core import PLAIN, Prompt, Setup
+from tests.benchmarks import real, traffic, world
 from tests.benchmarks.common import finish
-from tests.benchmarks.pilots import Ema, Exp3, Oracle, Table, Ucb
+from tests.benchmarks.controllers import Ema, Exp3, Oracle, Table, Ucb
+from tests.benchmarks.simulator import Fixed, Record
+from tests.benchmarks.traffic import Phase, Stream
 from tests.benchmarks.world import Family
-from tuner import streams
-from tuner.played import Record
-from tuner.selector import Selector
-from tuner.simulator import Fixed
-from tuner.streams import Phase, Stream
+from tuner.selector.selector import Selector
 
 SCREENED_SEEDS, SCREENED_SHARE = 5, 0.85
 ARM_LENGTHS = (4,)
@@ -43,33 +41,33 @@ LOADS = [
     Phase(num_requests=requests, concurrency=size) for size, requests in ((1, 24), (8, 64), (32, 96), (8, 64), (1, 24))
 ]
 BUILDERS: Mapping[str, Callable[[tuple[Prompt, ...], int], Stream]] = {
-    "steady": lambda prompts, seed: streams.steady(prompts, seed, num_requests=90),
-    "steady_in_batch": lambda prompts, seed: streams.steady(prompts, seed, num_requests=240, concurrency=SHIFT_BATCH),
-    "domain_shift": lambda prompts, seed: streams.shifting(
+    "steady": lambda prompts, seed: traffic.steady(prompts, seed, num_requests=90),
+    "steady_in_batch": lambda prompts, seed: traffic.steady(prompts, seed, num_requests=240, concurrency=SHIFT_BATCH),
+    "domain_shift": lambda prompts, seed: traffic.shifting(
         prompts, seed, domains=DOMAINS * 2, num_requests=48, concurrency=SHIFT_BATCH
     ),
-    "domain_shift_alone": lambda prompts, seed: streams.shifting(prompts, seed, domains=DOMAINS * 2),
-    "batch_shift": lambda prompts, seed: streams.stream_of("batch shift", LOADS, prompts, seed),
+    "domain_shift_alone": lambda prompts, seed: traffic.shifting(prompts, seed, domains=DOMAINS * 2),
+    "batch_shift": lambda prompts, seed: traffic.stream_of("batch shift", LOADS, prompts, seed),
 }
 REAL_BUILDERS: Mapping[str, Callable[[tuple[Prompt, ...], int], Stream]] = {
-    "steady": lambda prompts, seed: streams.steady(prompts, seed, num_requests=48),
-    "domain_shift": lambda prompts, seed: streams.shifting(
+    "steady": lambda prompts, seed: traffic.steady(prompts, seed, num_requests=48),
+    "domain_shift": lambda prompts, seed: traffic.shifting(
         prompts, seed, domains=DOMAINS * 2, num_requests=32, concurrency=SHIFT_BATCH
     ),
-    "batch_shift": lambda prompts, seed: streams.stream_of("batch shift", LOADS, prompts, seed),
+    "batch_shift": lambda prompts, seed: traffic.stream_of("batch shift", LOADS, prompts, seed),
 }
 REAL_STATICS = 3
 Rates = dict[str, dict[str, list[float]]]  # stream -> pilot -> tokens per second, seed by seed
 
 
-def pilots(family: Family, stream: Stream, seed: int) -> dict[str, Pilot]:
+def pilots(family: Family, stream: Stream, seed: int) -> dict[str, RoundController]:
     """What is compared, each fresh."""
     drafts = tuple(dict.fromkeys(setup.draft for setup in family.setups if setup.draft))
     arms = (PLAIN, *(Setup(draft=draft, length=length) for draft in drafts for length in ARM_LENGTHS))
     static = family.look_up(stream.most_rows, None)
     ema = static if static.draft else family.look_up(1, None)
     plain_s = family.simulator.arm(PLAIN).seconds(1, (1, 0, 0))
-    found: dict[str, Pilot] = {
+    found: dict[str, RoundController] = {
         "selector": Selector(family.policy, seed=seed, scores=True),
         "plain": Fixed(PLAIN),
         "policy": Table(family.look_up),
@@ -98,16 +96,16 @@ class Replayed:
         for setup, record in records.items():
             self.statics[name][setup].append(record.tok_per_s)
         rates["best static"].append(max(record.tok_per_s for record in records.values()))
-        for pilot_name, pilot in pilots(family, stream, seed).items():
-            rates[pilot_name].append(self._serve(stream, pilot, seed).tok_per_s)
+        for pilot_name, controller in pilots(family, stream, seed).items():
+            rates[pilot_name].append(self._serve(stream, controller, seed).tok_per_s)
         if stream.most_rows == 1:
             oracle = self._serve(stream, Oracle(self._best_by_request(stream)), seed).tok_per_s
         else:
             oracle = _best_by_phase(list(records.values()))
         rates["oracle"].append(oracle)
 
-    def _serve(self, stream: Stream, pilot: Pilot, seed: int) -> Record:
-        return self._family.simulator.serve(stream, pilot, seed=seed, noise=self._family.noise)
+    def _serve(self, stream: Stream, controller: RoundController, seed: int) -> Record:
+        return self._family.simulator.serve(stream, controller, seed=seed, noise=self._family.noise)
 
     def _hopeful(self, name: str) -> list[Setup]:
         """The grid; after the first seeds what was close to the best of it on any of them."""
@@ -200,7 +198,7 @@ def run_real(family: Family, num_seeds: int) -> dict[str, Any]:
             stream = build(family.served, seed)
             serve = family.simulator.serve
             statics = sorted(family.setups, key=lambda setup: -serve(stream, Fixed(setup)).tok_per_s)
-            arms: dict[str, Pilot] = {setup.name: Fixed(setup) for setup in (*statics[:REAL_STATICS], PLAIN)}
+            arms: dict[str, RoundController] = {setup.name: Fixed(setup) for setup in (*statics[:REAL_STATICS], PLAIN)}
             arms["selector"] = Selector(family.policy, seed=seed, scores=True)
             if stream.most_rows == 1:
                 arms["oracle"] = real.oracle(family, stream)

@@ -11,39 +11,38 @@ least over all streams, weathers and seeds.
 import argparse
 from collections.abc import Callable, Mapping
 
-from profiles.terms import Prompt
-from tests.benchmarks import world
+from profiles.records.core import Prompt
+from tests.benchmarks import traffic, world
 from tests.benchmarks.common import finish
+from tests.benchmarks.traffic import Phase, Stream, Weather
 from tests.benchmarks.world import Family
-from tuner import streams
-from tuner.selector import Selector
-from tuner.streams import Phase, Stream, Weather
+from tuner.selector.selector import Selector
 
 WINDOW = 1000
 ASKED = 0.98
 BATCH = 8
 BUILDERS: Mapping[str, Callable[[tuple[Prompt, ...], int], Stream]] = {
-    "steady": lambda prompts, seed: streams.steady(prompts, seed, num_requests=120),
-    "mislabelled": lambda prompts, seed: streams.mislabelled(streams.steady(prompts, seed, num_requests=120)),
-    "one domain": lambda prompts, seed: streams.stream_of(
+    "steady": lambda prompts, seed: traffic.steady(prompts, seed, num_requests=120),
+    "mislabelled": lambda prompts, seed: traffic.mislabelled(traffic.steady(prompts, seed, num_requests=120)),
+    "one domain": lambda prompts, seed: traffic.stream_of(
         "one domain", [Phase(num_requests=120, domains=("prose",))], prompts, seed
     ),
-    "in batch": lambda prompts, seed: streams.steady(prompts, seed, num_requests=400, concurrency=BATCH),
-    "flipping": lambda prompts, seed: streams.flipping(prompts, seed, batch=BATCH, num_flips=80),
-    "bursty": lambda prompts, seed: streams.bursty(prompts, seed, batches=world.BATCHES, num_bursts=30),
-    "batch shift": lambda prompts, seed: streams.batch_shift(prompts, seed, batches=world.BATCHES, turns=10),
+    "in batch": lambda prompts, seed: traffic.steady(prompts, seed, num_requests=400, concurrency=BATCH),
+    "flipping": lambda prompts, seed: traffic.flipping(prompts, seed, batch=BATCH, num_flips=80),
+    "bursty": lambda prompts, seed: traffic.bursty(prompts, seed, batches=world.BATCHES, num_bursts=30),
+    "batch shift": lambda prompts, seed: traffic.batch_shift(prompts, seed, batches=world.BATCHES, turns=10),
 }
 WEATHERS: Mapping[str, Weather] = {
     "calm": Weather(),
-    "ambush 4": streams.ambush(4),
-    "ambush 64": streams.ambush(64),
-    "ambush for ever": streams.ambush(10**9),
-    "fickle 24": streams.fickle(24),
-    "fickle 200": streams.fickle(200),
-    "outages 20 of 40": streams.outages(40, 20),
-    "outages 300 of 600": streams.outages(600, 300),
-    "spikes 2 of 50": streams.spikes(50, 2, 20.0),
-    "spikes 200 of 500": streams.spikes(500, 200, 3.0),
+    "ambush 4": traffic.ambush(4),
+    "ambush 64": traffic.ambush(64),
+    "ambush for ever": traffic.ambush(10**9),
+    "fickle 24": traffic.fickle(24),
+    "fickle 200": traffic.fickle(200),
+    "outages 20 of 40": traffic.outages(40, 20),
+    "outages 300 of 600": traffic.outages(600, 300),
+    "spikes 2 of 50": traffic.spikes(50, 2, 20.0),
+    "spikes 200 of 500": traffic.spikes(500, 200, 3.0),
 }
 
 

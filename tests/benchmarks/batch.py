@@ -12,16 +12,19 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from profiles import loading, shipped, spelling
-from profiles.formulas import median
-from profiles.loading import Bench, Question
-from profiles.terms import PLAIN, Prompt, Setup, Workload
+from profiles import builtin
+from profiles.engines import workloads
+from profiles.engines.bench import Bench, Question
+from profiles.engines.torch import load
+from profiles.records import draft_spec
+from profiles.records.core import PLAIN, Prompt, Setup, Workload
+from profiles.stats import median
 from tests.benchmarks.common import finish
-from tuner.evidence import calibration_lengths, gather, queues, spread_over_domains
-from tuner.forecast import Forecaster
-from tuner.proof import measure
-from tuner.search import Pair, run_pairs
-from tuner.space import candidates
+from tuner.forecast.evidence import calibration_lengths, gather, queues, spread_over_domains
+from tuner.forecast.forecaster import Forecaster
+from tuner.search.objective import candidates
+from tuner.search.proof import measure
+from tuner.search.race import Pair, run_pairs
 
 LENGTHS = (1, 2, 3, 4, 6, 8)
 DRAFTS = ("ngram", "builtin:draft-general", "builtin:draft-prose", "ngram+builtin:draft-general")
@@ -95,11 +98,11 @@ def main() -> None:
     parser.add_argument("--batch-sizes", help="default: 1,4,16, and 64 on a GPU")
     parser.add_argument("--device")
     options = parser.parse_args()
-    bench = loading.load(shipped.TARGET, [spelling.parse_draft(text) for text in DRAFTS], None, options.device)
+    bench = load.load(builtin.TARGET, [draft_spec.parse_draft(text) for text in DRAFTS], None, options.device)
     on_gpu = bench.engine.environment.cuda is not None
     sizes = [int(size) for size in (options.batch_sizes or ("1,4,16,64" if on_gpu else "1,4,16")).split(",")]
     question = Question(lengths=LENGTHS, batch_sizes=tuple(sizes), max_new_tokens=options.max_new_tokens)
-    loads, _ = loading.workloads(bench, question, [shipped.ALL_PROMPTS])
+    loads, _ = workloads.workloads(bench, question, [builtin.ALL_PROMPTS])
     anchors: dict[int, list[dict[str, Any]]] = {}
     print(f"batch  {'setup':44} forecast measured {'95 %':>13}    plain    tok/s   error")
     for workload, prompts in loads:

@@ -6,21 +6,24 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from profiles import loading, shipped, spelling
-from profiles.loading import Bench, Question
-from profiles.terms import Prompt, Workload
-from tuner.evidence import spread_over_domains
+from profiles import builtin
+from profiles.engines import workloads
+from profiles.engines.bench import Bench, Question
+from profiles.engines.torch import load
+from profiles.records import draft_spec
+from profiles.records.core import Prompt, Workload
+from tuner.forecast.evidence import spread_over_domains
 
-DRAFTS = (*shipped.DRAFTS, "ngram")
+DRAFTS = (*builtin.DRAFTS, "ngram")
 LENGTHS = tuple(range(1, 9))
 
 
 def family(num_prompts: int, max_new_tokens: int) -> tuple[Bench, Workload, tuple[Prompt, ...]]:
     """The engine with all drafts and composites, its workload, and `num_prompts` that ship, domain by domain."""
-    specs = spelling.with_composites([spelling.parse_draft(text) for text in DRAFTS])
-    bench = loading.load(shipped.TARGET, specs, None, None)
+    specs = draft_spec.with_composites([draft_spec.parse_draft(text) for text in DRAFTS])
+    bench = load.load(builtin.TARGET, specs, None, None)
     question = Question(lengths=LENGTHS, max_new_tokens=max_new_tokens)
-    ((workload, prompts),), _ = loading.workloads(bench, question, [shipped.ALL_PROMPTS])
+    ((workload, prompts),), _ = workloads.workloads(bench, question, [builtin.ALL_PROMPTS])
     return bench, workload, spread_over_domains(prompts, num_prompts)
 
 

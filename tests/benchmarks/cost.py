@@ -13,14 +13,14 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from profiles.formulas import speedup_interval
-from profiles.protocol import Engine
-from profiles.terms import PLAIN, Prompt, Setup, Workload
-from store import runs as store_runs
-from store.book import Book
+from profiles.engines.base import Engine
+from profiles.records.core import PLAIN, Prompt, Setup, Workload
+from profiles.stats import speedup_interval
+from store.evidence_store import EvidenceStore
 from tests.benchmarks.common import LENGTHS, family, finish
-from tuner.space import candidates
-from tuner.tuning import Options, Watch
+from tuner import run as store_runs
+from tuner.pipeline.pipeline import Options, Watch
+from tuner.search.objective import candidates
 
 
 def run_grid(engine: Engine, workload: Workload, prompts: tuple[Prompt, ...]) -> tuple[float, dict[Setup, float]]:
@@ -66,9 +66,11 @@ def main() -> None:
     options = parser.parse_args()
     bench, workload, prompts = family(options.prompts, options.tokens)
     engine = bench.engine
-    with tempfile.TemporaryDirectory() as folder, Book.open(Path(folder) / "evidence.db") as book:
+    with tempfile.TemporaryDirectory() as folder, EvidenceStore.open(Path(folder) / "evidence.db") as evidence_store:
         loads = [(workload, prompts)]
-        done = store_runs.tune(engine, loads, store_runs.Shelf.of(book), Options(lengths=LENGTHS), Watch())
+        done = store_runs.tune(
+            engine, loads, store_runs.TuningSession.of(evidence_store), Options(lengths=LENGTHS), Watch()
+        )
     pick, tuner_seconds = done.policy.headline.setup, float(done.cost["measured_seconds"])
     print(f"tuner: {tuner_seconds:.1f} s, pick {pick.name}: {done.policy.headline.reason}", flush=True)
     grid_seconds, rates = run_grid(engine, workload, prompts)

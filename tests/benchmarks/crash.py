@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks.common import finish
-from tests.crashes import TORCH, Kill, Moment, Starter, Victim, evidence_of, record
+from tests.support.crashes import TORCH, Kill, Moment, Starter, Victim, evidence_of, record
 
 PAUSE_S = 0.010  # for measuring, or hardly any kill would land in it
 WITHIN_S = 1.0

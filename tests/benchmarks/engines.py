@@ -15,33 +15,35 @@ from typing import Any
 
 import numpy
 
-from profiles import loading, shipped, spelling
-from profiles.errors import DraftpickError
-from profiles.loading import Bench, Question
-from profiles.serving import opening
-from profiles.terms import PLAIN, Prompt, Setup, Workload
+from profiles import builtin
+from profiles.engines import factory, workloads
+from profiles.engines.bench import Bench, Question
+from profiles.engines.torch import load
+from profiles.records import draft_spec
+from profiles.records.core import PLAIN, Prompt, Setup, Workload
+from profiles.records.errors import DraftpickError
 from tests.benchmarks.common import finish
 from tests.lanes.places import RUNNING
-from tuner.evidence import QUEUE_BATCHES, calibration_lengths, gather, queues, spread_over_domains
-from tuner.forecast import Forecaster
-from tuner.objective import MIN_SPEEDUP
-from tuner.proof import Pair, measure
-from tuner.search import run_pairs
+from tuner.forecast.evidence import QUEUE_BATCHES, calibration_lengths, gather, queues, spread_over_domains
+from tuner.forecast.forecaster import Forecaster
+from tuner.search.objective import MIN_SPEEDUP
+from tuner.search.proof import Pair, measure
+from tuner.search.race import run_pairs
 
 ENGINES = ("torch", "llamacpp", "vllm")
 LENGTHS = (1, 2, 3, 4, 5, 6)
 BATCH_SIZES = (1, 8)
 QUEUES = (3, QUEUE_BATCHES)  # in a batch: how many, and their length in batches, that of the forecasts' queues
-TARGET, DRAFT = shipped.TARGET, "builtin:draft-general"
+TARGET, DRAFT = builtin.TARGET, "builtin:draft-general"
 
 
 def bench_of(engine: str, drafts: tuple[str, ...] = (DRAFT,), max_requests: int = max(BATCH_SIZES)) -> Bench:
     """The pair on an engine. Raises DraftpickError: it is not installed."""
-    specs = [spelling.parse_draft(text) for text in drafts]
+    specs = [draft_spec.parse_draft(text) for text in drafts]
     if engine == "torch":
-        return loading.load(TARGET, specs, "float32", "cpu")
+        return load.load(TARGET, specs, "float32", "cpu")
     python = os.environ.get("DRAFTPICK_VLLM_PYTHON") or (str(RUNNING.python) if RUNNING.is_whole else None)
-    place = opening.Place(
+    place = factory.Place(
         engine=engine,
         command=python if engine == "vllm" else None,
         threads=1 if engine == "llamacpp" else None,  # whose threads spin: the client that loads it needs a core too
@@ -49,14 +51,14 @@ def bench_of(engine: str, drafts: tuple[str, ...] = (DRAFT,), max_requests: int 
         max_length=max(LENGTHS),
         device="cpu",
     )
-    asked = opening.Models(target=TARGET, drafts=tuple(specs), dtype="float32")
-    return opening.open_bench(place, asked, lambda target, setup: [])
+    asked = factory.Models(target=TARGET, drafts=tuple(specs), dtype="float32")
+    return factory.open_bench(place, asked, lambda target, setup: [])
 
 
 def loads_of(bench: Bench, num_prompts: int, max_new_tokens: int) -> list[tuple[Workload, tuple[Prompt, ...]]]:
     """The workloads of both batch sizes, with the first prompts of every domain; end tokens are ignored."""
     question = Question(lengths=LENGTHS, batch_sizes=BATCH_SIZES, max_new_tokens=max_new_tokens)
-    loads, _ = loading.workloads(bench, question, [shipped.ALL_PROMPTS])
+    loads, _ = workloads.workloads(bench, question, [builtin.ALL_PROMPTS])
     return [
         (replace(workload, end_token_ids=()), spread_over_domains(prompts, num_prompts)) for workload, prompts in loads
     ]

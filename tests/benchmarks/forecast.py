@@ -15,13 +15,13 @@ from collections import defaultdict
 
 import numpy
 
-from profiles.engine import TorchEngine
-from profiles.formulas import median
-from profiles.terms import PLAIN, Prompt, Setup, Workload
+from profiles.engines.torch.engine import TorchEngine
+from profiles.records.core import PLAIN, Prompt, Setup, Workload
+from profiles.stats import median
 from tests.benchmarks.common import LENGTHS, family, finish
-from tuner.evidence import Evidence, calibration_lengths, gather
-from tuner.forecast import Forecaster
-from tuner.space import candidates
+from tuner.forecast.evidence import Evidence, calibration_lengths, gather
+from tuner.forecast.forecaster import Forecaster
+from tuner.search.objective import candidates
 
 KNOWN_TO = 0.03
 MIN_PASSES = 3

@@ -28,18 +28,18 @@ from rich.console import Console
 from rich.table import Table
 
 import store
-from profiles.machine import this_machine
-from profiles.terms import PLAIN, Draft, Environment, Model, Setup, digest_of
-from profiles.traits import Machine, known
+from profiles.hardware.device import Machine, known
+from profiles.hardware.machine import this_machine
+from profiles.records.core import PLAIN, Draft, Environment, Model, Setup, digest_of
 from store import tables
-from store.book import Book
-from store.deploy import Question
+from store.evidence_store import EvidenceStore
+from tests import ROOT
 from tests.benchmarks.common import finish
-from tests.policies import forecast, measured
-from tuner.policy import Choice, Policy, to_json
-from tuner.question import MIXED
+from tests.support.policies import forecast, measured
+from tuner.deploy.lookup import Question
+from tuner.policy.policy import Choice, Policy, to_json
+from tuner.policy.query import MIXED
 
-ROOT = Path(__file__).resolve().parents[2]
 NUM_TARGETS, NUM_FAMILIES, NUM_VERSIONS = 100, 20, 5
 DOMAINS, BATCHES = (MIXED, "code", "prose", "copy"), (1, 4, 16)
 NGRAM = Draft(kind="ngram", max_match=4, min_match=2)
@@ -127,7 +127,7 @@ def samples(count: int, everywhere: Sequence[Environment]) -> Iterator[dict[str,
 def make(path: Path, num_rows: int, num_policies: int) -> list[Environment]:
     """Fills a store; goes past the book's one row per transaction, which would take hours."""
     everywhere = machines()
-    Book.open(path).close()
+    EvidenceStore.open(path).close()
     engine = sqlalchemy.create_engine(f"sqlite:///{path}")
     with engine.begin() as connection:
         models = [target(number) for number in range(NUM_TARGETS)]
@@ -173,11 +173,11 @@ def in_process(path: Path, everywhere: Sequence[Environment], num_asks: int) -> 
     """Milliseconds of every ask, by the level that was found."""
     rng = random.Random(0)
     found: dict[str, list[float]] = defaultdict(list)
-    with Book.open_read_only(path) as book:
+    with EvidenceStore.open_read_only(path) as evidence_store:
         for number in range(num_asks + 50):
             question, here = asked(everywhere, rng)
             started = time.perf_counter()
-            level = store.lookup(book, question, here).level
+            level = store.lookup(evidence_store, question, here).level
             if number >= 50:
                 found[level].append(1e3 * (time.perf_counter() - started))
     return found
@@ -200,7 +200,7 @@ def as_process(folder: Path, turns: int) -> tuple[float, list[tuple[float, float
     ratio = statistics.median(our for our, _ in pairs) / statistics.median(their for _, their in pairs)
     code = (
         "import sys, tune\nsys.argv = ['tune.py', 'lookup', '--target', 'org/target-7']\n"
-        "try:\n    tune.main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "try:\n    tuner.cli.app.main()\nexcept SystemExit as end:\n    assert not end.code\n"
         "sys.exit(77 if 'torch' in sys.modules else 0)"
     )
     ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, env=environment, cwd=ROOT)

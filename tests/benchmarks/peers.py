@@ -28,15 +28,16 @@ from flashspec import FlashSpecConfig, SamplingConfig, SpeculativeEngine
 from flashspec.engine.hf_drafter import HuggingFaceDrafter
 from flashspec.engine.verifier import TargetModel
 
-from profiles import loading
-from profiles.clock import Clock, quietest
-from profiles.evidence import make
-from profiles.formulas import median, speedup_interval
-from profiles.loading import Bench, Question
-from profiles.models import Loaded
-from profiles.shipped import TARGET
-from profiles.spelling import parse_draft
-from profiles.terms import PLAIN, Interval, Prompt, Setup, TargetTrace, Workload, digest_of
+from profiles.builtin import TARGET
+from profiles.engines import workloads
+from profiles.engines.bench import Bench, Question
+from profiles.engines.torch import load, shape_times
+from profiles.models.loader import Loaded
+from profiles.records.core import PLAIN, Interval, Prompt, Setup, Workload, digest_of
+from profiles.records.draft_spec import parse_draft
+from profiles.records.evidence import TargetTrace
+from profiles.stats import median, speedup_interval
+from profiles.timing.clock import Clock, quietest
 from tests.benchmarks.common import finish
 
 # ---- the setups that race to be "our best" beside plain decoding: (spelling of a draft, its lengths); add others here
@@ -277,9 +278,9 @@ def roofline_fraction(device: str) -> float | None:
         return None
     fractions = []
     for name in ROOFLINE_SHAPES:
-        [point] = make.points((name,), "bfloat16", (1,), (512,))
-        times = make.sweep(make.random_model(name, "bfloat16", device), point, device, 1)
-        fractions.append(point.num_bytes / median(times.samples_s[1]) / make.copy_bytes_per_s(device))
+        [point] = shape_times.points((name,), "bfloat16", (1,), (512,))
+        times = shape_times.sweep(shape_times.random_model(name, "bfloat16", device), point, device, 1)
+        fractions.append(point.num_bytes / median(times.samples_s[1]) / shape_times.copy_bytes_per_s(device))
     return round(min(fractions), 4)
 
 
@@ -306,7 +307,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     spellings = dict.fromkeys([DRAFT, LOOKUP, *(spelling for spelling, _ in RACED)])
     specs = [parse_draft(spelling) for spelling in spellings]
-    bench = loading.load(TARGET, specs, options.dtype, options.device)
+    bench = load.load(TARGET, specs, options.dtype, options.device)
     if bench.refused:
         raise SystemExit(f"{bench.refused[0].name}: {bench.refused[0].detail}")
     tallies: dict[str, Tally] = defaultdict(Tally)
@@ -316,7 +317,7 @@ def main() -> None:
     for temperature in TEMPERATURES:
         question = Question(lengths=lengths, max_new_tokens=options.max_new_tokens, temperature=temperature)
         for domain in DOMAINS:
-            ((workload, prompts),), _ = loading.workloads(bench, question, [f"builtin:{domain}"])
+            ((workload, prompts),), _ = workloads.workloads(bench, question, [f"builtin:{domain}"])
             prompts = prompts[: options.prompts + RACE_PROMPTS]
             cell, runs = measure_cell(bench, workload, prompts, share)
             if temperature == 0.0:

@@ -9,11 +9,11 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from profiles.protocol import Pilot
-from profiles.terms import Prompt
-from tests.benchmarks.pilots import Oracle
+from profiles.engines.base import RoundController
+from profiles.records.core import Prompt
+from tests.benchmarks.controllers import Oracle
+from tests.benchmarks.traffic import Request, Stream
 from tests.benchmarks.world import LENGTHS, Family
-from tuner.streams import Request, Stream
 
 PART_REQUESTS = 12  # of a long phase at batch 1
 
@@ -27,7 +27,7 @@ def parts(stream: Stream) -> Iterator[list[Request]]:
             yield together[first : first + size]
 
 
-def rates(family: Family, stream: Stream, arms: Mapping[str, Pilot], seed: int) -> dict[str, float]:
+def rates(family: Family, stream: Stream, arms: Mapping[str, RoundController], seed: int) -> dict[str, float]:
     """Tokens per second of every arm over the stream."""
     order = random.Random(f"{seed} {stream.name}")
     tokens, seconds = dict.fromkeys(arms, 0), dict.fromkeys(arms, 0.0)

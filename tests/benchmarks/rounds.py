@@ -14,9 +14,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from profiles import loading, rows, shipped, spelling
-from profiles.loading import Bench, Question
-from profiles.terms import PLAIN, Prompt, Sample, Setup, Workload
+from profiles import builtin
+from profiles.engines import workloads
+from profiles.engines.bench import Bench, Question
+from profiles.engines.torch import batch_model, load
+from profiles.records import draft_spec
+from profiles.records.core import PLAIN, Prompt, Setup, Workload
+from profiles.records.evidence import Sample
 from tests.benchmarks.common import finish
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
@@ -56,19 +60,19 @@ def device_s(decode: Callable[[], list[Sample]], on_gpu: bool) -> float:
 
 def forward_s(decode: Callable[[], list[Sample]]) -> tuple[float, float]:
     """(seconds inside the models' steps, seconds of the whole), both with the prefills."""
-    spent, real = [0.0], rows.RowModel.step
+    spent, real = [0.0], batch_model.RowModel.step
 
-    def timed(self: rows.RowModel, *args: torch.Tensor, **more: int) -> torch.Tensor:
+    def timed(self: batch_model.RowModel, *args: torch.Tensor, **more: int) -> torch.Tensor:
         started = time.perf_counter()
         logits = real(self, *args, **more)
         spent[0] += time.perf_counter() - started
         return logits
 
-    rows.RowModel.step = timed  # type: ignore[method-assign,assignment]
+    batch_model.RowModel.step = timed  # type: ignore[method-assign,assignment]
     try:
         samples = decode()
     finally:
-        rows.RowModel.step = real  # type: ignore[method-assign]
+        batch_model.RowModel.step = real  # type: ignore[method-assign]
     return spent[0], sum(one.ttft_s + one.decode_s for one in samples)
 
 
@@ -78,9 +82,9 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--device")
     options = parser.parse_args()
-    bench = loading.load(shipped.TARGET, [spelling.parse_draft(text) for text in DRAFTS], None, options.device)
+    bench = load.load(builtin.TARGET, [draft_spec.parse_draft(text) for text in DRAFTS], None, options.device)
     question = Question(lengths=(LENGTH,), max_new_tokens=64, temperature=options.temperature)
-    ((workload, prompts),), _ = loading.workloads(bench, question, [shipped.ALL_PROMPTS])
+    ((workload, prompts),), _ = workloads.workloads(bench, question, [builtin.ALL_PROMPTS])
     chosen, on_gpu = prompts[:: len(prompts) // 6][:6], bench.engine.environment.cuda is not None
     found = []
     print(f"{'setup':46} {'round ms':>9} {'host share':>11} {'outside forwards':>17}")

@@ -22,19 +22,19 @@ from typing import Any
 
 import numpy
 
-from profiles import prompts as files
-from profiles import shipped
-from profiles.errors import InputError
-from profiles.formulas import speedup_interval
-from profiles.terms import Interval
-from store.book import Book
-from store.remember import Remember
+from profiles import builtin
+from profiles.prompts import reader as files
+from profiles.records.core import Interval
+from profiles.records.errors import InputError
+from profiles.stats import speedup_interval
+from store.cached_engine import CachedEngine
+from store.evidence_store import EvidenceStore
 from tests.benchmarks.common import LENGTHS, family, finish
-from tuner.evidence import gather
-from tuner.forecast import Forecaster
-from tuner.policy import MIN_DOMAIN_PROMPTS
+from tuner.forecast.evidence import gather
+from tuner.forecast.forecaster import Forecaster
+from tuner.policy.policy import MIN_DOMAIN_PROMPTS
 from tuner.router.training import calibration_interval, share_interval, train
-from tuner.space import candidates
+from tuner.search.objective import candidates
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "spec_bench_odd.jsonl"
 NUM_FOLDS = 5
@@ -178,10 +178,10 @@ class Priced:
 
 def gathered(num_tokens: int, store: Path) -> tuple[Labelled, Priced]:
     """The prompts that ship, and what they take."""
-    requests = files.read(shipped.ALL_PROMPTS)
+    requests = files.read(builtin.ALL_PROMPTS)
     bench, workload, prompts = family(len(requests), num_tokens)
-    with Book.open(store) as book:
-        evidence = gather(Remember(bench.engine, book), workload, prompts, LENGTHS, lambda *_: None)
+    with EvidenceStore.open(store) as evidence_store:
+        evidence = gather(CachedEngine(bench.engine, evidence_store), workload, prompts, LENGTHS, lambda *_: None)
     timed_prompts = [prompt for prompt in prompts if len(evidence.traces[prompt.digest].token_ids) > 1]
     tokens = numpy.array([len(evidence.traces[prompt.digest].token_ids) - 1 for prompt in timed_prompts])
     forecaster = Forecaster(evidence, workload, bench.engine.target.run_digest)

@@ -18,18 +18,17 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
 
-from profiles.formulas import median
-from profiles.steering import Round
-from profiles.terms import PLAIN, Draft, Model, Setup
+from profiles.engines.base import RoundReport
+from profiles.records.core import PLAIN, Draft, Model, Setup
+from profiles.stats import median
+from tests import ROOT
 from tests.benchmarks.common import family, finish
-from tests.policies import choice, kept, policy, round_times
-from tuner.policy import Policy
-from tuner.prior import Prior
-from tuner.selector import Selector
+from tests.support.policies import choice, kept, policy, round_times
+from tuner.policy.policy import Policy
+from tuner.policy.prior import Prior
+from tuner.selector.selector import Selector
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 DOMAINS = ("mixed", "code", "copy", "prose")
 BATCHES = (1, 8)
 LENGTHS = tuple(range(1, 9))
@@ -77,7 +76,7 @@ def microseconds(policy_: Policy, num_rounds: int, rows: int) -> list[float]:
         outcomes = tuple(drawn(pick.setup, luck) for _ in range(rows))
         seconds = (0.01 + 0.001 * max(proposed for proposed, _ in outcomes)) * luck.uniform(0.95, 1.05)
         told = time.perf_counter_ns()
-        selector.observe(Round(pick, outcomes, seconds))
+        selector.observe(RoundReport(pick, outcomes, seconds))
         spent.append((time.perf_counter_ns() - told + chosen - started) / 1e3)
     return spent
 
@@ -131,9 +130,10 @@ def main() -> None:
         document |= {f"p50_us{suffix}": round(p50, 2), f"p99_us{suffix}": round(p99, 2)}
         document[f"round_fraction{suffix}"] = round(p50 / 1e6 / round_s, 5)
     bare, light, reading = import_seconds(
-        ["pass", "import tuner.selector", "import tuner.selector, tuner.policy"], options.imports
+        ["pass", "import tuner.selector.selector", "import tuner.selector.selector, tuner.policy.policy"],
+        options.imports,
     )
-    print(f"import of tuner.selector {light / bare:.2f} times bare Python, with the policy reader {reading / bare:.2f}")
+    print(f"import of the selector {light / bare:.2f} times bare Python, with the policy reader {reading / bare:.2f}")
     finish(document | {"import_ratio": round(light / bare, 3), "import_ratio_with_policy": round(reading / bare, 3)})
 
 

@@ -11,20 +11,23 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from profiles import loading, shipped, spelling
-from profiles.loading import Bench, Question
-from profiles.terms import PLAIN, Prompt, Setup, Workload
-from store.book import Book
-from store.remember import Remember
-from tuner.anchors import Anchor, Grounds
-from tuner.evidence import Evidence, gather, spread_over_domains
-from tuner.forecast import Forecaster
-from tuner.policy import Choice, Policy
-from tuner.question import MIXED
-from tuner.simulator import Simulator, World, noise_of
-from tuner.space import candidates
-from tuner.summary import summarise
-from tuner.verdict import alternatives
+from profiles import builtin
+from profiles.engines import workloads
+from profiles.engines.bench import Bench, Question
+from profiles.engines.torch import load as load_module
+from profiles.records import draft_spec
+from profiles.records.core import PLAIN, Prompt, Setup, Workload
+from store.cached_engine import CachedEngine
+from store.evidence_store import EvidenceStore
+from tests.benchmarks.simulator import Simulator, World, noise_of
+from tuner.forecast.evidence import Evidence, gather, spread_over_domains
+from tuner.forecast.forecaster import Forecaster
+from tuner.pipeline.build_prior import summarise
+from tuner.pipeline.decision import alternatives
+from tuner.pipeline.points import Grounds, PointDecision
+from tuner.policy.policy import Choice, Policy
+from tuner.policy.query import MIXED
+from tuner.search.objective import candidates
 
 LENGTHS = tuple(range(1, 17))
 BATCHES = (1, 4, 8, 32)
@@ -79,12 +82,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 @contextmanager
 def family(options: argparse.Namespace) -> Iterator[Family]:
     """Measures or recalls everything; the store is open meanwhile."""
-    with tempfile.TemporaryDirectory() as folder, Book.open((options.store or Path(folder)) / "evidence.db") as book:
-        bench = loading.load(shipped.TARGET, [spelling.parse_draft(text) for text in DRAFTS], None, None)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        EvidenceStore.open((options.store or Path(folder)) / "evidence.db") as evidence_store,
+    ):
+        bench = load_module.load(builtin.TARGET, [draft_spec.parse_draft(text) for text in DRAFTS], None, None)
         question = Question(lengths=LENGTHS, max_new_tokens=options.tokens, batch_sizes=BATCHES)
-        loads, _ = loading.workloads(bench, question, [shipped.ALL_PROMPTS])
+        loads, _ = workloads.workloads(bench, question, [builtin.ALL_PROMPTS])
         prompts = spread_over_domains(loads[0][1], options.prompts)
-        engine = Remember(bench.engine, book)
+        engine = CachedEngine(bench.engine, evidence_store)
         measured = {}
         for workload, _ in loads:
             evidence = gather(engine, workload, prompts, LENGTHS, lambda *_: None)
@@ -104,7 +110,7 @@ def _family(bench: Bench, measured: Mapping[Workload, Grounds], prompts: Sequenc
     known = {domain: own[::2] for domain, own in by_domain.items()}
     pools = {MIXED: [prompt for own in known.values() for prompt in own], **known}
     anchors = [
-        Anchor(
+        PointDecision(
             workload=workload,
             domain=domain,
             forecast_pool=tuple(pool),
@@ -141,7 +147,7 @@ def _family(bench: Bench, measured: Mapping[Workload, Grounds], prompts: Sequenc
     )
 
 
-def _choice(anchor: Anchor) -> Choice:
+def _choice(anchor: PointDecision) -> Choice:
     """The best forecast of an anchor by its low end; plain decoding where none beats it."""
     best = next(iter(alternatives(anchor.forecasts)), None)
     return Choice(

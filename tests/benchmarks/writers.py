@@ -21,15 +21,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from profiles.terms import PLAIN, Setup, Workload
-from store.book import Book, Scope
-from store.connection import Place
-from store.remember import Remember
-from store.runs import Shelf, tune
-from tests import servers
-from tests.fakes import DRAFT_A, GREEDY, FakeEngine, prompts
-from tests.servers import ask
-from tuner.tuning import Options, Watch
+from profiles.records.core import PLAIN, Setup, Workload
+from store.cached_engine import CachedEngine
+from store.database import Place
+from store.evidence_store import EvidenceStore, Scope
+from tests.support import servers
+from tests.support.fakes import DRAFT_A, GREEDY, FakeEngine, prompts
+from tests.support.servers import ask
+from tuner.pipeline.pipeline import Options, Watch
+from tuner.run import TuningSession, tune
 
 PROCESSES = {"sqlite": 8, "postgresql": 16}
 PROMPTS = prompts(40)
@@ -52,20 +52,20 @@ def write_together(place: Place, seed: int, seconds: float, barrier: Any, result
     said: dict[str, Any] = {"error": None, "runs": 0, "measured": 0, "reused": 0, "unlike": 0}
     barrier.wait()
     try:
-        with Book.open(place) as book:
+        with EvidenceStore.open(place) as evidence_store:
             workload = Workload(context_length=256, max_new_tokens=64, temperature=(seed % 2) * 0.8)
-            tune(engine, [(workload, PROMPTS)], Shelf.of(book), Options(lengths=(1, 2)), Watch())
+            tune(engine, [(workload, PROMPTS)], TuningSession.of(evidence_store), Options(lengths=(1, 2)), Watch())
             said["runs"] = 1
             ends_at = time.monotonic() + seconds
             for number, prompt in enumerate(LOAD):
                 if time.monotonic() > ends_at:
                     break
-                remember = Remember(engine, book)
+                remember = CachedEngine(engine, evidence_store)
                 trace = remember.trace_target(GREEDY, prompt)
                 remember.trace_draft(GREEDY, prompt, trace, DRAFT_A, 2)
                 runs = remember.run_together(GREEDY, (prompt,), (PLAIN, A2), f"load {number}")
                 scope = Scope(target=engine.target, environment=engine.environment, workload=GREEDY)
-                said["unlike"] += book.find_samples(scope, (prompt,), (PLAIN, A2), f"load {number}") != runs
+                said["unlike"] += evidence_store.find_samples(scope, (prompt,), (PLAIN, A2), f"load {number}") != runs
                 said["measured"] += remember.measured_units
                 said["reused"] += remember.reused_units
     except Exception as error:  # whatever it is, it counts
@@ -120,8 +120,8 @@ def _counts(place: Place) -> dict[str, int]:
     partial = "SELECT count(*) FROM (SELECT 1 FROM {} HAVING count(*) <> {}) AS partial"
     torn = ask(place, partial.format("samples GROUP BY unit", "max(position) + 1"))[0][0]
     torn += ask(place, partial.format("step_times GROUP BY sweep", "3"))[0][0]
-    with Book.open(place) as book:
-        studies = book.database.studies_place()
+    with EvidenceStore.open(place) as evidence_store:
+        studies = evidence_store.database.studies_place()
     duplicates += ask(studies, twice.format("studies", "study_name"))[0][0]
     digests = ", ".join(f"'{prompt.digest}'" for prompt in LOAD)
     loaded = [

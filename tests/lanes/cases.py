@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from profiles.terms import PLAIN, Draft, Model, Setup
-from tests.policies import NGRAM, TARGET, choice, forecast, measured
+from profiles.records.core import PLAIN, Draft, Model, Setup
+from tests.support.policies import NGRAM, TARGET, choice, forecast, measured
 from tuner.export import Deployment
-from tuner.policy import Choice
+from tuner.policy.policy import Choice
 
 
 def deployment(

@@ -13,7 +13,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-STAND_IN = Path(__file__).resolve().parents[2] / "profiles" / "serving" / "llama_server.py"
+STAND_IN = Path(__file__).resolve().parents[2] / "profiles/engines/llamacpp/xllamacpp_server.py"
 PROMPT = [5, 9, 7, 8] * 6
 
 

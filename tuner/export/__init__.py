@@ -11,14 +11,14 @@ from typing import Literal, get_args
 
 from packaging.version import Version
 
-from profiles.errors import InputError
-from profiles.terms import Model, Setup, Workload
+from profiles.records.core import Model, Setup, Workload
+from profiles.records.errors import InputError
 from tuner.export import llamacpp, sglang, transformers, trtllm, vllm
-from tuner.export.picking import label_of
-from tuner.export.terms import Deployment, Export
+from tuner.export.select import label_of
+from tuner.export.types import Deployment, Export
 from tuner.export.versions import engine_of
-from tuner.policy import Choice
-from tuner.question import MIXED
+from tuner.policy.policy import Choice
+from tuner.policy.query import MIXED
 
 __all__ = ["FORMS", "Deployment", "Export", "Form", "emit", "record_words", "words"]
 

@@ -2,10 +2,10 @@
 
 import shlex
 
-from profiles.serving.llama_flags import SPELLINGS, Spelling, spelling_of_build, spelling_of_help, words_of
-from profiles.terms import Model, Setup
+from profiles.engines.llamacpp.flags import SPELLINGS, Spelling, args_for, spelling_of_build, spelling_of_help
+from profiles.records.core import Model, Setup
 from tuner.export import versions
-from tuner.export.picking import (
+from tuner.export.select import (
     Engine,
     Objection,
     kind_objection,
@@ -17,7 +17,7 @@ from tuner.export.picking import (
     weights_objection,
     written_gguf,
 )
-from tuner.export.terms import Deployment, Export
+from tuner.export.types import Deployment, Export
 
 
 def emit(deployment: Deployment, version: str | None) -> Export:
@@ -68,4 +68,4 @@ def _words(setup: Setup, spelling: Spelling) -> list[str]:
     assert setup.draft is not None
     model = setup.draft.model
     weights = None if model is None else str(written_gguf(model) or place_of(model))
-    return [shlex.quote(word) for word in words_of(setup, spelling, weights)]
+    return [shlex.quote(word) for word in args_for(setup, spelling, weights)]

@@ -7,11 +7,11 @@ largest nothing was measured, and plain decoding is the rule. How an engine spel
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from profiles.terms import PLAIN, Draft, Interval, Setup
-from tuner.export.picking import Objection
-from tuner.export.terms import Deployment
-from tuner.objective import MIN_SPEEDUP
-from tuner.policy import Choice
+from profiles.records.core import PLAIN, Draft, Interval, Setup
+from tuner.export.select import Objection
+from tuner.export.types import Deployment
+from tuner.policy.policy import Choice
+from tuner.search.objective import MIN_SPEEDUP
 
 NO_GAIN = Interval(estimate=1.0, low=1.0, high=1.0)
 

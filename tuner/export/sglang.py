@@ -8,9 +8,9 @@ import shlex
 
 from packaging.version import Version
 
-from profiles.terms import Setup
-from tuner.export.picking import Engine, kind_objection, made, one_length, pick, place_of, refused, weights_objection
-from tuner.export.terms import Deployment, Export
+from profiles.records.core import Setup
+from tuner.export.select import Engine, kind_objection, made, one_length, pick, place_of, refused, weights_objection
+from tuner.export.types import Deployment, Export
 from tuner.export.vocabulary import vocabulary_objection
 
 ALGORITHMS = {"STANDALONE": "0.5.2", "NGRAM": "0.5.3"}  # the first version checked that has it

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from profiles.terms import Draft, Model, Setup
-from tuner.export.picking import (
+from profiles.records.core import Draft, Model, Setup
+from tuner.export.select import (
     Engine,
     comment,
     is_gguf,
@@ -21,9 +21,9 @@ from tuner.export.picking import (
     title,
     weights_objection,
 )
-from tuner.export.terms import Deployment, Export
+from tuner.export.types import Deployment, Export
 from tuner.export.vocabulary import vocabulary_objection
-from tuner.policy import Choice
+from tuner.policy.policy import Choice
 
 FIRST = "5.17.0"  # the oldest release this project is tested with
 

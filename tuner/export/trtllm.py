@@ -11,8 +11,9 @@ from typing import Literal
 
 from packaging.version import Version
 
-from profiles.terms import Setup
-from tuner.export.picking import (
+from profiles.records.core import Setup
+from tuner.export.schedule import Range, as_scheduled, ranges_of
+from tuner.export.select import (
     Engine,
     comment,
     joined,
@@ -26,8 +27,7 @@ from tuner.export.picking import (
     title,
     weights_objection,
 )
-from tuner.export.schedule import Range, as_scheduled, ranges_of
-from tuner.export.terms import Deployment, Export
+from tuner.export.types import Deployment, Export
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

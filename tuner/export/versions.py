@@ -8,10 +8,9 @@ import shutil
 
 from packaging.version import InvalidVersion, Version
 
-from profiles import packages
-from profiles.errors import InputError
-from profiles.serving import llama_flags
-from tuner.export.picking import Engine
+from profiles.hardware import software
+from profiles.records.errors import InputError
+from tuner.export.select import Engine
 
 TITLES = {
     "vllm": "vLLM",
@@ -64,7 +63,7 @@ def build_of(text: str) -> int:
 
 def installed(form: str) -> str | None:
     """The version of the package that is installed here, None without one (or of llama.cpp: see `server_help`)."""
-    stated = packages.installed(form)
+    stated = software.installed(form)
     try:
         return None if stated is None else str(Version(stated))
     except InvalidVersion:
@@ -73,8 +72,8 @@ def installed(form: str) -> str | None:
 
 def server_help() -> str | None:
     """What `llama-server --help` prints, of the one that is named or on the PATH; None without one."""
-    program = llama_flags.named_server() or shutil.which("llama-server")
-    return None if program is None else llama_flags.help_of([program])
+    program = software.named_server() or shutil.which("llama-server")
+    return None if program is None else software.help_of([program])
 
 
 def _spelled(form: str, version: str) -> str:

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 from packaging.version import Version
 
-from profiles.spelling import engine_options
-from profiles.terms import Model, Setup
-from tuner.export.picking import (
+from profiles.records.core import Model, Setup
+from profiles.records.draft_spec import engine_options
+from tuner.export.schedule import Range, as_scheduled, ranges_of, scheduled
+from tuner.export.select import (
     Engine,
     claimed,
     kind_objection,
@@ -21,8 +22,7 @@ from tuner.export.picking import (
     refused,
     weights_objection,
 )
-from tuner.export.schedule import Range, as_scheduled, ranges_of, scheduled
-from tuner.export.terms import Deployment, Export
+from tuner.export.types import Deployment, Export
 from tuner.export.vocabulary import vocabulary_objection
 
 SCHEDULE = "num_speculative_tokens_per_batch_size"

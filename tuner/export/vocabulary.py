@@ -7,8 +7,8 @@ vLLM, SGLang and transformers end with an error. Known for directories alone: a 
 import json
 from pathlib import Path
 
-from profiles.terms import Model, Setup
-from tuner.export.picking import Engine, place_of
+from profiles.records.core import Model, Setup
+from tuner.export.select import Engine, place_of
 
 
 def vocabulary_objection(target: Model, setup: Setup, engine: Engine) -> str | None:

@@ -4,7 +4,7 @@ The names here are light; `assemble` (fills a dossier from a run) and `page` (wr
 """
 
 from tuner.report.charts import ChartRow, bar_chart
-from tuner.report.dossier import Dossier
+from tuner.report.data import ReportData
 from tuner.report.tables import answer, document, table
 
-__all__ = ["ChartRow", "Dossier", "answer", "bar_chart", "document", "table"]
+__all__ = ["ChartRow", "ReportData", "answer", "bar_chart", "document", "table"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from profiles.errors import InputError
-from profiles.terms import Interval
+from profiles.records.core import Interval
+from profiles.records.errors import InputError
 
 SUFFIXES = (".png", ".svg")
 # the chart's measures, in rows of ROW_INCHES

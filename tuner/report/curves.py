@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 import numpy
 from scipy import stats
 
-from profiles.formulas import acceptance_by_position, walk
-from profiles.terms import Draft, Interval, Model, Prompt, Workload
-from tuner.evidence import Evidence
-from tuner.question import MIXED
-from tuner.report.dossier import AcceptanceCurve, Position, Stair, Staircase
+from profiles.acceptance.expected_rounds import walk
+from profiles.acceptance.rates import acceptance_by_position
+from profiles.records.core import Draft, Interval, Model, Prompt, Workload
+from tuner.forecast.evidence import Evidence
+from tuner.policy.query import MIXED
+from tuner.report.data import AcceptanceCurve, Position, Stair, Staircase
 
 
 def acceptance_curves(evidence: Evidence, workload: Workload, target_part: str) -> tuple[AcceptanceCurve, ...]:
@@ -43,7 +44,7 @@ def acceptance_curves(evidence: Evidence, workload: Workload, target_part: str) 
 
 def _longest_length(evidence: Evidence, target_part: str) -> int:
     """The largest speculation length that was timed: the width of the target's step, or of whole rounds, less one."""
-    parts = [part.digest for part in evidence.parts] if evidence.properties.times == "rounds" else [target_part]
+    parts = [part.digest for part in evidence.parts] if evidence.capabilities.times == "rounds" else [target_part]
     return max((width for part in parts for width in evidence.steps[part].samples_s), default=1) - 1
 
 
@@ -53,7 +54,7 @@ def _positions(
     """Position -> (rounds that proposed that far, those that kept that far) of one draft on one prompt."""
     draft, prompt = asked
     acceptance = evidence.acceptances[draft.digest, prompt.digest]
-    past_end = evidence.properties.past_end
+    past_end = evidence.capabilities.past_end
     walked = walk(evidence.traces[prompt.digest], acceptance, length, workload.max_new_tokens, past_end=past_end)
     return {position: (tried, share * tried) for position, tried, share in acceptance_by_position(walked.rounds)}
 
@@ -105,7 +106,7 @@ def staircases(evidence: Evidence, target: Model) -> tuple[Staircase, ...]:
     """The target's staircase, then those of the drafts' parts, by name."""
     parts = {target.run_digest: (target.name, "target")}
     parts |= {part.digest: (part.name, part.kind) for part in evidence.parts}
-    whole = evidence.properties.times == "rounds"
+    whole = evidence.capabilities.times == "rounds"
     found = []
     for digest, (name, kind) in parts.items():
         times = evidence.steps[digest]

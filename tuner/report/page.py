@@ -11,14 +11,14 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from profiles.errors import InputError
-from profiles.terms import Interval
-from tuner.claims import Forecast, Measured
-from tuner.policy import Choice
-from tuner.question import MIXED
+from profiles.records.core import Interval
+from profiles.records.errors import InputError
+from tuner.policy.estimates import Forecast, Measured
+from tuner.policy.policy import Choice
+from tuner.policy.query import MIXED
 from tuner.report import charts, pictures, timeline
 from tuner.report.charts import ChartRow
-from tuner.report.dossier import AnchorFigures, Dossier, LoadFigures
+from tuner.report.data import AnchorFigures, LoadFigures, ReportData
 from tuner.report.tables import crossover_sentence
 
 PAGES = (".html", ".htm")
@@ -26,7 +26,7 @@ LABEL_LENGTH = 40  # characters of a label in the forest plot; names in full sta
 ANCHOR = {"batch": "batch_size", "context": "context_length", "temperature": "temperature"}
 
 
-def write(dossier: Dossier, path: str | Path) -> None:
+def write(report_data: ReportData, path: str | Path) -> None:
     """The page (.html, .htm), or the bar chart of the first anchor as a picture (.png, .svg).
 
     Raises InputError: another suffix, no setup to draw a picture of, or a file that cannot be written.
@@ -36,12 +36,12 @@ def write(dossier: Dossier, path: str | Path) -> None:
     if suffix not in allowed:
         raise InputError(f"report {path}: the suffixes {', '.join(allowed)} are allowed")
     if suffix in PAGES:
-        _write_page(dossier, path)
+        _write_page(report_data, path)
     else:
-        _write_picture(dossier, path)
+        _write_picture(report_data, path)
 
 
-def _write_page(dossier: Dossier, path: Path) -> None:
+def _write_page(report_data: ReportData, path: Path) -> None:
     """One self-contained HTML file."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tuner.report", "."),
@@ -51,17 +51,17 @@ def _write_page(dossier: Dossier, path: Path) -> None:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"interval": _interval, "seconds": _seconds, "number": "{:,}".format}
-    page = environment.get_template("page.html.jinja").render(_content(dossier))
+    page = environment.get_template("page.html.jinja").render(_content(report_data))
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise InputError(f"page {path} cannot be written: {error.strerror}") from error
 
 
-def _write_picture(dossier: Dossier, path: Path) -> None:
-    headline = dossier.anchors[0]
-    subtitle = f"{dossier.environment.device}, {_place(headline.choice)}, prompts of all domains"
-    title = f"{dossier.target.name}: output tokens per second"
+def _write_picture(report_data: ReportData, path: Path) -> None:
+    headline = report_data.anchors[0]
+    subtitle = f"{report_data.environment.device}, {_place(headline.choice)}, prompts of all domains"
+    title = f"{report_data.target.name}: output tokens per second"
     charts.bar_chart(chart_rows(headline), path, title=title, subtitle=subtitle)
 
 
@@ -86,25 +86,25 @@ def chart_rows(anchor: AnchorFigures) -> list[ChartRow]:
     return rows
 
 
-def _content(dossier: Dossier) -> dict[str, Any]:
+def _content(report_data: ReportData) -> dict[str, Any]:
     """What the template fills in; pictures are markup, everything else is escaped there."""
-    anchors, hues = dossier.anchors, _hues(dossier)
+    anchors, hues = report_data.anchors, _hues(report_data)
     drawn = dict.fromkeys(one.draft_name for anchor in anchors for one in anchor.candidates if one.forecast_speedup)
-    varied = _varied([*(anchor.choice for anchor in anchors), *dossier.standing])
+    varied = _varied([*(anchor.choice for anchor in anchors), *report_data.standing])
     noises = [anchor.noise for anchor in anchors if anchor.noise is not None]
     measured = [anchor.choice.measured for anchor in anchors if anchor.choice.measured is not None]
     return {
-        "dossier": dossier,
+        "dossier": report_data,
         "headline": _decision(anchors[0].choice, varied),
         "feasible": all(one.state != "infeasible" for one in anchors[0].candidates if one.draft_name == "plain"),
         "place": _place(anchors[0].choice),
         "decisions": [{**_decision(anchor.choice, varied), "from_earlier": anchor.from_earlier} for anchor in anchors],
-        "crossover": crossover_sentence([*(anchor.choice for anchor in anchors), *dossier.standing]),
-        "standing": [_decision(choice, varied) for choice in dossier.standing],
+        "crossover": crossover_sentence([*(anchor.choice for anchor in anchors), *report_data.standing]),
+        "standing": [_decision(choice, varied) for choice in report_data.standing],
         "key": [(name, pictures.css_variable(hues[name])) for name in drawn if name != "plain"],
         "speedups": _speedups(anchors, hues, varied),
         "scatter": _scatter(anchors, hues),
-        "loads": [_load(index, load, hues) for index, load in enumerate(dossier.loads)],
+        "loads": [_load(index, load, hues) for index, load in enumerate(report_data.loads)],
         "tables": [
             {
                 "title": _title(anchor.choice, varied),
@@ -113,21 +113,21 @@ def _content(dossier: Dossier) -> dict[str, Any]:
             }
             for anchor in anchors
         ],
-        "environment": {name.replace("_", " "): value for name, value in asdict(dossier.environment).items()},
+        "environment": {name.replace("_", " "): value for name, value in asdict(report_data.environment).items()},
         "noises": [f"{noise:+.1%}" for noise in noises],
-        "timeline": _timeline(dossier, hues),
+        "timeline": _timeline(report_data, hues),
         "num_partings": sum(one.num_partings for one in measured),
         "num_disturbed": sum(one.num_disturbed for one in measured),
         "num_pairs": sum(one.num_prompts for one in measured),
     }
 
 
-def _hues(dossier: Dossier) -> dict[str, str]:
+def _hues(report_data: ReportData) -> dict[str, str]:
     """A colour for every draft the report names; those with curves of their own go first, so that theirs differ."""
-    names = [part.name for draft in dossier.drafts for part in draft.parts]
-    names += [one.draft_name for anchor in dossier.anchors for one in anchor.candidates]
-    names += [] if dossier.timeline is None else [span.draft_name for span in dossier.timeline.spans]
-    subjects = [_subject(anchor.choice) for anchor in dossier.anchors]  # an earlier run's draft may be gone
+    names = [part.name for draft in report_data.drafts for part in draft.parts]
+    names += [one.draft_name for anchor in report_data.anchors for one in anchor.candidates]
+    names += [] if report_data.timeline is None else [span.draft_name for span in report_data.timeline.spans]
+    subjects = [_subject(anchor.choice) for anchor in report_data.anchors]  # an earlier run's draft may be gone
     names += [one.setup.draft.name for one in subjects if one is not None and one.setup.draft is not None]
     return pictures.PAGE.hues(names)
 
@@ -177,9 +177,9 @@ def _scatter(anchors: Sequence[AnchorFigures], hues: dict[str, str]) -> Markup |
     return _safe(pictures.forecast_against_measured("scatter", points)) if points else None
 
 
-def _timeline(dossier: Dossier, hues: dict[str, str]) -> dict[str, Any] | None:
+def _timeline(report_data: ReportData, hues: dict[str, str]) -> dict[str, Any] | None:
     """The replayed selector, drawn for a screen and for a phone."""
-    shown = dossier.timeline
+    shown = report_data.timeline
     if shown is None:
         return None
     return {

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 from matplotlib.ticker import MaxNLocator
 
-from profiles.terms import Interval
+from profiles.records.core import Interval
 from tuner.report.charts import ROW_INCHES, ChartRow, Palette, draw_rows, dress_axes, dress_rate_axes
-from tuner.report.dossier import AcceptanceCurve, Staircase
+from tuner.report.data import AcceptanceCurve, Staircase
 
 WIDTH_INCHES = 3.6
 WIDTHS = {"ngram": "tokens asked for", "round": "tokens checked in one round"}  # by kind; others: a forward's width

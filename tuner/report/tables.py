@@ -12,9 +12,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from profiles.errors import InputError
-from profiles.terms import Interval
-from tuner.policy import Answer, Choice, Policy, crossover_of
+from profiles.records.core import Interval
+from profiles.records.errors import InputError
+from tuner.policy.policy import Answer, Choice, Policy, crossover_of
 
 ONE = Interval(estimate=1.0, low=1.0, high=1.0)
 

@@ -13,9 +13,9 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from profiles.errors import InputError
+from profiles.records.errors import InputError
 from tuner.report.charts import dress_axes
-from tuner.report.dossier import Line, Span, Timeline
+from tuner.report.data import Line, Span, Timeline
 from tuner.report.pictures import PAGE, RC, WIDTH_INCHES, inline, round_numbers
 
 WIDE_INCHES = 11.0  # on a screen; WIDTH_INCHES fills a phone

@@ -16,10 +16,10 @@ from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
-from profiles.errors import InputError
-from profiles.terms import Interval
-from tuner.policy import MIN_DOMAIN_PROMPTS
-from tuner.router.routing import READ_CHARACTERS, HeldOut, Router, features
+from profiles.records.core import Interval
+from profiles.records.errors import InputError
+from tuner.policy.policy import MIN_DOMAIN_PROMPTS
+from tuner.router.router import READ_CHARACTERS, HeldOut, Router, features
 
 NUM_FOLDS = 5
 INVERSE_PENALTY = 10.0

@@ -1,0 +1,87 @@
+"""What a server's log says went wrong: its last words, in one line that can be printed.
+
+Knows how engines log, not which engine it is.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from profiles.records.errors import EngineError, OutOfMemoryError
+
+MOST_READ_BYTES = 262_144
+MOST_CHARACTERS = 300
+
+_ERROR = re.compile(
+    r"error|exception|fatal|fail|cannot|can't|couldn't|unable|invalid|unrecogni[sz]ed|unknown|unsupported|not found"
+    r"|no such|out of memory|bad_alloc|killed|abort|terminate called|segmentation|panic|assert",
+    re.IGNORECASE,
+)
+# lines that only say that something above went wrong, or where in the source
+_POINTER = re.compile(
+    r"root cause above|exiting due to|for further information|refused the arguments"
+    r"|see (the )?(error|log|stack)s? above|see stack trace|validation errors? for|^\s*(at|File|raise) ",
+    re.IGNORECASE,
+)
+_EXCEPTION = re.compile(r"^[\w.]*(Error|Exception): ")
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|OutOfMemory|MemoryError|bad_alloc|cannot allocate memory|failed to allocate|unable to allocate"
+    r"|no available memory|not enough memory|less than desired (CPU|GPU) memory|memory allocation .*fail",
+    re.IGNORECASE,
+)
+_PORT_TAKEN = re.compile(r"address (is )?already in use|EADDRINUSE|errno 98|couldn't bind", re.IGNORECASE)
+_COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+# what vLLM and Python's logging put before a message: process, level, date, place
+_PREFIX = re.compile(
+    r"^(\([^()]*pid=\d+\)\s*)?((ERROR|CRITICAL|WARNING|INFO)[ :]+)?(\d[\d-]*[ T][\d:,.]+\s*)?(\[[\w./-]+:\d+\]\s*)?"
+)
+
+
+def last_error_line(log_path: Path, start: int = 0) -> str:
+    """The last exception's message from byte `start` on, else the last line that tells of an error, else the last line.
+
+    Printable, at most 300 characters. Empty where the log says nothing or cannot be read.
+    """
+    lines = _lines(log_path, start)
+    errors = [line for line in lines if _ERROR.search(line)]
+    causes = [line for line in errors if not _POINTER.search(_PREFIX.sub("", line))]
+    exceptions = [line for line in causes if _EXCEPTION.match(_PREFIX.sub("", line))]
+    return _without_prefix(next((found[-1] for found in (exceptions, causes, errors, lines) if found), ""))
+
+
+def error_of(what: str, log_path: Path, start: int = 0) -> EngineError:
+    """The error for `what` went wrong, with the log's last words; OutOfMemoryError where they say memory ran out."""
+    short = [line for line in _lines(log_path, start) if _OUT_OF_MEMORY.search(line)]
+    words = _without_prefix(short[-1]) if short else last_error_line(log_path, start) or "it said nothing"
+    kind = OutOfMemoryError if short else EngineError
+    return kind(f"{what}: {words} (log: {log_path})")
+
+
+def says_port_is_taken(words: str) -> bool:
+    """Whether last words tell that another program listens on the port."""
+    return _PORT_TAKEN.search(words) is not None
+
+
+def one_line(text: str) -> str:
+    """Text from outside as one printable line of at most 300 characters."""
+    return _printable(text)[:MOST_CHARACTERS]
+
+
+def _printable(text: str) -> str:
+    printable = "".join(one if one.isprintable() else " " for one in _COLOURS.sub("", text))
+    return " ".join(printable.split())
+
+
+def _without_prefix(line: str) -> str:
+    return (_PREFIX.sub("", line) or line)[:MOST_CHARACTERS]
+
+
+def _lines(log_path: Path, start: int) -> Sequence[str]:
+    try:
+        with log_path.open("rb") as file:
+            file.seek(max(start, file.seek(0, 2) - MOST_READ_BYTES))
+            text = file.read(MOST_READ_BYTES).decode(errors="replace")
+    except OSError:
+        return []
+    plain = (_printable(line) for line in text.splitlines())
+    return [line for line in plain if line]

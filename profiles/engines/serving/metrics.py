@@ -1,0 +1,81 @@
+"""Reads the counters of speculation that servers publish under `/metrics`; vLLM and llama.cpp share their names.
+
+vLLM's `num_drafts` counts rounds that proposed something. What else a page holds is not looked at.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from profiles.engines.serving.http_load import fetch
+from profiles.engines.serving.logs import one_line
+from profiles.records.errors import EngineError
+
+VLLM, LLAMA_CPP = "vllm:", "llamacpp:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counters:
+    """Running totals of a server: rounds that drafted, tokens drafted, tokens accepted, and those by position."""
+
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_by_position: tuple[int, ...] = ()
+
+    def __sub__(self, earlier: Self) -> "Counters":
+        """What was counted since `earlier`, of the same server."""
+        before = earlier.accepted_by_position
+        padded = before + (0,) * (len(self.accepted_by_position) - len(before))
+        return Counters(
+            num_drafts=self.num_drafts - earlier.num_drafts,
+            num_draft_tokens=self.num_draft_tokens - earlier.num_draft_tokens,
+            num_accepted_tokens=self.num_accepted_tokens - earlier.num_accepted_tokens,
+            accepted_by_position=tuple(now - then for now, then in zip(self.accepted_by_position, padded, strict=True)),
+        )
+
+
+def read_counters(base_url: str, prefix: str, timeout_s: float = 10.0) -> Counters:
+    """The counters that a server publishes now. Raises EngineError: no such page, or as `counters_of`."""
+    return counters_of(fetch(f"{base_url}/metrics", timeout_s), prefix)
+
+
+def counters_of(text: str, prefix: str) -> Counters:
+    """The counters in a page in Prometheus' text form; 0 where the server has counted nothing yet.
+
+    `prefix`: `vllm:` or `llamacpp:`. Values of several engines behind one server are added. Raises EngineError: not
+    such a page, or nothing with that prefix in it.
+    """
+    from prometheus_client.parser import text_string_to_metric_families
+
+    try:
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    except (ValueError, KeyError, IndexError, AttributeError) as error:
+        raise EngineError(f"metrics cannot be read: {one_line(str(error)) or type(error).__name__}") from error
+    if not any(sample.name.startswith(prefix) for sample in samples):
+        raise EngineError(f"metrics have nothing that starts with {prefix!r}: were they switched on?")
+    totals: dict[str, int] = {}
+    positions: dict[int, int] = {}
+    for sample in samples:
+        name = sample.name.removeprefix(f"{prefix}spec_decode_").removesuffix("_total")
+        if name == sample.name or not math.isfinite(sample.value):
+            continue
+        if name == "num_accepted_tokens_per_pos":
+            place = _position(sample.labels)
+            positions[place] = positions.get(place, 0) + int(sample.value)
+        else:
+            totals[name] = totals.get(name, 0) + int(sample.value)
+    return Counters(
+        num_drafts=totals.get("num_drafts", 0),
+        num_draft_tokens=totals.get("num_draft_tokens", 0),
+        num_accepted_tokens=totals.get("num_accepted_tokens", 0),
+        accepted_by_position=tuple(positions.get(place, 0) for place in range(max(positions, default=-1) + 1)),
+    )
+
+
+def _position(labels: Mapping[str, str]) -> int:
+    text = labels.get("position", "")
+    if not text.isdecimal():
+        raise EngineError(f"metrics have position {text!r}: a whole number is needed")
+    return int(text)

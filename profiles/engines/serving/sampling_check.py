@@ -1,0 +1,43 @@
+"""Whether an engine samples the same text with a draft as without one, as far as mean log-probabilities tell.
+
+A coarse check: wrong distributions can have equal means. Runs nothing.
+"""
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+
+from profiles.records.core import Prompt, Workload
+from profiles.records.errors import EngineError, InputError
+
+NUM_TEXTS = 16
+CHANCE = 6e-5  # of refusing a draft that samples as it should: four standard errors, were there many texts
+
+
+def texts_of(workload: Workload, prompts: Sequence[Prompt]) -> list[tuple[Prompt, int]]:
+    """What is sampled to compare: the prompts in turn, each time with a seed of its own."""
+    in_turn = itertools.islice(itertools.cycle(prompts), NUM_TEXTS)
+    return [(prompt, workload.seed + number) for number, prompt in enumerate(in_turn)]
+
+
+def check_means(name: str, drafted: Sequence[float], plain: Sequence[float]) -> None:
+    """Compares the target's mean log-probability of sampled texts, with the draft `name` and without, by text.
+
+    Pairs with NaN are left out. Raises: EngineError: the means are further apart than chance makes them, by Student's
+    t-test of paired differences. InputError: fewer than two texts.
+    """
+    from scipy import stats  # slow to import, and only sampling needs it
+
+    pairs = [pair for pair in zip(drafted, plain, strict=True) if not any(map(math.isnan, pair))]
+    if len(pairs) < 2:
+        raise InputError(f"sampling is compared over {len(pairs)} texts: at least 2 of more than one token are needed")
+    differences = [one - other for one, other in pairs]
+    means = [statistics.fmean(column) for column in zip(*pairs, strict=True)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    most = float(stats.t.isf(CHANCE / 2, len(differences) - 1))
+    if abs(statistics.fmean(differences)) > most * error:
+        raise EngineError(
+            f"{name} samples another text than plain decoding: mean log-probability {means[0]:.2f} "
+            f"against {means[1]:.2f} over {len(pairs)} texts; allowed is a difference of {most * error:.2f}"
+        )

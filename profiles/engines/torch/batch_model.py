@@ -1,0 +1,199 @@
+"""A model over several rows at once: tokens at stated positions in, logits out, shapes fixed so that a GPU can replay.
+
+One seam for every architecture: transformers' own classes, or a leaner forward where one fits. Knows nothing of
+drafts, rounds or which tokens are proposals.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from profiles.engines.torch import llama_forward
+from profiles.engines.torch.kv_cache import RowCache, TransformersCache
+from profiles.records.draft_spec import MAX_LENGTH
+from profiles.records.errors import ModelError
+
+SMALLEST_VIEW = 256  # slots
+WIDEST_GRAPH = MAX_LENGTH + 1  # tokens a row: a round of the longest speculation length
+_WARM_UPS = 3
+_TOLERANCE = 2e-3  # of the largest logit, in float32; wrong masks or positions are off by far more
+
+Forward = Callable[[torch.Tensor, RowCache, int], torch.Tensor]
+
+
+class RowStepper(Protocol):
+    """What rounds need of a model; `RowModel` is one, tests have others."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def step(
+        self, tokens: torch.Tensor, positions: torch.Tensor, reach: int, keep: int = 1, row: int | None = None
+    ) -> torch.Tensor:
+        """Logits (rows, keep, vocabulary) after each of the last `keep` of `tokens` (rows, width) at `positions`.
+
+        `reach` is one more than the largest position; `row` names the only row that is meant.
+        """
+        ...
+
+
+class RowModel:
+    """A model with the cache of `num_rows` sequences of `capacity` tokens; on a GPU, decoding steps are CUDA graphs."""
+
+    def __init__(self, model: PreTrainedModel, num_rows: int, capacity: int) -> None:
+        self.num_rows = num_rows
+        self.device = model.device
+        self._cache = RowCache(num_rows, capacity, model.device)
+        self._forward = _forward_of(model, self._cache)
+        devices = {parameter.device for parameter in model.parameters()}
+        on_one_gpu = len(devices) == 1 and model.device.type == "cuda"
+        self._graphs: dict[tuple[int, int, int], _Graph] | None = {} if on_one_gpu else None
+        self._pool = torch.cuda.graph_pool_handle() if on_one_gpu else None
+
+    def step(
+        self, tokens: torch.Tensor, positions: torch.Tensor, reach: int, keep: int = 1, row: int | None = None
+    ) -> torch.Tensor:
+        """See `RowStepper`. What a GPU returns is overwritten by the next step."""
+        if self._graphs is None or row is not None or tokens.shape[1] > WIDEST_GRAPH:
+            self._cache.place(positions, reach, row)
+            return self._forward(tokens, self._cache, keep)
+        view = min(graph_view(reach), self._cache.width)
+        key = (tokens.shape[1], keep, view)
+        if key not in self._graphs:
+            stream = torch.cuda.current_stream(self.device)
+            try:
+                step = functools.partial(self._seeing, view, keep)
+                self._graphs[key] = _Graph(step, tokens, positions, self._pool)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # a forward that waits for the device cannot be captured; it can still be run
+                torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
+                self._graphs = None
+                return self.step(tokens, positions, reach, keep)
+        return self._graphs[key].replay(tokens, positions)
+
+    def _seeing(self, view: int, keep: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """A step of one shape for all texts of up to `view` tokens."""
+        self._cache.place(positions, view, exact=False)
+        return self._forward(tokens, self._cache, keep)
+
+
+def graph_view(reach: int) -> int:
+    """Slots that a captured step sees: 256, 512, 1,024 ..., so that a time depends on the text and on few shapes."""
+    return max(SMALLEST_VIEW, 1 << (reach - 1).bit_length())
+
+
+class _Graph:
+    """A step captured once and replayed on its own inputs and outputs (torch.cuda.CUDAGraph).
+
+    Graphs of one model share a memory pool: what one returns is overwritten by the next replay of any of them.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        pool: Any,
+    ) -> None:
+        self._tokens, self._positions = tokens.clone(), positions.clone()
+        current = torch.cuda.current_stream(tokens.device)
+        side = torch.cuda.Stream(tokens.device)  # type: ignore[no-untyped-call]
+        side.wait_stream(current)
+        with torch.cuda.stream(side):  # allocations and libraries settle before anything is captured
+            for _ in range(_WARM_UPS):
+                step(self._tokens, self._positions)
+        current.wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._logits = step(self._tokens, self._positions)
+
+    def replay(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        self._tokens.copy_(tokens)
+        self._positions.copy_(positions)
+        self._graph.replay()
+        return self._logits
+
+
+def _forward_of(model: PreTrainedModel, cache: RowCache) -> Forward:
+    if llama_forward.fits(model):
+        return llama_forward.LlamaForward(model, cache.capacity)
+    return _TransformersForward(model, cache)
+
+
+class _TransformersForward:
+    """Any architecture through its transformers class, with masks and positions made here."""
+
+    def __init__(self, model: PreTrainedModel, cache: RowCache) -> None:
+        self._model = model
+        config = model.config.get_text_config(decoder=True)
+        self._cache = TransformersCache(cache, config.num_hidden_layers)
+        self._window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        self._chunk = getattr(config, "attention_chunk_size", None)
+        self._kinds = sorted(set(getattr(config, "layer_types", None) or ()))
+        self._added = model.config._attn_implementation == "eager"  # it adds its mask instead of applying it
+
+    def __call__(self, tokens: torch.Tensor, cache: RowCache, keep: int) -> torch.Tensor:
+        output = self._model(
+            tokens,
+            past_key_values=self._cache,
+            attention_mask=self._masks(cache),
+            position_ids=cache.queries,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
+        logits: torch.Tensor = output.logits[:, -keep:]
+        return logits
+
+    def _masks(self, cache: RowCache) -> torch.Tensor | dict[str, torch.Tensor]:
+        by_kind: dict[str, Callable[[], torch.Tensor]] = {
+            "full_attention": cache.mask,
+            "sliding_attention": lambda: cache.mask(window=self._window),
+            "chunked_attention": lambda: cache.mask(chunk=self._chunk),
+        }
+        if not self._kinds:
+            seen = {"all": cache.mask(window=self._window)}
+        else:
+            seen = {kind: by_kind[kind]() for kind in self._kinds}
+        if self._added:
+            seen = {kind: cache.added_mask(mask, self._model.dtype) for kind, mask in seen.items()}
+        return seen if len(seen) > 1 else next(iter(seen.values()))
+
+
+def check_rows(model: PreTrainedModel, name: str) -> None:
+    """Refuses an architecture that cannot be stepped in rows of unequal length; a few tiny forwards tell.
+
+    Raises: ModelError: its logits differ from those of its own plain forward.
+    """
+    device, vocabulary = model.device, model.get_input_embeddings().num_embeddings
+    texts = [[(7 * place + 3) % vocabulary for place in range(length)] for length in (5, 9)]
+    rows = RowModel(model, len(texts), capacity=16)
+    try:
+        with torch.inference_mode():
+            wanted = torch.stack(
+                [model(torch.tensor([text], device=device), use_cache=False).logits[0, -1] for text in texts]
+            )
+            for number, text in enumerate(texts):
+                prompt = torch.tensor([text[:-2]], device=device)
+                rows.step(prompt, torch.arange(len(text) - 2, device=device)[None], len(text) - 2, row=number)
+            ends = torch.tensor([[len(text) - 2, len(text) - 1] for text in texts], device=device)
+            last = torch.tensor([text[-2:] for text in texts], device=device)
+            found = rows.step(last, ends, max(map(len, texts)))[:, 0]
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ModelError(f"model {name!r}: {type(model).__name__} cannot be decoded in rows: {reason}") from error
+    off = float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max())
+    allowed = _TOLERANCE if model.dtype == torch.float32 else 0.1
+    if not off <= allowed and bool(torch.isfinite(wanted).all()):
+        raise ModelError(
+            f"model {name!r}: {type(model).__name__} in rows of unequal length gives other logits than alone (off by "
+            f"{off:.2g} of the largest, allowed is {allowed:g}), so it cannot be decoded here"
+        )

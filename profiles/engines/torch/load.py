@@ -1,0 +1,84 @@
+"""Split from profiles.engines.workloads."""
+
+from collections.abc import Sequence
+
+import torch
+
+from profiles.engines.bench import Bench
+from profiles.engines.torch.drafters import DraftSource
+from profiles.engines.torch.engine import TorchEngine
+from profiles.hardware import fingerprint
+from profiles.models import loader, memory
+from profiles.models.footprint import Footprint
+from profiles.models.memory import cached_values_per_token
+from profiles.models.sources import find
+from profiles.records.core import DTYPES, Draft
+from profiles.records.draft_spec import DraftSpec, Refused
+from profiles.records.errors import InputError, ModelError, OutOfMemoryError
+
+
+def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str | None, num_tokens: int = 0) -> Bench:
+    """The engine over a target and its drafts; `dtype` None is float32 on a CPU and bfloat16 on a GPU.
+
+    `num_tokens`: cached tokens that must fit in memory beside the weights. A draft that cannot be used is refused and
+    the others go on.
+
+    Raises: InputError: an unknown device or dtype. ModelError: the target cannot be loaded or does not fit in memory.
+    The first draft's error, when there are drafts and none can be used.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
+    place = fingerprint.pick_device(device)
+    chosen = dtype or ("float32" if place == "cpu" else "bfloat16")
+    free = fingerprint.free_bytes_of_all(place)  # a target may be spread over several GPUs
+    memory.check_memory([target], dtype=chosen, device=place, num_tokens=num_tokens, num_free_bytes=free)
+    by_name = {target: loader.load(target, dtype=chosen, device=place)}
+    sources: dict[str, DraftSource] = {}
+    errors: dict[str, ModelError | OutOfMemoryError] = {}
+    for spec in specs:
+        if spec.kind == "composite" and spec.path in errors:
+            continue  # its model is refused already, which is said once
+        if spec.kind == "native":
+            raise InputError(f"draft {spec.name!r}: only a serving engine has it; --engine says which")
+        try:
+            if spec.path is not None and spec.path not in by_name:
+                memory.check_memory([spec.path], dtype=chosen, device=place, num_tokens=num_tokens)
+                loaded = loader.load(spec.path, dtype=chosen, device=place, several_gpus=False)
+                loader.check_pair(by_name[target], loaded)
+                by_name[spec.path] = loaded
+            source = _source(spec, by_name, by_name[target])
+            sources.setdefault(source.draft.digest, source)
+        except (ModelError, OutOfMemoryError) as error:
+            errors[spec.name] = error
+    if errors and not sources:
+        raise next(iter(errors.values()))
+    refused = [Refused(name=name, reason=type(error).__name__, detail=str(error)) for name, error in errors.items()]
+    prints: dict[Draft | None, Footprint] = {None: memory.footprint(find(target), chosen)}
+    prints |= {source.draft: _footprint(source, by_name[target]) for source in sources.values()}
+    return Bench(
+        engine=TorchEngine(by_name[target], tuple(sources.values()), place),
+        loaded=tuple(by_name.values()),
+        footprints=prints,
+        refused=tuple(refused),
+    )
+
+
+def _source(spec: DraftSpec, by_name: dict[str, loader.Loaded], target: loader.Loaded) -> DraftSource:
+    if spec.path is not None:
+        loaded = by_name[spec.path]
+        draft = Draft(kind=spec.kind, model=loaded.record, max_match=spec.max_match, min_match=spec.min_match)
+        return DraftSource(draft=draft, model=loaded.model)
+    if spec.num_layers is not None:
+        draft = Draft(kind="early_exit", num_layers=spec.num_layers)
+        return DraftSource(draft=draft, model=loader.early_exit(target, spec.num_layers))
+    return DraftSource(draft=Draft(kind="ngram", max_match=spec.max_match, min_match=spec.min_match), model=None)
+
+
+def _footprint(source: DraftSource, target: loader.Loaded) -> Footprint:
+    """What a draft adds: an early exit has the target's weights, a look-up next to nothing."""
+    if source.model is None:
+        return Footprint(weight_bytes=0, cache_bytes_per_token=0)
+    size = getattr(torch, target.record.dtype).itemsize
+    shares_weights = not source.draft.has_weights or source.model is target.model
+    own = 0 if shares_weights else sum(parameter.numel() for parameter in source.model.parameters())
+    return Footprint(weight_bytes=size * own, cache_bytes_per_token=size * cached_values_per_token(source.model.config))

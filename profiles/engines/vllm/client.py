@@ -1,0 +1,127 @@
+"""One vLLM worker process as seen from here: commands out, answers in, and its end whatever happens.
+
+Knows the worker's lines (`worker.py`), not what is measured with it.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import shutil
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_dir
+
+from profiles.engines.serving.logs import one_line
+from profiles.engines.serving.process import DEATH_S, Process
+from profiles.records.errors import EngineError, OutOfMemoryError
+
+WORKER = Path(__file__).with_name("worker.py")
+HELLO_TIMEOUT_S = 60.0
+GOODBYE_S = 20.0
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",  # models are folders here
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class Child:
+    """A worker of `python`, which says its versions first; a context manager.
+
+    Whatever it does wrong ends it and is raised as EngineError, as OutOfMemoryError where memory ran out. Raises
+    InputError: no such Python, or a log that cannot be written.
+    """
+
+    def __init__(self, python: str, log_path: Path, *, worker: Path = WORKER) -> None:
+        scratch = tempfile.mkdtemp(prefix="draftpick-vllm-")  # an engine leaves a file behind
+        self._clean_up = weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
+        compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{user_cache_dir('draftpick')}/torchinductor")
+        variables = {**ENVIRONMENT, "TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": compiled}
+        self._process = Process([python, "-P", str(worker)], log_path, environment=variables, piped=True)
+        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
+        self.facts: dict[str, Any] = self._answer("the start", HELLO_TIMEOUT_S)
+        self.warm: set[tuple[str, int]] = set()  # (setup digest, batch size) that ran here before
+
+    def ask(self, command: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
+        """The worker's answer to one command, waited for `timeout_s` seconds at most."""
+        question = json.dumps({"command": command, **arguments})
+        with contextlib.suppress(OSError):  # a dead worker is seen when its answer does not come
+            self._process.stdin.write(question.encode() + b"\n")
+            self._process.stdin.flush()
+        return self._answer(command, timeout_s)
+
+    @property
+    def alive(self) -> bool:
+        return self._process.alive
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Its processes that live now."""
+        return self._process.pids
+
+    def stop(self) -> None:
+        """Ends it, by its own way out where it listens; safe to call again."""
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        self._process.wait(GOODBYE_S)
+        self._end()
+
+    def _end(self) -> None:
+        self._process.stop()
+        self._clean_up()
+
+    def _listen(self, stdout: Any) -> None:
+        with contextlib.suppress(OSError, ValueError):  # the pipe is closed when the process is stopped
+            for line in stdout:
+                self._lines.put(line)
+        self._lines.put(b"")
+
+    def _answer(self, command: str, timeout_s: float) -> dict[str, Any]:
+        try:
+            line = self._lines.get(timeout=timeout_s)
+        except queue.Empty:
+            self._end()
+            raise self._process.failure(f"with vLLM did not answer {command!r} within {timeout_s:g} s") from None
+        except BaseException:  # Ctrl-C: the answer that is still to come must not be taken for another's
+            self._end()
+            raise
+        if not line:
+            self._process.wait(DEATH_S)
+            self._end()
+            raise self._process.failure()
+        answer = _decoded(line)
+        if answer is None:
+            self._end()
+            raise EngineError(f"vLLM's worker answered {command!r} with what is no answer: {one_line(str(line))}")
+        if "error" in answer:
+            self.stop()
+            kind = OutOfMemoryError if answer.get("memory") else EngineError
+            raise kind(f"vLLM failed at {command!r}: {one_line(str(answer['error']))} (log: {self._process.log_path})")
+        return answer
+
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def _decoded(line: bytes) -> dict[str, Any] | None:
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        return None
+    return answer if isinstance(answer, dict) else None
+
+
+def python_of(named: str | None, variables: Mapping[str, str]) -> str:
+    """The Python that has vLLM: the one named, else $DRAFTPICK_VLLM_PYTHON, else this one."""
+    return named or variables.get("DRAFTPICK_VLLM_PYTHON") or sys.executable

@@ -1,0 +1,278 @@
+"""The records every room shares.
+
+Records are frozen and validate on creation; they hold raw counts and times, never rates (`formulas` derives those).
+Units are the last word of a name; fractions are never percent. Standard library only: serving code imports this.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
+from typing import Literal, get_args
+
+from profiles.records.errors import require
+
+DraftKind = Literal["model", "ngram", "early_exit", "composite", "native"]
+
+
+DRAFT_KINDS: tuple[DraftKind, ...] = get_args(DraftKind)
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+CATCH_UP_WIDTHS = (2, 4, 8, 16, 32, 64)  # of a draft model's first step of a round; wider ones are several of the last
+
+
+ADDED = MappingProxyType({"added": True})  # marks a field that JSON of an earlier version may lack
+
+
+DECODING_VERSION = 1  # raised when the engine would emit or accept other tokens for the same question
+
+
+def digest_of(value: object) -> str:
+    """Hex SHA-256 (32 digits) of the canonical JSON of `value`: the same value gives the same digest anywhere."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _finite(values: Sequence[float]) -> bool:
+    return all(math.isfinite(value) for value in values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """An estimate with its 95 % interval; `low <= estimate <= high`."""
+
+    estimate: float
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        require(_finite((self.estimate, self.low, self.high)), f"interval {self} is not finite")
+        require(self.low <= self.estimate <= self.high, f"interval {self} is not in order")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """Weights as they are run: `digest` covers the weight and config files, `dtype` the float type in memory."""
+
+    name: str
+    revision: str | None = None
+    dtype: str
+    digest: str
+    num_params: int
+
+    def __post_init__(self) -> None:
+        require(self.dtype in DTYPES, f"dtype {self.dtype!r}: allowed are {', '.join(DTYPES)}")
+        require(self.num_params > 0, f"model {self.name!r} has {self.num_params} parameters")
+
+    @property
+    def run_digest(self) -> str:
+        """Identity of the model as it is run: weights and float type. The part digest of a target's staircase."""
+        return digest_of([self.digest, self.dtype])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """What proposes tokens; exactly the parameters of its kind are set. A `native` draft may have a model."""
+
+    kind: DraftKind
+    model: Model | None = None
+    max_match: int | None = None
+    min_match: int | None = None
+    num_layers: int | None = None
+    method: str | None = field(default=None, metadata=ADDED)  # of a native draft: as a serving engine names it
+
+    def __post_init__(self) -> None:
+        require(self.kind in DRAFT_KINDS, f"draft kind {self.kind!r}: allowed are {', '.join(DRAFT_KINDS)}")
+        has_model, has_match = self.kind in ("model", "composite"), self.kind in ("ngram", "composite")
+        is_native = self.kind == "native"
+        require(is_native or has_model == (self.model is not None), f"draft kind {self.kind!r} and its model disagree")
+        require(is_native == bool(self.method), "only native drafts have a method")
+        require((self.kind == "early_exit") == (self.num_layers is not None), "only early-exit drafts have layers")
+        low, high = self.min_match, self.max_match
+        if has_match:
+            require(
+                low is not None and high is not None and 1 <= low <= high,
+                f"ngram matches max={high},min={low}: allowed are 1 <= min <= max",
+            )
+        else:
+            require(low is None and high is None, f"draft kind {self.kind!r} has no n-gram matches")
+        if self.num_layers is not None:
+            require(self.num_layers >= 1, f"early-exit layers {self.num_layers}: at least 1 is needed")
+
+    @property
+    def name(self) -> str:
+        """The spelling the command line takes: a model's name, `ngram:max=4,min=2`, `early-exit:4` or a `+` of two."""
+        if self.kind == "composite":
+            return "+".join(part.name for part in self.parts)
+        if self.kind == "native":
+            return f"native:{self.method}" + ("" if self.model is None else f"+{self.model.name}")
+        if self.model is not None:
+            return self.model.name
+        if self.kind == "ngram":
+            return f"ngram:max={self.max_match},min={self.min_match}"
+        return f"early-exit:{self.num_layers}"
+
+    @property
+    def digest(self) -> str:
+        """Identity of what it proposes (for early exit: together with the target's digest)."""
+        if self.kind == "composite":
+            return digest_of([self.kind, *(part.digest for part in self.parts)])
+        if self.kind == "native":
+            return digest_of([self.kind, self.method, None if self.model is None else self.model.run_digest])
+        if self.model is not None:
+            return digest_of([self.kind, self.model.digest, self.model.dtype])
+        return digest_of([self.kind, self.max_match, self.min_match, self.num_layers])
+
+    @property
+    def parts(self) -> tuple["Draft", ...]:
+        """What is traced and timed on its own: of a composite its look-up and its model, else the draft itself."""
+        if self.kind != "composite":
+            return (self,)
+        ngram = Draft(kind="ngram", max_match=self.max_match, min_match=self.min_match)
+        return ngram, Draft(kind="model", model=self.model)
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether every round searches the text on the host."""
+        return self.kind in ("ngram", "composite")
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it needs weights of its own in memory."""
+        return self.model is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """A way to decode: `length` drafted tokens per round, 0 exactly when there is no draft (plain decoding).
+
+    `stop_below`: a round stops drafting before a proposal whose largest draft probability is under it.
+    """
+
+    draft: Draft | None = None
+    length: int = 0
+    stop_below: float | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.length >= 1 if self.draft else self.length == 0,
+            f"speculation length {self.length}: 0 exactly for plain decoding, at least 1 with a draft",
+        )
+        if self.stop_below is not None:
+            require(
+                self.draft is not None and 0.0 < self.stop_below < 1.0,
+                f"stop_below {self.stop_below}: allowed are fractions between 0 and 1, with a draft",
+            )
+
+    @property
+    def name(self) -> str:
+        """`plain`, or the draft and its length: `draft-code k=4`."""
+        stop = "" if self.stop_below is None else f" stop<{self.stop_below:g}"
+        return f"{self.draft.name} k={self.length}{stop}" if self.draft else "plain"
+
+    @property
+    def digest(self) -> str:
+        return digest_of([self.draft.digest if self.draft else None, self.length, self.stop_below])
+
+
+PLAIN = Setup()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt as the target reads it: token ids after the chat template and after cutting."""
+
+    domain: str
+    token_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        require(len(self.token_ids) > 0, f"a prompt of domain {self.domain!r} is empty")
+
+    @property
+    def digest(self) -> str:
+        """Identity of the tokens; the domain is a label and not part of it."""
+        return digest_of(list(self.token_ids))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """How text is decoded: the anchor (batch, context) and everything that shapes the target's output.
+
+    `context_length` bounds prompt plus output tokens of a sequence. `seed` matters only when sampling.
+    """
+
+    batch_size: int = 1
+    context_length: int
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    end_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"batch size {self.batch_size}: at least 1 is needed")
+        require(self.max_new_tokens >= 2, f"max-new-tokens {self.max_new_tokens}: at least 2 are needed")
+        require(
+            self.context_length > self.max_new_tokens,
+            f"context {self.context_length} leaves no room for a prompt beside {self.max_new_tokens} new tokens",
+        )
+        require(
+            math.isfinite(self.temperature) and 0.0 <= self.temperature <= 10.0,
+            f"temperature {self.temperature}: allowed are 0 (greedy) to 10",
+        )
+        require(0.0 < self.top_p <= 1.0, f"top-p {self.top_p}: allowed are fractions above 0, up to 1")
+        require(self.top_k >= 0, f"top-k {self.top_k}: allowed are 0 (off) and up")
+
+    @property
+    def acceptance_rule(self) -> str:
+        """`greedy equality` at temperature 0, else `rejection sampling`; acceptance is never mixed across rules."""
+        return "greedy equality" if self.temperature == 0.0 else "rejection sampling"
+
+    @property
+    def sampling_digest(self) -> str:
+        """Identity of the output law and its random numbers; what acceptance depends on beside prompt and models."""
+        law = [self.temperature, self.top_p, self.top_k, self.seed] if self.temperature > 0.0 else [0.0]
+        ends = sorted(self.end_token_ids)
+        return digest_of([DECODING_VERSION, self.acceptance_rule, law, self.max_new_tokens, ends])
+
+    @property
+    def anchor_digest(self) -> str:
+        """Identity of a timed run beside prompt and setup: sampling and the batch."""
+        return digest_of([self.sampling_digest, self.batch_size])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """The machine and the software that times are true for.
+
+    `compute_capability` (`9.0`) and `memory_bandwidth_bytes_s` follow from the device: None where they are not known.
+    `engine_options`: how a serving engine was started, as far as no other field says it and times depend on it.
+    """
+
+    device: str
+    device_count: int
+    memory_bytes: int
+    driver: str | None
+    cuda: str | None
+    threads: int
+    torch: str
+    engine: str
+    engine_version: str
+    compute_capability: str | None = field(default=None, metadata=ADDED)
+    memory_bandwidth_bytes_s: int | None = field(default=None, metadata=ADDED)
+    engine_options: str | None = field(default=None, metadata=ADDED)
+
+    @property
+    def digest(self) -> str:
+        """Identity of all that is no mere trait of the device: evidence from before traits were read stays found."""
+        traits = ("compute_capability", "memory_bandwidth_bytes_s")
+        known = {name: value for name, value in asdict(self).items() if name not in traits}
+        return digest_of(
+            {name: value for name, value in known.items() if value is not None or name != "engine_options"}
+        )

@@ -1,0 +1,142 @@
+"""Split from profiles.records.core."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from profiles.records.core import Setup, _finite
+from profiles.records.errors import require
+
+Rounds = Mapping[tuple[int, int], int]
+
+
+Shapes = Mapping[tuple[int, int, int], int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetTrace:
+    """One plain run: emitted tokens, the target's probability of each, and the gap of its two largest logits.
+
+    `target_probs` are taken after temperature, top-k and top-p (greedy: of the unfiltered softmax). `ended` tells
+    that the last token is an end token.
+    """
+
+    prompt_digest: str
+    token_ids: tuple[int, ...]
+    target_probs: tuple[float, ...]
+    logit_gaps: tuple[float, ...]
+    ended: bool
+
+    def __post_init__(self) -> None:
+        size = len(self.token_ids)
+        require(size > 0, "a target trace is empty")
+        require(len(self.target_probs) == size == len(self.logit_gaps), "a target trace has columns of unequal length")
+        require(_finite(self.target_probs) and _finite(self.logit_gaps), "a target trace holds a value not finite")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AcceptanceTrace:
+    """A draft model over a target trace: position i's probability to be kept, and the draft's largest probability.
+
+    `keep_probs[i]` is `min(1, draft_probs / target_probs)` of the emitted token (Leviathan et al. 2023; derivation
+    in README, "the walk"), 0 or 1 when greedy. Position 0 comes from the prefill and is never drafted.
+    """
+
+    prompt_digest: str
+    draft_digest: str
+    keep_probs: tuple[float, ...]
+    confidences: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        require(len(self.keep_probs) > 0, "an acceptance trace is empty")
+        require(len(self.keep_probs) == len(self.confidences), "an acceptance trace has columns of unequal length")
+        require(all(0.0 <= value <= 1.0 for value in self.keep_probs), "a keep probability is outside 0 to 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookupTrace:
+    """An n-gram draft over a target trace: for a round starting at i, tokens proposed and tokens kept of them.
+
+    Both are for `max_length` asked tokens; a shorter length proposes a prefix.
+    """
+
+    prompt_digest: str
+    draft_digest: str
+    max_length: int
+    proposed: tuple[int, ...]
+    kept: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        require(len(self.proposed) == len(self.kept) > 0, "a look-up trace has columns of unequal length")
+        pairs = zip(self.kept, self.proposed, strict=True)
+        good = all(0 <= kept <= proposed <= self.max_length for kept, proposed in pairs)
+        require(good, "a look-up trace keeps more than it proposed, or proposes more than asked")
+
+
+Acceptance = AcceptanceTrace | LookupTrace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimes:
+    """A staircase: seconds of one step at each width (tokens per sequence), with `context_length` tokens cached.
+
+    `part_digest` is the target's or the draft's. For an n-gram draft, width is the number of tokens asked for and
+    the time is the host's search. `disturbed`: other processes used the machine although the sweep was repeated.
+    """
+
+    part_digest: str
+    batch_size: int
+    context_length: int
+    samples_s: Mapping[int, tuple[float, ...]]
+    disturbed: bool = False
+
+    def __post_init__(self) -> None:
+        require(len(self.samples_s) > 0, "step times without a width")
+        for width, samples in self.samples_s.items():
+            good = width >= 1 and len(samples) > 0 and _finite(samples) and min(samples) > 0.0
+            require(good, f"step times at width {width} are {list(samples)[:3]}: positive seconds are needed")
+        object.__setattr__(self, "samples_s", MappingProxyType(dict(sorted(self.samples_s.items()))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One timed run of one prompt, in a row of a batch.
+
+    `ttft_s`: its prefills, from the row's start to its first token. `decode_s`: first token to last. `rounds` counts
+    its own (proposed, accepted). `shapes` counts what the whole batch ran for it: (width of the target's step, steps of
+    the draft model, width of the first of them); empty where an older engine did not say. `refills`: other rows'
+    prefills it waited for. `disturbed`: other processes used the machine although the run was repeated.
+    """
+
+    setup_digest: str
+    prompt_digest: str
+    ttft_s: float
+    decode_s: float
+    output_tokens: int
+    rounds: Rounds
+    shapes: Shapes = field(default_factory=dict)
+    refills: int = 0
+    output_digest: str
+    peak_memory_bytes: int | None = None
+    disturbed: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.output_tokens >= 1, f"a run emitted {self.output_tokens} tokens")
+        good = _finite((self.ttft_s, self.decode_s)) and self.ttft_s > 0.0 and self.decode_s >= 0.0
+        require(good, f"a run took {self.ttft_s} + {self.decode_s} s")
+        for (proposed, accepted), count in self.rounds.items():
+            require(0 <= accepted <= proposed and count >= 1, f"round ({proposed}, {accepted}) counted {count} times")
+        for shape, count in self.shapes.items():
+            require(min(shape) >= 0 and count >= 1, f"shape {shape} counted {count} times")
+        require(self.refills >= 0, f"a run waited for {self.refills} prefills")
+        object.__setattr__(self, "rounds", MappingProxyType(dict(sorted(self.rounds.items()))))
+        object.__setattr__(self, "shapes", MappingProxyType(dict(sorted(self.shapes.items()))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Infeasible:
+    """A setup that could not be measured, and why: never a number."""
+
+    setup: Setup
+    reason: str
+    detail: str

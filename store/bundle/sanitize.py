@@ -1,0 +1,80 @@
+"""Text of a bundle as it may be shown anywhere: no path of the machine it comes from, nothing a terminal would obey.
+
+A model that was named by a path is called by the path's last part with a mark before it, so that nobody takes it for a
+hub id; its digest is its identity. Cleaning twice changes nothing. What the text is about it must not know. Standard
+library only.
+"""
+
+import re
+from typing import Any
+
+from profiles.builtin import IMPORTED
+from profiles.records.errors import InputError
+
+MOST_CHARACTERS, MOST_KEY_CHARACTERS = 65_536, 200
+MOST_PASSES = 4  # what is left of one path may begin another; text that goes on so was made to
+# controls, marks that turn the writing direction or cannot be seen, halves of characters
+UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+# A path in a sentence: a root that no word touches, folders (which may hold spaces, but then no
+# equals sign: `/models/a k=4 reaches 9 tok/s` is a path and words), a last part (which may not).
+PATH = re.compile(
+    r"""(?<![\w.~:/\\-])(?:file:)?
+    (?P<root>(?:~|\.{1,2}|[A-Za-z]:)?[/\\]+)
+    (?P<folders>(?:(?:[^/\\\s:;"'<>|*?,()]+|[^/\\\s:;"'<>|*?,()=](?:[^/\\:;"'<>|*?,()=]*[^/\\\s:;"'<>|*?,()=])?)[/\\]+)*)
+    (?P<last>[^/\\\s:;,"'<>|*?()]*)""",
+    re.VERBOSE,
+)
+# a name as a whole: what is looked up first, marks of bundles before, and whether the rest is a path
+NAME = re.compile(rf"(?P<ngram>(?:ngram:[\w=,]*\+)?)(?P<marks>(?:{IMPORTED})*)(?P<rest>.*)", re.DOTALL)
+WHOLE = re.compile(r"(?:file:)?(?:~|\.{1,2}|[A-Za-z]:)?[/\\]")
+
+
+def clean(value: Any, key: str = "") -> Any:
+    """A JSON value with every text in it cleaned; under a key that ends with `name`, a path is one as a whole.
+
+    Raises InputError: a text is longer than allowed.
+    """
+    if isinstance(value, str):
+        return clean_text(value, is_name=key.endswith("name"))
+    if isinstance(value, list):
+        return [clean(item, key) if isinstance(item, str | list | dict) else item for item in value]
+    if isinstance(value, dict):
+        for name in value:
+            if len(name) > MOST_KEY_CHARACTERS or UNSHOWN.search(name):
+                raise InputError(f"the key {name[:60]!r} is longer than {MOST_KEY_CHARACTERS} or cannot be shown")
+        return {name: clean(item, name) for name, item in value.items()}
+    return value
+
+
+def clean_text(text: str, *, is_name: bool = False) -> str:
+    """One text, cleaned; raises InputError when it is longer than allowed."""
+    if len(text) > MOST_CHARACTERS:
+        raise InputError(f"the text {text[:30]!r}... has {len(text)} characters: {MOST_CHARACTERS} are allowed")
+    text = UNSHOWN.sub(" ", text)
+    if is_name:
+        text = _marked(text)
+    for _ in range(MOST_PASSES):
+        shorter = PATH.sub(_last_part, text)
+        if shorter == text:
+            return text
+        text = shorter
+    return re.sub(r"[/\\]", "_", text)
+
+
+def _marked(name: str) -> str:
+    """A name that is a path, or that a bundle brought before, as its last part behind one mark; others as they are."""
+    found = NAME.fullmatch(name)
+    assert found is not None  # it takes any text
+    rest = found["rest"]
+    is_path = WHOLE.match(rest) is not None
+    if is_path:
+        rest = re.split(r"[/\\]", rest.rstrip("/\\ "))[-1] or "unnamed"
+    return f"{found['ngram']}{IMPORTED if is_path or found['marks'] else ''}{rest}"
+
+
+def _last_part(found: re.Match[str]) -> str:
+    """What is left of a path; a slash alone, or before one or two letters, is no path."""
+    folders, last = found["folders"].rstrip("/\\"), found["last"]
+    if not folders and len(last) < 3 and found["root"].startswith(("/", "\\")):
+        return found[0]
+    return last or re.split(r"[/\\]", folders)[-1]

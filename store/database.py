@@ -1,0 +1,310 @@
+"""A store's database: SQLite in a file or PostgreSQL behind a URL, one way of reading and writing for both.
+
+A write takes the store's one lock at its start and a read sees one state throughout, so that check-then-insert is right
+on either. No lock is held between transactions. It must not know what is stored.
+"""
+
+import json
+import os
+import re
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypeVar
+from urllib.parse import quote
+
+import platformdirs
+import sqlalchemy
+from sqlalchemy import URL, Connection, Engine, func, select
+from sqlalchemy.schema import CreateSchema
+
+from profiles.records.errors import NotMeasuredError, PolicyError, StoreError
+from store import driver_errors
+
+Place: TypeAlias = Path | str  # a SQLite file, or the URL of a PostgreSQL database
+Purpose: TypeAlias = Literal["read", "write"]
+Result = TypeVar("Result")
+
+SERVER_DRIVER = "postgresql+psycopg"
+STUDIES_NAME = "optuna.db"
+WRITERS_LOCK = 0x6472616674  # PostgreSQL's advisory lock that all writers of a database take
+CONNECT_TIMEOUT_S = 10
+_PAUSE_S = 0.05
+_MAGIC = b"SQLite format 3\0"  # a file's first bytes
+_LEAST_BYTES = 512  # of a database with anything in it
+
+
+def is_url(place: Place) -> bool:
+    """Whether `place` names a server; a Path never does."""
+    return isinstance(place, str) and "://" in place
+
+
+def name_of(place: Place) -> str:
+    """What to call a store: its file, or its URL without password and options. Raises StoreError: no such URL."""
+    return _server_name(_server_url(place)) if isinstance(place, str) and is_url(place) else str(place)
+
+
+class Database:
+    """An engine of SQLAlchemy and how to speak to it; `name` is what errors call it, without a password.
+
+    `path` is SQLite's file, None for a server.
+    """
+
+    def __init__(self, engine: Engine, name: str, path: Path | None, busy_timeout_s: float, read_only: bool) -> None:
+        self.engine = engine
+        self.name = name
+        self.path = path
+        self.busy_timeout_s = busy_timeout_s
+        self._read_only = read_only  # a file's URL says so too
+        self._has_answered = False
+
+    @contextmanager
+    def transaction(self, purpose: Purpose) -> Iterator[Connection]:
+        """One transaction, rolled back on leaving unless `commit()` was said; driver errors become StoreError.
+
+        A write takes its lock at the start: two processes then wait for each other instead of failing midway.
+        """
+        try:
+            connection = self._begun(purpose)
+            try:
+                yield connection
+            finally:
+                connection.close()
+        except StoreError as error:
+            raise type(error)(f"store {self.name}: {error}") from error
+        except (NotMeasuredError, PolicyError):
+            raise  # not of the database: the caller's own, raised inside the block
+        except (sqlalchemy.exc.DBAPIError, sqlite3.Error) as error:
+            raise StoreError(f"store {self.name}: {driver_errors.reason(error)}") from error
+        except (sqlalchemy.exc.SQLAlchemyError, ValueError, TypeError, LookupError, RecursionError) as error:
+            said = f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+            reason = said.splitlines()[0]
+            raise StoreError(f"store {self.name}: a row cannot be read or written: {reason}") from error
+
+    def write(self, work: Callable[[Connection], Result]) -> Result:
+        """Runs `work` in a write and commits; again when the connection is lost midway, until the timeout ends.
+
+        `work` must bear being done twice: what was lost may have been the answer to the commit.
+        """
+        deadline = time.monotonic() + self.busy_timeout_s
+        while True:
+            try:
+                with self.transaction("write") as connection:
+                    result = work(connection)
+                    connection.commit()
+                return result
+            except StoreError as error:
+                cause = error.__cause__
+                if cause is None or not driver_errors.passes(cause) or time.monotonic() > deadline:
+                    raise
+                time.sleep(_PAUSE_S)
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    def use_write_ahead_log(self) -> None:
+        """SQLite then lets readers read while one writes; kept in the file, so it costs nothing the next time."""
+        if self.path is None:
+            return
+        deadline = time.monotonic() + self.busy_timeout_s
+        with self.transaction("read") as connection:
+            connection.rollback()  # the mode cannot be changed inside of a transaction
+            driver: Any = connection.connection.driver_connection  # and SQLAlchemy would begin one
+            while True:
+                try:
+                    driver.execute("PRAGMA journal_mode = WAL")
+                    return
+                except sqlite3.OperationalError as error:  # SQLite does not wait by itself when the mode is changed
+                    if not driver_errors.passes(error) or time.monotonic() > deadline:
+                        raise
+                    time.sleep(_PAUSE_S)
+
+    @property
+    def folder(self) -> Path:
+        """Where the store's files on this host go: beside SQLite's file, or for a server in a folder named after it.
+
+        That one is in $DRAFTPICK_STORE where this is a folder, else in the user's data folder.
+        """
+        if self.path is not None:
+            return self.path.parent
+        named = os.environ.get("DRAFTPICK_STORE", "")
+        home = Path(named) if named and not is_url(named) else platformdirs.user_data_path("draftpick")
+        url = self.engine.url
+        words = [url.host or "", str(url.port or 5432), url.database or "", _option(url, "options")]
+        return home / "servers" / re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(filter(None, words)))
+
+    def studies_place(self) -> Place:
+        """Where Optuna's tables go: a file beside SQLite's, or a schema beside the server's, made where it is missing.
+
+        They cannot share a schema: both call their table of versions `alembic_version`. The URL holds the password.
+        """
+        if self.path is not None:
+            return self.path.with_name(STUDIES_NAME)
+        with self.transaction("write") as connection:
+            schema = f"{connection.scalar(select(func.current_schema()))}_optuna"
+            if not sqlalchemy.inspect(connection).has_schema(schema):
+                connection.execute(CreateSchema(schema))
+                connection.commit()
+        escaped = re.sub(r"([\\ ])", r"\\\1", schema.replace('"', '""'))
+        options = f'{_option(self.engine.url, "options")} -c search_path="{escaped}"'
+        url = self.engine.url.update_query_dict({"options": options.strip()})
+        return url.render_as_string(hide_password=False)
+
+    def _begun(self, purpose: Purpose) -> Connection:
+        """A connection in a transaction; tried for the busy timeout, a lost server included, once it has answered."""
+        deadline = time.monotonic() + (self.busy_timeout_s if self._has_answered else 0.0)
+        while True:
+            try:
+                connection = self._begun_once(purpose)
+                self._has_answered = True
+                return connection
+            except sqlalchemy.exc.OperationalError as error:
+                if not driver_errors.passes(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(_PAUSE_S)
+
+    def _begun_once(self, purpose: Purpose) -> Connection:
+        connection = self.engine.connect()
+        try:
+            if self.path is not None:
+                connection.execution_options(sqlite_begin="BEGIN IMMEDIATE" if purpose == "write" else "BEGIN")
+            elif purpose == "read" or self._read_only:
+                connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+            connection.begin()
+            if self.path is None and purpose == "write":
+                connection.execute(select(func.pg_advisory_xact_lock(WRITERS_LOCK)))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+def connect(place: Place, busy_timeout_s: float, *, read_only: bool = False) -> Database:
+    """Nothing is opened yet, but for the folder of a new SQLite file, which is made unless `read_only`.
+
+    Raises StoreError: the folder cannot be made, or the URL cannot be used.
+    """
+    if isinstance(place, str) and is_url(place):
+        url = _server_url(place)
+        return Database(_server(url, busy_timeout_s), _server_name(url), None, busy_timeout_s, read_only)
+    path = Path(place)
+    if path.is_dir():
+        raise StoreError(f"store {path}: unable to open database file: it is a folder: name a file")
+    if read_only:
+        if not path.exists():
+            raise StoreError(f"store {path}: it is not there: run `tune.py run` first, or name another store")
+        url = _read_only_url(path)
+    else:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"store {path}: its folder cannot be made: {error.strerror}") from error
+        url = URL.create("sqlite", database=str(path))
+    _require_whole(path)
+    return Database(_file(url, busy_timeout_s), str(path), path, busy_timeout_s, read_only)
+
+
+def _server_name(url: URL) -> str:
+    return url.set(query={}).render_as_string(hide_password=True)
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+
+def _file(url: URL, busy_timeout_s: float) -> Engine:
+    engine = sqlalchemy.create_engine(
+        url,
+        # isolation_level None: sqlite3 sends no BEGIN of its own, so that schema changes are in the transaction too
+        connect_args={"timeout": busy_timeout_s, "isolation_level": None},
+        json_serializer=_to_json,
+    )
+
+    @sqlalchemy.event.listens_for(engine, "connect")
+    def prepare(connection: sqlite3.Connection, _: object) -> None:
+        connection.execute("PRAGMA foreign_keys = ON")
+
+    @sqlalchemy.event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql(connection.get_execution_options().get("sqlite_begin", "BEGIN"))
+
+    return engine
+
+
+def _read_only_url(path: Path) -> URL:
+    """SQLite's form of a file that is only read: nothing is made beside it where its folder cannot be written.
+
+    Such a folder cannot take the shared memory of a write-ahead log either. Without a log no one can be writing, so
+    the file may be called immutable, which needs none.
+    """
+    frozen = not os.access(path.parent, os.W_OK) and not _has_log(path)
+    query = {"mode": "ro", "uri": "true", **({"immutable": "1"} if frozen else {})}
+    return URL.create("sqlite", database=f"file:{quote(str(path.absolute()))}", query=query)
+
+
+def _require_whole(path: Path) -> None:
+    """Raises StoreError when a file lacks bytes that its header tells of, which SQLite does not see in the last page.
+
+    A file that is not there, or empty, is a new store; one with a log beside it may get the bytes from there.
+    """
+    for pause_s in (0.0, 0.2):  # another process may just be folding its log in
+        time.sleep(pause_s)
+        try:
+            with path.open("rb") as file:
+                header, size = file.read(100), os.fstat(file.fileno()).st_size
+        except OSError:
+            return  # SQLite tells why
+        counted = header[24:28] == header[92:96]  # else a program wrote it that does not count the pages
+        page_bytes = int.from_bytes(header[16:18])
+        wanted = int.from_bytes(header[28:32]) * (65536 if page_bytes == 1 else page_bytes) if counted else 0
+        wanted = max(wanted, _LEAST_BYTES)
+        is_whole = size == 0 or size >= wanted or not header.startswith(_MAGIC[:size])  # no database: SQLite tells
+        if is_whole or _has_log(path):
+            return
+    raise StoreError(
+        f"store {path}: database disk image is malformed: it has {size} of {wanted} bytes: "
+        "restore a copy or name another store"
+    )
+
+
+def _has_log(path: Path) -> bool:
+    log = path.with_name(f"{path.name}-wal")
+    return log.exists() and log.stat().st_size > 0
+
+
+def _server_url(text: str) -> URL:
+    """Raises StoreError without repeating the text, which may hold a password."""
+    wanted = f"{SERVER_DRIVER}://USER:PASSWORD@HOST/DATABASE is"
+    try:
+        url = sqlalchemy.make_url(text)
+    except (sqlalchemy.exc.ArgumentError, ValueError) as error:
+        raise StoreError(f"the store's URL cannot be read: {wanted} needed") from error
+    if url.drivername not in (SERVER_DRIVER, "postgresql"):
+        raise StoreError(f"store {_server_name(url)}: a folder or {wanted} allowed")
+    if not url.database:
+        raise StoreError(f"store {_server_name(url)}: it names no database: {wanted} needed")
+    return url.set(drivername=SERVER_DRIVER)
+
+
+def _server(url: URL, busy_timeout_s: float) -> Engine:
+    options = f"{_option(url, 'options')} -c lock_timeout={max(1, round(busy_timeout_s * 1000))}"
+    given = {"connect_timeout": CONNECT_TIMEOUT_S, "application_name": "draftpick", "client_encoding": "utf8"}
+    arguments = {name: value for name, value in given.items() if name not in url.query}
+    try:
+        return sqlalchemy.create_engine(
+            url,
+            connect_args={**arguments, "options": options.strip()},
+            json_serializer=_to_json,
+            pool_pre_ping=True,  # between two units lie minutes in which the server may have gone and come back
+        )
+    except ImportError as error:
+        raise StoreError(
+            f"store {_server_name(url)}: the driver is not installed: pip install 'psycopg[binary]'"
+        ) from error
+
+
+def _option(url: URL, name: str) -> str:
+    value = url.query.get(name, "")
+    return value if isinstance(value, str) else value[-1]

@@ -1,0 +1,169 @@
+"""Pilots to compare a selector with: a fixed setup, look-ups, published adaptive rules, and one that knows the future.
+
+Written from the descriptions of the methods: SGLang's adaptive speculation (exponential average of accepted tokens with
+hysteresis over one draft's step counts) and BanditSpec's UCB and Exp3 (Hou et al. 2025) with (draft, length) as arms.
+"""
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+from profiles.engines.base import RoundDecision, RoundReport
+from profiles.records.core import PLAIN, Draft, Setup
+from tuner.policy.query import MIXED
+
+EMA_STEPS: Mapping[int, tuple[int, ...]] = {1: (1, 3, 5, 7), 8: (0, 1, 3), 32: (0, 1), 64: (0,)}  # SGLang's defaults
+EMA_WEIGHT, EMA_INTERVAL, EMA_WARM_UP = 0.2, 5, 10
+EMA_DOWN, EMA_UP = -0.25, 0.0  # moves the thresholds half a token under a step count
+
+
+def picked(setup: Setup) -> RoundDecision:
+    """A pick that rests on no measured point: these pilots have none."""
+    return RoundDecision(setup, True, 1, 1, MIXED, 0.0)
+
+
+class Table:
+    """Looks the setup up by (rows, domain); learns nothing."""
+
+    def __init__(self, look_up: Callable[[int, str | None], Setup]) -> None:
+        self._look_up = look_up
+
+    def choose(self, *, batch_size: int = 1, domain: str | None = None, **_: object) -> RoundDecision:
+        return picked(self._look_up(batch_size, domain))
+
+    def observe(self, report: RoundReport) -> bool:
+        return not report.scored
+
+
+class Ema:
+    """SGLang's rule on one draft: one more step than the average round keeps, by batch size; no notion of cost."""
+
+    def __init__(self, draft: Draft, first_length: int, steps: Mapping[int, tuple[int, ...]] = EMA_STEPS) -> None:
+        self._draft = draft
+        self._slots = {size: _Slot(own, first_length) for size, own in steps.items()}
+
+    def choose(self, *, batch_size: int = 1, **_: object) -> RoundDecision:
+        length = self._slot(batch_size).steps
+        setup = Setup(draft=self._draft, length=length) if length else PLAIN
+        return picked(setup)
+
+    def observe(self, report: RoundReport) -> bool:
+        self._slot(len(report.rows)).update([accepted for _, accepted in report.rows])
+        return True
+
+    def _slot(self, batch_size: int) -> "_Slot":
+        return self._slots[max(size for size in self._slots if size <= max(batch_size, min(self._slots)))]
+
+
+class _Slot:
+    """The step count for one batch size."""
+
+    def __init__(self, candidates: Sequence[int], first: int) -> None:
+        self._candidates = sorted(candidates)
+        self.steps = first if first in candidates else self._candidates[len(candidates) // 2]
+        self._average = self.steps - 1.0
+        self._rounds = 0
+
+    def update(self, accepted: Sequence[int]) -> None:
+        if self.steps > 0:
+            self._average += EMA_WEIGHT * (sum(accepted) / len(accepted) - self._average)
+        self._rounds += 1
+        if self._rounds > EMA_WARM_UP and (self._rounds - EMA_WARM_UP) % EMA_INTERVAL == 0:
+            self.steps = self._next()
+
+    def _next(self) -> int:
+        place = before = self._candidates.index(self.steps)
+        if self.steps == 0 and len(self._candidates) > 1:  # the smallest count is tried again
+            self._average = max(self._average, self._candidates[1] - 1.0) if self._average < 0.0 else self._average
+            return self._candidates[1]
+        while place > 0 and self._average <= max(0.5, self._candidates[place - 1] - 0.5) + EMA_DOWN:
+            place -= 1
+        if place == before:
+            while place < len(self._candidates) - 1 and self._average > self._candidates[place] - 0.5 + EMA_UP:
+                place += 1
+        return self._candidates[place]
+
+
+class Ucb:
+    """UCB1 over arms: the mean reward and what may lie above it; every arm once at first."""
+
+    def __init__(self, arms: Sequence[Setup], most_per_s: float) -> None:
+        self._arms = {arm: number for number, arm in enumerate(arms)}
+        self._setups = list(arms)
+        self._most_per_s = most_per_s
+        self._plays = [0] * len(arms)
+        self._totals = [0.0] * len(arms)
+
+    def choose(self, **_: object) -> RoundDecision:
+        if 0 in self._plays:
+            number = self._plays.index(0)
+        else:
+            room = 2.0 * math.log(sum(self._plays))
+            number = max(
+                range(len(self._plays)),
+                key=lambda arm: self._totals[arm] / self._plays[arm] + math.sqrt(room / self._plays[arm]),
+            )
+        return picked(self._setups[number])
+
+    def observe(self, report: RoundReport) -> bool:
+        number = self._arms[report.pick.setup]
+        self._plays[number] += 1
+        self._totals[number] += reward(report, self._most_per_s)
+        return True
+
+
+class Exp3:
+    """Exponential weights over arms, with a share `explore` of even draws; rewards weighted by how rare they are."""
+
+    def __init__(self, arms: Sequence[Setup], most_per_s: float, seed: int, explore: float = 0.1) -> None:
+        self._arms = {arm: number for number, arm in enumerate(arms)}
+        self._setups = list(arms)
+        self._most_per_s = most_per_s
+        self._luck = random.Random(f"{seed} exp3")
+        self._explore = explore
+        self._scores = [0.0] * len(arms)
+
+    def choose(self, **_: object) -> RoundDecision:
+        setup = self._luck.choices(self._setups, self._shares())[0]
+        return picked(setup)
+
+    def observe(self, report: RoundReport) -> bool:
+        number = self._arms[report.pick.setup]
+        gained = reward(report, self._most_per_s) / self._shares()[number]
+        self._scores[number] += self._explore * gained / len(self._scores)
+        return True
+
+    def _shares(self) -> list[float]:
+        top = max(self._scores)
+        weights = [math.exp(score - top) for score in self._scores]
+        total = sum(weights)
+        even = self._explore / len(weights)
+        return [(1.0 - self._explore) * weight / total + even for weight in weights]
+
+
+class Oracle:
+    """At batch 1, of every request of a stream the setup that is best for it, known beforehand.
+
+    `requests`: (setup, tokens its rounds will emit) in the order of the stream.
+    """
+
+    def __init__(self, requests: Sequence[tuple[Setup, int]]) -> None:
+        self._ahead = [(setup, tokens) for setup, tokens in reversed(requests) if tokens > 0]
+        self._left = self._ahead[-1][1] if self._ahead else 0
+
+    def choose(self, **_: object) -> RoundDecision:
+        return picked(self._ahead[-1][0])
+
+    def observe(self, report: RoundReport) -> bool:
+        ((_, accepted),) = report.rows
+        self._left -= accepted + 1
+        if self._left <= 0:
+            self._ahead.pop()
+            self._left = self._ahead[-1][1] if self._ahead else 0
+        return True
+
+
+def reward(report: RoundReport, most_per_s: float) -> float:
+    """Tokens per second of a row as a fraction of the most there can be, at most 1."""
+    tokens = sum(accepted + 1 for _, accepted in report.rows) / len(report.rows)
+    return min(1.0, tokens / report.seconds / most_per_s)

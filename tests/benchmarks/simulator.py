@@ -1,0 +1,413 @@
+"""What a simulated server played, round by round, and how it did against plain decoding in the same conditions.
+
+Arithmetic on records; how rounds came about it must not know.
+"""
+
+import random
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import NamedTuple
+
+from profiles.acceptance.batch_replay import PLAIN_ROUND, greedy_rounds
+from profiles.acceptance.expected_rounds import Replayed, RoundOutcome, catch_up_width, check_length, round_outcomes
+from profiles.engines.base import RoundController, RoundDecision, RoundReport
+from profiles.records.core import PLAIN, Prompt, Setup, Workload
+from profiles.records.errors import InputError, NotMeasuredError
+from profiles.records.evidence import AcceptanceTrace, StepTimes
+from tests.benchmarks.traffic import Moment, Request, Stream, Weather
+from tuner.forecast.evidence import Evidence
+from tuner.forecast.forecaster import Forecaster
+from tuner.policy.query import MIXED
+
+
+class Played(NamedTuple):
+    """A round that was played.
+
+    `seconds`: the round, the prefills its rows waited for and the scoring that was asked for. `plain_s`: what plain
+    decoding would have taken for as many tokens of that batch, on the machine as it was in that round, which is
+    `slowed` times slower than usual by noise and weather. `phase`: of the stream.
+    """
+
+    setup: Setup
+    domain: str | None
+    num_rows: int
+    tokens: int
+    seconds: float
+    plain_s: float
+    slowed: float
+    probe: bool
+    phase: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """All rounds of a stream. A stream of outputs of one token has none, and no figures."""
+
+    rounds: tuple[Played, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Without the first of every output, which comes from its prefill."""
+        return sum(one.tokens for one in self.rounds)
+
+    @property
+    def seconds(self) -> float:
+        return sum(one.seconds for one in self.rounds)
+
+    @property
+    def tok_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def over_plain(self) -> float:
+        """Seconds plain decoding would have taken in these very conditions, over those it took."""
+        return sum(one.plain_s for one in self.rounds) / self.seconds
+
+    def worst_window(self, size: int) -> float:
+        """The least `over_plain` of `size` rounds in a row, in seconds of the machine as it usually is.
+
+        A spike would give the few rounds that it happens to hit the weight of many, though in the long run it hits
+        plain decoding as often. All rounds are one window when there are no more.
+        """
+        seconds = list(accumulate((one.seconds / one.slowed for one in self.rounds), initial=0.0))
+        plain_s = list(accumulate((one.plain_s / one.slowed for one in self.rounds), initial=0.0))
+        size = min(size, len(self.rounds))
+        starts = range(len(self.rounds) - size + 1)
+        return min((plain_s[at + size] - plain_s[at]) / (seconds[at + size] - seconds[at]) for at in starts)
+
+
+Shape = tuple[int, int, int]
+
+
+PLAIN_SHAPE: Shape = (1, 0, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """What a simulated server runs on: what its drafts do on prompts, and what rounds take at some batch sizes.
+
+    `workload` names the sampling and the most tokens of an output; its batch size says nothing. A batch is timed like
+    the smallest one of `forecasters` that is at least as large.
+    """
+
+    workload: Workload
+    evidence: Evidence
+    forecasters: Mapping[int, Forecaster]
+
+
+class Simulator:
+    """Serves streams. What it works out about traces and times is kept, so a second stream is served faster."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._arms: dict[Setup, _Arm] = {}
+        self._digests: dict[Prompt, str] = {}
+        sizes = sorted(world.forecasters)
+        self._sizes = [0, *(min(size for size in sizes if size >= rows) for rows in range(1, sizes[-1] + 1))]
+
+    def serve(
+        self,
+        stream: Stream,
+        controller: RoundController,
+        *,
+        seed: int = 0,
+        noise: Sequence[float] = (1.0,),
+        weather: Weather | None = None,
+    ) -> Record:
+        """Every request of the stream, in its order, as many rows at a time as it says.
+
+        The pilot is asked for the rows in use, like that of a server whose batch is as large as its requests; our own
+        engine steps all rows of its batch and asks for those.
+
+        `noise`: factors of which one is drawn for every round's time, plain decoding's included. Drafts that are
+        sampled draw their luck by `seed`; greedy ones have none. Raises: InputError: the stream needs a larger batch
+        than was measured. NotMeasuredError: a prompt, or a setup that was picked, is not in the evidence.
+        """
+        if stream.most_rows >= len(self._sizes):
+            raise InputError(f"stream {stream.name!r} needs batch {stream.most_rows}: {max(self._sizes)} is measured")
+        return _Run(self, stream, seed, noise).play(controller, weather)
+
+    def digest(self, prompt: Prompt) -> str:
+        """Of a prompt; worked out once, as it reads every token."""
+        if prompt not in self._digests:
+            self._digests[prompt] = prompt.digest
+        return self._digests[prompt]
+
+    def arm(self, setup: Setup) -> "_Arm":
+        """What is known of rounds of this setup."""
+        found = self._arms.get(setup)
+        if found is None:
+            found = self._arms[setup] = _Arm(self.world, self._sizes, setup)
+        return found
+
+
+def noise_of(times: StepTimes) -> tuple[float, ...]:
+    """How far samples of a staircase lie from the mean of their width, as factors."""
+    return tuple(sample * len(samples) / sum(samples) for samples in times.samples_s.values() for sample in samples)
+
+
+class Fixed:
+    """A pilot that never changes its mind."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._pick = RoundDecision(setup, True, 1, 1, MIXED, 0.0)
+
+    def choose(self, **_: object) -> RoundDecision:
+        return self._pick
+
+    def observe(self, report: RoundReport) -> bool:
+        return not report.scored
+
+
+class _Row:
+    """A request under way.
+
+    `start` is the next output position. By draft model: `taken_in` tokens of its text, `judged` tokens of it that
+    proposals were held against.
+    """
+
+    __slots__ = ("domain", "judged", "key", "phase", "prompt_tokens", "size", "start", "taken_in")
+
+    def __init__(self, request: Request, digest: str, size: int, most: int) -> None:
+        self.domain, self.phase = request.prompt.domain, request.phase
+        self.key = digest, size, most
+        self.prompt_tokens = len(request.prompt.token_ids)
+        self.size = size
+        self.start = 1
+        self.taken_in: dict[str, int] = {}
+        self.judged: dict[str, int] = {}
+
+    @property
+    def length(self) -> int:
+        """Tokens of its text so far."""
+        return self.prompt_tokens + self.start
+
+    def behind(self, model: str) -> int:
+        return self.length - self.taken_in.get(model, 0)
+
+
+class _Arm:
+    """Outcomes and times of rounds of one setup, each worked out once."""
+
+    def __init__(self, world: World, sizes: Sequence[int], setup: Setup) -> None:
+        self.setup = setup
+        models = [part.digest for part in setup.draft.parts if part.kind != "ngram"] if setup.draft else []
+        self.model = models[0] if models else None
+        self.looks_up = setup.draft is not None and setup.draft.looks_up
+        self._world = world
+        self._sizes = sizes
+        self._ways: dict[tuple[str, int, int], list[tuple[RoundOutcome, ...] | None]] = {}
+        self._acceptances: dict[str, Replayed] = {}
+        self._seconds: dict[tuple[int, Shape], float] = {}
+        self._refills_s: dict[int, float] = {}
+
+    def outcome(self, row: _Row, luck: random.Random) -> RoundOutcome:
+        """How a round of this row goes."""
+        if self.setup.draft is None:
+            return PLAIN_ROUND
+        table = self._ways.get(row.key)
+        if table is None:
+            table = self._ways[row.key] = [None] * row.size
+        ways = table[row.start] or self._work_out(table, row)
+        return ways[0] if len(ways) == 1 else luck.choices(ways, [way.share for way in ways])[0]
+
+    def acceptance(self, digest: str) -> Replayed:
+        """Of a prompt, by its digest."""
+        if digest not in self._acceptances:
+            assert self.setup.draft is not None
+            found = self._world.evidence.acceptance(self.setup.draft, _Replayed(digest))
+            check_length(found, self.setup.length)
+            self._acceptances[digest] = found
+        return self._acceptances[digest]
+
+    def seconds(self, num_rows: int, shape: Shape) -> float:
+        """Of a round of a batch of `num_rows`."""
+        key = self._sizes[num_rows], shape
+        found = self._seconds.get(key)
+        if found is None:
+            found = self._seconds[key] = self._world.forecasters[key[0]].round_s(self.setup, shape)
+        return found
+
+    def refill_s(self, num_rows: int) -> float:
+        """Of a prefill that a batch of `num_rows` waits for."""
+        size = self._sizes[num_rows]
+        if size not in self._refills_s:
+            self._refills_s[size] = self._world.forecasters[size].refill_s(self.setup.draft)
+        return self._refills_s[size]
+
+    def scored(self, row: _Row, start: int) -> list[tuple[int, int]]:
+        """(proposed, accepted) of the rounds it would have gone through from `start` to where the row's text ends."""
+        acceptance = self.acceptance(row.key[0])
+        assert isinstance(acceptance, AcceptanceTrace)
+        return greedy_rounds([keep == 1.0 for keep in acceptance.keep_probs[start : row.start]], self.setup.length)
+
+    def scoring_s(self, num_rows: int, width: int) -> float:
+        """Of taking in `width` tokens of every row."""
+        assert self.model is not None
+        return self._world.forecasters[self._sizes[num_rows]].step_s(self.model, width)
+
+    def _work_out(self, table: list[tuple[RoundOutcome, ...] | None], row: _Row) -> tuple[RoundOutcome, ...]:
+        digest, size, most = row.key
+        asked = min(self.setup.length, most - row.start - 1)
+        ways = tuple(round_outcomes(self.acceptance(digest), row.start, asked, size))
+        table[row.start] = ways
+        return ways
+
+
+class _Replayed(NamedTuple):
+    """A prompt, as far as evidence is found by it."""
+
+    digest: str
+
+
+class _Run:
+    """One stream being served."""
+
+    def __init__(self, simulator: Simulator, stream: Stream, seed: int, noise: Sequence[float]) -> None:
+        self._simulator = simulator
+        self._workload = simulator.world.workload
+        self._waiting = deque(stream.requests)
+        self._luck = random.Random(f"{seed} luck")
+        self._chance = random.Random(f"{seed} noise")
+        self._noise = noise
+        self._plain = simulator.arm(PLAIN)
+        self._rows: list[_Row] = []
+        self._in_use: _Arm | None = None
+        self._rounds_on = 0
+        self._refills = 0
+        self._seconds = 0.0
+        self._played: list[Played] = []
+
+    def play(self, controller: RoundController, weather: Weather | None) -> Record:
+        self._let_in()
+        while self._rows:
+            first = self._rows[0].domain
+            domain = first if all(row.domain == first for row in self._rows) else None
+            num_rows = len(self._rows)
+            pick = controller.choose(
+                batch_size=num_rows,
+                context_length=self._workload.context_length,
+                domain=domain,
+                temperature=self._workload.temperature,
+            )
+            starter, arm = self._switch_to(pick.setup)
+            factor, outcomes = self._outcomes(arm, weather)
+            shape = _shape(arm, self._rows, outcomes)
+            round_s = factor * arm.seconds(num_rows, shape)
+            tokens = _advance(arm, self._rows, outcomes, shape)
+            controller.observe(RoundReport(pick, tuple([(one.proposed, one.accepted) for one in outcomes]), round_s))
+            phase = self._rows[-1].phase
+            self._rows = [row for row in self._rows if row.start < row.size]
+            seconds = round_s + factor * self._refills * starter.refill_s(num_rows)
+            if pick.score is not None:
+                seconds += self._score(controller, pick, factor)
+            plain_s = tokens / num_rows * self._plain.seconds(num_rows, PLAIN_SHAPE)
+            plain_s = factor * (plain_s + self._refills * self._plain.refill_s(num_rows))
+            self._seconds += seconds
+            played = Played(pick.setup, domain, num_rows, tokens, seconds, plain_s, factor, pick.probe, phase)
+            self._played.append(played)
+            self._let_in()
+        return Record(rounds=tuple(self._played))
+
+    def _let_in(self) -> None:
+        """Requests enter while fewer rows are in use than they allow; the draft in use takes in their prompts."""
+        self._refills = 0
+        workload, traces = self._workload, self._simulator.world.evidence.traces
+        while self._waiting and len(self._rows) < self._waiting[0].concurrency:
+            request = self._waiting.popleft()
+            digest = self._simulator.digest(request.prompt)
+            most = min(workload.max_new_tokens, request.most_tokens or workload.max_new_tokens)
+            if digest not in traces:
+                raise NotMeasuredError(f"a prompt of domain {request.prompt.domain!r} has no target trace: {digest}")
+            row = _Row(request, digest, min(most, len(traces[digest].token_ids)), most)
+            self._refills += bool(self._rows)  # the first of a batch keeps nobody waiting
+            if self._in_use is not None and self._in_use.model is not None:
+                row.taken_in[self._in_use.model] = row.prompt_tokens
+            if row.start < row.size:
+                self._rows.append(row)
+
+    def _switch_to(self, setup: Setup) -> tuple["_Arm", "_Arm"]:
+        """(the arm that was in use when the rows came in, the one in use now).
+
+        As in an engine, the first pick of all is made before the first prompts are taken in.
+        """
+        before, arm = self._in_use, self._simulator.arm(setup)
+        if before is None and arm.model is not None:
+            for row in self._rows:
+                row.taken_in[arm.model] = row.prompt_tokens
+        same_draft = before is not None and before.setup.draft == setup.draft
+        self._rounds_on = self._rounds_on + 1 if same_draft else 0
+        self._in_use = arm
+        return before or arm, arm
+
+    def _outcomes(self, arm: "_Arm", weather: Weather | None) -> tuple[float, list[RoundOutcome]]:
+        """(factor of this round's time, how it goes for every row)."""
+        factor = self._noise[int(self._chance.random() * len(self._noise))]
+        outcomes = [arm.outcome(row, self._luck) for row in self._rows]
+        if weather is None:
+            return factor, outcomes
+        moment = Moment(len(self._played), self._seconds, arm.setup, self._rounds_on)
+        if weather.spoils(moment):
+            outcomes = [replace(one, accepted=0) for one in outcomes]
+        return factor * weather.slows(moment), outcomes
+
+    def _score(self, controller: RoundController, pick: RoundDecision, factor: float) -> float:
+        """Holds a draft model's choices against the text of the rows under way; the seconds it takes.
+
+        A look-up is not scored, nor is sampling: an engine does not either. The text is what it is: no weather spoils
+        it.
+        """
+        assert pick.score is not None
+        arm = self._simulator.arm(pick.score)
+        model = arm.model
+        if model is None or arm.looks_up or self._workload.temperature > 0.0:
+            return 0.0
+        rounds: list[tuple[int, int]] = []
+        furthest = 0
+        for row in self._rows:
+            first = max(row.prompt_tokens + 1, row.judged.get(model, 0))
+            if first < row.length:
+                furthest = max(furthest, row.length - min(row.taken_in.get(model, 0), first - 1))
+                rounds += arm.scored(row, first - row.prompt_tokens)
+        if not rounds:
+            return 0.0
+        width = catch_up_width(furthest)
+        for row in self._rows:
+            if row.behind(model) <= width:
+                row.taken_in[model] = row.length
+            row.judged[model] = row.length
+        seconds = factor * arm.scoring_s(len(self._rows), width)
+        controller.observe(RoundReport(pick, tuple(rounds), seconds, scored=True))
+        return seconds
+
+
+def _shape(arm: _Arm, rows: Sequence[_Row], outcomes: Sequence[RoundOutcome]) -> Shape:
+    """What the batch runs (see `Sample.shapes`)."""
+    widest = max([one.proposed for one in outcomes]) + 1
+    if arm.model is None:
+        return widest, 0, 0
+    steps = furthest = 0
+    for row, one in zip(rows, outcomes, strict=True):
+        if one.by_model:
+            steps = max(steps, one.proposed)
+            furthest = max(furthest, row.behind(arm.model))
+    return widest, steps, catch_up_width(furthest) if steps else 0
+
+
+def _advance(arm: _Arm, rows: Sequence[_Row], outcomes: Sequence[RoundOutcome], shape: Shape) -> int:
+    """Moves every row on; the tokens that were emitted. A row further behind than the first step got nothing of it."""
+    _, steps, width = shape
+    tokens = 0
+    for row, one in zip(rows, outcomes, strict=True):
+        if arm.model is not None and steps and row.behind(arm.model) <= width:
+            taken_in = min(one.accepted, steps - 1) if one.by_model else 0
+            row.taken_in[arm.model] = row.length + taken_in
+        start = min(row.size, row.start + one.accepted + 1)  # no target token follows an accepted end
+        tokens += start - row.start
+        row.start = start
+        if one.by_model:
+            assert arm.model is not None
+            row.judged[arm.model] = row.length
+    return tokens

@@ -1,0 +1,383 @@
+"""llama.cpp as a measuring engine, through the package xllamacpp: its tokens, its rounds against its own counters.
+
+Seconds are not judged here.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from profiles.acceptance.expected_rounds import walk
+from profiles.builtin import TARGET
+from profiles.engines.llamacpp import responses
+from profiles.engines.llamacpp.binary import Program, program_at, program_of
+from profiles.engines.llamacpp.engine import LlamaCppEngine
+from profiles.engines.llamacpp.responses import tokens_again
+from profiles.engines.llamacpp.servers import Options
+from profiles.engines.serving.metrics import LLAMA_CPP, read_counters
+from profiles.engines.torch.drafters import DraftSource
+from profiles.engines.torch.engine import TorchEngine
+from profiles.models import loader
+from profiles.prompts import reader
+from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload, digest_of
+from profiles.records.errors import EngineError, InputError
+from profiles.records.evidence import Acceptance, TargetTrace
+
+pytest.importorskip("xllamacpp")
+
+DRAFT_NAME = "builtin:draft-general"
+LOOK_UP = Draft(kind="ngram", max_match=3, min_match=3)
+POOL = Draft(kind="native", method="ngram-mod,n-match=4")
+NEW_TOKENS = 48
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """GGUF files are written anew, not into the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    return program_of()
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
+    return Options(threads=1, log_folder=tmp_path_factory.mktemp("logs"))
+
+
+@pytest.fixture(scope="module")
+def torch_engine() -> TorchEngine:
+    target = loader.load(TARGET, dtype="float32", device="cpu")
+    draft = loader.load(DRAFT_NAME, dtype="float32", device="cpu")
+    return TorchEngine(target, (DraftSource(draft=Draft(kind="model", model=draft.record), model=draft.model),), "cpu")
+
+
+@pytest.fixture(scope="module")
+def engine(program: Program, options: Options) -> Iterator[LlamaCppEngine]:
+    """The family's target with a draft model, a look-up and a method of llama.cpp's own."""
+    draft = Draft(kind="model", model=loader.describe(DRAFT_NAME, dtype="float32").record)
+    described = loader.describe(TARGET, dtype="float32")
+    with LlamaCppEngine(described, (draft, LOOK_UP, POOL), program, options) as opened:
+        yield opened
+        pids = opened.pids
+    assert pids
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+@pytest.fixture(scope="module")
+def queue() -> tuple[Prompt, ...]:
+    """Eight shipped prompts."""
+    requests = reader.read("builtin:code")[:4] + reader.read("builtin:prose")[:4]
+    tokenized, _ = reader.tokenize(requests, loader.describe(TARGET, dtype="float32").tokenizer, 384)
+    return tuple(tokenized)
+
+
+@pytest.fixture(scope="module")
+def workload() -> Workload:
+    ends = loader.describe(TARGET, dtype="float32").end_token_ids
+    return Workload(context_length=448, max_new_tokens=NEW_TOKENS, end_token_ids=ends)
+
+
+@pytest.fixture(scope="module")
+def traces(engine: LlamaCppEngine, workload: Workload, queue: tuple[Prompt, ...]) -> list[TargetTrace]:
+    return [engine.trace_target(workload, prompt) for prompt in queue]
+
+
+Kept = dict[str, list[Acceptance]]
+
+
+@pytest.fixture(scope="module")
+def kept(engine: LlamaCppEngine, workload: Workload, queue: tuple[Prompt, ...], traces: list[TargetTrace]) -> Kept:
+    """What the draft model and the look-up keep of every trace, by the draft's digest."""
+    return {
+        draft.digest: [engine.trace_draft(workload, *pair, draft, 8) for pair in zip(queue, traces, strict=True)]
+        for draft in engine.drafts[:2]
+    }
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the rounds of a setup are checked with."""
+
+    engine: LlamaCppEngine
+    workload: Workload
+    queue: tuple[Prompt, ...]
+    traces: list[TargetTrace]
+    kept: Kept
+
+
+@pytest.fixture(scope="module")
+def case(
+    engine: LlamaCppEngine, workload: Workload, queue: tuple[Prompt, ...], traces: list[TargetTrace], kept: Kept
+) -> Case:
+    return Case(engine, workload, queue, traces, kept)
+
+
+def check_walk(case: Case, setup: Setup) -> None:
+    """Rounds of every request, the server's counters and the tokens are what the walk over the traces says."""
+    assert setup.draft is not None
+    engine, workload, queue, traces = case.engine, case.workload, case.queue, case.traces
+    pairs = zip(traces, case.kept[setup.draft.digest], strict=True)
+    walks = [walk(trace, one, setup.length, NEW_TOKENS).rounds for trace, one in pairs]
+    engine.run_together(workload, queue[:1], (setup,), "warm")
+    url = engine._servers.of(setup, workload).url
+    before = read_counters(url, LLAMA_CPP)
+    samples = engine.run_together(workload, queue, (setup,), "race 0")
+    counted = read_counters(url, LLAMA_CPP) - before
+    assert [dict(sample.rounds) for sample in samples] == [dict(one) for one in walks]
+    assert [sample.output_digest for sample in samples] == [digest_of(trace.token_ids) for trace in traces]
+    total: dict[tuple[int, int], float] = {}
+    for one in walks:
+        for pair, count in one.items():
+            total[pair] = total.get(pair, 0.0) + count
+    assert counted.num_drafts == sum(count for (proposed, _), count in total.items() if proposed)
+    assert counted.num_draft_tokens == sum(proposed * count for (proposed, _), count in total.items())
+    reached = [sum(count for (_, kept), count in total.items() if kept > place) for place in range(setup.length)]
+    assert [*counted.accepted_by_position, *[0] * setup.length][: setup.length] == reached
+
+
+class TestTraces:
+    """What llama.cpp tells of target and drafts."""
+
+    def test_target_is_the_torch_engines(
+        self,
+        engine: LlamaCppEngine,
+        torch_engine: TorchEngine,
+        workload: Workload,
+        queue: tuple[Prompt, ...],
+        traces: list[TargetTrace],
+    ) -> None:
+        """Tokens are equal; probabilities and gaps are, to what float32 sums in another order differ by."""
+        assert engine.target == torch_engine.target
+        for prompt, trace in zip(queue, traces, strict=True):
+            ours = torch_engine.trace_target(workload, prompt)
+            assert (trace.token_ids, trace.ended) == (ours.token_ids, ours.ended)
+            assert trace.target_probs == pytest.approx(ours.target_probs, abs=1e-4)
+            assert trace.logit_gaps == pytest.approx(ours.logit_gaps, abs=1e-3)
+        assert any(trace.ended for trace in traces)
+
+    def test_draft_is_the_torch_engines(
+        self,
+        engine: LlamaCppEngine,
+        torch_engine: TorchEngine,
+        workload: Workload,
+        queue: tuple[Prompt, ...],
+        traces: list[TargetTrace],
+    ) -> None:
+        """Asked for one token at a time, the draft keeps what one pass of it in torch keeps."""
+        draft = engine.drafts[0]
+        for prompt, trace in zip(queue[:3], traces[:3], strict=True):
+            found = engine.trace_draft(workload, prompt, trace, draft, 4)
+            ours = torch_engine.trace_draft(workload, prompt, trace, draft, 4)
+            assert found.keep_probs == ours.keep_probs
+            assert found.confidences == pytest.approx(ours.confidences, abs=1e-4)
+
+    def test_sampled_trace(self, engine: LlamaCppEngine, workload: Workload, queue: tuple[Prompt, ...]) -> None:
+        """Probabilities are those after filters: with two tokens left they add up with those of no others."""
+        sampled = replace(workload, temperature=0.8, top_k=2, seed=3)
+        trace = engine.trace_target(sampled, queue[0])
+        assert all(0.0 < prob <= 1.0 for prob in trace.target_probs)
+        assert trace.token_ids == engine.trace_target(sampled, queue[0]).token_ids
+        raw = engine.trace_target(replace(sampled, top_k=0), queue[0])
+        assert sum(trace.target_probs) / len(trace.target_probs) > sum(raw.target_probs) / len(raw.target_probs)
+
+
+class TestRounds:
+    """The walk over a trace against llama.cpp's own counters: exact."""
+
+    @pytest.mark.parametrize("length", range(1, 7))
+    def test_draft_model(self, case: Case, length: int) -> None:
+        """Every length of a draft model."""
+        check_walk(case, Setup(draft=case.engine.drafts[0], length=length))
+
+    @pytest.mark.parametrize("length", range(3, 9))
+    def test_look_up(self, case: Case, length: int) -> None:
+        """Every length of a look-up that llama.cpp does not drop."""
+        check_walk(case, Setup(draft=LOOK_UP, length=length))
+
+    def test_rows_do_not_change_tokens(self, case: Case) -> None:
+        """Four requests in flight give what one gives, plain and with a draft, and wait for each other's prefills."""
+        engine, queue, traces = case.engine, case.queue, case.traces
+        four = replace(case.workload, batch_size=4)
+        setups = (PLAIN, Setup(draft=engine.drafts[0], length=3))
+        samples = engine.run_together(four, queue, setups, "race 0")
+        digests = [digest_of(trace.token_ids) for trace in traces]
+        assert [sample.output_digest for sample in samples] == digests * 2
+        order = [(setup.digest, prompt.digest) for setup in setups for prompt in queue]
+        assert [(sample.setup_digest, sample.prompt_digest) for sample in samples] == order
+        kept = case.kept[engine.drafts[0].digest]
+        for sample, trace, one in zip(samples[len(queue) :], traces, kept, strict=True):
+            assert dict(sample.rounds) == dict(walk(trace, one, 3, NEW_TOKENS).rounds)
+        assert any(sample.refills for sample in samples)
+        size = samples[0].output_tokens
+        assert (dict(samples[0].rounds), dict(samples[0].shapes)) == ({(0, 0): size - 1}, {(1, 0, 0): size - 1})
+        assert all(sample.ttft_s > 0.0 and sample.decode_s > 0.0 for sample in samples)
+
+    def test_sampled(self, engine: LlamaCppEngine, workload: Workload, queue: tuple[Prompt, ...]) -> None:
+        """The same seed gives the plain output again but for sums in another order, and then the walk is exact."""
+        sampled = replace(workload, temperature=0.8, top_k=20, seed=5)
+        queue = queue[:4]
+        own = [engine.trace_target(sampled, prompt) for prompt in queue]
+        kept = [engine.trace_draft(sampled, *pair, engine.drafts[0], 3) for pair in zip(queue, own, strict=True)]
+        samples = engine.run_together(sampled, queue, (Setup(draft=engine.drafts[0], length=3),), "race 0")
+        equal = 0
+        for sample, trace, one in zip(samples, own, kept, strict=True):
+            if sample.output_digest == digest_of(trace.token_ids):
+                equal += 1
+                assert dict(sample.rounds) == dict(walk(trace, one, 3, NEW_TOKENS).rounds)
+        assert equal >= len(queue) // 2
+
+    def test_a_pool_is_emptied_before_every_queue(
+        self, engine: LlamaCppEngine, workload: Workload, queue: tuple[Prompt, ...]
+    ) -> None:
+        """ngram-mod remembers earlier requests; run again it is a new server, and does the same."""
+        setup = Setup(draft=POOL, length=6)
+        starts = engine.num_starts
+        first, again = (engine.run_together(workload, queue[:3], (setup,), f"race {turn}") for turn in range(2))
+        assert engine.num_starts == starts + 2
+        assert [sample.rounds for sample in first] == [sample.rounds for sample in again]
+        assert any(proposed for sample in first for proposed, _ in sample.rounds)
+        assert "ngram-mod" in engine.capabilities.keeps_history
+
+
+class TestStepTimes:
+    """Whole rounds by the tokens they verify."""
+
+    @pytest.mark.parametrize("batch_size", [1, 3])
+    def test_every_width(self, engine: LlamaCppEngine, workload: Workload, batch_size: int) -> None:
+        """The target has plain rounds alone; a draft has all its lengths, a look-up rounds without a match too."""
+        times = engine.time_steps(replace(workload, batch_size=batch_size), 200, 3)
+        model, look_up, _ = engine.drafts
+        assert set(times) == {engine.target.run_digest, model.digest, look_up.digest}
+        assert set(times[engine.target.run_digest].samples_s) == {1}
+        assert set(times[model.digest].samples_s) == {2, 3, 4}
+        assert set(times[look_up.digest].samples_s) == {1, 2, 3, 4}
+        for staircase in times.values():
+            assert (staircase.batch_size, staircase.context_length) == (batch_size, 200)
+            assert all(len(samples) >= 7 for samples in staircase.samples_s.values())
+
+
+class TestRefusals:
+    """What cannot be asked, and what goes wrong."""
+
+    def test_what_it_does_not_have(
+        self, engine: LlamaCppEngine, workload: Workload, queue: tuple[Prompt, ...], program: Program, options: Options
+    ) -> None:
+        """Kinds, lengths and sizes of another engine, with one line each."""
+        model = engine.drafts[0]
+        asked = {
+            "drops look-ups shorter than the match": Setup(draft=LOOK_UP, length=2),
+            "is not loaded": Setup(draft=Draft(kind="ngram", max_match=2, min_match=2), length=2),
+            "has no such stop": Setup(draft=model, length=2, stop_below=0.5),
+            "with speculation length 65": Setup(draft=model, length=65),
+        }
+        for said, setup in asked.items():
+            with pytest.raises(InputError, match=said):
+                engine.run_together(workload, queue, (setup,), "race 0")
+        with pytest.raises(InputError, match="allowed are 100 together"):
+            engine.run_together(replace(workload, context_length=100), queue, (PLAIN,), "race 0")
+        target = loader.describe(TARGET, dtype="float32")
+        wrong = {
+            "one size of n-gram": Draft(kind="ngram", max_match=4, min_match=2),
+            "no early_exit drafts": Draft(kind="early_exit", num_layers=2),
+            "methods are eagle3, mtp": Draft(kind="native", method="medusa"),
+            "options behind it like": Draft(kind="native", method="ngram-mod,n-match"),
+            "NAME=VALUE is needed": Draft(kind="native", method="ngram-mod,n-match=a/b"),
+        }
+        for said, draft in wrong.items():
+            with pytest.raises(InputError, match=said):
+                LlamaCppEngine(target, (draft,), program, options)
+
+    def test_an_argument_it_refuses(self, program: Program, options: Options, workload: Workload) -> None:
+        """A server that ends at once is told with llama.cpp's own words."""
+        target = loader.describe(TARGET, dtype="float32")
+        wrong = replace(options, more=("--draft-max", "3"))
+        with (
+            LlamaCppEngine(target, (), program, wrong) as engine,
+            pytest.raises(EngineError, match=r"--draft-max|refused the arguments"),
+        ):
+            engine.trace_target(workload, Prompt(domain="a", token_ids=(40, 41)))
+
+    def test_a_draft_of_other_tokens(
+        self, program: Program, options: Options, workload: Workload, tiny_folders: dict[str, Path]
+    ) -> None:
+        """A draft that llama.cpp cannot use is an error, not a run without it."""
+        other = loader.describe(str(tiny_folders["llama"]), dtype="float32")
+        target = loader.describe(TARGET, dtype="float32")
+        draft = Draft(kind="model", model=other.record)
+        short = replace(workload, context_length=128, max_new_tokens=16)
+        prompt = Prompt(domain="a", token_ids=tuple(range(400, 440)))
+        with (
+            LlamaCppEngine(target, (draft,), program, options) as engine,
+            pytest.raises(EngineError, match=r"drafted nothing: .*vocab"),
+        ):
+            engine.run_together(short, (prompt,), (Setup(draft=draft, length=2),), "race 0")
+
+    def test_killed_under_load(
+        self, engine: LlamaCppEngine, workload: Workload, queue: tuple[Prompt, ...], traces: list[TargetTrace]
+    ) -> None:
+        """The error names the signal and the log; the next call starts another server."""
+        engine.run_together(workload, queue[:1], (PLAIN,), "warm")
+        killed: list[int] = []
+
+        def kill() -> None:
+            time.sleep(0.1)
+            for pid in engine._servers.of(PLAIN, workload).server.pids[1:]:
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+
+        thread = threading.Thread(target=kill)
+        thread.start()
+        with pytest.raises(EngineError, match=r"SIGKILL.*log:"):
+            engine.run_together(replace(workload, end_token_ids=()), queue * 20, (PLAIN,), "race 0")
+        thread.join()
+        assert killed
+        assert not any(psutil.pid_exists(pid) for pid in killed)
+        samples = engine.run_together(workload, queue[:2], (PLAIN,), "race 0")
+        assert [sample.output_digest for sample in samples] == [digest_of(trace.token_ids) for trace in traces[:2]]
+
+    def test_a_server_that_runs(
+        self,
+        engine: LlamaCppEngine,
+        options: Options,
+        workload: Workload,
+        queue: tuple[Prompt, ...],
+        traces: list[TargetTrace],
+    ) -> None:
+        """A URL is asked what its server was started for, and is left running."""
+        server = engine._servers.of(PLAIN, workload)
+        target, model = loader.describe(TARGET, dtype="float32"), engine.drafts[0]
+        with LlamaCppEngine(target, (model,), program_at(server.url, PLAIN), options) as guest:
+            assert guest.trace_target(workload, queue[0]) == traces[0]
+            with pytest.raises(InputError, match="serves plain alone"):
+                guest.run_together(workload, queue, (Setup(draft=model, length=2),), "race 0")
+            with pytest.raises(InputError, match="has 1 slots"):
+                guest.run_together(replace(workload, batch_size=2), queue, (PLAIN,), "race 0")
+            with pytest.raises(InputError, match="running already"):
+                guest.trace_draft(workload, queue[0], traces[0], model, 4)
+        assert server.alive
+
+
+def test_tokens_again(engine: LlamaCppEngine, workload: Workload, queue: tuple[Prompt, ...]) -> None:
+    """Bytes that never make a character come as tokens, in a request that is not streamed."""
+    tokenizer = loader.describe(TARGET, dtype="float32").tokenizer
+    byte = tokenizer.convert_tokens_to_ids("æ")  # the first byte of three
+    server = engine._servers.of(PLAIN, workload)
+    body = responses.body_of(workload, queue[0].token_ids, logit_bias=[[byte, 1000.0]], n_predict=5)
+    [run] = server.ask([body], 1)
+    assert run.token_ids is None
+    assert server.tokens_of(body, run) == [byte] * 5
+    assert sum(run.rounds.values()) == 4
+    with pytest.raises(EngineError, match="did not answer"):
+        tokens_again(f"{server.url}/nowhere", body)

@@ -1,0 +1,168 @@
+"""What every engine must keep: one suite over torch, a recording, the remembering wrapper, llama.cpp and vLLM."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from profiles.acceptance.expected_rounds import walk
+from profiles.builtin import TARGET
+from profiles.engines import factory
+from profiles.engines.base import Change, Engine, Times
+from profiles.engines.factory import Models, Place
+from profiles.engines.recorded import RecordedEngine, Recorder
+from profiles.engines.serving.server_kind import SERVER_KINDS_BY_NAME
+from profiles.engines.torch.drafters import DraftSource
+from profiles.engines.torch.engine import TorchEngine
+from profiles.models import loader
+from profiles.records.core import CATCH_UP_WIDTHS, DRAFT_KINDS, PLAIN, Draft, Prompt, Setup, Workload
+from profiles.records.draft_spec import parse_draft
+from profiles.records.errors import InputError, NotMeasuredError
+from profiles.records.evidence import AcceptanceTrace, LookupTrace
+from store.cached_engine import CachedEngine
+from store.evidence_store import EvidenceStore
+from tests.lanes.places import RUNNING
+
+WORKLOAD = Workload(context_length=96, max_new_tokens=24)
+PROMPT = Prompt(domain="a", token_ids=tuple(range(20, 40)))
+NGRAM = Draft(kind="ngram", max_match=3, min_match=1)
+MAX_LENGTH = 4
+
+
+def _setups(engine: Engine) -> tuple[Setup, ...]:
+    return (PLAIN, *(Setup(draft=draft, length=3) for draft in engine.drafts), PLAIN)
+
+
+def _ask_everything(engine: Engine) -> None:
+    trace = engine.trace_target(WORKLOAD, PROMPT)
+    for draft in engine.drafts:
+        engine.trace_draft(WORKLOAD, PROMPT, trace, draft, MAX_LENGTH)
+    engine.time_steps(WORKLOAD, 32, MAX_LENGTH)
+    engine.run_together(WORKLOAD, (PROMPT,), _setups(engine), "test 0")
+
+
+@pytest.fixture(scope="module")
+def torch_engine(tiny_folders: dict[str, Path]) -> TorchEngine:
+    target = loader.load(str(tiny_folders["llama"]), dtype="float32", device="cpu")
+    other = loader.load(str(tiny_folders["qwen2"]), dtype="float32", device="cpu")
+    sources = (
+        DraftSource(draft=Draft(kind="model", model=other.record), model=other.model),
+        DraftSource(draft=Draft(kind="early_exit", num_layers=1), model=loader.early_exit(target, 1)),
+        DraftSource(draft=NGRAM, model=None),
+    )
+    return TorchEngine(target, sources, "cpu")
+
+
+@pytest.fixture(scope="module")
+def recording(torch_engine: TorchEngine) -> RecordedEngine:
+    recorder = Recorder(torch_engine)
+    _ask_everything(recorder)
+    return recorder.recording
+
+
+def _served(engine: str) -> Iterator[Engine]:
+    """The pair that ships on a serving engine, with a look-up that it has."""
+    drafts = (parse_draft("builtin:draft-general"), parse_draft(SERVER_KINDS_BY_NAME[engine].look_up))
+    asked = Models(target=TARGET, drafts=drafts, dtype="float32")
+    python = str(RUNNING.python) if engine == "vllm" else None
+    place = Place(engine=engine, command=python, threads=1, device="cpu", max_length=MAX_LENGTH)
+    bench = factory.open_bench(place, asked, lambda *_: [])
+    yield bench.engine
+    bench.close()
+
+
+@pytest.fixture(scope="module")
+def llamacpp_engine() -> Iterator[Engine]:
+    pytest.importorskip("xllamacpp")
+    yield from _served("llamacpp")
+
+
+@pytest.fixture(scope="module")
+def vllm_engine() -> Iterator[Engine]:
+    if not RUNNING.is_whole:
+        pytest.skip("no lane: make test-vllm")
+    yield from _served("vllm")
+
+
+@pytest.fixture(params=["torch", "recorded", "remembered", "llamacpp", pytest.param("vllm", marks=pytest.mark.vllm)])
+def engine(request: pytest.FixtureRequest, recording: RecordedEngine, tmp_path: Path) -> Iterator[Engine]:
+    """Each engine in turn; the wrapper wraps the recording, and answers the second question from its book."""
+    if request.param == "remembered":
+        with EvidenceStore.open(tmp_path / "evidence.db") as evidence_store:
+            cached_engine = CachedEngine(recording, evidence_store)
+            _ask_everything(cached_engine)
+            yield cached_engine
+    else:
+        yield recording if request.param == "recorded" else request.getfixturevalue(f"{request.param}_engine")
+
+
+class TestEngineContract:
+    """Every promise of `protocol.Engine`."""
+
+    def test_its_properties_are_stated(self, engine: Engine) -> None:
+        """Values of the kinds there are, drafts of a kind it has, and a name for traces of another arithmetic."""
+        stated = engine.capabilities
+        assert stated.times in get_args(Times)
+        assert stated.length_change in get_args(Change)
+        assert set(stated.traced_kinds) <= set(stated.draft_kinds) <= set(DRAFT_KINDS)
+        assert {draft.kind for draft in engine.drafts} <= set(stated.draft_kinds)
+        assert (stated.origin == "") == (stated.name == "torch")
+        assert stated.name in engine.environment.engine
+        assert stated.objection(WORKLOAD, drafting=True) is None
+
+    def test_trace_of_the_target(self, engine: Engine) -> None:
+        """One probability and one gap per emitted token; the prompt is named by its digest."""
+        trace = engine.trace_target(WORKLOAD, PROMPT)
+        assert trace.prompt_digest == PROMPT.digest
+        assert len(trace.token_ids) == 24
+        assert all(0.0 < prob <= 1.0 for prob in trace.target_probs)
+        assert all(gap >= 0.0 for gap in trace.logit_gaps)
+        assert trace == engine.trace_target(WORKLOAD, PROMPT)
+
+    def test_acceptance_of_every_draft(self, engine: Engine) -> None:
+        """One entry per emitted token, of the form that fits the kind of draft."""
+        trace = engine.trace_target(WORKLOAD, PROMPT)
+        for draft in engine.drafts:
+            acceptance = engine.trace_draft(WORKLOAD, PROMPT, trace, draft, MAX_LENGTH)
+            assert acceptance.draft_digest == draft.digest
+            if draft.kind == "ngram":
+                assert isinstance(acceptance, LookupTrace)
+                assert len(acceptance.proposed) == 24
+            else:
+                assert isinstance(acceptance, AcceptanceTrace)
+                assert set(acceptance.keep_probs) <= {0.0, 1.0}
+
+    def test_step_times_cover_what_rounds_use(self, engine: Engine) -> None:
+        """The target at widths 1..k+1, a draft model at 1, 2 and maybe more, a look-up at every length; else rounds."""
+        times = engine.time_steps(WORKLOAD, 32, MAX_LENGTH)
+        whole = engine.capabilities.times == "rounds"
+        assert set(times[engine.target.run_digest].samples_s) == ({1} if whole else {1, 2, 3, 4, 5})
+        for draft in engine.drafts:
+            widths = {2, 3, 4, 5} if whole else {1, 2, 3, 4} if draft.kind == "ngram" else {1, 2}
+            more = {1} if whole else set() if draft.kind == "ngram" else set(CATCH_UP_WIDTHS)
+            assert widths <= set(times[draft.digest].samples_s) <= widths | more
+            assert times[draft.digest].context_length == 32
+            assert not whole or min(map(len, times[draft.digest].samples_s.values())) >= 7
+
+    def test_real_runs_in_the_order_asked(self, engine: Engine) -> None:
+        """One sample per setup, equal greedy outputs, and rounds as the walk has them, under the engine's end rule."""
+        setups = _setups(engine)
+        samples = engine.run_together(WORKLOAD, (PROMPT,), setups, "test 0")
+        assert [sample.setup_digest for sample in samples] == [setup.digest for setup in setups]
+        assert len({sample.output_digest for sample in samples}) == 1
+        past_end = engine.capabilities.past_end
+        asked = replace(WORKLOAD, max_new_tokens=24 + MAX_LENGTH) if past_end else WORKLOAD
+        trace = engine.trace_target(asked, PROMPT)
+        for setup, sample in zip(setups, samples, strict=True):
+            acceptance = None
+            if setup.draft is not None:
+                acceptance = engine.trace_draft(asked, PROMPT, trace, setup.draft, MAX_LENGTH)
+            assert dict(sample.rounds) == dict(walk(trace, acceptance, setup.length, 24, past_end=past_end).rounds)
+
+    def test_what_it_does_not_have_is_an_error(self, engine: Engine) -> None:
+        """A draft never loaded or measured is refused with a message that names it."""
+        unknown = Setup(draft=Draft(kind="ngram", max_match=7, min_match=7), length=2)
+        with pytest.raises((InputError, NotMeasuredError)):
+            engine.run_together(WORKLOAD, (PROMPT,), (unknown,), "test 0")

@@ -1,0 +1,166 @@
+"""Lossless in a batch: a row's greedy output is plain decoding's, whatever neighbours, refills and drafts do."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from profiles.acceptance.batch_replay import replay, rounds_of
+from profiles.acceptance.expected_rounds import CompositeAcceptance, Replayed, catch_up_width, joined, walk
+from profiles.engines.torch.drafters import DraftSource
+from profiles.engines.torch.engine import TorchEngine
+from profiles.models import loader
+from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload, digest_of
+from profiles.records.evidence import AcceptanceTrace, LookupTrace, TargetTrace
+from tests.support.toys import TableModel, near, run, run_queue
+
+NGRAM = {"max_match": 3, "min_match": 1}
+KINDS = ("self", "other model", "early exit", "ngram", "composite", "composite of itself")
+LENGTHS = tuple(range(1, 17))
+WORKLOAD = Workload(context_length=96, max_new_tokens=24)
+# more prompts than rows, of lengths from 1 to 40, some of which repeat themselves
+PROMPTS = tuple(
+    Prompt(domain="a", token_ids=tuple(random.Random(size).choices(range(20, 20 + 3 * size), k=size)))
+    for size in (3, 24, 1, 40, 8, 17, 2, 30, 12, 5, 21)
+)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folders: dict[str, Path]) -> TorchEngine:
+    """A tiny random target with a draft of every kind; of the composites one model is poor and one the target."""
+    target = loader.load(str(tiny_folders["llama"]), dtype="float32", device="cpu")
+    other = loader.load(str(tiny_folders["qwen2"]), dtype="float32", device="cpu")
+    return TorchEngine(
+        target,
+        (
+            DraftSource(draft=Draft(kind="model", model=target.record), model=target.model),
+            DraftSource(draft=Draft(kind="model", model=other.record), model=other.model),
+            DraftSource(draft=Draft(kind="early_exit", num_layers=2), model=loader.early_exit(target, 2)),
+            DraftSource(draft=Draft(kind="ngram", **NGRAM), model=None),
+            DraftSource(draft=Draft(kind="composite", model=other.record, **NGRAM), model=other.model),
+            DraftSource(draft=Draft(kind="composite", model=target.record, **NGRAM), model=target.model),
+        ),
+        "cpu",
+    )
+
+
+def traces_of(engine: TorchEngine, workload: Workload) -> list[TargetTrace]:
+    return [engine.trace_target(workload, prompt) for prompt in PROMPTS]
+
+
+def acceptance_of(
+    engine: TorchEngine, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft
+) -> Replayed:
+    """Of a composite both parts together."""
+    return joined([engine.trace_draft(workload, prompt, trace, part, max(LENGTHS)) for part in draft.parts])
+
+
+def ending(engine: TorchEngine) -> Workload:
+    """Tokens that some outputs hold midway, some at once and some nowhere are end tokens."""
+    emitted = [trace.token_ids for trace in traces_of(engine, WORKLOAD)]
+    return replace(WORKLOAD, end_token_ids=(emitted[1][len(emitted[1]) // 2], emitted[4][0], emitted[7][-2]))
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["to the limit", "to an end token"])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("kind", range(len(KINDS)), ids=KINDS)
+def test_every_row_is_lossless(engine: TorchEngine, kind: int, batch_size: int, ends: bool) -> None:
+    """For k = 1..16: outputs are the traces', rounds the walk's, shapes and refills the replayed queue's, exactly.
+
+    All k in three rows to the limit, a few elsewhere.
+    """
+    workload = replace(ending(engine) if ends else WORKLOAD, batch_size=batch_size)
+    traces, draft = traces_of(engine, workload), engine.drafts[kind]
+    accepted = [
+        acceptance_of(engine, workload, prompt, trace, draft) for prompt, trace in zip(PROMPTS, traces, strict=True)
+    ]
+    lengths = LENGTHS if batch_size == 3 and not ends else (1, 2, 5, 16)
+    setups = (PLAIN, *(Setup(draft=draft, length=length) for length in lengths))
+    if batch_size == 1:
+        queues = [(prompt,) for prompt in PROMPTS]
+        runs = [engine.run_together(workload, queue, setups, "test") for queue in queues]
+        samples = [run[number] for number in range(len(setups)) for run in runs]
+    else:
+        samples = list(engine.run_together(workload, PROMPTS, setups, "test"))
+    for number, setup in enumerate(setups):
+        own = samples[number * len(PROMPTS) : (number + 1) * len(PROMPTS)]
+        known = accepted if setup.draft is not None else [None] * len(PROMPTS)
+        paths = [
+            rounds_of(trace, acceptance, setup.length, workload.max_new_tokens, random.Random(0))
+            for trace, acceptance in zip(traces, known, strict=True)
+        ]
+        replayed = replay(paths, batch_size) if batch_size > 1 else [replay([path], 1)[0] for path in paths]
+        for sample, trace, acceptance, turn in zip(own, traces, known, replayed, strict=True):
+            walked = walk(trace, acceptance, setup.length, workload.max_new_tokens)
+            assert sample.output_digest == digest_of(list(trace.token_ids))
+            assert dict(sample.rounds) == dict(walked.rounds)
+            assert (dict(sample.shapes), sample.refills) == (dict(turn.shapes), turn.refills)
+            if batch_size == 1:
+                assert dict(sample.shapes) == dict(walked.shapes)
+
+
+@pytest.mark.parametrize("draft", [None, "ngram", "model"])
+def test_a_sampled_row_does_not_know_its_neighbours(draft: str | None) -> None:
+    """Alone or among others, in whatever row, a prompt draws the same tokens and goes through the same rounds."""
+    target = TableModel(seed=3, vocabulary=12)
+    drafting = near(target, 4, 0.5) if draft == "model" else draft
+    workload = Workload(context_length=64, max_new_tokens=20, temperature=0.9, top_p=0.95, end_token_ids=(7,))
+    prompts = [Prompt(domain="toy", token_ids=tuple(range(1, 2 + number))) for number in range(9)]
+    together = run_queue(target, drafting, 4, replace(workload, batch_size=4), prompts)
+    for prompt, generation in zip(prompts, together, strict=True):
+        alone = run(target, drafting, 4, workload, prompt)
+        assert (generation.token_ids, generation.rounds) == (alone.token_ids, alone.rounds)
+
+
+def _composite(size: int) -> tuple[TargetTrace, CompositeAcceptance]:
+    """Made-up evidence with keep probabilities between 0 and 1."""
+    rng = random.Random(5)
+    trace = TargetTrace(
+        prompt_digest="p",
+        token_ids=tuple(range(size)),
+        target_probs=(0.5,) * size,
+        logit_gaps=(1.0,) * size,
+        ended=False,
+    )
+    proposed = tuple(rng.choice((0, 0, 3, 4)) for _ in range(size))
+    kept = tuple(min(most, rng.randrange(5), size - start) for start, most in enumerate(proposed))
+    names = {"prompt_digest": "p", "draft_digest": "d"}
+    keep_probs = tuple(rng.random() for _ in range(size))
+    return trace, CompositeAcceptance(
+        lookup=LookupTrace(**names, max_length=4, proposed=proposed, kept=kept),
+        model=AcceptanceTrace(**names, keep_probs=keep_probs, confidences=(0.5,) * size),
+    )
+
+
+def test_the_walk_of_a_composite_is_the_mean_of_its_replays() -> None:
+    """Rounds and shapes, the widths of catching up included: 4,000 lucky ways against the expectation."""
+    trace, acceptance = _composite(40)
+    walked, luck, ways = walk(trace, acceptance, 4, 40), random.Random(1), 4000
+    paths = [rounds_of(trace, acceptance, 4, 40, luck) for _ in range(ways)]
+    turns = [replay([path], 1)[0] for path in paths]
+    assert sum(map(len, paths)) / ways == pytest.approx(walked.num_rounds, rel=0.01)
+    for shape, expected in walked.shapes.items():
+        found = sum(turn.shapes[shape] for turn in turns) / ways
+        assert found == pytest.approx(expected, abs=0.05), shape
+    assert {shape for turn in turns for shape in turn.shapes} <= walked.shapes.keys()
+    assert max(width for _, _, width in walked.shapes) > 4
+
+
+@pytest.mark.parametrize(
+    ("behind", "width"), [(1, 2), (2, 2), (3, 4), (9, 16), (33, 64), (64, 64), (65, 128), (129, 192)]
+)
+def test_catch_up_widths_are_few(behind: int, width: int) -> None:
+    """So that each is timed, and captured on a GPU."""
+    assert catch_up_width(behind) == width
+
+
+def test_caches_of_batch_1_outlive_larger_batches(engine: TorchEngine) -> None:
+    """Traces are made there between batches; of larger ones only the last is kept, and what it warmed up."""
+    engine.trace_target(WORKLOAD, PROMPTS[0])
+    alone = engine._rows[1]
+    for batch_size in (2, 4):
+        engine.run_together(replace(WORKLOAD, batch_size=batch_size), PROMPTS[:4], (PLAIN,), "test")
+        assert engine._rows[1] is alone
+        assert set(engine._rows) == {1, batch_size}
+        assert {size for _, size in engine._warm} <= {1, batch_size}

@@ -1,0 +1,161 @@
+"""Lossless decoding: greedy speculative output equals plain output, and real rounds equal the walk, exactly."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from profiles.acceptance.expected_rounds import walk
+from profiles.acceptance.ngram import NgramIndex
+from profiles.engines.torch.drafters import DraftSource
+from profiles.engines.torch.engine import TorchEngine
+from profiles.models import loader
+from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload
+from profiles.records.errors import BadNumbersError, InputError, ModelError
+from profiles.records.evidence import TargetTrace
+from tests.support.toys import TableModel, near, run, run_queue
+
+LENGTHS = tuple(range(1, 17))
+NGRAM = Draft(kind="ngram", max_match=3, min_match=1)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folders: dict[str, Path]) -> TorchEngine:
+    """A tiny random target with a draft of every kind; the model draft is another random model."""
+    target = loader.load(str(tiny_folders["llama"]), dtype="float32", device="cpu")
+    other = loader.load(str(tiny_folders["qwen2"]), dtype="float32", device="cpu")
+    sources = (
+        DraftSource(draft=Draft(kind="model", model=target.record), model=target.model),
+        DraftSource(draft=Draft(kind="model", model=other.record), model=other.model),
+        DraftSource(draft=Draft(kind="early_exit", num_layers=2), model=loader.early_exit(target, 2)),
+        DraftSource(draft=NGRAM, model=None),
+    )
+    return TorchEngine(target, sources, "cpu")
+
+
+def _prompts() -> list[Prompt]:
+    return [
+        Prompt(domain="a", token_ids=tuple(range(20, 44))),
+        Prompt(domain="b", token_ids=(30, 31, 32, 30, 31, 32, 30, 31)),
+    ]
+
+
+def _workload(engine: TorchEngine, prompt: Prompt, ends: bool) -> Workload:
+    """With `ends`, a token that plain decoding emits midway is declared an end token."""
+    workload = Workload(context_length=128, max_new_tokens=40)
+    if not ends:
+        return workload
+    emitted = engine.trace_target(workload, prompt).token_ids
+    return replace(workload, end_token_ids=(emitted[len(emitted) // 2],))
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["to the limit", "to an end token"])
+@pytest.mark.parametrize("kind", range(4), ids=["self", "other model", "early exit", "ngram"])
+def test_greedy_output_and_rounds(engine: TorchEngine, kind: int, ends: bool) -> None:
+    """For k = 1..16 the output equals plain decoding token for token and the rounds equal the walk's exactly."""
+    draft = engine.drafts[kind]
+    for prompt in _prompts():
+        workload = _workload(engine, prompt, ends)
+        trace = engine.trace_target(workload, prompt)
+        acceptance = engine.trace_draft(workload, prompt, trace, draft, 16)
+        setups = (PLAIN, *(Setup(draft=draft, length=length) for length in LENGTHS))
+        plain, *samples = engine.run_together(workload, (prompt,), setups, "test")
+        assert dict(plain.rounds) == dict(walk(trace, None, 0, 40).rounds)
+        for length, sample in zip(LENGTHS, samples, strict=True):
+            assert sample.output_digest == plain.output_digest
+            assert dict(sample.rounds) == dict(walk(trace, acceptance, length, 40).rounds)
+
+
+def test_the_target_as_its_own_draft_is_always_kept(engine: TorchEngine) -> None:
+    """A stale or missing key in the draft's cache would show as a rejection here."""
+    prompt = _prompts()[0]
+    workload = Workload(context_length=128, max_new_tokens=40)
+    (sample,) = engine.run_together(workload, (prompt,), (Setup(draft=engine.drafts[0], length=4),), "test")
+    assert all(kept == proposed for proposed, kept in sample.rounds)
+
+
+def test_stopping_early_keeps_the_output(engine: TorchEngine) -> None:
+    """`stop_below` shortens rounds and never changes what is emitted."""
+    prompt = _prompts()[0]
+    workload = Workload(context_length=128, max_new_tokens=40)
+    draft = engine.drafts[1]
+    setups = (PLAIN, Setup(draft=draft, length=6), Setup(draft=draft, length=6, stop_below=0.5))
+    plain, full, stopped = engine.run_together(workload, (prompt,), setups, "test")
+    assert plain.output_digest == full.output_digest == stopped.output_digest
+    assert _drafted(stopped.rounds) < _drafted(full.rounds)
+
+
+def _drafted(rounds: object) -> int:
+    return sum(proposed * count for (proposed, _), count in rounds.items())  # type: ignore[attr-defined]
+
+
+def test_lookup_prefers_the_longest_match_and_its_earliest_place() -> None:
+    """The rule of transformers' prompt look-up, on literal tokens."""
+    index = NgramIndex(2, 1)
+    assert index.look_up([1, 2, 9, 1, 3, 1, 2], 3) == [9, 1, 3]
+    assert index.look_up([1, 2, 9, 1, 3, 1, 2, 1], 2) == [2, 9]  # (2, 1) is new
+    assert index.look_up([1, 2, 9, 1, 3, 1, 2, 1, 7], 2) == []
+
+
+def test_refusals_before_a_run(engine: TorchEngine) -> None:
+    """A batch the engine lacks, a context beyond the model and a draft not loaded are named."""
+    prompt = _prompts()[0]
+    with pytest.raises(InputError, match="batch size 65"):
+        engine.run_together(Workload(batch_size=65, context_length=64, max_new_tokens=8), (prompt,), (PLAIN,), "test")
+    with pytest.raises(ModelError, match="positions"):
+        engine.trace_target(Workload(context_length=9000, max_new_tokens=8000), prompt)
+    unknown = Setup(draft=Draft(kind="ngram", max_match=9, min_match=9), length=1)
+    with pytest.raises(InputError, match="max=9"):
+        engine.run_together(Workload(context_length=64, max_new_tokens=8), (prompt,), (unknown,), "test")
+
+
+def test_logits_that_are_not_finite_are_an_error() -> None:
+    """NaN never becomes a token."""
+    model = TableModel(seed=0)
+    model.table[1] = float("nan")
+    with pytest.raises(BadNumbersError, match="not finite"):
+        run(model, None, 0, Workload(context_length=64, max_new_tokens=4), Prompt(domain="x", token_ids=(1,)))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("length", [1, 4, 16])
+@pytest.mark.parametrize("kind", ["model", "ngram"])
+def test_sampled_rounds_in_expectation(kind: str, length: int) -> None:
+    """When sampling, the mean of the walk over traces equals the mean of real rounds: |z| < 3, error under 1 %."""
+    from profiles.acceptance.ngram import trace_lookup
+    from profiles.engines.torch.trace import trace_model
+
+    target = TableModel(seed=5, scale=2.0, vocabulary=12)
+    draft_model = near(target, 6, 0.6)
+    draft = Draft(kind="ngram", max_match=2, min_match=1) if kind == "ngram" else Draft(kind="early_exit", num_layers=1)
+    # the first token, out of the vocabulary, tells the prompts apart: each has random numbers of its own
+    prompts = [Prompt(domain="toy", token_ids=(12 + place, 1, 2, 3, 4, 5, 1)) for place in range(2000)]
+    workload = Workload(batch_size=100, context_length=256, max_new_tokens=128, temperature=0.9, top_p=0.95, seed=0)
+    walked = []
+    for prompt, plain in zip(prompts, run_queue(target, None, 0, workload, prompts, watch=True), strict=True):
+        trace = TargetTrace(
+            prompt_digest=prompt.digest,
+            token_ids=tuple(plain.token_ids),
+            target_probs=tuple(plain.target_probs),
+            logit_gaps=tuple(plain.logit_gaps),
+            ended=plain.ended,
+        )
+        if kind == "ngram":
+            acceptance = trace_lookup(draft, prompt, trace, length)
+        else:
+            acceptance = trace_model(draft_model, draft, workload, prompt, trace)
+        walked.append(walk(trace, acceptance, length, workload.max_new_tokens).num_rounds)
+    other = replace(workload, seed=1)  # other random numbers: the two means are independent
+    runs = run_queue(target, "ngram" if kind == "ngram" else draft_model, length, other, prompts)
+    real = [generation.rounds.total() for generation in runs]
+    assert abs(_z(real, walked)) < 3.0
+
+
+def _z(real: list[int], walked: list[float]) -> float:
+    import numpy
+
+    means = numpy.mean(real), numpy.mean(walked)
+    error = float(numpy.sqrt(numpy.var(real, ddof=1) / len(real) + numpy.var(walked, ddof=1) / len(walked)))
+    assert error / means[0] < 0.01, "too few runs to tell a difference of a few percent"
+    return float((means[0] - means[1]) / error)

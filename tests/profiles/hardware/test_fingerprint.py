@@ -1,0 +1,284 @@
+"""The fingerprint, the choice of a device, the clock and the watch on other load."""
+
+import dataclasses
+import importlib.metadata
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from profiles.hardware import fingerprint, machine
+from profiles.records.errors import InputError
+from profiles.timing.clock import Clock, Disturbance, OtherLoad
+from profiles.timing.gpu_monitor import GpuWatch
+
+
+def readings(*values: float) -> Callable[[], float]:
+    """A reader that answers with the values in turn."""
+    return iter(values).__next__
+
+
+def test_the_fingerprint_describes_this_machine() -> None:
+    """A CPU fingerprint has a name, whole GiB, no GPU fields, and the versions that times depend on."""
+    found = fingerprint.fingerprint("cpu")
+    assert found.device
+    assert found.device_count == 1
+    assert found.memory_bytes >= 2**30
+    assert found.memory_bytes % 2**30 == 0
+    assert (found.driver, found.cuda) == (None, None)
+    assert found.threads == torch.get_num_threads()
+    assert found.torch == torch.__version__
+    assert found.engine == "draftpick-torch"
+    assert found.engine_version == f"0.5.0+transformers-{importlib.metadata.version('transformers')}"
+
+
+def test_nvml_is_started_before_a_handle_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a GPU the bandwidth is asked by a handle that NVML only gives once it was started."""
+    events: list[str] = []
+
+    def told(name: str, answer: object) -> Callable[..., object]:
+        return lambda *_: events.append(name) or answer
+
+    properties = SimpleNamespace(name="NVIDIA X", total_memory=2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(machine, "driver_version", told("start", "580.65"))
+    monkeypatch.setattr(fingerprint, "handle_of", told("handle", "handle"))
+    monkeypatch.setattr(machine, "memory_bandwidth", told("bandwidth", 10**12))
+    found = fingerprint.fingerprint("cuda")
+    assert events == ["start", "handle", "bandwidth"]
+    assert (found.driver, found.compute_capability, found.memory_bandwidth_bytes_s) == ("580.65", "9.0", 10**12)
+
+
+def test_the_fingerprint_is_stable() -> None:
+    """Two fingerprints of one machine are equal; another number of threads is another environment."""
+    first = fingerprint.fingerprint("cpu")
+    assert fingerprint.fingerprint("cpu").digest == first.digest
+    assert dataclasses.replace(first, threads=first.threads + 1).digest != first.digest
+
+
+def test_the_processor_name_comes_from_the_kernel(tmp_path: Path) -> None:
+    """The first `model name` line is taken; without one the architecture stands in."""
+    known, unknown = tmp_path / "known", tmp_path / "unknown"
+    known.write_text("processor\t: 0\nmodel name\t: Example CPU @ 2.00GHz\nmodel name\t: another\n")
+    unknown.write_text("processor\t: 0\n")
+    assert machine.processor_name(known) == "Example CPU @ 2.00GHz"
+    assert machine.processor_name(unknown)
+    assert machine.processor_name(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("asked", [None, "auto"])
+def test_auto_takes_the_gpu_when_there_is_one(asked: str | None) -> None:
+    """Without a wish the device is the GPU, else the CPU."""
+    assert fingerprint.pick_device(asked) == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("asked", ["tpu", "", "CPU", "cuda:99", "cuda:x", "cpu:0"])
+def test_an_unknown_device_is_refused(asked: str) -> None:
+    """The message has the value and every allowed device on one line."""
+    with pytest.raises(InputError) as caught:
+        fingerprint.pick_device(asked)
+    message = str(caught.value)
+    assert repr(asked) in message
+    assert "allowed are auto, cpu" in message
+    assert "\n" not in message
+
+
+def test_a_missing_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking for a GPU on a machine without one says that none was found."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=r"device 'cuda': 0 GPUs found; allowed are auto, cpu$"):
+        fingerprint.pick_device("cuda")
+
+
+def test_each_gpu_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two GPUs `cuda:1` is allowed and `cuda:2` is not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert fingerprint.pick_device("cuda:1") == "cuda:1"
+    assert fingerprint.pick_device(None) == "cuda"
+    with pytest.raises(InputError, match=r"2 GPUs found; allowed are auto, cpu, cuda, cuda:0, cuda:1$"):
+        fingerprint.pick_device("cuda:2")
+
+
+def test_free_memory_is_less_than_all() -> None:
+    """Free bytes are positive and below the machine's whole memory."""
+    assert 0 < fingerprint.free_bytes("cpu") < fingerprint.fingerprint("cpu").memory_bytes + 2**30
+
+
+@pytest.mark.gpu
+def test_the_gpu_is_described() -> None:
+    """On a GPU the fingerprint has its driver and CUDA version, and free memory is below all of it."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    found = fingerprint.fingerprint("cuda")
+    assert found.driver
+    assert found.cuda
+    assert 0 < fingerprint.free_bytes("cuda") < found.memory_bytes + 2**30
+
+
+def test_the_clock_waits_for_the_device_before_it_reads() -> None:
+    """Every reading is preceded by a synchronisation."""
+    events: list[str] = []
+
+    def now() -> float:
+        events.append("now")
+        return 3.0
+
+    clock = Clock("cuda", now=now, wait=lambda: events.append("wait"))
+    assert clock.read() == 3.0
+    assert clock.read() == 3.0
+    assert events == ["wait", "now", "wait", "now"]
+
+
+def test_the_clock_of_a_cpu_does_not_wait() -> None:
+    """On a CPU there is nothing to wait for, and time does not run backwards."""
+    assert Clock("cpu", now=readings(1.0, 2.5)).read() == 1.0
+    clock = Clock("cpu")
+    assert clock.read() <= clock.read()
+
+
+def test_other_load_is_what_the_machine_did_beside_us() -> None:
+    """In 2 s the machine was busy for 3 core-seconds, 2 of them ours: half a core went to others."""
+    load = OtherLoad(now=readings(10.0, 12.0), machine_s=readings(100.0, 103.0), own_s=readings(5.0, 7.0))
+    with load:
+        pass
+    assert load.cores == 0.5
+    assert load.disturbed
+
+
+@pytest.mark.parametrize(("others_s", "disturbed"), [(0.0, False), (0.34, False), (0.36, True), (2.0, True)])
+def test_the_limit_is_a_third_of_a_core(others_s: float, disturbed: bool) -> None:
+    """Above 0.35 cores of other work a unit of one second counts as disturbed."""
+    with OtherLoad(now=readings(0.0, 1.0), machine_s=readings(0.0, others_s), own_s=readings(0.0, 0.0)) as load:
+        pass
+    assert load.disturbed is disturbed
+
+
+def test_a_short_unit_cannot_be_judged() -> None:
+    """Within 0.2 s one tick of the kernel's accounting would look like load: no figure, not disturbed."""
+    with OtherLoad(now=readings(0.0, 0.2), machine_s=readings(0.0, 9.0), own_s=readings(0.0, 0.0)) as load:
+        pass
+    assert load.cores is None
+    assert not load.disturbed
+
+
+def test_own_work_above_the_machine_s_is_no_load() -> None:
+    """Ticks can show us busier than the machine; that is 0, never negative."""
+    with OtherLoad(now=readings(0.0, 1.0), machine_s=readings(0.0, 0.9), own_s=readings(0.0, 1.0)) as load:
+        pass
+    assert load.cores == 0.0
+
+
+def test_load_is_measured_when_the_unit_fails() -> None:
+    """An error inside the block passes through and the load is still known."""
+    load = OtherLoad(now=readings(0.0, 1.0), machine_s=readings(0.0, 1.0), own_s=readings(0.0, 0.0))
+    with pytest.raises(InputError, match="planted"), load:
+        raise InputError("planted")
+    assert load.cores == 1.0
+
+
+def test_another_process_is_seen_by_the_real_readers() -> None:
+    """A process that spins beside us and is none of our children is load."""
+    if sum(psutil.cpu_times()) == 0.0:
+        pytest.skip("this kernel does not tell how busy the machine is")
+    spin = "import time; end = time.monotonic() + 5\nwhile time.monotonic() < end: pass"
+    # its parent ends at once, so that it is an orphan; it holds neither of the parent's pipes, which are waited for
+    started = (
+        "import subprocess, sys; nowhere = subprocess.DEVNULL;"
+        'print(subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=nowhere, stderr=nowhere).pid)'
+    )
+    done = subprocess.run([sys.executable, "-c", started, spin], capture_output=True, text=True, check=True)
+    other = psutil.Process(int(done.stdout))
+    try:
+        load = OtherLoad()
+        with load:
+            end = Clock("cpu").read() + 0.6
+            while Clock("cpu").read() < end:
+                os.sched_yield()
+    finally:
+        other.kill()
+    assert load.cores is not None
+    assert load.cores > 0.0
+
+
+def test_our_own_children_are_no_load() -> None:
+    """A serving engine that we started, and that still runs, is not another program."""
+    spin = "import time; end = time.monotonic() + 5\nwhile time.monotonic() < end: pass"
+    child = subprocess.Popen([sys.executable, "-c", spin])
+    try:
+        psutil.Process(child.pid).cpu_times()
+        load = OtherLoad()
+        with load:
+            time.sleep(0.6)
+    finally:
+        child.kill()
+        child.wait()
+    assert load.cores is not None
+    assert load.cores < 0.5
+
+
+def load_of(cores: float) -> OtherLoad:
+    """A watch that finds this many cores busy with other work over one second."""
+    return OtherLoad(now=readings(0.0, 1.0), machine_s=readings(0.0, cores), own_s=readings(0.0, 0.0))
+
+
+class FakeGpuWatch(GpuWatch):
+    """A watch on a GPU that finds every device with an odd number slowed down, and tells when its block begins."""
+
+    def __enter__(self) -> "FakeGpuWatch":
+        self.entered = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.entered
+
+    @property
+    def worst(self) -> str | None:
+        return f"GPU {self._device} was slowed" if self._device.endswith(("1", "3")) else None
+
+
+@pytest.mark.parametrize(
+    ("cores", "devices", "disturbed", "worst"),
+    [
+        (0.0, ("cpu",), False, None),
+        (0.5, ("cpu",), True, None),
+        (0.0, ("cuda:0",), False, None),
+        (0.5, ("cuda:0",), True, None),
+        (0.0, ("cuda:1",), True, "GPU cuda:1 was slowed"),
+        (0.5, ("cuda:0", "cuda:1"), True, "GPU cuda:1 was slowed"),
+        (0.0, ("cuda:1", "cuda:2", "cuda:3"), True, "GPU cuda:1 was slowed; GPU cuda:3 was slowed"),
+    ],
+)
+def test_processor_and_gpus_are_watched_together(
+    monkeypatch: pytest.MonkeyPatch, cores: float, devices: tuple[str, ...], disturbed: bool, worst: str | None
+) -> None:
+    """Either disturbs; the cores are those of the watch on the processor, the sentence names the GPUs."""
+    monkeypatch.setattr("profiles.timing.clock.GpuWatch", FakeGpuWatch)
+    with Disturbance(*devices, load=load_of(cores)) as watch:
+        pass
+    assert (watch.cores, watch.disturbed, watch.worst) == (cores, disturbed, worst)
+
+
+def test_both_watches_end_when_the_unit_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error inside the block passes through, and what disturbed it is known all the same."""
+    monkeypatch.setattr("profiles.timing.clock.GpuWatch", FakeGpuWatch)
+    watch = Disturbance("cuda:1", load=load_of(0.25))
+    with pytest.raises(InputError, match="planted"), watch:
+        raise InputError("planted")
+    assert watch.cores == 0.25
+    assert watch.disturbed
+
+
+def test_the_real_watches_run_on_a_cpu() -> None:
+    """Without a GPU the combined watch is the one on the processor: a block of no length is not disturbed."""
+    with Disturbance("cpu") as watch:
+        pass
+    assert (watch.cores, watch.disturbed, watch.worst) == (None, False, None)

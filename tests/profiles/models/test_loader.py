@@ -1,0 +1,384 @@
+"""Loading models, every way a model directory can be wrong, pairs, room, memory and early exit."""
+
+import copy
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, DynamicCache, GPTNeoConfig, GPTNeoForCausalLM, MambaConfig
+
+from profiles.models import loader, memory, sources
+from profiles.models.loader import Loaded
+from profiles.records.errors import ModelError, OutOfMemoryError, PairError
+from tests.support import tiny
+
+TOKEN_IDS = torch.tensor([[2, 40, 77, 105, 260, 33, 1, 3]])
+FINAL_NORM = {"llama": "norm", "qwen2": "norm", "gpt_neox": "final_layer_norm", "gpt2": "ln_f"}
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_folders: dict[str, Path]) -> Loaded:
+    return load(tiny_folders["llama"])
+
+
+@pytest.fixture
+def broken(tiny_folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the tiny Llama to spoil."""
+    return Path(shutil.copytree(tiny_folders["llama"], tmp_path / "broken"))
+
+
+def load(folder: Path) -> Loaded:
+    return loader.load(str(folder), dtype="float32", device="cpu")
+
+
+def refusal(folder: Path | str) -> str:
+    """The one line that loading is refused with."""
+    with pytest.raises(ModelError) as caught:
+        loader.load(str(folder), dtype="float32", device="cpu")
+    message = str(caught.value)
+    assert message.startswith(f"model {str(folder)!r}")
+    assert "\n" not in message
+    assert len(message) < 500 + len(str(folder))
+    return message
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_every_architecture_loads(tiny_folders: dict[str, Path], architecture: str) -> None:
+    """A loaded model is in evaluation mode, without gradients, on fused attention, with its limits known."""
+    loaded = load(tiny_folders[architecture])
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert loaded.model.config._attn_implementation == "sdpa"
+    assert loaded.max_positions == 256
+    assert loaded.end_token_ids == (1,)
+    assert len(loaded.tokenizer) == 300
+    assert loaded.record.name == str(tiny_folders[architecture])
+    assert (loaded.record.revision, loaded.record.dtype) == (None, "float32")
+    assert loaded.record.num_params == loaded.model.num_parameters()
+
+
+def test_loading_says_nothing(tiny_folders: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    """No progress bar, warning or report reaches the terminal."""
+    load(tiny_folders["gpt2"])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_weights_are_held_in_the_dtype_asked_for(tiny_folders: dict[str, Path]) -> None:
+    """A float32 file loads as bfloat16 when asked, under the same digest; unknown dtypes are refused."""
+    name = str(tiny_folders["llama"])
+    loaded = loader.load(name, dtype="bfloat16", device="cpu")
+    assert loaded.model.dtype == torch.bfloat16
+    assert loaded.record.digest == load(tiny_folders["llama"]).record.digest
+    with pytest.raises(ModelError, match="dtype 'int4': allowed are float32, bfloat16, float16"):
+        loader.load(name, dtype="int4", device="cpu")
+
+
+def test_the_digest_follows_weights_and_config(llama: Loaded, tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    """A copy elsewhere has the same digest; another weight or another config value has another."""
+    folder = Path(shutil.copytree(tiny_folders["llama"], tmp_path / "copy"))
+    assert load(folder).record.digest == llama.record.digest
+    change_config(folder, rms_norm_eps=1e-3)
+    changed = load(folder).record.digest
+    assert changed != llama.record.digest
+    change_weight(folder, "model.norm.weight", 1.5)
+    assert load(folder).record.digest not in {changed, llama.record.digest}
+
+
+def change_config(folder: Path, **values: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change_weight(folder: Path, name: str, value: float) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights[name].view(-1)[0] = value
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_sharded_weights_load(broken: Path) -> None:
+    """Weights in several files with an index give the same logits; a missing shard is named."""
+    whole = load(broken)
+    shutil.copytree(broken, broken / "shards", ignore=shutil.ignore_patterns("model.safetensors"))
+    whole.model.save_pretrained(broken / "shards", max_shard_size="40KB")
+    shards = sorted((broken / "shards").glob("*.safetensors"))
+    assert len(shards) > 1
+    sharded = load(broken / "shards")
+    assert torch.equal(sharded.model(TOKEN_IDS).logits, whole.model(TOKEN_IDS).logits)
+    shards[-1].unlink()
+    assert f"1 of {len(shards)} weight files are missing, first {shards[-1].name}" in refusal(broken / "shards")
+    (broken / "shards" / "model.safetensors.index.json").write_text("{")
+    assert "model.safetensors.index.json: JSONDecodeError" in refusal(broken / "shards")
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "float32"), (float("inf"), "float32"), (1e30, "float16")])
+def test_weights_that_are_not_finite_are_refused(broken: Path, value: float, dtype: str) -> None:
+    """NaN, infinity and float32 values too large for float16 are refused under the tensor's name."""
+    change_weight(broken, "model.layers.1.mlp.up_proj.weight", value)
+    with pytest.raises(ModelError, match=f"layers.1.mlp.up_proj.weight holds NaN or infinity as {dtype}"):
+        loader.load(str(broken), dtype=dtype, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("config.json", None, "no config.json in it"),
+        ("config.json", b"{oops", "not a valid JSON file"),
+        ("config.json", b"[1]", "Error: "),
+        ("config.json", b'{"model_type": "nonesuch"}', "nonesuch"),
+        ("config.json", b'{"model_type": "t5"}', "Unrecognized configuration class"),
+        ("config.json", b'{"model_type": "llama", "hidden_size": "wide"}', "hidden_size"),
+        ("model.safetensors", None, "no model.safetensors or model.safetensors.index.json in it; convert it"),
+        ("model.safetensors", b"", "SafetensorError"),
+        ("tokenizer.json", None, "no tokenizer in it"),
+        ("tokenizer.json", b"{oops", "JSONDecodeError"),
+        ("tokenizer.json", b"{}", "KeyError"),
+        ("tokenizer.json", b'{"version": "1.0", "added_tokens": [], "model": {"type": "X"}}', "model"),
+    ],
+)
+def test_a_broken_file_is_named(broken: Path, file: str, content: bytes | None, words: str) -> None:
+    """A missing or broken file ends in one line with what the library underneath said."""
+    (broken / file).unlink()
+    if content is not None:
+        (broken / file).write_bytes(content)
+    assert words in refusal(broken)
+
+
+def test_truncated_weights_are_refused(broken: Path) -> None:
+    """Half a download is not a model."""
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert "SafetensorError" in refusal(broken)
+
+
+def test_pickled_weights_are_refused(broken: Path) -> None:
+    """A pickle can run code: it is named and never opened."""
+    (broken / "model.safetensors").unlink()
+    (broken / "pytorch_model.bin").write_bytes(b"never opened")
+    assert "pickled weights (pytorch_model.bin) can run code and are refused" in refusal(broken)
+
+
+def test_weights_that_the_config_does_not_describe_are_refused(broken: Path) -> None:
+    """A fourth layer that is in no file is not made up at random; neither is a layer of another width."""
+    change_config(broken, num_hidden_layers=4)
+    assert "9 weights are not in its files, first model.layers.3." in refusal(broken)
+    change_config(broken, num_hidden_layers=3, intermediate_size=65)
+    message = refusal(broken)
+    assert "9 weights are of another size than its config.json says, first model.layers.0.mlp.down_proj" in message
+    assert "([32, 64] instead of [32, 65])" in message
+
+
+def test_an_architecture_without_fused_attention_falls_back(tmp_path: Path) -> None:
+    """GPT-Neo refuses fused attention and is loaded with the plain one."""
+    layers = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    config = GPTNeoConfig(vocab_size=300, hidden_size=32, max_position_embeddings=64, **layers)
+    GPTNeoForCausalLM(config).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert (loaded.model.config._attn_implementation, loaded.max_positions) == ("eager", 64)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_running_out_of_memory_while_loading_is_said(
+    tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """A full device is an engine's failure, not the model's fault."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(OutOfMemoryError, match="memory ran out while it was loaded"):
+        load(tiny_folders["llama"])
+
+
+def test_a_gpt2_without_tokenizer_is_refused(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Its tokenizer class would load as a map of one token instead of failing."""
+    ignored = shutil.ignore_patterns("tokenizer*", "chat_template*")
+    assert "no tokenizer in it" in refusal(shutil.copytree(tiny_folders["gpt2"], tmp_path / "bare", ignore=ignored))
+
+
+def test_a_model_without_positions_is_refused(tiny_folders: dict[str, Path]) -> None:
+    """A config that states no longest context cannot be measured within it."""
+    source = sources.find(str(tiny_folders["llama"]))
+    with pytest.raises(ModelError, match="states no max_position_embeddings"):
+        sources.max_positions(MambaConfig(), source)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "./model", "~/model"])
+def test_a_missing_directory_is_named(name: str) -> None:
+    """What is spelled like a path is never looked up on the hub."""
+    assert (
+        "no such directory or file; allowed are a model directory, a .gguf file and a hub id like owner/name"
+        in refusal(name)
+    )
+
+
+def test_a_file_is_not_a_model(broken: Path) -> None:
+    """A weight file alone has no config and no tokenizer."""
+    assert "a file; allowed are" in refusal(broken / "model.safetensors")
+
+
+def test_a_hub_id_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An id that is not cached, offline, and one that is no id at all."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert "not to be had as a hub id: LocalEntryNotFoundError" in refusal("nobody/nothing")
+    assert "not to be had as a hub id: HFValidationError" in refusal("a/b/c")
+
+
+def test_a_hub_id_loads_from_its_snapshot(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub id is recorded under its name with the commit as revision."""
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(broken))
+    record = loader.load("owner/name", dtype="float32", device="cpu").record
+    assert (record.name, record.revision) == ("owner/name", "broken")
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"), [([5, 2], 1, (2, 5)), (7, 1, (7,)), (None, 4, (4,)), (None, None, (1,))]
+)
+def test_end_tokens_come_from_the_first_that_names_them(
+    broken: Path, generation: object, config: object, expected: tuple[int, ...]
+) -> None:
+    """The generation config wins over the config, which wins over the tokenizer."""
+    change_config(broken, eos_token_id=config)
+    (broken / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    assert load(broken).end_token_ids == expected
+
+
+def test_equal_token_maps_fit_whatever_the_padding(llama: Loaded, tmp_path: Path) -> None:
+    """A draft whose embedding is padded to 320 rows fits a target of 300; the other way round too."""
+    padded = load(tiny.write_model(tmp_path / "padded", "gpt2", vocab_size=320))
+    loader.check_pair(llama, padded)
+    loader.check_pair(padded, llama)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "qwen2"])
+def test_a_draft_of_another_architecture_fits(llama: Loaded, tiny_folders: dict[str, Path], architecture: str) -> None:
+    """Only the token map counts; the tiny models share one and read text alike."""
+    draft = load(tiny_folders[architecture])
+    loader.check_pair(llama, draft)
+    assert draft.tokenizer.encode("The quick\nbrown fox 12345 ünï") == llama.tokenizer.encode(
+        "The quick\nbrown fox 12345 ünï"
+    )
+
+
+def test_another_token_map_of_the_same_size_is_refused(llama: Loaded) -> None:
+    """Maps are compared, not sizes; the first differing tokens are told with both ids."""
+    other = dataclasses.replace(llama, tokenizer=tiny.tokenizer(tiny.OTHER_TEXT))
+    with pytest.raises(PairError) as caught:
+        loader.check_pair(llama, other)
+    message = str(caught.value)
+    assert "different token maps (300 and 300 tokens)" in message
+    assert " and absent)" in message
+    assert "(absent and " in message
+    assert "\n" not in message
+
+
+def test_an_added_token_makes_another_map(llama: Loaded) -> None:
+    """Tokens added after training count too."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<|tool|>\n"])
+    with pytest.raises(PairError, match=r"1 tokens differ, .*: '<\|tool\|>\\n' \(300 and absent\)"):
+        loader.check_pair(llama, dataclasses.replace(llama, tokenizer=tokenizer))
+
+
+def test_a_model_that_cannot_embed_every_token_is_refused(tmp_path: Path) -> None:
+    """An embedding of 299 rows under a map of 300 tokens would fail in the middle of a run."""
+    folder = tiny.write_model(tmp_path / "small", "gpt2", vocab_size=299)
+    with pytest.raises(ModelError, match="embeds 299 tokens; its tokenizer needs at least 300"):
+        load(folder)
+
+
+def test_room_ends_where_the_positions_end(llama: Loaded) -> None:
+    """256 positions hold a context of 248 with 8 drafted tokens, and not one token more."""
+    loader.check_room(llama, context_length=248, max_length=8)
+    loader.check_room(llama, context_length=256, max_length=0)
+    with pytest.raises(ModelError, match=r"context 257: .* has 256 positions; allowed are contexts up to 256$"):
+        loader.check_room(llama, context_length=257, max_length=0)
+    with pytest.raises(ModelError, match=r"context 249 with speculation length 8: .* up to 248 .* or lengths up to 7"):
+        loader.check_room(llama, context_length=249, max_length=8)
+
+
+def test_memory_is_checked_from_the_headers(tiny_folders: dict[str, Path]) -> None:
+    """Weights as asked plus 2 x 3 layers x 2 heads x 8 values a token: just enough passes, a byte less does not."""
+    name = str(tiny_folders["llama"])
+    num_values = sum(tensor.numel() for tensor in load_file(tiny_folders["llama"] / "model.safetensors").values())
+    needed = 2 * (num_values + 1000 * 2 * 3 * 2 * 8)
+    options = {"dtype": "bfloat16", "device": "cpu", "num_tokens": 1000}
+    memory.check_memory([name], **options, num_free_bytes=needed)  # type: ignore[arg-type]
+    memory.check_memory([name], **options)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"GiB of bfloat16 weights and .* GiB of cache for 1000 tokens; cpu has "):
+        memory.check_memory([name], **options, num_free_bytes=needed - 1)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="GiB free"):
+        memory.check_memory([name, name], **options, num_free_bytes=needed)  # type: ignore[arg-type]
+
+
+def test_memory_of_a_broken_model_is_refused(broken: Path) -> None:
+    """A truncated header is found before anything is loaded."""
+    (broken / "model.safetensors").write_bytes(b"12345")
+    with pytest.raises(ModelError, match="SafetensorError"):
+        memory.check_memory([str(broken)], dtype="float32", device="cpu", num_tokens=10)
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_early_exit_is_norm_and_head_on_a_hidden_state(
+    tiny_folders: dict[str, Path], architecture: str, num_layers: int
+) -> None:
+    """Its logits are the target's norm and head on the target's hidden state after that layer, cached or not."""
+    target = load(tiny_folders[architecture])
+    with torch.inference_mode():
+        before = target.model(TOKEN_IDS, output_hidden_states=True)
+        norm = getattr(target.model.base_model, FINAL_NORM[architecture])
+        expected = target.model.get_output_embeddings()(norm(before.hidden_states[num_layers]))
+        early = loader.early_exit(target, num_layers)
+        assert torch.equal(early(TOKEN_IDS).logits, expected)
+        cache = DynamicCache(config=early.config)
+        assert len(cache.layers) == num_layers
+        steps = [early(TOKEN_IDS[:, [i]], past_key_values=cache, use_cache=True).logits for i in range(8)]
+        torch.testing.assert_close(torch.cat(steps, 1), expected)
+        assert torch.equal(target.model(TOKEN_IDS).logits, before.logits)
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_early_exit_shares_weights_and_leaves_the_target_alone(
+    tiny_folders: dict[str, Path], architecture: str
+) -> None:
+    """Every parameter is the target's own object; the target keeps its layers and its config."""
+    target = load(tiny_folders[architecture])
+    config, parameters = copy.deepcopy(target.model.config), dict(target.model.named_parameters())
+    early = loader.early_exit(target, 1)
+    own = dict(early.named_parameters())
+    assert 0 < len(own) < len(parameters)
+    assert all(parameter is parameters[name] for name, parameter in own.items())
+    assert list(dict(target.model.named_parameters())) == list(parameters)
+    assert target.model.config.to_dict() == config.to_dict()
+    assert early.config is early.base_model.config
+    assert (early.config.num_hidden_layers, target.model.config.num_hidden_layers) == (1, 3)
+
+
+@pytest.mark.parametrize("num_layers", [-1, 0, 3, 4])
+def test_early_exit_needs_a_proper_part_of_the_layers(llama: Loaded, num_layers: int) -> None:
+    """Of three layers the first one or two can be an exit."""
+    with pytest.raises(PairError, match=f"early-exit:{num_layers} of target .*: allowed are 1 to 2$"):
+        loader.early_exit(llama, num_layers)
+
+
+def test_early_exit_of_one_layer_is_refused(tmp_path: Path) -> None:
+    """A target of one layer has no earlier exit."""
+    target = load(tiny.write_model(tmp_path / "one", "gpt2", num_layers=1))
+    with pytest.raises(PairError, match="allowed are none, it has 1 layer"):
+        loader.early_exit(target, 1)
+
+
+def test_early_exit_refuses_layers_it_cannot_tell(tiny_folders: dict[str, Path]) -> None:
+    """Two module lists of the same length leave open which one holds the layers."""
+    target = load(tiny_folders["llama"])
+    target.model.model.others = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
+    with pytest.raises(PairError, match="LlamaForCausalLM has no single list of 3 layers to cut"):
+        loader.early_exit(target, 1)

@@ -1,0 +1,375 @@
+"""Reading prompt files, every way they can be wrong, and what a tokenizer makes of them."""
+
+import io
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import jinja2
+import pytest
+from transformers import AutoTokenizer
+
+from profiles.builtin import FAMILY_FOLDER
+from profiles.prompts import reader
+from profiles.prompts.reader import Request
+from profiles.records.core import Prompt
+from profiles.records.errors import PromptError
+from tests import ROOT
+from tests.support import tiny
+
+
+class Letters:
+    """A tokenizer with one token per character; its template writes `role:content;` and opens `>`."""
+
+    def __init__(self, *, chat_template: str | None = "letters") -> None:
+        self.chat_template = chat_template
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [ord(character) for character in text]}
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: object) -> list[int]:
+        assert options == {"add_generation_prompt": True, "return_dict": False}
+        if conversation[0]["role"] == "refused":
+            raise jinja2.TemplateError("roles must\nalternate")
+        text = "".join(f"{message['role']}:{message['content']};" for message in conversation)
+        return [ord(character) for character in text + ">"]
+
+
+def text_of(prompt: Prompt) -> str:
+    return "".join(map(chr, prompt.token_ids))
+
+
+def write(path: Path, *rows: object) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def refusal(source: str) -> str:
+    """The one line that reading `source` is refused with."""
+    with pytest.raises(PromptError) as caught:
+        reader.read(source)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"prompt": "hi"}, (("user", "hi"),)),
+        ({"text": "hi"}, "hi"),
+        ({"turns": ["hi", "and then"]}, (("user", "hi"),)),
+        (
+            {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]},
+            (("system", "be brief"), ("user", "hi")),
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+            (("user", "hi"),),
+        ),
+        ({"messages": None, "text": "hi", "other": 1}, "hi"),
+        ({"prompt": "hi", "messages": [{"role": "user", "content": "first wins"}]}, (("user", "first wins"),)),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"},
+                    {"role": "user", "content": "c"},
+                    {"role": "assistant", "content": "d"},
+                ]
+            },
+            (("user", "a"), ("assistant", "b"), ("user", "c")),
+        ),
+    ],
+)
+def test_every_known_field_is_read(tmp_path: Path, row: object, messages: object) -> None:
+    """Each row shape becomes the messages or the raw text it means."""
+    (request,) = reader.read(write(tmp_path / "set.jsonl", row))
+    assert request == Request(messages=messages, domain="set")  # type: ignore[arg-type]
+
+
+def test_the_domain_comes_from_caller_row_or_file(tmp_path: Path) -> None:
+    """The caller's label wins over the row's `domain` or `category`, which win over the file's stem."""
+    rows = [{"text": "a", "domain": "law"}, {"text": "b", "category": "maths"}, {"text": "c", "domain": None}]
+    source = write(tmp_path / "stem.jsonl", *rows)
+    assert [request.domain for request in reader.read(source)] == ["law", "maths", "stem"]
+    assert [request.domain for request in reader.read(source, domain="all")] == ["all", "all", "all"]
+    assert [request.domain for request in reader.read(source, domain=" all ")] == ["all", "all", "all"]
+    for empty in ("", "  "):
+        with pytest.raises(PromptError, match=r"^domain '': a name is needed$"):
+            reader.read(source, domain=empty)
+
+
+# Spec-Bench, questions 375, 239, 455, 117 and 125 (hemingkx/Spec-Bench, Apache-2.0)
+SPEC_BENCH = r"""
+{"question_id": 375, "category": "qa", "turns": ["What is the meaning of cc and bcc?"]}
+{"question_id": 239, "category": "translation", "turns": ["Translate German to English: Lesen auch unbekannte Menschen die E-Mails mit ?"]}
+{"question_id": 455, "category": "math_reasoning", "turns": ["Jack had $100. Sophia gave him 1/5 of her $100. How many dollars does Jack have now?"]}
+{"question_id": 117, "category": "math", "turns": ["How many integers are in the solution of the inequality |x + 5| < 10", "What about |x + 10| < 5"]}
+{"question_id": 125, "category": "coding", "turns": ["Write a function to find the highest common ancestor (not LCA) of two nodes in a binary tree.", "What if it is not a binary tree?"]}
+"""  # noqa: E501
+
+
+def test_spec_bench_is_read_as_it_is_published(tmp_path: Path) -> None:
+    """Of each question the first turn is asked, under its category; the caller's domain goes before it."""
+    path = tmp_path / "question.jsonl"
+    path.write_text(SPEC_BENCH, encoding="utf-8")
+    found = reader.read(str(path))
+    assert [request.domain for request in found] == ["qa", "translation", "math_reasoning", "math", "coding"]
+    assert found[3].messages == (("user", "How many integers are in the solution of the inequality |x + 5| < 10"),)
+    assert {request.domain for request in reader.read(str(path), domain="spec")} == {"spec"}
+    assert reader.tokenize(found, Letters(), 1000)[1] == []
+
+
+def pipe(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+@pytest.mark.parametrize(
+    ("content", "asked"),
+    [
+        (b'\n  {"text": "a", "domain": "law"}\n{"prompt": "b"}\n', [("a", "law"), ((("user", "b"),), "stdin")]),
+        (b'\xef\xbb\xbf{"text": "a"}', [("a", "stdin")]),
+        (b"one\n---\ntwo {\n", [((("user", "one"),), "stdin"), ((("user", "two {"),), "stdin")]),
+        (b'["a"]', [((("user", '["a"]'),), "stdin")]),
+    ],
+)
+def test_a_dash_reads_standard_input(
+    monkeypatch: pytest.MonkeyPatch, content: bytes, asked: list[tuple[object, str]]
+) -> None:
+    """What begins with a brace is JSON lines, everything else is plain text."""
+    pipe(monkeypatch, content)
+    assert [(request.messages, request.domain) for request in reader.read("-")] == asked
+    pipe(monkeypatch, content)
+    assert {request.domain for request in reader.read("-", domain="mine")} == {"mine"}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ": it holds no prompts"),
+        (b" \n---\n", ": it holds no prompts"),
+        (b"caf\xe9", " line 1: byte 0xe9 is not UTF-8"),
+        (b'{"text": "a"}\n{"text": 7}', " line 2: field 'text': 7 is not text"),
+        (b"{not JSON}", " line 1: not JSON"),
+        (None, ": it is closed; pipe a file into it or name one"),
+    ],
+)
+def test_unusable_standard_input_is_named(monkeypatch: pytest.MonkeyPatch, content: bytes | None, words: str) -> None:
+    """The message says that it came from standard input, and what is wrong with it."""
+    if content is None:
+        monkeypatch.setattr(sys, "stdin", None)
+    else:
+        pipe(monkeypatch, content)
+    assert refusal("-").startswith("prompts from standard input" + words)
+
+
+def test_json_is_an_array_of_rows(tmp_path: Path) -> None:
+    """A `.json` file holds the same rows in one array."""
+    path = tmp_path / "set.json"
+    path.write_text(json.dumps([{"text": "a"}, {"prompt": "b"}], indent=2))
+    assert [request.messages for request in reader.read(str(path))] == ["a", (("user", "b"),)]
+
+
+def test_plain_text_is_one_prompt_or_parts_between_dashes(tmp_path: Path) -> None:
+    """Blank lines belong to a prompt; only a line of three dashes ends it."""
+    path = tmp_path / "set.txt"
+    path.write_text("one\n\nstill one\n")
+    assert [request.messages for request in reader.read(str(path))] == [(("user", "one\n\nstill one"),)]
+    path.write_text("one\n---\ntwo --- two\n---\n\n")
+    assert [request.messages for request in reader.read(str(path))] == [
+        (("user", "one"),),
+        (("user", "two --- two"),),
+    ]
+
+
+def test_a_byte_order_mark_blank_lines_and_line_separators_are_harmless(tmp_path: Path) -> None:
+    """A BOM is dropped, blank lines are skipped, and U+2028 inside a JSON string does not end the line."""
+    path = tmp_path / "set.jsonl"
+    path.write_bytes('\ufeff{"text": "a\u2028b"}\r\n\n  \n{"text": "c"}'.encode())
+    assert [request.messages for request in reader.read(str(path))] == ["a\u2028b", "c"]
+
+
+def test_built_in_sets_are_read_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One set by its name, or all of them in name order, each its own domain."""
+    monkeypatch.setattr(reader, "BUILTIN_FOLDER", tmp_path)
+    write(tmp_path / "prose.jsonl", {"text": "p"})
+    write(tmp_path / "code.jsonl", {"text": "c"})
+    assert [request.domain for request in reader.read("builtin:prose")] == ["prose"]
+    assert [request.domain for request in reader.read("builtin:all")] == ["code", "prose"]
+    allowed = "allowed are builtin:code, builtin:prose, builtin:all"
+    assert refusal("builtin:poem") == f"prompts 'builtin:poem': no built-in set of that name; {allowed}"
+    assert allowed in refusal("builtin:../prose")
+
+
+def test_missing_built_in_sets_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no set is installed nothing is allowed, `all` included."""
+    monkeypatch.setattr(reader, "BUILTIN_FOLDER", tmp_path)
+    assert "no set is installed" in refusal("builtin:all")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"text": "a"', "not JSON"),
+        ('{"text": NaN1}', "not JSON"),
+        ("[" * 100_000, "JSON that cannot be read"),
+        ("1" * 5000, "JSON that cannot be read"),
+        ('["a"]', "['a'] is not an object with one of the fields messages, conversations, turns, prompt, text"),
+        ('{"question": "a"}', "fields 'question'; one of messages, conversations, turns, prompt, text is needed"),
+        ("{}", "fields none"),
+        ('{"text": 7}', "field 'text': 7 is not text"),
+        ('{"prompt": ["a"]}', "field 'prompt': ['a'] is not text"),
+        ('{"turns": "a"}', "'a' is not a list of one text or more"),
+        ('{"turns": []}', "[] is not a list of one text or more"),
+        ('{"turns": [1]}', "1 is not text"),
+        ('{"messages": "a"}', "'a' is not a list of objects with 'role' and 'content'"),
+        ('{"messages": []}', "nothing is asked in it"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "nothing is asked in it"),
+        ('{"messages": [{"content": "a"}]}', "message 1: {'content': 'a'} has no 'role' and 'content'"),
+        ('{"messages": [{"role": "user", "content": null}]}', "message 1: None is not text"),
+        ('{"conversations": [{"from": "alien", "value": "a"}]}', "sender 'alien'; allowed are system, human"),
+        ('{"text": ""}', "field 'text' holds an empty prompt"),
+        ('{"messages": [{"role": "user", "content": " "}]}', "holds an empty prompt"),
+        ('{"text": "\\ud800"}', "not valid Unicode at character 0"),
+        ('{"text": "a", "domain": 3}', "field 'domain': 3 is not text"),
+        ('{"text": "a", "category": " "}', "field 'category' is empty"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, words: str) -> None:
+    """The message has the file, the line's number and what is wrong with it, and stays short."""
+    path = tmp_path / "set.jsonl"
+    path.write_text('{"text": "good"}\n' + line + "\n")
+    message = refusal(str(path))
+    assert message.startswith(f"prompts {str(path)!r} line 2: ")
+    assert words in message
+    assert len(message) < 300 + len(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.jsonl", b"", "holds no prompts"),
+        ("blank.jsonl", b"\n \n", "holds no prompts"),
+        ("empty.txt", b"", "holds no prompts"),
+        ("dashes.txt", b"---\n---\n", "holds no prompts"),
+        ("empty.json", b"", "holds no prompts"),
+        ("none.json", b"[]", "holds no prompts"),
+        ("object.json", b'{"text": "a"}', "is not an array of objects"),
+        ("lines.json", b'{"text": "a"}\n{"text": "b"}', "not JSON (Extra data at line 2 column 1)"),
+        ("row.json", b'[{"text": "a"}, 3]', "row 2: 3 is not an object"),
+        ("latin.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "line 2: byte 0xe9 is not UTF-8"),
+        ("set.csv", b"a,b", "ending '.csv' is not known; allowed are .jsonl, .json, .txt"),
+        ("set", b"a", "ending '' is not known"),
+    ],
+)
+def test_an_unusable_file_is_named(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    """The message has the file and what is wrong with it."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    message = refusal(str(path))
+    assert message.startswith(f"prompts {str(path)!r}")
+    assert words in message
+
+
+def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
+    """Neither ends in a traceback."""
+    assert "No such file or directory; allowed are readable files, builtin:NAME and -" in refusal(str(tmp_path / "no"))
+    assert "a directory; allowed are files ending in .jsonl, .json, .txt" in refusal(str(tmp_path))
+
+
+def test_messages_go_through_the_template_and_text_does_not() -> None:
+    """Without a template the contents of messages are joined by blank lines."""
+    chat = Request(messages=(("system", "s"), ("user", "u")), domain="a")
+    raw = Request(messages="raw", domain="b")
+    found, warnings = reader.tokenize([chat, raw], Letters(), 100)
+    assert [(prompt.domain, text_of(prompt)) for prompt in found] == [("a", "system:s;user:u;>"), ("b", "raw")]
+    assert warnings == []
+    found, _ = reader.tokenize([chat], Letters(chat_template=None), 100)
+    assert text_of(found[0]) == "s\n\nu"
+
+
+def test_a_long_prompt_keeps_its_end() -> None:
+    """The last tokens stay, with the template's end, and a warning counts the prompts that were cut."""
+    requests = [Request(messages=(("user", "abcdef"),), domain="a"), Request(messages="ok", domain="a")]
+    found, warnings = reader.tokenize(requests, Letters(), 4)
+    assert [text_of(prompt) for prompt in found] == ["ef;>", "ok"]
+    assert warnings == ["1 of 2 prompts were cut to their last 4 tokens"]
+
+
+def test_repeats_are_dropped_and_counted() -> None:
+    """Prompts that read the same, also only after cutting, are kept once, under their first domain."""
+    requests = [Request(messages=text, domain=domain) for text, domain in (("aaXY", "a"), ("bbXY", "b"), ("XY", "c"))]
+    found, warnings = reader.tokenize(requests, Letters(), 2)
+    assert [(prompt.domain, text_of(prompt)) for prompt in found] == [("a", "XY")]
+    assert warnings[1] == "2 of 3 prompts repeat another one and were dropped"
+
+
+WARNING = (
+    "1 of 2 prompts read like random tokens, of which hardly any comes twice: what drafts reach on them says nothing "
+    "about text"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_random"),
+    [
+        ("".join(random.Random(0).sample([chr(code) for code in range(0x4E00, 0x9000)], 96)), True),
+        ("".join(random.Random(0).sample([chr(code) for code in range(0x4E00, 0x9000)], 95)), False),  # too short
+        ("".join(chr(0x4E00 + code % 94) for code in range(100)), False),  # 6 repeats in 100
+        ("".join(chr(0x4E00 + code % 95) for code in range(100)), True),  # 5 repeats in 100
+        ("".join(map(chr, range(0x4E00, 0x4F00))) + "a" * 1000, True),  # only the first 256 are judged
+        ("the quick brown fox jumps over the lazy dog and then it does the very same once more " * 2, False),
+    ],
+)
+def test_random_tokens_are_warned_of(text: str, is_random: bool) -> None:
+    """A prompt of 96 tokens or more with under 6 % of repeats is counted, with or without a template around it."""
+    other = Request(messages="a", domain="a")
+    for messages in (text, (("user", text),)):
+        _, warnings = reader.tokenize([Request(messages=messages, domain="a"), other], Letters(), 2000)
+        assert warnings == [WARNING] * is_random
+
+
+def test_the_built_in_prompts_do_not_look_random() -> None:
+    """No false alarm on the 144 prompts that ship, read with the tokenizer that ships."""
+    tokenizer = AutoTokenizer.from_pretrained(FAMILY_FOLDER / "target")
+    requests = reader.read("builtin:all")
+    found, warnings = reader.tokenize(requests, tokenizer, 1000)
+    assert len(found) == len(requests) == 144
+    assert warnings == []
+
+
+@pytest.mark.parametrize(
+    ("requests", "most_tokens", "words"),
+    [
+        ([], 5, "no prompts: at least 1 is needed"),
+        ([Request(messages="a", domain="a")], 0, "room for 0 prompt tokens"),
+        ([Request(messages="", domain="a")], 5, "prompt 1 (domain 'a'): no token is left"),
+        (
+            [Request(messages=(("refused", "a"),), domain="a")],
+            5,
+            "prompt 1 (domain 'a'): the chat template refuses the roles refused: roles must alternate",
+        ),
+    ],
+)
+def test_what_cannot_be_tokenised_is_refused(requests: list[Request], most_tokens: int, words: str) -> None:
+    """One line says which prompt and why."""
+    with pytest.raises(PromptError) as caught:
+        reader.tokenize(requests, Letters(), most_tokens)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_real_tokenizer_opens_the_assistant_s_turn() -> None:
+    """A transformers tokenizer with a chat template fits the protocol."""
+    tokenizer = tiny.tokenizer()
+    found, _ = reader.tokenize([Request(messages=(("user", "hi"),), domain="a")], tokenizer, 100)
+    assert tokenizer.decode(list(found[0].token_ids)) == "<|user|>hi<|end|><|assistant|>"
+
+
+def test_reading_prompts_loads_no_torch() -> None:
+    """Prompt sets can be checked where torch is not wanted."""
+    code = "import sys, profiles.prompts.reader; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0

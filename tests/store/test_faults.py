@@ -1,0 +1,198 @@
+"""What production does to a store's file: each fault is one clear line or a correct continuation, the file unharmed.
+
+Children without rights or with a limit on file sizes meet the faults for real; raw SQL says what is in the file.
+"""
+
+import os
+import resource
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from profiles.records.errors import StoreError
+from store import migrations
+from store.evidence_store import EvidenceStore
+from tests import ROOT
+from tests.store.test_file import SCOPE, save_traces
+from tests.support.fakes import MACHINE, TARGET, FakeEngine, prompts, sql
+from tests.support.policies import save_policy
+
+PROMPT = prompts(1)[0]
+FIND = """
+import sys
+from pathlib import Path
+from profiles.records.errors import StoreError
+from store.evidence_store import EvidenceStore
+from tests.store.test_file import SCOPE, save_traces
+from tests.support.fakes import FakeEngine
+path, asked = Path(sys.argv[1]), sys.argv[2]
+try:
+    with (EvidenceStore.open if asked == "write" else EvidenceStore.open_read_only)(path) as book:
+        if asked == "write":
+            save_traces(book, FakeEngine(), 100)
+        print(book.latest_policy())
+except StoreError as error:
+    print(f"error: {error}")
+"""
+
+
+@pytest.fixture
+def sound(path: Path) -> Path:
+    """A closed store with a policy and twenty traces; its write-ahead log is folded in."""
+    with EvidenceStore.open(path) as evidence_store:
+        save_policy(evidence_store, "kept", TARGET, MACHINE)
+        save_traces(evidence_store, FakeEngine(), 20)
+    return path
+
+
+@pytest.fixture
+def shared(sound: Path) -> Iterator[Path]:
+    """The same where nobody may write."""
+    folder = Path(tempfile.mkdtemp())
+    copy = folder / "store.sqlite"
+    shutil.copy(sound, copy)
+    copy.chmod(0o444)
+    folder.chmod(0o555)
+    yield copy
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def child(path: Path, asked: str, *, most_bytes: int | None = None, powerless: bool = False) -> str:
+    """What a process says that writes to a store or reads it, bound by permissions or by a limit on file sizes."""
+
+    def limit() -> None:
+        if most_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+
+    command = [sys.executable, "-B", "-c", FIND, str(path), asked]
+    if powerless and os.geteuid() == 0:
+        tied = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]  # permissions then hold for root too
+        if not shutil.which("setpriv") or subprocess.run([*tied, "true"], capture_output=True, check=False).returncode:
+            pytest.skip("root cannot give up its rights here")
+        command = [*tied, *command]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, preexec_fn=limit, timeout=60)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.count("\n") == 1
+    return said.stdout.strip()
+
+
+@pytest.mark.parametrize("opened", [EvidenceStore.open, EvidenceStore.open_read_only])
+@pytest.mark.parametrize(
+    "size", [1, 15, 16, 64, 99, 100, 511, 512, 1024, 4095, 4096, 4097, 8192, 20_000, -4096, -4095, -1]
+)
+def test_a_truncated_file_is_refused(opened: type[EvidenceStore], size: int, sound: Path) -> None:
+    """At any length, a header's included: one line, and what is left stays as it was."""
+    content = sound.read_bytes()[:size]
+    sound.write_bytes(content)
+    with pytest.raises(
+        StoreError, match=r"database disk image is malformed: it has .* bytes: restore a copy"
+    ) as caught:
+        opened(sound)  # type: ignore[operator]
+    assert "\n" not in str(caught.value)
+    assert sound.read_bytes() == content
+
+
+@pytest.mark.parametrize("opened", [EvidenceStore.open, EvidenceStore.open_read_only])
+def test_a_directory_or_a_text_is_refused(opened: type[EvidenceStore], path: Path) -> None:
+    """A folder where the file should be, and a file that is no database, are told in one line."""
+    path.mkdir(parents=True)
+    with pytest.raises(
+        StoreError, match=r"unable to open database file: it (cannot be opened|is a folder): name"
+    ) as caught:
+        opened(path)  # type: ignore[operator]
+    assert "\n" not in str(caught.value)
+    text = path.with_name("text.sqlite")
+    text.write_text("not a database\n" * 100)
+    with pytest.raises(StoreError, match="file is not a database: it is not a SQLite database"):
+        opened(text)  # type: ignore[operator]
+    assert text.read_text() == "not a database\n" * 100
+
+
+@pytest.mark.parametrize("version", migrations.REVISIONS[:-1])
+def test_a_reader_does_not_upgrade(version: str, tmp_path: Path) -> None:
+    """A file of an earlier schema is refused by a reader, who changes no byte, and read after a writer opened it."""
+    path = tmp_path / "store.sqlite"
+    shutil.copy(ROOT / "tests" / "assets" / f"store-{version}.sqlite", path)
+    before = path.read_bytes()
+    with pytest.raises(
+        StoreError, match=f"it has the older schema {version}, this draftpick reads 0004: `tune.py show`"
+    ):
+        EvidenceStore.open_read_only(path)
+    assert path.read_bytes() == before
+    EvidenceStore.open(path).close()
+    with EvidenceStore.open_read_only(path) as evidence_store:
+        assert evidence_store.latest_policy() == f'{{"made by": "{version}"}}'
+
+
+def test_a_reader_leaves_an_empty_file_empty(tmp_path: Path) -> None:
+    """It gets no tables."""
+    path = tmp_path / "store.sqlite"
+    path.touch()
+    with pytest.raises(StoreError, match="it has no tables yet, this draftpick reads 0004"):
+        EvidenceStore.open_read_only(path)
+    assert path.read_bytes() == b""
+
+
+def test_a_folder_that_cannot_be_written_is_read(shared: Path) -> None:
+    """A serving host without rights reads the store and leaves nothing beside it; writing is refused in one line."""
+    assert child(shared, "read", powerless=True) == "kept"
+    refused = child(shared, "write", powerless=True)
+    assert refused.startswith(f"error: store {shared}: ")
+    assert "read-only: allow writing or name another store" in refused
+    assert [one.name for one in shared.parent.iterdir()] == ["store.sqlite"]
+
+
+def test_a_log_in_a_folder_that_cannot_be_written_is_read(shared: Path) -> None:
+    """What a killed writer left in the write-ahead log belongs to the store, also for a reader without rights."""
+    shared.parent.chmod(0o755)
+    shared.chmod(0o644)
+    with closing(sqlite3.connect(shared)) as writer:  # its open end keeps the log
+        writer.execute("UPDATE policies SET policy = 'newer'")
+        writer.commit()
+        shared.parent.chmod(0o555)
+        assert child(shared, "read", powerless=True) == "newer"
+
+
+def test_odd_names_are_read(tmp_path: Path, sound: Path) -> None:
+    """Signs that mean something in a URI are part of a file's name."""
+    for name in ("a b?mode=rwc#c.sqlite", "50%25.sqlite", "ünï.sqlite"):
+        path = tmp_path / name
+        shutil.copy(sound, path)
+        with EvidenceStore.open_read_only(path) as evidence_store:
+            assert evidence_store.latest_policy() == "kept"
+    assert sorted(one.name[:2] for one in tmp_path.glob("*.sqlite")) == ["50", "a ", "ün"]
+
+
+@pytest.mark.parametrize("room", [0, 40_000])
+def test_a_full_disk_keeps_what_was_saved(room: int, sound: Path) -> None:
+    """A writer whose file cannot grow says so in one line; units before are whole, and a later run goes on."""
+    refused = child(sound, "write", most_bytes=sound.stat().st_size + room)
+    assert refused.startswith(f"error: store {sound}: ")
+    assert "the disk failed or is full: what was saved before is kept" in refused or "is full" in refused
+    [(saved,)] = sql(sound, "SELECT count(*) FROM target_traces")
+    assert 20 <= saved < 100
+    assert sql(sound, "PRAGMA integrity_check") == [("ok",)]
+    assert child(sound, "write") == "kept"
+    assert sql(sound, "SELECT count(*) FROM target_traces") == [(100,)]
+
+
+def test_a_damaged_row_is_told_whatever_its_damage(sound: Path) -> None:
+    """JSON of another shape, another type or no text at all: one line."""
+    for damage in ("'{}'", "'7'", "'[[1]]'", "NULL", "x'ff00'", "'\"x\"'", f"'{'[' * 100_000}'"):
+        with closing(sqlite3.connect(sound)) as connection:
+            connection.execute("PRAGMA ignore_check_constraints = ON")
+            columns = "token_ids" if damage != "NULL" else "prompt_digest = prompt_digest, ended"
+            connection.execute(f"UPDATE target_traces SET {columns} = {damage if damage != 'NULL' else 7}")
+            connection.commit()
+        with EvidenceStore.open_read_only(sound) as evidence_store, pytest.raises(StoreError) as caught:
+            evidence_store.find_target_trace(SCOPE, PROMPT)
+        assert "\n" not in str(caught.value)
+        assert str(caught.value).startswith(f"store {sound}: ")

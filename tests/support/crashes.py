@@ -1,0 +1,353 @@
+"""A tuning run that is killed at a random moment, what it left, and what the run after it measures again.
+
+This module starts such runs, each in a process forked from it, so that libraries are loaded once. A run
+answers from a recording (or, `torch`, measures the family that ships) and notes in a journal when a unit is begun,
+measured and saved. A note is one `write`, which outlives the process. Who kills it asks the file with raw SQL and
+trusts nothing that it tests.
+"""
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from profiles.engines.base import Engine
+from profiles.engines.recorded import RecordedEngine, Recorder
+from profiles.records.core import Draft, Prompt, Setup, Workload
+from profiles.records.evidence import Acceptance, Sample, StepTimes, TargetTrace
+from profiles.records.keys import run_point, unit_digest
+from store.evidence_store import EvidenceStore
+from tests import ROOT
+from tests.support.fakes import GREEDY, FakeEngine, prompts
+from tuner.pipeline.pipeline import Options, Watch
+from tuner.run import TuningSession, tune
+
+PROMPTS = (*prompts(40, "code"), *prompts(40, "prose"))
+OPTIONS = Options(lengths=(1, 2, 3, 4))
+TABLES = ("models", "environments", "target_traces", "acceptance_traces", "lookup_traces", "step_times", "samples")
+MADE_ANEW = {"id", "measured_at", "sweep"}  # differ between two runs of the same recording
+TORCH = "torch"
+
+Moment = Literal["any", "measuring", "commit"]
+Rows = dict[str, dict[Any, dict[str, Any]]]  # table -> primary key -> row
+
+
+# --- the run that is killed ---
+
+
+class Journal:
+    """Notes, one line each, that a kill cannot take back."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def note(self, event: str, **said: Any) -> None:
+        os.write(self._file, (json.dumps({"event": event, **said}) + "\n").encode())
+
+
+class Noted:
+    """Fits `Engine`: notes every unit before and after it is measured, which takes `pause_s` longer."""
+
+    def __init__(self, engine: Engine, journal: Journal, pause_s: float) -> None:
+        self.environment = engine.environment
+        self.target = engine.target
+        self.drafts = engine.drafts
+        self.capabilities = engine.capabilities
+        self._engine = engine
+        self._journal = journal
+        self._pause_s = pause_s
+
+    def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
+        self._begun(f"trace {workload.sampling_digest} {prompt.digest}")
+        return self._measured(self._engine.trace_target(workload, prompt))
+
+    def trace_draft(
+        self, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft, max_length: int
+    ) -> Acceptance:
+        self._begun(f"acceptance {workload.sampling_digest} {prompt.digest} {draft.digest} {max_length}")
+        return self._measured(self._engine.trace_draft(workload, prompt, trace, draft, max_length))
+
+    def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
+        self._begun(f"steps {workload.batch_size} {context_length} {max_length}")
+        times = self._measured(self._engine.time_steps(workload, context_length, max_length))
+        self._journal.note("measured", table="step_times", rows=len(times))
+        return times
+
+    def run_together(
+        self, workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], purpose: str
+    ) -> tuple[Sample, ...]:
+        unit = unit_digest(self.target, self.environment, run_point(workload, prompts, setups, purpose))
+        self._begun(f"runs {unit}", table="samples", unit_digest=unit, rows=len(setups) * len(prompts))
+        return self._measured(self._engine.run_together(workload, prompts, setups, purpose))
+
+    def _begun(self, unit: str, **said: Any) -> None:
+        self._journal.note("begun", unit=unit, **said)
+        time.sleep(self._pause_s)
+
+    def _measured(self, evidence: Any) -> Any:
+        self._journal.note("measured")
+        return evidence
+
+
+class RecordingStore(EvidenceStore):
+    """Notes what it has saved once it says so."""
+
+    journal: Journal
+
+    def _save(self, scope, table, key, records, *, first_answers=False):  # type: ignore[no-untyped-def]
+        is_new = super()._save(scope, table, key, records, first_answers=first_answers)
+        self.journal.note("saved", table=table.name, key=key, rows=len(records))
+        return is_new
+
+
+def run(store: Path, journal_path: Path, recording: str, pause_s: float) -> None:
+    """One run of `tune`; notes `ready` before it opens the store."""
+    loads, options = [(GREEDY, PROMPTS)], OPTIONS
+    engine: Engine
+    if recording == TORCH:
+        from profiles.timing import clock
+        from tests.benchmarks.common import family
+
+        bench, workload, chosen = family(6, 8)
+        clock.OtherLoad.disturbed = False  # other programs must not make the second run measure again
+        engine, loads, options = bench.engine, [(workload, chosen)], Options(lengths=(1, 2))
+    else:
+        engine = RecordedEngine.load(Path(recording))
+    journal = Journal(journal_path)
+    journal.note("ready")
+    with RecordingStore.open(store) as evidence_store:
+        evidence_store.journal = journal
+        tune(Noted(engine, journal, pause_s), loads, TuningSession.of(evidence_store), options, Watch())
+    journal.note("finished")
+
+
+def serve() -> None:
+    """For every line of words a run in a process of its own: prints its id and, after one more line, how it ended."""
+    for line in iter(sys.stdin.readline, ""):
+        store, journal, recording, pause_s = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                run(Path(store), Path(journal), recording, pause_s)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        sys.stdout.write(f"{pid}\n")
+        sys.stdout.flush()
+        sys.stdin.readline()  # until then a process that ended keeps its id, and may be killed in vain
+        sys.stdout.write(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n")
+        sys.stdout.flush()
+
+
+# --- what the parent sees ---
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kill:
+    """One killed run: what it was doing, the rows it had committed before, and what came of them."""
+
+    doing: str
+    committed: int
+    lost: int
+    torn: int
+    repeated: int
+
+
+class Starter:
+    """The process that runs are forked from; use it in a `with` block."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.crashes"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self, *words: object) -> int:
+        """The id of the process, which is its own until `wait`."""
+        return self._ask(json.dumps(words))
+
+    def wait(self) -> int:
+        """How the process ended."""
+        return self._ask("")
+
+    def _ask(self, line: str) -> int:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def __enter__(self) -> "Starter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+
+@dataclass(slots=True, kw_only=True)
+class Victim:
+    """A store and the runs that were killed over it."""
+
+    folder: Path
+    recording: str
+    starter: Starter
+    begun: set[str] = field(default_factory=set)
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    num_runs: int = 0
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "evidence.db"
+
+    def start(self, pause_s: float = 0.0) -> int:
+        """The next run, when it is about to open the store."""
+        self.num_runs += 1
+        self.folder.mkdir(exist_ok=True)
+        pid = self.starter.start(str(self.store), str(self._journal), self.recording, pause_s)
+        deadline = time.monotonic() + 120.0
+        while not self._last():
+            assert time.monotonic() < deadline, "the run does not start"
+            time.sleep(0.001)
+        return pid
+
+    def kill(self, rng: random.Random, within_s: float, moment: Moment, pause_s: float = 0.0) -> Kill | int:
+        """Kills the next run at a random time, which is up to `within_s` later than the start or the first new unit.
+
+        In a commit: when the next unit after that time was just measured. A number when the run ended before: how
+        many units it measured again.
+        """
+        pid = self.start(pause_s)
+        if moment != "any":
+            self._wait_for(("begun", "finished"), 60.0)
+        time.sleep(rng.uniform(0.0, within_s))
+        before = rows_of(self.store)
+        if moment == "commit":
+            self._wait_for(("measured", "finished"), 0.5)
+            time.sleep(rng.uniform(0.0, 0.004))
+        os.kill(pid, signal.SIGKILL)
+        code = self.starter.wait()
+        noted, repeated = self.read_notes()
+        if code == 0:
+            return repeated
+        assert code == -signal.SIGKILL
+        after = rows_of(self.store)
+        doing = {"ready": "opening or recalling", "begun": "measuring", "measured": "saving", "saved": "deciding"}
+        return Kill(
+            doing=doing[noted],
+            committed=sum(map(len, before.values())),
+            lost=lost(before, after) + self._lost_units(),
+            torn=torn(self.store, after, self.notes) if after else 0,
+            repeated=repeated,
+        )
+
+    def finish(self) -> int:
+        """Lets the next run end; units that it measured again."""
+        self.start()
+        assert self.starter.wait() == 0
+        return self.read_notes()[1]
+
+    def read_notes(self) -> tuple[str, int]:
+        """The last event of the run that ended, and how many units it began that an earlier one had begun."""
+        notes = [json.loads(line) for line in self._journal.read_text().splitlines()]
+        begun = {note["unit"] for note in notes if note["event"] == "begun"}
+        repeated = len(begun & self.begun)
+        self.begun |= begun
+        self.notes += notes
+        return notes[-1]["event"], repeated
+
+    @property
+    def _journal(self) -> Path:
+        return self.folder / f"journal-{self.num_runs}"
+
+    def _last(self) -> str:
+        notes = self._journal.read_text().splitlines()[-1:] if self._journal.exists() else []
+        return json.loads(notes[0])["event"] if notes and notes[0].endswith("}") else ""
+
+    def _wait_for(self, events: tuple[str, ...], most_s: float) -> None:
+        deadline = time.monotonic() + most_s
+        while self._last() not in events and time.monotonic() < deadline:
+            time.sleep(0.0002)
+
+    def _lost_units(self) -> int:
+        """Rows that a run was told are saved and that are not there."""
+        missing = 0
+        with closing(sqlite3.connect(self.store)) as connection:
+            for note in self.notes:
+                if note["event"] == "saved":
+                    where = " AND ".join(f"{name} = ?" for name in note["key"])
+                    query = f"SELECT count(*) FROM {note['table']} WHERE {where}"
+                    [(there,)] = connection.execute(query, tuple(note["key"].values())).fetchall()
+                    missing += max(0, note["rows"] - there)
+        return missing
+
+
+def rows_of(store: Path) -> Rows:
+    """Every row of the evidence tables, by raw SQL; nothing where there is no table yet."""
+    if not store.exists():
+        return {}
+    found: Rows = {}
+    with closing(sqlite3.connect(store, timeout=60.0)) as connection:
+        connection.row_factory = sqlite3.Row
+        known = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        for table in TABLES:
+            if table in known:
+                rows = [dict(row) for row in connection.execute(f"SELECT * FROM {table}")]
+                found[table] = {next(iter(row.values())): row for row in rows}
+    return found
+
+
+def lost(before: Rows, after: Rows) -> int:
+    """Rows that were there and are gone, or say something else."""
+    return sum(after.get(table, {}).get(key) != row for table, rows in before.items() for key, row in rows.items())
+
+
+def torn(store: Path, rows: Rows, notes: list[dict[str, Any]]) -> int:
+    """Units of which only a part is there, and complaints of the database itself."""
+    wanted = {note["unit_digest"]: note["rows"] for note in notes if "unit_digest" in note}
+    units = Counter(row["unit"] for row in rows.get("samples", {}).values())
+    sizes = {note["rows"] for note in notes if note.get("table") == "step_times" and note["event"] == "measured"}
+    sweeps = Counter(row["sweep"] for row in rows.get("step_times", {}).values())
+    with closing(sqlite3.connect(store)) as connection:
+        complaints = [line for (line,) in connection.execute("PRAGMA integrity_check") if line != "ok"]
+        complaints += list(connection.execute("PRAGMA foreign_key_check"))
+    partial = [unit for unit, size in units.items() if size != wanted[unit]]
+    partial += [sweep for sweep, size in sweeps.items() if size not in sizes]
+    return len(partial) + len(complaints)
+
+
+def evidence_of(store: Path) -> Mapping[str, list[str]]:
+    """What two runs of the same recording must agree on."""
+    return {
+        table: sorted(json.dumps({name: row[name] for name in row if name not in MADE_ANEW}) for row in rows.values())
+        for table, rows in rows_of(store).items()
+    }
+
+
+def record(path: Path) -> None:
+    """The answers to everything that a whole run asks."""
+    recorder = Recorder(FakeEngine(keep=0.9))
+    with EvidenceStore.open(path.with_name("recorded.db")) as evidence_store:
+        tune(recorder, [(GREEDY, PROMPTS)], TuningSession.of(evidence_store), OPTIONS, Watch())
+    recorder.recording.save(path)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,78 @@
+"""Stands in for `profiles/engines/vllm/worker.py`: the same lines, no vLLM. $FAKE_VLLM names what goes wrong.
+
+A fault is `kind:command`. Tokens follow from the prompt; a draft has every other token accepted.
+"""
+
+import json
+import os
+import sys
+import time
+
+
+def main() -> None:
+    fault, _, at = os.environ.get("FAKE_VLLM", "").partition(":")
+    version = None if fault == "none" else os.environ.get("FAKE_VLLM_VERSION", "0.32.0+cpu")
+    say({"vllm": version, "torch": "2.13.0+cpu"})
+    length = 0
+    for line in sys.stdin:
+        question = json.loads(line)
+        command = question.pop("command")
+        if at == command:
+            go_wrong(fault)
+        if command == "about":
+            say(json.loads(os.environ.get("FAKE_VLLM_DEVICE", '{"kind": "cpu"}')))
+        elif command == "start":
+            length = (question["speculative"] or {}).get("num_speculative_tokens", 0)
+            say({"in_place": fault != "fixed", "threads": 3})
+        elif command == "use":
+            length = question.get("length") or length
+            say({})
+        elif command == "run":
+            say({"runs": [run(prompt, length, question["sampling"], fault) for prompt in question["prompts"]]})
+        elif command == "rounds":
+            say({"seconds": [0.01 + 0.001 * length] * question["count"]})
+
+
+def run(prompt: list[int], length: int, sampling: dict[str, int], fault: str) -> dict[str, object]:
+    size = sampling["max_tokens"]
+    tokens = [(sum(prompt) + place) % 50 for place in range(size)]
+    if fault == "parts" and length:
+        tokens[3] += 1
+    logprob = float("nan") if fault == "nan" else -0.5
+    return {
+        "token_ids": tokens,
+        "started_s": 1.0,
+        "first_s": 1.5,
+        "last_s": 3.5,
+        "rounds": [[length, min(length, 1)]] * (size // 2 if length else size - 1),
+        "widths": [length + 1] * (size // 2 if length else size - 1),
+        "refills": 2,
+        "ended": False,
+        "logprobs": [(logprob, logprob, -2.0)] * size,
+        "prompt_logprobs": [(-1.0, 1 + place % 2, -1.0) for place in range(1, len(prompt))],
+    }
+
+
+def go_wrong(fault: str) -> None:
+    if fault == "error":
+        say({"error": "ValueError: the draft has another vocabulary\nthan the target"})
+    elif fault == "memory":
+        say({"error": "OutOfMemoryError: no more", "memory": True})
+    elif fault == "death":
+        sys.stderr.write("RuntimeError: the engine core died\n")
+        sys.exit(3)
+    elif fault == "garbage":
+        sys.stdout.write("Loading weights: 100%\n")
+        sys.stdout.flush()
+    elif fault == "hang":
+        sys.stderr.write("ERROR waiting for a lock\n")
+        time.sleep(600)
+
+
+def say(answer: dict[str, object]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Records the policy tests share: one target, one environment, and choices spelled by what differs."""
+
+from dataclasses import replace
+
+from profiles.records.core import PLAIN, Draft, Environment, Interval, Model, Setup
+from store.evidence_store import EvidenceStore
+from tuner.policy.estimates import Forecast, Measured
+from tuner.policy.policy import Choice, Policy
+from tuner.policy.prior import Kept, Prior, RoundTimes
+from tuner.policy.query import MIXED
+
+TARGET = Model(name="family/target", dtype="float32", digest="aa" * 16, num_params=4_000_000)
+ENVIRONMENT = Environment(
+    device="Example CPU",
+    device_count=1,
+    memory_bytes=8_000_000_000,
+    driver=None,
+    cuda=None,
+    threads=2,
+    torch="2.13.0",
+    engine="torch",
+    engine_version="0.1.0",
+)
+CODE_DRAFT = Draft(
+    kind="model", model=Model(name="family/draft-code", dtype="float32", digest="bb" * 16, num_params=400_000)
+)
+NGRAM = Draft(kind="ngram", max_match=4, min_match=2)
+EARLY_EXIT = Draft(kind="early_exit", num_layers=3)
+CREATED = "2026-11-21T09:30:00+00:00"
+
+
+def interval(estimate: float, reach: float = 0.05) -> Interval:
+    return Interval(estimate=estimate, low=estimate - reach, high=estimate + reach)
+
+
+def measured(setup: Setup, speedup: float = 1.6) -> Measured:
+    """Plain decoding at 100 tokens per second, the setup at `speedup` times that."""
+    return Measured(
+        setup=setup,
+        speedup=interval(speedup),
+        end_to_end=interval(speedup - 0.1),
+        plain_tok_per_s=interval(100.0, 1.0),
+        tok_per_s=interval(100.0 * speedup, 2.0),
+        p_value=0.001,
+        num_prompts=24,
+        num_partings=0,
+        num_disturbed=0,
+    )
+
+
+def forecast(setup: Setup, speedup: float = 1.5) -> Forecast:
+    return Forecast(
+        setup=setup, tok_per_s=interval(100.0 * speedup, 4.0), speedup=interval(speedup), acceptance_length=2.4
+    )
+
+
+def choice(setup: Setup = PLAIN, /, **changes: object) -> Choice:
+    """A greedy choice over all domains at batch 1, context 512; proven when it drafts; `changes` are other fields."""
+    values: dict[str, object] = {
+        "batch_size": 1,
+        "context_length": 512,
+        "domain": MIXED,
+        "temperature": 0.0,
+        "setup": setup,
+        "reason": f"{setup.name} was the fastest.",
+        "evidence": ("proof:1",),
+    }
+    if setup.draft is not None:
+        values |= {"forecast": forecast(setup), "measured": measured(setup), "proven": True}
+    return Choice(**values | changes)  # type: ignore[arg-type]
+
+
+def policy(*choices: Choice) -> Policy:
+    return Policy(created=CREATED, target=TARGET, environment=ENVIRONMENT, choices=choices or (choice(),))
+
+
+def save_policy(evidence_store: EvidenceStore, json_text: str, target: Model, environment: Environment) -> None:
+    """Saves a text as the latest policy, whatever it is."""
+    evidence_store.replace_policy(target, environment, lambda _: json_text)
+
+
+def kept(number: int, keep: float, *, hit: float = 1.0, domain: str = MIXED, longest: int = 8) -> Kept:
+    """A draft that keeps every position with the same chance."""
+    per_round, survived = [1.0], hit
+    for _ in range(longest):
+        survived *= keep
+        per_round.append(per_round[-1] + survived)
+    return Kept(
+        draft=number,
+        domain=domain,
+        temperature=0.0,
+        hit=hit,
+        keep=(keep,) * longest,
+        per_round=tuple(per_round[1:]),
+        num_rounds=500.0,
+    )
+
+
+def round_times(number: int | None, step_s: float, *, batch_size: int = 1, longest: int = 8) -> RoundTimes:
+    """A plain round takes 10 ms, each proposed token `step_s` more."""
+    return RoundTimes(
+        draft=number,
+        batch_size=batch_size,
+        context_length=512,
+        temperature=0.0,
+        max_length=0 if number is None else longest,
+        seconds=(0.01,) if number is None else tuple(0.01 + step_s * proposed for proposed in range(longest + 1)),
+        catch_up_s=0.0 if number is None or step_s < 0.002 else 0.0001,
+    )
+
+
+def learning_policy() -> Policy:
+    """Look-up k=8 at batch 1, a model at k=2 on code, plain decoding at batch 8, and what a selector starts from.
+
+    The look-up finds something in half the rounds and keeps 0.8 of the positions; a proposed token takes 1 ms. The
+    model keeps 0.6 (0.8 of code) and takes 3 ms. At batch 8 a proposed token takes 8 ms.
+    """
+    prior = Prior(
+        drafts=(NGRAM, CODE_DRAFT),
+        lengths=tuple(range(1, 9)),
+        kept=(kept(0, 0.8, hit=0.5), kept(1, 0.6), kept(0, 0.4, hit=0.5, domain="code"), kept(1, 0.8, domain="code")),
+        times=(
+            round_times(None, 0.0),
+            round_times(0, 0.001),
+            round_times(1, 0.003),
+            round_times(None, 0.0, batch_size=8),
+            round_times(0, 0.008, batch_size=8),
+            round_times(1, 0.008, batch_size=8),
+        ),
+    )
+    rows = (
+        choice(Setup(draft=NGRAM, length=8)),
+        choice(Setup(draft=CODE_DRAFT, length=2), domain="code"),
+        choice(PLAIN, batch_size=8),
+    )
+    return replace(policy(*rows), prior=prior)

@@ -1,0 +1,68 @@
+"""A PostgreSQL server for tests that want one, and raw SQL against a store of either kind.
+
+`.ci/postgres COMMAND` starts a server and names it to COMMAND; without one these tests are skipped with that reason.
+"""
+
+import json
+import os
+import sqlite3
+import uuid
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import sqlalchemy
+
+from store.database import Place, is_url
+from store.evidence_store import EvidenceStore
+
+VARIABLE = "DRAFTPICK_TEST_POSTGRES"
+KINDS = ("sqlite", "postgresql")
+
+
+def server() -> sqlalchemy.URL:
+    """The database in which tests may make schemas, roles and databases; the test is skipped where there is none."""
+    text = os.environ.get(VARIABLE)
+    if not text:
+        pytest.skip(f"no PostgreSQL server: {VARIABLE} is not set; `.ci/postgres COMMAND` starts one")
+    return sqlalchemy.make_url(text)
+
+
+def run_sql(url: str | sqlalchemy.URL, query: str) -> list[Any]:
+    """What the server says to one statement, with its own driver alone."""
+    said = sqlalchemy.make_url(url).translate_connect_args(username="user", database="dbname")
+    with psycopg.connect(**said, **sqlalchemy.make_url(url).query, autocommit=True) as connection:
+        cursor = connection.execute(query)
+        return cursor.fetchall() if cursor.description is not None else []
+
+
+@contextmanager
+def schema() -> Iterator[str]:
+    """The URL of a schema of its own, dropped afterwards with that of the studies."""
+    url, name = server(), f"t_{uuid.uuid4().hex[:12]}"
+    run_sql(url, f"CREATE SCHEMA {name}")
+    try:
+        yield url.update_query_dict({"options": f"-csearch_path={name}"}).render_as_string(hide_password=False)
+    finally:
+        run_sql(url, f"DROP SCHEMA IF EXISTS {name}, {name}_optuna CASCADE")
+
+
+def ask(place: Place | EvidenceStore, query: str) -> list[Any]:
+    """The rows of one statement, committed, on a connection of its own; JSON as its values on either kind."""
+    if isinstance(place, EvidenceStore):
+        database = place.database
+        place = database.path or database.engine.url.render_as_string(hide_password=False)
+    if is_url(place):
+        return run_sql(str(place), query)
+    with closing(sqlite3.connect(Path(place))) as connection:
+        rows = connection.execute(query).fetchall()
+        connection.commit()
+    return rows
+
+
+def parsed(value: Any) -> Any:
+    """A JSON column as `ask` gives it: SQLite's is text."""
+    return json.loads(value) if isinstance(value, str) else value

@@ -1,0 +1,364 @@
+"""What a deploy script is told: the choice, how well it matches, what would measure it, and what can be transferred."""
+
+import itertools
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+import store
+from profiles.hardware.device import Machine, known
+from profiles.records.core import PLAIN, Environment, Setup
+from profiles.records.errors import NotMeasuredError, PolicyError
+from profiles.records.evidence import StepTimes
+from store.evidence_store import EvidenceStore, Scope
+from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts, sql
+from tests.support.policies import choice, save_policy
+from tuner.deploy.lookup import Found, Question
+from tuner.pipeline.pipeline import Options, Watch
+from tuner.policy.policy import Policy, to_json
+from tuner.run import TuningSession, tune
+
+A4 = Setup(draft=DRAFT_A, length=4)
+N2 = Setup(draft=NGRAM, length=2)
+HERE = known(asdict(MACHINE))
+H100 = replace(
+    MACHINE,
+    device="NVIDIA H100 80GB HBM3",
+    memory_bytes=79 * 2**30,
+    driver="580.65",
+    cuda="13.0",
+    compute_capability="9.0",
+    memory_bandwidth_bytes_s=3_350_000_000_000,
+)
+PCIE = replace(H100, device="NVIDIA H100 PCIe", memory_bandwidth_bytes_s=2_000_000_000_000)
+H200 = replace(H100, device="NVIDIA H200", memory_bytes=140 * 2**30, memory_bandwidth_bytes_s=4_800_000_000_000)
+L40S = replace(H100, device="NVIDIA L40S", memory_bytes=45 * 2**30, compute_capability="8.9")
+minutes = itertools.count()
+
+
+def keep(evidence_store: EvidenceStore, environment: Environment, setup: Setup = A4, **anchor: object) -> None:
+    """Save a policy of one choice, made on that machine."""
+    made = Policy(
+        created=f"2026-11-22T08:{next(minutes) % 60:02}:00+00:00",
+        target=TARGET,
+        environment=environment,
+        choices=(choice(setup, **anchor),),
+    )
+    save_policy(evidence_store, to_json(made), TARGET, environment)
+
+
+def slowed(times: StepTimes, slower: float) -> StepTimes:
+    """Every step takes `slower` times as long."""
+    samples = {width: tuple(slower * one for one in own) for width, own in times.samples_s.items()}
+    return replace(times, samples_s=samples)
+
+
+def ask(evidence_store: EvidenceStore, here: Environment | Machine, **question: object) -> Found:
+    machine = known(asdict(here)) if isinstance(here, Environment) else here
+    return store.lookup(evidence_store, Question(**question), machine)  # type: ignore[arg-type]
+
+
+class TestLevels:
+    @pytest.mark.parametrize(
+        ("here", "level"),
+        [
+            (MACHINE, "exact"),
+            (replace(MACHINE, torch="2.14.0"), "version"),
+            (replace(MACHINE, engine="vllm"), "engine"),
+            (replace(MACHINE, threads=8), "family"),
+        ],
+    )
+    def test_the_choice_comes_with_its_level(
+        self, evidence_store: EvidenceStore, here: Environment, level: str
+    ) -> None:
+        """One measured machine: the same choice, and how far what was measured is from what was asked."""
+        keep(evidence_store, MACHINE)
+        found = ask(evidence_store, here)
+        assert (found.level, found.answer.choice.setup) == (level, A4)
+        assert (found.caveat is None) == (level == "exact")
+
+    def test_the_best_match_answers(self, evidence_store: EvidenceStore) -> None:
+        """Of four machines the same one answers; without it one of its family; without that the nearest bandwidth."""
+        for environment, setup in ((H200, A4), (PCIE, N2), (L40S, N2)):
+            keep(evidence_store, environment, setup)
+        assert ask(evidence_store, PCIE).level == "exact"
+        assert ask(evidence_store, H100).level == "family"
+        assert ask(evidence_store, H100).answer.choice.setup == N2
+        gh200 = replace(H100, device="NVIDIA GH200 480GB", memory_bandwidth_bytes_s=4_000_000_000_000)
+        found = ask(evidence_store, gh200)
+        assert (found.level, found.answer.choice.setup) == ("capability", A4)
+        assert found.match is not None
+        assert "device is NVIDIA GH200 480GB, measured on NVIDIA H200" in (found.caveat or "")
+
+    def test_nothing_near_is_plain_decoding(self, evidence_store: EvidenceStore) -> None:
+        """A device of another kind gets plain decoding, what was measured, and the command that would measure it."""
+        keep(evidence_store, H100)
+        found = ask(evidence_store, L40S)
+        assert (found.level, found.answer.choice.setup, found.answer.matched) == ("none", PLAIN, False)
+        assert found.answer.rule == "fake-target was tuned only on NVIDIA H100 80GB HBM3"
+        assert found.policy is None
+        assert found.advice == "python tune.py run --target fake-target --dtype float32 --prompts PROMPTS.jsonl"
+
+    def test_of_one_machine_the_latest_policy_answers(self, evidence_store: EvidenceStore) -> None:
+        """By the time it was saved."""
+        keep(evidence_store, MACHINE)
+        keep(evidence_store, MACHINE, N2)
+        assert ask(evidence_store, MACHINE).answer.choice.setup == N2
+
+    def test_levels_can_be_required(self, evidence_store: EvidenceStore) -> None:
+        """A family match reaches family and capability, not version."""
+        keep(evidence_store, H100)
+        found = ask(evidence_store, PCIE)
+        assert [found.reaches(level) for level in ("exact", "version", "family", "capability", "none")] == [
+            False,
+            False,
+            True,
+            True,
+            True,
+        ]
+
+
+class TestCoverage:
+    def test_beyond_the_largest_is_plain(self, evidence_store: EvidenceStore) -> None:
+        """Up to the largest measured batch the choice holds; beyond it nothing does, and the level says so."""
+        keep(evidence_store, MACHINE, batch_size=8)
+        assert ask(evidence_store, MACHINE, batch_size=3).answer.choice.setup == A4
+        found = ask(evidence_store, MACHINE, batch_size=9)
+        assert (found.level, found.answer.choice.setup) == ("none", PLAIN)
+        assert found.advice == (
+            "python tune.py run --target fake-target --dtype float32 --draft draft-a --prompts PROMPTS.jsonl "
+            "--batch-size 9"
+        )
+        assert ask(evidence_store, MACHINE, batch_size=65).advice is None
+
+    def test_other_versions_cover_what_this_one_does_not(self, evidence_store: EvidenceStore) -> None:
+        """After an upgrade only batch 1 was tuned: for batch 4 the older version's policy answers, as `version`."""
+        keep(evidence_store, replace(MACHINE, torch="2.12.0"), N2, batch_size=4)
+        keep(evidence_store, MACHINE, A4)
+        assert (ask(evidence_store, MACHINE).level, ask(evidence_store, MACHINE).answer.choice.setup) == ("exact", A4)
+        found = ask(evidence_store, MACHINE, batch_size=4)
+        assert (found.level, found.answer.choice.setup) == ("version", N2)
+
+    def test_another_device_does_not_extend_a_measured_one(self, evidence_store: EvidenceStore) -> None:
+        """Beyond what was measured here, a larger batch measured on a sister card is not taken."""
+        keep(evidence_store, PCIE, N2, batch_size=64)
+        keep(evidence_store, H100, A4)
+        assert ask(evidence_store, H100, batch_size=16).answer.choice.setup == PLAIN
+
+    def test_without_a_temperature_the_tuned_one_is_asked(self, evidence_store: EvidenceStore) -> None:
+        """A policy of temperature 0.8 answers a question that names none, and not one at 0."""
+        keep(evidence_store, MACHINE, temperature=0.8)
+        assert ask(evidence_store, MACHINE).level == "exact"
+        assert ask(evidence_store, MACHINE, temperature=0.0).level == "none"
+
+    def test_the_target_is_found_by_name_and_digest(self, evidence_store: EvidenceStore) -> None:
+        """Another name is refused by name."""
+        keep(evidence_store, MACHINE)
+        for name in (TARGET.name, TARGET.digest, TARGET.run_digest):
+            assert ask(evidence_store, MACHINE, target=name).level == "exact"
+        with pytest.raises(NotMeasuredError, match="does not know target 'nosuch'"):
+            ask(evidence_store, MACHINE, target="nosuch")
+
+    def test_an_empty_store_is_told(self, evidence_store: EvidenceStore) -> None:
+        """There is nothing to fall back from."""
+        with pytest.raises(NotMeasuredError, match=r"does not know any target: run `tune.py run` first"):
+            ask(evidence_store, MACHINE)
+
+
+class TestTransfer:
+    @pytest.fixture
+    def tuned(self, tmp_path: Path) -> EvidenceStore:
+        """A store with a finished run on the fake machine."""
+        evidence_store = EvidenceStore.open(tmp_path / "evidence.db")
+        fake = FakeEngine(keep=0.9)
+        tune(fake, [(GREEDY, prompts(40))], TuningSession.of(evidence_store), Options(lengths=(1, 2, 4)), Watch())
+        return evidence_store
+
+    def sweep(self, evidence_store: EvidenceStore, environment: Environment, slower: float = 1.0) -> None:
+        """Step times measured on another machine, where a target step takes `slower` times as long."""
+        times = FakeEngine(seed=7).time_steps(GREEDY, 96, 4)
+        times[TARGET.run_digest] = slowed(times[TARGET.run_digest], slower)
+        scope = Scope(target=TARGET, environment=environment, workload=GREEDY)
+        evidence_store.save_step_times(scope, (DRAFT_A, NGRAM), 4, times)
+
+    def test_a_forecast_is_offered_where_only_steps_were_timed(self, tuned: EvidenceStore) -> None:
+        """Acceptance of the fake machine and step times of an H100: offered to an H100 PCIe, not taken by itself."""
+        self.sweep(tuned, H100, slower=4.0)
+        found = ask(tuned, PCIE)
+        assert (found.level, found.answer.choice.setup) == ("none", PLAIN)
+        lent = found.transferred
+        assert lent is not None
+        assert (lent.level, lent.step_times_from, lent.overhead_from) == ("family", H100.device, MACHINE.device)
+        assert lent.setup.draft == DRAFT_A
+        assert lent.forecast.speedup.low > 1.0
+        taken = found.with_transferred()
+        assert taken.answer.choice.setup == lent.setup
+        assert (taken.level, taken.answer.matched) == ("none", False)
+        assert not taken.answer.choice.proven
+        assert taken.answer.choice.reason.startswith("A transferred forecast, not measured here: draft-a k=")
+        tuned.close()
+
+    def test_the_forecast_is_of_the_machine_with_the_steps(self, tuned: EvidenceStore) -> None:
+        """Where a target step takes four times as long beside equal draft steps, drafting pays more than at home."""
+        self.sweep(tuned, L40S)
+        self.sweep(tuned, H100, slower=4.0)
+        near, far = (ask(tuned, machine).transferred for machine in (L40S, H100))
+        assert near is not None
+        assert far is not None
+        assert far.forecast.speedup.estimate > near.forecast.speedup.estimate > 1.0
+        assert far.level == "exact"
+        tuned.close()
+
+    def test_nothing_is_offered_without_step_times_of_the_family(self, tuned: EvidenceStore) -> None:
+        """Step times of another kind of device, of another engine, or of smaller batches do not serve."""
+        self.sweep(tuned, L40S)
+        assert ask(tuned, H100).transferred is None
+        assert ask(tuned, replace(L40S, engine="vllm")).transferred is None
+        assert ask(tuned, L40S, batch_size=2).transferred is None
+        assert ask(tuned, L40S, temperature=0.7).transferred is None
+        assert ask(tuned, L40S, context_length=257).transferred is None, "beyond the acceptance's context"
+        assert ask(tuned, L40S).transferred is not None
+        tuned.close()
+
+    def test_a_measured_family_member_needs_no_forecast(self, tuned: EvidenceStore) -> None:
+        """What was measured goes before what is forecast."""
+        self.sweep(tuned, H100)
+        keep(tuned, PCIE)
+        found = ask(tuned, H100)
+        assert (found.level, found.transferred) == ("family", None)
+        tuned.close()
+
+    def test_a_machine_that_was_tuned_is_offered_nothing(self, tuned: EvidenceStore) -> None:
+        """Where this device was measured, beyond its largest batch or context is plain decoding, not a forecast."""
+        assert ask(tuned, MACHINE, context_length=999_999).transferred is None
+        tuned.close()
+
+    def test_a_far_policy_lends_nothing_to_the_forecast(self, tuned: EvidenceStore) -> None:
+        """With a proven policy of a card of the same compute capability, the forecast taken is still not proven."""
+        self.sweep(tuned, H100, slower=4.0)
+        keep(tuned, H200)
+        found = ask(tuned, PCIE)
+        assert found.level == "capability"
+        taken = found.with_transferred()
+        choice = taken.answer.choice
+        assert (taken.level, choice.proven, choice.measured, choice.alternatives) == ("none", False, None, ())
+
+    def test_disturbed_calibration_lends_nothing(self, tuned: EvidenceStore) -> None:
+        """Runs that other programs slowed down do not enter the forecast."""
+        self.sweep(tuned, H100, slower=4.0)
+        before = ask(tuned, H100).transferred
+        slow = "SELECT max(id) FROM samples WHERE occasion LIKE 'calibration%'"
+        [(last,)] = sql(tuned.path, slow)
+        columns = [row[1] for row in sql(tuned.path, "PRAGMA table_info(samples)") if row[1] not in ("id", "unit")]
+        changed = [{"decode_s": "decode_s * 9", "disturbed": "1"}.get(name, name) for name in columns]
+        sql(
+            tuned.path,
+            f"INSERT INTO samples (unit, {', '.join(columns)}) SELECT unit || 'x', {', '.join(changed)} FROM samples "
+            f"WHERE occasion LIKE 'calibration%' AND id <= {last}",
+        )
+        assert ask(tuned, H100).transferred == before
+        tuned.close()
+
+    def test_steps_of_another_context_lend_no_overhead(self, tuned: EvidenceStore) -> None:
+        """A newer sweep of the lender with 40 times the tokens cached, five times as slow, changes nothing."""
+        self.sweep(tuned, H100, slower=4.0)
+        before = ask(tuned, H100).transferred
+        times = FakeEngine(seed=5).time_steps(GREEDY, 4096, 4)
+        slow = {part: slowed(one, 5.0) for part, one in times.items()}
+        tuned.save_step_times(Scope(target=TARGET, environment=MACHINE, workload=GREEDY), (DRAFT_A, NGRAM), 4, slow)
+        assert ask(tuned, H100, context_length=200).transferred == before
+        tuned.close()
+
+    def test_a_look_up_is_forecast_as_far_as_it_was_traced(self, tuned: EvidenceStore) -> None:
+        """Look-ups traced for 4 tokens, timed for 8: lengths 1 to 4, and the draft is not left out."""
+        times = FakeEngine(seed=7).time_steps(GREEDY, 96, 8)
+        del times[DRAFT_A.digest]
+        scope = Scope(target=TARGET, environment=L40S, workload=GREEDY)
+        tuned.save_step_times(scope, (NGRAM,), 8, times)
+        lent = ask(tuned, L40S).transferred
+        assert lent is not None
+        assert (lent.setup.draft, lent.setup.length) == (NGRAM, 4)
+        evidence = [row[0] for row in sql(tuned.path, "SELECT DISTINCT max_length FROM lookup_traces")]
+        assert evidence == [4]
+        tuned.close()
+
+    def test_a_stray_trace_does_not_withdraw_the_offer(self, tuned: EvidenceStore) -> None:
+        """A prompt that no draft was traced on, as an interrupted run leaves, is passed over."""
+        self.sweep(tuned, H100, slower=4.0)
+        before = ask(tuned, H100).transferred
+        stray = prompts(1, "prose")[0]
+        scope = Scope(target=TARGET, environment=MACHINE, workload=GREEDY)
+        tuned.save_target_trace(scope, stray, FakeEngine().trace_target(GREEDY, stray))
+        assert ask(tuned, H100).transferred == before
+        tuned.close()
+
+    def test_a_sweep_of_the_target_alone_hides_no_other(self, tuned: EvidenceStore) -> None:
+        """Step times that ship have no drafts: the family's complete sweep serves."""
+        self.sweep(tuned, PCIE, slower=4.0)
+        before = ask(tuned, H100).transferred
+        times = FakeEngine(seed=9).time_steps(GREEDY, 96, 4)
+        scope = Scope(target=TARGET, environment=H100, workload=GREEDY)
+        tuned.save_step_times(scope, (), 4, {TARGET.run_digest: times[TARGET.run_digest]})
+        assert before is not None
+        assert ask(tuned, H100).transferred == before
+        tuned.close()
+
+
+def test_below_exact_nothing_is_called_proven(evidence_store: EvidenceStore) -> None:
+    """Not in the answer and not in what exporters get; on this machine it stays proven."""
+    keep(evidence_store, H100)
+    assert ask(evidence_store, H100).answer.choice.proven
+    found = ask(evidence_store, PCIE)
+    assert not found.answer.choice.proven
+    assert not found.deployment().choice.proven
+
+
+def test_an_undecided_choice_covers_nothing(evidence_store: EvidenceStore) -> None:
+    """A run whose budget ended first leaves plain decoding that nobody measured: that is no match."""
+    keep(evidence_store, MACHINE, PLAIN, evidence=())
+    found = ask(evidence_store, MACHINE)
+    assert (found.level, found.answer.matched) == ("none", False)
+    assert found.answer.rule == "the run ended before this was decided"
+
+
+def test_the_temperature_is_settled_once(evidence_store: EvidenceStore) -> None:
+    """The best match's temperature is asked of the others too: a policy at 0.8 does not answer a greedy question."""
+    keep(evidence_store, replace(MACHINE, torch="2.12.0"), N2, batch_size=4, temperature=0.8)
+    keep(evidence_store, MACHINE, A4)
+    assert ask(evidence_store, MACHINE, batch_size=4).level == "none"
+
+
+def test_a_namesake_tuned_elsewhere_hides_nothing(evidence_store: EvidenceStore) -> None:
+    """Of two targets of one name the one that was tuned on this machine answers, though the other is newer."""
+    keep(evidence_store, MACHINE, A4)
+    half = replace(TARGET, dtype="bfloat16")
+    far = Policy(created="2026-11-22T09:59:00+00:00", target=half, environment=L40S, choices=(choice(N2),))
+    save_policy(evidence_store, to_json(far), half, L40S)
+    found = ask(evidence_store, MACHINE, target=TARGET.name)
+    assert (found.level, found.target) == ("exact", TARGET)
+
+
+def test_a_carried_target_is_found_by_its_path(evidence_store: EvidenceStore) -> None:
+    """Packed under a path, merged as `carried:`, asked for by the path or its last part."""
+    carried = replace(TARGET, name="carried:llama")
+    made = Policy(created="2026-11-22T09:00:00+00:00", target=carried, environment=MACHINE, choices=(choice(A4),))
+    save_policy(evidence_store, to_json(made), carried, MACHINE)
+    for name in ("carried:llama", "llama", "/models/llama"):
+        assert ask(evidence_store, MACHINE, target=name).level == "exact"
+
+
+def test_traits_that_became_known_are_kept(evidence_store: EvidenceStore) -> None:
+    """A machine first saved without its compute capability gets it from the next save of the same machine."""
+    keep(evidence_store, replace(H100, compute_capability=None, memory_bandwidth_bytes_s=None))
+    assert ask(evidence_store, H200).level == "none"
+    keep(evidence_store, H100)
+    assert ask(evidence_store, H200).level == "capability"
+
+
+def test_damaged_policies_are_told(evidence_store: EvidenceStore) -> None:
+    """A stored policy that is none names the store."""
+    keep(evidence_store, MACHINE)
+    save_policy(evidence_store, "{}", TARGET, MACHINE)
+    with pytest.raises(PolicyError, match="the policy in store"):
+        ask(evidence_store, MACHINE)

@@ -1,0 +1,208 @@
+"""What a choice becomes for transformers, checked by running it on tiny random models; and as JSON."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from profiles.records.core import PLAIN, Draft, Model, Setup
+from profiles.records.errors import InputError
+from tests.lanes.cases import deployment
+from tests.lanes.transformers_lane import PROMPT, drafts_as_asked, rounds_of, run_snippet
+from tests.support.policies import CODE_DRAFT, EARLY_EXIT, NGRAM, choice, forecast, measured
+from tests.support.tiny import READS_GGUF, write_gguf, write_model
+from tuner.export import Form, emit
+from tuner.export.vocabulary import size_of
+
+
+def model_record(path: Path) -> Model:
+    return Model(name=str(path), dtype="float32", digest=path.name, num_params=1)
+
+
+def test_json_form() -> None:
+    """The JSON form is the choice with every field, plain decoding included."""
+    raw = json.loads(emit(deployment(choice(Setup(draft=NGRAM, length=3))), "json").text)
+    assert raw["setup"]["draft"]["max_match"] == 4
+    assert raw["setup"]["length"] == 3
+    assert raw["measured"]["speedup"]["estimate"] == 1.6
+    plain = emit(deployment(choice(PLAIN)), "json")
+    assert json.loads(plain.text)["setup"] == {"draft": None, "length": 0, "stop_below": None}
+    assert plain.note is None
+
+
+def test_unknown_form() -> None:
+    """Another form is refused, naming those there are."""
+    with pytest.raises(
+        InputError, match="format 'yaml': allowed are json, llamacpp, sglang, transformers, trtllm, vllm"
+    ):
+        emit(deployment(choice()), "yaml")  # type: ignore[arg-type]
+
+
+def test_model_draft_snippet() -> None:
+    """The snippet is readable Python that sets the assistant's own generation config."""
+    text = emit(deployment(choice(Setup(draft=CODE_DRAFT, length=4))), "transformers").text
+    assert text == (
+        "# family/draft-code k=4 for mixed prompts, batch 1, context up to 512 (measured on torch)\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "\n"
+        "model = AutoModelForCausalLM.from_pretrained('family/target', dtype='float32')\n"
+        "assistant = AutoModelForCausalLM.from_pretrained('family/draft-code', dtype='float32')\n"
+        "assistant.generation_config.num_assistant_tokens = 4\n"
+        'assistant.generation_config.num_assistant_tokens_schedule = "constant"\n'
+        "assistant.generation_config.assistant_confidence_threshold = 0.0\n"
+        'generate_kwargs = {"do_sample": False, "assistant_model": assistant}\n'
+        "# output_ids = model.generate(**inputs, **generate_kwargs)\n"
+    )
+
+
+@READS_GGUF
+def test_every_spelling_of_a_model_loads(tmp_path: Path) -> None:
+    """A GGUF file and a model that ships are named as transformers takes them."""
+    packed = write_gguf(tmp_path / "target.gguf", write_model(tmp_path / "llama", num_layers=2))
+    for name, num_layers in ((str(packed), 2), ("builtin:draft-code", 1)):
+        target = Model(name=name, dtype="float32", digest="target", num_params=1)
+        text = emit(deployment(choice(Setup(draft=NGRAM, length=2)), target=target), "transformers").text
+        assert run_snippet(text)["model"].config.num_hidden_layers == num_layers
+
+
+def test_sampling_is_part_of_the_snippet() -> None:
+    """Temperature, top-p and top-k go out as they were measured."""
+    sampled = choice(Setup(draft=CODE_DRAFT, length=4), temperature=0.7, top_p=0.9, top_k=40)
+    text = emit(deployment(sampled), "transformers").text
+    assert '{"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 40, "assistant_model": assistant}' in text
+
+
+def test_names_cannot_break_out_of_the_snippet() -> None:
+    """A line break or a quote in a name or a domain stays inside its comment or string."""
+    nasty = Model(name="a'\nimport os", revision="main", dtype="bfloat16", digest="cc", num_params=1)
+    odd = choice(Setup(draft=Draft(kind="model", model=nasty), length=1), domain="x\nraise SystemExit")
+    text = emit(deployment(odd, target=nasty), "transformers").text
+    compile(text, "snippet", "exec")
+    assert (
+        text.splitlines()[0]
+        == "# a' import os k=1 for x raise SystemExit prompts, batch 1, context up to 512 (measured on torch)"
+    )
+    assert """from_pretrained("a'\\nimport os", revision='main', dtype='bfloat16')""" in text
+
+
+COMPOSITE = Draft(kind="composite", model=CODE_DRAFT.model, max_match=4, min_match=2)
+
+
+@pytest.mark.parametrize(
+    ("setup", "changes", "note"),
+    [
+        (PLAIN, {}, "plain decoding is the choice. plain was the fastest."),
+        (Setup(draft=NGRAM, length=2), {"batch_size": 4}, "batch size 1 only, and the choice is for 4"),
+        (Setup(draft=CODE_DRAFT, length=2, stop_below=0.4), {}, "no stop before a proposal"),
+        (Setup(draft=COMPOSITE, length=2), {}, "a look-up or a draft model, not both"),
+    ],
+)
+def test_nothing_to_emit(setup: Setup, changes: dict[str, object], note: str) -> None:
+    """Where transformers cannot, or need not, be told, the text is empty and the note says why."""
+    export = emit(deployment(choice(setup, **changes)), "transformers")
+    assert export.text == ""
+    assert export.note is not None
+    assert re.search(re.escape(note), export.note)
+
+
+def test_caveat_is_told() -> None:
+    """A look-up that transformers does a little differently is said, in the snippet and beside it."""
+    export = emit(deployment(choice(Setup(draft=NGRAM, length=2))), "transformers")
+    assert export.note == "transformers also looks up single tokens; the choice was measured with matches of 2 or more"
+    assert f"# {export.note}\n" in export.text
+
+
+@pytest.mark.parametrize("length", [1, 3, 7])
+@pytest.mark.parametrize("kind", ["model", "ngram", "early_exit"])
+def test_snippet_drafts_that_many_tokens(kind: str, length: int, tmp_path: Path) -> None:
+    """Run on tiny random models, a round drafts k tokens, or all but one of those left; a look-up at most k."""
+    target = model_record(write_model(tmp_path / "target", num_layers=3, eos_token_id=None))
+    own = model_record(write_model(tmp_path / "draft", num_layers=1, seed=1, eos_token_id=None))
+    drafts = {
+        "model": Draft(kind="model", model=own),
+        "ngram": Draft(kind="ngram", max_match=3, min_match=1),
+        "early_exit": Draft(kind="early_exit", num_layers=2),
+    }
+    export = emit(deployment(choice(Setup(draft=drafts[kind], length=length)), target=target), "transformers")
+    rounds = rounds_of(export.text, 30)
+    assert drafts_as_asked(rounds, length, 30, looks_up=kind == "ngram")
+
+
+def test_snippet_output_is_plain_output(tmp_path: Path) -> None:
+    """What the snippet generates is what the target generates alone (greedy)."""
+    target = model_record(write_model(tmp_path / "target", num_layers=3, eos_token_id=None))
+    draft = Draft(kind="early_exit", num_layers=2)
+    names = run_snippet(emit(deployment(choice(Setup(draft=draft, length=3)), target=target), "transformers").text)
+    settings = {"attention_mask": torch.ones_like(PROMPT), "max_new_tokens": 30}
+    plain = names["model"].generate(PROMPT, do_sample=False, **settings)
+    assert torch.equal(plain, names["model"].generate(PROMPT, **settings, **names["generate_kwargs"]))
+
+
+def test_json_is_labelled() -> None:
+    """The JSON form is for no engine: proven where the runs were, and the label says where."""
+    answer = choice(Setup(draft=NGRAM, length=3))
+    assert emit(deployment(answer), "json").label == "proven"
+    beaten = choice(PLAIN, measured=measured(Setup(draft=NGRAM, length=3), 0.9))  # timed beside what lost
+    assert emit(deployment(beaten), "json").label == "measured on torch"
+    assert emit(deployment(choice(PLAIN, evidence=())), "json").label == "not measured"
+
+
+@pytest.mark.parametrize("form", ["json", "transformers", "vllm", "sglang", "trtllm"])
+def test_what_was_not_run_is_a_forecast(form: Form) -> None:
+    """A label says measured only of a setup that was timed; the title in the text says the same."""
+    setup = Setup(draft=NGRAM, length=3)
+    others = measured(Setup(draft=NGRAM, length=2))
+    for changes in ({"measured": None}, {"measured": others}):
+        export = emit(deployment(choice(setup, proven=False, **changes)), form)
+        assert export.label == "forecast on torch"
+        assert "measured on" not in export.text
+    assert emit(deployment(choice(setup, proven=False)), form).label.endswith(" on torch")
+    lent = emit(replace(deployment(choice(setup)), transferred=True), form)
+    assert lent.label == "a transferred forecast, not measured"
+    assert (f"({lent.label})" in lent.text) == (form in ("transformers", "trtllm"))
+
+
+def test_never_proven_for_transformers() -> None:
+    """No policy is measured with transformers' own loop, so its snippets are never called proven."""
+    export = emit(deployment(choice(Setup(draft=NGRAM, length=3))), "transformers")
+    assert export.label == "measured on torch"
+    assert export.setup == Setup(draft=NGRAM, length=3)
+
+
+def test_alternative_for_transformers() -> None:
+    """A composite has no snippet, so the best forecast alternative goes out, and both are named."""
+    answer = choice(Setup(draft=COMPOSITE, length=2), alternatives=(forecast(Setup(draft=EARLY_EXIT, length=3)),))
+    export = emit(deployment(answer), "transformers")
+    assert export.setup == Setup(draft=EARLY_EXIT, length=3)
+    assert "is left out: transformers takes a look-up or a draft model, not both" in str(export.note)
+    assert '"assistant_early_exit": 3' in export.text
+
+
+def test_transformers_before_5() -> None:
+    """An older release than the snippets were run with is refused."""
+    export = emit(deployment(choice(Setup(draft=NGRAM, length=3))), "transformers", "4.57.6")
+    assert export.text == ""
+    assert export.note == "transformers 4.57.6 is not known: from 5.17.0 on it is"
+
+
+@pytest.mark.parametrize("form", ["transformers", "vllm", "sglang"])
+def test_padded_vocabularies_are_refused(form: Form, tmp_path: Path) -> None:
+    """A draft whose embeddings are padded to another size ends these engines, so it is not emitted."""
+    target = model_record(write_model(tmp_path / "target"))
+    padded = model_record(write_model(tmp_path / "draft", num_layers=1, vocab_size=320))
+    export = emit(deployment(choice(Setup(draft=Draft(kind="model", model=padded), length=2)), target=target), form)
+    assert export.text == ""
+    assert "needs equal vocabulary sizes, and the target has 300, the draft 320" in str(export.note)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", '{"vocab_size": "many"}', "{}"])
+def test_vocabulary_that_cannot_be_told(text: str, tmp_path: Path) -> None:
+    """A directory without a size, or with a strange config, is no reason against a draft; a text part's size counts."""
+    (tmp_path / "config.json").write_text(text)
+    assert size_of(model_record(tmp_path)) is None
+    (tmp_path / "config.json").write_text('{"text_config": {"vocab_size": 7}}')
+    assert size_of(model_record(tmp_path)) == 7
+    assert size_of(model_record(tmp_path / "org" / "model")) is None

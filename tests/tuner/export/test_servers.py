@@ -1,0 +1,371 @@
+"""What a choice becomes for SGLang, TensorRT-LLM and llama.cpp: spellings by version, refusals, hostile names."""
+
+import json
+import re
+import shlex
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from profiles.engines.llamacpp.flags import SPELLINGS, spelling_of_build, spelling_of_help
+from profiles.records.core import PLAIN, Draft, Setup
+from profiles.records.errors import InputError
+from tests.lanes.cases import cases, deployment, draft_at, model_at
+from tests.lanes.places import LANES
+from tests.support.policies import CODE_DRAFT, EARLY_EXIT, NGRAM, TARGET, choice, forecast, measured
+from tuner.export import Form, emit
+from tuner.export.sglang import FLAGS
+from tuner.export.trtllm import KEYS
+from tuner.export.versions import NEWEST
+from tuner.policy.policy import Choice
+
+WITH_MODEL = Setup(draft=CODE_DRAFT, length=4)
+LOOK_UP = Setup(draft=NGRAM, length=3)
+PACKED = Setup(draft=draft_at("draft.gguf"), length=4)
+GGUF_TARGET = model_at("target.gguf")
+NASTY = ("a b", "it's", 'say "so"', "two\nlines", "$(reboot)", "--evil", "back\\slash", "ü✓", "# no comment", "{k}")
+
+
+def flags_of(text: str) -> dict[str, str]:
+    """Flag to value, as the shell and an argument parser read them."""
+    words = [part for word in shlex.split(text) for part in (word.split("=", 1) if word[:2] == "--" else [word])]
+    assert len(words) % 2 == 0
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def test_sglang_draft_model() -> None:
+    """A draft model is a chain of k steps; the count of verified tokens has one more."""
+    export = emit(deployment(choice(Setup(draft=draft_at("org/draft", "v1"), length=4))), "sglang", "0.5.23")
+    assert export.text == (
+        "--speculative-algorithm STANDALONE --speculative-draft-model-path org/draft "
+        "--speculative-draft-model-revision v1 --speculative-num-steps 4 --speculative-eagle-topk 1 "
+        "--speculative-num-draft-tokens 5\n"
+    )
+    assert export.label == "measured on torch"
+    assert "--max-running-requests to 48" in str(export.note)
+
+
+def test_sglang_look_up() -> None:
+    """A look-up goes out as a trie of breadth 1, and the note says that the match sizes do not."""
+    export = emit(deployment(choice(LOOK_UP)), "sglang", "0.5.3")
+    assert flags_of(export.text)["--speculative-num-draft-tokens"] == "4"
+    assert "the measured matches of 2 to 4 tokens have no spelling" in str(export.note)
+
+
+@pytest.mark.parametrize(
+    ("setup", "version", "algorithm"), [(WITH_MODEL, "0.5.1", "STANDALONE"), (LOOK_UP, "0.5.2", "NGRAM")]
+)
+def test_sglang_before_it_had_that(setup: Setup, version: str, algorithm: str) -> None:
+    """A version without the algorithm gets nothing, and the note names the first that has it."""
+    export = emit(deployment(choice(setup)), "sglang", version)
+    assert export.text == ""
+    assert f"SGLang {version} is not known to have {algorithm}" in str(export.note)
+
+
+@pytest.mark.parametrize("version", ["0.5.2", "0.5.3", "0.5.10", "0.5.23", "0.6.0"])
+def test_sglang_flags_are_known(version: str) -> None:
+    """Whatever is emitted has flags that are in the key table only."""
+    for case in cases(TARGET, CODE_DRAFT).values():
+        assert set(flags_of(emit(case, "sglang", version).text)) <= set(FLAGS)
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_sglang_names_stay_in_their_word(name: str) -> None:
+    """Quotes, spaces, line breaks and leading dashes in a name come out of the shell as one value."""
+    text = emit(deployment(choice(Setup(draft=draft_at(name), length=2))), "sglang", "0.5.23").text
+    assert flags_of(text)["--speculative-draft-model-path"] == name
+
+
+def yaml_of(text: str) -> dict[str, object]:
+    """The mapping under `speculative_config`, read as strictly as it is written: JSON values, one key a line."""
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert lines[0] == "speculative_config:"
+    pairs = [re.fullmatch(r"  (\w+): (.+)", line) for line in lines[1:]]
+    assert all(pairs)
+    found = {pair[1]: pair[2] for pair in pairs if pair}
+    schedule = found.pop("draft_len_schedule", None)
+    values = {key: json.loads(value) for key, value in found.items()}
+    if schedule is not None:
+        values["draft_len_schedule"] = json.loads(re.sub(r"(\d+):", r'"\1":', schedule))
+    return values
+
+
+def test_trtllm_file() -> None:
+    """A file with its label and version as comments; the weights' key is the version's own."""
+    export = emit(deployment(choice(WITH_MODEL)), "trtllm", "1.3.0rc27")
+    assert export.text == (
+        "# family/draft-code k=4 for mixed prompts, batch 1, context up to 512 (measured on torch)\n"
+        "# for TensorRT-LLM 1.3.0rc27\n"
+        "# k=4 is for batches up to 1; from 2 on nothing was measured: keep max_batch_size at or under 1\n"
+        "speculative_config:\n"
+        '  decoding_type: "Draft_Target"\n'
+        "  max_draft_len: 4\n"
+        '  speculative_model: "family/draft-code"\n'
+    )
+    assert yaml_of(emit(deployment(choice(WITH_MODEL)), "trtllm", "1.2.1").text)["speculative_model_dir"]
+
+
+def test_trtllm_look_up() -> None:
+    """A look-up has a largest match only; that it also looks up single tokens is said."""
+    export = emit(deployment(choice(LOOK_UP)), "trtllm", "1.2.1")
+    assert yaml_of(export.text) == {"decoding_type": "NGram", "max_draft_len": 3, "max_matching_ngram_size": 4}
+    assert "also looks up single tokens; the choice was measured with matches of 2 or more" in str(export.note)
+    assert f"# {export.note}\n" in export.text
+
+
+@pytest.mark.parametrize(
+    ("version", "schedule"),
+    [
+        ("1.2.0", {"1": 4, "2": 2, "5": 0}),
+        ("1.2.1", {"1": 4, "2": 2, "5": 0}),
+        ("1.3.0rc0", None),
+        ("1.3.0rc26", None),
+        ("1.3.0rc27", {"1": 4, "4": 2}),
+        ("1.4.0rc1", {"1": 4, "4": 2}),
+    ],
+)
+def test_trtllm_schedule_by_version(version: str, schedule: dict[str, int] | None) -> None:
+    """Keys are first batches in 1.2 and last ones from 1.3.0rc27 on; in between the asked length alone is said."""
+    export = emit(cases(TARGET, CODE_DRAFT)["schedule"], "trtllm", version)
+    values = yaml_of(export.text)
+    assert values.get("draft_len_schedule") == schedule
+    assert values["max_draft_len"] == 4
+    said = "keep max_batch_size at or under 4" if schedule else f"means in TensorRT-LLM {version} is not known"
+    assert said in str(export.note)
+
+
+def test_trtllm_schedule_begins_with_the_longest() -> None:
+    """Where a larger batch drafts more than the smallest, its schedule cannot be told: one length, and the note."""
+    longer = Setup(draft=CODE_DRAFT, length=6)
+    rows = (choice(Setup(draft=CODE_DRAFT, length=2), measured=measured(Setup(draft=CODE_DRAFT, length=2), 1.2)),)
+    rows += (choice(longer, batch_size=4, measured=measured(longer, 1.6)),)
+    export = emit(deployment(rows[0], *rows), "trtllm", "1.2.1")
+    assert yaml_of(export.text)["max_draft_len"] == 2
+    assert "draft_len_schedule must begin with the longest draft" in str(export.note)
+
+
+@pytest.mark.parametrize(
+    ("version", "schedule"), [("1.2.1", {"1": 4, "5": 0}), ("1.3.0rc27", {"4": 4}), ("1.4.0rc1", {"4": 4})]
+)
+def test_trtllm_schedule_ends_at_a_plain_hole(version: str, schedule: dict[str, int]) -> None:
+    """A batch where plain decoding was chosen drafts nothing in either spelling, nor do larger ones, which is said."""
+    lengths = {4: 4, 8: 0, 16: 2, 24: 0, 32: 2}
+    setups = {batch: Setup(draft=CODE_DRAFT, length=length) if length else PLAIN for batch, length in lengths.items()}
+    rows = [choice(setup, batch_size=batch) for batch, setup in setups.items()]
+    export = emit(deployment(rows[0], *rows), "trtllm", version)
+    assert yaml_of(export.text)["draft_len_schedule"] == schedule
+    assert "batches 9 to 16, 25 to 32 draft nothing: plain decoding lies before them" in str(export.note)
+    assert "PR #16888): keep max_batch_size at or under 4" in str(export.note)
+    beyond = emit(deployment(rows[2], *rows), "trtllm", version)
+    assert yaml_of(beyond.text)["max_draft_len"] == 2
+    assert "draft_len_schedule" not in yaml_of(beyond.text)
+    assert "draft_len_schedule would end at batch 4" in str(beyond.note)
+    assert "k=2 is for batches 9 to 16, smaller ones otherwise; from 17 on" in str(beyond.note)
+
+
+def test_trtllm_refuses() -> None:
+    """A version before 1.2 is unknown, and a revision cannot be told."""
+    assert emit(deployment(choice(WITH_MODEL)), "trtllm", "1.1.0").note == (
+        "TensorRT-LLM 1.1.0 is not known: from 1.2.0 on it is"
+    )
+    pinned = choice(Setup(draft=draft_at("org/draft", "v1"), length=4), alternatives=(forecast(LOOK_UP),))
+    export = emit(deployment(pinned), "trtllm", "1.2.1")
+    assert export.setup == LOOK_UP
+    assert "TensorRT-LLM is told no revision: download v1 of org/draft" in str(export.note)
+
+
+@given(name=st.text(min_size=1).filter(lambda text: not text.lower().endswith(".gguf") and text[:8] != "carried:"))
+def test_trtllm_any_name_is_one_value(name: str) -> None:
+    """Any name stays one quoted value of its key, and all other lines are keys of the table or comments."""
+    export = emit(deployment(choice(Setup(draft=draft_at(name), length=2), domain=name)), "trtllm", "1.4.0rc1")
+    values = yaml_of(export.text)
+    assert values["speculative_model"] == name or name.startswith("builtin:")
+    assert set(values) <= set(KEYS)
+
+
+def for_llamacpp(answer: Choice, build: str) -> str:
+    return emit(deployment(answer, target=GGUF_TARGET), "llamacpp", build).text
+
+
+def test_llamacpp_draft_model_by_build() -> None:
+    """Each spelling of a draft model: before, between and after the renamings."""
+    assert for_llamacpp(choice(PACKED), "b8672") == (
+        "--model-draft draft.gguf --draft-max 4 --draft-min 0 --draft-p-min 0.0\n"
+    )
+    newer = "--spec-draft-model draft.gguf --spec-draft-n-max 4 --spec-draft-n-min 0 --spec-draft-p-min 0.0\n"
+    assert for_llamacpp(choice(PACKED), "9093") == newer
+    assert for_llamacpp(choice(PACKED), "b9294") == f"--spec-type draft-simple {newer}"
+    assert for_llamacpp(choice(PACKED), "11549") == f"--spec-type draft-simple {newer}"
+
+
+def test_llamacpp_look_up_by_build() -> None:
+    """A look-up has the smallest measured match, which drafts in the same rounds; that is said."""
+    assert for_llamacpp(choice(LOOK_UP), "b8929") == (
+        "--spec-type ngram-simple --spec-ngram-size-n 2 --spec-ngram-size-m 3 --draft-max 3\n"
+    )
+    export = emit(deployment(choice(LOOK_UP), target=GGUF_TARGET), "llamacpp", "b11549")
+    assert export.text == "--spec-type ngram-simple --spec-ngram-simple-size-n 2 --spec-ngram-simple-size-m 3\n"
+    assert "llama.cpp looks up the latest 2 tokens alone" in str(export.note)
+
+
+@pytest.mark.parametrize("build", ["b6800", "8671", "b8930", "b9092", "b9094", "b9293"])
+def test_llamacpp_unknown_build(build: str) -> None:
+    """A build whose flags were not read gets nothing: a wrong flag ends the server at its start."""
+    export = emit(deployment(choice(PACKED), target=GGUF_TARGET), "llamacpp", build)
+    assert export.text == ""
+    assert "are not known: they are for b8672 to b8929, b9093, b9294 and newer" in str(export.note)
+
+
+@pytest.mark.parametrize("version", ["0.1.0", "bb1", "b-1", "", "b0", "latest"])
+def test_llamacpp_version_that_is_none(version: str) -> None:
+    """What is no build number is refused, naming what is allowed."""
+    with pytest.raises(InputError, match=r"llama\.cpp's build numbers are allowed, like b6800 or 6800"):
+        emit(deployment(choice(PACKED), target=GGUF_TARGET), "llamacpp", version)
+
+
+@pytest.mark.parametrize(
+    ("setup", "target", "reason"),
+    [
+        (WITH_MODEL, GGUF_TARGET, "reads GGUF files only: convert the draft family/draft-code and measure that"),
+        (LOOK_UP, TARGET, "reads GGUF files only: convert the target family/target and measure that"),
+        (replace(PACKED, stop_below=0.5), GGUF_TARGET, "no stop before a proposal"),
+        (Setup(draft=EARLY_EXIT, length=2), GGUF_TARGET, "cannot draft with the target's own layers"),
+        (replace(LOOK_UP, length=1), GGUF_TARGET, "drops look-up drafts shorter than the match, 2 tokens here"),
+    ],
+)
+def test_what_llamacpp_is_not_told(setup: Setup, target: object, reason: str) -> None:
+    """A setup without a spelling gives no text, only the reason."""
+    case = replace(deployment(choice(setup)), target=target)  # type: ignore[type-var]
+    export = emit(case, "llamacpp", "b11549")
+    assert export.text == ""
+    assert reason in str(export.note)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda one: f"b{one.first}")
+@pytest.mark.parametrize("name", NASTY)
+def test_llamacpp_names_stay_in_their_word(spelling: object, name: str) -> None:
+    """Quotes, spaces, line breaks and braces in a file's name come out of the shell as they were."""
+    build = f"b{spelling.first}"  # type: ignore[attr-defined]
+    text = for_llamacpp(choice(Setup(draft=draft_at(f"{name}.gguf"), length=2)), build)
+    words = shlex.split(text)
+    assert f"{name}.gguf" in words
+    assert all(word.startswith("--") for word in words[::2] if word != f"{name}.gguf")
+
+
+HELP = {
+    8672: "--draft, --draft-n, --draft-max N\n--spec-type [none|ngram-simple]\n--spec-ngram-size-n N",
+    9093: "--spec-draft-n-max N\n--spec-type [none|ngram-simple]\n--spec-ngram-simple-size-n N\n--draft-max N removed",
+    9294: "--spec-draft-n-max N\n--spec-type none,draft-simple\n--spec-ngram-simple-size-n N\n--draft-max N removed",
+}
+
+
+def test_llamacpp_is_told_by_its_help() -> None:
+    """The help of an installed server tells its spelling, a removed flag listed there or not."""
+    for first, text in HELP.items():
+        assert spelling_of_help(text) == spelling_of_build(first)
+    assert spelling_of_help("--draft-max N") is None
+    assert spelling_of_help("") is None
+
+
+def test_installed_llamacpp_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a version the server on the PATH is asked; one whose flags are strange gets nothing."""
+    case = deployment(choice(PACKED), target=GGUF_TARGET)
+    monkeypatch.setattr("tuner.export.versions.server_help", lambda: HELP[8672])
+    assert "--draft-max 4" in emit(case, "llamacpp").text
+    monkeypatch.setattr("tuner.export.versions.server_help", lambda: "usage: something else")
+    export = emit(case, "llamacpp")
+    assert export.text == ""
+    assert "(the llama-server installed here) are not known" in str(export.note)
+    monkeypatch.setattr("tuner.export.versions.server_help", lambda: None)
+    assert "no llama.cpp is installed here: emitted for llama.cpp b11549" in str(emit(case, "llamacpp").note)
+
+
+def test_a_real_program_is_asked_for_its_help(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The `llama-server` found on the PATH is run with --help; one that cannot run counts as none."""
+    program = tmp_path / "llama-server"  # type: ignore[operator]
+    program.write_text(f"#!/bin/sh\necho '{HELP[9294]}'\n")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    program.chmod(0o755)
+    assert "--spec-type draft-simple" in emit(deployment(choice(PACKED), target=GGUF_TARGET), "llamacpp").text
+    program.write_text("not a program")
+    assert "no llama.cpp is installed here" in str(
+        emit(deployment(choice(PACKED), target=GGUF_TARGET), "llamacpp").note
+    )
+
+
+@pytest.mark.parametrize("form", ["sglang", "trtllm"])
+def test_gguf_is_for_llamacpp(form: Form) -> None:
+    """A GGUF draft or target is refused by name."""
+    assert "the draft draft.gguf is a GGUF file" in str(emit(deployment(choice(PACKED)), form).note)
+    export = emit(deployment(choice(LOOK_UP), target=GGUF_TARGET), form)
+    assert export.text == ""
+    assert "the target target.gguf is a GGUF file" in str(export.note)
+
+
+@pytest.mark.parametrize("form", ["vllm", "sglang", "trtllm", "llamacpp", "transformers"])
+def test_a_carried_draft_has_no_place(form: Form) -> None:
+    """A draft that a bundle brought from a path elsewhere is not emitted as a hub id; a look-up beside it is."""
+    name = "carried:draft one.gguf" if form == "llamacpp" else "carried:draft one"
+    target = GGUF_TARGET if form == "llamacpp" else TARGET
+    answer = choice(Setup(draft=draft_at(name), length=4), alternatives=(forecast(LOOK_UP),))
+    export = emit(deployment(answer, target=target), form)
+    assert export.setup == LOOK_UP
+    lines = [line for line in export.text.splitlines() if not line.startswith("#")]
+    assert "draft one" not in "".join(lines)
+    assert "came in a bundle from a path of another machine: its place here is not known" in str(export.note)
+
+
+def test_a_carried_target_matters_where_it_is_named() -> None:
+    """Only the transformers snippet loads the target; the servers' arguments do not name it."""
+    case = deployment(choice(LOOK_UP), target=model_at("carried:target"))
+    assert "the target target came in a bundle from a path" in str(emit(case, "transformers").note)
+    assert emit(case, "transformers").text == ""
+    assert emit(case, "vllm").text
+    assert emit(replace(case, target=model_at("carried:t.gguf")), "llamacpp").text
+    assert "is a GGUF file" in str(emit(replace(case, target=model_at("carried:t.gguf")), "vllm").note)
+
+
+@pytest.mark.parametrize("form", ["sglang", "trtllm", "llamacpp"])
+def test_plain_gives_nothing(form: Form) -> None:
+    """Plain decoding is to omit the options, with the reason beside it."""
+    export = emit(deployment(choice(PLAIN)), form)
+    assert export.text == ""
+    assert "plain decoding is the choice. plain was the fastest." in str(export.note)
+
+
+@pytest.mark.parametrize("form", ["sglang", "trtllm", "llamacpp"])
+def test_alternative_is_emitted(form: Form) -> None:
+    """Where the engine has no composite, the best forecast setup it has goes out, not called proven."""
+    target, draft = (GGUF_TARGET, draft_at("d.gguf")) if form == "llamacpp" else (TARGET, CODE_DRAFT)
+    composite = Setup(draft=Draft(kind="composite", model=draft.model, max_match=4, min_match=2), length=5)
+    instead = Setup(draft=draft, length=2)
+    answer = choice(composite, alternatives=(forecast(instead), forecast(LOOK_UP)))
+    export = emit(deployment(answer, target=target, measured_on=form), form)
+    assert export.setup == instead
+    assert export.label == f"forecast on {form}"
+    assert "is left out" in str(export.note)
+    assert "not proven by runs" in str(export.note)
+    proven = emit(deployment(choice(instead), target=target, measured_on=form), form)
+    assert proven.label == "proven"
+
+
+@pytest.mark.parametrize(("form", "limit"), [("sglang", "--max-running-requests"), ("llamacpp", "--parallel")])
+def test_one_length_for_every_batch(form: Form, limit: str) -> None:
+    """An engine that keeps one length gets the asked batch's, and the batches it was decided for are named."""
+    target, draft = (GGUF_TARGET, draft_at("d.gguf")) if form == "llamacpp" else (TARGET, CODE_DRAFT)
+    case = cases(target, draft)["schedule"]
+    said = f"k=4 is for batches up to 1; from 2 on {case.rows[1].setup.name} was decided: keep {limit} at or under 1"
+    assert said in str(emit(case, form).note)
+    at_four = emit(replace(case, choice=case.rows[1]), form)
+    assert at_four.setup == case.rows[1].setup
+    said = f"k=2 is for batches 2 to 4, smaller ones otherwise; from 5 on plain was decided: keep {limit} at or under 4"
+    assert said in str(at_four.note)
+
+
+def test_newest_known_is_checked_by_a_lane() -> None:
+    """The version assumed where nothing is installed is one that a lane puts before the real engine."""
+    lanes = {(lane.form, lane.version) for lane in LANES}
+    assert {(form, NEWEST[form]) for form in ("vllm", "sglang", "llamacpp")} <= lanes
+    assert {f"b{one.first}" for one in SPELLINGS} <= {lane.version for lane in LANES}

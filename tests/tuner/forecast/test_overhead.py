@@ -1,0 +1,127 @@
+"""What rounds use, counted by hand, and overheads found again in runs that were made with known ones."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy
+import pytest
+
+from profiles.records.core import PLAIN, Draft, Model, Setup
+from profiles.records.errors import NotMeasuredError
+from profiles.records.evidence import Sample, StepTimes
+from tests.support.fakes import DRAFT_A, NGRAM, TARGET
+from tuner.forecast.overhead import calibrate, step_samples, use_of
+
+PART = TARGET.run_digest
+DEEP = Draft(kind="model", model=Model(name="deep", dtype="float32", digest="deep", num_params=9))
+
+
+def _steps(part: str, seconds: dict[int, float]) -> StepTimes:
+    samples = {width: (value,) for width, value in seconds.items()}
+    return StepTimes(part_digest=part, batch_size=1, context_length=64, samples_s=samples)
+
+
+STEPS = {
+    PART: _steps(PART, {width: 0.010 + 0.001 * width for width in range(1, 10)}),
+    DRAFT_A.digest: _steps(DRAFT_A.digest, {1: 0.001, 2: 0.0015}),
+    DEEP.digest: _steps(DEEP.digest, {1: 0.004, 2: 0.005}),
+    NGRAM.digest: _steps(NGRAM.digest, dict.fromkeys(range(1, 9), 0.0001)),
+}
+
+
+def _run(setup: Setup, rounds: dict[tuple[int, int], int], beyond_s: float) -> tuple[Setup, Sample]:
+    """A run that takes its steps, the first of every round two tokens wide, and `beyond_s`."""
+    with_model = setup.draft is not None and setup.draft != NGRAM
+    shapes: Counter[tuple[int, int, int]] = Counter()
+    for (proposed, _), count in rounds.items():
+        shapes[proposed + 1, *((proposed, 2) if with_model and proposed else (0, 0))] += count
+    use = use_of(setup, shapes, 0.0, PART)
+    stepped = sum(count * STEPS[part].samples_s[width][0] for (part, width), count in use.steps.items())
+    sample = Sample(
+        setup_digest=setup.digest,
+        prompt_digest="prompt",
+        ttft_s=0.1,
+        decode_s=stepped + beyond_s,
+        output_tokens=64,
+        rounds=rounds,
+        shapes=shapes,
+        output_digest="output",
+    )
+    return setup, sample
+
+
+def test_steps_of_a_round_by_hand() -> None:
+    """Three rounds of two proposals and a plain step: verify widths 3 and 1, a first draft step of 2 and one of 1."""
+    use = use_of(Setup(draft=DRAFT_A, length=2), {(3, 2, 2): 3.0, (1, 0, 0): 1.0}, 4.0, PART)
+    assert use.steps == {(PART, 3): 3.0, (PART, 1): 1.0, (DRAFT_A.digest, 1): 3.0, (DRAFT_A.digest, 2): 3.0}
+    assert (use.idle, use.proposing, use.drafted, use.refills) == (1.0, 3.0, 6.0, 4.0)
+    rates = numpy.array([[0.5], [2.0], [0.25], [0.1]])
+    assert use.overhead_s(rates) == pytest.approx([0.5 + 6.0 + 1.5 + 0.4])
+
+
+def test_lookup_is_asked_once_a_round() -> None:
+    """Also in rounds where it proposes nothing."""
+    use = use_of(Setup(draft=NGRAM, length=4), {(4, 0, 0): 2.0, (1, 0, 0): 5.0}, 0.0, PART)
+    assert use.steps == {(PART, 4): 2.0, (PART, 1): 5.0, (NGRAM.digest, 4): 7.0}
+
+
+def test_a_composite_uses_its_parts() -> None:
+    """A look-up round, a round of the model that is 5 tokens behind, and one that is 130 behind: three steps of 64."""
+    composite = Draft(kind="composite", model=DRAFT_A.model, max_match=4, min_match=2)
+    shapes = {(3, 0, 0): 1.0, (5, 4, 8): 1.0, (5, 4, 192): 1.0}
+    use = use_of(Setup(draft=composite, length=4), shapes, 0.0, PART)
+    assert use.steps == {
+        (PART, 3): 1.0,
+        (PART, 5): 2.0,
+        (NGRAM.digest, 4): 3.0,
+        (DRAFT_A.digest, 8): 1.0,
+        (DRAFT_A.digest, 64): 3.0,
+        (DRAFT_A.digest, 1): 6.0,
+    }
+
+
+def test_other_rows_prefills_are_told_apart() -> None:
+    """In a batch a row waits for the prompts that come in; that is no overhead of its rounds."""
+    setup, sample = _run(PLAIN, {(0, 0): 50}, 50 * 0.002)
+    waited = replace(sample, decode_s=sample.decode_s + 3 * 0.1, refills=3)
+    rate = calibrate(STEPS, [(setup, waited)], PART)[None]
+    assert (rate.idle_s, rate.refill_s) == pytest.approx((0.002, 0.1))
+
+
+def test_drafts_share_what_a_row_of_steps_saves() -> None:
+    """A fifth of each draft's own step per drafted token, whatever the step takes; the rest is per round."""
+    calibration = [_run(PLAIN, {(0, 0): 50}, 50 * 0.002)]
+    for draft, round_s, step_s in ((DRAFT_A, 0.0003, 0.001), (DEEP, 0.0008, 0.004)):
+        for length in (3, 7):
+            setup = Setup(draft=draft, length=length)
+            beyond_s = 20 * (round_s - 0.2 * step_s * length) + 2 * 0.002
+            calibration.append(_run(setup, {(length, 1): 15, (length, length): 5, (0, 0): 2}, beyond_s))
+    rates = calibrate(STEPS, calibration, PART)
+    assert rates[None].idle_s == pytest.approx(0.002)
+    assert rates[DRAFT_A].drafted_s == pytest.approx(-0.0002)
+    assert rates[DEEP].drafted_s == pytest.approx(-0.0008)
+    assert (rates[DRAFT_A].round_s, rates[DEEP].round_s) == pytest.approx((0.0003, 0.0008))
+
+
+def test_a_round_without_a_proposal_is_a_plain_round() -> None:
+    """What a look-up costs beyond its steps is charged to the rounds that proposed, weighted by how many there were."""
+    calibration = [
+        _run(PLAIN, {(0, 0): 50}, 50 * -0.001),
+        _run(Setup(draft=NGRAM, length=4), {(0, 0): 40, (4, 2): 10}, 40 * -0.001 + 10 * 0.0005),
+        _run(Setup(draft=NGRAM, length=4), {(0, 0): 49, (4, 2): 1}, 49 * -0.001 + 1 * 0.9),
+    ]
+    rate = calibrate(STEPS, calibration, PART)[NGRAM]
+    assert (rate.idle_s, rate.round_s, rate.drafted_s) == pytest.approx((-0.001, 0.0005, 0.0))
+
+
+def test_an_unknown_width_is_named() -> None:
+    """Nothing is made up for a step that was never timed."""
+    with pytest.raises(NotMeasuredError, match="width 12"):
+        step_samples(STEPS, PART, 12)
+
+
+def test_a_run_that_does_not_say_its_shapes_is_refused() -> None:
+    """Evidence of an older engine is no calibration."""
+    setup, sample = _run(PLAIN, {(0, 0): 50}, 0.0)
+    with pytest.raises(NotMeasuredError, match="plain does not say what its rounds ran"):
+        calibrate(STEPS, [(setup, replace(sample, shapes={}))], PART)

@@ -1,0 +1,139 @@
+"""What a policy tells a selector to start from: the forecasts' figures, boiled down and joined with earlier ones."""
+
+from dataclasses import replace
+
+import pytest
+
+from profiles.acceptance.rates import acceptance_length
+from profiles.records.core import PLAIN, Draft, Setup
+from profiles.records.errors import InputError
+from profiles.records.evidence import Infeasible
+from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts
+from tests.support.policies import learning_policy
+from tuner.pipeline.build_prior import summarise
+from tuner.pipeline.pipeline import Options, Outcome, Tuner
+from tuner.policy.prior import Prior, joined
+from tuner.policy.query import MIXED
+
+LENGTHS = (1, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def outcome() -> Outcome:
+    """Two domains at batch 1 and 2."""
+    load = (*prompts(48, "code"), *prompts(48, "prose"))
+    loads = [(GREEDY, load), (replace(GREEDY, batch_size=2), load)]
+    return Tuner(FakeEngine(keep=0.8), Options(lengths=LENGTHS)).tune(loads)
+
+
+def test_both_halves_are_the_forecasts_own(outcome: Outcome) -> None:
+    """Tokens of a mean round are the walk's at every length; a round's seconds are the forecaster's."""
+    prior = outcome.prior
+    assert prior is not None
+    assert set(prior.drafts) == {DRAFT_A, NGRAM}
+    model = prior.drafts.index(DRAFT_A)
+    assert prior.lengths == LENGTHS
+    assert {(one.draft, one.domain) for one in prior.kept} == {
+        (number, domain) for number in (0, 1) for domain in (MIXED, "code", "prose")
+    }
+    anchor = outcome.anchors[0]
+    assert anchor.grounds is not None
+    forecaster = anchor.grounds.forecaster
+    kept = next(one for one in prior.kept if (one.draft, one.domain) == (model, MIXED))
+    for length, tokens in zip(LENGTHS, kept.per_round, strict=True):
+        rounds = forecaster.rounds(Setup(draft=DRAFT_A, length=length), anchor.forecast_pool).rounds
+        assert tokens == acceptance_length(rounds)
+    plain = next(one for one in prior.times if one.draft is None and one.batch_size == 1)
+    assert plain.seconds == (forecaster.round_s(PLAIN, (1, 0, 0)),)
+    assert {one.batch_size for one in prior.times} == {1, 2}
+    assert all(len(one.seconds) == 5 for one in prior.times if one.draft is not None)
+    by_look_up = [one.catch_up_s for one in prior.times if one.draft == 1 - model]
+    assert by_look_up == [0.0, 0.0]
+
+
+def test_what_broke_a_limit_is_left_out(outcome: Outcome) -> None:
+    """From the shortest infeasible length on, at that batch; all of the draft where it is the first."""
+    assert most(outcome, 4) == {1: 2, 2: 4}
+    assert most(outcome, 1) == {2: 4}
+
+
+def most(outcome: Outcome, broken: int) -> dict[int, int]:
+    """By batch the longest length of the draft model, when this one is infeasible at batch 1 and was not chosen."""
+    first = outcome.anchors[0]
+    candidates = [(anchor, anchor.candidate) for anchor in outcome.anchors]
+    first.infeasible.append(Infeasible(setup=Setup(draft=DRAFT_A, length=broken), reason="memory", detail="too much"))
+    for anchor in outcome.anchors:
+        anchor.candidate = None
+    try:
+        prior = summarise(outcome.anchors, LENGTHS)
+    finally:
+        first.infeasible.pop()
+        for anchor, candidate in candidates:
+            anchor.candidate = candidate
+    assert prior is not None
+    model = prior.drafts.index(DRAFT_A)
+    return {one.batch_size: one.max_length for one in prior.times if one.draft == model}
+
+
+def test_without_a_forecast_there_is_nothing_to_start_from() -> None:
+    """An engine without drafts leaves no prior."""
+    engine = FakeEngine(keep=0.8)
+    engine.drafts = ()
+    found = Tuner(engine, Options(lengths=LENGTHS)).tune([(GREEDY, prompts(30))])
+    assert found.prior is None
+
+
+def test_earlier_evidence_stands_under_choices_that_stand(outcome: Outcome) -> None:
+    """Drafts are renumbered; where the newer run decided nothing of the earlier is left; other lengths never stand."""
+    newer = outcome.prior
+    assert newer is not None
+    lookup = newer.drafts.index(NGRAM)
+    gone = Draft(kind="early_exit", num_layers=3)
+    earlier = Prior(
+        drafts=(gone, NGRAM),
+        lengths=newer.lengths,
+        kept=tuple(
+            replace(one, draft=number, domain=domain)
+            for one in newer.kept
+            if (one.draft, one.domain) == (lookup, MIXED)
+            for number in (0, 1)
+            for domain in ("law", MIXED)
+        ),
+        times=tuple(
+            replace(one, draft=number, batch_size=batch)
+            for one in newer.times
+            if (one.draft, one.batch_size) == (lookup, 1)
+            for number in (0, 1)
+            for batch in (1, 64)
+        ),
+    )
+    both = joined(newer, earlier, [(64, GREEDY.context_length, "law", 0.0)])
+    assert both is not None
+    assert both.drafts == (*newer.drafts, gone)
+    assert [one.draft for one in both.kept if one.domain == "law"] == [2, lookup]
+    assert [one.draft for one in both.times if one.batch_size == 64] == [2, lookup]
+    assert len(both.kept) == len(newer.kept) + 2
+    assert len(both.times) == len(newer.times) + 2
+    assert joined(newer, earlier, []) == newer
+    assert joined(newer, learning_policy().prior, [(1, 512, MIXED, 0.0)]) == newer
+    assert joined(newer, None, []) == newer
+    alone = joined(None, earlier, [(64, GREEDY.context_length, "law", 0.0)])
+    assert alone is not None
+    assert {one.domain for one in alone.kept} == {"law"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lengths": (2, 1)}, "rising ones from 1 are needed"),
+        ({"lengths": ()}, "rising ones from 1 are needed"),
+        ({"drafts": (NGRAM,)}, "draft number 1: there are 1"),
+        ({"lengths": (1, 2)}, "figures for other lengths"),
+    ],
+)
+def test_halves_that_do_not_fit_are_refused(change: dict[str, object], message: str) -> None:
+    """In one line that names the value."""
+    prior = learning_policy().prior
+    assert prior is not None
+    with pytest.raises(InputError, match=message):
+        replace(prior, **change)

@@ -1,0 +1,395 @@
+"""The decision: what is raced and proven on what, what is claimed, and what is said when nothing is proven."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from profiles.records.core import PLAIN, Interval, Prompt, Setup, Workload
+from profiles.records.errors import BadNumbersError, EngineError, InputError
+from profiles.records.evidence import Sample, TargetTrace
+from store.evidence_store import EvidenceStore
+from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts
+from tuner.pipeline.pipeline import Options, Outcome, Tuner, Watch
+from tuner.pipeline.points import plan_points
+from tuner.policy.estimates import Forecast, Measured, Standing
+from tuner.policy.query import MIXED
+from tuner.run import TuningSession, tune
+from tuner.search import proof
+from tuner.search import race as search
+from tuner.search.limits import Limits
+from tuner.search.objective import among_equals, finalists
+
+TWO_DOMAINS = (*prompts(48, "code"), *prompts(48, "prose"))
+
+
+def _engine(**kept: Any) -> FakeEngine:
+    """Only the model draft, so that what is kept decides."""
+    engine = FakeEngine(**kept)
+    engine.drafts = (DRAFT_A,)
+    return engine
+
+
+def _tune(
+    engine: FakeEngine, load: tuple[Prompt, ...] = TWO_DOMAINS, watch: Watch | None = None, **options: Any
+) -> Outcome:
+    return Tuner(engine, Options(lengths=(1, 2, 3, 4), **options), watch).tune([(GREEDY, load)])
+
+
+def test_a_real_gain_is_proven() -> None:
+    """A draft that is kept often wins over all domains and in each, with an interval above 1."""
+    outcome = _tune(_engine(keep=0.9))
+    assert [choice.domain for choice in outcome.choices] == [MIXED, "code", "prose"]
+    for choice in outcome.choices:
+        assert choice.proven
+        assert choice.setup.draft == DRAFT_A
+        assert choice.measured is not None
+        assert choice.measured.speedup.low > 1.0
+        assert choice.measured.num_prompts >= 24
+        assert len(choice.evidence) == choice.measured.num_prompts
+
+
+def test_a_useless_draft_leaves_plain_decoding() -> None:
+    """Nothing is proven, the choice is plain, and the reason says what was forecast or measured."""
+    outcome = _tune(_engine(keep=0.0))
+    for choice in outcome.choices:
+        assert choice.setup == PLAIN
+        assert not choice.proven
+        assert choice.reason.startswith("Plain decoding")
+
+
+def test_domains_choose_differently() -> None:
+    """A domain where the draft is kept is proven; one where it is not stays plain."""
+    outcome = _tune(_engine(keep_by_domain={"code": 0.95, "prose": 0.0}))
+    by_domain = {choice.domain: choice for choice in outcome.choices}
+    assert by_domain["code"].proven
+    assert not by_domain["prose"].proven
+
+
+def test_race_and_proof_share_no_prompt() -> None:
+    """24 prompts are held for the proof of every domain; a small domain has no row of its own."""
+    anchors = plan_points(GREEDY, (*prompts(40, "code"), *prompts(10, "prose")))
+    assert [anchor.domain for anchor in anchors] == [MIXED, "code"]
+    for anchor in anchors:
+        race, proofs = ({prompt.digest for prompt in pool} for pool in (anchor.race_pool, anchor.proof_pool))
+        assert not race & proofs
+        assert len(proofs) >= 24
+
+
+def test_a_domain_may_not_be_called_mixed() -> None:
+    """The name stands for all domains together."""
+    with pytest.raises(InputError, match="domain 'mixed'"):
+        plan_points(GREEDY, prompts(30, "mixed"))
+
+
+def test_few_prompts_go_to_the_proof() -> None:
+    """Under 24 prompts nothing is left to race on."""
+    (anchor,) = plan_points(GREEDY, prompts(20))
+    assert anchor.race_pool == ()
+    outcome = _tune(FakeEngine(keep=0.9), prompts(20))
+    assert not outcome.choices[0].proven
+    assert "only 20 prompts" in outcome.choices[0].reason
+
+
+def test_a_failing_draft_is_left_out_and_the_rest_goes_on() -> None:
+    """Its reason is listed; the other draft is still tried."""
+
+    class Failing(FakeEngine):
+        def trace_draft(self, workload, prompt, trace, draft, max_length):  # type: ignore[no-untyped-def]
+            if draft == DRAFT_A:
+                raise BadNumbersError("draft draft-a: its logits are not finite")
+            return super().trace_draft(workload, prompt, trace, draft, max_length)
+
+    outcome = _tune(Failing())
+    assert [failed.reason for failed in outcome.infeasible] == ["BadNumbersError"]
+    assert all(forecast.setup.draft in (None, NGRAM) for forecast in outcome.anchors[0].forecasts)
+
+
+def test_the_budget_ends_between_units() -> None:
+    """What was not proven in time is plain decoding, and the reason says so."""
+    asked = iter(range(10_000))
+    outcome = _tune(FakeEngine(keep=0.9), watch=Watch(out_of_time=lambda: next(asked) > 150))
+    assert any("budget ended" in choice.reason for choice in outcome.choices)
+    assert all(choice.proven or choice.setup == PLAIN for choice in outcome.choices)
+
+
+def test_a_second_run_measures_nothing(tmp_path: Path) -> None:
+    """Everything is answered from the book, and the choice is the same."""
+    with EvidenceStore.open(tmp_path / "evidence.db") as evidence_store:
+        session = TuningSession.of(evidence_store)
+        first = tune(FakeEngine(keep=0.9), [(GREEDY, TWO_DOMAINS)], session, Options(lengths=(1, 2, 3)), Watch())
+        engine = FakeEngine(keep=0.9)
+        second = tune(engine, [(GREEDY, TWO_DOMAINS)], session, Options(lengths=(1, 2, 3)), Watch())
+    assert second.cost["measured_units"] == 0
+    assert engine.calls.total() == 0
+    assert second.policy.choices == first.policy.choices
+
+
+def test_both_studies_are_kept_where_the_dashboard_finds_them(tmp_path: Path) -> None:
+    """Forecast study and race of every anchor, with plain decoding as their first trial."""
+    with EvidenceStore.open(tmp_path / "evidence.db") as evidence_store:
+        session = TuningSession.of(evidence_store)
+        tune(FakeEngine(keep=0.9), [(GREEDY, TWO_DOMAINS)], session, Options(lengths=(1, 2, 3)), Watch())
+    storage = f"sqlite:///{tmp_path / 'optuna.db'}"
+    names = optuna.get_all_study_names(storage)
+    assert sum("forecasts" in name for name in names) == 3
+    assert sum("race" in name for name in names) >= 1
+    for name in names:
+        first = optuna.load_study(study_name=name, storage=storage).trials[0]
+        assert "plain" in first.params.values()
+
+
+def _measured(estimate: float, low: float, p_value: float, num_prompts: int = 24, num_disturbed: int = 0) -> Measured:
+    one = Interval(estimate=1.2, low=1.1, high=1.3)
+    return Measured(
+        setup=Setup(draft=DRAFT_A, length=2),
+        speedup=Interval(estimate=estimate, low=low, high=estimate + 0.1),
+        end_to_end=one,
+        plain_tok_per_s=one,
+        tok_per_s=one,
+        p_value=p_value,
+        num_prompts=num_prompts,
+        num_partings=0,
+        num_disturbed=num_disturbed,
+    )
+
+
+def test_conditions_of_a_proof() -> None:
+    """Interval above 1, at least 1.5 % faster, 24 prompts; Holm looks at all anchors together."""
+    assert proof.prove([_measured(1.2, 1.1, 0.001)]) == [True]
+    assert proof.prove([_measured(1.2, 0.99, 0.06)]) == [False]
+    assert proof.prove([_measured(1.01, 1.005, 0.001)]) == [False]
+    assert proof.prove([_measured(1.2, 1.1, 0.001, num_prompts=23)]) == [False]
+    assert proof.prove([_measured(1.2, 1.1, 0.001, num_disturbed=2)]) == [True]
+    assert proof.prove([_measured(1.2, 1.1, 0.001, num_disturbed=3)]) == [False]
+    assert proof.prove([_measured(1.2, 1.01, 0.03), _measured(1.2, 1.01, 0.04)]) == [False, False]
+    assert proof.prove([_measured(1.2, 1.01, 0.02), _measured(1.2, 1.01, 0.04)]) == [True, True]
+
+
+def test_outputs_of_one_token_prove_nothing() -> None:
+    """They have no time per token: plain decoding where there are no others, and the reason says so."""
+
+    class EndsAtOnce(FakeEngine):
+        def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
+            trace = super().trace_target(workload, prompt)
+            one = {name: getattr(trace, name)[:1] for name in ("token_ids", "target_probs", "logit_gaps")}
+            return replace(trace, **one, ended=True)
+
+    outcome = _tune(EndsAtOnce())
+    assert all(choice.setup == PLAIN for choice in outcome.choices)
+    assert "first token" in outcome.choices[0].reason
+
+
+def test_near_equals_go_to_no_weights_then_short() -> None:
+    """Within 1.5 % of the fastest: the n-gram draft first, then the shorter length."""
+    model_2, model_3, ngram = (
+        Setup(draft=DRAFT_A, length=2),
+        Setup(draft=DRAFT_A, length=3),
+        Setup(draft=NGRAM, length=8),
+    )
+    assert among_equals({model_2: 1.49, model_3: 1.50}) == model_2
+    assert among_equals({model_2: 1.49, model_3: 1.50, ngram: 1.485}) == ngram
+    assert among_equals({model_2: 1.40, model_3: 1.50, ngram: 1.3}) == model_3
+    assert among_equals({}) is None
+
+
+def test_finalists_reach_the_best_score() -> None:
+    """A candidate whose interval stays under the best low end, or under 1, is not raced."""
+
+    def forecast(length: int, low: float, estimate: float, high: float) -> Forecast:
+        interval = Interval(estimate=estimate, low=low, high=high)
+        return Forecast(
+            setup=Setup(draft=DRAFT_A, length=length), tok_per_s=interval, speedup=interval, acceptance_length=2
+        )
+
+    chosen = finalists([forecast(1, 1.2, 1.3, 1.4), forecast(2, 1.1, 1.25, 1.35), forecast(3, 0.8, 0.9, 1.1)], 3)
+    assert [setup.length for setup in chosen] == [1, 2]
+    assert finalists([forecast(1, 0.7, 0.8, 0.9)], 3) == ()
+
+
+def test_pairs_run_in_a_drawn_order_that_repeats() -> None:
+    """Plain goes first on about half of the prompts, and on the same ones again."""
+    setup = Setup(draft=DRAFT_A, length=2)
+    orders = [search.pair_order(GREEDY, (prompt,), setup)[0] == PLAIN for prompt in prompts(60)]
+    assert 15 <= sum(orders) <= 45
+    assert orders == [search.pair_order(GREEDY, (prompt,), setup)[0] == PLAIN for prompt in prompts(60)]
+
+
+def test_engine_failure_of_the_target_is_raised() -> None:
+    """Without the target there is nothing to decide."""
+    engine = FakeEngine()
+    engine.failure = EngineError("the device is gone")
+    with pytest.raises(EngineError, match="the device is gone"):
+        _tune(engine)
+
+
+def test_ratio_of_totals_in_a_proof() -> None:
+    """Seconds per token over prompts, by hand: 3 s for 30 tokens against 2 s for 30 tokens."""
+
+    def sample(setup: Setup, decode_s: float, tokens: int) -> Sample:
+        return Sample(
+            setup_digest=setup.digest,
+            prompt_digest="p",
+            ttft_s=0.5,
+            decode_s=decode_s,
+            output_tokens=tokens + 1,
+            rounds={(0, 0): tokens},
+            output_digest="o",
+        )
+
+    setup = Setup(draft=DRAFT_A, length=2)
+    pairs = [(sample(PLAIN, 1.0, 10), sample(setup, 0.6, 10)), (sample(PLAIN, 2.0, 20), sample(setup, 1.4, 20))]
+    measured = proof.measure(setup, pairs, greedy=True)
+    assert measured.speedup.estimate == pytest.approx(1.5)
+    assert measured.end_to_end.estimate == pytest.approx(4.0 / 3.0)
+    assert measured.plain_tok_per_s.estimate == pytest.approx(10.0)
+    assert measured.tok_per_s.estimate == pytest.approx(15.0)
+
+
+def test_a_setup_over_the_memory_limit_is_infeasible() -> None:
+    """With the figures; a draft without weights may still win."""
+    needed = {DRAFT_A: 3 * 2**30, NGRAM: 2**30, None: 2**30}
+    outcome = _tune(
+        FakeEngine(keep=0.9),
+        limits=Limits(max_memory_gib=2),
+        needed_bytes=lambda setup, _: needed[setup.draft],
+    )
+    assert {failed.setup.draft for failed in outcome.infeasible} == {DRAFT_A}
+    assert outcome.infeasible[0].detail == "it needs 3 GiB; the limit is 2 GiB"
+    assert all(choice.setup.draft != DRAFT_A for choice in outcome.choices)
+
+
+def test_a_slow_first_token_rules_a_draft_out() -> None:
+    """The fake drafts wait 23 ms, plain decoding 20 ms: under 21.5 ms only plain decoding is feasible."""
+    outcome = _tune(_engine(keep=0.9), limits=Limits(max_ttft_ms=21.5))
+    assert {failed.reason for failed in outcome.infeasible} == {"max-ttft"}
+    assert all(choice.setup == PLAIN for choice in outcome.choices)
+    assert "infeasible" in outcome.choices[0].reason or "no feasible finalist" in outcome.choices[0].reason
+
+
+class SlowLookUp(FakeEngine):
+    """Look-up is fastest of all, but waits 50 ms for its first token."""
+
+    def run_together(self, workload, prompts, setups, purpose):  # type: ignore[no-untyped-def]
+        samples = super().run_together(workload, prompts, setups, purpose)
+        return tuple(
+            replace(sample, ttft_s=0.05, decode_s=sample.decode_s / 4) if setup.draft == NGRAM else sample
+            for setup, sample in zip(setups, samples, strict=True)
+        )
+
+
+def test_an_infeasible_leader_does_not_block_the_rest() -> None:
+    """What it beat in the race is raced again without it."""
+    outcome = _tune(SlowLookUp(keep=0.9), limits=Limits(max_ttft_ms=30.0))
+    assert {failed.setup.draft for failed in outcome.infeasible} == {NGRAM}
+    for choice in outcome.choices:
+        assert choice.proven
+        assert choice.setup.draft == DRAFT_A
+
+
+def test_a_choice_keeps_no_evidence_of_a_setup_that_was_ruled_out() -> None:
+    """The proof of k = 4 breaks the limit and all others fail: what is left was not measured, and cites no runs."""
+
+    class OneSlowOthersBroken(FakeEngine):
+        def run_together(self, workload, prompt, setups, purpose):  # type: ignore[no-untyped-def]
+            samples = super().run_together(workload, prompt, setups, purpose)
+            if purpose.startswith(("race", "proof")) and any(setup.length in (1, 2, 3) for setup in setups):
+                raise EngineError("full")
+            if purpose.startswith("proof"):
+                return tuple(replace(sample, ttft_s=0.05) for sample in samples)
+            return samples
+
+    engine = OneSlowOthersBroken(keep=0.9)
+    engine.drafts = (DRAFT_A,)
+    outcome = _tune(engine, limits=Limits(max_ttft_ms=30.0))
+    assert (4, "max-ttft") in {(failed.setup.length, failed.reason) for failed in outcome.infeasible}
+    for choice in outcome.choices:
+        assert (choice.setup, choice.measured, choice.evidence) == (PLAIN, None, ())
+
+
+def test_plain_against_plain_may_fail() -> None:
+    """It only shows the noise: its failure makes nothing infeasible."""
+
+    class NoNoise(FakeEngine):
+        def run_together(self, workload, prompts, setups, purpose):  # type: ignore[no-untyped-def]
+            if setups == (PLAIN, PLAIN):
+                raise EngineError("full")
+            return super().run_together(workload, prompts, setups, purpose)
+
+    outcome = _tune(NoNoise(keep=0.9))
+    assert outcome.infeasible == ()
+    assert outcome.choices[0].proven
+
+
+def test_nothing_is_feasible() -> None:
+    """Where plain decoding breaks a limit too, the reason says so with its figure."""
+    outcome = _tune(_engine(keep=0.0), limits=Limits(max_p95_tpot_ms=1.0))
+    assert outcome.anchors[0].ruled_out(PLAIN) is not None
+    assert outcome.choices[0].reason.startswith("Nothing is feasible: ")
+    assert "of plain decoding time per token 5" in outcome.choices[0].reason
+
+
+def test_only_drafting_may_be_fast_enough() -> None:
+    """A limit that plain decoding breaks and a proven setup keeps is no obstacle."""
+    outcome = _tune(_engine(keep=0.95), limits=Limits(max_p95_tpot_ms=4.5))
+    assert outcome.choices[0].proven
+
+
+@pytest.mark.parametrize("limit", ["max_memory_gib", "max_ttft_ms", "max_p95_tpot_ms"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_limit_must_be_above_zero(limit: str, value: float) -> None:
+    """Nothing and everything are no limits."""
+    with pytest.raises(InputError, match="a finite number above 0"):
+        Limits(**{limit: value})
+
+
+def test_those_who_watch_see_every_state() -> None:
+    """Forecast first, then race and proof with what is measured so far."""
+    seen: list[tuple[Standing, ...]] = []
+    _tune(_engine(keep=0.9), watch=Watch(show=lambda rows: seen.append(tuple(rows))))
+    assert {row.state for row in seen[0]} == {"forecast"}
+    states = {row.state.split()[0] for rows in seen for row in rows}
+    assert {"forecast", "racing", "raced", "proving", "measured"} <= states
+    assert any(row.measured is not None for row in seen[-1])
+
+
+def _queue_pair(number: int, plain_s: float, disturbed: bool = False) -> tuple[Sample, Sample]:
+    """Ten tokens of prompt `number`; the setup always takes 1 s."""
+    made = [
+        Sample(
+            setup_digest=setup.digest,
+            prompt_digest=f"p{number}",
+            ttft_s=0.5,
+            decode_s=seconds,
+            output_tokens=11,
+            rounds={(0, 0): 10},
+            output_digest="o",
+            disturbed=disturbed,
+        )
+        for setup, seconds in ((PLAIN, plain_s), (Setup(draft=DRAFT_A, length=2), 1.0))
+    ]
+    return made[0], made[1]
+
+
+def test_in_a_batch_the_wider_interval_counts() -> None:
+    """Six queues of the same four prompts: what differs between queues shows, though prompts are alike."""
+    setup = Setup(draft=DRAFT_A, length=2)
+    alike = [_queue_pair(number, 1.5 + 0.01 * number) for _ in range(6) for number in range(4)]
+    noisy = [_queue_pair(number, 1.5 + 0.2 * queue) for queue in range(6) for number in range(4)]
+    by_prompts = proof.measure(setup, alike, greedy=True, queue_size=4)
+    by_queues = proof.measure(setup, noisy, greedy=True, queue_size=4)
+    assert (by_prompts.num_prompts, by_queues.num_prompts) == (4, 4)
+    assert by_queues.speedup.estimate == pytest.approx(2.0)
+    assert by_queues.speedup.high - by_queues.speedup.low > 0.3
+    assert by_prompts.speedup.high - by_prompts.speedup.low < 0.1
+
+
+def test_disturbed_queues_are_left_out() -> None:
+    """As long as four are left; else all count and the proof says how many were disturbed."""
+    setup = Setup(draft=DRAFT_A, length=2)
+    pairs = [_queue_pair(number, 9.0 if queue < 2 else 1.5, queue < 2) for queue in range(6) for number in range(4)]
+    quiet = proof.measure(setup, pairs, greedy=True, queue_size=4)
+    assert (quiet.speedup.estimate, quiet.num_disturbed) == (pytest.approx(1.5), 0)
+    assert proof.measure(setup, pairs[:16], greedy=True, queue_size=4).num_disturbed == 4

@@ -1,0 +1,275 @@
+"""The dossier of a run: candidates with state and reason, acceptance with intervals, staircases, its JSON form."""
+
+import json
+import random
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from profiles.records.core import PLAIN, Draft, Prompt, Workload
+from profiles.records.errors import BadNumbersError, InputError
+from profiles.records.evidence import Acceptance, TargetTrace
+from tests import ROOT
+from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts
+from tests.support.policies import CREATED
+from tests.support.policies import choice as a_choice
+from tuner.pipeline.pipeline import Options, Outcome, Tuner, Watch
+from tuner.policy.policy import Policy
+from tuner.report.build import report_data
+from tuner.report.curves import design_effect, share_interval
+from tuner.report.data import AnchorFigures, Candidate, ReportData
+
+TWO_DOMAINS = (*prompts(48, "code"), *prompts(48, "prose"))
+LENGTHS = (1, 2, 3, 4)
+
+
+class FailingLookups(FakeEngine):
+    """Its n-gram draft has logits that are not finite, as a broken model would."""
+
+    def trace_draft(
+        self, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft, max_length: int
+    ) -> Acceptance:
+        if draft == NGRAM:
+            raise BadNumbersError("the logits of the draft are not finite")
+        return super().trace_draft(workload, prompt, trace, draft, max_length)
+
+
+def outcome_of(engine: FakeEngine, watch: Watch | None = None, *loads: Workload) -> Outcome:
+    return Tuner(engine, Options(lengths=LENGTHS), watch).tune([(load, TWO_DOMAINS) for load in loads or (GREEDY,)])
+
+
+def policy_of(outcome: Outcome) -> Policy:
+    return Policy(created=CREATED, target=TARGET, environment=MACHINE, choices=outcome.choices)
+
+
+def dossier_of(engine: FakeEngine, watch: Watch | None = None) -> ReportData:
+    outcome = outcome_of(engine, watch)
+    return report_data(outcome, policy_of(outcome))
+
+
+@pytest.fixture(scope="module")
+def made() -> ReportData:
+    """Code keeps the draft model's tokens often, prose never does."""
+    engine = FakeEngine(keep_by_domain={"code": 0.9, "prose": 0.0})
+    engine.drafts = (DRAFT_A,)
+    return dossier_of(engine)
+
+
+def by_name(anchor: AnchorFigures) -> dict[str, Candidate]:
+    return {one.setup_name: one for one in anchor.candidates}
+
+
+def test_every_candidate_stands_in_it(made: ReportData) -> None:
+    """Plain decoding and each draft at each length, at every anchor, with a forecast, a round split and a reason."""
+    assert [anchor.choice.domain for anchor in made.anchors] == ["mixed", "code", "prose"]
+    for anchor in made.anchors:
+        assert set(by_name(anchor)) == {"plain", "draft-a k=1", "draft-a k=2", "draft-a k=3", "draft-a k=4"}
+        for one in anchor.candidates:
+            assert one.forecast_speedup is not None
+            assert one.round_split is not None
+            assert one.round_split.verify_s == pytest.approx(0.005, rel=0.2)
+            assert one.reason
+    plain = by_name(made.anchors[0])["plain"]
+    assert (plain.draft_name, plain.length, plain.state, plain.acceptance_length) == ("plain", 0, "baseline", 1.0)
+
+
+def test_states_follow_the_run() -> None:
+    """States are those of the outcome: proven with the proof's figures, raced, pruned, and forecast only."""
+    engine = FakeEngine(keep=0.7)
+    engine.drafts = (DRAFT_A,)
+    outcome = outcome_of(engine)
+    made = report_data(outcome, policy_of(outcome))
+    for anchor, figures, choice in zip(outcome.anchors, made.anchors, outcome.choices, strict=True):
+        assert anchor.race is not None
+        states = {name: one.state for name, one in by_name(figures).items()}
+        assert choice.proven
+        assert states[choice.setup.name] == "proven"
+        assert {name for name, state in states.items() if state == "pruned in the race"} == {
+            setup.name for setup in anchor.race.pruned
+        }
+        raced = {setup.name for setup in anchor.race.speedups} - {choice.setup.name}
+        assert {name for name, state in states.items() if state == "raced"} == raced
+        won = by_name(figures)[choice.setup.name]
+        assert anchor.measured is not None
+        assert won.measured_speedup == anchor.measured.speedup
+        assert won.measured_tok_per_s == anchor.measured.tok_per_s
+        assert won.race_speedup == anchor.race.speedups[choice.setup]
+        assert by_name(figures)["plain"].measured_tok_per_s == anchor.measured.plain_tok_per_s
+
+
+def test_a_draft_not_worth_a_race(made: ReportData) -> None:
+    """Where the forecast is below plain decoding, the reason says so, and the choice is plain."""
+    prose = made.anchors[2]
+    assert prose.choice.setup == PLAIN
+    for name, one in by_name(prose).items():
+        if name != "plain":
+            assert one.state == "forecast only"
+            assert "not above plain decoding" in one.reason
+            assert one.race_speedup is one.measured_speedup is None
+
+
+def test_a_failed_draft_is_listed_with_its_reason() -> None:
+    """Its candidate is infeasible and has no figure; the other draft goes on."""
+    made = dossier_of(FailingLookups(keep=0.9))
+    (failed,) = [one for one in made.anchors[0].candidates if one.draft_name == NGRAM.name]
+    assert (failed.state, failed.reason) == ("infeasible", "the logits of the draft are not finite")
+    assert failed.forecast_speedup is failed.round_split is None
+    assert [draft.name for draft in made.drafts] == ["draft-a", NGRAM.name]
+    assert made.anchors[0].choice.proven
+
+
+def test_a_winner_that_is_not_proven() -> None:
+    """The candidate of too small a proof is `not proven`, with the shortfall as its reason."""
+    outcome = Tuner(FakeEngine(keep=0.9), Options(lengths=LENGTHS)).tune([(GREEDY, prompts(20))])
+    made = report_data(outcome, policy_of(outcome))
+    (one,) = [one for one in made.anchors[0].candidates if one.state == "not proven"]
+    assert one.reason == "only 20 prompts were left to prove it, 24 are needed"
+    assert one.measured_speedup is not None
+
+
+def test_a_budget_that_ends_early() -> None:
+    """Without evidence there are no candidates, curves or staircases; the reason is kept."""
+    made = dossier_of(FakeEngine(), Watch(out_of_time=lambda: True))
+    assert made.anchors[0].candidates == ()
+    assert made.loads[0].curves == made.loads[0].staircases == ()
+    assert made.anchors[0].stopped == "the budget ended before the evidence was complete"
+    assert ReportData.from_json(made.to_json()) == made
+
+
+def test_choices_of_earlier_runs(made: ReportData) -> None:
+    """A policy may keep an earlier choice at an anchor, and hold anchors this run had none of: both are marked."""
+    outcome = outcome_of(FakeEngine(keep=0.0))
+    earlier = replace(outcome.choices[0], reason="Plain decoding: so it was last week.")
+    elsewhere = a_choice(batch_size=8, context_length=256)
+    policy = Policy(
+        created=CREATED, target=TARGET, environment=MACHINE, choices=(earlier, *outcome.choices[1:], elsewhere)
+    )
+    kept = report_data(outcome, policy)
+    assert [anchor.from_earlier for anchor in kept.anchors] == [True, False, False]
+    assert kept.anchors[0].choice.reason == "Plain decoding: so it was last week."
+    assert [choice.batch_size for choice in kept.standing] == [8]
+    assert not any(anchor.from_earlier for anchor in made.anchors)
+    with pytest.raises(InputError, match="no choice for 'mixed'"):
+        report_data(outcome, Policy(created=CREATED, target=TARGET, environment=MACHINE, choices=(elsewhere,)))
+
+
+def test_loads_are_kept_apart() -> None:
+    """Two temperatures are two loads, each with its own curves."""
+    outcome = outcome_of(FakeEngine(keep=0.9), None, GREEDY, replace(GREEDY, temperature=0.7))
+    made = report_data(outcome, policy_of(outcome))
+    assert [len(load.anchors) for load in made.loads] == [3, 3]
+    assert made.loads[0].curves != made.loads[1].curves
+
+
+def test_acceptance_by_position(made: ReportData) -> None:
+    """Per draft over all domains and in each; on code about 0.9 to the power of the position, on prose nothing."""
+    curves = {curve.domain: curve for curve in made.loads[0].curves}
+    assert list(curves) == ["mixed", "code", "prose"]
+    assert [position.position for position in curves["code"].positions] == [1, 2, 3, 4]
+    for position in curves["code"].positions:
+        assert position.kept.estimate == pytest.approx(0.9**position.position, abs=0.06)
+        assert position.kept.low < position.kept.estimate < position.kept.high
+    assert [position.kept.estimate for position in curves["prose"].positions] == [0.0, 0.0, 0.0, 0.0]
+    assert all(0.0 < position.kept.high < 0.2 for position in curves["prose"].positions)
+    assert curves["mixed"].num_prompts == curves["code"].num_prompts + curves["prose"].num_prompts
+
+
+def test_share_interval_by_hand() -> None:
+    """30 of 100 independent rounds over very many prompts: Wilson's interval, 0.219 to 0.396."""
+    kept = [1.0] * 300 + [0.0] * 700
+    assert design_effect(kept, [1.0] * 1000) == pytest.approx(1.0, abs=0.01)
+    interval = share_interval([0.1 * value for value in kept], [0.1] * 1000, 1.0)
+    assert (interval.low, interval.estimate, interval.high) == pytest.approx((0.219, 0.3, 0.396), abs=0.001)
+    assert design_effect([0.0, 0.0], [5.0, 5.0]) is None
+    assert design_effect([5.0], [5.0]) is None
+    alone = share_interval([9.0], [10.0], 1.0)
+    assert alone.high - alone.low > 0.6
+
+
+def test_share_interval_covers() -> None:
+    """24 prompts of 30 rounds whose own rates differ: the true mean rate is inside in 92 to 98 % of 1000 tries.
+
+    Wilson's interval over rounds, as if they were independent, covers about two thirds here.
+    """
+    rng = random.Random(7)
+    inside = naive = 0
+    for _ in range(1000):
+        rates = [rng.betavariate(3.0, 2.0) for _ in range(24)]
+        kept = [float(sum(rng.random() < rate for _ in range(30))) for rate in rates]
+        tried = [30.0] * 24
+        effect = design_effect(kept, tried)
+        assert effect is not None
+        aware, blind = share_interval(kept, tried, effect), share_interval(kept, tried, 1.0)
+        inside += aware.low <= 0.6 <= aware.high
+        naive += blind.low <= 0.6 <= blind.high
+    assert 920 <= inside <= 980
+    assert naive < 700
+
+
+def test_staircases_have_names_and_quantiles(made: ReportData) -> None:
+    """The target at widths 1 to 5 and the draft at 1 and 2, by name, quantiles in order."""
+    target, draft = made.loads[0].staircases
+    assert (target.name, target.kind, [stair.width for stair in target.stairs]) == (
+        "fake-target",
+        "target",
+        [1, 2, 3, 4, 5],
+    )
+    assert (draft.name, draft.kind, [stair.width for stair in draft.stairs]) == ("draft-a", "model", [1, 2])
+    assert target.stairs[0].median_s == pytest.approx(0.005, rel=0.05)
+    for stair in (*target.stairs, *draft.stairs):
+        assert 0.0 < stair.low_s < stair.median_s < stair.high_s
+
+
+def test_json_round_trip(made: ReportData) -> None:
+    """Through text and back it is the same record, and the text holds no other than JSON's types."""
+    raw = json.loads(json.dumps(made.to_json(), allow_nan=False))
+    assert ReportData.from_json(raw) == made
+    assert raw["version"] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"version": 4}, "dossier version 4 is newer than version 3"),
+        ({"version": 0}, "version 0: this draftpick knows 3"),
+        ({"loads": []}, "a dossier needs a load"),
+        ({"loads": "none"}, 'dossier.loads is "none": a list is needed'),
+        ({"created": 5}, "dossier.created is 5: a string is needed"),
+        ({"colour": "red"}, "unknown key 'colour'"),
+    ],
+)
+def test_json_refusals(made: ReportData, change: dict[str, object], says: str) -> None:
+    """What is not a dossier is refused in one line that names the value."""
+    with pytest.raises(InputError, match=says) as refused:
+        ReportData.from_json(made.to_json() | change)
+    assert "\n" not in str(refused.value)
+
+
+def test_json_refuses_what_is_deeper(made: ReportData) -> None:
+    """An unknown state and a missing key are named with their place."""
+    raw = made.to_json()
+    raw["loads"][0]["anchors"][0]["candidates"][1]["state"] = "winning"
+    with pytest.raises(InputError, match=r"candidates\[1\]: state 'winning': allowed are baseline, forecast only"):
+        ReportData.from_json(raw)
+    del raw["target"]
+    with pytest.raises(InputError, match="dossier lacks the key 'target'"):
+        ReportData.from_json(raw)
+    with pytest.raises(InputError, match="dossier is null: an object is needed"):
+        ReportData.from_json(None)
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("tuner.report", {"torch", "numpy", "matplotlib", "optuna", "jinja2"}),
+        ("tuner.report.page", {"torch", "transformers", "optuna", "scipy"}),
+    ],
+)
+def test_reading_is_light(module: str, heavy: set[str]) -> None:
+    """A look-up imports the report's names without a heavy library; drawing a page takes matplotlib, but no torch."""
+    script = f"import sys, {module}; print(*sorted(name.split('.')[0] for name in sys.modules))"
+    root = ROOT
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root)
+    assert not heavy & set(done.stdout.split())

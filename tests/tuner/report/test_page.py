@@ -1,0 +1,220 @@
+"""The report page: complete, self-contained, escaped, light and dark; and the picture drawn from the same dossier."""
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from profiles.records.core import PLAIN, Draft, Model, digest_of
+from profiles.records.errors import InputError
+from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, TARGET, FakeEngine, prompts
+from tests.support.policies import CREATED
+from tests.support.policies import choice as a_choice
+from tuner.pipeline.pipeline import Options, Tuner, Watch
+from tuner.policy.policy import Policy
+from tuner.report.build import report_data
+from tuner.report.data import ReportData
+from tuner.report.page import chart_rows, write
+
+NASTY = "<script>alert('x')</script> & \"d$a_1$\""
+NASTY_DOMAIN = "<b>$law$</b> & 法律"
+VOID = {"meta", "br", "path", "use"}
+
+
+class Reader(HTMLParser):
+    """Every element with its attributes, and whether all are closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(" ".join(data.split()))
+
+
+def dossier_of(engine: FakeEngine, *, domain: str = "prose", watch: Watch | None = None) -> ReportData:
+    load = (*prompts(48, "code"), *prompts(48, domain))
+    outcome = Tuner(engine, Options(lengths=(1, 2, 3)), watch).tune([(GREEDY, load)])
+    return report_data(outcome, Policy(created=CREATED, target=TARGET, environment=MACHINE, choices=outcome.choices))
+
+
+def written(made: ReportData, folder: Path) -> str:
+    write(made, folder / "report.html")
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def made() -> ReportData:
+    return dossier_of(FakeEngine(keep=0.9))
+
+
+@pytest.fixture(scope="module")
+def page(made: ReportData, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return written(made, tmp_path_factory.mktemp("page"))
+
+
+def test_the_decision_comes_first(made: ReportData, page: str) -> None:
+    """The first heading names the setup, and its speed-up with the interval stands under it."""
+    words = [word for word in Reader(page).words if word]
+    choice = made.anchors[0].choice
+    assert choice.measured is not None
+    speedup = choice.measured.speedup
+    at = words.index(f"Decode with {choice.setup.name}")
+    assert "proven" in words[at + 1]
+    assert words[at + 2] == f"{speedup.estimate:.2f} times"
+    assert f"{speedup.low:.2f} to {speedup.high:.2f}" in words[at + 3]
+    assert choice.reason in words
+
+
+def test_every_section_is_there(made: ReportData, page: str) -> None:
+    """Choices, pictures, candidates with states and reasons, the environment and the limits."""
+    reader = Reader(page)
+    for heading in (
+        "What was chosen, and why",
+        "Speed-up by domain",
+        "Forecast against measured",
+        "Tokens per second of every setup",
+        "Acceptance by position",
+        "Step times",
+        "Every candidate",
+        "Models and machine",
+        "What the intervals hold, and what they do not",
+    ):
+        assert heading in reader.words
+    for anchor in made.anchors:
+        assert anchor.choice.reason in reader.words
+        for one in anchor.candidates:
+            assert {one.setup_name, one.reason, one.state} <= set(reader.words)
+    assert {"fake cpu", "2.13.0", "8,589,934,592", "fake-target, 8,000,000 parameters, float32"} <= set(reader.words)
+
+
+def test_one_picture_per_subject(made: ReportData, page: str) -> None:
+    """Two over all domains, bars per draft, acceptance per domain, a staircase per part; each has a label."""
+    pictures = [attributes for tag, attributes in Reader(page).elements if tag == "svg"]
+    assert len(pictures) == 2 + 2 + 3 + 3
+    assert all(attributes["aria-label"] and attributes["role"] == "img" for attributes in pictures)
+
+
+def test_nothing_is_fetched(page: str) -> None:
+    """No address but the SVG name space, no script, style sheet or picture file; references stay inside."""
+    assert set(re.findall(r"\w+://[^\s\"'<>)]*", page)) <= {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"@import|<link|<script|<img|<iframe|\bsrc=", page)
+    assert set(re.findall(r"url\((.)", page)) <= {"#"}
+    ids = [attributes["id"] for _, attributes in Reader(page).elements if attributes.get("id")]
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'(?:href="|url\()#([^")]+)', page)
+    assert used
+    assert set(used) <= set(ids)
+
+
+def test_light_and_dark(page: str) -> None:
+    """Every colour in a picture is a variable of the style sheet, and the dark scheme sets each one again."""
+    light, dark = re.search(r":root \{(.*?)\}.*?prefers-color-scheme: dark\) \{\s*:root \{(.*?)\}", page, re.S).groups()  # type: ignore[union-attr]
+    names = set(re.findall(r"(--[\w-]+):", light))
+    assert names == set(re.findall(r"(--[\w-]+):", dark))
+    pictures = "".join(re.findall(r"<svg.*?</svg>", page, re.S))
+    assert set(re.findall(r"var\((--[\w-]+)\)", page)) <= names
+    assert not re.findall(r"(?:fill|stroke): ?#\w+", pictures)
+    assert "var(--ink)" in pictures
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    """Names of models and domains come from users: they are shown as they are spelled, and are never markup or math."""
+    named = Draft(kind="model", model=Model(name=NASTY, dtype="float32", digest=digest_of("draft-a"), num_params=5))
+    assert named.digest == DRAFT_A.digest
+    engine = FakeEngine(keep=0.9)
+    engine.drafts = (named,)
+    text = written(dossier_of(engine, domain=NASTY_DOMAIN), tmp_path)
+    reader = Reader(text)
+    assert not {"script", "b"} & {tag for tag, _ in reader.elements}
+    assert {NASTY, f"{NASTY} k=1"} <= set(reader.words)
+    assert any(word.startswith(NASTY_DOMAIN) for word in reader.words)
+
+
+def test_plain_decoding_is_said_plainly(tmp_path: Path) -> None:
+    """Where nothing is proven the heading says so and no speed-up is claimed."""
+    engine = FakeEngine(keep=0.0)
+    engine.drafts = (DRAFT_A,)
+    made = dossier_of(engine)
+    words = [word for word in Reader(written(made, tmp_path)).words if word]
+    at = words.index("Decode plainly")
+    assert words[at + 1] == "no draft is proven"
+    assert words[at + 2] == made.anchors[0].choice.reason
+    assert made.anchors[0].choice.setup == PLAIN
+
+
+def test_a_run_without_evidence(tmp_path: Path) -> None:
+    """A budget that ended at once leaves a page without pictures that says why; there is no bar chart to draw."""
+    made = dossier_of(FakeEngine(), watch=Watch(out_of_time=lambda: True))
+    text = written(made, tmp_path)
+    assert "<svg" not in text
+    assert "Nothing was forecast: the budget ended before the evidence was complete." in text
+    with pytest.raises(InputError, match="there is no setup to draw"):
+        write(made, tmp_path / "chart.png")
+
+
+def test_several_loads_and_earlier_choices(made: ReportData, tmp_path: Path) -> None:
+    """Each load has its own pictures, titles tell what differs, and choices of earlier runs are marked."""
+    warm = replace(
+        made.loads[0],
+        anchors=tuple(
+            replace(anchor, choice=replace(anchor.choice, temperature=0.7), from_earlier=True)
+            for anchor in made.loads[0].anchors
+        ),
+    )
+    standing = (a_choice(temperature=1.0, context_length=256),)
+    reader = Reader(written(replace(made, loads=(made.loads[0], warm), standing=standing), tmp_path))
+    assert {"code, temperature 0", "code, temperature 0.7", "all domains, temperature 1"} <= set(reader.words)
+    said = " ".join(reader.words)
+    assert said.count("Kept from an earlier run") == 3
+    assert said.count("Left standing from an earlier run") == 1
+    assert len([tag for tag, _ in reader.elements if tag == "svg"]) == 2 + 2 * 8
+
+
+def test_pages_repeat(made: ReportData, page: str, tmp_path: Path) -> None:
+    """The same dossier, also after its JSON form, gives the same bytes: no time of drawing, no random ids."""
+    assert written(ReportData.from_json(made.to_json()), tmp_path) == page
+
+
+def test_the_page_stays_small(page: str) -> None:
+    """Ten pictures and tables of 21 candidates are under 300 KiB."""
+    assert len(page.encode()) < 300 * 1024
+
+
+def test_the_picture_is_the_bar_chart(made: ReportData, tmp_path: Path) -> None:
+    """Rows by draft and length with the measured figures of the proof; .png and .svg are written."""
+    rows = chart_rows(made.anchors[0])
+    for group in ("draft-a", "ngram:max=4,min=2"):
+        assert [row.setup_name for row in rows if row.group == group] == [f"{group} k={length}" for length in (1, 2, 3)]
+    assert sum(row.measured is not None for row in rows) == 2
+    write(made, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+    write(made, tmp_path / "chart.svg")
+    assert "fake-target: output tokens per second" in (tmp_path / "chart.svg").read_text()
+
+
+def test_page_refusals(made: ReportData, tmp_path: Path) -> None:
+    """Another suffix and a missing folder are one-line errors."""
+    with pytest.raises(InputError, match=r"report .*report\.pdf: the suffixes \.html, \.htm, \.png, \.svg are allowed"):
+        write(made, tmp_path / "report.pdf")
+    with pytest.raises(InputError, match="cannot be written: No such file"):
+        write(made, tmp_path / "missing" / "report.html")

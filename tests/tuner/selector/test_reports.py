@@ -1,0 +1,215 @@
+"""What a selector makes of odd reports, snapshots, new policies and many threads, and what importing it loads."""
+
+import inspect
+import json
+import random
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from profiles.engines.base import RoundReport
+from profiles.records.core import PLAIN, Setup
+from profiles.records.errors import InputError
+from tests import ROOT
+from tests.support.policies import CODE_DRAFT, NGRAM, choice, learning_policy, policy
+from tests.support.worlds import CODE2, NGRAM8, World, drafted
+from tuner.policy.policy import Policy, read, write
+from tuner.selector import selector as module
+from tuner.selector.selector import Selector
+
+
+@pytest.mark.parametrize(
+    ("rows", "seconds"),
+    [
+        (((3, 4),), 0.01),
+        (((9, 0),), 0.01),
+        (((-1, -1),), 0.01),
+        (((3, -1),), 0.01),
+        (((3, 1.5),), 0.01),
+        (((True, True),), 0.01),
+        (((3,),), 0.01),
+        ((), 0.01),
+        (None, 0.01),
+        (((3, 1),), float("nan")),
+        (((3, 1),), float("inf")),
+        (((3, 1),), 0.0),
+        (((3, 1),), -1.0),
+        (((3, 1),), "soon"),
+        (((3, 1),), 1e308),
+    ],
+)
+def test_impossible_reports_are_refused(rows: Any, seconds: Any) -> None:
+    """They are counted and change nothing."""
+    selector = Selector(learning_policy())
+    before = selector.snapshot()
+    assert not selector.observe(RoundReport(selector.choose(), rows, seconds))
+    assert selector.num_refused == 1
+    after = selector.snapshot()
+    assert after["places"] == before["places"]
+    assert after["ledger"] == before["ledger"]
+
+
+def test_a_report_of_what_was_never_picked_is_refused() -> None:
+    """A setup or a measured point that the policy does not have, and a score that was not asked for."""
+    selector = Selector(learning_policy())
+    pick = selector.choose()
+    strange = Setup(draft=replace(NGRAM, max_match=9), length=2)
+    assert not selector.observe(RoundReport(pick._replace(setup=strange), ((2, 1),), 0.01))
+    assert not selector.observe(RoundReport(pick._replace(domain="law"), ((2, 1),), 0.01))
+    assert not selector.observe(RoundReport(pick, ((2, 1),), 0.01, scored=True))
+    assert selector.observe(RoundReport(pick._replace(setup=replace(NGRAM8)), ((2, 1),), 0.01))
+    assert selector.num_refused == 3
+
+
+def test_what_is_not_covered_teaches_nothing() -> None:
+    """Rounds beyond the measured points are heard and forgotten."""
+    selector = Selector(learning_policy())
+    assert selector.observe(RoundReport(selector.choose(batch_size=64), ((0, 0),) * 64, 0.01))
+    assert selector.num_rounds == 0
+
+
+def test_a_policy_without_a_prior_is_applied_as_it_stands() -> None:
+    """Earlier versions' policies give their choices, whatever is reported."""
+    selector = Selector(policy(choice(NGRAM8)))
+    for _ in range(200):
+        pick = selector.choose()
+        assert pick.setup == NGRAM8
+        assert selector.observe(RoundReport(pick, ((8, 0),), 1.0))
+
+
+def test_a_draft_that_broke_a_limit_is_never_picked() -> None:
+    """Without round times at a point the draft is no option there."""
+    known = learning_policy()
+    assert known.prior is not None
+    prior = replace(known.prior, times=tuple(one for one in known.prior.times if one.draft != 1 or one.batch_size != 1))
+    limited = replace(known, choices=(choice(NGRAM8), choice(PLAIN, batch_size=8)), prior=prior)
+    world = World(keep={NGRAM: 0.1, CODE_DRAFT: 0.99})
+    picks = world.play(Selector(limited), 3000)
+    assert all(pick.setup.draft != CODE_DRAFT for pick in picks)
+
+
+def test_the_same_reports_give_the_same_picks() -> None:
+    """Also with a snapshot, through JSON, in the middle; another seed probes at other moments."""
+    runs = []
+    for seed in (1, 1, 2):
+        selector, world = Selector(learning_policy(), seed=seed), World()
+        world.play(selector, 1000)
+        after = Selector(learning_policy(), seed=9)
+        after.restore(json.loads(json.dumps(selector.snapshot())))
+        twin = World(luck=random.Random())
+        twin.luck.setstate(world.luck.getstate())
+        assert world.play(selector, 500) == twin.play(after, 500)
+        runs.append([(pick.setup, pick.probe) for pick in world.picks])
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "snapshot version 2: this draftpick knows 1"),
+        ({"policy": "00"}, "made under another policy"),
+        ({"counters": [1, 2]}, "the snapshot is damaged"),
+        ({"places": {}}, "the snapshot is damaged"),
+        ({"ledger": {"now": 1, "total": "x", "floor": [[0, 0]]}}, "the snapshot is damaged"),
+        ({"ledger": {"now": 1, "total": 0.0, "floor": []}}, "the snapshot is damaged"),
+        ({"counters": [1, float("nan"), 0, 0, 0]}, "the snapshot is damaged"),
+    ],
+)
+def test_a_snapshot_that_does_not_fit(change: dict[str, Any], message: str) -> None:
+    """It is refused in one line, and the selector goes on as it was."""
+    selector = Selector(learning_policy())
+    World().play(selector, 100)
+    before = selector.snapshot()
+    with pytest.raises(InputError, match=message):
+        selector.restore({**before, **change})
+    assert selector.snapshot() == before
+
+
+def test_a_replaced_policy_keeps_what_was_learned() -> None:
+    """Of the drafts and domains that both know; the choices are the new policy's."""
+    selector, world = Selector(learning_policy()), World()
+    world.keep = {NGRAM: 0.1, CODE_DRAFT: 0.1}
+    world.play(selector, 600, domain="code")
+    learned = selector.snapshot()["places"]["beliefs"]
+    newer = learning_policy()
+    newer = replace(newer, created="2026-11-22T09:30:00+00:00", choices=(newer.choices[1], newer.choices[0]))
+    selector.replace(newer)
+    assert selector.policy is newer
+    assert selector.snapshot()["places"]["beliefs"] == learned != Selector(newer).snapshot()["places"]["beliefs"]
+    assert drafted(world.play(selector, 200, domain="code")) < 0.2
+
+
+def test_threads_share_a_selector() -> None:
+    """Reports from eight threads, with the policy replaced between them, are all counted."""
+    selector = Selector(learning_policy())
+
+    def serve(seed: int) -> int:
+        world = World(luck=random.Random(seed))
+        for number in range(50):
+            world.play(selector, 10, domain=(None, "code")[number % 2])
+            if seed == 0 and number % 10 == 0:
+                selector.replace(learning_policy())
+        return len(world.picks)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(serve, range(8))) == 4000
+    assert selector.num_rounds + selector.num_refused == 4000
+    assert selector.num_refused == 0
+
+
+def test_the_loop_of_the_docstring_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The serving loop that the module shows, with a made-up engine."""
+    monkeypatch.chdir(tmp_path)
+    write("policy.json", learning_policy())
+    assert module.__doc__ is not None
+    found = re.search(r"Serving code:\n\n(.*?)\n\nA batch", module.__doc__, re.DOTALL)
+    assert found is not None
+    code = inspect.cleandoc(found[1])
+    assert len(code.splitlines()) <= 15
+    request = SimpleNamespace(done=False, context_length=300, domain="code")
+    rounds = []
+
+    def decode_round(request: SimpleNamespace, setup: Setup) -> tuple[int, int]:
+        rounds.append(setup)
+        request.done = len(rounds) == 20
+        return setup.length, 0
+
+    names = {"requests": [request], "decode_round": decode_round, "time": time}
+    exec(code, names)
+    assert names["selector"].num_rounds == 20  # type: ignore[attr-defined]
+    assert rounds[0] == CODE2
+
+
+def test_serving_code_loads_nothing_heavy() -> None:
+    """In a fresh process, importing the selector loads no heavy library, and not even the records of a policy."""
+    heavy = "{'torch', 'transformers', 'optuna', 'sqlalchemy', 'sklearn', 'numpy', 'scipy', 'typing', 'dataclasses'}"
+    program = f"import sys, tuner.selector.selector; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    heavy = "{'torch', 'transformers', 'optuna', 'sqlalchemy', 'sklearn', 'numpy', 'scipy', 'matplotlib', 'rich'}"
+    program = f"import sys, tuner.selector.selector, tuner.policy.policy; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_an_impossible_question() -> None:
+    """A value that cannot exist raises an error that names it, every time."""
+    selector = Selector(learning_policy())
+    for _ in range(2):
+        with pytest.raises(InputError, match="batch size 0: whole numbers from 1 are allowed"):
+            selector.choose(batch_size=0)
+
+
+def test_policies_with_a_prior_go_through_json(tmp_path: Path) -> None:
+    """What a selector starts from is written and read back as it was."""
+    write(tmp_path / "policy.json", learning_policy())
+    again: Policy = read(tmp_path / "policy.json")
+    assert again == learning_policy()

@@ -1,0 +1,79 @@
+"""Whether an emitted command holds: a server started with exactly its words against a plain one, under load.
+
+It asks an engine (`ServerEngine`) in which one setup stands for the emitted words, whatever batch sizes they
+schedule. How a choice was made it must not know.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from profiles.engines.base import Engine
+from profiles.records.core import Prompt, Setup, Workload
+from profiles.records.errors import InputError
+from tuner.forecast.evidence import purpose_of, queues
+from tuner.policy.estimates import Measured
+from tuner.search import proof, race
+
+Verdict = Literal["confirmed", "not shown", "refuted"]
+QUEUES = (6, 4)  # at a concurrency above 1: how many queues, and their length in batches
+MOST_LOSS = 0.05  # where plain decoding is claimed, the emitted command may be this much slower: it still has a draft
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """What the emitted command did at one concurrency, against plain decoding there.
+
+    `claimed` is what the command says for it. `confirmed`: a drafting setup is proven faster again, a plain one is not
+    slower than 5 %; `refuted`: the interval says the contrary.
+    """
+
+    concurrency: int
+    claimed: Setup
+    measured: Measured
+    verdict: Verdict
+
+
+def verify(
+    engine: Engine, emitted: Setup, claims: Mapping[int, Setup], prompts: Sequence[Prompt], workload: Workload
+) -> tuple[Verified, ...]:
+    """Measures the emitted command at every concurrency in `claims`, smallest first, in paired queues.
+
+    The order within a pair is drawn as the tuner's proof draws it, and Holm's step-down goes over all drafting claims.
+    Raises InputError: no claims, or too few prompts; EngineError as the engine does.
+    """
+    if not claims or len(prompts) < 2:
+        raise InputError(f"{len(claims)} concurrencies and {len(prompts)} prompts: at least 1 and 2 are needed")
+    measured = {size: _measure(engine, emitted, prompts, replace(workload, batch_size=size)) for size in sorted(claims)}
+    drafting = [size for size in measured if claims[size].draft is not None]
+    proven = dict(zip(drafting, proof.prove([measured[size] for size in drafting]), strict=True))
+    return tuple(
+        Verified(
+            concurrency=size,
+            claimed=claims[size],
+            measured=found,
+            verdict=_of_drafting(found, proven[size]) if size in proven else _of_plain(found),
+        )
+        for size, found in measured.items()
+    )
+
+
+def _measure(engine: Engine, emitted: Setup, prompts: Sequence[Prompt], workload: Workload) -> Measured:
+    pairs: list[proof.Pair] = []
+    several = queues(prompts, workload.batch_size, len(prompts), QUEUES)
+    for number, queue in enumerate(several):
+        pairs += race.run_pairs(engine, workload, queue, emitted, purpose_of("verify", workload, number))
+    greedy = workload.temperature == 0.0
+    return proof.measure(emitted, pairs, greedy=greedy, queue_size=len(several[0]))
+
+
+def _of_drafting(measured: Measured, proven: bool) -> Verdict:
+    if proven:
+        return "confirmed"
+    return "refuted" if measured.speedup.high < 1.0 else "not shown"
+
+
+def _of_plain(measured: Measured) -> Verdict:
+    if measured.speedup.low >= 1.0 - MOST_LOSS:
+        return "confirmed"
+    return "refuted" if measured.speedup.high < 1.0 - MOST_LOSS else "not shown"

@@ -1,0 +1,271 @@
+"""What was decided for a target on a machine: one choice per anchor, the rule that answers a question, the JSON form.
+
+Serving code reads this file and nothing else, so it is standard library only. How a choice was found, and where its
+evidence is kept, it must not know.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from profiles.records.codec import decode_version
+from profiles.records.core import ADDED, PLAIN, Environment, Model, Setup
+from profiles.records.errors import InputError, PolicyError
+from profiles.records.files import write_atomically
+from tuner.policy.estimates import Forecast, Measured
+from tuner.policy.prior import Prior
+from tuner.policy.query import MIXED, Point, check_asked, match_temperature
+
+POLICY_VERSION = 3  # 2 added alternatives and the machine's traits, 3 what a selector starts from; both are still read
+MIN_DOMAIN_PROMPTS = 24  # from which on a domain has choices of its own
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise PolicyError(message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The setup for one anchor, and why.
+
+    `evidence` holds ids of stored evidence. Beside plain decoding, `forecast` and `measured` are those of the setup
+    that failed to beat it. `proven`: the paired runs showed a win; it needs a draft and its own `measured`.
+    `alternatives`: of every draft that is forecast to beat plain decoding the best length, the best draft first; for an
+    engine that cannot run the chosen setup.
+    Raises: InputError: a value is not allowed, or `proven` without that proof.
+    """
+
+    batch_size: int
+    context_length: int
+    domain: str
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+    setup: Setup
+    reason: str
+    evidence: tuple[str, ...] = ()
+    forecast: Forecast | None = None
+    measured: Measured | None = None
+    proven: bool = False
+    alternatives: tuple[Forecast, ...] = field(default=(), metadata=ADDED)
+
+    def __post_init__(self) -> None:
+        check_asked(self.batch_size, self.context_length, self.temperature)
+        _require(0.0 < self.top_p <= 1.0, f"top-p {self.top_p}: allowed are fractions above 0, up to 1")
+        _require(self.top_k >= 0, f"top-k {self.top_k}: allowed are 0 (off) and up")
+        _require(bool(self.domain), f"a choice without a domain: name one, or {MIXED!r} for all")
+        _require(bool(self.reason), "a choice without a reason: one sentence is needed")
+        if self.proven:
+            own = self.measured is not None and self.measured.setup == self.setup
+            _require(
+                self.setup.draft is not None and own,
+                f"setup {self.setup.name!r} is called proven: only a drafting setup with its own measurement can be",
+            )
+
+    @property
+    def point(self) -> Point:
+        """What the choice is for; a policy has one choice for each."""
+        return self.batch_size, self.context_length, self.domain, self.temperature
+
+    @property
+    def anchor(self) -> tuple[int, int, str, float, float, int]:
+        """The point, and the filters that its temperature was measured with."""
+        return (*self.point, self.top_p, self.top_k)
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether anything was found out: a run whose budget ended leaves plain decoding with nothing behind it."""
+        return self.measured is not None or self.forecast is not None or bool(self.evidence)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a policy says: `matched` is False where it falls back to plain decoding; `rule` says how it was found."""
+
+    choice: Choice
+    matched: bool
+    rule: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """The choices for a target in an environment, one per (batch, context, domain, temperature).
+
+    `created` is ISO 8601 in UTC. `prior`: what a selector learns from there on; None in policies of earlier versions,
+    and where no draft was forecast: they are applied as they stand. All choices of one temperature share top-p and
+    top-k, so that a question need not name them. Raises: PolicyError: two choices for one anchor, none over all
+    domains, or another value not allowed.
+    """
+
+    version: int = POLICY_VERSION
+    created: str
+    target: Model
+    environment: Environment
+    choices: tuple[Choice, ...]
+    prior: Prior | None = field(default=None, metadata=ADDED)
+
+    def __post_init__(self) -> None:
+        _require(self.version == POLICY_VERSION, f"version {self.version}: this draftpick knows {POLICY_VERSION}")
+        _require(
+            _is_utc(self.created), f"created {self.created!r}: a UTC time like 2026-01-31T12:00:00+00:00 is needed"
+        )
+        _require(any(choice.domain == MIXED for choice in self.choices), f"no choice of domain {MIXED!r}")
+        points: set[Point] = set()
+        filters: dict[float, tuple[float, int]] = {}
+        for choice in self.choices:
+            _require(
+                choice.point not in points, f"two choices for (batch, context, domain, temperature) = {choice.point}"
+            )
+            points.add(choice.point)
+            own = (choice.top_p, choice.top_k)
+            shared = filters.setdefault(choice.temperature, own)
+            _require(own == shared, f"temperature {choice.temperature:g} with (top-p, top-k) = {own} and {shared}")
+
+    @property
+    def file_name(self) -> str:
+        """The file a store keeps it in: one per target as it is run and machine, replaced by a later policy."""
+        return f"policy-{self.target.run_digest[:12]}-{self.environment.digest[:8]}.json"
+
+    @property
+    def router_name(self) -> str:
+        """The file beside it that tells a request's domain (`tuner.router`)."""
+        return self.file_name.removesuffix(".json") + ".router.json"
+
+    @property
+    def headline(self) -> Choice:
+        """The choice over all domains at the first batch and context."""
+        return next(choice for choice in self.choices if choice.domain == MIXED)
+
+    @property
+    def crossover_batch(self) -> int | None:
+        """Of the headline's temperature; see `crossover_of`."""
+        return crossover_of([row for row in self.choices if row.temperature == self.headline.temperature])
+
+    def look_up(
+        self,
+        *,
+        batch_size: int = 1,
+        context_length: int | None = None,
+        domain: str | None = None,
+        temperature: float = 0.0,
+    ) -> Answer:
+        """The choice that holds for a request, or plain decoding where nothing measured covers it.
+
+        1. The temperature (with the top-p and top-k it was measured with) must equal a measured one within 1e-6.
+        2. The domain's own choices are asked first, then those over all domains (`domain` None: only these).
+        3. Of them, the smallest measured batch at least as large as asked, because drafting pays less in a larger
+           batch; at that batch, the shortest measured context at least as long as asked. Beyond the largest: plain.
+        4. `context_length` None (not known) takes the longest measured context: acceptance falls with length.
+
+        Raises: InputError: a value no measurement could have.
+        """
+        check_asked(batch_size, context_length, temperature)
+        measured = {choice.temperature for choice in self.choices}
+        matched = match_temperature(measured, temperature)
+        for source in dict.fromkeys((domain or MIXED, MIXED)):
+            rows = [row for row in self.choices if row.domain == source and row.temperature == matched]
+            found = _covering(rows, batch_size, context_length)
+            if found is not None:
+                at = f"{source} prompts at batch {found.batch_size}, context {found.context_length}"
+                return Answer(choice=found, matched=True, rule=f"measured on {at}")
+        if matched is None:
+            known = ", ".join(f"{one:g}" for one in sorted(measured))
+            rule = f"temperature {temperature:g} was not measured, only {known}"
+        else:
+            rule = self._why_uncovered(batch_size, context_length, domain, matched)
+        return plain_answer((batch_size, context_length or self.headline.context_length), domain, temperature, rule)
+
+    def _why_uncovered(
+        self, batch_size: int, context_length: int | None, domain: str | None, temperature: float
+    ) -> str:
+        at_temperature = [row for row in self.choices if row.temperature == temperature]
+        rows = [row for row in at_temperature if row.domain in (domain, MIXED)]
+        if not rows:
+            return f"domain {domain or MIXED!r} was not measured at temperature {temperature:g}"
+        largest = max(row.batch_size for row in rows)
+        if batch_size > largest:
+            return f"batch size {batch_size} is beyond the largest measured, {largest}"
+        longest = max(row.context_length for row in rows if row.batch_size >= batch_size)
+        return f"context {context_length} is beyond the longest measured at this batch size, {longest}"
+
+
+def plain_answer(shape: tuple[int, int], domain: str | None, temperature: float, rule: str) -> Answer:
+    """Plain decoding at (batch, context), because nothing that was measured covers the question, as `rule` says."""
+    choice = Choice(
+        batch_size=shape[0],
+        context_length=shape[1],
+        domain=domain or MIXED,
+        temperature=temperature,
+        setup=PLAIN,
+        reason=f"Plain decoding, because {rule}.",
+    )
+    return Answer(choice=choice, matched=False, rule=rule)
+
+
+def crossover_of(choices: Sequence[Choice]) -> int | None:
+    """The smallest measured batch from which on plain decoding is the choice over all domains.
+
+    None: a draft still wins at the largest, or nothing was decided there. With several contexts, plain decoding is the
+    choice at all of them.
+    """
+    rows = [row for row in choices if row.domain == MIXED and row.is_decided]
+    drafted = max((row.batch_size for row in rows if row.setup != PLAIN), default=0)
+    return min((row.batch_size for row in rows if row.batch_size > drafted), default=None)
+
+
+def _covering(rows: list[Choice], batch_size: int, context_length: int | None) -> Choice | None:
+    """Smallest batch, then shortest context, that is at least what was asked (context None: the longest)."""
+    rows = [row for row in rows if row.batch_size >= batch_size]
+    if context_length is None:
+        return min(rows, key=lambda row: (row.batch_size, -row.context_length), default=None)
+    rows = [row for row in rows if row.context_length >= context_length]
+    return min(rows, key=lambda row: (row.batch_size, row.context_length), default=None)
+
+
+def _is_utc(text: str) -> bool:
+    try:
+        return datetime.fromisoformat(text).utcoffset() == timedelta(0)
+    except ValueError:
+        return False
+
+
+def read(path: str | Path) -> Policy:
+    """The policy in a file. Raises PolicyError, naming the file, when it cannot be read or is not valid."""
+    try:
+        return from_json(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PolicyError(f"policy file {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # PolicyError is one; bytes that are no UTF-8 are another
+        raise PolicyError(f"policy file {path}: {error}") from error
+
+
+def write(path: str | Path, policy: Policy) -> None:
+    """Replaces the file in one step: a reader sees the old policy or the new one. Raises PolicyError."""
+    try:
+        write_atomically(Path(path), to_json(policy).encode())
+    except OSError as error:
+        raise PolicyError(f"policy file {path} cannot be written: {error.strerror}") from error
+
+
+def to_json(policy: Policy) -> str:
+    """Indented JSON with every field in the order of its record; ends with a newline."""
+    try:
+        return json.dumps(asdict(policy), indent=2, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise PolicyError(f"a policy holds a number that is not finite: {error}") from error
+
+
+def from_json(text: str) -> Policy:
+    """The policy in `text`. Raises PolicyError, naming field, value and what is allowed."""
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PolicyError(f"not a JSON document: {error}") from error
+    try:
+        policy: Policy = decode_version(Policy, raw, "policy", POLICY_VERSION)
+    except InputError as error:
+        raise PolicyError(str(error)) from error
+    return policy

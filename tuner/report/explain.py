@@ -1,0 +1,273 @@
+"""Why this setup and not that one, at one anchor: where a round's time goes, what it must yield, and who lost by what.
+
+Arithmetic and words over a dossier's figures; how they were measured or kept it must not know.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+from scipy.optimize import brentq
+
+from profiles.records.core import PLAIN, Interval
+from profiles.records.errors import InputError
+from tuner.report.data import AnchorFigures, Candidate
+from tuner.search.objective import TIE
+
+INFEASIBLE, PRUNED = "infeasible", "pruned in the race"  # of the dossier's states; the others are for people only
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """A candidate's mean round against plain decoding, by forecast.
+
+    `break_even_length`: tokens a round must yield to be as fast as plain decoding. `break_even_acceptance`: the
+    acceptance of every single token that yields them when each round drafts k tokens, None when none does;
+    `acceptance` is what the candidate's own acceptance length comes to in the same way. Of a draft that was only run
+    nothing is known of its rounds' time: None. `why_not` is empty for what was chosen.
+    """
+
+    setup_name: str
+    state: str
+    speedup: Interval
+    measured: Interval | None
+    race_speedup: float | None
+    tok_per_s: Interval
+    acceptance_length: float
+    acceptance: float | None
+    draft_s: float | None
+    verify_s: float | None
+    overhead_s: float | None
+    round_s: float | None
+    break_even_length: float | None
+    break_even_acceptance: float | None
+    why_not: str = ""
+
+    @property
+    def best_known(self) -> float:
+        """The speed-up over plain decoding: measured, else of the race, else forecast."""
+        if self.measured is not None:
+            return self.measured.estimate
+        return self.speedup.estimate if self.race_speedup is None else self.race_speedup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """The answer for one anchor; `accounts` hold the choice first, then the rival, then the rest, fastest first.
+
+    `rival` is the setup asked about, else the runner-up; None where plain decoding is the only candidate.
+    """
+
+    domain: str
+    batch_size: int
+    context_length: int
+    temperature: float
+    chosen: str
+    proven: bool
+    reason: str
+    plain_s_per_token: float
+    rival: str | None
+    accounts: tuple[Account, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Lists, objects, strings, numbers and None only."""
+        return {**asdict(self), "accounts": [asdict(account) for account in self.accounts]}
+
+
+def explain(figures: AnchorFigures, instead: str | None = None) -> Explanation:
+    """Why the anchor's choice and not `instead`, or when None, not the runner-up.
+
+    The runner-up has the best known speed-up of those that could have been chosen. Candidates that failed before they
+    had a forecast have no round to explain. Raises InputError for a setup that is no candidate, or is the choice
+    itself, where nothing was forecast, and for an earlier run's choice, which this run's figures do not explain.
+    """
+    choice, known = figures.choice, _forecast_candidates(figures)
+    chosen_name = choice.setup.name
+    for name in (PLAIN.name, chosen_name, instead):
+        if name is not None and name not in known:
+            allowed = ", ".join(known)
+            raise InputError(f"setup {name!r} is no candidate for domain {choice.domain!r}; allowed are {allowed}")
+    if instead == chosen_name:
+        raise InputError(f"setup {instead!r} is what was chosen for domain {choice.domain!r}; name another one")
+    plain_s = _token_s(known[PLAIN.name])
+    accounts = {name: _account(one, plain_s) for name, one in known.items()}
+    chosen = accounts.pop(chosen_name)
+    others = [
+        replace(account, why_not=_why_not(account, chosen, known[name].reason)) for name, account in accounts.items()
+    ]
+    others.sort(key=lambda one: (one.setup_name != instead, one.state == INFEASIBLE, -one.best_known))
+    return Explanation(
+        domain=choice.domain,
+        batch_size=choice.batch_size,
+        context_length=choice.context_length,
+        temperature=choice.temperature,
+        chosen=chosen_name,
+        proven=choice.proven,
+        reason=choice.reason,
+        plain_s_per_token=plain_s,
+        rival=others[0].setup_name if others else None,
+        accounts=(chosen, *others),
+    )
+
+
+def _forecast_candidates(figures: AnchorFigures) -> dict[str, Candidate]:
+    domain = figures.choice.domain
+    if figures.from_earlier:
+        raise InputError(
+            f"domain {domain!r}: {figures.choice.setup.name} was chosen by an earlier run than the last, which ended "
+            "before it could decide; run again to have it explained"
+        )
+    known = {
+        one.setup_name: one
+        for one in figures.candidates
+        if one.forecast_speedup and one.forecast_tok_per_s and one.acceptance_length
+    }
+    if not known:
+        raise InputError(f"domain {domain!r}: {figures.stopped or 'nothing was forecast'}; run again")
+    return known
+
+
+def needed_acceptance(acceptance_length: float, length: int) -> float | None:
+    """The acceptance of each token at which rounds of `length` drafted tokens yield `acceptance_length` tokens.
+
+    Solves (1 - a^(k+1)) / (1 - a) = acceptance length (Leviathan et al. 2023, eq. 1) for a; 0 where a round needs no
+    accepted token, None where k accepted tokens are not enough.
+    """
+    if acceptance_length <= 1.0:
+        return 0.0
+    if acceptance_length > length + 1:
+        return None
+    return float(brentq(lambda a: sum(a**power for power in range(length + 1)) - acceptance_length, 0.0, 1.0))
+
+
+def _token_s(plain: Candidate) -> float:
+    """Seconds of a token of plain decoding: of its round, else, where no round was timed, by its rate."""
+    assert plain.forecast_tok_per_s  # else it would have been left out
+    round_s = _round_s(plain)
+    return 1.0 / plain.forecast_tok_per_s.estimate if round_s is None else round_s
+
+
+def _round_s(one: Candidate) -> float | None:
+    if one.round_split is None:
+        return None
+    round_s = one.round_split.total_s
+    if not round_s > 0.0:
+        raise InputError(f"{one.setup_name}: a round of {round_s} s; more than 0 is needed")
+    return round_s
+
+
+def _account(one: Candidate, plain_s: float) -> Account:
+    assert one.forecast_speedup  # else it would have been left out, here and below
+    assert one.forecast_tok_per_s
+    assert one.acceptance_length
+    split, round_s = one.round_split, _round_s(one)
+    break_even_length = None if round_s is None else round_s / plain_s
+    drafts = one.length > 0
+    return Account(
+        setup_name=one.setup_name,
+        state=one.state,
+        speedup=one.forecast_speedup,
+        measured=one.measured_speedup,
+        race_speedup=one.race_speedup,
+        tok_per_s=one.forecast_tok_per_s,
+        acceptance_length=one.acceptance_length,
+        acceptance=needed_acceptance(one.acceptance_length, one.length) if drafts else None,
+        draft_s=None if split is None else split.draft_s,
+        verify_s=None if split is None else split.verify_s,
+        overhead_s=None if split is None else split.overhead_s,
+        round_s=round_s,
+        break_even_length=break_even_length,
+        break_even_acceptance=needed_acceptance(break_even_length, one.length)
+        if drafts and break_even_length
+        else None,
+    )
+
+
+def _why_not(one: Account, chosen: Account, reason: str) -> str:
+    """By the strongest evidence there is: it could not run, the proof, the race, the forecast."""
+    if one.state in (INFEASIBLE, PRUNED):
+        return f"{one.state}: {reason}"
+    if one.setup_name == PLAIN.name:
+        known = chosen.measured or chosen.speedup
+        return f"{chosen.setup_name} is {'measured' if chosen.measured else 'forecast'} at {_figure(known)} times it"
+    if one.measured is not None:
+        return f"not proven: measured at {_figure(one.measured)}; {reason}"
+    if one.race_speedup is not None:
+        return _lost_race(one.race_speedup, chosen.race_speedup, reason)
+    if one.speedup.estimate < chosen.speedup.estimate:
+        plain = chosen.setup_name == PLAIN.name
+        than = "plain decoding" if plain else f"{_figure(chosen.speedup)} for {chosen.setup_name}"
+        return f"forecast lower: {_figure(one.speedup)} against {than}"
+    return f"forecast at {_figure(one.speedup)}, but {one.state}: {reason}"
+
+
+def _lost_race(own: float, best: float | None, reason: str) -> str:
+    """`best` is the race's speed-up of what was chosen; None where that did not race."""
+    if best is None:
+        return f"{own:.2f} times plain decoding in the race; {reason}"
+    if own * (1.0 + TIE) >= best:
+        return (
+            f"within {TIE:.1%} of it in the race, {own:.2f} against {best:.2f}: of equals the one without weights of "
+            "its own is taken, then the shortest"
+        )
+    return f"slower in the race: {own:.2f} against {best:.2f} times plain decoding"
+
+
+def sentences(found: Explanation) -> list[str]:
+    """The answer in a few lines for a terminal: the choice, what k = 0 costs, the rounds, and why the rival lost."""
+    where = f"batch {found.batch_size}, context {found.context_length}, temperature {found.temperature:g}"
+    lines = [
+        f"{found.domain}, {where}: {found.chosen}, {'proven' if found.proven else 'not proven'}",
+        found.reason,
+        f"Plain decoding (k = 0) takes {_ms(found.plain_s_per_token)} ms a token.",
+    ]
+    drafting = [one for one in found.accounts if one.setup_name in (found.chosen, found.rival)]
+    lines += [_round_sentence(one) for one in drafting if one.setup_name != PLAIN.name]
+    lines += [f"Not {one.setup_name}: {one.why_not}." for one in drafting if one.setup_name == found.rival]
+    return lines
+
+
+def _round_sentence(one: Account) -> str:
+    if one.round_s is None or one.break_even_length is None:
+        return (
+            f"{one.setup_name} was only run: it yields {one.acceptance_length:.2f} tokens a round, and where a round's "
+            f"time goes is not known; its runs came to {one.best_known:.2f} times plain decoding."
+        )
+    drafted = "draft and verify" if one.draft_s is None else f"draft {_ms(one.draft_s)}, verify"
+    split = f"{drafted} {_ms(one.verify_s)}, overhead {_ms(one.overhead_s)}"
+    if one.break_even_acceptance is None:
+        needed = "which no acceptance yields"
+    else:
+        has = "" if one.acceptance is None else f" (it has {one.acceptance:.2f})"
+        needed = f"an acceptance of {one.break_even_acceptance:.2f} of each token{has}"
+    return (
+        f"A round of {one.setup_name} takes {_ms(one.round_s)} ms ({split}) and yields {one.acceptance_length:.2f} "
+        f"tokens; it breaks even with plain decoding at {one.break_even_length:.2f} tokens, {needed}."
+    )
+
+
+def comparison(accounts: Sequence[Account], most_rows: int = 12) -> Table:
+    """The first candidates side by side: tokens a round against what it needs, and where its time goes."""
+    title = Text("forecast of the mean round: tokens, and milliseconds")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left")
+    table.add_column("setup", overflow="fold")
+    for name in ("tokens", "needed", "draft", "verify", "overhead", "speed-up"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in accounts[:most_rows]:
+        times = (_ms(one.draft_s), _ms(one.verify_s), _ms(one.overhead_s))
+        needed = "-" if one.break_even_length is None else f"{one.break_even_length:.2f}"
+        tokens = f"{one.acceptance_length:.2f}", needed
+        style = "bold" if not one.why_not else "dim" if one.state == INFEASIBLE else ""
+        table.add_row(Text(one.setup_name), *tokens, *times, f"{one.speedup.estimate:.2f}", style=style)
+    return table
+
+
+def _figure(known: Interval) -> str:
+    return f"{known.estimate:.2f} ({known.low:.2f} to {known.high:.2f})"
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.2f}"

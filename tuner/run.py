@@ -1,0 +1,213 @@
+"""One tuning run over a book: evidence is recalled or measured and saved, the decision is made and kept.
+
+Joins the remembering engine, the tuner and the book; how any of them works it must not know.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.pool import NullPool
+
+from profiles.engines.base import Engine
+from profiles.records.core import Prompt, Workload
+from profiles.records.draft_spec import Refused
+from profiles.records.errors import RunInterruptedError, StoreError
+from store.cached_engine import CachedEngine
+from store.evidence_store import EvidenceStore, Scope
+from tuner.pipeline.pipeline import Options, Outcome, Tuner, Watch
+from tuner.pipeline.points import PointDecision
+from tuner.policy import policy as policies
+from tuner.policy import prior
+from tuner.report import build
+from tuner.search import studies as search
+from tuner.search.limits import Limits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuningSession:
+    """An open book, Optuna's studies beside it, and the folder on this host that policy files go to.
+
+    `since` is the UTC time before which timings are too old to answer; empty: none is.
+    """
+
+    evidence_store: EvidenceStore
+    studies: search.Storage
+    folder: Path
+    since: str = ""
+
+    @classmethod
+    def of(cls, evidence_store: EvidenceStore, since: str = "") -> "TuningSession":
+        """Studies and folder are made where they are missing. Raises StoreError when they cannot be opened or made."""
+        folder = evidence_store.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"store {evidence_store.place}: policy folder {folder}: {error.strerror}") from error
+        place = evidence_store.database.studies_place()
+        name = "" if isinstance(place, Path) else f"of {evidence_store.place}"
+        with evidence_store.writing():  # Optuna makes its tables unguarded
+            # without a pool no connection is held while measuring, nor left open at the end
+            studies = search.open_storage(place, name, {"poolclass": NullPool})
+        return cls(evidence_store=evidence_store, studies=studies, folder=folder, since=since)
+
+    @property
+    def name(self) -> str:
+        """Where evidence is kept, as people know it: the folder, or the server's database."""
+        return str(self.folder) if self.evidence_store.database.path is not None else self.evidence_store.place
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedRun:
+    """What a run decided, where the policy is, what was left out and why, and what it cost."""
+
+    policy: policies.Policy
+    policy_path: Path
+    outcome: Outcome
+    left_out: tuple[Refused, ...]
+    cost: dict[str, Any]
+
+
+def tune(
+    engine: Engine,
+    loads: Sequence[tuple[Workload, tuple[Prompt, ...]]],
+    session: TuningSession,
+    options: Options,
+    watch: Watch,
+) -> FinishedRun:
+    """Measures or recalls, decides, and keeps the policy; timings older than the shelf's `since` are taken again.
+
+    Raises: RunInterruptedError: Ctrl-C; what was measured is kept. EngineError: the target itself failed.
+    """
+    evidence_store = session.evidence_store
+    cached_engine = CachedEngine(engine, evidence_store, session.since)
+    run_id = evidence_store.save_run(Scope(target=engine.target, environment=engine.environment, workload=loads[0][0]))
+    options = replace(options, storage=session.studies, run_name=f"run {run_id} of {_utc_now()}")
+    with _interruptible(cached_engine, session.name):
+        outcome = Tuner(cached_engine, options, watch).tune(loads)
+    outcome = _with_kept_ids(outcome, cached_engine)
+    policy, path = _keep_policy(session, engine, outcome, options)
+    cost = {
+        "measured_seconds": round(cached_engine.measured_seconds, 2),
+        "measured_units": cached_engine.measured_units,
+        "reused_units": cached_engine.reused_units,
+        "grid_seconds_estimate": outcome.grid_seconds_estimate,
+    }
+    cost |= _starts(engine, outcome)
+    left_out = (*options.refused, *_left_out(outcome))
+    report_data = build.report_data(outcome, policy).to_json()
+    evidence_store.finish_run(
+        run_id, {"cost": cost, "left_out": [asdict(one) for one in left_out], "dossier": report_data}
+    )
+    return FinishedRun(policy=policy, policy_path=path, outcome=outcome, left_out=left_out, cost=cost)
+
+
+def _starts(engine: Engine, outcome: Outcome) -> dict[str, Any]:
+    """Of an engine that starts others: how often and how long that took, and how often a grid would, once a cell."""
+    num_starts: int | None = getattr(engine, "num_starts", None)
+    if num_starts is None:
+        return {}
+    starting_s: float = getattr(engine, "starting_s", 0.0)
+    cells = sum(len(anchors[0].forecasts) for anchors in _by_load(outcome))
+    return {"engine_starts": num_starts, "starting_seconds": round(starting_s, 2), "grid_starts": cells}
+
+
+def _by_load(outcome: Outcome) -> list[list[PointDecision]]:
+    """The anchors of each workload; the first is over all domains."""
+    loads: dict[Workload, list[PointDecision]] = {}
+    for anchor in outcome.anchors:
+        loads.setdefault(anchor.workload, []).append(anchor)
+    return list(loads.values())
+
+
+def _with_kept_ids(outcome: Outcome, cached_engine: CachedEngine) -> Outcome:
+    """The choices with the ids under which their evidence is kept: a unit measured again has one of its own."""
+    kept = [
+        replace(choice, evidence=tuple(cached_engine.answered_by[unit] for unit in choice.evidence))
+        for choice in outcome.choices
+    ]
+    return replace(outcome, choices=tuple(kept))
+
+
+def _left_out(outcome: Outcome) -> tuple[Refused, ...]:
+    """What failed while evidence was gathered, and what is infeasible at an anchor, by the anchor's domain."""
+    failed = [
+        Refused(name=one.setup.name, reason=one.reason, detail=one.detail)
+        for anchor in outcome.anchors
+        if anchor.grounds is not None
+        for one in anchor.grounds.evidence.infeasible
+    ]
+    ruled_out = [
+        Refused(name=one.setup.name, reason=one.reason, detail=f"{anchor.domain}: {one.detail}")
+        for anchor in outcome.anchors
+        for one in anchor.infeasible
+    ]
+    return tuple(dict.fromkeys([*failed, *ruled_out]))
+
+
+def _keep_policy(
+    session: TuningSession, engine: Engine, outcome: Outcome, options: Options
+) -> tuple[policies.Policy, Path]:
+    """Replaces row and file together: of runs that end at once, the later one joins what the earlier one left."""
+    made: list[policies.Policy] = []
+
+    def made_from(latest: str | None) -> str:
+        earlier = None if latest is None else policies.from_json(latest)
+        choices = _joined(() if earlier is None else earlier.choices, outcome, options)
+        standing = [choice.point for choice in choices if choice not in outcome.choices]
+        policy = policies.Policy(
+            created=_utc_now(),
+            target=engine.target,
+            environment=engine.environment,
+            choices=choices,
+            prior=prior.joined(outcome.prior, None if earlier is None else earlier.prior, standing),
+        )
+        policies.write(session.folder / policy.file_name, policy)
+        made.append(policy)
+        return policies.to_json(policy)
+
+    session.evidence_store.replace_policy(engine.target, engine.environment, made_from)
+    return made[-1], session.folder / made[-1].file_name
+
+
+def _joined(latest: Iterable[policies.Choice], outcome: Outcome, options: Options) -> tuple[policies.Choice, ...]:
+    """The run's choices, then those of the latest policy of this target and machine that they leave standing.
+
+    An anchor for which the budget ended first keeps its earlier proven choice, but not in a run with limits, which
+    that choice was not held to. An earlier choice falls when the run decided its anchor, or used its temperature with
+    another top-p or top-k: a policy holds one of each.
+    """
+    earlier = {choice.anchor: choice for choice in latest}
+    chosen = []
+    for anchor, choice in zip(outcome.anchors, outcome.choices, strict=True):
+        known = earlier.pop(choice.anchor, None)
+        keeps = anchor.out_of_time and options.limits == Limits()
+        chosen.append(known if keeps and known is not None and known.proven else choice)
+    filters = {choice.temperature: (choice.top_p, choice.top_k) for choice in chosen}
+    standing = [
+        choice for choice in earlier.values() if filters.get(choice.temperature) in (None, (choice.top_p, choice.top_k))
+    ]
+    return (*chosen, *standing)
+
+
+@contextlib.contextmanager
+def _interruptible(cached_engine: CachedEngine, store: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise RunInterruptedError(
+            f"interrupted: {cached_engine.measured_units} units measured in this run are kept in {store}; "
+            "run the same command again to go on from there"
+        ) from None
+
+
+def utc_ago(age_s: float | None) -> str:
+    """The UTC time that many seconds ago as the store writes it; empty for None."""
+    return "" if age_s is None else (datetime.now(UTC) - timedelta(seconds=age_s)).isoformat()
+
+
+def _utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
