@@ -15,7 +15,6 @@ from tuner.policy.estimates import Forecast, RoundSplit
 from tuner.policy.policy import Choice, Policy
 from tuner.report.curves import acceptance_curves, staircases
 from tuner.report.data import AnchorFigures, Candidate, LoadFigures, ReportData
-from tuner.report.replay import replayed
 from tuner.search.objective import score
 from tuner.search.proof import shortfall
 
@@ -47,7 +46,6 @@ def report_data(outcome: Outcome, policy: Policy) -> ReportData:
         environment=policy.environment,
         loads=tuple(_load(workload, rows, policy) for workload, rows in loads.items()),
         standing=tuple(replace(choice, evidence=()) for choice in held.values()),
-        timeline=replayed(outcome.anchors, policy),
     )
 
 

@@ -5,17 +5,16 @@ torch. How the figures came about it must not know. Standard library only.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from profiles.records.codec import decode_version
-from profiles.records.core import ADDED, Draft, Environment, Interval, Model
+from profiles.records.core import Draft, Environment, Interval, Model
 from profiles.records.errors import InputError
 from tuner.policy.estimates import RoundSplit
 from tuner.policy.policy import Choice
 
-REPORT_DATA_VERSION = 3  # 2 added what policies of version 2 did, 3 the timeline; both are still read
-Line = tuple[tuple[float, ...], ...]  # (seconds since the start, tokens per second)
+REPORT_DATA_VERSION = 3  # 2 added what policies of version 2 did; data of version 3 may hold a timeline
 STATES = ("baseline", "forecast only", "raced", "pruned in the race", "not proven", "proven", "infeasible")
 
 
@@ -113,44 +112,10 @@ class LoadFigures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """A round, or some alike in a row: from `start_s` on for `seconds`, `tokens` put out by all rows of the batch.
-
-    `draft_name` is `plain` and `length` 0 for plain decoding; `domain` is None for requests of several domains.
-    """
-
-    start_s: float
-    seconds: float
-    draft_name: str
-    length: int
-    batch_size: int
-    tokens: int
-    domain: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timeline:
-    """The rounds of a steered run in their order, and what the same stream made of it without steering.
-
-    `best_single_name` is the setup that was fastest of those run for the whole stream.
-    """
-
-    spans: tuple[Span, ...]
-    plain: Line = ()
-    best_single: Line = ()
-    best_single_name: str = ""
-
-    @property
-    def end_s(self) -> float:
-        return max(span.start_s + span.seconds for span in self.spans)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ReportData:
     """One run: its models and machine, its loads, and the policy's choices of earlier runs that it left standing.
 
-    `created` is the policy's. `timeline`: a selector with that policy, replayed on the run's evidence. Raises
-    InputError: another version, no load, or a load without an anchor.
+    `created` is the policy's. Raises InputError: another version, no load, or a load without an anchor.
     """
 
     version: int = REPORT_DATA_VERSION
@@ -160,7 +125,6 @@ class ReportData:
     environment: Environment
     loads: tuple[LoadFigures, ...]
     standing: tuple[Choice, ...]
-    timeline: Timeline | None = field(default=None, metadata=ADDED)
 
     def __post_init__(self) -> None:
         if self.version != REPORT_DATA_VERSION:
@@ -183,4 +147,6 @@ class ReportData:
     @classmethod
     def from_json(cls, raw: object) -> "ReportData":
         """The dossier that `to_json` made. Raises InputError, naming field, value and what is allowed."""
+        if isinstance(raw, dict):
+            raw = {name: value for name, value in raw.items() if name != "timeline"}  # earlier draftpicks drew one
         return cast(ReportData, decode_version(cls, raw, "dossier", REPORT_DATA_VERSION))

@@ -16,7 +16,7 @@ from profiles.records.errors import InputError
 from tuner.policy.estimates import Forecast, Measured
 from tuner.policy.policy import Choice
 from tuner.policy.query import MIXED
-from tuner.report import charts, pictures, timeline
+from tuner.report import charts, pictures
 from tuner.report.charts import ChartRow
 from tuner.report.data import AnchorFigures, LoadFigures, ReportData
 from tuner.report.tables import crossover_sentence
@@ -115,7 +115,6 @@ def _content(report_data: ReportData) -> dict[str, Any]:
         ],
         "environment": {name.replace("_", " "): value for name, value in asdict(report_data.environment).items()},
         "noises": [f"{noise:+.1%}" for noise in noises],
-        "timeline": _timeline(report_data, hues),
         "num_partings": sum(one.num_partings for one in measured),
         "num_disturbed": sum(one.num_disturbed for one in measured),
         "num_pairs": sum(one.num_prompts for one in measured),
@@ -126,7 +125,6 @@ def _hues(report_data: ReportData) -> dict[str, str]:
     """A colour for every draft the report names; those with curves of their own go first, so that theirs differ."""
     names = [part.name for draft in report_data.drafts for part in draft.parts]
     names += [one.draft_name for anchor in report_data.anchors for one in anchor.candidates]
-    names += [] if report_data.timeline is None else [span.draft_name for span in report_data.timeline.spans]
     subjects = [_subject(anchor.choice) for anchor in report_data.anchors]  # an earlier run's draft may be gone
     names += [one.setup.draft.name for one in subjects if one is not None and one.setup.draft is not None]
     return pictures.PAGE.hues(names)
@@ -175,21 +173,6 @@ def _scatter(anchors: Sequence[AnchorFigures], hues: dict[str, str]) -> Markup |
         if one.forecast_speedup is not None and measured is not None:
             points.append((one.forecast_speedup, measured, hues[one.draft_name]))
     return _safe(pictures.forecast_against_measured("scatter", points)) if points else None
-
-
-def _timeline(report_data: ReportData, hues: dict[str, str]) -> dict[str, Any] | None:
-    """The replayed selector, drawn for a screen and for a phone."""
-    shown = report_data.timeline
-    if shown is None:
-        return None
-    return {
-        "wide": _safe(timeline.timeline("timeline-wide", shown, hues, timeline.WIDE_INCHES)),
-        "narrow": _safe(timeline.timeline("timeline-narrow", shown, hues)),
-        "best_single": shown.best_single_name,
-        "drafts": [
-            (name, pictures.css_variable(hues[name])) for name in dict.fromkeys(one.draft_name for one in shown.spans)
-        ],
-    }
 
 
 def _load(index: int, load: LoadFigures, hues: dict[str, str]) -> dict[str, Any]:

@@ -229,6 +229,13 @@ def test_json_round_trip(made: ReportData) -> None:
     assert raw["version"] == 3
 
 
+def test_a_stored_timeline_is_ignored(made: ReportData) -> None:
+    """Earlier versions also drew the rounds of a simulated server; their report data is still read."""
+    span = {"start_s": 0.0, "seconds": 0.1, "draft_name": "plain", "length": 0, "batch_size": 1, "tokens": 3}
+    timeline = {"spans": [span], "plain": [[0.0, 30.0]], "best_single": [], "best_single_name": "plain"}
+    assert ReportData.from_json(made.to_json() | {"timeline": timeline}) == made
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
