@@ -97,7 +97,7 @@ class EvidenceStore:
     ) -> TargetTrace:
         """Save a trace; returns the one in the book, which must be equal, but for `first_answers`."""
         table, key = tables.target_traces, _trace_key(scope, prompt)
-        is_new = self._save(scope, table, key, [plain(trace)], first_answers=first_answers)
+        is_new = self._save(scope, table, key, [tables.columns_from(trace)], first_answers=first_answers)
         return trace if is_new else self._records(table, key, tables.target_trace_record)[0]
 
     def find_acceptance(self, scope: Scope, prompt: Prompt, draft: Draft, max_length: int) -> Acceptance | None:
@@ -119,7 +119,7 @@ class EvidenceStore:
         if isinstance(acceptance, LookupTrace):
             table, record = tables.lookup_traces, tables.lookup_record
             key["max_length"] = acceptance.max_length
-        row = {**plain(acceptance), "draft_name": draft.name}
+        row = {**tables.columns_from(acceptance), "draft_name": draft.name}
         is_new = self._save(scope, table, key, [row], first_answers=first_answers)
         return acceptance if is_new else self._records(table, key, record)[0]
 
@@ -140,7 +140,7 @@ class EvidenceStore:
         sweeps: dict[str, dict[str, StepTimes]] = {}
         for sweep, measured_length, times in self._records(tables.step_times, key, tables.sweep_record, since):
             if measured_length >= max_length:
-                sweeps.setdefault(sweep, {})[times.part_digest] = times
+                sweeps.setdefault(sweep, {})[times.component_digest] = times
         complete = [sweep for sweep in sweeps.values() if covers(sweep, scope.target, drafts, max_length)]
         newest_first = reversed(complete)  # and `min` takes the first of equals
         return min(newest_first, key=lambda sweep: any(part.disturbed for part in sweep.values()), default=None)
@@ -153,10 +153,10 @@ class EvidenceStore:
             raise StoreError(
                 f"step times of {scope.target.name} lack a draft or a target width of 1 to {max_length + 1}: not saved"
             )
-        parts = {part.digest: part.name for draft in drafts for part in draft.parts}
+        parts = {part.digest: part.name for draft in drafts for part in draft.components}
         names = {scope.target.run_digest: scope.target.name} | parts
         rows = [
-            {**plain(part), "part_name": names.get(digest, digest), "max_length": max_length}
+            {**tables.columns_from(part), "part_name": names.get(digest, digest), "max_length": max_length}
             for digest, part in times.items()
         ]
         self._save(scope, tables.step_times, {"sweep": uuid.uuid4().hex}, rows)
@@ -182,7 +182,7 @@ class EvidenceStore:
         ]:
             raise StoreError(f"samples for {purpose!r} are not of the setups and prompts that were run: not saved")
         rows = [
-            {**plain(sample), "position": position, "setup_name": setup.name}
+            {**tables.columns_from(sample), "position": position, "setup_name": setup.name}
             for position, ((setup, _), sample) in enumerate(zip(asked, samples, strict=True))
         ]
         unit = _unit_key(scope, prompts, setups, purpose)
@@ -370,7 +370,7 @@ def _anchor_key(scope: Scope) -> dict[str, Any]:
     return {
         "target_key": scope.target.run_digest,
         "environment_digest": scope.environment.digest,
-        "anchor_digest": scope.workload.anchor_digest,
+        "anchor_digest": scope.workload.timing_digest,
     }
 
 

@@ -34,7 +34,7 @@ def load(evidence_store: EvidenceStore, path: Path) -> int:
             scope = Scope(target=model_from(entry["target"]), environment=environment, workload=workload)
             shape = (times.context_length, int(entry["max_length"]))
             if evidence_store.find_step_times(scope, (), shape) is None:
-                evidence_store.save_step_times(scope, (), shape[1], {times.part_digest: times})
+                evidence_store.save_step_times(scope, (), shape[1], {times.component_digest: times})
                 added += 1
         return added
     except (OSError, LookupError, TypeError, ValueError) as error:

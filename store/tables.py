@@ -202,11 +202,22 @@ policies = Table(
 
 ABOUT_TARGETS = (target_traces, acceptance_traces, lookup_traces, step_times, samples, infeasible, runs, policies)
 LABELS = frozenset({"draft_name", "part_name", "setup_name"})
+_COLUMNS = {"component_digest": "part_digest", "accept_probs": "keep_probs", "accepted": "kept"}  # of other names
 
 
 def _fields(record: type[Any], row: Row) -> dict[str, Any]:
     """The columns of `row` that are fields of `record`."""
-    return {item.name: row[item.name] for item in fields(record)}
+    return {item.name: row[column_name(item.name)] for item in fields(record)}
+
+
+def column_name(field: str) -> str:
+    """The column that holds a record's field."""
+    return _COLUMNS.get(field, field)
+
+
+def columns_from(record: object) -> dict[str, Any]:
+    """A record's plain form by column name."""
+    return {column_name(name): value for name, value in plain(record).items()}
 
 
 # Towards a row, a trace, a staircase and a sample are their plain form; the others add the digest they are found by.

@@ -20,7 +20,16 @@ from sqlalchemy import insert, select
 from profiles.engines.base import Engine, EngineCapabilities
 from profiles.records.core import CATCH_UP_WIDTHS, PLAIN, Draft, Model, Prompt, Setup, Workload, digest_of
 from profiles.records.errors import EngineError
-from profiles.records.evidence import Acceptance, AcceptanceTrace, LookupTrace, Sample, StepTimes, TargetTrace
+from profiles.records.evidence import (
+    Acceptance,
+    AcceptanceTrace,
+    LookupTrace,
+    RoundCount,
+    Sample,
+    StepShape,
+    StepTimes,
+    TargetTrace,
+)
 from store import tables
 from store.cached_engine import CachedEngine
 from store.database import Place
@@ -135,7 +144,7 @@ def glance(engine: CachedEngine, load: tuple[Workload, tuple[Prompt, ...]], max_
     engine.time_steps(workload, typical_context(workload, chosen), 1)
     widths_s = (engine.measured_seconds - started) / 2  # of the target's two widths; the drafts' are timed beside them
     acceptance_s: dict[Draft, float] = {}
-    traced = {draft: draft.parts if engine.capabilities.traces(draft) else () for draft in engine.drafts}
+    traced = {draft: draft.components if engine.capabilities.traces(draft) else () for draft in engine.drafts}
     for part in dict.fromkeys(part for parts in traced.values() for part in parts):
         with contextlib.suppress(EngineError):
             started = engine.measured_seconds
@@ -203,17 +212,17 @@ class DryRunEngine:
         names, size = {"prompt_digest": prompt.digest, "draft_digest": draft.digest}, len(trace.token_ids)
         if draft.looks_up:
             proposed = (0, *(min(max_length, size - start) for start in range(1, size)))
-            return LookupTrace(**names, max_length=max_length, proposed=proposed, kept=proposed)
-        return AcceptanceTrace(**names, keep_probs=(KEPT,) * size, confidences=(KEPT,) * size)
+            return LookupTrace(**names, max_length=max_length, proposed=proposed, accepted=proposed)
+        return AcceptanceTrace(**names, accept_probs=(KEPT,) * size, confidences=(KEPT,) * size)
 
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
         self._count("step times", self._paces[workload.batch_size].widths_s * (max_length + 1))
         widths = sorted({*range(1, max_length + 2), *CATCH_UP_WIDTHS})
         parts = {self.target.run_digest: PLAIN_S}
-        parts |= {part.digest: STEP_S for draft in self.drafts for part in draft.parts}
+        parts |= {part.digest: STEP_S for draft in self.drafts for part in draft.components}
         return {
             part: StepTimes(
-                part_digest=part,
+                component_digest=part,
                 batch_size=workload.batch_size,
                 context_length=context_length,
                 samples_s=dict.fromkeys(widths, tuple(step_s * share for share in SPREAD)),
@@ -251,7 +260,7 @@ def _predicted_sample(prompt: Prompt, setup: Setup, size: int) -> Sample:
         ttft_s=PLAIN_S,
         decode_s=(size - 1) * pace_s * rng.uniform(0.99, 1.01),
         output_tokens=size,
-        rounds={(setup.length, 0): size - 1},
-        shapes={(setup.length + 1, *((setup.length, 2) if with_model else (0, 0))): size - 1},
+        rounds={RoundCount(setup.length, 0): size - 1},
+        shapes={StepShape(setup.length + 1, *((setup.length, 2) if with_model else ())): size - 1},
         output_digest=digest_of(size),
     )

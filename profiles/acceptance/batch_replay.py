@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from profiles.acceptance.expected_rounds import Replayed, RoundOutcome, catch_up_width, round_outcomes
 from profiles.engines.base import TORCH, EngineCapabilities
-from profiles.records.evidence import TargetTrace
+from profiles.records.evidence import RoundCount, StepShape, TargetTrace
 
 PLAIN_ROUND = RoundOutcome(proposed=0, accepted=0, share=1.0, by_model=False)
 
@@ -37,13 +37,13 @@ def rounds_of(
     return rounds
 
 
-def greedy_rounds(kept: Sequence[bool], length: int) -> list[tuple[int, int]]:
+def greedy_rounds(kept: Sequence[bool], length: int) -> list[RoundCount]:
     """(proposed, accepted) of the rounds that a greedy draft goes through where its choices are `kept` or not."""
     rounds, start = [], 0
     while start < len(kept):
         proposed = min(length, len(kept) - start)
         accepted = next((ahead for ahead in range(proposed) if not kept[start + ahead]), proposed)
-        rounds.append((proposed, accepted))
+        rounds.append(RoundCount(proposed, accepted))
         start += accepted + 1
     return rounds
 
@@ -53,7 +53,7 @@ class Replay:
     """One prompt in the queue: its rounds, and what the batch ran while it was in it (see `Sample`)."""
 
     rounds: list[RoundOutcome]
-    shapes: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    shapes: Counter[StepShape] = field(default_factory=Counter)
     refills: int = 0
     behind: int = 1
     next_round: int = 0
@@ -99,7 +99,8 @@ def _run_round(active: list[Replay], *, continuous: bool) -> None:
     steps = max((outcome.proposed for _, outcome in asking), default=0)
     width = catch_up_width(max(run.behind for run, _ in asking)) if asking else 0
     proposed = [outcome.proposed for outcome in outcomes]
-    shape = (round(sum(proposed) / len(proposed)) if continuous else max(proposed)) + 1, steps, width
+    mean_or_widest = round(sum(proposed) / len(proposed)) if continuous else max(proposed)
+    shape = StepShape(mean_or_widest + 1, steps, width)
     for run, outcome in zip(active, outcomes, strict=True):
         run.shapes[shape] += 1
         before = 0 if asking and run.behind <= width else run.behind

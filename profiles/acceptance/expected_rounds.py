@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from profiles.records.core import CATCH_UP_WIDTHS
 from profiles.records.errors import InputError, NotMeasuredError
-from profiles.records.evidence import Acceptance, AcceptanceTrace, LookupTrace, TargetTrace
+from profiles.records.evidence import Acceptance, AcceptanceTrace, LookupTrace, RoundCount, StepShape, TargetTrace
 
 WIDEST_CATCH_UP = CATCH_UP_WIDTHS[-1]
 
@@ -29,7 +29,7 @@ def catch_up_width(behind: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompositeAcceptance:
-    """The parts of a composite draft over one target trace; a round asks the model where the look-up finds nothing."""
+    """The components of a composite draft over one target trace; a round asks the model where the look-up finds nothing."""
 
     lookup: LookupTrace
     model: AcceptanceTrace
@@ -49,14 +49,11 @@ def joined(parts: Sequence[Acceptance]) -> Replayed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Walk:
-    """The rounds of one sequence alone in its batch: expected counts of each (proposed, accepted) and of each shape.
+class RoundCounts:
+    """The rounds of one sequence alone in its batch: expected counts of each outcome and of each step shape."""
 
-    A shape is (width of the target's step, steps of the draft model, width of the first of them), as in `Sample`.
-    """
-
-    rounds: Mapping[tuple[int, int], float]
-    shapes: Mapping[tuple[int, int, int], float]
+    rounds: Mapping[RoundCount, float]
+    shapes: Mapping[StepShape, float]
 
     @property
     def num_rounds(self) -> float:
@@ -79,9 +76,9 @@ class RoundOutcome:
         return 2 if self.accepted == self.proposed else 1
 
 
-def walk(
+def expected_rounds(
     trace: TargetTrace, acceptance: Replayed | None, length: int, max_new_tokens: int, *, past_end: bool = False
-) -> Walk:
+) -> RoundCounts:
     """The rounds the engine would go through, in expectation over the draft's luck given the emitted tokens.
 
     Exact for greedy decoding, where every keep probability is 0 or 1. A forward pass over (start, tokens behind)
@@ -98,27 +95,27 @@ def walk(
     emitted = min(size, max_new_tokens) if past_end else size
     if acceptance is None:
         if emitted == 1:
-            return Walk(rounds={}, shapes={})
-        return Walk(rounds={(0, 0): float(emitted - 1)}, shapes={(1, 0, 0): float(emitted - 1)})
+            return RoundCounts(rounds={}, shapes={})
+        return RoundCounts(rounds={RoundCount(0, 0): float(emitted - 1)}, shapes={StepShape(1): float(emitted - 1)})
     check_length(acceptance, length)
     states: list[dict[int, float]] = [{} for _ in range(size + 1)]
     states[min(1, size)] = {1: 1.0}
-    rounds: dict[tuple[int, int], float] = {}
-    shapes: dict[tuple[int, int, int], float] = {}
+    rounds: dict[RoundCount, float] = {}
+    shapes: dict[StepShape, float] = {}
     for start in range(1, emitted):
         asked = min(length, (NO_END if past_end else max_new_tokens) - start - 1)
         outcomes = list(round_outcomes(acceptance, start, asked, size)) if states[start] else []
         for (behind, mass), outcome in itertools.product(states[start].items(), outcomes):
             weight = mass * outcome.share
-            counted = outcome.proposed, outcome.accepted
+            counted = RoundCount(outcome.proposed, outcome.accepted)
             rounds[counted] = rounds.get(counted, 0.0) + weight
-            steps = (outcome.proposed, catch_up_width(behind)) if outcome.by_model else (0, 0)
-            shape = (outcome.proposed + 1, *steps)
+            steps = (outcome.proposed, catch_up_width(behind)) if outcome.by_model else ()
+            shape = StepShape(outcome.proposed + 1, *steps)
             shapes[shape] = shapes.get(shape, 0.0) + weight
             following = states[min(start + outcome.accepted + 1, size)]
             after = outcome.behind(behind) if isinstance(acceptance, CompositeAcceptance) else 1
             following[after] = following.get(after, 0.0) + weight
-    return Walk(rounds=dict(sorted(rounds.items())), shapes=dict(sorted(shapes.items())))
+    return RoundCounts(rounds=dict(sorted(rounds.items())), shapes=dict(sorted(shapes.items())))
 
 
 def check_length(acceptance: Replayed, length: int) -> None:
@@ -139,12 +136,14 @@ def round_outcomes(acceptance: Replayed, start: int, asked: int, size: int) -> I
         acceptance = acceptance.lookup if acceptance.lookup.proposed[start] > 0 else acceptance.model
     if isinstance(acceptance, LookupTrace):
         proposed = min(asked, acceptance.proposed[start])
-        yield RoundOutcome(proposed=proposed, accepted=min(proposed, acceptance.kept[start]), share=1.0, by_model=False)
+        yield RoundOutcome(
+            proposed=proposed, accepted=min(proposed, acceptance.accepted[start]), share=1.0, by_model=False
+        )
         return
     survival = 1.0
     most = min(asked, size - start)  # past an accepted end token nothing is kept
     for accepted in range(most):
-        keep = acceptance.keep_probs[start + accepted]
+        keep = acceptance.accept_probs[start + accepted]
         if keep < 1.0:
             yield RoundOutcome(proposed=asked, accepted=accepted, share=survival * (1.0 - keep), by_model=True)
         survival *= keep

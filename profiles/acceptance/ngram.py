@@ -27,7 +27,7 @@ def trace_lookup(draft: Draft, prompt: Prompt, trace: TargetTrace, max_length: i
         draft_digest=draft.digest,
         max_length=max_length,
         proposed=tuple(proposed),
-        kept=tuple(kept),
+        accepted=tuple(kept),
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from profiles.records.core import Draft, DraftKind, Environment, Model, Prompt, Setup, Workload
-from profiles.records.evidence import Acceptance, Sample, StepTimes, TargetTrace
+from profiles.records.evidence import Acceptance, RoundCount, Sample, StepTimes, TargetTrace
 
 SERVED_KINDS: tuple[DraftKind, ...] = ("model", "ngram", "native")  # what serving engines draft with
 
@@ -200,6 +200,6 @@ class RoundReport(namedtuple("Round", ("pick", "rows", "seconds", "scored"), def
 
     __slots__ = ()
     pick: RoundDecision
-    rows: tuple[tuple[int, int], ...]
+    rows: tuple[RoundCount, ...]
     seconds: float
     scored: bool

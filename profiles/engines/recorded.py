@@ -51,9 +51,9 @@ def covers(times: Mapping[str, StepTimes], target: Model, drafts: tuple[Draft, .
         return all(draft.digest in times and lengths <= set(times[draft.digest].samples_s) for draft in drafts)
     if staircase is None or not set(range(1, max_length + 2)) <= set(staircase.samples_s):
         return False
-    if not all(part.digest in times for draft in drafts for part in draft.parts):
+    if not all(part.digest in times for draft in drafts for part in draft.components):
         return False
-    models = [draft.parts[1].digest for draft in drafts if draft.kind == "composite"]
+    models = [draft.components[1].digest for draft in drafts if draft.kind == "composite"]
     return all(set(CATCH_UP_WIDTHS) <= times[model].samples_s.keys() for model in models)
 
 
@@ -195,7 +195,7 @@ class Recorder:
 
 
 def _by_part(parts: list[Mapping[str, Any]]) -> dict[str, StepTimes]:
-    return {times.part_digest: times for times in map(step_times_from, parts)}
+    return {times.component_digest: times for times in map(step_times_from, parts)}
 
 
 def _named(prompt: Prompt) -> str:

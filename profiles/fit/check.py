@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from profiles.acceptance.expected_rounds import joined, walk
+from profiles.acceptance.expected_rounds import expected_rounds, joined
 from profiles.acceptance.rates import acceptance_length, acceptance_rate
 from profiles.builtin import ALL_PROMPTS
 from profiles.engines.bench import Bench
@@ -23,7 +23,7 @@ from profiles.prompts.reader import Request
 from profiles.records.core import Draft, Prompt, Workload
 from profiles.records.draft_spec import NGRAM_DEFAULTS, DraftSpec
 from profiles.records.errors import DraftpickError, InputError, ModelError, PairError
-from profiles.records.evidence import TargetTrace
+from profiles.records.evidence import RoundCount, TargetTrace
 
 NUM_PROMPTS, MOST_PROMPT_TOKENS, NEW_TOKENS, LENGTH = 3, 512, 32, 4
 DEFAULT_CONTEXT = 4096  # tokens; less where the target has fewer positions
@@ -179,12 +179,12 @@ def _found(bench: Bench, spec: DraftSpec) -> tuple[Draft, Described | None]:
 
 def _glance(bench: Bench, draft: Draft, look: _Look) -> Glance:
     """Rounds of the walk over the short outputs; the target is not run again."""
-    rounds: dict[tuple[int, int], float] = {}
+    rounds: dict[RoundCount, float] = {}
     for prompt, trace in look.traces:
         acceptance = joined(
-            [bench.engine.trace_draft(look.workload, prompt, trace, part, LENGTH) for part in draft.parts]
+            [bench.engine.trace_draft(look.workload, prompt, trace, part, LENGTH) for part in draft.components]
         )
-        for outcome, count in walk(trace, acceptance, LENGTH, NEW_TOKENS).rounds.items():
+        for outcome, count in expected_rounds(trace, acceptance, LENGTH, NEW_TOKENS).rounds.items():
             rounds[outcome] = rounds.get(outcome, 0.0) + count
     return Glance(
         num_prompts=len(look.traces),

@@ -13,7 +13,16 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from profiles.records.core import Draft, Environment, Model, Workload
 from profiles.records.errors import InputError
-from profiles.records.evidence import Acceptance, AcceptanceTrace, LookupTrace, Sample, StepTimes, TargetTrace
+from profiles.records.evidence import (
+    Acceptance,
+    AcceptanceTrace,
+    LookupTrace,
+    RoundCount,
+    Sample,
+    StepShape,
+    StepTimes,
+    TargetTrace,
+)
 
 
 def plain(value: Any) -> Any:
@@ -69,8 +78,8 @@ def step_times_from(data: Mapping[str, Any]) -> StepTimes:
 
 
 def sample_from(data: Mapping[str, Any]) -> Sample:
-    rounds = {(proposed, accepted): count for proposed, accepted, count in data["rounds"]}
-    shapes = {tuple(shape): count for *shape, count in data["shapes"]}
+    rounds = {RoundCount(proposed, accepted): count for proposed, accepted, count in data["rounds"]}
+    shapes = {StepShape(*shape): count for *shape, count in data["shapes"]}
     return Sample(**{**data, "rounds": rounds, "shapes": shapes})
 
 

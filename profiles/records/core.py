@@ -108,7 +108,7 @@ class Draft:
     def name(self) -> str:
         """The spelling the command line takes: a model's name, `ngram:max=4,min=2`, `early-exit:4` or a `+` of two."""
         if self.kind == "composite":
-            return "+".join(part.name for part in self.parts)
+            return "+".join(part.name for part in self.components)
         if self.kind == "native":
             return f"native:{self.method}" + ("" if self.model is None else f"+{self.model.name}")
         if self.model is not None:
@@ -121,7 +121,7 @@ class Draft:
     def digest(self) -> str:
         """Identity of what it proposes (for early exit: together with the target's digest)."""
         if self.kind == "composite":
-            return digest_of([self.kind, *(part.digest for part in self.parts)])
+            return digest_of([self.kind, *(part.digest for part in self.components)])
         if self.kind == "native":
             return digest_of([self.kind, self.method, None if self.model is None else self.model.run_digest])
         if self.model is not None:
@@ -129,7 +129,7 @@ class Draft:
         return digest_of([self.kind, self.max_match, self.min_match, self.num_layers])
 
     @property
-    def parts(self) -> tuple["Draft", ...]:
+    def components(self) -> tuple["Draft", ...]:
         """What is traced and timed on its own: of a composite its look-up and its model, else the draft itself."""
         if self.kind != "composite":
             return (self,)
@@ -242,7 +242,7 @@ class Workload:
         return digest_of([DECODING_VERSION, self.acceptance_rule, law, self.max_new_tokens, ends])
 
     @property
-    def anchor_digest(self) -> str:
+    def timing_digest(self) -> str:
         """Identity of a timed run beside prompt and setup: sampling and the batch."""
         return digest_of([self.sampling_digest, self.batch_size])
 

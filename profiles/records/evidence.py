@@ -1,16 +1,34 @@
-"""Split from profiles.records.core."""
+"""Records of what was measured: traces, acceptance, step times and timed runs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import NamedTuple
 
 from profiles.records.core import Setup, _finite
 from profiles.records.errors import require
 
-Rounds = Mapping[tuple[int, int], int]
+
+class RoundCount(NamedTuple):
+    """Tokens that one sequence's round proposed, and how many of them were accepted."""
+
+    proposed: int
+    accepted: int
 
 
-Shapes = Mapping[tuple[int, int, int], int]
+class StepShape(NamedTuple):
+    """What one round ran: tokens per sequence of the target's step, and the draft model's steps (0: it did not run).
+
+    `first_draft_width` is the tokens per sequence of the draft model's first step, which also takes in what it missed.
+    """
+
+    target_width: int
+    draft_steps: int = 0
+    first_draft_width: int = 0
+
+
+Rounds = Mapping[RoundCount, int]
+Shapes = Mapping[StepShape, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +62,13 @@ class AcceptanceTrace:
 
     prompt_digest: str
     draft_digest: str
-    keep_probs: tuple[float, ...]
+    accept_probs: tuple[float, ...]
     confidences: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        require(len(self.keep_probs) > 0, "an acceptance trace is empty")
-        require(len(self.keep_probs) == len(self.confidences), "an acceptance trace has columns of unequal length")
-        require(all(0.0 <= value <= 1.0 for value in self.keep_probs), "a keep probability is outside 0 to 1")
+        require(len(self.accept_probs) > 0, "an acceptance trace is empty")
+        require(len(self.accept_probs) == len(self.confidences), "an acceptance trace has columns of unequal length")
+        require(all(0.0 <= value <= 1.0 for value in self.accept_probs), "a keep probability is outside 0 to 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +82,12 @@ class LookupTrace:
     draft_digest: str
     max_length: int
     proposed: tuple[int, ...]
-    kept: tuple[int, ...]
+    accepted: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        require(len(self.proposed) == len(self.kept) > 0, "a look-up trace has columns of unequal length")
-        pairs = zip(self.kept, self.proposed, strict=True)
-        good = all(0 <= kept <= proposed <= self.max_length for kept, proposed in pairs)
+        require(len(self.proposed) == len(self.accepted) > 0, "a look-up trace has columns of unequal length")
+        pairs = zip(self.accepted, self.proposed, strict=True)
+        good = all(0 <= accepted <= proposed <= self.max_length for accepted, proposed in pairs)
         require(good, "a look-up trace keeps more than it proposed, or proposes more than asked")
 
 
@@ -80,11 +98,11 @@ Acceptance = AcceptanceTrace | LookupTrace
 class StepTimes:
     """A staircase: seconds of one step at each width (tokens per sequence), with `context_length` tokens cached.
 
-    `part_digest` is the target's or the draft's. For an n-gram draft, width is the number of tokens asked for and
+    `component_digest` is the target's or the draft's. For an n-gram draft, width is the number of tokens asked for and
     the time is the host's search. `disturbed`: other processes used the machine although the sweep was repeated.
     """
 
-    part_digest: str
+    component_digest: str
     batch_size: int
     context_length: int
     samples_s: Mapping[int, tuple[float, ...]]
@@ -102,10 +120,9 @@ class StepTimes:
 class Sample:
     """One timed run of one prompt, in a row of a batch.
 
-    `ttft_s`: its prefills, from the row's start to its first token. `decode_s`: first token to last. `rounds` counts
-    its own (proposed, accepted). `shapes` counts what the whole batch ran for it: (width of the target's step, steps of
-    the draft model, width of the first of them); empty where an older engine did not say. `refills`: other rows'
-    prefills it waited for. `disturbed`: other processes used the machine although the run was repeated.
+    `ttft_s`: from the row's start to its first token. `decode_s`: first token to last. `rounds` counts its own rounds,
+    `shapes` the steps that the whole batch ran meanwhile (empty in evidence of older versions). `refills`: other rows'
+    prefills that it waited for. `disturbed`: other processes used the machine although the run was repeated.
     """
 
     setup_digest: str
@@ -124,13 +141,15 @@ class Sample:
         require(self.output_tokens >= 1, f"a run emitted {self.output_tokens} tokens")
         good = _finite((self.ttft_s, self.decode_s)) and self.ttft_s > 0.0 and self.decode_s >= 0.0
         require(good, f"a run took {self.ttft_s} + {self.decode_s} s")
-        for (proposed, accepted), count in self.rounds.items():
+        rounds = {RoundCount(*pair): count for pair, count in sorted(self.rounds.items())}
+        shapes = {StepShape(*shape): count for shape, count in sorted(self.shapes.items())}
+        for (proposed, accepted), count in rounds.items():
             require(0 <= accepted <= proposed and count >= 1, f"round ({proposed}, {accepted}) counted {count} times")
-        for shape, count in self.shapes.items():
-            require(min(shape) >= 0 and count >= 1, f"shape {shape} counted {count} times")
+        for shape, count in shapes.items():
+            require(min(shape) >= 0 and count >= 1, f"{shape} counted {count} times")
         require(self.refills >= 0, f"a run waited for {self.refills} prefills")
-        object.__setattr__(self, "rounds", MappingProxyType(dict(sorted(self.rounds.items()))))
-        object.__setattr__(self, "shapes", MappingProxyType(dict(sorted(self.shapes.items()))))
+        object.__setattr__(self, "rounds", MappingProxyType(rounds))
+        object.__setattr__(self, "shapes", MappingProxyType(shapes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

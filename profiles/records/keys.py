@@ -26,7 +26,7 @@ def queue_digest(prompts: tuple[Prompt, ...]) -> str:
 
 def run_point(workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], purpose: str) -> Key:
     """What a unit of timed runs measured, beside target and machine; the order of prompts and setups matters."""
-    return workload.anchor_digest, queue_digest(prompts), purpose, *(setup.digest for setup in setups)
+    return workload.timing_digest, queue_digest(prompts), purpose, *(setup.digest for setup in setups)
 
 
 def unit_digest(target: Model, environment: Environment, point: Key) -> str:

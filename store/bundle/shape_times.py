@@ -56,5 +56,5 @@ def _check_sweep(entry: dict[str, Any], machine: str) -> None:
         "max_length": entry["max_length"],
     }
     _, max_length, times = tables.sweep_record(checked(tables.step_times, {**row, **entry["step_times"]}))
-    if not covers({times.part_digest: times}, target, (), max_length):
+    if not covers({times.component_digest: times}, target, (), max_length):
         raise InputError(f"step times of {target.name} lack the target, or one of its widths")

@@ -15,7 +15,7 @@ from profiles.acceptance.expected_rounds import Replayed, RoundOutcome, catch_up
 from profiles.engines.base import RoundController, RoundDecision, RoundReport
 from profiles.records.core import PLAIN, Prompt, Setup, Workload
 from profiles.records.errors import InputError, NotMeasuredError
-from profiles.records.evidence import AcceptanceTrace, StepTimes
+from profiles.records.evidence import AcceptanceTrace, RoundCount, StepShape, StepTimes
 from tests.benchmarks.traffic import Moment, Request, Stream, Weather
 from tuner.forecast.evidence import Evidence
 from tuner.forecast.forecaster import Forecaster
@@ -78,10 +78,7 @@ class Record:
         return min((plain_s[at + size] - plain_s[at]) / (seconds[at + size] - seconds[at]) for at in starts)
 
 
-Shape = tuple[int, int, int]
-
-
-PLAIN_SHAPE: Shape = (1, 0, 0)
+PLAIN_SHAPE = StepShape(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,14 +190,14 @@ class _Arm:
 
     def __init__(self, world: World, sizes: Sequence[int], setup: Setup) -> None:
         self.setup = setup
-        models = [part.digest for part in setup.draft.parts if part.kind != "ngram"] if setup.draft else []
+        models = [part.digest for part in setup.draft.components if part.kind != "ngram"] if setup.draft else []
         self.model = models[0] if models else None
         self.looks_up = setup.draft is not None and setup.draft.looks_up
         self._world = world
         self._sizes = sizes
         self._ways: dict[tuple[str, int, int], list[tuple[RoundOutcome, ...] | None]] = {}
         self._acceptances: dict[str, Replayed] = {}
-        self._seconds: dict[tuple[int, Shape], float] = {}
+        self._seconds: dict[tuple[int, StepShape], float] = {}
         self._refills_s: dict[int, float] = {}
 
     def outcome(self, row: _Row, luck: random.Random) -> RoundOutcome:
@@ -222,7 +219,7 @@ class _Arm:
             self._acceptances[digest] = found
         return self._acceptances[digest]
 
-    def seconds(self, num_rows: int, shape: Shape) -> float:
+    def seconds(self, num_rows: int, shape: StepShape) -> float:
         """Of a round of a batch of `num_rows`."""
         key = self._sizes[num_rows], shape
         found = self._seconds.get(key)
@@ -237,11 +234,11 @@ class _Arm:
             self._refills_s[size] = self._world.forecasters[size].refill_s(self.setup.draft)
         return self._refills_s[size]
 
-    def scored(self, row: _Row, start: int) -> list[tuple[int, int]]:
+    def scored(self, row: _Row, start: int) -> list[RoundCount]:
         """(proposed, accepted) of the rounds it would have gone through from `start` to where the row's text ends."""
         acceptance = self.acceptance(row.key[0])
         assert isinstance(acceptance, AcceptanceTrace)
-        return greedy_rounds([keep == 1.0 for keep in acceptance.keep_probs[start : row.start]], self.setup.length)
+        return greedy_rounds([keep == 1.0 for keep in acceptance.accept_probs[start : row.start]], self.setup.length)
 
     def scoring_s(self, num_rows: int, width: int) -> float:
         """Of taking in `width` tokens of every row."""
@@ -383,20 +380,20 @@ class _Run:
         return seconds
 
 
-def _shape(arm: _Arm, rows: Sequence[_Row], outcomes: Sequence[RoundOutcome]) -> Shape:
+def _shape(arm: _Arm, rows: Sequence[_Row], outcomes: Sequence[RoundOutcome]) -> StepShape:
     """What the batch runs (see `Sample.shapes`)."""
     widest = max([one.proposed for one in outcomes]) + 1
     if arm.model is None:
-        return widest, 0, 0
+        return StepShape(widest)
     steps = furthest = 0
     for row, one in zip(rows, outcomes, strict=True):
         if one.by_model:
             steps = max(steps, one.proposed)
             furthest = max(furthest, row.behind(arm.model))
-    return widest, steps, catch_up_width(furthest) if steps else 0
+    return StepShape(widest, steps, catch_up_width(furthest) if steps else 0)
 
 
-def _advance(arm: _Arm, rows: Sequence[_Row], outcomes: Sequence[RoundOutcome], shape: Shape) -> int:
+def _advance(arm: _Arm, rows: Sequence[_Row], outcomes: Sequence[RoundOutcome], shape: StepShape) -> int:
     """Moves every row on; the tokens that were emitted. A row further behind than the first step got nothing of it."""
     _, steps, width = shape
     tokens = 0

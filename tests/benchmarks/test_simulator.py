@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from profiles.acceptance.batch_replay import replay, rounds_of
-from profiles.acceptance.expected_rounds import catch_up_width, walk
+from profiles.acceptance.expected_rounds import catch_up_width, expected_rounds
 from profiles.engines.base import RoundDecision, RoundReport
 from profiles.records.core import PLAIN, Draft, Prompt, Setup
 from profiles.records.errors import InputError, NotMeasuredError
@@ -129,7 +129,7 @@ def test_alone_it_takes_what_the_forecast_says(
     seconds = 0.0
     for prompt in PROMPTS:
         acceptance = evidence.acceptance(setup.draft, prompt) if setup.draft else None
-        walked = walk(evidence.traces[prompt.digest], acceptance, setup.length, GREEDY.max_new_tokens)
+        walked = expected_rounds(evidence.traces[prompt.digest], acceptance, setup.length, GREEDY.max_new_tokens)
         seconds += sum(count * forecaster.round_s(setup, shape) for shape, count in walked.shapes.items())
     assert record.seconds == pytest.approx(seconds, rel=1e-9)
     assert record.tokens == len(PROMPTS) * (GREEDY.max_new_tokens - 1)
@@ -206,7 +206,7 @@ def test_scoring(priced: Simulator, evidence: Evidence) -> None:
     controller = Script(lambda _: PLAIN, score=setup)
     record = priced.serve(queue(1, PROMPTS[:1]), controller)
     scored = [report for report in controller.reports if report.scored]
-    keeps = evidence.acceptances[DRAFT_A.digest, PROMPTS[0].digest].keep_probs  # type: ignore[union-attr]
+    keeps = evidence.acceptances[DRAFT_A.digest, PROMPTS[0].digest].accept_probs  # type: ignore[union-attr]
     assert [report.rows for report in scored[:5]] == [((1, int(keeps[place])),) for place in range(1, 6)]
     assert scored[0].seconds == catch_up_width(len(PROMPTS[0].token_ids) + 2)
     assert scored[1].seconds == catch_up_width(2)
@@ -227,7 +227,7 @@ def test_scoring_after_a_while(priced: Simulator, evidence: Evidence) -> None:
     late.choose = choose  # type: ignore[assignment, method-assign]
     priced.serve(queue(1, PROMPTS[:1]), late)
     (scored,) = [report for report in controller.reports if report.scored]
-    keeps = evidence.acceptances[DRAFT_A.digest, PROMPTS[0].digest].keep_probs  # type: ignore[union-attr]
+    keeps = evidence.acceptances[DRAFT_A.digest, PROMPTS[0].digest].accept_probs  # type: ignore[union-attr]
     place = 1
     for proposed, accepted in scored.rows:
         assert proposed == min(3, 31 - place)

@@ -32,7 +32,7 @@ def lookup_of(prompt: Prompt, proposed: int, max_length: int = 4, draft: Draft =
         draft_digest=draft.digest,
         max_length=max_length,
         proposed=(0, proposed, proposed),
-        kept=(0, 1, 1),
+        accepted=(0, 1, 1),
     )
 
 

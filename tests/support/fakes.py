@@ -101,7 +101,7 @@ class FakeEngine:
         rng = self._random("steps", workload.batch_size, context_length, max_length)
         return {
             part: StepTimes(
-                part_digest=part,
+                component_digest=part,
                 batch_size=workload.batch_size,
                 context_length=context_length,
                 samples_s={width: tuple(_noisy(step_s, rng) for _ in range(7)) for width, step_s in steps.items()},
@@ -153,20 +153,22 @@ class FakeEngine:
                 min(wanted, match, size - start)
                 for start, (wanted, match) in enumerate(zip(proposed, matching, strict=True))
             )
-            return LookupTrace(**names, max_length=max_length, proposed=proposed, kept=kept)
+            return LookupTrace(**names, max_length=max_length, proposed=proposed, accepted=kept)
         draws = [rng.random() for _ in range(size)]
         if workload.temperature == 0.0:
-            keep_probs = tuple(float(draw < keep) for draw in draws)
+            accept_probs = tuple(float(draw < keep) for draw in draws)
         else:
-            keep_probs = tuple(min(1.0, 2.0 * keep * draw) for draw in draws)
-        return AcceptanceTrace(**names, keep_probs=keep_probs, confidences=tuple(0.3 + 0.7 * draw for draw in draws))
+            accept_probs = tuple(min(1.0, 2.0 * keep * draw) for draw in draws)
+        return AcceptanceTrace(
+            **names, accept_probs=accept_probs, confidences=tuple(0.3 + 0.7 * draw for draw in draws)
+        )
 
     def _runs(self, workload: Workload, prompts: tuple[Prompt, ...], setup: Setup, purpose: str) -> list[Sample]:
         """A queue replayed over its traces; in a batch every step takes as long as alone."""
         rounds = [self._rounds(workload, prompt, setup) for prompt in prompts]
         samples = []
         for prompt, run in zip(prompts, replay(rounds, workload.batch_size, self.capabilities), strict=True):
-            rng = self._random("run", workload.anchor_digest, prompt.digest, setup.digest, purpose)
+            rng = self._random("run", workload.timing_digest, prompt.digest, setup.digest, purpose)
             trace = self._trace(workload, prompt)
             prefill_s = 0.020 if setup.draft is None else 0.023
             decode_s = run.refills * prefill_s
@@ -192,7 +194,7 @@ class FakeEngine:
         trace = self._trace(workload, prompt)
         found = [
             self._lucky(workload, prompt, self._acceptance(workload, prompt, trace, part, setup.length))
-            for part in (setup.draft.parts if setup.draft is not None else ())
+            for part in (setup.draft.components if setup.draft is not None else ())
         ]
         acceptance = joined(found) if found else None
         most = NO_END if self.capabilities.past_end else workload.max_new_tokens
@@ -206,7 +208,7 @@ class FakeEngine:
         return AcceptanceTrace(
             prompt_digest=acceptance.prompt_digest,
             draft_digest=acceptance.draft_digest,
-            keep_probs=tuple(float(rng.random() < keep) for keep in acceptance.keep_probs),
+            accept_probs=tuple(float(rng.random() < keep) for keep in acceptance.accept_probs),
             confidences=acceptance.confidences,
         )
 

@@ -38,7 +38,7 @@ class FakeServer(FakeEngine):
         }
         return {
             part: StepTimes(
-                part_digest=part,
+                component_digest=part,
                 batch_size=workload.batch_size,
                 context_length=context_length,
                 samples_s={

@@ -16,7 +16,7 @@ from profiles.engines.base import RoundController, RoundDecision, RoundReport
 from profiles.engines.torch.adaptive import Drafters, Steered, SteeredRun
 from profiles.engines.torch.decoder import Decoder, Generation
 from profiles.engines.torch.drafters import Drafter, ModelDrafter, NgramDrafter
-from profiles.engines.torch.sampling import KeyedRandom, output_law
+from profiles.engines.torch.sampling import KeyedRandom, sampling_probs
 from profiles.records.core import Draft, Prompt, Setup, Workload
 from profiles.timing.clock import Clock
 
@@ -82,7 +82,7 @@ def run_queue(
 
 def sequence_law(model: TableModel, workload: Workload, first: int) -> dict[tuple[int, ...], float]:
     """Exact probability of every output of `max_new_tokens` tokens after a prompt that ends in `first`."""
-    step = output_law(model.table, workload).double()
+    step = sampling_probs(model.table, workload).double()
     laws: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(workload.max_new_tokens):
         laws = {
@@ -153,7 +153,9 @@ def steer(
 ) -> SteeredRun:
     """Decodes a queue as `controller` says, with these model drafts and any look-up, up to 8 tokens a round."""
     draws = KeyedRandom(workload.batch_size, workload, target.device)
-    models = {part.digest: model for draft, model in drafts.items() for part in draft.parts if part.kind != "ngram"}
+    models = {
+        part.digest: model for draft, model in drafts.items() for part in draft.components if part.kind != "ngram"
+    }
 
     def make(part: Draft) -> ModelDrafter | NgramDrafter:
         if part.kind == "ngram":

@@ -16,7 +16,7 @@ import typer
 from profiles import builtin
 from profiles.records.core import Draft, Interval, Setup
 from profiles.records.errors import InputError
-from profiles.records.evidence import Sample
+from profiles.records.evidence import RoundCount, Sample
 from tuner.cli import options
 from tuner.cli.output import print_json, say
 
@@ -109,7 +109,7 @@ def _figures(batch_size: int, samples: Sequence[Sample]) -> Figures:
     timed = [sample for sample in samples if sample.output_tokens > 1]
     if len(timed) < 2:
         raise InputError(f"{len(timed)} answers have a second token: at least 2 are needed to time them")
-    rounds: Counter[tuple[int, int]] = Counter()
+    rounds: Counter[RoundCount] = Counter()
     for sample in timed:
         rounds.update(sample.rounds)
     return Figures(

@@ -244,7 +244,7 @@ def _drafts(choices: Sequence[Choice]) -> tuple[Draft, ...]:
             *(one.setup for one in (choice.forecast, choice.measured) if one is not None),
         )
     ]
-    return tuple(dict.fromkeys(part for setup in setups if setup.draft is not None for part in setup.draft.parts))
+    return tuple(dict.fromkeys(part for setup in setups if setup.draft is not None for part in setup.draft.components))
 
 
 @functools.cache

@@ -195,7 +195,7 @@ def _longest_lengths(evidence: Evidence, sweep: _Sweep) -> dict[Draft, int]:
         traced = [
             acceptance.max_length
             for (part, _), acceptance in evidence.acceptances.items()
-            if isinstance(acceptance, LookupTrace) and part in {own.digest for own in draft.parts}
+            if isinstance(acceptance, LookupTrace) and part in {own.digest for own in draft.components}
         ]
         longest[draft] = min([sweep.max_length, *traced])
     return longest
@@ -222,7 +222,7 @@ def _sweeps(connection: Connection, target: Model, here: Machine) -> Iterator[_S
         if machine["engine"] != here.get("engine"):
             continue
         records = [tables.sweep_record(row) for row in rows]
-        steps = {times.part_digest: times for _, _, times in records}
+        steps = {times.component_digest: times for _, _, times in records}
         if is_of_rounds(steps, target):
             continue  # of an engine that is not ours: rounds are not made of steps that another machine could lend
         yield _Sweep(
@@ -260,8 +260,8 @@ def _evidence(
     drafts, sweep = given
     about = {"target_key": target.run_digest, "sampling_digest": workload.sampling_digest}
     traced = _traced(connection, about)
-    usable = [draft for draft in drafts if all(part.digest in sweep.steps for part in draft.parts)]
-    prompts_of = {draft: set.intersection(*(traced[part.digest] for part in draft.parts)) for draft in usable}
+    usable = [draft for draft in drafts if all(part.digest in sweep.steps for part in draft.components)]
+    prompts_of = {draft: set.intersection(*(traced[part.digest] for part in draft.components)) for draft in usable}
     usable = sorted((draft for draft in usable if prompts_of[draft]), key=lambda draft: -len(prompts_of[draft]))
     shared: set[str] = set()
     kept: list[Draft] = []
@@ -270,7 +270,7 @@ def _evidence(
         if len(both) >= min(FEWEST_PROMPTS, len(shared) or FEWEST_PROMPTS) or not kept:
             shared, kept = both, [*kept, draft]
     prompts = sorted(shared)[:MAX_PROMPTS]
-    parts = {part.digest for draft in kept for part in draft.parts}
+    parts = {part.digest for draft in kept for part in draft.components}
     return Evidence(
         prompts=(),
         traces={
@@ -341,7 +341,7 @@ def _lend_calibration(
     for sweep in sorted(near, key=lambda one: one.order(here.batch_size, here.cached_tokens)):
         runs = tables.samples.c
         about = {"target_key": target.run_digest, "environment_digest": sweep.environment_digest}
-        query = select(tables.samples).filter_by(**about, anchor_digest=workload.anchor_digest)
+        query = select(tables.samples).filter_by(**about, timing_digest=workload.timing_digest)
         query = query.where(
             runs.purpose.startswith(CALIBRATION), runs.disturbed.is_(False), runs.setup_digest.in_(setups)
         )

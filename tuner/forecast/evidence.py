@@ -57,7 +57,7 @@ class Evidence:
     def parts(self) -> tuple[Draft, ...]:
         """What was traced and timed: the drafts, of composites their parts, each once."""
         traced = self.capabilities.timed(self.drafts)
-        return tuple({part.digest: part for draft in traced for part in draft.parts}.values())
+        return tuple({part.digest: part for draft in traced for part in draft.components}.values())
 
     def can_tell(self, setup: Setup) -> bool:
         """Whether a forecast can be made: of a draft that was only run, for lengths at which two prompts were timed."""
@@ -72,7 +72,7 @@ class Evidence:
 
     def acceptance(self, draft: Draft, prompt: Traced) -> Replayed:
         """How a draft did on a prompt's trace. Raises NotMeasuredError when a part was not measured."""
-        found = [self.acceptances.get((part.digest, prompt.digest)) for part in draft.parts]
+        found = [self.acceptances.get((part.digest, prompt.digest)) for part in draft.components]
         if None in found:
             raise NotMeasuredError(f"acceptance of {draft.name} on prompt {prompt.digest} is not known")
         return joined([one for one in found if one is not None])
@@ -187,9 +187,9 @@ class _Tracing:
         usable: list[Draft] = []
         failed_parts: set[str] = set()
         for number, draft in enumerate(drafts):
-            if failed_parts.intersection(part.digest for part in draft.parts):
+            if failed_parts.intersection(part.digest for part in draft.components):
                 continue  # a composite of what failed already, which is said once
-            parts = draft.parts if properties.traces(draft) else ()
+            parts = draft.components if properties.traces(draft) else ()
             longest = Setup(draft=draft, length=max_length)
             if not properties.drafts_with(longest):
                 detail = f"{properties.name} drafts nothing with it at lengths up to {max_length}"

@@ -14,11 +14,11 @@ from dataclasses import astuple
 import numpy
 
 from profiles.acceptance.batch_replay import replay, rounds_of
-from profiles.acceptance.expected_rounds import NO_END, Replayed, Walk, walk
+from profiles.acceptance.expected_rounds import NO_END, Replayed, RoundCounts, expected_rounds
 from profiles.acceptance.rates import acceptance_length
 from profiles.records.core import PLAIN, Draft, Interval, Setup, Workload
 from profiles.records.errors import NotMeasuredError
-from profiles.records.evidence import Sample
+from profiles.records.evidence import RoundCount, Sample, StepShape
 from profiles.stats import median, rate_interval, speedup_interval
 from tuner.forecast.evidence import LEAST_PROMPTS, QUEUE_BATCHES, Evidence, Traced
 from tuner.forecast.overhead import Overhead, Use, calibrate, step_samples, use_of
@@ -37,7 +37,7 @@ class Forecaster:
         self._workload = workload
         self._target_part = target_part
         self._seed = seed
-        self._walks: dict[tuple[Setup, str], Walk] = {}
+        self._walks: dict[tuple[Setup, str], RoundCounts] = {}
         self._replays: dict[tuple[Setup, tuple[str, ...]], list[Use]] = {}
         self._times = evidence.capabilities.times
         self._overheads = self._calibrated()
@@ -87,7 +87,7 @@ class Forecaster:
             acceptance_length=acceptance_length(_rounds_of(chosen)),
         )
 
-    def round_s(self, setup: Setup, shape: tuple[int, int, int]) -> float:
+    def round_s(self, setup: Setup, shape: StepShape) -> float:
         """Seconds of one round of a `shape` (see `Sample`), overhead included.
 
         A first step of a draft model wider than any that was timed is priced in proportion to the widest.
@@ -115,15 +115,15 @@ class Forecaster:
         """Seconds of a row's prefill, the draft's included, which the other rows of a batch wait for."""
         return float(self._rates(draft)[3, 0])
 
-    def rounds(self, setup: Setup, prompts: Sequence[Traced]) -> Walk:
+    def rounds(self, setup: Setup, prompts: Sequence[Traced]) -> RoundCounts:
         """The rounds of these prompts, each alone in its batch, added up."""
-        rounds: Counter[tuple[int, int]] = Counter()
-        shapes: Counter[tuple[int, int, int]] = Counter()
+        rounds: Counter[RoundCount] = Counter()
+        shapes: Counter[StepShape] = Counter()
         for prompt in prompts:
             walked = self._walk(setup, prompt)
             rounds.update(walked.rounds)
             shapes.update(walked.shapes)
-        return Walk(rounds=rounds, shapes=shapes)
+        return RoundCounts(rounds=rounds, shapes=shapes)
 
     def split(self, setup: Setup, prompts: Sequence[Traced]) -> RoundSplit:
         """Where a mean round's time goes. Raises NotMeasuredError when no prompt has a round, or none was traced."""
@@ -190,7 +190,7 @@ class Forecaster:
         uses = []
         for index in range(len(prompts)):
             own = runs[index :: len(prompts)]
-            shapes: Counter[tuple[int, int, int]] = Counter()
+            shapes: Counter[StepShape] = Counter()
             for run in own:
                 shapes.update(run.shapes)
             mean = {shape: count / len(own) for shape, count in shapes.items()}
@@ -205,12 +205,14 @@ class Forecaster:
             raise NotMeasuredError(f"{setup.name}: its acceptance was not traced, it was only run")
         return None if setup.draft is None else self._evidence.acceptance(setup.draft, prompt)
 
-    def _walk(self, setup: Setup, prompt: Traced) -> Walk:
+    def _walk(self, setup: Setup, prompt: Traced) -> RoundCounts:
         key = (setup, prompt.digest)
         if key not in self._walks:
             trace, acceptance = self._evidence.traces[prompt.digest], self._acceptance(setup, prompt)
             past_end = self._evidence.capabilities.past_end
-            self._walks[key] = walk(trace, acceptance, setup.length, self._workload.max_new_tokens, past_end=past_end)
+            self._walks[key] = expected_rounds(
+                trace, acceptance, setup.length, self._workload.max_new_tokens, past_end=past_end
+            )
         return self._walks[key]
 
     def _rates(self, draft: Draft | None) -> numpy.ndarray:
@@ -249,8 +251,8 @@ def _columns_by_prompt(samples: Sequence[Sample], prompts: Sequence[str]) -> tup
     return seconds, [sum(sample.output_tokens - 1 for sample in runs) for runs in own]
 
 
-def _rounds_of(samples: Sequence[Sample]) -> Counter[tuple[int, int]]:
-    rounds: Counter[tuple[int, int]] = Counter()
+def _rounds_of(samples: Sequence[Sample]) -> Counter[RoundCount]:
+    rounds: Counter[RoundCount] = Counter()
     for sample in samples:
         rounds.update(sample.rounds)
     return rounds

@@ -16,7 +16,7 @@ from profiles.acceptance.expected_rounds import WIDEST_CATCH_UP
 from profiles.engines.base import Times
 from profiles.records.core import Draft, Setup
 from profiles.records.errors import NotMeasuredError
-from profiles.records.evidence import Sample, StepTimes
+from profiles.records.evidence import Sample, StepShape, StepTimes
 from profiles.stats import median
 
 LEAST_REFILLS = 0.05  # per round, that two runs must differ by to tell what one takes
@@ -56,7 +56,7 @@ class Use:
 
 
 def use_of(
-    setup: Setup, shapes: Mapping[tuple[int, int, int], float], refills: float, target_part: str, times: Times = "steps"
+    setup: Setup, shapes: Mapping[StepShape, float], refills: float, target_part: str, times: Times = "steps"
 ) -> Use:
     """What rounds of these `shapes` use, each (width of the target's step, draft steps, width of the first of them).
 
@@ -87,18 +87,18 @@ def use_of(
     )
 
 
-def _whole_rounds(setup: Setup, shapes: Mapping[tuple[int, int, int], float], refills: float, target_part: str) -> Use:
+def _whole_rounds(setup: Setup, shapes: Mapping[StepShape, float], refills: float, target_part: str) -> Use:
     part = target_part if setup.draft is None else setup.draft.digest
     steps: defaultdict[tuple[str, int], float] = defaultdict(float)
-    for (width, _, _), count in shapes.items():
-        steps[part, width] += count
+    for shape, count in shapes.items():
+        steps[part, shape.target_width] += count
     idle = steps.get((part, 1), 0.0)
     return Use(steps=dict(steps), idle=idle, proposing=sum(steps.values()) - idle, drafted=0.0, refills=refills)
 
 
 def _parts(draft: Draft | None) -> tuple[str | None, str | None]:
     """Part digests of a draft's look-up and of its model, where it has them."""
-    by_kind = {part.kind == "ngram": part.digest for part in draft.parts} if draft is not None else {}
+    by_kind = {part.kind == "ngram": part.digest for part in draft.components} if draft is not None else {}
     return by_kind.get(True), by_kind.get(False)
 
 

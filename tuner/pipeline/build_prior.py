@@ -6,9 +6,10 @@ how a selector uses them.
 
 from collections.abc import Sequence
 
-from profiles.acceptance.expected_rounds import WIDEST_CATCH_UP, Walk
+from profiles.acceptance.expected_rounds import WIDEST_CATCH_UP, RoundCounts
 from profiles.acceptance.rates import acceptance_length
 from profiles.records.core import CATCH_UP_WIDTHS, PLAIN, Draft, Prompt, Setup
+from profiles.records.evidence import StepShape
 from tuner.forecast.forecaster import Forecaster
 from tuner.pipeline.points import PointDecision
 from tuner.policy.prior import Kept, Prior, RoundTimes
@@ -32,7 +33,7 @@ def summarise(anchors: Sequence[PointDecision], lengths: Sequence[int]) -> Prior
         assert anchor.grounds is not None
         forecaster, load = anchor.grounds.forecaster, anchor.workload
         point = load.batch_size, load.context_length, load.temperature
-        times.setdefault((None, *point), _round_times(None, point, (forecaster.round_s(PLAIN, (1, 0, 0)),), 0))
+        times.setdefault((None, *point), _round_times(None, point, (forecaster.round_s(PLAIN, StepShape(1)),), 0))
         for number, draft in enumerate(drafts):
             if draft not in anchor.grounds.evidence.drafts:
                 continue
@@ -70,7 +71,7 @@ def _round_times(
     )
 
 
-def _kept(key: tuple[int, str, float], walks: Sequence[Walk], longest: int) -> Kept:
+def _kept(key: tuple[int, str, float], walks: Sequence[RoundCounts], longest: int) -> Kept:
     """Figures of one draft from its walks at every length, the longest last."""
     number, domain, temperature = key
     rounds = walks[-1].rounds
@@ -92,12 +93,14 @@ def _kept(key: tuple[int, str, float], walks: Sequence[Walk], longest: int) -> K
 
 def _times(forecaster: Forecaster, draft: Draft, prompts: Sequence[Prompt], longest: int) -> tuple[float, ...]:
     """Seconds of a round by the number of tokens proposed, the mean over what such rounds ran in the walks."""
-    seconds = [forecaster.round_s(Setup(draft=draft, length=1), (1, 0, 0))]
+    seconds = [forecaster.round_s(Setup(draft=draft, length=1), StepShape(1))]
     for length in range(1, longest + 1):
         setup = Setup(draft=draft, length=length)
-        usual = (length + 1, length, CATCH_UP_WIDTHS[0]) if draft.kind != "ngram" else (length + 1, 0, 0)
+        usual = StepShape(length + 1) if draft.kind == "ngram" else StepShape(length + 1, length, CATCH_UP_WIDTHS[0])
         ran = {
-            shape: count for shape, count in forecaster.rounds(setup, prompts).shapes.items() if shape[0] == length + 1
+            shape: count
+            for shape, count in forecaster.rounds(setup, prompts).shapes.items()
+            if shape.target_width == length + 1
         }
         ran = ran or {usual: 1.0}
         spent = sum(count * forecaster.round_s(setup, shape) for shape, count in ran.items())
@@ -110,5 +113,7 @@ def _catch_up_s(forecaster: Forecaster, draft: Draft) -> float:
     if draft.kind == "ngram":
         return 0.0
     setup, narrow = Setup(draft=draft, length=1), CATCH_UP_WIDTHS[0]
-    more = forecaster.round_s(setup, (2, 1, WIDEST_CATCH_UP)) - forecaster.round_s(setup, (2, 1, narrow))
+    more = forecaster.round_s(setup, StepShape(2, 1, WIDEST_CATCH_UP)) - forecaster.round_s(
+        setup, StepShape(2, 1, narrow)
+    )
     return max(0.0, more) / (WIDEST_CATCH_UP - narrow)

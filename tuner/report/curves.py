@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy
 from scipy import stats
 
-from profiles.acceptance.expected_rounds import walk
+from profiles.acceptance.expected_rounds import expected_rounds
 from profiles.acceptance.rates import acceptance_by_position
 from profiles.records.core import Draft, Interval, Model, Prompt, Workload
 from tuner.forecast.evidence import Evidence
@@ -55,7 +55,9 @@ def _positions(
     draft, prompt = asked
     acceptance = evidence.acceptances[draft.digest, prompt.digest]
     past_end = evidence.capabilities.past_end
-    walked = walk(evidence.traces[prompt.digest], acceptance, length, workload.max_new_tokens, past_end=past_end)
+    walked = expected_rounds(
+        evidence.traces[prompt.digest], acceptance, length, workload.max_new_tokens, past_end=past_end
+    )
     return {position: (tried, share * tried) for position, tried, share in acceptance_by_position(walked.rounds)}
 
 

@@ -123,7 +123,7 @@ def _content(report_data: ReportData) -> dict[str, Any]:
 
 def _hues(report_data: ReportData) -> dict[str, str]:
     """A colour for every draft the report names; those with curves of their own go first, so that theirs differ."""
-    names = [part.name for draft in report_data.drafts for part in draft.parts]
+    names = [part.name for draft in report_data.drafts for part in draft.components]
     names += [one.draft_name for anchor in report_data.anchors for one in anchor.candidates]
     subjects = [_subject(anchor.choice) for anchor in report_data.anchors]  # an earlier run's draft may be gone
     names += [one.setup.draft.name for one in subjects if one is not None and one.setup.draft is not None]

@@ -119,7 +119,7 @@ class LlamaCppEngine(Served[tuple[str, ...], LlamaServer]):
         return AcceptanceTrace(
             prompt_digest=prompt.digest,
             draft_digest=draft.digest,
-            keep_probs=tuple(map(float, keeps)),
+            accept_probs=tuple(map(float, keeps)),
             confidences=tuple(responses.probs_of(run)[0][0] for run in runs),
         )
 

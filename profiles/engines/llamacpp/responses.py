@@ -17,7 +17,7 @@ from profiles.engines.serving.http_load import TIMEOUT_S, Answer
 from profiles.engines.serving.logs import one_line
 from profiles.records.core import Prompt, Setup, Workload, digest_of
 from profiles.records.errors import EngineError
-from profiles.records.evidence import Rounds, Sample, Shapes
+from profiles.records.evidence import RoundCount, Rounds, Sample, Shapes, StepShape
 
 PATH = "/completion"
 
@@ -36,10 +36,10 @@ class Step:
     rounds: int
 
     @property
-    def split(self) -> list[tuple[int, int]]:
+    def split(self) -> list[RoundCount]:
         """(proposed, accepted) of its rounds; of several, shared out evenly."""
         proposed, accepted = _shares(self.proposed, self.rounds), _shares(self.accepted, self.rounds)
-        return list(zip(proposed, accepted, strict=True))
+        return list(map(RoundCount, proposed, accepted))
 
 
 def _shares(total: int, count: int) -> list[int]:
@@ -72,7 +72,7 @@ class Generated:
 
     @property
     def shapes(self) -> Shapes:
-        return Counter((proposed + 1, 0, 0) for step in self.steps for proposed, _ in step.split)
+        return Counter(StepShape(proposed + 1) for step in self.steps for proposed, _ in step.split)
 
 
 def body_of(workload: Workload, token_ids: Sequence[int], **more: Any) -> dict[str, Any]:

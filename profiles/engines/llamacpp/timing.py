@@ -130,7 +130,7 @@ def time_plan(plan: Sequence[Timed], shape: Shape, measure: Callable[[Timed], li
             widths[asked.width] = widths.get(asked.width, ()) + tuple(seconds)
     return {
         part: StepTimes(
-            part_digest=part,
+            component_digest=part,
             batch_size=shape.batch_size,
             context_length=shape.context_length,
             samples_s=samples,

@@ -30,7 +30,7 @@ from profiles.hardware.fingerprint import fingerprint
 from profiles.models import loader
 from profiles.records.core import PLAIN, Draft, Environment, Model, Prompt, Setup, Workload, digest_of
 from profiles.records.errors import EngineError, InputError
-from profiles.records.evidence import Acceptance, Rounds, Sample, StepTimes, TargetTrace
+from profiles.records.evidence import Acceptance, RoundCount, Rounds, Sample, StepShape, StepTimes, TargetTrace
 
 NUM_LOADS, ROUNDS_OF_A_LOAD = 7, 28  # of which a plain round's seconds are taken
 PATTERN = "The quick brown fox jumps over the lazy dog and runs on. "
@@ -110,13 +110,13 @@ class ServerEngine(Served[Setup, Started]):
         self._warm_up(PLAIN, asked, rows)
         samples_s, disturbed = self._quietest(lambda: self._plain_rounds(asked, rows))
         times = StepTimes(
-            part_digest=self.target.run_digest,
+            component_digest=self.target.run_digest,
             batch_size=workload.batch_size,
             context_length=context_length,
             samples_s={1: samples_s},
             disturbed=disturbed,
         )
-        return {times.part_digest: times}
+        return {times.component_digest: times}
 
     def run_together(
         self,
@@ -267,10 +267,10 @@ def _sample(setup: Setup, prompts: Sequence[Prompt], queue: Sequence[Counted], n
     run, rounds = queue[number]
     num_tokens = len(run.token_ids)
     if setup.draft is None:
-        rounds = {(0, 0): num_tokens - 1} if num_tokens > 1 else {}
-    shapes: Counter[tuple[int, int, int]] = Counter()
+        rounds = {RoundCount(0, 0): num_tokens - 1} if num_tokens > 1 else {}
+    shapes: Counter[StepShape] = Counter()
     for (proposed, _), count in (rounds or {}).items():
-        shapes[(proposed + 1, 0, 0)] += count
+        shapes[StepShape(proposed + 1)] += count
     return Sample(
         setup_digest=setup.digest,
         prompt_digest=prompts[number].digest,

@@ -14,7 +14,7 @@ from profiles.engines.serving.metrics import Counters
 from profiles.engines.serving.server_kind import Counted, ServerKind, found_in
 from profiles.records.core import Prompt
 from profiles.records.errors import EngineError
-from profiles.records.evidence import Rounds, TargetTrace
+from profiles.records.evidence import RoundCount, Rounds, TargetTrace
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -97,7 +97,7 @@ def rounds_between(completion: Completion, counted: Counters, dialect: ServerKin
         return None
     length = counted.num_draft_tokens // counted.num_drafts
     reached = (counted.num_drafts, *counted.accepted_by_position, *[0] * (length + 1))
-    found = [((length, kept), reached[kept] - reached[kept + 1]) for kept in range(length + 1)]
+    found = [(RoundCount(length, kept), reached[kept] - reached[kept + 1]) for kept in range(length + 1)]
     return _with_plain(completion, found, dialect)
 
 
@@ -150,7 +150,7 @@ def _choices(answer: Answer) -> Iterator[tuple[float, Mapping[str, Any]]]:
 
 def _with_plain(completion: Completion, counted: Counted, dialect: ServerKind) -> Rounds:
     """Adds the rounds that proposed nothing: what is left of the output; the last round may reach past its end."""
-    rounds: Counter[tuple[int, int]] = Counter()
+    rounds: Counter[RoundCount] = Counter()
     for pair, count in counted:
         rounds[pair] += count
     by_drafts = sum((accepted + 1) * count for (_, accepted), count in rounds.items())
@@ -160,5 +160,5 @@ def _with_plain(completion: Completion, counted: Counted, dialect: ServerKind) -
     ):  # an event is a round, or a few of them
         most = least + max((accepted for _, accepted in rounds), default=0)
         least = min(max(len(completion.arrivals) - 1 - rounds.total(), least), most)
-    rounds[(0, 0)] = least
+    rounds[RoundCount(0, 0)] = least
     return {pair: count for pair, count in rounds.items() if count}

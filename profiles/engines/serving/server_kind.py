@@ -14,10 +14,11 @@ from profiles.engines.serving import metrics
 from profiles.engines.serving.http_load import Answer, Body
 from profiles.records.core import Prompt, Workload
 from profiles.records.errors import EngineError, InputError
+from profiles.records.evidence import RoundCount
 
 Kind = Literal["vllm", "sglang", "llamacpp", "trtllm", "openai"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-Counted = Sequence[tuple[tuple[int, int], int]]  # ((proposed, accepted), how often)
+Counted = Sequence[tuple[RoundCount, int]]  # rounds, and how often each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +93,7 @@ def _in_vllm(answer: Answer) -> Counted | None:
     if drafted is None or accepted is None:
         names = ("acceptance_histogram", "num_draft_tokens", "num_spec_steps")
         return _histogram(*(records[0][name] for name in names))
-    return [(pair, 1) for pair in zip(drafted, accepted, strict=True)]
+    return [(RoundCount(*pair), 1) for pair in zip(drafted, accepted, strict=True)]
 
 
 def _in_sglang(answer: Answer) -> Counted | None:
@@ -108,7 +109,7 @@ def _histogram(counts: Sequence[int], num_proposed: int, num_rounds: int) -> Cou
         return []
     if num_proposed % num_rounds:
         raise EngineError(f"the server drafted {num_proposed} tokens in {num_rounds} rounds: not equally many in each")
-    return [((num_proposed // num_rounds, kept), count) for kept, count in enumerate(counts)]
+    return [(RoundCount(num_proposed // num_rounds, accepted), count) for accepted, count in enumerate(counts)]
 
 
 def _in_llamacpp(answer: Answer) -> Counted | None:
@@ -117,8 +118,8 @@ def _in_llamacpp(answer: Answer) -> Counted | None:
         return None
     totals = [(one.get("draft_n", 0), one.get("draft_n_accepted", 0)) for one in timings]
     pairs = zip([(0, 0), *totals], totals, strict=False)
-    rounds = [(now[0] - before[0], now[1] - before[1]) for before, now in pairs]
-    return [(pair, 1) for pair in rounds if pair[0] > 0]
+    rounds = [RoundCount(now[0] - before[0], now[1] - before[1]) for before, now in pairs]
+    return [(each, 1) for each in rounds if each.proposed > 0]
 
 
 VLLM = ServerKind(

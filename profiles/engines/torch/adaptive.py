@@ -77,7 +77,7 @@ class Drafters:
         if setup.length > self._max_length:
             raise InputError(f"{setup.name}: this run was made for speculation lengths up to {self._max_length}")
         assert setup.draft is not None
-        parts = [self.part(part) for part in setup.draft.parts]
+        parts = [self.part(part) for part in setup.draft.components]
         self._made[setup] = assembled(parts), [part for part in parts if isinstance(part, ModelDrafter)]
 
     def part(self, part: Draft) -> PartDrafter:
@@ -161,7 +161,7 @@ class Steered:
 
         The last round of a row is cut where its text ends, as at the end of an output. Look-ups are not scored.
         """
-        parts = () if setup.draft is None else setup.draft.parts
+        parts = () if setup.draft is None else setup.draft.components
         match [self._drafters.part(part) for part in parts]:
             case [ModelDrafter() as draft]:
                 pass

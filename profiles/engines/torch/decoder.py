@@ -15,9 +15,10 @@ from torch.nn import functional
 
 from profiles.engines.torch.batch_model import RowStepper
 from profiles.engines.torch.drafters import Drafted, Drafter, Text, nothing
-from profiles.engines.torch.sampling import KeyedRandom, accept_greedy, accept_sampled, draw, output_law
+from profiles.engines.torch.sampling import KeyedRandom, accept_greedy, accept_sampled, draw, sampling_probs
 from profiles.records.core import Prompt
 from profiles.records.errors import BadNumbersError
+from profiles.records.evidence import RoundCount, StepShape
 from profiles.timing.clock import Clock
 
 NOT_FINITE = "the target's logits are not finite; check its weights, or use a wider dtype"
@@ -33,8 +34,8 @@ class Generation:
     """
 
     token_ids: list[int]
-    rounds: Counter[tuple[int, int]] = field(default_factory=Counter)
-    shapes: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    rounds: Counter[RoundCount] = field(default_factory=Counter)
+    shapes: Counter[StepShape] = field(default_factory=Counter)
     refills: int = 0
     ended: bool = False
     ttft_s: float = 0.0
@@ -149,13 +150,13 @@ class Decoder:
         logits = self._target.step(tokens, positions, tokens.shape[1], row=number)[:, 0]
         if not bool(torch.isfinite(logits).all()):
             raise BadNumbersError(NOT_FINITE)
-        law = output_law(logits, self._workload) if self._watch or not self._draws.is_greedy else logits
+        law = sampling_probs(logits, self._workload) if self._watch or not self._draws.is_greedy else logits
         token = int(logits.argmax(-1)) if self._draws.is_greedy else int(draw(law, self._draws.first(number)))
         if self._watch:
             self._note(run, logits[0], float(law[0, token]))
         return token
 
-    def round(self) -> list[tuple[int, int]]:
+    def round(self) -> list[RoundCount]:
         """One round of all rows under way; (proposed, accepted) of each of them."""
         text = self.text
         asked = [
@@ -177,7 +178,7 @@ class Decoder:
         if self._draws.is_greedy:
             accepted, token = accept_greedy(proposal, logits)
         else:
-            law = output_law(logits, self._workload)
+            law = sampling_probs(logits, self._workload)
             accepted, token = accept_sampled(proposal, law, self._draws, places)
         block = functional.pad(proposal.token_ids, (0, 1)).scatter(1, accepted[:, None], token[:, None])
         text.token_ids.scatter_(1, text.lengths[:, None] + ahead, block)
@@ -187,10 +188,10 @@ class Decoder:
         for number, (proposed, kept, *tokens) in enumerate(read):
             row = self.rows[number]
             if row is not None:
-                row.run.shapes[widest + 1, drafted.steps, drafted.first_width] += 1
-                outcomes.append((proposed, self._commit(number, row, proposed, tokens[: kept + 1])))
+                row.run.shapes[StepShape(widest + 1, drafted.steps, drafted.first_width)] += 1
+                outcomes.append(RoundCount(proposed, self._commit(number, row, proposed, tokens[: kept + 1])))
                 if self._watch:
-                    probs = output_law(logits[number], self._workload) if law is None else law[number]
+                    probs = sampling_probs(logits[number], self._workload) if law is None else law[number]
                     self._note(row.run, logits[number, kept], float(probs[kept, tokens[kept]]))
         if self._drafter is not None:
             self._drafter.settle(text)
@@ -206,7 +207,7 @@ class Decoder:
         if end is not None:
             tokens, row.run.ended = tokens[: end + 1], True
             accepted = min(accepted, end + 1)
-        row.run.rounds[proposed, accepted] += 1
+        row.run.rounds[RoundCount(proposed, accepted)] += 1
         self.text.host[number] += tokens
         return accepted
 

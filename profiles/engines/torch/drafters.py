@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from profiles.acceptance.expected_rounds import WIDEST_CATCH_UP, catch_up_width
 from profiles.acceptance.ngram import NgramIndex
 from profiles.engines.torch.batch_model import RowStepper
-from profiles.engines.torch.sampling import KeyedRandom, Proposal, draw, output_law
+from profiles.engines.torch.sampling import KeyedRandom, Proposal, draw, sampling_probs
 from profiles.records.core import Draft
 
 
@@ -142,7 +142,7 @@ class ModelDrafter:
             if self._draws.is_greedy:
                 token = logits.argmax(-1)
             else:
-                laws.append(output_law(logits, self._draws.workload))
+                laws.append(sampling_probs(logits, self._draws.workload))
                 token = draw(laws[-1], self._draws.at("draft", (places + number)[:, None])[:, 0])
             counts = counts + alive.long()
             chosen.append(token)

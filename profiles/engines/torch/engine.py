@@ -42,7 +42,7 @@ class TorchEngine:
         self._models: dict[str, PreTrainedModel | None] = {
             part.digest: source.model if part.kind != "ngram" else None
             for source in sources
-            for part in source.draft.parts
+            for part in source.draft.components
         }
         self._models[target.record.run_digest] = target.model
         self._clock = Clock(device)
@@ -101,7 +101,9 @@ class TorchEngine:
             parts = step_times.Parts(
                 target=(self.target.run_digest, self._stepper(self.target.run_digest, workload)),
                 models={digest: self._stepper(digest, workload) for digest in self._model_parts},
-                lookups={part.digest: part for draft in self._drafts for part in draft.parts if part.kind == "ngram"},
+                lookups={
+                    part.digest: part for draft in self._drafts for part in draft.components if part.kind == "ngram"
+                },
             )
             shape = (context_length, max_length)
             times, disturbed = quietest(lambda: step_times.time_steps(parts, workload, shape, self._clock), self._gpus)

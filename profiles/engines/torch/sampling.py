@@ -63,7 +63,7 @@ def keyed_uniforms(workload: Workload, prompt: Prompt, purpose: str) -> torch.Te
     return torch.rand(workload.max_new_tokens, generator=generator, dtype=torch.float64)
 
 
-def output_law(logits: torch.Tensor, workload: Workload) -> torch.Tensor:
+def sampling_probs(logits: torch.Tensor, workload: Workload) -> torch.Tensor:
     """Probabilities (any, vocabulary), float32, from logits of that shape: temperature, then top-k, then top-p.
 
     The smallest set of most likely tokens whose mass reaches top-p is kept, at least one; the rest is zero and the

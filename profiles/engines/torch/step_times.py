@@ -58,7 +58,7 @@ def time_steps(parts: Parts, workload: Workload, shape: tuple[int, int], clock: 
         samples = _cycle(steps, clock)
     return {
         part: StepTimes(
-            part_digest=part,
+            component_digest=part,
             batch_size=workload.batch_size,
             context_length=context_length,
             samples_s={width: tuple(values) for (owner, width), values in samples.items() if owner == part},

@@ -1,13 +1,13 @@
 """Acceptance of a draft over a target trace: one teacher-forced pass of a model, or one look-up per position.
 
 Within a round a draft has only ever seen accepted tokens, which are the trace's own; so one pass answers for every
-speculation length (`formulas.walk`). Knows nothing of time.
+speculation length (`formulas.expected_rounds`). Knows nothing of time.
 """
 
 import torch
 from transformers import PreTrainedModel
 
-from profiles.engines.torch.sampling import output_law
+from profiles.engines.torch.sampling import sampling_probs
 from profiles.records.core import Draft, Prompt, Workload
 from profiles.records.errors import BadNumbersError
 from profiles.records.evidence import AcceptanceTrace, TargetTrace
@@ -33,12 +33,12 @@ def trace_model(
         if workload.temperature == 0.0:
             keep = (logits.argmax(-1) == index).float().tolist()
         else:
-            draft_probs = output_law(logits, workload).gather(-1, index[:, None])[:, 0].double().cpu()
+            draft_probs = sampling_probs(logits, workload).gather(-1, index[:, None])[:, 0].double().cpu()
             target_probs = torch.tensor(trace.target_probs, dtype=torch.float64)
             keep = (draft_probs / target_probs).clamp(0.0, 1.0).tolist()
     return AcceptanceTrace(
         prompt_digest=prompt.digest,
         draft_digest=draft.digest,
-        keep_probs=tuple(keep),
+        accept_probs=tuple(keep),
         confidences=tuple(confidences),
     )

@@ -140,7 +140,7 @@ class VllmEngine(Served[Kind, Child]):
         return AcceptanceTrace(
             prompt_digest=prompt.digest,
             draft_digest=draft.digest,
-            keep_probs=tuple(float(rank == 1) for _, rank, _ in scores),
+            accept_probs=tuple(float(rank == 1) for _, rank, _ in scores),
             confidences=tuple(confidences),
         )
 
@@ -184,7 +184,7 @@ class VllmEngine(Served[Kind, Child]):
         times, disturbed = self._quietest(visit_all)
         return {
             part: StepTimes(
-                part_digest=part,
+                component_digest=part,
                 batch_size=workload.batch_size,
                 context_length=context_length,
                 samples_s={width: tuple(seconds) for width, seconds in own.items() if seconds},

@@ -11,7 +11,7 @@ from typing import Any
 
 from profiles.engines.vllm.config import kind_of, sampling_of
 from profiles.records.core import PLAIN, Draft, Model, Prompt, Setup, Workload, digest_of
-from profiles.records.evidence import Sample
+from profiles.records.evidence import RoundCount, Sample, StepShape
 
 CYCLES, ROUNDS = 4, 3  # so many visits to every draft and length, of so many full rounds each
 PATTERN = 97  # token ids of a text that repeats
@@ -86,8 +86,8 @@ def sample_of(setup: Setup, prompt: Prompt, run: dict[str, Any], disturbed: bool
         ttft_s=run["first_s"] - run["started_s"],
         decode_s=run["last_s"] - run["first_s"],
         output_tokens=len(run["token_ids"]),
-        rounds=Counter((drafted, accepted) for drafted, accepted in run["rounds"]),
-        shapes=Counter((width, 0, 0) for width in run["widths"]),
+        rounds=Counter(RoundCount(*pair) for pair in run["rounds"]),
+        shapes=Counter(StepShape(width) for width in run["widths"]),
         refills=run["refills"],
         output_digest=digest_of(run["token_ids"]),
         disturbed=disturbed,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiles.acceptance import rates
-from profiles.acceptance.expected_rounds import walk
+from profiles.acceptance.expected_rounds import expected_rounds
 from profiles.acceptance.rates import acceptance_by_position, acceptance_length, acceptance_rate
 from profiles.records.errors import InputError, NotMeasuredError
 from profiles.records.evidence import AcceptanceTrace, LookupTrace, TargetTrace
@@ -26,9 +26,9 @@ def _trace(size: int, ended: bool = False) -> TargetTrace:
     )
 
 
-def _kept(*keep_probs: float) -> AcceptanceTrace:
+def _kept(*accept_probs: float) -> AcceptanceTrace:
     return AcceptanceTrace(
-        prompt_digest="p", draft_digest="d", keep_probs=keep_probs, confidences=(1.0,) * len(keep_probs)
+        prompt_digest="p", draft_digest="d", accept_probs=accept_probs, confidences=(1.0,) * len(accept_probs)
     )
 
 
@@ -51,44 +51,44 @@ def test_no_rounds_give_no_figures() -> None:
 
 def test_greedy_walk_by_hand() -> None:
     """Rounds start after a rejection or after the target token; the last one drafts what is left."""
-    walked = walk(_trace(10), _kept(0, 1, 1, 0, 1, 1, 1, 0, 1, 1), 2, 10)
+    walked = expected_rounds(_trace(10), _kept(0, 1, 1, 0, 1, 1, 1, 0, 1, 1), 2, 10)
     assert walked.rounds == {(2, 2): 2.0, (2, 0): 1.0, (1, 1): 1.0}
     assert walked.shapes == {(3, 2, 2): 3.0, (2, 1, 2): 1.0}
 
 
 def test_accepted_end_token_ends_the_walk_without_a_target_token() -> None:
     """Tokens drafted after the end count as drafted, not as accepted."""
-    walked = walk(_trace(4, ended=True), _kept(0, 1, 1, 1), 8, 64)
+    walked = expected_rounds(_trace(4, ended=True), _kept(0, 1, 1, 1), 8, 64)
     assert walked.rounds == {(8, 3): 1.0}
 
 
 def test_end_token_from_the_target_ends_the_walk() -> None:
     """The target's own end token closes the round that rejected before it."""
-    walked = walk(_trace(4, ended=True), _kept(0, 1, 1, 0), 8, 64)
+    walked = expected_rounds(_trace(4, ended=True), _kept(0, 1, 1, 0), 8, 64)
     assert walked.rounds == {(8, 2): 1.0}
 
 
 def test_plain_decoding_walks_one_token_a_round() -> None:
     """Every token but the first is a round with nothing proposed."""
-    assert walk(_trace(7), None, 0, 7).rounds == {(0, 0): 6.0}
-    assert walk(_trace(1), None, 0, 7).rounds == {}
+    assert expected_rounds(_trace(7), None, 0, 7).rounds == {(0, 0): 6.0}
+    assert expected_rounds(_trace(1), None, 0, 7).rounds == {}
 
 
 def test_lookup_walk_takes_plain_steps_where_nothing_matches() -> None:
     """An n-gram round verifies what it proposed plus one token, or is a plain step."""
     lookup = LookupTrace(
-        prompt_digest="p", draft_digest="d", max_length=4, proposed=(0, 0, 3, 0, 0, 2), kept=(0, 0, 2, 0, 0, 1)
+        prompt_digest="p", draft_digest="d", max_length=4, proposed=(0, 0, 3, 0, 0, 2), accepted=(0, 0, 2, 0, 0, 1)
     )
-    assert walk(_trace(6), lookup, 4, 6).rounds == {(0, 0): 2.0, (3, 2): 1.0}
-    assert walk(_trace(6), lookup, 1, 6).rounds == {(0, 0): 3.0, (1, 1): 1.0}
+    assert expected_rounds(_trace(6), lookup, 4, 6).rounds == {(0, 0): 2.0, (3, 2): 1.0}
+    assert expected_rounds(_trace(6), lookup, 1, 6).rounds == {(0, 0): 3.0, (1, 1): 1.0}
     with pytest.raises(NotMeasuredError, match="up to 4, not 5"):
-        walk(_trace(6), lookup, 5, 6)
+        expected_rounds(_trace(6), lookup, 5, 6)
 
 
 def test_a_draft_needs_a_length() -> None:
     """Length 0 belongs to plain decoding alone."""
     with pytest.raises(InputError, match="length 0"):
-        walk(_trace(3), _kept(0, 1, 1), 0, 3)
+        expected_rounds(_trace(3), _kept(0, 1, 1), 0, 3)
 
 
 @given(
@@ -99,7 +99,7 @@ def test_a_draft_needs_a_length() -> None:
 def test_expected_walk_emits_every_token(keep: list[float], length: int, ended: bool) -> None:
     """Whatever the keep probabilities, accepted plus target tokens add up to the trace, less a final target token."""
     size = len(keep)
-    walked = walk(_trace(size, ended), _kept(*keep), length, size + 5 if ended else size)
+    walked = expected_rounds(_trace(size, ended), _kept(*keep), length, size + 5 if ended else size)
     emitted = sum((kept + 1) * count for (_, kept), count in walked.rounds.items())
     assert size - 1 - 1e-6 <= emitted <= size + 1e-6
     if not ended:
@@ -119,11 +119,13 @@ def test_greedy_walk_is_a_run_of_whole_rounds(keep: list[int], length: int) -> N
             accepted += 1
         rounds[asked, accepted] = rounds.get((asked, accepted), 0.0) + 1.0
         start += accepted + 1
-    assert dict(walk(_trace(size), _kept(*map(float, keep)), length, size).rounds) == rounds
+    assert dict(expected_rounds(_trace(size), _kept(*map(float, keep)), length, size).rounds) == rounds
 
 
 def test_unused_first_position_changes_nothing() -> None:
     """Token 0 comes from the prefill, whatever the draft would have said there."""
     trace = _trace(5)
     acceptance = _kept(0, 1, 0, 1, 1)
-    assert walk(trace, acceptance, 2, 5) == walk(trace, replace(acceptance, keep_probs=(1.0, 1, 0, 1, 1)), 2, 5)
+    assert expected_rounds(trace, acceptance, 2, 5) == expected_rounds(
+        trace, replace(acceptance, accept_probs=(1.0, 1, 0, 1, 1)), 2, 5
+    )

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from profiles.acceptance.expected_rounds import walk
+from profiles.acceptance.expected_rounds import expected_rounds
 from profiles.builtin import FAMILY_FOLDER, TARGET
 from profiles.builtin.training import corpus, evaluate
 from profiles.engines import bench as bench_module
@@ -70,4 +70,4 @@ def test_trained_models_walk_as_they_run() -> None:
             plain, *samples = bench.engine.run_together(workload, (prompt,), setups, "test")
             for length, sample in enumerate(samples, start=1):
                 assert sample.output_digest == plain.output_digest
-                assert dict(sample.rounds) == dict(walk(trace, acceptance, length, 16).rounds)
+                assert dict(sample.rounds) == dict(expected_rounds(trace, acceptance, length, 16).rounds)

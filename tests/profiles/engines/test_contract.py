@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from profiles.acceptance.expected_rounds import walk
+from profiles.acceptance.expected_rounds import expected_rounds
 from profiles.builtin import TARGET
 from profiles.engines import factory
 from profiles.engines.base import Change, Engine, Times
@@ -132,7 +132,7 @@ class TestEngineContract:
                 assert len(acceptance.proposed) == 24
             else:
                 assert isinstance(acceptance, AcceptanceTrace)
-                assert set(acceptance.keep_probs) <= {0.0, 1.0}
+                assert set(acceptance.accept_probs) <= {0.0, 1.0}
 
     def test_step_times_cover_what_rounds_use(self, engine: Engine) -> None:
         """The target at widths 1..k+1, a draft model at 1, 2 and maybe more, a look-up at every length; else rounds."""
@@ -159,7 +159,9 @@ class TestEngineContract:
             acceptance = None
             if setup.draft is not None:
                 acceptance = engine.trace_draft(asked, PROMPT, trace, setup.draft, MAX_LENGTH)
-            assert dict(sample.rounds) == dict(walk(trace, acceptance, setup.length, 24, past_end=past_end).rounds)
+            assert dict(sample.rounds) == dict(
+                expected_rounds(trace, acceptance, setup.length, 24, past_end=past_end).rounds
+            )
 
     def test_what_it_does_not_have_is_an_error(self, engine: Engine) -> None:
         """A draft never loaded or measured is refused with a message that names it."""

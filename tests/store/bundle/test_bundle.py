@@ -214,7 +214,7 @@ class TestUnlikeEvidence:
         ("table", "column", "place"),
         [
             ("target_traces", "token_ids", "token_ids[3] is "),
-            ("acceptance_traces", "keep_probs", "keep_probs[3] is "),
+            ("acceptance_traces", "keep_probs", "accept_probs[3] is "),
             ("step_times", "samples_s", "samples_s[1][1][3] is "),
             ("models", "num_params", "num_params is "),
         ],

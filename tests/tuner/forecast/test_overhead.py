@@ -8,7 +8,7 @@ import pytest
 
 from profiles.records.core import PLAIN, Draft, Model, Setup
 from profiles.records.errors import NotMeasuredError
-from profiles.records.evidence import Sample, StepTimes
+from profiles.records.evidence import Sample, StepShape, StepTimes
 from tests.support.fakes import DRAFT_A, NGRAM, TARGET
 from tuner.forecast.overhead import calibrate, step_samples, use_of
 
@@ -18,7 +18,7 @@ DEEP = Draft(kind="model", model=Model(name="deep", dtype="float32", digest="dee
 
 def _steps(part: str, seconds: dict[int, float]) -> StepTimes:
     samples = {width: (value,) for width, value in seconds.items()}
-    return StepTimes(part_digest=part, batch_size=1, context_length=64, samples_s=samples)
+    return StepTimes(component_digest=part, batch_size=1, context_length=64, samples_s=samples)
 
 
 STEPS = {
@@ -52,7 +52,7 @@ def _run(setup: Setup, rounds: dict[tuple[int, int], int], beyond_s: float) -> t
 
 def test_steps_of_a_round_by_hand() -> None:
     """Three rounds of two proposals and a plain step: verify widths 3 and 1, a first draft step of 2 and one of 1."""
-    use = use_of(Setup(draft=DRAFT_A, length=2), {(3, 2, 2): 3.0, (1, 0, 0): 1.0}, 4.0, PART)
+    use = use_of(Setup(draft=DRAFT_A, length=2), {StepShape(3, 2, 2): 3.0, StepShape(1): 1.0}, 4.0, PART)
     assert use.steps == {(PART, 3): 3.0, (PART, 1): 1.0, (DRAFT_A.digest, 1): 3.0, (DRAFT_A.digest, 2): 3.0}
     assert (use.idle, use.proposing, use.drafted, use.refills) == (1.0, 3.0, 6.0, 4.0)
     rates = numpy.array([[0.5], [2.0], [0.25], [0.1]])
@@ -61,14 +61,14 @@ def test_steps_of_a_round_by_hand() -> None:
 
 def test_lookup_is_asked_once_a_round() -> None:
     """Also in rounds where it proposes nothing."""
-    use = use_of(Setup(draft=NGRAM, length=4), {(4, 0, 0): 2.0, (1, 0, 0): 5.0}, 0.0, PART)
+    use = use_of(Setup(draft=NGRAM, length=4), {StepShape(4): 2.0, StepShape(1): 5.0}, 0.0, PART)
     assert use.steps == {(PART, 4): 2.0, (PART, 1): 5.0, (NGRAM.digest, 4): 7.0}
 
 
 def test_a_composite_uses_its_parts() -> None:
     """A look-up round, a round of the model that is 5 tokens behind, and one that is 130 behind: three steps of 64."""
     composite = Draft(kind="composite", model=DRAFT_A.model, max_match=4, min_match=2)
-    shapes = {(3, 0, 0): 1.0, (5, 4, 8): 1.0, (5, 4, 192): 1.0}
+    shapes = {StepShape(3): 1.0, StepShape(5, 4, 8): 1.0, StepShape(5, 4, 192): 1.0}
     use = use_of(Setup(draft=composite, length=4), shapes, 0.0, PART)
     assert use.steps == {
         (PART, 3): 1.0,

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from profiles.acceptance.batch_replay import replay
-from profiles.acceptance.expected_rounds import RoundOutcome, walk
+from profiles.acceptance.expected_rounds import RoundOutcome, expected_rounds
 from profiles.engines.base import TORCH
 from profiles.engines.recorded import RecordedEngine, Recorder, covers
 from profiles.records.core import PLAIN, Prompt, Setup, Workload
 from profiles.records.errors import EngineError, NotMeasuredError
-from profiles.records.evidence import AcceptanceTrace, Sample, StepTimes, TargetTrace
+from profiles.records.evidence import AcceptanceTrace, Sample, StepShape, StepTimes, TargetTrace
 from profiles.stats import median
 from store.cached_engine import CachedEngine
 from store.evidence_store import EvidenceStore
@@ -55,27 +55,31 @@ def _trace(size: int) -> TargetTrace:
 
 def _kept(*keep: int) -> AcceptanceTrace:
     return AcceptanceTrace(
-        prompt_digest="p", draft_digest="d", keep_probs=tuple(map(float, keep)), confidences=(1.0,) * len(keep)
+        prompt_digest="p", draft_digest="d", accept_probs=tuple(map(float, keep)), confidences=(1.0,) * len(keep)
     )
 
 
 def test_rounds_that_run_past_the_end() -> None:
     """5 new tokens, k = 3: the round from token 3 drafts 3 although 1 is wanted, and counts what is kept beyond."""
     keep = _kept(0, 1, 0, 1, 1, 1, 1, 0)
-    assert walk(_trace(5), replace(keep, keep_probs=keep.keep_probs[:5], confidences=(1.0,) * 5), 3, 5).rounds == {
+    assert expected_rounds(
+        _trace(5), replace(keep, accept_probs=keep.accept_probs[:5], confidences=(1.0,) * 5), 3, 5
+    ).rounds == {
         (3, 1): 1.0,
         (1, 1): 1.0,
     }
-    assert walk(_trace(8), keep, 3, 5, past_end=True).rounds == {(3, 1): 1.0, (3, 3): 1.0}
-    assert walk(_trace(8), None, 0, 5, past_end=True).rounds == {(0, 0): 4.0}
+    assert expected_rounds(_trace(8), keep, 3, 5, past_end=True).rounds == {(3, 1): 1.0, (3, 3): 1.0}
+    assert expected_rounds(_trace(8), None, 0, 5, past_end=True).rounds == {(0, 0): 4.0}
 
 
 def test_a_round_is_one_step() -> None:
     """Of plain decoding or of the draft, by the tokens verified; what the model's steps were does not matter."""
-    use = use_of(Setup(draft=DRAFT_A, length=3), {(4, 3, 2): 5.0, (1, 0, 0): 1.0}, 2.0, TARGET.run_digest, "rounds")
+    use = use_of(
+        Setup(draft=DRAFT_A, length=3), {StepShape(4, 3, 2): 5.0, StepShape(1): 1.0}, 2.0, TARGET.run_digest, "rounds"
+    )
     assert use.steps == {(DRAFT_A.digest, 4): 5.0, (DRAFT_A.digest, 1): 1.0}
     assert (use.idle, use.proposing, use.drafted, use.refills) == (1.0, 5.0, 0.0, 2.0)
-    assert use_of(PLAIN, {(1, 0, 0): 7.0}, 0.0, TARGET.run_digest, "rounds").steps == {(TARGET.run_digest, 1): 7.0}
+    assert use_of(PLAIN, {StepShape(1): 7.0}, 0.0, TARGET.run_digest, "rounds").steps == {(TARGET.run_digest, 1): 7.0}
 
 
 def test_what_a_sweep_of_rounds_needs() -> None:
@@ -98,12 +102,12 @@ def test_a_continuous_batch_is_kept_full() -> None:
     queue = [rounds(2, 4), rounds(4, 0), rounds(4, 2)]
     first, second, third = replay(queue, 2, SERVING)
     assert (first.refills, second.refills, third.refills) == (0, 1, 1)
-    assert first.shapes == {(3, 0, 0): 2}
-    assert second.shapes == {(3, 0, 0): 2, (2, 0, 0): 2}
-    assert third.shapes == {(2, 0, 0): 2, (4, 0, 0): 2}
+    assert first.shapes == {StepShape(3): 2}
+    assert second.shapes == {StepShape(3): 2, StepShape(2): 2}
+    assert third.shapes == {StepShape(2): 2, StepShape(4): 2}
     padded = replay(queue, 2, TORCH)
     assert [run.refills for run in padded] == [1, 1, 0]
-    assert padded[2].shapes == {(3, 0, 0): 4}
+    assert padded[2].shapes == {StepShape(3): 4}
 
 
 def test_what_a_prefill_takes() -> None:
@@ -119,7 +123,7 @@ def test_what_a_prefill_takes() -> None:
             decode_s=40 * round_s + 0.05 * refills,
             output_tokens=64,
             rounds={(2, 1): 40},
-            shapes={(3, 0, 0): 40},
+            shapes={StepShape(3): 40},
             refills=refills,
             output_digest="o",
         )

@@ -7,7 +7,7 @@ import pytest
 from profiles.acceptance.rates import acceptance_length
 from profiles.records.core import PLAIN, Draft, Setup
 from profiles.records.errors import InputError
-from profiles.records.evidence import Infeasible
+from profiles.records.evidence import Infeasible, StepShape
 from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts
 from tests.support.policies import learning_policy
 from tuner.pipeline.build_prior import summarise
@@ -44,7 +44,7 @@ def test_both_halves_are_the_forecasts_own(outcome: Outcome) -> None:
         rounds = forecaster.rounds(Setup(draft=DRAFT_A, length=length), anchor.forecast_pool).rounds
         assert tokens == acceptance_length(rounds)
     plain = next(one for one in prior.times if one.draft is None and one.batch_size == 1)
-    assert plain.seconds == (forecaster.round_s(PLAIN, (1, 0, 0)),)
+    assert plain.seconds == (forecaster.round_s(PLAIN, StepShape(1)),)
     assert {one.batch_size for one in prior.times} == {1, 2}
     assert all(len(one.seconds) == 5 for one in prior.times if one.draft is not None)
     by_look_up = [one.catch_up_s for one in prior.times if one.draft == 1 - model]

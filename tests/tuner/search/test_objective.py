@@ -117,7 +117,7 @@ def test_a_composite_is_named_as_it_is_spelled() -> None:
     assert CODE_DRAFT.model is not None
     composite = Draft(kind="composite", model=CODE_DRAFT.model, max_match=4, min_match=2)
     assert composite.name == "ngram:max=4,min=2+family/draft-code"
-    assert composite.parts == (NGRAM, CODE_DRAFT)
+    assert composite.components == (NGRAM, CODE_DRAFT)
     assert len({composite.digest, NGRAM.digest, CODE_DRAFT.digest}) == 3
     spec = parse_draft(composite.name)
     assert (spec.kind, spec.path, spec.name) == ("composite", CODE_DRAFT.model.name, composite.name)

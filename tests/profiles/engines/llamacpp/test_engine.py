@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from profiles.acceptance.expected_rounds import walk
+from profiles.acceptance.expected_rounds import expected_rounds
 from profiles.builtin import TARGET
 from profiles.engines.llamacpp import responses
 from profiles.engines.llamacpp.binary import Program, program_at, program_of
@@ -129,7 +129,7 @@ def check_walk(case: Case, setup: Setup) -> None:
     assert setup.draft is not None
     engine, workload, queue, traces = case.engine, case.workload, case.queue, case.traces
     pairs = zip(traces, case.kept[setup.draft.digest], strict=True)
-    walks = [walk(trace, one, setup.length, NEW_TOKENS).rounds for trace, one in pairs]
+    walks = [expected_rounds(trace, one, setup.length, NEW_TOKENS).rounds for trace, one in pairs]
     engine.run_together(workload, queue[:1], (setup,), "warm")
     url = engine._servers.of(setup, workload).url
     before = read_counters(url, LLAMA_CPP)
@@ -180,7 +180,7 @@ class TestTraces:
         for prompt, trace in zip(queue[:3], traces[:3], strict=True):
             found = engine.trace_draft(workload, prompt, trace, draft, 4)
             ours = torch_engine.trace_draft(workload, prompt, trace, draft, 4)
-            assert found.keep_probs == ours.keep_probs
+            assert found.accept_probs == ours.accept_probs
             assert found.confidences == pytest.approx(ours.confidences, abs=1e-4)
 
     def test_sampled_trace(self, engine: LlamaCppEngine, workload: Workload, queue: tuple[Prompt, ...]) -> None:
@@ -218,7 +218,7 @@ class TestRounds:
         assert [(sample.setup_digest, sample.prompt_digest) for sample in samples] == order
         kept = case.kept[engine.drafts[0].digest]
         for sample, trace, one in zip(samples[len(queue) :], traces, kept, strict=True):
-            assert dict(sample.rounds) == dict(walk(trace, one, 3, NEW_TOKENS).rounds)
+            assert dict(sample.rounds) == dict(expected_rounds(trace, one, 3, NEW_TOKENS).rounds)
         assert any(sample.refills for sample in samples)
         size = samples[0].output_tokens
         assert (dict(samples[0].rounds), dict(samples[0].shapes)) == ({(0, 0): size - 1}, {(1, 0, 0): size - 1})
@@ -235,7 +235,7 @@ class TestRounds:
         for sample, trace, one in zip(samples, own, kept, strict=True):
             if sample.output_digest == digest_of(trace.token_ids):
                 equal += 1
-                assert dict(sample.rounds) == dict(walk(trace, one, 3, NEW_TOKENS).rounds)
+                assert dict(sample.rounds) == dict(expected_rounds(trace, one, 3, NEW_TOKENS).rounds)
         assert equal >= len(queue) // 2
 
     def test_a_pool_is_emptied_before_every_queue(

@@ -157,7 +157,7 @@ class TestLookUp:
         )
         found = trace_lookup(draft, prompt, trace, 3)
         assert found.proposed == (0, 0, 3, 3, 3, 3)
-        assert found.kept == (0, 0, 2, 1, 0, 1)
+        assert found.accepted == (0, 0, 2, 1, 0, 1)
 
     @pytest.mark.parametrize(
         ("prompt", "max_length", "proposed"),

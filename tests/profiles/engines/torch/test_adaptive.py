@@ -70,7 +70,7 @@ def accepting(
     """By prompt and draft, what would be kept from where, on evidence that no steered run made."""
     return [
         {
-            draft: joined([engine.trace_draft(workload, prompt, trace, part, 8) for part in draft.parts])
+            draft: joined([engine.trace_draft(workload, prompt, trace, part, 8) for part in draft.components])
             for draft in engine.drafts
         }
         for prompt, trace in zip(PROMPTS, traces, strict=True)
@@ -243,7 +243,7 @@ def kept_of(engine: TorchEngine, workload: Workload, prompt: Prompt, kind: int) 
     trace = engine.trace_target(workload, prompt)
     acceptance = engine.trace_draft(workload, prompt, trace, engine.drafts[kind], 8)
     assert isinstance(acceptance, AcceptanceTrace)
-    return [keep == 1.0 for keep in acceptance.keep_probs]
+    return [keep == 1.0 for keep in acceptance.accept_probs]
 
 
 @pytest.mark.parametrize("every", [1, 2, 7])

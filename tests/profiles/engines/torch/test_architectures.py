@@ -14,7 +14,7 @@ from transformers import (
     RwkvForCausalLM,
 )
 
-from profiles.acceptance.expected_rounds import walk
+from profiles.acceptance.expected_rounds import expected_rounds
 from profiles.engines.torch.batch_model import RowModel
 from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
@@ -52,7 +52,7 @@ def check_lossless(engine: TorchEngine) -> tuple[int, ...]:
         assert setup.draft is not None
         acceptance = engine.trace_draft(WORKLOAD, PROMPT, trace, setup.draft, 5)
         assert sample.output_digest == plain.output_digest
-        assert dict(sample.rounds) == dict(walk(trace, acceptance, setup.length, 24).rounds)
+        assert dict(sample.rounds) == dict(expected_rounds(trace, acceptance, setup.length, 24).rounds)
     return trace.token_ids
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from profiles.acceptance.batch_replay import replay, rounds_of
-from profiles.acceptance.expected_rounds import CompositeAcceptance, Replayed, catch_up_width, joined, walk
+from profiles.acceptance.expected_rounds import CompositeAcceptance, Replayed, catch_up_width, expected_rounds, joined
 from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
@@ -53,7 +53,7 @@ def acceptance_of(
     engine: TorchEngine, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft
 ) -> Replayed:
     """Of a composite both parts together."""
-    return joined([engine.trace_draft(workload, prompt, trace, part, max(LENGTHS)) for part in draft.parts])
+    return joined([engine.trace_draft(workload, prompt, trace, part, max(LENGTHS)) for part in draft.components])
 
 
 def ending(engine: TorchEngine) -> Workload:
@@ -92,7 +92,7 @@ def test_every_row_is_lossless(engine: TorchEngine, kind: int, batch_size: int, 
         ]
         replayed = replay(paths, batch_size) if batch_size > 1 else [replay([path], 1)[0] for path in paths]
         for sample, trace, acceptance, turn in zip(own, traces, known, replayed, strict=True):
-            walked = walk(trace, acceptance, setup.length, workload.max_new_tokens)
+            walked = expected_rounds(trace, acceptance, setup.length, workload.max_new_tokens)
             assert sample.output_digest == digest_of(list(trace.token_ids))
             assert dict(sample.rounds) == dict(walked.rounds)
             assert (dict(sample.shapes), sample.refills) == (dict(turn.shapes), turn.refills)
@@ -126,17 +126,17 @@ def _composite(size: int) -> tuple[TargetTrace, CompositeAcceptance]:
     proposed = tuple(rng.choice((0, 0, 3, 4)) for _ in range(size))
     kept = tuple(min(most, rng.randrange(5), size - start) for start, most in enumerate(proposed))
     names = {"prompt_digest": "p", "draft_digest": "d"}
-    keep_probs = tuple(rng.random() for _ in range(size))
+    accept_probs = tuple(rng.random() for _ in range(size))
     return trace, CompositeAcceptance(
-        lookup=LookupTrace(**names, max_length=4, proposed=proposed, kept=kept),
-        model=AcceptanceTrace(**names, keep_probs=keep_probs, confidences=(0.5,) * size),
+        lookup=LookupTrace(**names, max_length=4, proposed=proposed, accepted=kept),
+        model=AcceptanceTrace(**names, accept_probs=accept_probs, confidences=(0.5,) * size),
     )
 
 
 def test_the_walk_of_a_composite_is_the_mean_of_its_replays() -> None:
     """Rounds and shapes, the widths of catching up included: 4,000 lucky ways against the expectation."""
     trace, acceptance = _composite(40)
-    walked, luck, ways = walk(trace, acceptance, 4, 40), random.Random(1), 4000
+    walked, luck, ways = expected_rounds(trace, acceptance, 4, 40), random.Random(1), 4000
     paths = [rounds_of(trace, acceptance, 4, 40, luck) for _ in range(ways)]
     turns = [replay([path], 1)[0] for path in paths]
     assert sum(map(len, paths)) / ways == pytest.approx(walked.num_rounds, rel=0.01)

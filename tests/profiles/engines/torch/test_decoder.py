@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from profiles.acceptance.expected_rounds import walk
+from profiles.acceptance.expected_rounds import expected_rounds
 from profiles.acceptance.ngram import NgramIndex
 from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
@@ -60,10 +60,10 @@ def test_greedy_output_and_rounds(engine: TorchEngine, kind: int, ends: bool) ->
         acceptance = engine.trace_draft(workload, prompt, trace, draft, 16)
         setups = (PLAIN, *(Setup(draft=draft, length=length) for length in LENGTHS))
         plain, *samples = engine.run_together(workload, (prompt,), setups, "test")
-        assert dict(plain.rounds) == dict(walk(trace, None, 0, 40).rounds)
+        assert dict(plain.rounds) == dict(expected_rounds(trace, None, 0, 40).rounds)
         for length, sample in zip(LENGTHS, samples, strict=True):
             assert sample.output_digest == plain.output_digest
-            assert dict(sample.rounds) == dict(walk(trace, acceptance, length, 40).rounds)
+            assert dict(sample.rounds) == dict(expected_rounds(trace, acceptance, length, 40).rounds)
 
 
 def test_the_target_as_its_own_draft_is_always_kept(engine: TorchEngine) -> None:
@@ -145,7 +145,7 @@ def test_sampled_rounds_in_expectation(kind: str, length: int) -> None:
             acceptance = trace_lookup(draft, prompt, trace, length)
         else:
             acceptance = trace_model(draft_model, draft, workload, prompt, trace)
-        walked.append(walk(trace, acceptance, length, workload.max_new_tokens).num_rounds)
+        walked.append(expected_rounds(trace, acceptance, length, workload.max_new_tokens).num_rounds)
     other = replace(workload, seed=1)  # other random numbers: the two means are independent
     runs = run_queue(target, "ngram" if kind == "ngram" else draft_model, length, other, prompts)
     real = [generation.rounds.total() for generation in runs]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import profiles.engines.torch.decoder
-from profiles.engines.torch.sampling import PURPOSES, KeyedRandom, Proposal, accept_sampled, draw, output_law
+from profiles.engines.torch.sampling import PURPOSES, KeyedRandom, Proposal, accept_sampled, draw, sampling_probs
 from profiles.records.core import Prompt, Workload
 from tests.support.toys import TableModel, near, p_value, run, sequence_law
 
@@ -62,9 +62,9 @@ def test_output_law_keeps_the_smallest_nucleus() -> None:
     """Top-p keeps the most likely tokens until their mass reaches it, top-k the k most likely, scaled to one."""
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     workload = Workload(context_length=64, max_new_tokens=2, temperature=1.0, top_p=0.7)
-    assert output_law(logits, workload)[0].tolist() == pytest.approx([0.625, 0.375, 0.0, 0.0])
+    assert sampling_probs(logits, workload)[0].tolist() == pytest.approx([0.625, 0.375, 0.0, 0.0])
     workload = Workload(context_length=64, max_new_tokens=2, temperature=1.0, top_k=1)
-    assert output_law(logits, workload)[0].tolist() == pytest.approx([1.0, 0.0, 0.0, 0.0])
+    assert sampling_probs(logits, workload)[0].tolist() == pytest.approx([1.0, 0.0, 0.0, 0.0])
 
 
 def test_draws_are_keyed_by_seed_and_prompt() -> None:

@@ -66,7 +66,7 @@ def test_traces_are_the_worker_s(vllm: VllmEngine) -> None:
     assert trace.logit_gaps == (1.5,) * 8
     accepted = vllm.trace_draft(WORKLOAD, PROMPTS[0], trace, MODEL, 3)
     assert isinstance(accepted, AcceptanceTrace)
-    assert accepted.keep_probs == (0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
+    assert accepted.accept_probs == (0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
     assert len(accepted.confidences) == 8
     starts = vllm.num_starts
     assert isinstance(vllm.trace_draft(WORKLOAD, PROMPTS[0], trace, NGRAM, 3), LookupTrace)

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from profiles.acceptance.expected_rounds import walk
+from profiles.acceptance.expected_rounds import expected_rounds
 from profiles.engines.base import Engine
 from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
@@ -111,7 +111,7 @@ def test_counters_are_what_the_walk_says(pair: Pair, plain: tuple[Sample, ...]) 
             samples = pair.vllm.run_together(batch, pair.prompts, (setup,), "test 0")
             after = pair.vllm.counters(setup, batch)
             walks = [
-                walk(trace, acceptance, length, NEW, past_end=True).rounds
+                expected_rounds(trace, acceptance, length, NEW, past_end=True).rounds
                 for trace, acceptance in zip(pair.traces, acceptances, strict=True)
             ]
             assert [dict(one.rounds) for one in samples] == [dict(one) for one in walks]
@@ -134,7 +134,7 @@ def test_traces_equal_torch_s(pair: Pair) -> None:
         )
         assert isinstance(theirs, AcceptanceTrace)
         assert isinstance(own, AcceptanceTrace)
-        assert theirs.keep_probs == own.keep_probs
+        assert theirs.accept_probs == own.accept_probs
         assert theirs.confidences == pytest.approx(own.confidences, abs=1e-4)
 
 
