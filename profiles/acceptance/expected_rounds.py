@@ -29,7 +29,7 @@ def catch_up_width(behind: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompositeAcceptance:
-    """The components of a composite draft over one target trace; a round asks the model where the look-up finds nothing."""
+    """A composite draft over one target trace: a round asks the model where the look-up finds nothing."""
 
     lookup: LookupTrace
     model: AcceptanceTrace
