@@ -20,6 +20,7 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
 	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm"
 
 $(VENV)/.installed: requirements.lock
