@@ -34,7 +34,8 @@ from store import tables
 from store.cached_engine import CachedEngine
 from store.database import Place
 from store.evidence_store import EvidenceStore
-from tuner.forecast.evidence import queues, spread_over_domains, typical_context
+from tuner.forecast.evidence import typical_context
+from tuner.forecast.queues import queues, spread_over_domains
 from tuner.pipeline.pipeline import Options, Tuner
 from tuner.search.limits import Limits
 
@@ -152,7 +153,7 @@ def glance(engine: CachedEngine, load: tuple[Workload, tuple[Prompt, ...]], max_
             acceptance_s[part] = engine.measured_seconds - started
 
     def mean_run_s(setup: Setup) -> float:
-        glances = queues(chosen, workload.batch_size, len(chosen), (1, 1))
+        glances = queues(chosen, workload.batch_size, max_alone=len(chosen), num_queues=1, batches_per_queue=1)
         runs = [run for queue in glances for run in engine.run_together(workload, queue, (setup,), "glance")]
         return sum(run.ttft_s + run.decode_s for run in runs) / len(runs)
 

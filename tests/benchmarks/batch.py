@@ -20,15 +20,16 @@ from profiles.records import draft_spec
 from profiles.records.core import PLAIN, Prompt, Setup, Workload
 from profiles.stats import median
 from tests.benchmarks.common import finish
-from tuner.forecast.evidence import calibration_lengths, gather, queues, spread_over_domains
+from tuner.forecast.evidence import calibration_lengths, gather
 from tuner.forecast.forecaster import Forecaster
+from tuner.forecast.queues import queues, spread_over_domains
 from tuner.search.objective import candidates
 from tuner.search.proof import measure
 from tuner.search.race import Pair, run_pairs
 
 LENGTHS = (1, 2, 3, 4, 6, 8)
 DRAFTS = ("ngram", "builtin:draft-general", "builtin:draft-prose", "ngram+builtin:draft-general")
-QUEUES = (8, 4)  # how many, and their length in batches
+MAX_QUEUES, BATCHES_PER_QUEUE = 8, 4
 MIN_QUEUES = 2
 
 
@@ -45,12 +46,19 @@ def graded(forecaster: Forecaster, setups: Sequence[Setup], prompts: Sequence[Pr
 
 def measure_anchor(bench: Bench, workload: Workload, prompts: Sequence[Prompt], seconds: float) -> list[dict[str, Any]]:
     """One batch size: every graded setup against plain decoding, the fastest first."""
-    evidence = gather(bench.engine, workload, prompts, LENGTHS, lambda *_: None)
+    evidence = gather(bench.engine, workload, prompts, LENGTHS)
     forecaster = Forecaster(evidence, workload, bench.engine.target.run_digest)
     chosen = graded(forecaster, candidates(evidence.drafts, LENGTHS), prompts)
     pairs: dict[Setup, list[Pair]] = {setup: [] for setup in chosen}
     until, size = time.monotonic() + seconds, 1
-    for number, queue in enumerate(queues(prompts, workload.batch_size, len(prompts), QUEUES)):
+    planned = queues(
+        prompts,
+        workload.batch_size,
+        max_alone=len(prompts),
+        num_queues=MAX_QUEUES,
+        batches_per_queue=BATCHES_PER_QUEUE,
+    )
+    for number, queue in enumerate(planned):
         if number >= MIN_QUEUES and time.monotonic() > until:
             break
         size = len(queue)

@@ -12,7 +12,7 @@ from profiles.engines.bench import Bench, Question
 from profiles.engines.torch import load
 from profiles.records import draft_spec
 from profiles.records.core import Prompt, Workload
-from tuner.forecast.evidence import spread_over_domains
+from tuner.forecast.queues import spread_over_domains
 
 DRAFTS = (*builtin.DRAFTS, "ngram")
 LENGTHS = tuple(range(1, 9))

@@ -24,8 +24,9 @@ from profiles.records.core import PLAIN, Prompt, Setup, Workload
 from profiles.records.errors import DraftpickError
 from tests.benchmarks.common import finish
 from tests.lanes.places import RUNNING
-from tuner.forecast.evidence import QUEUE_BATCHES, calibration_lengths, gather, queues, spread_over_domains
-from tuner.forecast.forecaster import Forecaster
+from tuner.forecast.evidence import calibration_lengths, gather
+from tuner.forecast.forecaster import QUEUE_BATCHES, Forecaster
+from tuner.forecast.queues import queues, spread_over_domains
 from tuner.search.objective import MIN_SPEEDUP
 from tuner.search.proof import Pair, measure
 from tuner.search.race import run_pairs
@@ -33,7 +34,7 @@ from tuner.search.race import run_pairs
 ENGINES = ("torch", "llamacpp", "vllm")
 LENGTHS = (1, 2, 3, 4, 5, 6)
 BATCH_SIZES = (1, 8)
-QUEUES = (3, QUEUE_BATCHES)  # in a batch: how many, and their length in batches, that of the forecasts' queues
+NUM_QUEUES = 3  # in a batch, each as long as the forecasts' queues
 TARGET, DRAFT = builtin.TARGET, "builtin:draft-general"
 
 
@@ -67,11 +68,17 @@ def loads_of(bench: Bench, num_prompts: int, max_new_tokens: int) -> list[tuple[
 def measure_load(bench: Bench, workload: Workload, prompts: tuple[Prompt, ...]) -> list[dict[str, Any]]:
     """A row for every length at one batch size."""
     engine = bench.engine
-    evidence = gather(engine, workload, prompts, LENGTHS, lambda *_: None)
+    evidence = gather(engine, workload, prompts, LENGTHS)
     forecaster = Forecaster(evidence, workload, engine.target.run_digest)
     setups = [Setup(draft=draft, length=length) for draft in evidence.drafts for length in LENGTHS]
     pairs: dict[Setup, list[Pair]] = {setup: [] for setup in setups}
-    several = queues(prompts, workload.batch_size, len(prompts), QUEUES)
+    several = queues(
+        prompts,
+        workload.batch_size,
+        max_alone=len(prompts),
+        num_queues=NUM_QUEUES,
+        batches_per_queue=QUEUE_BATCHES,
+    )
     for number, queue in enumerate(several):
         for setup in setups:
             pairs[setup] += run_pairs(engine, workload, queue, setup, f"bench {number}")

@@ -60,7 +60,7 @@ def main() -> None:
     options = parser.parse_args()
     bench, workload, prompts = family(options.prompts, options.tokens)
     engine = bench.engine
-    evidence = gather(engine, workload, prompts, LENGTHS, lambda *_: None)
+    evidence = gather(engine, workload, prompts, LENGTHS)
     forecaster = Forecaster(evidence, workload, engine.target.run_digest)
     runs: Runs = defaultdict(list)
     names = [setup.name for setup in candidates(engine.drafts, LENGTHS)]
@@ -98,7 +98,7 @@ def main() -> None:
 
 def _target_over_cheapest(evidence: Evidence, target_part: str) -> float:
     """How many steps of the cheapest draft model one plain step of the target takes."""
-    drafts = [evidence.steps[part.digest] for part in evidence.parts if part.kind == "model"]
+    drafts = [evidence.steps[part.digest] for part in evidence.components if part.kind == "model"]
     return median(evidence.steps[target_part].samples_s[1]) / min(median(times.samples_s[1]) for times in drafts)
 
 

@@ -181,7 +181,7 @@ def gathered(num_tokens: int, store: Path) -> tuple[Labelled, Priced]:
     requests = files.read(builtin.ALL_PROMPTS)
     bench, workload, prompts = family(len(requests), num_tokens)
     with EvidenceStore.open(store) as evidence_store:
-        evidence = gather(CachedEngine(bench.engine, evidence_store), workload, prompts, LENGTHS, lambda *_: None)
+        evidence = gather(CachedEngine(bench.engine, evidence_store), workload, prompts, LENGTHS)
     timed_prompts = [prompt for prompt in prompts if len(evidence.traces[prompt.digest].token_ids) > 1]
     tokens = numpy.array([len(evidence.traces[prompt.digest].token_ids) - 1 for prompt in timed_prompts])
     forecaster = Forecaster(evidence, workload, bench.engine.target.run_digest)

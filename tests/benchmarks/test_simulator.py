@@ -75,7 +75,7 @@ class Script:
 def evidence() -> Evidence:
     engine = FakeEngine(keep_by_domain={"code": 0.8, "prose": 0.4})
     engine.drafts = (DRAFT_A, NGRAM, BOTH)
-    return gather(engine, GREEDY, PROMPTS, LENGTHS, lambda *_: None)
+    return gather(engine, GREEDY, PROMPTS, LENGTHS)
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +260,7 @@ def test_the_same_seed_gives_the_same_record(simulator: Simulator, evidence: Evi
 def test_sampled_drafts_draw_their_luck_by_seed() -> None:
     """At a temperature above 0 rounds are one way through the trace, drawn by the seed."""
     workload = replace(GREEDY, temperature=0.8)
-    evidence = gather(FakeEngine(), workload, PROMPTS[:2], LENGTHS, lambda *_: None)
+    evidence = gather(FakeEngine(), workload, PROMPTS[:2], LENGTHS)
     world = World(
         workload=workload, evidence=evidence, forecasters={1: Forecaster(evidence, workload, TARGET.run_digest)}
     )

@@ -20,8 +20,9 @@ from profiles.records.core import PLAIN, Prompt, Setup, Workload
 from store.cached_engine import CachedEngine
 from store.evidence_store import EvidenceStore
 from tests.benchmarks.simulator import Simulator, World, noise_of
-from tuner.forecast.evidence import Evidence, gather, spread_over_domains
+from tuner.forecast.evidence import Evidence, gather
 from tuner.forecast.forecaster import Forecaster
+from tuner.forecast.queues import spread_over_domains
 from tuner.pipeline.build_prior import summarise
 from tuner.pipeline.decision import alternatives
 from tuner.pipeline.points import Grounds, PointDecision
@@ -93,7 +94,7 @@ def family(options: argparse.Namespace) -> Iterator[Family]:
         engine = CachedEngine(bench.engine, evidence_store)
         measured = {}
         for workload, _ in loads:
-            evidence = gather(engine, workload, prompts, LENGTHS, lambda *_: None)
+            evidence = gather(engine, workload, prompts, LENGTHS)
             measured[workload] = Grounds(
                 evidence=evidence, forecaster=Forecaster(evidence, workload, engine.target.run_digest, workload.seed)
             )

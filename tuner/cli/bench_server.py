@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from profiles.engines.bench import Bench
 
 AS_STARTED = Setup(draft=Draft(kind="native", method="as-started"), length=1)
-QUEUES = (1, 4)  # above one request in flight: one queue, of so many batches
+BATCHES_PER_QUEUE = 4  # above one request in flight: one queue, of so many batches
 Url = Annotated[str, typer.Option(help="The server: http://HOST:PORT.")]
 Served = Annotated[str, typer.Option("--target", help="What it serves, for its tokenizer: a directory or .gguf file.")]
 ServedKind = Annotated[str, typer.Option("--kind", help="What it is: vllm, sglang, llamacpp, trtllm or openai.")]
@@ -66,7 +66,7 @@ def load(asked: LoadFlags) -> int:
     """Load a server that runs already: time to first token, time per token, and what it accepts of its drafts."""
     from profiles.engines import bench as bench_module
     from profiles.engines import workloads
-    from tuner.forecast.evidence import queues
+    from tuner.forecast.queues import queues
 
     with closing(_bench(asked)) as bench:
         question = bench_module.Question(
@@ -79,7 +79,13 @@ def load(asked: LoadFlags) -> int:
         found = []
         for workload, prompts in loads:
             samples: list[Sample] = []
-            for queue in queues(prompts, workload.batch_size, len(prompts), QUEUES):
+            for queue in queues(
+                prompts,
+                workload.batch_size,
+                max_alone=len(prompts),
+                num_queues=1,
+                batches_per_queue=BATCHES_PER_QUEUE,
+            ):
                 samples += bench.engine.run_together(workload, queue, (AS_STARTED,), "load")
             found.append(_figures(workload.batch_size, samples))
             if not asked.json_only:

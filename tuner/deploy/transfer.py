@@ -23,9 +23,9 @@ from profiles.stats import median
 from store import tables
 from store.evidence_store import EvidenceStore
 from tuner.deploy.match import LEVELS, Level, match
+from tuner.forecast.cost_model import StepCostModel, Steps, step_samples
 from tuner.forecast.evidence import Evidence
 from tuner.forecast.forecaster import Forecaster
-from tuner.forecast.overhead import Steps, step_samples, use_of
 from tuner.policy.estimates import Forecast
 from tuner.policy.policy import Choice
 from tuner.policy.query import match_temperature
@@ -359,7 +359,7 @@ def _moved(
     for setup, sample in samples:
         try:
             scale = median(step_samples(here, target_part, 1)) / median(step_samples(there, target_part, 1))
-            used = use_of(setup, sample.shapes, sample.refills, target_part).steps
+            used = StepCostModel(target_part).usage(setup, sample.shapes, sample.refills).steps
             stepped_there, stepped_here = (
                 sum(count * median(step_samples(steps, *step)) for step, count in used.items())
                 for steps in (there, here)

@@ -11,12 +11,12 @@ from typing import Literal
 from profiles.engines.base import Engine
 from profiles.records.core import Prompt, Setup, Workload
 from profiles.records.errors import InputError
-from tuner.forecast.evidence import purpose_of, queues
+from tuner.forecast.queues import purpose_of, queues
 from tuner.policy.estimates import Measured
 from tuner.search import proof, race
 
 Verdict = Literal["confirmed", "not shown", "refuted"]
-QUEUES = (6, 4)  # at a concurrency above 1: how many queues, and their length in batches
+NUM_QUEUES, BATCHES_PER_QUEUE = 6, 4  # at a concurrency above 1
 MOST_LOSS = 0.05  # where plain decoding is claimed, the emitted command may be this much slower: it still has a draft
 
 
@@ -60,7 +60,13 @@ def verify(
 
 def _measure(engine: Engine, emitted: Setup, prompts: Sequence[Prompt], workload: Workload) -> Measured:
     pairs: list[proof.Pair] = []
-    several = queues(prompts, workload.batch_size, len(prompts), QUEUES)
+    several = queues(
+        prompts,
+        workload.batch_size,
+        max_alone=len(prompts),
+        num_queues=NUM_QUEUES,
+        batches_per_queue=BATCHES_PER_QUEUE,
+    )
     for number, queue in enumerate(several):
         pairs += race.run_pairs(engine, workload, queue, emitted, purpose_of("verify", workload, number))
     greedy = workload.temperature == 0.0

@@ -1,13 +1,8 @@
-"""Gathers what forecasts need from an engine: target traces, acceptance, staircases and a few calibration runs.
-
-Each call to the engine is one unit, so a remembering engine makes this resumable; a draft that fails is dropped with
-its reason and the rest goes on. Knows only the engine protocol.
-"""
+"""Collects from an engine what forecasts need: target traces, draft acceptance, step times and calibration runs."""
 
 import itertools
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from profiles.acceptance.expected_rounds import Replayed, joined
@@ -16,18 +11,18 @@ from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload
 from profiles.records.errors import EngineError, InputError, NotMeasuredError
 from profiles.records.evidence import Acceptance, Infeasible, Sample, StepTimes, TargetTrace
 from profiles.stats import median
+from tuner.forecast.cost_model import cost_model_of
+from tuner.forecast.queues import purpose_of, queues
 
-CALIBRATION_PROMPTS = {"steps": 3, "rounds": 6}  # at batch 1; rounds of a run are their only check, and runs are short
-CALIBRATION_QUEUES = (2, 2)  # in a batch: how many queues, and their length in batches
-LEAST_PROMPTS = 2  # for an interval over prompts
-QUEUE_BATCHES = 4  # of a queue that keeps the batch full
-CONTEXT_STEP = 32  # anchors are rounded up to this many tokens, so that like prompt sets share a staircase
+CALIBRATION_QUEUES, CALIBRATION_BATCHES = 2, 2  # in a batch: how many queues, and their length in batches
+MIN_PROMPTS = 2  # for an interval over prompts
+CONTEXT_STEP = 32  # cached tokens are rounded up to this many, so that similar prompt sets share step times
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]  # stage, units done, units in all
 
 
-class Traced(Protocol):
-    """A prompt as far as evidence is found by it."""
+class HasDigest(Protocol):
+    """A prompt, as far as evidence is looked up by it."""
 
     @property
     def digest(self) -> str: ...
@@ -35,9 +30,10 @@ class Traced(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """Everything one workload's forecasts rest on; keys are prompt, (draft's part, prompt) and part digests.
+    """What the forecasts of one workload are computed from.
 
-    Drafts that the engine does not trace were run at every length: all that is known of them is in `calibration`.
+    `traces` is keyed by prompt digest, `acceptances` by (component digest, prompt digest), `steps` by component digest.
+    A draft that the engine does not trace was run at every length and appears in `calibration` only.
     """
 
     prompts: tuple[Prompt, ...]
@@ -49,37 +45,37 @@ class Evidence:
     infeasible: tuple[Infeasible, ...]
     capabilities: EngineCapabilities = TORCH
 
-    def traces_of(self, draft: Draft) -> bool:
-        """Whether the engine traced it, else it was only run."""
-        return self.capabilities.traces(draft)
-
     @property
-    def parts(self) -> tuple[Draft, ...]:
-        """What was traced and timed: the drafts, of composites their parts, each once."""
+    def components(self) -> tuple[Draft, ...]:
+        """What was traced and timed: the drafts, of composites their components, each once."""
         traced = self.capabilities.timed(self.drafts)
         return tuple({part.digest: part for draft in traced for part in draft.components}.values())
 
-    def can_tell(self, setup: Setup) -> bool:
-        """Whether a forecast can be made: of a draft that was only run, for lengths at which two prompts were timed."""
+    def is_traced(self, draft: Draft | None) -> bool:
+        """Whether the engine traces this draft; plain decoding (None) counts as traced."""
+        return draft is None or self.capabilities.traces(draft)
+
+    def can_forecast(self, setup: Setup) -> bool:
+        """Whether a forecast can be made: a draft that was only run needs two prompts timed at this length."""
         if setup.draft is None:
             return True
-        known = self.traces_of(setup.draft) or len(self.prompts_of(setup) & self.prompts_of(PLAIN)) >= LEAST_PROMPTS
-        return known and self.capabilities.drafts_with(setup)
+        enough_runs = len(self.timed_prompts(setup) & self.timed_prompts(PLAIN)) >= MIN_PROMPTS
+        return self.capabilities.drafts_with(setup) and (self.is_traced(setup.draft) or enough_runs)
 
-    def prompts_of(self, setup: Setup) -> set[str]:
-        """Digests of the prompts that a setup was run on and that had a second token, so a time per token."""
-        return {one.prompt_digest for own, one in self.calibration if own == setup and one.output_tokens > 1}
+    def timed_prompts(self, setup: Setup) -> set[str]:
+        """Digests of the prompts whose calibration run with this setup has a time per token."""
+        return {run.prompt_digest for other, run in self.calibration if other == setup and run.output_tokens > 1}
 
-    def acceptance(self, draft: Draft, prompt: Traced) -> Replayed:
-        """How a draft did on a prompt's trace. Raises NotMeasuredError when a part was not measured."""
-        found = [self.acceptances.get((part.digest, prompt.digest)) for part in draft.components]
-        if None in found:
-            raise NotMeasuredError(f"acceptance of {draft.name} on prompt {prompt.digest} is not known")
-        return joined([one for one in found if one is not None])
+    def acceptance(self, draft: Draft, prompt: HasDigest) -> Replayed:
+        """How a draft did on a prompt's trace. Raises NotMeasuredError when a component was not measured."""
+        acceptances = [self.acceptances.get((part.digest, prompt.digest)) for part in draft.components]
+        if None in acceptances:
+            raise NotMeasuredError(f"the acceptance of {draft.name} on prompt {prompt.digest} was not measured")
+        return joined([acceptance for acceptance in acceptances if acceptance is not None])
 
 
 def calibration_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
-    """The one or two lengths whose real runs set the per-round overhead; they are not used to grade forecasts."""
+    """The one or two lengths whose real runs calibrate the overhead; forecasts are not graded on them."""
     ordered = sorted(set(lengths))
     return tuple(dict.fromkeys((ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4])))
 
@@ -90,166 +86,133 @@ def typical_context(workload: Workload, prompts: Sequence[Prompt]) -> int:
     return min(int(-(-tokens // CONTEXT_STEP)) * CONTEXT_STEP, workload.context_length)
 
 
-def spread_over_domains(prompts: Sequence[Prompt], count: int) -> tuple[Prompt, ...]:
-    """`count` prompts, each domain with its share of the whole; all of them when there are no more."""
-    sizes = Counter(prompt.domain for prompt in prompts)
-    seen: Counter[str] = Counter()
-    places = []
-    for prompt in prompts:
-        places.append((seen[prompt.domain] + 0.5) / sizes[prompt.domain])
-        seen[prompt.domain] += 1
-    order = sorted(range(len(prompts)), key=lambda index: places[index])
-    return tuple(prompts[index] for index in order[:count])
-
-
-def queues(
-    prompts: Sequence[Prompt], batch_size: int, alone: int, in_batch: tuple[int, int]
-) -> tuple[tuple[Prompt, ...], ...]:
-    """What is run together: at batch 1 each of `alone` prompts, at most as many as there are.
-
-    In a batch queues, `in_batch` is how many and their length in batches: they go round the prompts as often as it
-    takes, each beginning where the last one ended.
-    """
-    if batch_size == 1:
-        return tuple((prompt,) for prompt in spread_over_domains(prompts, alone))
-    count, num_batches = in_batch
-    endless = itertools.cycle(spread_over_domains(prompts, len(prompts)))
-    return tuple(tuple(itertools.islice(endless, num_batches * batch_size)) for _ in range(count))
-
-
-def purpose_of(purpose: str, workload: Workload, number: int) -> str:
-    """At batch 1 anchors share their runs of a prompt; in a batch the same queue may be run again for its noise."""
-    return f"{purpose} {0 if workload.batch_size == 1 else number}"
-
-
 def gather(
-    engine: Engine, workload: Workload, prompts: Sequence[Prompt], lengths: Sequence[int], progress: Progress
+    engine: Engine,
+    workload: Workload,
+    prompts: Sequence[Prompt],
+    lengths: Sequence[int],
+    *,
+    progress: Progress = lambda *_: None,
 ) -> Evidence:
-    """Measures or recalls all evidence for one workload. Raises InputError when there are no prompts."""
+    """Measures or recalls all evidence for one workload.
+
+    Each call to the engine is one unit, so a caching engine makes this resumable. A draft that fails is listed in
+    `Evidence.infeasible` and the others go on.
+
+    Raises:
+        InputError: there are no prompts.
+        EngineError: the target itself, or plain decoding, fails.
+    """
     if not prompts:
         raise InputError("no prompts: at least one is needed")
-    max_length, properties = max(lengths), engine.capabilities
-    traces: dict[str, TargetTrace] = {}
-    for done, prompt in enumerate(prompts):
-        progress("target trace", done, len(prompts))
-        traces[prompt.digest] = engine.trace_target(workload, prompt)
-    tracing = _Tracing(engine, workload, traces, progress)
-    usable = tracing.run(prompts, max_length)
-    progress("step times", 0, 1)
-    steps = engine.time_steps(workload, typical_context(workload, prompts), max_length)
-    if properties.times == "rounds":
-        steps = _with_idle_rounds(steps, steps[engine.target.run_digest].samples_s[1])
-    calibration = _Calibration(engine, workload, prompts, progress)
-    calibration.run_traced(properties.timed(usable), lengths)
-    calibration.run_alone(
-        [
-            setup
-            for draft in usable
-            for setup in (Setup(draft=draft, length=k) for k in lengths)
-            if not properties.traces(draft) and properties.drafts_with(setup)
-        ]
-    )
-    failed = {one.setup for one in calibration.infeasible}
-    failed_drafts = {setup.draft for setup in failed}
-    return Evidence(
-        prompts=tuple(prompts),
-        traces=traces,
-        acceptances=tracing.acceptances,
-        steps=steps,
-        calibration=tuple((setup, sample) for setup, sample in calibration.found if setup not in failed),
-        drafts=tuple(draft for draft in usable if not properties.traces(draft) or draft not in failed_drafts),
-        infeasible=(*tracing.infeasible, *calibration.infeasible),
-        capabilities=properties,
-    )
+    return _Collector(engine, workload, prompts, progress).collect(lengths)
 
 
-def _with_idle_rounds(rounds: Mapping[str, StepTimes], plain_s: tuple[float, ...]) -> dict[str, StepTimes]:
-    """A draft whose engine never lets it propose nothing has no such round: a plain one stands for it."""
-    return {part: replace(times, samples_s={1: plain_s, **times.samples_s}) for part, times in rounds.items()}
-
-
-class _Tracing:
-    """The drafts over the target's traces: what they accept, and which of them failed."""
-
-    def __init__(
-        self, engine: Engine, workload: Workload, traces: Mapping[str, TargetTrace], progress: Progress
-    ) -> None:
-        self.acceptances: dict[tuple[str, str], Acceptance] = {}
-        self.infeasible: list[Infeasible] = []
-        self._engine = engine
-        self._workload = workload
-        self._traces = traces
-        self._progress = progress
-
-    def run(self, prompts: Sequence[Prompt], max_length: int) -> list[Draft]:
-        """The drafts that can go on: traced, or of a kind that the engine does not trace."""
-        drafts, properties = self._engine.drafts, self._engine.capabilities
-        usable: list[Draft] = []
-        failed_parts: set[str] = set()
-        for number, draft in enumerate(drafts):
-            if failed_parts.intersection(part.digest for part in draft.components):
-                continue  # a composite of what failed already, which is said once
-            parts = draft.components if properties.traces(draft) else ()
-            longest = Setup(draft=draft, length=max_length)
-            if not properties.drafts_with(longest):
-                detail = f"{properties.name} drafts nothing with it at lengths up to {max_length}"
-                self.infeasible.append(Infeasible(setup=longest, reason="InputError", detail=detail))
-                continue
-            try:
-                for done, (prompt, part) in enumerate(itertools.product(prompts, parts)):
-                    place = number * len(prompts) + done // len(parts)
-                    self._trace(prompt, part, max_length, (place, len(drafts) * len(prompts)))
-                usable.append(draft)
-            except EngineError as error:
-                failed_parts.add(part.digest)
-                self.infeasible.append(Infeasible(setup=longest, reason=type(error).__name__, detail=str(error)))
-        return usable
-
-    def _trace(self, prompt: Prompt, part: Draft, max_length: int, place: tuple[int, int]) -> None:
-        if (part.digest, prompt.digest) not in self.acceptances:
-            self._progress("acceptance", *place)
-            trace = self._traces[prompt.digest]
-            acceptance = self._engine.trace_draft(self._workload, prompt, trace, part, max_length)
-            self.acceptances[part.digest, prompt.digest] = acceptance
-
-
-class _Calibration:
-    """The real runs under way: what ran, and what could not."""
+class _Collector:
+    """The evidence collected so far, and the drafts that failed."""
 
     def __init__(self, engine: Engine, workload: Workload, prompts: Sequence[Prompt], progress: Progress) -> None:
-        self.found: list[tuple[Setup, Sample]] = []
-        self.infeasible: list[Infeasible] = []
         self._engine = engine
         self._workload = workload
-        alone = CALIBRATION_PROMPTS[engine.capabilities.times]
-        self._queues = queues(prompts, workload.batch_size, alone, CALIBRATION_QUEUES)
+        self._prompts = prompts
         self._progress = progress
+        self._cost_model = cost_model_of(engine.capabilities, engine.target.run_digest)
+        self._queues = queues(
+            prompts,
+            workload.batch_size,
+            max_alone=self._cost_model.calibration_prompts,
+            num_queues=CALIBRATION_QUEUES,
+            batches_per_queue=CALIBRATION_BATCHES,
+        )
+        self._traces: dict[str, TargetTrace] = {}
+        self._acceptances: dict[tuple[str, str], Acceptance] = {}
+        self._runs: list[tuple[Setup, Sample]] = []
+        self._infeasible: list[Infeasible] = []
 
-    def run_traced(self, drafts: Sequence[Draft], lengths: Sequence[int]) -> None:
-        """Every (draft, calibration length), all of a queue in one unit, plain decoding before each draft.
+    def collect(self, lengths: Sequence[int]) -> Evidence:
+        for number, prompt in enumerate(self._prompts):
+            self._progress("target trace", number, len(self._prompts))
+            self._traces[prompt.digest] = self._engine.trace_target(self._workload, prompt)
+        drafts = self._trace_drafts(max(lengths))
+        num_untraceable = len(self._infeasible)
+        self._progress("step times", 0, 1)
+        context = typical_context(self._workload, self._prompts)
+        steps = self._engine.time_steps(self._workload, context, max(lengths))
+        capabilities = self._engine.capabilities
+        self._run_traced(capabilities.timed(drafts), lengths)
+        self._run_untraced([draft for draft in drafts if not capabilities.traces(draft)], lengths)
+        failed = {infeasible.setup for infeasible in self._infeasible[num_untraceable:]}
+        failed_drafts = {setup.draft for setup in failed}
+        return Evidence(
+            prompts=tuple(self._prompts),
+            traces=self._traces,
+            acceptances=self._acceptances,
+            steps=dict(self._cost_model.complete(steps)),
+            calibration=tuple((setup, run) for setup, run in self._runs if setup not in failed),
+            drafts=tuple(draft for draft in drafts if not capabilities.traces(draft) or draft not in failed_drafts),
+            infeasible=tuple(self._infeasible),
+            capabilities=capabilities,
+        )
+
+    def _trace_drafts(self, max_length: int) -> list[Draft]:
+        """The drafts to go on with: traced without an error, or of a kind that the engine does not trace."""
+        capabilities = self._engine.capabilities
+        usable: list[Draft] = []
+        failed: set[str] = set()
+        for number, draft in enumerate(self._engine.drafts):
+            longest = Setup(draft=draft, length=max_length)
+            if failed.intersection(part.digest for part in draft.components):
+                continue  # a composite whose component is listed as infeasible already
+            if not capabilities.drafts_with(longest):
+                reason = f"{capabilities.name} drafts nothing with it at lengths up to {max_length}"
+                self._leave_out(longest, InputError(reason))
+                continue
+            components = draft.components if capabilities.traces(draft) else ()
+            for done, (prompt, component) in enumerate(itertools.product(self._prompts, components)):
+                try:
+                    self._trace(prompt, component, max_length, number * len(self._prompts) + done // len(components))
+                except EngineError as error:
+                    failed.add(component.digest)
+                    self._leave_out(longest, error)
+                    break
+            else:
+                usable.append(draft)
+        return usable
+
+    def _trace(self, prompt: Prompt, component: Draft, max_length: int, number: int) -> None:
+        if (component.digest, prompt.digest) in self._acceptances:
+            return
+        self._progress("acceptance", number, len(self._engine.drafts) * len(self._prompts))
+        trace = self._traces[prompt.digest]
+        acceptance = self._engine.trace_draft(self._workload, prompt, trace, component, max_length)
+        self._acceptances[component.digest, prompt.digest] = acceptance
+
+    def _run_traced(self, drafts: Sequence[Draft], lengths: Sequence[int]) -> None:
+        """Runs every draft at its calibration lengths, all of a queue in one unit, plain decoding before each draft.
 
         Plain decoding is under every speed-up, so it is run as often as there are drafts. When a unit fails, each draft
-        is tried alone, so that the one at fault is found and the rest goes on. Raises EngineError when plain decoding
-        fails.
+        is tried alone, so that only the one at fault is left out.
         """
-        by_draft = {draft: self._calibrated(draft, lengths) for draft in drafts}
+        by_draft = {draft: self._calibration_setups(draft, lengths) for draft in drafts}
         for number in range(len(self._queues)):
             self._progress("calibration", number, len(self._queues))
             try:
-                self._run(number, tuple(setup for own in by_draft.values() for setup in (PLAIN, *own)) or (PLAIN,))
+                self._run(
+                    number, tuple(setup for setups in by_draft.values() for setup in (PLAIN, *setups)) or (PLAIN,)
+                )
             except EngineError:
                 self._run(number, (PLAIN,))
-                for draft, own in list(by_draft.items()):
-                    if not self._try(number, tuple(own)):
-                        del by_draft[draft]
+                by_draft = {draft: setups for draft, setups in by_draft.items() if self._try(number, setups)}
 
-    def _calibrated(self, draft: Draft, lengths: Sequence[int]) -> list[Setup]:
-        asked = [Setup(draft=draft, length=k) for k in lengths]
-        drafting = [setup.length for setup in asked if self._engine.capabilities.drafts_with(setup)]
-        return [Setup(draft=draft, length=k) for k in calibration_lengths(drafting)]
+    def _calibration_setups(self, draft: Draft, lengths: Sequence[int]) -> tuple[Setup, ...]:
+        setups = [Setup(draft=draft, length=length) for length in lengths]
+        usable = [setup.length for setup in setups if self._engine.capabilities.drafts_with(setup)]
+        return tuple(Setup(draft=draft, length=length) for length in calibration_lengths(usable))
 
-    def run_alone(self, setups: Sequence[Setup]) -> None:
-        """Each setup beside plain decoding, one after another: an engine may have to start anew for every one."""
+    def _run_untraced(self, drafts: Sequence[Draft], lengths: Sequence[int]) -> None:
+        """Runs every setup beside plain decoding, one after another: an engine may have to restart for each."""
+        setups = [Setup(draft=draft, length=length) for draft in drafts for length in lengths]
+        setups = [setup for setup in setups if self._engine.capabilities.drafts_with(setup)]
         for done, setup in enumerate(setups):
             self._progress("calibration", done, len(setups))
             for number in range(len(self._queues)):
@@ -260,14 +223,16 @@ class _Calibration:
         try:
             self._run(number, setups)
         except EngineError as error:
-            at_fault = next(setup for setup in setups if setup != PLAIN)
-            self.infeasible.append(Infeasible(setup=at_fault, reason=type(error).__name__, detail=str(error)))
+            self._leave_out(next(setup for setup in setups if setup != PLAIN), error)
             return False
         return True
 
     def _run(self, number: int, setups: tuple[Setup, ...]) -> None:
         queue, purpose = self._queues[number], purpose_of("calibration", self._workload, number)
         samples = self._engine.run_together(self._workload, queue, setups, purpose)
-        self.found += [
+        self._runs += [
             (setup, sample) for (setup, _), sample in zip(itertools.product(setups, queue), samples, strict=True)
         ]
+
+    def _leave_out(self, setup: Setup, error: Exception) -> None:
+        self._infeasible.append(Infeasible(setup=setup, reason=type(error).__name__, detail=str(error)))

@@ -23,7 +23,7 @@ def summarise(anchors: Sequence[PointDecision], lengths: Sequence[int]) -> Prior
     known = [anchor for anchor in anchors if anchor.grounds is not None and anchor.forecasts]
     forecast = dict.fromkeys(one.setup.draft for anchor in known for one in anchor.forecasts if one.setup.draft)
     grounds = [anchor.grounds.evidence for anchor in known if anchor.grounds is not None]
-    drafts = tuple(draft for draft in forecast if all(evidence.traces_of(draft) for evidence in grounds))
+    drafts = tuple(draft for draft in forecast if all(evidence.is_traced(draft) for evidence in grounds))
     if not drafts:
         return None
     rising = tuple(sorted(set(lengths)))

@@ -14,9 +14,10 @@ from profiles.records.draft_spec import Refused
 from profiles.records.errors import EngineError
 from profiles.records.evidence import Infeasible
 from profiles.records.keys import run_point, unit_digest
-from tuner.forecast.evidence import Evidence, Progress, gather, purpose_of, spread_over_domains
-from tuner.forecast.evidence import queues as queues_of
+from tuner.forecast.evidence import Evidence, Progress, gather
 from tuner.forecast.forecaster import Forecaster
+from tuner.forecast.queues import purpose_of, spread_over_domains
+from tuner.forecast.queues import queues as queues_of
 from tuner.pipeline.build_prior import summarise
 from tuner.pipeline.decision import judge
 from tuner.pipeline.points import Grounds, PointDecision, plan_points
@@ -99,7 +100,7 @@ class Tuner:
             anchors += own
             traced = tuple({prompt.digest: prompt for anchor in own for prompt in anchor.forecast_pool}.values())
             try:
-                evidence = gather(self._engine, workload, traced, self._options.lengths, self._progress)
+                evidence = gather(self._engine, workload, traced, self._options.lengths, progress=self._progress)
             except OutOfTimeError:
                 for anchor in own:
                     anchor.out_of_time, anchor.stopped = True, "the budget ended before the evidence was complete"
@@ -128,7 +129,7 @@ class Tuner:
             anchor.stopped = "every output ended with its first token, so there is no time per token"
             return
         anchor.forecasts = studies.search_forecasts(
-            [setup for setup in candidates(evidence.drafts, options.lengths) if evidence.can_tell(setup)],
+            [setup for setup in candidates(evidence.drafts, options.lengths) if evidence.can_forecast(setup)],
             lambda setup: grounds.forecaster.forecast(setup, anchor.forecast_pool),
             f"forecasts, {where}",
             options.storage,
@@ -181,7 +182,9 @@ class Tuner:
         prompts = spread_over_domains(anchor.race_pool, self._options.race_prompts) if anchor.race_pool else ()
         if len(prompts) < MIN_RACE_PROMPTS or len(hopeful) == 1:
             return hopeful[0]
-        queues = queues_of(prompts, anchor.workload.batch_size, len(prompts), RACE_QUEUES)
+        queues = queues_of(
+            prompts, anchor.workload.batch_size, max_alone=len(prompts), num_queues=4, batches_per_queue=2
+        )
         total, done = len(queues) * len(hopeful) + min(len(queues), race.NOISE_QUEUES), 0
         ran: dict[Setup, list[proof.Pair]] = {}
 
@@ -215,7 +218,7 @@ class Tuner:
 
     def _prove(self, anchor: PointDecision, setup: Setup) -> None:
         most, batch_size = self._options.proof_prompts, anchor.workload.batch_size
-        queues = queues_of(anchor.proof_pool, batch_size, most, PROOF_QUEUES)
+        queues = queues_of(anchor.proof_pool, batch_size, max_alone=most, num_queues=6, batches_per_queue=4)
         pairs: list[proof.Pair] = []
         for done, queue in enumerate(queues):
             self._progress(f"proof {anchor.domain}", done, len(queues))

@@ -29,7 +29,7 @@ def acceptance_curves(evidence: Evidence, workload: Workload, target_part: str) 
     if len(domains) > 1:
         domains = {MIXED: list(evidence.prompts)} | domains
     curves = []
-    for draft in evidence.parts:
+    for draft in evidence.components:
         counted = {
             prompt.digest: _positions(evidence, workload, (draft, prompt), length) for prompt in evidence.prompts
         }
@@ -44,7 +44,7 @@ def acceptance_curves(evidence: Evidence, workload: Workload, target_part: str) 
 
 def _longest_length(evidence: Evidence, target_part: str) -> int:
     """The largest speculation length that was timed: the width of the target's step, or of whole rounds, less one."""
-    parts = [part.digest for part in evidence.parts] if evidence.capabilities.times == "rounds" else [target_part]
+    parts = [part.digest for part in evidence.components] if evidence.capabilities.times == "rounds" else [target_part]
     return max((width for part in parts for width in evidence.steps[part].samples_s), default=1) - 1
 
 
@@ -107,7 +107,7 @@ def share_interval(kept: Sequence[float], tried: Sequence[float], design: float)
 def staircases(evidence: Evidence, target: Model) -> tuple[Staircase, ...]:
     """The target's staircase, then those of the drafts' parts, by name."""
     parts = {target.run_digest: (target.name, "target")}
-    parts |= {part.digest: (part.name, part.kind) for part in evidence.parts}
+    parts |= {part.digest: (part.name, part.kind) for part in evidence.components}
     whole = evidence.capabilities.times == "rounds"
     found = []
     for digest, (name, kind) in parts.items():

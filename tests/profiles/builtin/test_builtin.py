@@ -14,7 +14,7 @@ from profiles.prompts import reader
 from profiles.records import draft_spec
 from profiles.records.core import PLAIN, Setup
 from tests.benchmarks.common import DRAFTS
-from tuner.forecast.evidence import spread_over_domains
+from tuner.forecast.queues import spread_over_domains
 
 MEGABYTES = 1_000_000
 

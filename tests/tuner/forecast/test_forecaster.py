@@ -8,8 +8,9 @@ import pytest
 from profiles.records.core import PLAIN, Setup
 from profiles.records.errors import NotMeasuredError
 from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, TARGET, FakeEngine, prompts
-from tuner.forecast.evidence import Evidence, calibration_lengths, gather, spread_over_domains, typical_context
+from tuner.forecast.evidence import Evidence, calibration_lengths, gather, typical_context
 from tuner.forecast.forecaster import Forecaster
+from tuner.forecast.queues import spread_over_domains
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8)
 
@@ -24,7 +25,7 @@ def _quiet() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def evidence() -> Evidence:
-    return gather(FakeEngine(), GREEDY, prompts(12), LENGTHS, lambda *_: None)
+    return gather(FakeEngine(), GREEDY, prompts(12), LENGTHS)
 
 
 def test_plain_is_one_exactly(evidence: Evidence) -> None:

@@ -21,14 +21,15 @@ from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, TARGET, FakeEngine, prom
 from tests.support.serving import NATIVE, SERVING, FakeServer
 from tuner import dry_run
 from tuner.deploy.latest import find_policy, find_report_data
+from tuner.forecast.cost_model import RoundCostModel, calibrate
 from tuner.forecast.evidence import Evidence, gather
 from tuner.forecast.forecaster import Forecaster
-from tuner.forecast.overhead import calibrate, use_of
 from tuner.pipeline.pipeline import Options, Outcome, Tuner, Watch
 from tuner.report import page
 from tuner.run import TuningSession, tune
 
 LENGTHS = (1, 2, 3, 4, 5, 6)
+MODEL = RoundCostModel(TARGET.run_digest)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,7 +46,7 @@ def load(request: pytest.FixtureRequest) -> Workload:
 
 @pytest.fixture(scope="module")
 def evidence(load: Workload) -> Evidence:
-    return gather(FakeServer(), load, prompts(12), LENGTHS, lambda *_: None)
+    return gather(FakeServer(), load, prompts(12), LENGTHS)
 
 
 def _trace(size: int) -> TargetTrace:
@@ -74,12 +75,10 @@ def test_rounds_that_run_past_the_end() -> None:
 
 def test_a_round_is_one_step() -> None:
     """Of plain decoding or of the draft, by the tokens verified; what the model's steps were does not matter."""
-    use = use_of(
-        Setup(draft=DRAFT_A, length=3), {StepShape(4, 3, 2): 5.0, StepShape(1): 1.0}, 2.0, TARGET.run_digest, "rounds"
-    )
-    assert use.steps == {(DRAFT_A.digest, 4): 5.0, (DRAFT_A.digest, 1): 1.0}
-    assert (use.idle, use.proposing, use.drafted, use.refills) == (1.0, 5.0, 0.0, 2.0)
-    assert use_of(PLAIN, {StepShape(1): 7.0}, 0.0, TARGET.run_digest, "rounds").steps == {(TARGET.run_digest, 1): 7.0}
+    usage = MODEL.usage(Setup(draft=DRAFT_A, length=3), {StepShape(4, 3, 2): 5.0, StepShape(1): 1.0}, 2.0)
+    assert usage.steps == {(DRAFT_A.digest, 4): 5.0, (DRAFT_A.digest, 1): 1.0}
+    assert (usage.num_idle, usage.num_proposing, usage.num_draft_steps, usage.num_refills) == (1.0, 5.0, 0.0, 2.0)
+    assert MODEL.usage(PLAIN, {StepShape(1): 7.0}, 0.0).steps == {(TARGET.run_digest, 1): 7.0}
 
 
 def test_what_a_sweep_of_rounds_needs() -> None:
@@ -128,10 +127,10 @@ def test_what_a_prefill_takes() -> None:
             output_digest="o",
         )
 
-    rates = calibrate(steps, [(setup, run(refills)) for refills in (0, 2, 5, 9)], TARGET.run_digest, "rounds")
+    rates = calibrate(MODEL, steps, [(setup, run(refills)) for refills in (0, 2, 5, 9)])
     assert rates[DRAFT_A].refill_s == pytest.approx(0.05)
     assert rates[DRAFT_A].factor == pytest.approx(1.0)
-    alike = calibrate(steps, [(setup, run(0)), (setup, run(1))], TARGET.run_digest, "rounds")
+    alike = calibrate(MODEL, steps, [(setup, run(0)), (setup, run(1))])
     assert alike[DRAFT_A].refill_s == 0.4
 
 
@@ -154,8 +153,8 @@ def test_real_rounds_are_a_multiple_of_timed_ones() -> None:
         )
         return setup, found
 
-    rates = calibrate(steps, [run(1, 1.25), run(4, 1.25), run(4, 9.0)], TARGET.run_digest, "rounds")[DRAFT_A]
-    assert (rates.factor, rates.round_s, rates.idle_s) == (pytest.approx(1.25), 0.0, 0.0)
+    rates = calibrate(MODEL, steps, [run(1, 1.25), run(4, 1.25), run(4, 9.0)])[DRAFT_A]
+    assert (rates.factor, rates.proposing_s, rates.idle_s) == (pytest.approx(1.25), 0.0, 0.0)
 
 
 @pytest.mark.parametrize("draft", [DRAFT_A, NGRAM, NATIVE], ids=["model", "ngram", "native"])
@@ -180,7 +179,7 @@ def test_what_was_only_run_has_no_walk(load: Workload, evidence: Evidence) -> No
     with pytest.raises(NotMeasuredError, match="it was only run"):
         forecaster.rounds(Setup(draft=NATIVE, length=2), evidence.prompts)
     assert forecaster.split(Setup(draft=DRAFT_A, length=2), evidence.prompts).draft_s is None
-    assert not evidence.can_tell(Setup(draft=NATIVE, length=9))
+    assert not evidence.can_forecast(Setup(draft=NATIVE, length=9))
 
 
 class LongNativeFails(FakeServer):
@@ -249,7 +248,7 @@ def test_a_run_of_a_server_that_traces_nothing(tmp_path: Path) -> None:
 def test_a_recording_keeps_the_properties(tmp_path: Path) -> None:
     """A saved recording of a serving engine loads as it was, its properties too."""
     recorder = Recorder(FakeServer())
-    gather(recorder, GREEDY, prompts(4), (1, 2), lambda *_: None)
+    gather(recorder, GREEDY, prompts(4), (1, 2))
     recorder.recording.save(tmp_path / "recording.json")
     assert RecordedEngine.load(tmp_path / "recording.json") == recorder.recording
 
@@ -271,13 +270,13 @@ class Counting(FakeServer):
 def test_traces_are_lent_where_they_agreed(tmp_path: Path, differs: bool) -> None:
     """After six prompts with equal tokens ours are taken for the rest; one token that differs keeps them apart."""
     with EvidenceStore.open(place(str(tmp_path))) as evidence_store:
-        gather(CachedEngine(FakeEngine(), evidence_store), GREEDY, prompts(12), LENGTHS, lambda *_: None)
+        gather(CachedEngine(FakeEngine(), evidence_store), GREEDY, prompts(12), LENGTHS)
         engine = Counting(differs)
-        gather(CachedEngine(engine, evidence_store), GREEDY, prompts(12), LENGTHS, lambda *_: None)
+        gather(CachedEngine(engine, evidence_store), GREEDY, prompts(12), LENGTHS)
         assert engine.calls["trace_target"] == (12 if differs else 6)
         assert engine.calls["trace_draft"] == (24 if differs else 12)
         sampled = replace(GREEDY, temperature=0.8)
-        gather(CachedEngine(engine, evidence_store), sampled, prompts(12), LENGTHS, lambda *_: None)
+        gather(CachedEngine(engine, evidence_store), sampled, prompts(12), LENGTHS)
         assert engine.calls["trace_target"] == (12 if differs else 6) + 12
 
 
@@ -294,6 +293,6 @@ def test_a_look_up_that_drops_short_drafts_is_run_where_it_drafts() -> None:
     """At lengths from its match on, and at none below."""
     engine = OnlyRuns()
     engine.capabilities = replace(engine.capabilities, drops_short=True)
-    found = gather(engine, GREEDY, prompts(6), (1, 2, 3), lambda *_: None)
+    found = gather(engine, GREEDY, prompts(6), (1, 2, 3))
     assert NGRAM.min_match == 2
     assert {setup.length for setup, _ in found.calibration if setup.draft == NGRAM} == {2, 3}

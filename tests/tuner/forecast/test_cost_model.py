@@ -1,18 +1,18 @@
-"""What rounds use, counted by hand, and overheads found again in runs that were made with known ones."""
+"""Usage counted by hand, and overheads recovered from runs that were made with known ones."""
 
 from collections import Counter
 from dataclasses import replace
 
-import numpy
 import pytest
 
 from profiles.records.core import PLAIN, Draft, Model, Setup
 from profiles.records.errors import NotMeasuredError
 from profiles.records.evidence import Sample, StepShape, StepTimes
 from tests.support.fakes import DRAFT_A, NGRAM, TARGET
-from tuner.forecast.overhead import calibrate, step_samples, use_of
+from tuner.forecast.cost_model import Overhead, StepCostModel, calibrate, step_samples
 
 PART = TARGET.run_digest
+MODEL = StepCostModel(PART)
 DEEP = Draft(kind="model", model=Model(name="deep", dtype="float32", digest="deep", num_params=9))
 
 
@@ -35,8 +35,8 @@ def _run(setup: Setup, rounds: dict[tuple[int, int], int], beyond_s: float) -> t
     shapes: Counter[tuple[int, int, int]] = Counter()
     for (proposed, _), count in rounds.items():
         shapes[proposed + 1, *((proposed, 2) if with_model and proposed else (0, 0))] += count
-    use = use_of(setup, shapes, 0.0, PART)
-    stepped = sum(count * STEPS[part].samples_s[width][0] for (part, width), count in use.steps.items())
+    usage = MODEL.usage(setup, shapes, 0.0)
+    stepped = sum(count * STEPS[part].samples_s[width][0] for (part, width), count in usage.steps.items())
     sample = Sample(
         setup_digest=setup.digest,
         prompt_digest="prompt",
@@ -52,25 +52,25 @@ def _run(setup: Setup, rounds: dict[tuple[int, int], int], beyond_s: float) -> t
 
 def test_steps_of_a_round_by_hand() -> None:
     """Three rounds of two proposals and a plain step: verify widths 3 and 1, a first draft step of 2 and one of 1."""
-    use = use_of(Setup(draft=DRAFT_A, length=2), {StepShape(3, 2, 2): 3.0, StepShape(1): 1.0}, 4.0, PART)
-    assert use.steps == {(PART, 3): 3.0, (PART, 1): 1.0, (DRAFT_A.digest, 1): 3.0, (DRAFT_A.digest, 2): 3.0}
-    assert (use.idle, use.proposing, use.drafted, use.refills) == (1.0, 3.0, 6.0, 4.0)
-    rates = numpy.array([[0.5], [2.0], [0.25], [0.1]])
-    assert use.overhead_s(rates) == pytest.approx([0.5 + 6.0 + 1.5 + 0.4])
+    usage = MODEL.usage(Setup(draft=DRAFT_A, length=2), {StepShape(3, 2, 2): 3.0, StepShape(1): 1.0}, 4.0)
+    assert usage.steps == {(PART, 3): 3.0, (PART, 1): 1.0, (DRAFT_A.digest, 1): 3.0, (DRAFT_A.digest, 2): 3.0}
+    assert (usage.num_idle, usage.num_proposing, usage.num_draft_steps, usage.num_refills) == (1.0, 3.0, 6.0, 4.0)
+    overhead = Overhead(idle_s=0.5, proposing_s=2.0, draft_step_s=0.25, refill_s=0.1, factor=1.0)
+    assert overhead.beyond_steps_s(usage) == pytest.approx(0.5 + 6.0 + 1.5 + 0.4)
 
 
 def test_lookup_is_asked_once_a_round() -> None:
     """Also in rounds where it proposes nothing."""
-    use = use_of(Setup(draft=NGRAM, length=4), {StepShape(4): 2.0, StepShape(1): 5.0}, 0.0, PART)
-    assert use.steps == {(PART, 4): 2.0, (PART, 1): 5.0, (NGRAM.digest, 4): 7.0}
+    usage = MODEL.usage(Setup(draft=NGRAM, length=4), {StepShape(4): 2.0, StepShape(1): 5.0}, 0.0)
+    assert usage.steps == {(PART, 4): 2.0, (PART, 1): 5.0, (NGRAM.digest, 4): 7.0}
 
 
 def test_a_composite_uses_its_parts() -> None:
     """A look-up round, a round of the model that is 5 tokens behind, and one that is 130 behind: three steps of 64."""
     composite = Draft(kind="composite", model=DRAFT_A.model, max_match=4, min_match=2)
     shapes = {StepShape(3): 1.0, StepShape(5, 4, 8): 1.0, StepShape(5, 4, 192): 1.0}
-    use = use_of(Setup(draft=composite, length=4), shapes, 0.0, PART)
-    assert use.steps == {
+    usage = MODEL.usage(Setup(draft=composite, length=4), shapes, 0.0)
+    assert usage.steps == {
         (PART, 3): 1.0,
         (PART, 5): 2.0,
         (NGRAM.digest, 4): 3.0,
@@ -84,7 +84,7 @@ def test_other_rows_prefills_are_told_apart() -> None:
     """In a batch a row waits for the prompts that come in; that is no overhead of its rounds."""
     setup, sample = _run(PLAIN, {(0, 0): 50}, 50 * 0.002)
     waited = replace(sample, decode_s=sample.decode_s + 3 * 0.1, refills=3)
-    rate = calibrate(STEPS, [(setup, waited)], PART)[None]
+    rate = calibrate(MODEL, STEPS, [(setup, waited)])[None]
     assert (rate.idle_s, rate.refill_s) == pytest.approx((0.002, 0.1))
 
 
@@ -96,11 +96,11 @@ def test_drafts_share_what_a_row_of_steps_saves() -> None:
             setup = Setup(draft=draft, length=length)
             beyond_s = 20 * (round_s - 0.2 * step_s * length) + 2 * 0.002
             calibration.append(_run(setup, {(length, 1): 15, (length, length): 5, (0, 0): 2}, beyond_s))
-    rates = calibrate(STEPS, calibration, PART)
+    rates = calibrate(MODEL, STEPS, calibration)
     assert rates[None].idle_s == pytest.approx(0.002)
-    assert rates[DRAFT_A].drafted_s == pytest.approx(-0.0002)
-    assert rates[DEEP].drafted_s == pytest.approx(-0.0008)
-    assert (rates[DRAFT_A].round_s, rates[DEEP].round_s) == pytest.approx((0.0003, 0.0008))
+    assert rates[DRAFT_A].draft_step_s == pytest.approx(-0.0002)
+    assert rates[DEEP].draft_step_s == pytest.approx(-0.0008)
+    assert (rates[DRAFT_A].proposing_s, rates[DEEP].proposing_s) == pytest.approx((0.0003, 0.0008))
 
 
 def test_a_round_without_a_proposal_is_a_plain_round() -> None:
@@ -110,8 +110,8 @@ def test_a_round_without_a_proposal_is_a_plain_round() -> None:
         _run(Setup(draft=NGRAM, length=4), {(0, 0): 40, (4, 2): 10}, 40 * -0.001 + 10 * 0.0005),
         _run(Setup(draft=NGRAM, length=4), {(0, 0): 49, (4, 2): 1}, 49 * -0.001 + 1 * 0.9),
     ]
-    rate = calibrate(STEPS, calibration, PART)[NGRAM]
-    assert (rate.idle_s, rate.round_s, rate.drafted_s) == pytest.approx((-0.001, 0.0005, 0.0))
+    rate = calibrate(MODEL, STEPS, calibration)[NGRAM]
+    assert (rate.idle_s, rate.proposing_s, rate.draft_step_s) == pytest.approx((-0.001, 0.0005, 0.0))
 
 
 def test_an_unknown_width_is_named() -> None:
@@ -124,4 +124,4 @@ def test_a_run_that_does_not_say_its_shapes_is_refused() -> None:
     """Evidence of an older engine is no calibration."""
     setup, sample = _run(PLAIN, {(0, 0): 50}, 0.0)
     with pytest.raises(NotMeasuredError, match="plain does not say what its rounds ran"):
-        calibrate(STEPS, [(setup, replace(sample, shapes={}))], PART)
+        calibrate(MODEL, STEPS, [(setup, replace(sample, shapes={}))])
