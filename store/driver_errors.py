@@ -5,7 +5,7 @@ Drivers are known by their codes and words only: neither is imported here. A pas
 
 import re
 
-from profiles.records.draft_spec import printable
+from profiles.records.text import printable
 
 _LOCKED = "another process keeps it locked: wait for it to end, then run again"
 _FULL = "the disk is full: what was saved before is kept; free space, then run again"

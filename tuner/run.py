@@ -14,7 +14,7 @@ from sqlalchemy.pool import NullPool
 
 from profiles.engines.base import Engine
 from profiles.records.core import Prompt, Workload
-from profiles.records.draft_spec import Refused
+from profiles.records.draft_spec import RefusedDraft
 from profiles.records.errors import RunInterruptedError, StoreError
 from store.cached_engine import CachedEngine
 from store.evidence_store import EvidenceStore, Scope
@@ -67,7 +67,7 @@ class FinishedRun:
     policy: policies.Policy
     policy_path: Path
     outcome: Outcome
-    left_out: tuple[Refused, ...]
+    left_out: tuple[RefusedDraft, ...]
     cost: dict[str, Any]
 
 
@@ -132,16 +132,16 @@ def _with_kept_ids(outcome: Outcome, cached_engine: CachedEngine) -> Outcome:
     return replace(outcome, choices=tuple(kept))
 
 
-def _left_out(outcome: Outcome) -> tuple[Refused, ...]:
+def _left_out(outcome: Outcome) -> tuple[RefusedDraft, ...]:
     """What failed while evidence was gathered, and what is infeasible at an anchor, by the anchor's domain."""
     failed = [
-        Refused(name=one.setup.name, reason=one.reason, detail=one.detail)
+        RefusedDraft(name=one.setup.name, reason=one.reason, detail=one.detail)
         for anchor in outcome.anchors
         if anchor.grounds is not None
         for one in anchor.grounds.evidence.infeasible
     ]
     ruled_out = [
-        Refused(name=one.setup.name, reason=one.reason, detail=f"{anchor.domain}: {one.detail}")
+        RefusedDraft(name=one.setup.name, reason=one.reason, detail=f"{anchor.domain}: {one.detail}")
         for anchor in outcome.anchors
         for one in anchor.infeasible
     ]

@@ -7,7 +7,7 @@ from profiles.engines.base import Engine
 from profiles.models import loader
 from profiles.models.footprint import Footprint, cache_slots
 from profiles.records.core import Draft, Setup, Workload
-from profiles.records.draft_spec import MAX_BATCH, MAX_REQUESTS, Refused
+from profiles.records.draft_spec import MAX_BATCH, MAX_REQUESTS, RefusedDraft
 from profiles.records.errors import InputError
 
 
@@ -57,9 +57,9 @@ class Bench:
     """
 
     engine: Engine
-    loaded: tuple[loader.Described, ...]
+    loaded: tuple[loader.DescribedModel, ...]
     footprints: Mapping[Draft | None, Footprint] = field(default_factory=dict)
-    refused: tuple[Refused, ...] = ()
+    refused: tuple[RefusedDraft, ...] = ()
     close: Callable[[], None] = lambda: None
 
     def needed_bytes(self, setup: Setup, workload: Workload) -> int | None:

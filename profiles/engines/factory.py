@@ -18,9 +18,9 @@ from profiles.engines.bench import Bench
 from profiles.engines.serving.server_kind import SERVER_KINDS_BY_NAME, kind_of
 from profiles.hardware import fingerprint, machine
 from profiles.models import loader, sources
-from profiles.models.loader import Described
+from profiles.models.loader import DescribedModel
 from profiles.records.core import DTYPES, Draft, Model, Setup
-from profiles.records.draft_spec import DraftSpec, Refused, engine_options
+from profiles.records.draft_spec import DraftSpec, RefusedDraft, engine_options
 from profiles.records.errors import InputError
 
 TITLE = "draftpick"  # of the folder for logs
@@ -105,7 +105,7 @@ def open_bench(place: Place, asked: Models, flags_of: FlagsOf) -> Bench:
         raise next(iter(errors.values()))
     engine = found.with_drafts(tuple(drafts.values()))
     used = {draft.model for draft in drafts.values()}
-    refused = [Refused(name=name, reason=type(error).__name__, detail=str(error)) for name, error in errors.items()]
+    refused = [RefusedDraft.from_error(name, error) for name, error in errors.items()]
     return Bench(
         engine=engine,
         loaded=tuple(one for name, one in described.items() if name == asked.target or one.record in used),
@@ -114,7 +114,7 @@ def open_bench(place: Place, asked: Models, flags_of: FlagsOf) -> Bench:
     )
 
 
-def _draft(spec: DraftSpec, described: dict[str, Described], target: str) -> Draft:
+def _draft(spec: DraftSpec, described: dict[str, DescribedModel], target: str) -> Draft:
     """The record of a draft; a model is described first. Raises InputError: of a kind or a model that does not do."""
     if spec.kind not in SERVED_KINDS:
         raise InputError(f"draft {spec.name!r}: a serving engine drafts with {', '.join(SERVED_KINDS)} only")
@@ -141,7 +141,7 @@ def _logs(engine: str) -> Path:
     return platformdirs.user_log_path(TITLE) / f"{engine}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
-def _vllm(place: Place, target: Described, flags_of: FlagsOf) -> Found:  # noqa: ARG001
+def _vllm(place: Place, target: DescribedModel, flags_of: FlagsOf) -> Found:  # noqa: ARG001
     from profiles.engines.vllm.config import VllmOptions, num_positions
     from profiles.engines.vllm.engine import VllmEngine
 
@@ -165,7 +165,7 @@ def _vllm(place: Place, target: Described, flags_of: FlagsOf) -> Found:  # noqa:
     return Found(check=check, with_drafts=with_drafts)
 
 
-def _llamacpp(place: Place, target: Described, flags_of: FlagsOf) -> Found:  # noqa: ARG001
+def _llamacpp(place: Place, target: DescribedModel, flags_of: FlagsOf) -> Found:  # noqa: ARG001
     from profiles.engines.llamacpp import ngram
     from profiles.engines.llamacpp.binary import program_of, weights_of
     from profiles.engines.llamacpp.engine import LlamaCppEngine
@@ -189,7 +189,7 @@ def _llamacpp(place: Place, target: Described, flags_of: FlagsOf) -> Found:  # n
     return Found(check=check, with_drafts=lambda drafts: LlamaCppEngine(target, drafts, program, options))
 
 
-def _server(place: Place, target: Described, flags_of: FlagsOf) -> Found:
+def _server(place: Place, target: DescribedModel, flags_of: FlagsOf) -> Found:
     from profiles.engines.llamacpp import ngram
     from profiles.engines.openai.engine import ServerEngine
     from profiles.engines.openai.launch import Launch
@@ -217,7 +217,7 @@ def _server(place: Place, target: Described, flags_of: FlagsOf) -> Found:
     return Found(check=check, with_drafts=with_drafts)
 
 
-OPENED: dict[str, Callable[[Place, Described, FlagsOf], Found]] = {
+OPENED: dict[str, Callable[[Place, DescribedModel, FlagsOf], Found]] = {
     "vllm": _vllm,
     "llamacpp": _llamacpp,
     "server": _server,

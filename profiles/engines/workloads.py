@@ -63,7 +63,7 @@ def _check_room(bench: Bench, question: Question, context: int | None) -> None:
     try:
         for loaded in bench.loaded:
             asked = context or question.max_new_tokens + 1
-            loader.check_room(loaded, context_length=asked, max_length=max(question.lengths))
+            loader.check_context(loaded, context_length=asked, max_length=max(question.lengths))
     except ModelError as error:
         if context is not None:
             raise

@@ -17,7 +17,7 @@ from profiles.fit.report import DraftCheck, Glance, PairReport
 from profiles.hardware import fingerprint
 from profiles.models import loader, memory, sources
 from profiles.models.footprint import Footprint
-from profiles.models.loader import Described
+from profiles.models.loader import DescribedModel
 from profiles.prompts import reader
 from profiles.prompts.reader import Request
 from profiles.records.core import Draft, Prompt, Workload
@@ -71,7 +71,7 @@ def check(target: str, specs: Sequence[DraftSpec], shape: Shape, requests: Seque
     context = shape.context_length or min(DEFAULT_CONTEXT, _from_header(target, "float32")[0] or DEFAULT_CONTEXT)
     free = fingerprint.free_bytes(fingerprint.pick_device(shape.device))
     bench = load.load(target, specs, shape.dtype, shape.device, shape.batch_size * context)
-    loader.check_room(bench.loaded[0], context_length=context, max_length=0)
+    loader.check_context(bench.loaded[0], context_length=context, max_length=0)
     workload, traces, warnings = _look(bench, requests)
     look = _Look(workload=workload, traces=traces, shape=shape)
     notes = [loaded.note for loaded in bench.loaded if loaded.note is not None]
@@ -145,8 +145,8 @@ def _row(bench: Bench, spec: DraftSpec, look: _Look) -> DraftCheck:
     glance = reason = None
     try:
         if loaded is not None:
-            loader.check_room(loaded, context_length=look.shape.context_length or 1, max_length=0)
-            loader.check_room(loaded, context_length=look.workload.context_length, max_length=LENGTH)
+            loader.check_context(loaded, context_length=look.shape.context_length or 1, max_length=0)
+            loader.check_context(loaded, context_length=look.workload.context_length, max_length=LENGTH)
         glance = _glance(bench, draft, look)
     except DraftpickError as error:
         reason = str(error)
@@ -160,9 +160,9 @@ def _row(bench: Bench, spec: DraftSpec, look: _Look) -> DraftCheck:
     )
 
 
-def _found(bench: Bench, spec: DraftSpec) -> tuple[Draft, Described | None]:
+def _found(bench: Bench, spec: DraftSpec) -> tuple[Draft, DescribedModel | None]:
     """The draft that the engine has for it (equal weights under two names are one), and the model it runs."""
-    loaded: Described | None
+    loaded: DescribedModel | None
     if spec.path is not None:
         loaded = next(one for one in bench.loaded if one.record.name == spec.path)
     else:

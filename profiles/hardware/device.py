@@ -20,7 +20,7 @@ OPTIONAL_TEXTS = ("driver", "cuda")  # null: there is none, as on a CPU
 _NOT_THE_KIND = re.compile(r"(?<![\w.])(NVIDIA|TESLA|PCIE?|SXM\d*|NVL\d*|HBM\w*|\d+ ?GB)\b", re.IGNORECASE)
 
 
-def checked(raw: object) -> Machine:
+def parse_machine(raw: object) -> Machine:
     """`raw` JSON as a machine; null is not known, but of a processor's driver and CUDA it says that there is none.
 
     Raises InputError, naming field, value and what is allowed.
@@ -37,7 +37,7 @@ def checked(raw: object) -> Machine:
             good, needed = isinstance(value, str) and value != "", "a string"
         if not good and value is not None:
             raise InputError(f"{name} is {str(value)[:60]!r}: {needed} is needed")
-    return known(raw)
+    return drop_unknown(raw)
 
 
 @cache
@@ -51,7 +51,7 @@ def family(device: str) -> str:
     return " ".join(_NOT_THE_KIND.sub(" ", device.replace("-", " ")).split()).upper()
 
 
-def known(fields_found: Mapping[str, object]) -> Machine:
+def drop_unknown(fields_found: Mapping[str, object]) -> Machine:
     """The fields that are known: None says "there is none" of a processor's driver and CUDA, else "not known"."""
     none_there = () if on_gpu(fields_found) else OPTIONAL_TEXTS
     return {name: value for name, value in fields_found.items() if value is not None or name in none_there}

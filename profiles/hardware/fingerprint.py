@@ -10,7 +10,7 @@ import torch
 
 from profiles.hardware import machine, nvml
 from profiles.hardware.device import ENGINE
-from profiles.hardware.nvml import handle_of
+from profiles.hardware.nvml import device_handle
 from profiles.records.core import Environment
 from profiles.records.errors import InputError
 
@@ -37,7 +37,7 @@ def free_bytes(device: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def free_bytes_of_all(device: str) -> int:
+def total_free_bytes(device: str) -> int:
     """As `free_bytes`; of all GPUs together where `device` names none of them."""
     if device == "cuda":
         return sum(int(torch.cuda.mem_get_info(index)[0]) for index in range(torch.cuda.device_count()))
@@ -56,15 +56,15 @@ def fingerprint(device: str) -> Environment:
         name, count, memory_bytes = properties.name, torch.cuda.device_count(), properties.total_memory
         capability = f"{properties.major}.{properties.minor}"
         driver = nvml.driver_version()  # and with it NVML is started, of which the handle is asked
-        bandwidth = nvml.memory_bandwidth(handle_of(device))
+        bandwidth = nvml.memory_bandwidth(device_handle(device))
     else:
         name, count, memory_bytes = machine.processor_name(), 1, psutil.virtual_memory().total
-    version = machine.own_engine_version()
+    version = machine.torch_engine_version()
     assert version is not None  # transformers is a dependency
     return Environment(
         device=name,
         device_count=count,
-        memory_bytes=nvml.whole_gib(memory_bytes),
+        memory_bytes=nvml.round_to_gib(memory_bytes),
         driver=driver,
         cuda=torch.version.cuda if on_gpu else None,
         threads=torch.get_num_threads(),

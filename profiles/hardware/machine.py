@@ -16,9 +16,16 @@ from typing import Any
 
 import psutil
 
-from profiles.hardware.device import ENGINE, Machine, checked, known
-from profiles.hardware.nvml import _gpu, whole_gib
-from profiles.hardware.software import XLLAMACPP, installed, installed_in, named_server, own_version, version_of
+from profiles.hardware.device import ENGINE, Machine, drop_unknown, parse_machine
+from profiles.hardware.nvml import _gpu, round_to_gib
+from profiles.hardware.software import (
+    XLLAMACPP,
+    draftpick_version,
+    installed_version,
+    installed_version_in,
+    llama_server_path,
+    server_version,
+)
 from profiles.records.errors import InputError
 from profiles.records.files import open_file
 
@@ -38,7 +45,7 @@ def this_machine(engine: str = ENGINE, device: str | None = None) -> Machine:
         raise InputError(f"device {device!r}: allowed are cpu and cuda")
     named = os.environ.get(OVERRIDE)
     if named:
-        return described_machine(Path(named), engine)
+        return read_machine(Path(named), engine)
     found: dict[str, Any] = {"engine": engine}
     on_gpu = _gpu() if device != "cpu" else None
     if device == "cuda" and on_gpu is None:
@@ -46,12 +53,12 @@ def this_machine(engine: str = ENGINE, device: str | None = None) -> Machine:
     found |= _cpu() if on_gpu is None else on_gpu
     found |= _torch(on_gpu=on_gpu is not None)
     if engine == ENGINE:
-        return known({**found, "threads": num_threads(), "engine_version": own_engine_version()})
+        return drop_unknown({**found, "threads": num_threads(), "engine_version": torch_engine_version()})
     found.pop("torch", None)  # a serving engine brings its own, and takes what threads it takes
-    return known({**found, "engine_version": served_version(engine)})
+    return drop_unknown({**found, "engine_version": serving_engine_version(engine)})
 
 
-def described_machine(path: Path, engine: str = ENGINE) -> Machine:
+def read_machine(path: Path, engine: str = ENGINE) -> Machine:
     """The machine that a JSON file describes, asked for `engine`; what it says of another engine does not count.
 
     Raises InputError: unreadable, or a field or value not allowed.
@@ -75,32 +82,32 @@ def _read(path: Path) -> Machine:
     except (ValueError, RecursionError) as error:
         raise InputError(f"environment {path} cannot be read: {error}") from error
     try:
-        return checked(raw)
+        return parse_machine(raw)
     except InputError as error:
         raise InputError(f"environment {path}: {error}") from error
 
 
-def own_engine_version() -> str | None:
+def torch_engine_version() -> str | None:
     """Of the engine that ships with draftpick; None without transformers, which is a part of it."""
-    transformers = installed("transformers")
-    return None if transformers is None else f"{own_version()}+transformers-{transformers}"
+    transformers = installed_version("transformers")
+    return None if transformers is None else f"{draftpick_version()}+transformers-{transformers}"
 
 
-def served_version(engine: str) -> str | None:
+def serving_engine_version(engine: str) -> str | None:
     """Of a serving engine as a run on it here would find it, spelled as its adapter does; None where there is none.
 
     vLLM's is asked of the Python that $DRAFTPICK_VLLM_PYTHON names, llama.cpp's of what $DRAFTPICK_LLAMA_SERVER names,
     if they do.
     """
     if engine == "llamacpp":
-        named = named_server()
+        named = llama_server_path()
         program = named or shutil.which("llama-server")
-        package = installed(XLLAMACPP)
+        package = installed_version(XLLAMACPP)
         if package is not None and named is None:
             return f"{XLLAMACPP} {package}"
-        return None if program is None else version_of([program])
+        return None if program is None else server_version([program])
     python = os.environ.get("DRAFTPICK_VLLM_PYTHON")
-    return installed_in(python, engine) if engine == "vllm" and python else installed(engine)
+    return installed_version_in(python, engine) if engine == "vllm" and python else installed_version(engine)
 
 
 def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
@@ -114,7 +121,7 @@ def _cpu() -> dict[str, Any]:
     return {
         "device": processor_name(),
         "device_count": 1,
-        "memory_bytes": whole_gib(psutil.virtual_memory().total),
+        "memory_bytes": round_to_gib(psutil.virtual_memory().total),
         "driver": None,
         "cuda": None,
     }

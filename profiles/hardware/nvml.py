@@ -21,7 +21,7 @@ def _ask(name: str, *arguments: object) -> Any:
         return None
 
 
-def handle_of(device: str) -> Any:
+def device_handle(device: str) -> Any:
     """NVML's handle of torch's device, by UUID or bus address: NVML's numbers ignore CUDA_VISIBLE_DEVICES.
 
     Or of the device whose UUID is given.
@@ -66,7 +66,7 @@ def memory_bandwidth(handle: Any) -> int | None:
         return None
 
 
-def whole_gib(num_bytes: int) -> int:
+def round_to_gib(num_bytes: int) -> int:
     """To the nearest GiB, and at least one: a kernel or driver update moves a memory's size by megabytes."""
     return max(1, round(num_bytes / GIB)) * GIB
 
@@ -92,7 +92,7 @@ def _gpu() -> dict[str, Any] | None:
         return {
             "device": str(pynvml.nvmlDeviceGetName(first)),
             "device_count": len(handles),
-            "memory_bytes": whole_gib(pynvml.nvmlDeviceGetMemoryInfo(first).total),
+            "memory_bytes": round_to_gib(pynvml.nvmlDeviceGetMemoryInfo(first).total),
             "driver": driver,
             "compute_capability": f"{major}.{minor}",
             "memory_bandwidth_bytes_s": memory_bandwidth(first),

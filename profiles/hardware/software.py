@@ -23,7 +23,7 @@ PACKAGES = {
 }
 
 
-def installed(engine: str) -> str | None:
+def installed_version(engine: str) -> str | None:
     """The version as the package states it; None where it is not installed or the engine has no package."""
     for name in PACKAGES.get(engine, ()):
         try:
@@ -33,7 +33,7 @@ def installed(engine: str) -> str | None:
     return None
 
 
-def installed_in(python: str, engine: str) -> str | None:
+def installed_version_in(python: str, engine: str) -> str | None:
     """As `installed`, in another Python, which is asked; None too where that cannot be run."""
     for name in PACKAGES.get(engine, ()):
         code = f"import importlib.metadata as found; print(found.version({name!r}))"
@@ -46,7 +46,7 @@ def installed_in(python: str, engine: str) -> str | None:
     return None
 
 
-def own_version() -> str:
+def draftpick_version() -> str:
     """draftpick's own version; run from a checkout, the one its project file states."""
     try:
         return importlib.metadata.version("draftpick")
@@ -55,12 +55,12 @@ def own_version() -> str:
         return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
 
 
-def named_server() -> str | None:
+def llama_server_path() -> str | None:
     """The `llama-server` that $DRAFTPICK_LLAMA_SERVER names, for runs and look-ups that name none."""
     return os.environ.get("DRAFTPICK_LLAMA_SERVER") or None
 
 
-def help_of(command: Sequence[str]) -> str | None:
+def server_help(command: Sequence[str]) -> str | None:
     """What the server prints when asked for help, None where it cannot be run.
 
     Its flags tell what it takes. Its build number does not: a build from a shallow clone calls itself build 1.
@@ -68,13 +68,13 @@ def help_of(command: Sequence[str]) -> str | None:
     return _said(command, "--help")
 
 
-def version_of(command: Sequence[str]) -> str | None:
+def server_version(command: Sequence[str]) -> str | None:
     """What the server prints of its version in one line, None where it cannot be run."""
     said = _said(command, "--version")
     return None if said is None else next((line for line in said.splitlines() if line.startswith("version")), None)
 
 
-def devices_of(command: Sequence[str]) -> list[str]:
+def server_devices(command: Sequence[str]) -> list[str]:
     """The GPUs that the server can use, as it names them."""
     return re.findall(r"^\s+(\w+): ", _said(command, "--list-devices") or "", re.MULTILINE)
 

@@ -35,7 +35,7 @@ _NO_ROLLBACK = "model {name!r}: {what} keep a running state, which cannot take t
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Described:
+class DescribedModel:
     """What is known of a model without running it; `max_positions` bounds its context in tokens.
 
     `note`: what the user should know about how the weights came to be as they are run, in one line.
@@ -53,13 +53,13 @@ class Described:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded(Described):
+class LoadedModel(DescribedModel):
     """A model ready to run, in evaluation mode and without gradients."""
 
     model: PreTrainedModel
 
 
-def describe(name: str, *, dtype: str | None) -> Described:
+def describe(name: str, *, dtype: str | None) -> DescribedModel:
     """A model that another engine will run, its weights left alone; `dtype` None: the type that its files hold.
 
     A packed GGUF file counts as float16. Raises ModelError: nothing there, pickled or broken files, no tokenizer.
@@ -71,7 +71,7 @@ def describe(name: str, *, dtype: str | None) -> Described:
         generation = None
         if source.holds("generation_config.json"):
             generation = GenerationConfig.from_pretrained(source.folder)
-        return Described(
+        return DescribedModel(
             tokenizer=tokenizer,
             record=_record(source, config, dtype),
             max_positions=sources.max_positions(config, source),
@@ -79,7 +79,7 @@ def describe(name: str, *, dtype: str | None) -> Described:
         )
 
 
-def load(name: str, *, dtype: str, device: str, trust_remote_code: bool = False, several_gpus: bool = True) -> Loaded:
+def load(name: str, *, dtype: str, device: str, several_gpus: bool = True) -> LoadedModel:
     """Loads a directory, a GGUF file or a hub id on `device`, its float weights as `dtype`.
 
     On `cuda`, which names no GPU, a model too large for the first is spread over all; `several_gpus` False, meant for
@@ -90,7 +90,7 @@ def load(name: str, *, dtype: str, device: str, trust_remote_code: bool = False,
     OutOfMemoryError: the device is full.
     """
     check_dtype(dtype)
-    source = sources.find(name, trust_remote_code=trust_remote_code)
+    source = sources.find(name)
     sources.weight_files(source)
     with translated(f"model {name!r}"):
         config = sources.config_of(source)
@@ -111,7 +111,7 @@ def load(name: str, *, dtype: str, device: str, trust_remote_code: bool = False,
             digest=sources.digest(source),
             num_params=sum(parameter.numel() for parameter in model.parameters()),
         )
-        return Loaded(
+        return LoadedModel(
             model=model,
             tokenizer=tokenizer,
             record=record,
@@ -143,7 +143,7 @@ def _record(source: Source, config: PreTrainedConfig, dtype: str | None) -> Mode
     )
 
 
-def check_pair(target: Described, draft: Described) -> None:
+def check_pair(target: DescribedModel, draft: DescribedModel) -> None:
     """Refuses a draft that does not speak the target's tokens; equal maps with padded embeddings are fine.
 
     Raises: PairError: the token maps differ.
@@ -168,17 +168,17 @@ def check_tokens(pair: str, target: PreTrainedTokenizerBase, draft: PreTrainedTo
         )
 
 
-def check_room(loaded: Described, *, context_length: int, max_length: int) -> None:
+def check_context(loaded: DescribedModel, *, context_length: int, max_length: int) -> None:
     """Refuses contexts in which a round of `max_length` drafted tokens could pass the model's last position.
 
     `context_length` is prompt plus new tokens. Raises: ModelError: names both and what is allowed.
     """
-    check_positions((loaded.record.name, loaded.max_positions), context_length=context_length, max_length=max_length)
+    check_positions(loaded.record.name, loaded.max_positions, context_length=context_length, max_length=max_length)
 
 
-def check_positions(model_and_positions: tuple[str, int], *, context_length: int, max_length: int) -> None:
-    """As `check_room`, of a model that is known by name and number of positions only."""
-    name, most = model_and_positions
+def check_positions(name: str, max_positions: int, *, context_length: int, max_length: int) -> None:
+    """As `check_context`, for a model of which only name and number of positions are given."""
+    most = max_positions
     model = f"model {name!r} has {most} positions"
     if context_length > most:
         raise ModelError(f"context {context_length}: {model}; allowed are contexts up to {most - max_length}")
@@ -200,7 +200,7 @@ def check_prompts(workload: Workload, prompts: Sequence[Prompt]) -> None:
         )
 
 
-def early_exit(target: Loaded, num_layers: int) -> PreTrainedModel:
+def early_exit(target: LoadedModel, num_layers: int) -> PreTrainedModel:
     """The target's first `num_layers` layers under its final norm and head: a model of its own that shares the weights.
 
     Only the modules on the way to the layers are copied, so the target is untouched and no weight is held twice; the

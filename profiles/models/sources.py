@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from profiles.builtin import BUILTIN, FAMILY_FOLDER
+from profiles.builtin import BUILTIN, BUILTIN_FOLDER
 from profiles.models import gguf as gguf_file
 from profiles.models.gguf import GgufFile
 from profiles.records.core import digest_of
@@ -65,8 +65,8 @@ def find(name: str, *, trust_remote_code: bool = False) -> Source:
         raise ModelError(f"model {name!r}: {_ALLOWED}")  # as a path it would be the working directory
     path = Path(name)
     if name.startswith(BUILTIN):
-        path = FAMILY_FOLDER / name.removeprefix(BUILTIN)
-        known = sorted(f"{BUILTIN}{config.parent.name}" for config in FAMILY_FOLDER.glob("*/config.json"))
+        path = BUILTIN_FOLDER / name.removeprefix(BUILTIN)
+        known = sorted(f"{BUILTIN}{config.parent.name}" for config in BUILTIN_FOLDER.glob("*/config.json"))
         if f"{BUILTIN}{path.name}" not in known:
             raise ModelError(f"model {name!r}: not one that ships; allowed are {', '.join(known) or 'none'}")
     if path.is_file() and path.suffix.lower() == ".gguf":

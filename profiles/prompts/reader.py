@@ -13,13 +13,13 @@ from typing import Any, Protocol
 
 import jinja2
 
-from profiles.builtin import ALL_PROMPTS, BUILTIN, FAMILY_FOLDER
+from profiles.builtin import ALL_PROMPTS, BUILTIN, BUILTIN_FOLDER
 from profiles.records.core import Prompt
 from profiles.records.errors import PromptError
 
 Messages = tuple[tuple[str, str], ...]
 
-BUILTIN_FOLDER = FAMILY_FOLDER / "prompts"
+PROMPTS_FOLDER = BUILTIN_FOLDER / "prompts"
 _STDIN = "-"
 _SEPARATOR = "---"
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -105,7 +105,7 @@ def tokenize(requests: Sequence[Request], tokenizer: Tokenizer, most_tokens: int
     return list(unique.values()), warnings
 
 
-def asked_text(request: Request) -> str:
+def user_text(request: Request) -> str:
     """What the user wrote last, as serving code has it at hand: no template, no system prompt, no earlier turns."""
     if isinstance(request.messages, str):
         return request.messages
@@ -142,7 +142,7 @@ def _token_ids(request: Request, tokenizer: Tokenizer, where: str) -> list[int]:
 
 
 def _builtin_paths(source: str) -> list[Path]:
-    known = {path.stem: path for path in sorted(BUILTIN_FOLDER.glob("*.jsonl"))}
+    known = {path.stem: path for path in sorted(PROMPTS_FOLDER.glob("*.jsonl"))}
     name = source.removeprefix(BUILTIN)
     if source == ALL_PROMPTS and known:
         return list(known.values())

@@ -46,12 +46,16 @@ class DraftSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Refused:
+class RefusedDraft:
     """A draft that was named but cannot be used, and why."""
 
     name: str
     reason: str
     detail: str
+
+    @classmethod
+    def from_error(cls, name: str, error: Exception) -> "RefusedDraft":
+        return cls(name=name, reason=type(error).__name__, detail=str(error))
 
 
 def parse_age(text: str) -> float:
@@ -154,8 +158,3 @@ def _whole_number(text: str, asked: str, allowed: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 9):
         raise InputError(f"{asked}: {text!r} is not a whole number; allowed is {allowed}")
     return int(text)
-
-
-def printable(text: str) -> str:
-    """`text` as one line that cannot steer a terminal: what cannot be shown, line breaks included, is a space."""
-    return "".join(one if one.isprintable() else " " for one in text)

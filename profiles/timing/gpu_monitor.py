@@ -10,7 +10,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any, Self
 
-from profiles.hardware.nvml import UUID, _ask, handle_of
+from profiles.hardware.nvml import UUID, _ask, device_handle
 
 _EVERY_S = 0.05
 
@@ -78,7 +78,7 @@ class GpuWatch:
         if not self._device.startswith(("cuda", UUID)):
             return self
         _ask("nvmlInit")
-        self._handle = handle_of(self._device)
+        self._handle = device_handle(self._device)
         if self._handle is None:
             _ask("nvmlShutdown")
             return self

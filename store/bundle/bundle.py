@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from sqlalchemy import Connection, Table, insert, select
 
-from profiles.hardware.software import own_version
+from profiles.hardware.software import draftpick_version
 from profiles.records.codec import decode, environment_from, model_from
 from profiles.records.core import Environment, Model
 from profiles.records.errors import InputError, NotMeasuredError
@@ -112,7 +112,7 @@ def pack(
         "version": VERSION,
         "schema": migrations.HEAD,
         "created": max(time_of(tables.metadata.tables[name], row) for name, rows in found.items() for row in rows),
-        "draftpick": own_version(),
+        "draftpick": draftpick_version(),
         "rows": dict(Counter(json.loads(line)[0] for line in lines)),
     }
     write(path, header, lines)

@@ -15,7 +15,7 @@ from sqlalchemy import JSON, Boolean, Column, Float, Integer, Table, UniqueConst
 
 from profiles.records.codec import decode, plain, sample_from, step_times_from
 from profiles.records.core import Environment, Model, Workload, digest_of
-from profiles.records.draft_spec import Refused
+from profiles.records.draft_spec import RefusedDraft
 from profiles.records.errors import InputError
 from profiles.records.evidence import AcceptanceTrace, Infeasible, LookupTrace, Sample, StepTimes, TargetTrace
 from store import tables
@@ -226,7 +226,7 @@ def _run(row: Row) -> Values:
     _require(isinstance(outcome, dict), "its outcome is a list: an object is needed")
     found = dict(outcome)
     if "left_out" in found:
-        found["left_out"] = plain(decode(tuple[Refused, ...], found["left_out"], "left_out"))
+        found["left_out"] = plain(decode(tuple[RefusedDraft, ...], found["left_out"], "left_out"))
     if "cost" in found:
         _require(isinstance(found["cost"], dict), "its cost is no object")
         numbers = all(value is None or isinstance(value, int | float) for value in found["cost"].values())

@@ -8,7 +8,7 @@ library only.
 import re
 from typing import Any
 
-from profiles.builtin import IMPORTED
+from profiles.builtin import IMPORTED, IMPORTED_MARKS
 from profiles.records.errors import InputError
 
 MOST_CHARACTERS, MOST_KEY_CHARACTERS = 65_536, 200
@@ -25,7 +25,7 @@ PATH = re.compile(
     re.VERBOSE,
 )
 # a name as a whole: what is looked up first, marks of bundles before, and whether the rest is a path
-NAME = re.compile(rf"(?P<ngram>(?:ngram:[\w=,]*\+)?)(?P<marks>(?:{IMPORTED})*)(?P<rest>.*)", re.DOTALL)
+NAME = re.compile(rf"(?P<ngram>(?:ngram:[\w=,]*\+)?)(?P<marks>(?:{'|'.join(IMPORTED_MARKS)})*)(?P<rest>.*)", re.DOTALL)
 WHOLE = re.compile(r"(?:file:)?(?:~|\.{1,2}|[A-Za-z]:)?[/\\]")
 
 

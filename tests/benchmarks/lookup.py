@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 import store
-from profiles.hardware.device import Machine, known
+from profiles.hardware.device import Machine, drop_unknown
 from profiles.hardware.machine import this_machine
 from profiles.records.core import PLAIN, Draft, Environment, Model, Setup, digest_of
 from store import tables
@@ -166,7 +166,7 @@ def asked(everywhere: Sequence[Environment], rng: random.Random) -> tuple[Questi
         context_length=rng.choice((None, 512, 4096)),
         domain=rng.choice((None, "code", "other")),
     )
-    return question, known(asdict(here))
+    return question, drop_unknown(asdict(here))
 
 
 def in_process(path: Path, everywhere: Sequence[Environment], num_asks: int) -> dict[str, list[float]]:

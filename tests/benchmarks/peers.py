@@ -32,7 +32,7 @@ from profiles.builtin import TARGET
 from profiles.engines import workloads
 from profiles.engines.bench import Bench, Question
 from profiles.engines.torch import load, shape_times
-from profiles.models.loader import Loaded
+from profiles.models.loader import LoadedModel
 from profiles.records.core import PLAIN, Interval, Prompt, Setup, Workload, digest_of
 from profiles.records.draft_spec import parse_draft
 from profiles.records.evidence import TargetTrace
@@ -342,7 +342,7 @@ def main() -> None:
     )
 
 
-def _loaded(bench: Bench, name: str) -> Loaded:
+def _loaded(bench: Bench, name: str) -> LoadedModel:
     return next(loaded for loaded in bench.loaded if loaded.record.name == name)
 
 

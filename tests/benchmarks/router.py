@@ -197,7 +197,7 @@ def gathered(num_tokens: int, store: Path) -> tuple[Labelled, Priced]:
     texts: dict[str, str] = {}
     for request in requests:
         (prompt,), _ = files.tokenize([request], bench.loaded[0].tokenizer, workload.context_length)
-        texts[prompt.digest] = files.asked_text(request)
+        texts[prompt.digest] = files.user_text(request)
     pairs = [(texts[prompt.digest], prompt.domain) for prompt in timed_prompts]
     timings = [*evidence.steps.values(), *(sample for _, sample in evidence.calibration)]
     disturbed = sum(one.disturbed for one in timings) / len(timings)
@@ -252,7 +252,7 @@ def main() -> None:
     bare = [(text.partition("\n\n")[2], domain) for text, domain in zip(found.texts, found.domains, strict=True)]
     sets = [found, labelled("shipped without their first line", bare, SHIPPED_RULE)]
     if options.real.exists():
-        real = [(files.asked_text(request), request.domain) for request in files.read(str(options.real))]
+        real = [(files.user_text(request), request.domain) for request in files.read(str(options.real))]
         sets.append(labelled("Spec-Bench", real, REAL_RULE))
     graded = {one.name: grade(one) for one in sets}
     told = graded[found.name][1]

@@ -176,7 +176,7 @@ def _load(asked: flags.RunFlags) -> "tuple[Bench, Loads, list[tuple[str, str]], 
             plan_points(workload, prompts)  # refuses a domain's name, which the run would only do once it is noted
         opened.pop_all()
     notes = [loaded.note for loaded in bench.loaded if loaded.note is not None]
-    labelled = [(files.asked_text(request), request.domain) for request in requests]
+    labelled = [(files.user_text(request), request.domain) for request in requests]
     return bench, loads, labelled, [*notes, *warnings]
 
 
@@ -252,10 +252,7 @@ def lookup(
     question = answers.Question(
         target=target, batch_size=batch_size, context_length=context, domain=domain, temperature=temperature
     )
-    if environment is None:
-        here = machine.this_machine(engine, device)
-    else:
-        here = machine.described_machine(environment, engine)
+    here = machine.read_machine(environment, engine) if environment else machine.this_machine(engine, device)
     place = location.existing(store)
     with EvidenceStore.open_read_only(place) as evidence_store:
         found = answers.lookup(evidence_store, question, here)

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from profiles.records.draft_spec import printable
+from profiles.records.text import printable
 
 
 def say(*lines: str) -> None:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from sqlalchemy import Select, bindparam, func, select
 
-from profiles.builtin import BUILTIN, IMPORTED
-from profiles.hardware.device import Machine, known, on_gpu
+from profiles.builtin import BUILTIN, IMPORTED_MARKS, replace_mark
+from profiles.hardware.device import Machine, drop_unknown, on_gpu
 from profiles.records.codec import model_from
 from profiles.records.core import Draft, Model
 from profiles.records.draft_spec import MAX_BATCH, MAX_REQUESTS
@@ -213,11 +213,11 @@ def measuring_command(found: Found, question: Question, engine: Sequence[str] = 
 
     Which prompts that was does not stand in a policy: theirs must be named again, but for the family that ships.
     """
-    target = found.target.name.replace(IMPORTED, "PATH/TO/")
+    target = replace_mark(found.target.name, "PATH/TO/")
     words = ["python", "tune.py", "run", *engine, "--target", target, "--dtype", found.target.dtype]
     if not found.target.name.startswith(BUILTIN):
         drafts = _drafts(found.policy.choices) if found.policy is not None else ()
-        words += [word for draft in drafts for word in ("--draft", draft.name.replace(IMPORTED, "PATH/TO/"))]
+        words += [word for draft in drafts for word in ("--draft", replace_mark(draft.name, "PATH/TO/"))]
         words += ["--prompts", "PROMPTS.jsonl"]
     choice, policy = found.answer.choice, found.policy
     if policy is not None and policy.headline.temperature == choice.temperature:
@@ -253,13 +253,14 @@ def _targets_query() -> Select[Any]:
     models = tables.models
     tuned = select(func.max(tables.policies.c.created_at)).where(tables.policies.c.target_key == models.c.key)
     named = bindparam("name").in_([models.c.key, models.c.digest, models.c.name])
-    asked = bindparam("any_name") | named | (models.c.name == bindparam("carried"))
+    asked = bindparam("any_name") | named | models.c.name.in_([bindparam("imported"), bindparam("imported_before")])
     return select(models).where(asked).order_by(tuned.scalar_subquery().desc().nulls_last())
 
 
 def _targets(evidence_store: EvidenceStore, name: str | None) -> list[Model]:
     """The targets of this name, digest or run digest, the one tuned last first; without a name only that one."""
-    given = {"name": name, "any_name": name is None, "carried": f"{IMPORTED}{Path(name or '').name}"}
+    imported, imported_before = (f"{mark}{Path(name or '').name}" for mark in IMPORTED_MARKS)
+    given = {"name": name, "any_name": name is None, "imported": imported, "imported_before": imported_before}
     with evidence_store.reading() as connection:
         rows = connection.execute(_targets_query(), given).mappings().all()
     if not rows:
@@ -315,7 +316,7 @@ def _ranked(evidence_store: EvidenceStore, targets: Sequence[Model], here: Machi
     found = []
     with evidence_store.reading() as connection:
         for key, created_at, policy_id, *values in connection.execute(_latest_query(), given):
-            fit = match(here, known(dict(zip(names, values, strict=True))))
+            fit = match(here, drop_unknown(dict(zip(names, values, strict=True))))
             if fit.level != "none":
                 target = by_key[key]
                 found.append(_Candidate(target=target, match=fit, created_at=created_at, policy_id=policy_id))

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from profiles.hardware.device import ENGINE, Machine, family, on_gpu
 from profiles.models.footprint import GIB
-from profiles.records.draft_spec import printable
+from profiles.records.text import printable
 
 Level = Literal["exact", "version", "engine", "family", "capability", "none"]
 LEVELS: tuple[Level, ...] = get_args(Level)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sqlalchemy import select
 
-from profiles.builtin import IMPORTED
+from profiles.builtin import replace_mark
 from profiles.records.errors import InputError, NotMeasuredError
 from store import tables
 from store.bundle.bundle import chosen
@@ -81,7 +81,7 @@ def file_name(policy: policies.Policy, *, with_digests: bool = False) -> str:
     machine = policy.environment
     version = machine.engine_version.split("+", maxsplit=1)[0]
     parts = {
-        "target": policy.target.name.removeprefix(IMPORTED),
+        "target": replace_mark(policy.target.name),
         "device_name": machine.device,
         "engine": f"{machine.engine}-{version}",
     }

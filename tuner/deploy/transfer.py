@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, Select, Table, select
 
 from profiles.engines.recorded import is_of_rounds
-from profiles.hardware.device import Machine, known
+from profiles.hardware.device import Machine, drop_unknown
 from profiles.records.codec import draft_from, workload_from
 from profiles.records.core import PLAIN, Draft, Model, Setup, Workload
 from profiles.records.errors import NotMeasuredError
@@ -216,7 +216,7 @@ def _sweeps(connection: Connection, target: Model, here: Machine) -> Iterator[_S
     for row in _rows(connection, query):
         parts.setdefault(row["sweep"], []).append(row)
     timed = tables.environments.c.digest.in_({rows[0]["environment_digest"] for rows in parts.values()})
-    machines = {row["digest"]: known(row) for row in _rows(connection, select(tables.environments).where(timed))}
+    machines = {row["digest"]: drop_unknown(row) for row in _rows(connection, select(tables.environments).where(timed))}
     for rows in parts.values():
         machine = machines[rows[0]["environment_digest"]]
         if machine["engine"] != here.get("engine"):

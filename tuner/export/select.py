@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from profiles.builtin import BUILTIN, FAMILY_FOLDER, IMPORTED
+from profiles.builtin import BUILTIN, BUILTIN_FOLDER, IMPORTED_MARKS, replace_mark
 from profiles.engines.llamacpp.gguf_cache import gguf_place
 from profiles.records.core import PLAIN, Model, Setup
-from profiles.records.draft_spec import printable
+from profiles.records.text import printable
 from tuner.export.types import Deployment, Export
 from tuner.policy.policy import Choice
 
@@ -131,9 +131,9 @@ def weights_objection(target: Model, setup: Setup, engine: Engine) -> str | None
     for role, model in (("target", target), ("draft", draft)):
         if model is None:
             continue
-        if model.name.startswith(IMPORTED) and (role == "draft" or engine.form == "transformers"):
+        if model.name.startswith(IMPORTED_MARKS) and (role == "draft" or engine.form == "transformers"):
             came = "came in a bundle from a path of another machine: its place here is not known"
-            return f"the {role} {model.name.removeprefix(IMPORTED)} {came}"
+            return f"the {role} {replace_mark(model.name)} {came}"
         if engine.form == "transformers":
             continue
         if engine.form == "llamacpp" and not is_gguf(model) and written_gguf(model) is None:
@@ -157,7 +157,7 @@ def written_gguf(model: Model) -> Path | None:
 def place_of(model: Model) -> str:
     """The directory, file or hub id the engine loads."""
     if model.name.startswith(BUILTIN):
-        return str(FAMILY_FOLDER / model.name.removeprefix(BUILTIN))
+        return str(BUILTIN_FOLDER / model.name.removeprefix(BUILTIN))
     return model.name
 
 

@@ -63,7 +63,7 @@ def build_of(text: str) -> int:
 
 def installed(form: str) -> str | None:
     """The version of the package that is installed here, None without one (or of llama.cpp: see `server_help`)."""
-    stated = software.installed(form)
+    stated = software.installed_version(form)
     try:
         return None if stated is None else str(Version(stated))
     except InvalidVersion:
@@ -72,8 +72,8 @@ def installed(form: str) -> str | None:
 
 def server_help() -> str | None:
     """What `llama-server --help` prints, of the one that is named or on the PATH; None without one."""
-    program = software.named_server() or shutil.which("llama-server")
-    return None if program is None else software.help_of([program])
+    program = software.llama_server_path() or shutil.which("llama-server")
+    return None if program is None else software.server_help([program])
 
 
 def _spelled(form: str, version: str) -> str:

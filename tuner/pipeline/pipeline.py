@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from profiles.engines.base import Engine
 from profiles.records.core import PLAIN, Prompt, Setup, Workload
-from profiles.records.draft_spec import Refused
+from profiles.records.draft_spec import RefusedDraft
 from profiles.records.errors import EngineError
 from profiles.records.evidence import Infeasible
 from profiles.records.keys import run_point, unit_digest
@@ -50,7 +50,7 @@ class Options:
     proof_prompts: int = 30
     limits: Limits = field(default_factory=Limits)
     needed_bytes: Callable[[Setup, Workload], int | None] = lambda *_: None
-    refused: tuple[Refused, ...] = ()
+    refused: tuple[RefusedDraft, ...] = ()
     storage: studies.Storage | None = None
     run_name: str = "run"
 

@@ -43,7 +43,7 @@ class Program:
 
     def check_device(self, device: str) -> None:
         """Raises InputError: a GPU for a build that can use none."""
-        if device.startswith("cuda") and self.running is None and not software.devices_of(self.command):
+        if device.startswith("cuda") and self.running is None and not software.server_devices(self.command):
             raise InputError(
                 f"device {device!r}: {self.version} finds no GPU; take cpu, or a llama-server built for it"
             )
@@ -54,15 +54,15 @@ def program_of(path: str | None = None) -> Program:
 
     Raises InputError: it cannot be run, or its flags are not known.
     """
-    path = path or software.named_server()
+    path = path or software.llama_server_path()
     if path is None:
-        version = software.installed(XLLAMACPP)
+        version = software.installed_version(XLLAMACPP)
         if version is None:
             raise InputError("llama.cpp: the package xllamacpp is not installed; install it, or name a llama-server")
         command, version = [sys.executable, "-P", xllamacpp_server.__file__], f"{XLLAMACPP} {version}"
     else:
-        command, version = [path], software.version_of([path])
-    text = software.help_of(command)
+        command, version = [path], software.server_version([path])
+    text = software.server_help(command)
     if text is None or version is None:
         raise InputError(f"llama-server {path!r}: it cannot be run, or does not tell its version")
     spelling = flags.spelling_of_help(text)

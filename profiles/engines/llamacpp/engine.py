@@ -20,7 +20,7 @@ from profiles.engines.serving.base import Served
 from profiles.engines.serving.server_kind import LLAMA_CPP
 from profiles.hardware.fingerprint import fingerprint
 from profiles.models import loader
-from profiles.models.loader import Described
+from profiles.models.loader import DescribedModel
 from profiles.records.core import PLAIN, Draft, Environment, Prompt, Setup, Workload
 from profiles.records.errors import EngineError, InputError
 from profiles.records.evidence import Acceptance, AcceptanceTrace, Sample, StepTimes, TargetTrace
@@ -36,7 +36,7 @@ class LlamaCppEngine(Served[tuple[str, ...], LlamaServer]):
     to be had as GGUF.
     """
 
-    def __init__(self, target: Described, drafts: tuple[Draft, ...], program: Program, options: Options) -> None:
+    def __init__(self, target: DescribedModel, drafts: tuple[Draft, ...], program: Program, options: Options) -> None:
         self._target, self._program, self._options = target, program, options
         program.check_device(options.device)
         for draft in drafts:

@@ -36,7 +36,7 @@ from profiles.timing.clock import Clock, quietest
 class TorchEngine:
     """A target and its drafts on one device; fits `protocol.Engine`."""
 
-    def __init__(self, target: loader.Loaded, sources: tuple[DraftSource, ...], device: str) -> None:
+    def __init__(self, target: loader.LoadedModel, sources: tuple[DraftSource, ...], device: str) -> None:
         self._target = target
         self._drafts = tuple(source.draft for source in sources)
         self._models: dict[str, PreTrainedModel | None] = {
@@ -96,7 +96,7 @@ class TorchEngine:
 
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
         """All staircases in one interleaved sweep, repeated while the machine is disturbed."""
-        loader.check_room(self._target, context_length=context_length, max_length=max_length)
+        loader.check_context(self._target, context_length=context_length, max_length=max_length)
         with _translated(self._device):
             parts = step_times.Parts(
                 target=(self.target.run_digest, self._stepper(self.target.run_digest, workload)),
@@ -238,7 +238,7 @@ class TorchEngine:
         if not 0 <= length <= MAX_LENGTH:
             raise InputError(f"speculation length {length}: this engine drafts up to {MAX_LENGTH} tokens a round")
         tokens = max(len(prompt.token_ids) for prompt in prompts) + workload.max_new_tokens
-        loader.check_room(self._target, context_length=tokens, max_length=length)
+        loader.check_context(self._target, context_length=tokens, max_length=length)
         loader.check_prompts(workload, prompts)
 
 

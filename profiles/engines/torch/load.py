@@ -13,7 +13,7 @@ from profiles.models.footprint import Footprint
 from profiles.models.memory import cached_values_per_token
 from profiles.models.sources import find
 from profiles.records.core import DTYPES, Draft
-from profiles.records.draft_spec import DraftSpec, Refused
+from profiles.records.draft_spec import DraftSpec, RefusedDraft
 from profiles.records.errors import InputError, ModelError, OutOfMemoryError
 
 
@@ -30,7 +30,7 @@ def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str
         raise InputError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
     place = fingerprint.pick_device(device)
     chosen = dtype or ("float32" if place == "cpu" else "bfloat16")
-    free = fingerprint.free_bytes_of_all(place)  # a target may be spread over several GPUs
+    free = fingerprint.total_free_bytes(place)  # a target may be spread over several GPUs
     memory.check_memory([target], dtype=chosen, device=place, num_tokens=num_tokens, num_free_bytes=free)
     by_name = {target: loader.load(target, dtype=chosen, device=place)}
     sources: dict[str, DraftSource] = {}
@@ -52,7 +52,7 @@ def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str
             errors[spec.name] = error
     if errors and not sources:
         raise next(iter(errors.values()))
-    refused = [Refused(name=name, reason=type(error).__name__, detail=str(error)) for name, error in errors.items()]
+    refused = [RefusedDraft.from_error(name, error) for name, error in errors.items()]
     prints: dict[Draft | None, Footprint] = {None: memory.footprint(find(target), chosen)}
     prints |= {source.draft: _footprint(source, by_name[target]) for source in sources.values()}
     return Bench(
@@ -63,7 +63,7 @@ def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str
     )
 
 
-def _source(spec: DraftSpec, by_name: dict[str, loader.Loaded], target: loader.Loaded) -> DraftSource:
+def _source(spec: DraftSpec, by_name: dict[str, loader.LoadedModel], target: loader.LoadedModel) -> DraftSource:
     if spec.path is not None:
         loaded = by_name[spec.path]
         draft = Draft(kind=spec.kind, model=loaded.record, max_match=spec.max_match, min_match=spec.min_match)
@@ -74,7 +74,7 @@ def _source(spec: DraftSpec, by_name: dict[str, loader.Loaded], target: loader.L
     return DraftSource(draft=Draft(kind="ngram", max_match=spec.max_match, min_match=spec.min_match), model=None)
 
 
-def _footprint(source: DraftSource, target: loader.Loaded) -> Footprint:
+def _footprint(source: DraftSource, target: loader.LoadedModel) -> Footprint:
     """What a draft adds: an early exit has the target's weights, a look-up next to nothing."""
     if source.model is None:
         return Footprint(weight_bytes=0, cache_bytes_per_token=0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from profiles.hardware import fingerprint, nvml
-from profiles.hardware.nvml import handle_of
+from profiles.hardware.nvml import device_handle
 from profiles.records.core import Environment
 
 CPU = "cpu"
@@ -51,9 +51,9 @@ class VllmDevice:
             here,
             device=self.name or self.kind,
             device_count=self.count,
-            memory_bytes=nvml.whole_gib(self.memory_bytes),
+            memory_bytes=nvml.round_to_gib(self.memory_bytes),
             driver=driver,
             cuda=self.cuda,
             compute_capability=self.capability,
-            memory_bandwidth_bytes_s=nvml.memory_bandwidth(handle_of(watched)),
+            memory_bandwidth_bytes_s=nvml.memory_bandwidth(device_handle(watched)),
         )

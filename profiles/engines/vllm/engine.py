@@ -332,5 +332,9 @@ class VllmEngine(Served[Kind, Child]):
         loader.check_prompts(workload, prompts)
         for model in (self.target, None if setup.draft is None else setup.draft.model):
             if model is not None:
-                places = model.name, num_positions(sources.find(model.name))
-                loader.check_positions(places, context_length=workload.context_length, max_length=setup.length)
+                loader.check_positions(
+                    model.name,
+                    num_positions(sources.find(model.name)),
+                    context_length=workload.context_length,
+                    max_length=setup.length,
+                )

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from profiles.acceptance.expected_rounds import expected_rounds
-from profiles.builtin import FAMILY_FOLDER, TARGET
+from profiles.builtin import BUILTIN_FOLDER, TARGET
 from profiles.builtin.training import corpus, evaluate
 from profiles.engines import bench as bench_module
 from profiles.engines import workloads
@@ -21,8 +21,8 @@ MEGABYTES = 1_000_000
 
 def test_the_family_is_small() -> None:
     """At most 25 MB together, weights and tokenizers, with at least four drafts."""
-    assert sum(path.stat().st_size for path in FAMILY_FOLDER.rglob("*") if path.is_file()) <= 25 * MEGABYTES
-    assert len(list(FAMILY_FOLDER.glob("draft-*/model.safetensors"))) >= 4
+    assert sum(path.stat().st_size for path in BUILTIN_FOLDER.rglob("*") if path.is_file()) <= 25 * MEGABYTES
+    assert len(list(BUILTIN_FOLDER.glob("draft-*/model.safetensors"))) >= 4
 
 
 def test_held_out_prompts_of_three_domains() -> None:
@@ -35,7 +35,7 @@ def test_held_out_prompts_of_three_domains() -> None:
 
 def test_the_training_record_tells_loss_and_loops() -> None:
     """What `train` printed is kept beside the weights."""
-    record = json.loads((FAMILY_FOLDER / "training.json").read_text(encoding="utf-8"))
+    record = json.loads((BUILTIN_FOLDER / "training.json").read_text(encoding="utf-8"))
     for domain in corpus.DOMAINS:
         assert record["target"][domain]["loss"] > 0.0
         assert 0.0 <= record["target"][domain]["repeated_4grams"] <= 1.0

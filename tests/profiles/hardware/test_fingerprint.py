@@ -50,7 +50,7 @@ def test_nvml_is_started_before_a_handle_is_asked(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(machine, "driver_version", told("start", "580.65"))
-    monkeypatch.setattr(fingerprint, "handle_of", told("handle", "handle"))
+    monkeypatch.setattr(fingerprint, "device_handle", told("handle", "handle"))
     monkeypatch.setattr(machine, "memory_bandwidth", told("bandwidth", 10**12))
     found = fingerprint.fingerprint("cuda")
     assert events == ["start", "handle", "bandwidth"]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from profiles.engines.torch.batch_model import RowModel
 from profiles.models import loader, sources
-from profiles.models.loader import Loaded
+from profiles.models.loader import LoadedModel
 from profiles.records.errors import ModelError
 from tests.support import tiny
 
@@ -60,7 +60,7 @@ def weight_bytes(folder: Path) -> int:
     return 4 * sources.num_values(sources.find(str(folder)))
 
 
-def spread(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Loaded:
+def spread(folder: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
     """The model loaded as on two GPUs, neither of which holds it alone."""
     with_gpus(monkeypatch, weight_bytes(folder), weight_bytes(folder))
     return loader.load(str(folder), dtype="float32", device="cuda")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader, memory, sources
-from profiles.models.loader import Loaded
+from profiles.models.loader import LoadedModel
 from profiles.records.core import Prompt, Workload
 from profiles.records.errors import ModelError
 from tests.support import tiny
@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_model(tmp_path_factory.mktemp("twin") / "llama", num_layers=2)
 
 
-def load(path: Path, dtype: str = "float32") -> Loaded:
+def load(path: Path, dtype: str = "float32") -> LoadedModel:
     return loader.load(str(path), dtype=dtype, device="cpu")
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, GPTNeoConfig, GPTNeoForCausalLM, MambaConfig
 
 from profiles.models import loader, memory, sources
-from profiles.models.loader import Loaded
+from profiles.models.loader import LoadedModel
 from profiles.records.errors import ModelError, OutOfMemoryError, PairError
 from tests.support import tiny
 
@@ -22,7 +22,7 @@ FINAL_NORM = {"llama": "norm", "qwen2": "norm", "gpt_neox": "final_layer_norm", 
 
 
 @pytest.fixture(scope="module")
-def llama(tiny_folders: dict[str, Path]) -> Loaded:
+def llama(tiny_folders: dict[str, Path]) -> LoadedModel:
     return load(tiny_folders["llama"])
 
 
@@ -32,7 +32,7 @@ def broken(tiny_folders: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_folders["llama"], tmp_path / "broken"))
 
 
-def load(folder: Path) -> Loaded:
+def load(folder: Path) -> LoadedModel:
     return loader.load(str(folder), dtype="float32", device="cpu")
 
 
@@ -78,7 +78,9 @@ def test_weights_are_held_in_the_dtype_asked_for(tiny_folders: dict[str, Path]) 
         loader.load(name, dtype="int4", device="cpu")
 
 
-def test_the_digest_follows_weights_and_config(llama: Loaded, tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_digest_follows_weights_and_config(
+    llama: LoadedModel, tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
     """A copy elsewhere has the same digest; another weight or another config value has another."""
     folder = Path(shutil.copytree(tiny_folders["llama"], tmp_path / "copy"))
     assert load(folder).record.digest == llama.record.digest
@@ -250,7 +252,7 @@ def test_end_tokens_come_from_the_first_that_names_them(
     assert load(broken).end_token_ids == expected
 
 
-def test_equal_token_maps_fit_whatever_the_padding(llama: Loaded, tmp_path: Path) -> None:
+def test_equal_token_maps_fit_whatever_the_padding(llama: LoadedModel, tmp_path: Path) -> None:
     """A draft whose embedding is padded to 320 rows fits a target of 300; the other way round too."""
     padded = load(tiny.write_model(tmp_path / "padded", "gpt2", vocab_size=320))
     loader.check_pair(llama, padded)
@@ -258,7 +260,9 @@ def test_equal_token_maps_fit_whatever_the_padding(llama: Loaded, tmp_path: Path
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "qwen2"])
-def test_a_draft_of_another_architecture_fits(llama: Loaded, tiny_folders: dict[str, Path], architecture: str) -> None:
+def test_a_draft_of_another_architecture_fits(
+    llama: LoadedModel, tiny_folders: dict[str, Path], architecture: str
+) -> None:
     """Only the token map counts; the tiny models share one and read text alike."""
     draft = load(tiny_folders[architecture])
     loader.check_pair(llama, draft)
@@ -267,7 +271,7 @@ def test_a_draft_of_another_architecture_fits(llama: Loaded, tiny_folders: dict[
     )
 
 
-def test_another_token_map_of_the_same_size_is_refused(llama: Loaded) -> None:
+def test_another_token_map_of_the_same_size_is_refused(llama: LoadedModel) -> None:
     """Maps are compared, not sizes; the first differing tokens are told with both ids."""
     other = dataclasses.replace(llama, tokenizer=tiny.tokenizer(tiny.OTHER_TEXT))
     with pytest.raises(PairError) as caught:
@@ -279,7 +283,7 @@ def test_another_token_map_of_the_same_size_is_refused(llama: Loaded) -> None:
     assert "\n" not in message
 
 
-def test_an_added_token_makes_another_map(llama: Loaded) -> None:
+def test_an_added_token_makes_another_map(llama: LoadedModel) -> None:
     """Tokens added after training count too."""
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens(["<|tool|>\n"])
@@ -294,14 +298,14 @@ def test_a_model_that_cannot_embed_every_token_is_refused(tmp_path: Path) -> Non
         load(folder)
 
 
-def test_room_ends_where_the_positions_end(llama: Loaded) -> None:
+def test_room_ends_where_the_positions_end(llama: LoadedModel) -> None:
     """256 positions hold a context of 248 with 8 drafted tokens, and not one token more."""
-    loader.check_room(llama, context_length=248, max_length=8)
-    loader.check_room(llama, context_length=256, max_length=0)
+    loader.check_context(llama, context_length=248, max_length=8)
+    loader.check_context(llama, context_length=256, max_length=0)
     with pytest.raises(ModelError, match=r"context 257: .* has 256 positions; allowed are contexts up to 256$"):
-        loader.check_room(llama, context_length=257, max_length=0)
+        loader.check_context(llama, context_length=257, max_length=0)
     with pytest.raises(ModelError, match=r"context 249 with speculation length 8: .* up to 248 .* or lengths up to 7"):
-        loader.check_room(llama, context_length=249, max_length=8)
+        loader.check_context(llama, context_length=249, max_length=8)
 
 
 def test_memory_is_checked_from_the_headers(tiny_folders: dict[str, Path]) -> None:
@@ -363,7 +367,7 @@ def test_early_exit_shares_weights_and_leaves_the_target_alone(
 
 
 @pytest.mark.parametrize("num_layers", [-1, 0, 3, 4])
-def test_early_exit_needs_a_proper_part_of_the_layers(llama: Loaded, num_layers: int) -> None:
+def test_early_exit_needs_a_proper_part_of_the_layers(llama: LoadedModel, num_layers: int) -> None:
     """Of three layers the first one or two can be an exit."""
     with pytest.raises(PairError, match=f"early-exit:{num_layers} of target .*: allowed are 1 to 2$"):
         loader.early_exit(llama, num_layers)

@@ -11,7 +11,7 @@ import jinja2
 import pytest
 from transformers import AutoTokenizer
 
-from profiles.builtin import FAMILY_FOLDER
+from profiles.builtin import BUILTIN_FOLDER
 from profiles.prompts import reader
 from profiles.prompts.reader import Request
 from profiles.records.core import Prompt
@@ -194,7 +194,7 @@ def test_a_byte_order_mark_blank_lines_and_line_separators_are_harmless(tmp_path
 
 def test_built_in_sets_are_read_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One set by its name, or all of them in name order, each its own domain."""
-    monkeypatch.setattr(reader, "BUILTIN_FOLDER", tmp_path)
+    monkeypatch.setattr(reader, "PROMPTS_FOLDER", tmp_path)
     write(tmp_path / "prose.jsonl", {"text": "p"})
     write(tmp_path / "code.jsonl", {"text": "c"})
     assert [request.domain for request in reader.read("builtin:prose")] == ["prose"]
@@ -206,7 +206,7 @@ def test_built_in_sets_are_read_by_name(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_missing_built_in_sets_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no set is installed nothing is allowed, `all` included."""
-    monkeypatch.setattr(reader, "BUILTIN_FOLDER", tmp_path)
+    monkeypatch.setattr(reader, "PROMPTS_FOLDER", tmp_path)
     assert "no set is installed" in refusal("builtin:all")
 
 
@@ -334,7 +334,7 @@ def test_random_tokens_are_warned_of(text: str, is_random: bool) -> None:
 
 def test_the_built_in_prompts_do_not_look_random() -> None:
     """No false alarm on the 144 prompts that ship, read with the tokenizer that ships."""
-    tokenizer = AutoTokenizer.from_pretrained(FAMILY_FOLDER / "target")
+    tokenizer = AutoTokenizer.from_pretrained(BUILTIN_FOLDER / "target")
     requests = reader.read("builtin:all")
     found, warnings = reader.tokenize(requests, tokenizer, 1000)
     assert len(found) == len(requests) == 144

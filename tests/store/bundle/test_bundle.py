@@ -84,7 +84,7 @@ class TestThereAndBack:
         assert empty.find_acceptance(SCOPE, prompt, DRAFT_A, 2) == fake.trace_draft(
             GREEDY, prompt, fake.trace_target(GREEDY, prompt), DRAFT_A, 2
         )
-        text = empty.latest_policy("carried:fake-target", MACHINE)
+        text = empty.latest_policy("imported:fake-target", MACHINE)
         assert text is not None
         assert policies.from_json(text).headline.proven
         assert empty.latest_outcome(TARGET, MACHINE)["cost"]["measured_units"] > 0
@@ -174,7 +174,7 @@ class TestThereAndBack:
         text = gzip.decompress(packed.read_bytes().split(b"\n", 1)[1]).decode()
         assert "someone" in "".join(content(store))
         assert "someone" not in text
-        assert '"name":"carried:fake-target"' in text
+        assert '"name":"imported:fake-target"' in text
         assert '"name":"fake-target"' not in text
 
     def test_a_sweep_file_is_taken_too(self, tmp_path: Path, empty: EvidenceStore) -> None:
@@ -305,12 +305,12 @@ class TestVerbs:
         assert [Path(path).exists() for path in said.document["policy_paths"]] == [True]
         assert (tmp_path / "b").read_bytes() == packed.read_bytes()
         said = self.said(tmp_path, "inspect", tmp_path / "b")
-        assert "target carried:fake-target, float32, digest e99e3920" in said.stdout
+        assert "target imported:fake-target, float32, digest e99e3920" in said.stdout
         assert self.said(tmp_path, "inspect", tmp_path / "b", "--json").document["sha256"] in said.stdout
         new = tmp_path / "new store"
         assert "policies: 1 new, 0 known" in self.said(new, "merge", tmp_path / "b").stdout
         assert self.said(new, "merge", tmp_path / "b", "--json").document["added"] == {}
-        assert call(new, "lookup").stdout == call(store, "lookup").stdout.replace(A_PATH, "carried:fake-target")
+        assert call(new, "lookup").stdout == call(store, "lookup").stdout.replace(A_PATH, "imported:fake-target")
         assert call(new, "show").code == 0
         assert call(new, "explain").code == 0
 

@@ -244,7 +244,7 @@ class TestStrangers:
             row_of(rows, "policies")["policy"]["choices"][0]["reason"] = "see /etc/x/shadow\x07 k=2 100 tok/s\ud800"
 
         bundle.merge(empty, resealed(packed, tmp_path / "strange", change))
-        assert sql(empty.path, "SELECT name FROM models") == [("carried:pass [2Jwd",)]
+        assert sql(empty.path, "SELECT name FROM models") == [("imported:pass [2Jwd",)]
         [path] = policy_files.export_policies(empty, tmp_path / "out" / "side")
         assert path.parent == tmp_path / "out" / "side"
         assert path.name == "target=passwd,device_name=fake_cpu,engine=fake-1.json"
@@ -254,17 +254,18 @@ class TestStrangers:
     @pytest.mark.parametrize(
         ("text", "wanted"),
         {
-            "/home/me/llama": "carried:llama",
-            "/home/me/my models/llama k=4": "carried:llama k=4",
-            "/home/me/llama.GGUF": "carried:llama.GGUF",
-            "ngram:max=4,min=2+/home/me/my models/llama k=4": "ngram:max=4,min=2+carried:llama k=4",
-            "carried:draft one": "carried:draft one",
-            "carried:carried:/home/me/draft one": "carried:draft one",
+            "/home/me/llama": "imported:llama",
+            "/home/me/my models/llama k=4": "imported:llama k=4",
+            "/home/me/llama.GGUF": "imported:llama.GGUF",
+            "ngram:max=4,min=2+/home/me/my models/llama k=4": "ngram:max=4,min=2+imported:llama k=4",
+            "imported:draft one": "imported:draft one",
+            "imported:carried:/home/me/draft one": "imported:draft one",
+            "carried:draft one": "imported:draft one",
             "meta-llama/Llama-3": "meta-llama/Llama-3",
-            "C:\\Users\\me\\m": "carried:m",
-            "~/m": "carried:m",
-            "/": "carried:unnamed",
-            "C:/" * 1000: "carried:unnamed",
+            "C:\\Users\\me\\m": "imported:m",
+            "~/m": "imported:m",
+            "/": "imported:unnamed",
+            "C:/" * 1000: "imported:unnamed",
             "builtin:target": "builtin:target",
         }.items(),
     )

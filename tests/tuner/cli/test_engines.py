@@ -71,8 +71,8 @@ def test_the_verbs_tell(ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """On the machine that ran the match is exact, and every other verb has an answer too."""
     measured = ran.said.document["environment"]["engine_version"]
     if ran.form == "vllm":
-        monkeypatch.setattr("profiles.hardware.machine.installed", lambda _: measured)
-        monkeypatch.setattr(software, "installed", lambda _: "0.33.0")
+        monkeypatch.setattr("profiles.hardware.machine.installed_version", lambda _: measured)
+        monkeypatch.setattr(software, "installed_version", lambda _: "0.33.0")
     found = call(ran.store, "lookup", "--format", ran.form, "--require", "exact", "--json")
     assert (found.code, found.document["answer"]["match"]["level"]) == (0, "exact"), found.stderr
     text = call(ran.store, "lookup", "--format", ran.form)

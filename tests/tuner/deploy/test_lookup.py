@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import store
-from profiles.hardware.device import Machine, known
+from profiles.hardware.device import Machine, drop_unknown
 from profiles.records.core import PLAIN, Environment, Setup
 from profiles.records.errors import NotMeasuredError, PolicyError
 from profiles.records.evidence import StepTimes
@@ -21,7 +21,7 @@ from tuner.run import TuningSession, tune
 
 A4 = Setup(draft=DRAFT_A, length=4)
 N2 = Setup(draft=NGRAM, length=2)
-HERE = known(asdict(MACHINE))
+HERE = drop_unknown(asdict(MACHINE))
 H100 = replace(
     MACHINE,
     device="NVIDIA H100 80GB HBM3",
@@ -55,7 +55,7 @@ def slowed(times: StepTimes, slower: float) -> StepTimes:
 
 
 def ask(evidence_store: EvidenceStore, here: Environment | Machine, **question: object) -> Found:
-    machine = known(asdict(here)) if isinstance(here, Environment) else here
+    machine = drop_unknown(asdict(here)) if isinstance(here, Environment) else here
     return store.lookup(evidence_store, Question(**question), machine)  # type: ignore[arg-type]
 
 
@@ -340,11 +340,11 @@ def test_a_namesake_tuned_elsewhere_hides_nothing(evidence_store: EvidenceStore)
 
 
 def test_a_carried_target_is_found_by_its_path(evidence_store: EvidenceStore) -> None:
-    """Packed under a path, merged as `carried:`, asked for by the path or its last part."""
-    carried = replace(TARGET, name="carried:llama")
+    """Packed under a path, merged as `imported:`, asked for by the path or its last part."""
+    carried = replace(TARGET, name="imported:llama")
     made = Policy(created="2026-11-22T09:00:00+00:00", target=carried, environment=MACHINE, choices=(choice(A4),))
     save_policy(evidence_store, to_json(made), carried, MACHINE)
-    for name in ("carried:llama", "llama", "/models/llama"):
+    for name in ("imported:llama", "llama", "/models/llama"):
         assert ask(evidence_store, MACHINE, target=name).level == "exact"
 
 

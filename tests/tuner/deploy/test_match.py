@@ -11,8 +11,8 @@ import pytest
 
 from profiles.hardware import machine
 from profiles.hardware import nvml as nvml_module
-from profiles.hardware.device import Machine, checked, family, known
-from profiles.hardware.machine import described_machine, this_machine
+from profiles.hardware.device import Machine, drop_unknown, family, parse_machine
+from profiles.hardware.machine import read_machine, this_machine
 from profiles.records.core import Environment
 from profiles.records.errors import InputError
 from tuner.deploy.match import LEVELS, match
@@ -94,9 +94,9 @@ def test_what_differs_is_told_apart_from_what_is_not_known() -> None:
 
 def test_none_is_a_value_on_a_processor_and_unknown_on_a_gpu() -> None:
     """A processor has no driver; a GPU whose driver was not read has one that is not known."""
-    assert "driver" in known({"device": "Example CPU", "driver": None, "cuda": None})
-    assert "driver" not in known({"device": "NVIDIA H100", "driver": None, "cuda": "13.0"})
-    assert match(CPU, known(CPU)).level == "exact"
+    assert "driver" in drop_unknown({"device": "Example CPU", "driver": None, "cuda": None})
+    assert "driver" not in drop_unknown({"device": "NVIDIA H100", "driver": None, "cuda": "13.0"})
+    assert match(CPU, drop_unknown(CPU)).level == "exact"
 
 
 def test_of_one_compute_capability_the_nearest_is_first() -> None:
@@ -134,7 +134,7 @@ def test_this_machine_is_an_exact_match_for_its_own_fingerprint() -> None:
     """What is read without torch equals what torch tells: a look-up where the run was made is exact."""
     from profiles.hardware.fingerprint import fingerprint
 
-    assert match(this_machine(device="cpu"), known(asdict(fingerprint("cpu")))).level == "exact"
+    assert match(this_machine(device="cpu"), drop_unknown(asdict(fingerprint("cpu")))).level == "exact"
 
 
 def test_a_file_stands_in_for_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def test_a_file_stands_in_for_the_machine(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "machine.json"
     path.write_text('{"device": "NVIDIA H100 PCIe", "compute_capability": "9.0"}')
     monkeypatch.setenv("DRAFTPICK_ENVIRONMENT", str(path))
-    assert this_machine() == described_machine(path)
+    assert this_machine() == read_machine(path)
     assert match(this_machine(), H100).level == "family"
 
 
@@ -166,7 +166,7 @@ def test_a_bad_description_is_refused(tmp_path: Path, text: str, wanted: str) ->
     path = tmp_path / "machine.json"
     path.write_text(text)
     with pytest.raises(InputError, match=r"machine\.json") as caught:
-        described_machine(path)
+        read_machine(path)
     assert wanted in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -175,10 +175,10 @@ def test_a_format_asks_for_its_engine(tmp_path: Path) -> None:
     """A description of the machine a policy was measured on does not turn torch's measurement into vLLM's."""
     path = tmp_path / "machine.json"
     path.write_text(json.dumps(H100))
-    here = described_machine(path, "vllm")
+    here = read_machine(path, "vllm")
     assert (here["engine"], "engine_version" in here) == ("vllm", False)
     assert match(here, H100).level == "engine"
-    assert described_machine(path) == H100
+    assert read_machine(path) == H100
 
 
 def test_what_is_no_plain_file_is_refused(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_what_is_no_plain_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (Path("/dev/zero"), tmp_path / "pipe", tmp_path):
         with pytest.raises(InputError, match="a file of at most"):
-            described_machine(path)
+            read_machine(path)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_visible_gpus_are_read_as_cuda_does(
 def test_every_field_of_an_environment_may_be_given() -> None:
     """The fields a description may have are those of the record."""
     every = H100 | {"engine_options": "{}"}
-    assert checked(every) == every
+    assert parse_machine(every) == every
     assert set(every) == set(Environment.__dataclass_fields__)
     assert LEVELS[0] == "exact"
     assert LEVELS[-1] == "none"
@@ -242,7 +242,7 @@ def test_a_serving_engine_chooses_threads_and_torch_itself(monkeypatch: pytest.M
     assert match(without(served, "threads", "torch"), served | {"threads": 4}).level == "exact"
     assert match(served, served | {"threads": 4}).level == "family"
     assert match(without(CPU, "threads"), CPU).level == "version"
-    monkeypatch.setattr(machine, "installed", {"xllamacpp": "2026.1", "sglang": "0.5"}.get)
+    monkeypatch.setattr(machine, "installed_version", {"xllamacpp": "2026.1", "sglang": "0.5"}.get)
     found = this_machine("llamacpp", "cpu")
     assert (found["engine_version"], "threads" in found, "torch" in found) == ("xllamacpp 2026.1", False, False)
     assert this_machine("sglang", "cpu")["engine_version"] == "0.5"
@@ -250,21 +250,21 @@ def test_a_serving_engine_chooses_threads_and_torch_itself(monkeypatch: pytest.M
 
 def test_the_version_of_an_engine_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the package the program on the PATH says its own; what is named goes before the package."""
-    monkeypatch.setattr(machine, "installed", lambda _: None)
+    monkeypatch.setattr(machine, "installed_version", lambda _: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     for named in ("DRAFTPICK_VLLM_PYTHON", "DRAFTPICK_LLAMA_SERVER"):
         monkeypatch.delenv(named, raising=False)
-    assert machine.served_version("llamacpp") is None
-    assert machine.served_version("vllm") is None
+    assert machine.serving_engine_version("llamacpp") is None
+    assert machine.serving_engine_version("vllm") is None
     for name, said in (("llama-server", "version: 11549 (abc)"), ("python", "0.33.0")):
         (tmp_path / name).write_text(f"#!/bin/sh\necho '{said}'\n", encoding="utf-8")
         (tmp_path / name).chmod(0o755)
-    assert machine.served_version("llamacpp") == "version: 11549 (abc)"
-    monkeypatch.setattr(machine, "installed", lambda _: "1.0")
-    assert machine.served_version("llamacpp") == "xllamacpp 1.0"
+    assert machine.serving_engine_version("llamacpp") == "version: 11549 (abc)"
+    monkeypatch.setattr(machine, "installed_version", lambda _: "1.0")
+    assert machine.serving_engine_version("llamacpp") == "xllamacpp 1.0"
     monkeypatch.setenv("DRAFTPICK_LLAMA_SERVER", str(tmp_path / "llama-server"))
-    assert machine.served_version("llamacpp") == "version: 11549 (abc)"
+    assert machine.serving_engine_version("llamacpp") == "version: 11549 (abc)"
     monkeypatch.setenv("DRAFTPICK_VLLM_PYTHON", str(tmp_path / "python"))
-    assert machine.served_version("vllm") == "0.33.0"
+    assert machine.serving_engine_version("vllm") == "0.33.0"
     monkeypatch.setenv("DRAFTPICK_VLLM_PYTHON", str(tmp_path / "missing"))
-    assert machine.served_version("vllm") is None
+    assert machine.serving_engine_version("vllm") is None

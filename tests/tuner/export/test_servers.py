@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from profiles.builtin import IMPORTED_MARKS
 from profiles.engines.llamacpp.flags import SPELLINGS, spelling_of_build, spelling_of_help
 from profiles.records.core import PLAIN, Draft, Setup
 from profiles.records.errors import InputError
@@ -176,7 +177,11 @@ def test_trtllm_refuses() -> None:
     assert "TensorRT-LLM is told no revision: download v1 of org/draft" in str(export.note)
 
 
-@given(name=st.text(min_size=1).filter(lambda text: not text.lower().endswith(".gguf") and text[:8] != "carried:"))
+@given(
+    name=st.text(min_size=1).filter(
+        lambda text: not (text.startswith(IMPORTED_MARKS) or text.lower().endswith(".gguf"))
+    )
+)
 def test_trtllm_any_name_is_one_value(name: str) -> None:
     """Any name stays one quoted value of its key, and all other lines are keys of the table or comments."""
     export = emit(deployment(choice(Setup(draft=draft_at(name), length=2), domain=name)), "trtllm", "1.4.0rc1")
@@ -307,7 +312,7 @@ def test_gguf_is_for_llamacpp(form: Form) -> None:
 @pytest.mark.parametrize("form", ["vllm", "sglang", "trtllm", "llamacpp", "transformers"])
 def test_a_carried_draft_has_no_place(form: Form) -> None:
     """A draft that a bundle brought from a path elsewhere is not emitted as a hub id; a look-up beside it is."""
-    name = "carried:draft one.gguf" if form == "llamacpp" else "carried:draft one"
+    name = "imported:draft one.gguf" if form == "llamacpp" else "imported:draft one"
     target = GGUF_TARGET if form == "llamacpp" else TARGET
     answer = choice(Setup(draft=draft_at(name), length=4), alternatives=(forecast(LOOK_UP),))
     export = emit(deployment(answer, target=target), form)
@@ -319,12 +324,12 @@ def test_a_carried_draft_has_no_place(form: Form) -> None:
 
 def test_a_carried_target_matters_where_it_is_named() -> None:
     """Only the transformers snippet loads the target; the servers' arguments do not name it."""
-    case = deployment(choice(LOOK_UP), target=model_at("carried:target"))
+    case = deployment(choice(LOOK_UP), target=model_at("imported:target"))
     assert "the target target came in a bundle from a path" in str(emit(case, "transformers").note)
     assert emit(case, "transformers").text == ""
     assert emit(case, "vllm").text
-    assert emit(replace(case, target=model_at("carried:t.gguf")), "llamacpp").text
-    assert "is a GGUF file" in str(emit(replace(case, target=model_at("carried:t.gguf")), "vllm").note)
+    assert emit(replace(case, target=model_at("imported:t.gguf")), "llamacpp").text
+    assert "is a GGUF file" in str(emit(replace(case, target=model_at("imported:t.gguf")), "vllm").note)
 
 
 @pytest.mark.parametrize("form", ["sglang", "trtllm", "llamacpp"])

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from profiles.builtin import IMPORTED_MARKS
 from profiles.records.core import PLAIN, Draft, Setup
 from profiles.records.errors import InputError
 from tests.lanes.cases import cases, deployment, draft_at, model_at
@@ -195,7 +196,9 @@ def test_names_stay_in_their_word(name: str) -> None:
 
 
 @given(
-    name=st.text(min_size=1).filter(lambda text: not text.lower().endswith(".gguf") and text[:8] != "carried:"),
+    name=st.text(min_size=1).filter(
+        lambda text: not (text.startswith(IMPORTED_MARKS) or text.lower().endswith(".gguf"))
+    ),
     length=st.integers(1, 64),
 )
 def test_any_name_survives_the_shell(name: str, length: int) -> None:

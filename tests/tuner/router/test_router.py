@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from profiles.prompts.reader import Request, asked_text
+from profiles.prompts.reader import Request, user_text
 from profiles.records.core import digest_of
 from profiles.records.errors import InputError, PolicyError
 from tests.support.cli import DECIDED, call, small_run, write_prompts
@@ -241,9 +241,9 @@ class TestARun:
     def test_what_is_asked_is_learned_from(self) -> None:
         """The user's last message; raw text as it is; without a user's message all there is."""
         chat = (("system", "Be brief."), ("user", "first"), ("assistant", "yes"), ("user", "second"))
-        assert asked_text(Request(messages=chat, domain="d")) == "second"
-        assert asked_text(Request(messages="raw", domain="d")) == "raw"
-        assert asked_text(Request(messages=(("system", "only this"),), domain="d")) == "only this"
+        assert user_text(Request(messages=chat, domain="d")) == "second"
+        assert user_text(Request(messages="raw", domain="d")) == "raw"
+        assert user_text(Request(messages=(("system", "only this"),), domain="d")) == "only this"
 
     def test_a_router_is_kept(self, tmp_path: Path) -> None:
         """The file can be loaded, and line and document say how it came out."""

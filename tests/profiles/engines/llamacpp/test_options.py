@@ -42,7 +42,7 @@ def test_a_gpu_that_it_cannot_use(program: Program, options: Options, monkeypatc
         "-c",
         "print('Available devices:\\n  CUDA0: NVIDIA H100 (81559 MiB, 80000 MiB free)')",
     ]
-    assert software.devices_of(listing) == ["CUDA0"]
+    assert software.server_devices(listing) == ["CUDA0"]
     monkeypatch.setattr(llamacpp, "fingerprint", lambda _: fingerprint.fingerprint("cpu"))
     can = replace(program, command=tuple(listing))
     with LlamaCppEngine(target, (), can, replace(options, device="cuda")) as engine:

@@ -26,12 +26,12 @@ UNKNOWN = Setup(draft=Draft(kind="native", method="no-such-method"), length=1)
 
 
 @pytest.fixture(scope="module")
-def described() -> loader.Described:
+def described() -> loader.DescribedModel:
     return loader.describe(TARGET, dtype="float32")
 
 
 @pytest.fixture(scope="module")
-def engine(described: loader.Described, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerEngine]:
+def engine(described: loader.DescribedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerEngine]:
     words = [sys.executable, "-m", "profiles.engines.llamacpp.xllamacpp_server", "-m", str(gguf_of(TARGET, "float32"))]
     options = "--host {host} --port {port} -c 1024 -np 4 -t 1 -tb 1 --metrics -fa off {speculative}"
     launch = Launch(
@@ -46,7 +46,7 @@ def engine(described: loader.Described, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="module")
-def code(described: loader.Described) -> tuple[Prompt, ...]:
+def code(described: loader.DescribedModel) -> tuple[Prompt, ...]:
     found, _ = reader.tokenize(reader.read("builtin:code")[:4], described.tokenizer, 90)
     return tuple(found)
 

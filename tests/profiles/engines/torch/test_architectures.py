@@ -19,7 +19,7 @@ from profiles.engines.torch.batch_model import RowModel
 from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
-from profiles.models.loader import Loaded
+from profiles.models.loader import LoadedModel
 from profiles.records.core import DTYPES, PLAIN, Draft, Prompt, Setup, Workload
 from profiles.records.errors import ModelError
 from tests.support import tiny
@@ -30,11 +30,11 @@ SMALL = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
 PROMPT = Prompt(domain="a", token_ids=tuple(range(20, 40)))
 
 
-def load(folder: Path, dtype: str = "float32") -> Loaded:
+def load(folder: Path, dtype: str = "float32") -> LoadedModel:
     return loader.load(str(folder), dtype=dtype, device="cpu")
 
 
-def engine_of(target: Loaded, twin: Loaded) -> TorchEngine:
+def engine_of(target: LoadedModel, twin: LoadedModel) -> TorchEngine:
     """The target with an early exit and a model of the same kind, whose weights differ, as drafts."""
     sources = (
         DraftSource(draft=Draft(kind="early_exit", num_layers=1), model=loader.early_exit(target, 1)),
@@ -63,7 +63,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: tiny.write_model(root / name, name, num_layers=3) for name in ARCHITECTURES}
 
 
-def shifted(loaded: Loaded, folder: Path) -> Loaded:
+def shifted(loaded: LoadedModel, folder: Path) -> LoadedModel:
     """A twin whose weights are a little off, so that some of its proposals are kept and some are not."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(1)
