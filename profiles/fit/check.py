@@ -95,8 +95,8 @@ def _from_header(name: str, dtype: str) -> tuple[int | None, Footprint | None]:
     try:
         source = sources.find(name)
         footprint = memory.footprint(source, dtype)
-        with sources.translated(f"model {name!r}"):
-            return sources.max_positions(sources.config_of(source), source), footprint
+        with sources.library_errors(f"model {name!r}"):
+            return sources.max_positions(sources.read_config(source), source), footprint
     except ModelError:
         return None, None
 

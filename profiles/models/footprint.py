@@ -1,4 +1,4 @@
-"""Memory in bytes: what a model takes, and the unit it is told in. Standard library only."""
+"""Bytes that a model and its key/value cache take. Standard library only."""
 
 from dataclasses import dataclass
 
@@ -10,17 +10,17 @@ SLOTS_STEP = 64  # attention kernels on a GPU want rows of even lengths
 
 
 def cache_slots(context_length: int) -> int:
-    """Tokens a row's cache has room for when it decodes contexts of that length; one of them takes padding."""
+    """Slots allocated per cache row to decode contexts of `context_length`, one padding slot included."""
     return -(-(context_length + SPARE_SLOTS + 1) // SLOTS_STEP) * SLOTS_STEP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """Bytes a model takes: its weights once, and keys and values for every token of every sequence."""
+    """Bytes of a model's weights, and of keys and values per cached token."""
 
     weight_bytes: int
     cache_bytes_per_token: int
 
     def total_bytes(self, num_tokens: int) -> int:
-        """With `num_tokens` (batch times context) cached."""
+        """Bytes with `num_tokens` (batch size times context) cached."""
         return self.weight_bytes + num_tokens * self.cache_bytes_per_token

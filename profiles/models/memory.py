@@ -1,7 +1,4 @@
-"""How much memory models need, told from headers and configs before any weight is loaded.
-
-Weights and key/value caches only: what is needed at least, because activations come on top. Loads and runs nothing.
-"""
+"""Memory that models need, from headers and configs, before any weight is loaded. Activations come on top."""
 
 from collections.abc import Sequence
 
@@ -15,8 +12,6 @@ from profiles.models.sources import Source
 from profiles.records.core import DTYPES
 from profiles.records.errors import ModelError
 
-__all__ = ["Footprint", "cached_values_per_token", "check_dtype", "check_memory", "footprint"]
-
 
 def check_dtype(dtype: str) -> None:
     """Raises ModelError for a float type that models are not run in."""
@@ -25,41 +20,44 @@ def check_dtype(dtype: str) -> None:
 
 
 def footprint(source: Source, dtype: str) -> Footprint:
-    """What the model takes as `dtype`. Raises ModelError when it cannot be read."""
+    """The model's footprint as `dtype`. Raises ModelError when its files cannot be read."""
     check_dtype(dtype)
-    size = getattr(torch, dtype).itemsize
-    with sources.translated(f"model {source.name!r}"):
+    item_bytes = getattr(torch, dtype).itemsize
+    with sources.library_errors(f"model {source.name!r}"):
         return Footprint(
-            weight_bytes=size * sources.num_values(source),
-            cache_bytes_per_token=size * cached_values_per_token(sources.config_of(source)),
+            weight_bytes=item_bytes * sources.num_values(source),
+            cache_bytes_per_token=item_bytes * cached_values_per_token(sources.read_config(source)),
         )
 
 
 def check_memory(
     names: Sequence[str], *, dtype: str, device: str, num_tokens: int, num_free_bytes: int | None = None
 ) -> None:
-    """Refuses, before any weight is loaded, models that do not fit on `device` together with their caches.
+    """Refuses models that do not fit on `device` together with a key/value cache of `num_tokens` tokens each.
 
-    A key/value cache of `num_tokens` (batch times context) is counted for each. `num_free_bytes` None asks the device.
+    Args:
+        num_tokens: Batch size times context.
+        num_free_bytes: Free memory; None asks the device.
 
-    Raises: ModelError: needed and free memory in GiB, or a model that cannot be read.
+    Raises:
+        ModelError: Too little memory (the message names GiB needed and free), or a model that cannot be read.
     """
-    prints = [footprint(sources.find(name), dtype) for name in names]
-    weights = sum(one.weight_bytes for one in prints)
-    cache = num_tokens * sum(one.cache_bytes_per_token for one in prints)
+    footprints = [footprint(sources.find(name), dtype) for name in names]
+    weight_bytes = sum(each.weight_bytes for each in footprints)
+    cache_bytes = num_tokens * sum(each.cache_bytes_per_token for each in footprints)
     free = free_bytes(device) if num_free_bytes is None else num_free_bytes
-    if weights + cache > free:
-        needed = f"{weights / GIB:.3g} GiB of {dtype} weights and {cache / GIB:.3g} GiB of cache"
+    if weight_bytes + cache_bytes > free:
+        needed = f"{weight_bytes / GIB:.3g} GiB of {dtype} weights and {cache_bytes / GIB:.3g} GiB of cache"
         raise ModelError(
             f"models {', '.join(names)}: {needed} for {num_tokens} tokens; {device} has {free / GIB:.3g} GiB free; "
-            "take a smaller model, batch or context, or a 16-bit dtype"
+            "use a smaller model, batch or context, or a 16-bit dtype"
         )
 
 
 def cached_values_per_token(config: PreTrainedConfig) -> int:
-    """Keys and values a token leaves in the cache of all layers; windowed layers keep all of theirs, to roll back."""
+    """Keys and values cached per token over all layers; sliding-window layers keep all tokens, for rollback."""
     text_config = config.get_text_config(decoder=True)
     num_heads = text_config.num_attention_heads
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads
-    num_kept = getattr(text_config, "num_key_value_heads", None) or num_heads
-    return int(2 * text_config.num_hidden_layers * num_kept * head_dim)
+    num_kv_heads = getattr(text_config, "num_key_value_heads", None) or num_heads
+    return int(2 * text_config.num_hidden_layers * num_kv_heads * head_dim)

@@ -19,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from profiles.engines.llamacpp.gguf_cache import gguf_place
 from profiles.models import sources
-from profiles.models.sources import Source, translated
+from profiles.models.sources import Source, library_errors
 from profiles.records.errors import ModelError
 
 _TYPES = {
@@ -50,7 +50,7 @@ def gguf_of(name: str, dtype: str) -> Path:
     source = sources.find(name)
     if source.gguf is not None:
         return source.gguf.path
-    with translated(f"model {name!r}"):
+    with library_errors(f"model {name!r}"):
         path = gguf_place(source.folder, sources.digest(source), dtype)
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def gguf_of(name: str, dtype: str) -> Path:
 
 def write(source: Source, dtype: str, path: Path) -> None:
     """Replaces `path` by the model in one step. Raises ModelError: an architecture or tokenizer not written here."""
-    config, tokenizer = sources.config_of(source), sources.tokenizer_of(source)
+    config, tokenizer = sources.read_config(source), sources.read_tokenizer(source)
     _check(source.name, config)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

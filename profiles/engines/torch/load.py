@@ -9,6 +9,7 @@ from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.hardware import fingerprint
 from profiles.models import loader, memory
+from profiles.models.early_exit import early_exit
 from profiles.models.footprint import Footprint
 from profiles.models.memory import cached_values_per_token
 from profiles.models.sources import find
@@ -70,7 +71,7 @@ def _source(spec: DraftSpec, by_name: dict[str, loader.LoadedModel], target: loa
         return DraftSource(draft=draft, model=loaded.model)
     if spec.num_layers is not None:
         draft = Draft(kind="early_exit", num_layers=spec.num_layers)
-        return DraftSource(draft=draft, model=loader.early_exit(target, spec.num_layers))
+        return DraftSource(draft=draft, model=early_exit(target, spec.num_layers))
     return DraftSource(draft=Draft(kind="ngram", max_match=spec.max_match, min_match=spec.min_match), model=None)
 
 

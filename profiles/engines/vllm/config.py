@@ -100,8 +100,8 @@ def num_positions(source: sources.Source) -> int:
     """The longest context in tokens. Raises ModelError: not a directory that vLLM reads."""
     if source.gguf is not None:
         raise ModelError(f"model {source.name!r}: a GGUF file; vLLM takes a directory with safetensors weights")
-    with sources.translated(f"model {source.name!r}"):
-        return sources.max_positions(sources.config_of(source), source)
+    with sources.library_errors(f"model {source.name!r}"):
+        return sources.max_positions(sources.read_config(source), source)
 
 
 def sampling_of(workload: Workload) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from profiles.engines.serving.server_kind import SERVER_KINDS_BY_NAME
 from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
+from profiles.models.early_exit import early_exit
 from profiles.records.core import CATCH_UP_WIDTHS, DRAFT_KINDS, PLAIN, Draft, Prompt, Setup, Workload
 from profiles.records.draft_spec import parse_draft
 from profiles.records.errors import InputError, NotMeasuredError
@@ -49,7 +50,7 @@ def torch_engine(tiny_folders: dict[str, Path]) -> TorchEngine:
     other = loader.load(str(tiny_folders["qwen2"]), dtype="float32", device="cpu")
     sources = (
         DraftSource(draft=Draft(kind="model", model=other.record), model=other.model),
-        DraftSource(draft=Draft(kind="early_exit", num_layers=1), model=loader.early_exit(target, 1)),
+        DraftSource(draft=Draft(kind="early_exit", num_layers=1), model=early_exit(target, 1)),
         DraftSource(draft=NGRAM, model=None),
     )
     return TorchEngine(target, sources, "cpu")

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from profiles.engines.torch.batch_model import RowModel
 from profiles.models import loader, sources
+from profiles.models.early_exit import early_exit
 from profiles.models.loader import LoadedModel
 from profiles.records.errors import ModelError
 from tests.support import tiny
@@ -160,7 +161,7 @@ def test_a_part_off_the_gpus_is_refused(
         return model, info
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    words = "float32 weights cannot be spread over 2 GPUs from the first on, filling 90% of their free memory; take a"
+    words = "float32 weights do not fit on 2 GPUs, filling 90% of their free memory from the first on; use a"
     with pytest.raises(ModelError, match=words):
         spread(tiny_folders["llama"], monkeypatch)
 
@@ -189,11 +190,11 @@ def test_an_early_exit_of_a_hooked_model_has_its_layers_only(
     whole = loader.load(str(tiny_folders[architecture]), dtype="float32", device="cpu")
     target = spread(tiny_folders[architecture], monkeypatch)
     parameters = dict(target.model.named_parameters())
-    early = loader.early_exit(target, 1)
+    early = early_exit(target, 1)
     assert early._hf_hook is target.model._hf_hook
     assert all(parameter is parameters[name] for name, parameter in early.named_parameters())
     with torch.inference_mode():
-        expected = loader.early_exit(whole, 1)(TOKEN_IDS).logits
+        expected = early_exit(whole, 1)(TOKEN_IDS).logits
         cache = DynamicCache()
         assert torch.equal(early(TOKEN_IDS, past_key_values=cache, use_cache=True).logits, expected)
         assert len(cache.layers) == 1
@@ -240,7 +241,7 @@ def test_two_real_gpus_share_a_model(tiny_folders: dict[str, Path], monkeypatch:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free, free))
     target = loader.load(str(folder), dtype="float32", device="cuda")
     assert {parameter.device.index for parameter in target.model.parameters()} >= {0, 1}
-    early = loader.early_exit(target, 1)
+    early = early_exit(target, 1)
     with torch.inference_mode():
         found = target.model(TOKEN_IDS.to(target.model.device)).logits
         assert found.device == early(TOKEN_IDS.to(early.device)).logits.device == torch.device("cuda:0")

@@ -122,7 +122,7 @@ def test_a_directory_with_one_file_is_that_file(folder: Path, tmp_path: Path) ->
     path = tiny.write_gguf(tmp_path / "one" / "a.gguf", folder)
     assert load(path.parent).record.digest == load(path).record.digest
     tiny.write_gguf(tmp_path / "one" / "b.gguf", folder)
-    assert "2 GGUF files in it, first a.gguf; name the one to use" in refusal(path.parent)
+    assert "has 2 GGUF files, first a.gguf; name one" in refusal(path.parent)
     tiny.write_model(path.parent)
     assert load(path.parent).note is None
 
@@ -174,7 +174,7 @@ def test_scaled_rotary_frequencies_are_applied(tmp_path: Path) -> None:
         ({"tokenizer__ggml__tokens": None}, "its header has no tokenizer.ggml.tokens"),
         ({"tokenizer__ggml__model": "riddle"}, "stating tokenizer 'riddle'"),
         ({"split__count": 3}, "one of 3 parts; join them with `llama-gguf-split --merge`"),
-        ({"llama__rope__scaling__type": "yarn"}, "transformers does not read rope.scaling.type 'yarn' of a GGUF"),
+        ({"llama__rope__scaling__type": "yarn"}, "transformers ignores rope.scaling.type 'yarn' of a GGUF"),
         ({"llama__block_count": 3}, "9 weights are not in its files, first model.layers.2."),
         ({"llama__feed_forward_length": 65}, "6 weights are of another size than the header says"),
     ],

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, GPTNeoConfig, GPTNeoForCausalLM, MambaConfig
 
 from profiles.models import loader, memory, sources
+from profiles.models.early_exit import early_exit
 from profiles.models.loader import LoadedModel
 from profiles.records.errors import ModelError, OutOfMemoryError, PairError
 from tests.support import tiny
@@ -128,15 +129,15 @@ def test_weights_that_are_not_finite_are_refused(broken: Path, value: float, dty
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        ("config.json", None, "no config.json in it"),
+        ("config.json", None, "has no config.json"),
         ("config.json", b"{oops", "not a valid JSON file"),
         ("config.json", b"[1]", "Error: "),
         ("config.json", b'{"model_type": "nonesuch"}', "nonesuch"),
         ("config.json", b'{"model_type": "t5"}', "Unrecognized configuration class"),
         ("config.json", b'{"model_type": "llama", "hidden_size": "wide"}', "hidden_size"),
-        ("model.safetensors", None, "no model.safetensors or model.safetensors.index.json in it; convert it"),
+        ("model.safetensors", None, "has no model.safetensors or model.safetensors.index.json; convert it"),
         ("model.safetensors", b"", "SafetensorError"),
-        ("tokenizer.json", None, "no tokenizer in it"),
+        ("tokenizer.json", None, "has no tokenizer"),
         ("tokenizer.json", b"{oops", "JSONDecodeError"),
         ("tokenizer.json", b"{}", "KeyError"),
         ("tokenizer.json", b'{"version": "1.0", "added_tokens": [], "model": {"type": "X"}}', "model"),
@@ -194,14 +195,14 @@ def test_running_out_of_memory_while_loading_is_said(
         raise error
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
-    with pytest.raises(OutOfMemoryError, match="memory ran out while it was loaded"):
+    with pytest.raises(OutOfMemoryError, match="out of memory while loading"):
         load(tiny_folders["llama"])
 
 
 def test_a_gpt2_without_tokenizer_is_refused(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     """Its tokenizer class would load as a map of one token instead of failing."""
     ignored = shutil.ignore_patterns("tokenizer*", "chat_template*")
-    assert "no tokenizer in it" in refusal(shutil.copytree(tiny_folders["gpt2"], tmp_path / "bare", ignore=ignored))
+    assert "has no tokenizer" in refusal(shutil.copytree(tiny_folders["gpt2"], tmp_path / "bare", ignore=ignored))
 
 
 def test_a_model_without_positions_is_refused(tiny_folders: dict[str, Path]) -> None:
@@ -229,8 +230,8 @@ def test_a_hub_id_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch, t
     """An id that is not cached, offline, and one that is no id at all."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    assert "not to be had as a hub id: LocalEntryNotFoundError" in refusal("nobody/nothing")
-    assert "not to be had as a hub id: HFValidationError" in refusal("a/b/c")
+    assert "cannot be downloaded as a hub id: LocalEntryNotFoundError" in refusal("nobody/nothing")
+    assert "cannot be downloaded as a hub id: HFValidationError" in refusal("a/b/c")
 
 
 def test_a_hub_id_loads_from_its_snapshot(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +341,7 @@ def test_early_exit_is_norm_and_head_on_a_hidden_state(
         before = target.model(TOKEN_IDS, output_hidden_states=True)
         norm = getattr(target.model.base_model, FINAL_NORM[architecture])
         expected = target.model.get_output_embeddings()(norm(before.hidden_states[num_layers]))
-        early = loader.early_exit(target, num_layers)
+        early = early_exit(target, num_layers)
         assert torch.equal(early(TOKEN_IDS).logits, expected)
         cache = DynamicCache(config=early.config)
         assert len(cache.layers) == num_layers
@@ -356,7 +357,7 @@ def test_early_exit_shares_weights_and_leaves_the_target_alone(
     """Every parameter is the target's own object; the target keeps its layers and its config."""
     target = load(tiny_folders[architecture])
     config, parameters = copy.deepcopy(target.model.config), dict(target.model.named_parameters())
-    early = loader.early_exit(target, 1)
+    early = early_exit(target, 1)
     own = dict(early.named_parameters())
     assert 0 < len(own) < len(parameters)
     assert all(parameter is parameters[name] for name, parameter in own.items())
@@ -370,14 +371,14 @@ def test_early_exit_shares_weights_and_leaves_the_target_alone(
 def test_early_exit_needs_a_proper_part_of_the_layers(llama: LoadedModel, num_layers: int) -> None:
     """Of three layers the first one or two can be an exit."""
     with pytest.raises(PairError, match=f"early-exit:{num_layers} of target .*: allowed are 1 to 2$"):
-        loader.early_exit(llama, num_layers)
+        early_exit(llama, num_layers)
 
 
 def test_early_exit_of_one_layer_is_refused(tmp_path: Path) -> None:
     """A target of one layer has no earlier exit."""
     target = load(tiny.write_model(tmp_path / "one", "gpt2", num_layers=1))
     with pytest.raises(PairError, match="allowed are none, it has 1 layer"):
-        loader.early_exit(target, 1)
+        early_exit(target, 1)
 
 
 def test_early_exit_refuses_layers_it_cannot_tell(tiny_folders: dict[str, Path]) -> None:
@@ -385,4 +386,4 @@ def test_early_exit_refuses_layers_it_cannot_tell(tiny_folders: dict[str, Path])
     target = load(tiny_folders["llama"])
     target.model.model.others = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
     with pytest.raises(PairError, match="LlamaForCausalLM has no single list of 3 layers to cut"):
-        loader.early_exit(target, 1)
+        early_exit(target, 1)

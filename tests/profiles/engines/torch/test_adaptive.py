@@ -16,6 +16,7 @@ from profiles.engines.torch.adaptive import SteeredRun
 from profiles.engines.torch.drafters import Drafted, DraftSource, ModelDrafter, Text
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
+from profiles.models.early_exit import early_exit
 from profiles.records.core import CATCH_UP_WIDTHS, PLAIN, Draft, Model, Prompt, Setup, Workload
 from profiles.records.errors import BadNumbersError, InputError
 from profiles.records.evidence import AcceptanceTrace, TargetTrace
@@ -41,7 +42,7 @@ def engine(tiny_folders: dict[str, Path]) -> TorchEngine:
         (
             DraftSource(draft=Draft(kind="model", model=target.record), model=target.model),
             DraftSource(draft=Draft(kind="model", model=other.record), model=other.model),
-            DraftSource(draft=Draft(kind="early_exit", num_layers=2), model=loader.early_exit(target, 2)),
+            DraftSource(draft=Draft(kind="early_exit", num_layers=2), model=early_exit(target, 2)),
             DraftSource(draft=Draft(kind="ngram", **NGRAM), model=None),
             DraftSource(draft=Draft(kind="composite", model=other.record, **NGRAM), model=other.model),
         ),

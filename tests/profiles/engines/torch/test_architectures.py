@@ -19,6 +19,7 @@ from profiles.engines.torch.batch_model import RowModel
 from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
+from profiles.models.early_exit import early_exit
 from profiles.models.loader import LoadedModel
 from profiles.records.core import DTYPES, PLAIN, Draft, Prompt, Setup, Workload
 from profiles.records.errors import ModelError
@@ -37,7 +38,7 @@ def load(folder: Path, dtype: str = "float32") -> LoadedModel:
 def engine_of(target: LoadedModel, twin: LoadedModel) -> TorchEngine:
     """The target with an early exit and a model of the same kind, whose weights differ, as drafts."""
     sources = (
-        DraftSource(draft=Draft(kind="early_exit", num_layers=1), model=loader.early_exit(target, 1)),
+        DraftSource(draft=Draft(kind="early_exit", num_layers=1), model=early_exit(target, 1)),
         DraftSource(draft=Draft(kind="model", model=twin.record), model=twin.model),
     )
     return TorchEngine(target, sources, "cpu")

@@ -11,6 +11,7 @@ from profiles.acceptance.expected_rounds import CompositeAcceptance, Replayed, c
 from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
+from profiles.models.early_exit import early_exit
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload, digest_of
 from profiles.records.evidence import AcceptanceTrace, LookupTrace, TargetTrace
 from tests.support.toys import TableModel, near, run, run_queue
@@ -36,7 +37,7 @@ def engine(tiny_folders: dict[str, Path]) -> TorchEngine:
         (
             DraftSource(draft=Draft(kind="model", model=target.record), model=target.model),
             DraftSource(draft=Draft(kind="model", model=other.record), model=other.model),
-            DraftSource(draft=Draft(kind="early_exit", num_layers=2), model=loader.early_exit(target, 2)),
+            DraftSource(draft=Draft(kind="early_exit", num_layers=2), model=early_exit(target, 2)),
             DraftSource(draft=Draft(kind="ngram", **NGRAM), model=None),
             DraftSource(draft=Draft(kind="composite", model=other.record, **NGRAM), model=other.model),
             DraftSource(draft=Draft(kind="composite", model=target.record, **NGRAM), model=target.model),

@@ -10,6 +10,7 @@ from profiles.acceptance.ngram import NgramIndex
 from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
+from profiles.models.early_exit import early_exit
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload
 from profiles.records.errors import BadNumbersError, InputError, ModelError
 from profiles.records.evidence import TargetTrace
@@ -27,7 +28,7 @@ def engine(tiny_folders: dict[str, Path]) -> TorchEngine:
     sources = (
         DraftSource(draft=Draft(kind="model", model=target.record), model=target.model),
         DraftSource(draft=Draft(kind="model", model=other.record), model=other.model),
-        DraftSource(draft=Draft(kind="early_exit", num_layers=2), model=loader.early_exit(target, 2)),
+        DraftSource(draft=Draft(kind="early_exit", num_layers=2), model=early_exit(target, 2)),
         DraftSource(draft=NGRAM, model=None),
     )
     return TorchEngine(target, sources, "cpu")

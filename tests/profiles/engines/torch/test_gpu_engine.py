@@ -10,6 +10,7 @@ from profiles.engines.torch.batch_model import RowModel
 from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
+from profiles.models.early_exit import early_exit
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload, digest_of
 from tests.support.toys import ScriptedPilot, wandering
 
@@ -46,7 +47,7 @@ def engine(tiny_folders: dict[str, Path]) -> TorchEngine:
     ngram = {"max_match": 3, "min_match": 1}
     sources = (
         DraftSource(draft=Draft(kind="model", model=other.record), model=other.model),
-        DraftSource(draft=Draft(kind="early_exit", num_layers=2), model=loader.early_exit(target, 2)),
+        DraftSource(draft=Draft(kind="early_exit", num_layers=2), model=early_exit(target, 2)),
         DraftSource(draft=Draft(kind="ngram", **ngram), model=None),
         DraftSource(draft=Draft(kind="composite", model=other.record, **ngram), model=other.model),
     )
