@@ -1,6 +1,6 @@
-"""What is known of a machine, as far as it is known, and what two devices have in common by their names.
+"""A machine as far as it is known, and which devices are of one family. Standard library only.
 
-A field that is absent is not known; that is another thing than a field with another value. Standard library only.
+An absent field is not known, which differs from a field with another value.
 """
 
 import re
@@ -11,19 +11,20 @@ from functools import cache
 from profiles.records.core import Environment
 from profiles.records.errors import InputError
 
-Machine = Mapping[str, object]
-ENGINE = "draftpick-torch"  # our own
+Machine = Mapping[str, object]  # fields of `Environment`
+ENGINE = "draftpick-torch"  # the built-in engine
 
-NUMBERS = ("device_count", "memory_bytes", "threads", "memory_bandwidth_bytes_s")
-OPTIONAL_TEXTS = ("driver", "cuda")  # null: there is none, as on a CPU
-# What a card's name says beside its kind: who makes it, how it is mounted, and its memory, which is compared by itself.
+_NUMBERS = ("device_count", "memory_bytes", "threads", "memory_bandwidth_bytes_s")
+_GPU_TEXTS = ("driver", "cuda")  # None on a CPU: there is none
+# What a card's name says beside its kind: maker, mount, and memory, which is compared by itself.
 _NOT_THE_KIND = re.compile(r"(?<![\w.])(NVIDIA|TESLA|PCIE?|SXM\d*|NVL\d*|HBM\w*|\d+ ?GB)\b", re.IGNORECASE)
 
 
 def parse_machine(raw: object) -> Machine:
-    """`raw` JSON as a machine; null is not known, but of a processor's driver and CUDA it says that there is none.
+    """A machine from JSON; null is unknown, except a CPU's driver and CUDA, of which there is none.
 
-    Raises InputError, naming field, value and what is allowed.
+    Raises:
+        InputError: Names field, value and what is allowed.
     """
     allowed = [field.name for field in fields(Environment)]
     if not isinstance(raw, dict):
@@ -31,7 +32,7 @@ def parse_machine(raw: object) -> Machine:
     for name, value in raw.items():
         if name not in allowed:
             raise InputError(f"unknown field {name!r}: allowed are {', '.join(allowed)}")
-        if name in NUMBERS:
+        if name in _NUMBERS:
             good, needed = type(value) is int and 1 <= value < 2**63, "a whole number from 1"
         else:
             good, needed = isinstance(value, str) and value != "", "a string"
@@ -44,19 +45,19 @@ def parse_machine(raw: object) -> Machine:
 def family(device: str) -> str:
     """What cards of one kind share in their names: `NVIDIA H100 PCIe` and `NVIDIA H100 80GB HBM3` are both `H100`.
 
-    A processor's whole name is its family: generations of rented ones differ in nothing but the clock they state.
+    A CPU's whole name is its family: generations of rented ones differ only in the clock they state.
     """
     if not re.search(r"nvidia|tesla|geforce|quadro", device, re.IGNORECASE):
         return device
     return " ".join(_NOT_THE_KIND.sub(" ", device.replace("-", " ")).split()).upper()
 
 
-def drop_unknown(fields_found: Mapping[str, object]) -> Machine:
-    """The fields that are known: None says "there is none" of a processor's driver and CUDA, else "not known"."""
-    none_there = () if on_gpu(fields_found) else OPTIONAL_TEXTS
-    return {name: value for name, value in fields_found.items() if value is not None or name in none_there}
+def drop_unknown(machine: Mapping[str, object]) -> Machine:
+    """The fields that are known. None means unknown, except for a CPU's driver and CUDA."""
+    absent = () if on_gpu(machine) else _GPU_TEXTS
+    return {name: value for name, value in machine.items() if value is not None or name in absent}
 
 
 def on_gpu(machine: Machine) -> bool:
     """Whether the machine's device is a GPU."""
-    return any(machine.get(name) for name in ("compute_capability", *OPTIONAL_TEXTS))
+    return any(machine.get(name) for name in ("compute_capability", *_GPU_TEXTS))

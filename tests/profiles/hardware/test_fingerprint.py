@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from profiles.hardware import fingerprint, machine
+from profiles.hardware import fingerprint, machine, nvml
 from profiles.records.errors import InputError
 from profiles.timing.clock import Clock, Disturbance, OtherLoad
 from profiles.timing.gpu_monitor import GpuWatch
@@ -43,15 +43,15 @@ def test_nvml_is_started_before_a_handle_is_asked(monkeypatch: pytest.MonkeyPatc
     """Of a GPU the bandwidth is asked by a handle that NVML only gives once it was started."""
     events: list[str] = []
 
-    def told(name: str, answer: object) -> Callable[..., object]:
+    def recorder(name: str, answer: object) -> Callable[..., object]:
         return lambda *_: events.append(name) or answer
 
     properties = SimpleNamespace(name="NVIDIA X", total_memory=2**30, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(machine, "driver_version", told("start", "580.65"))
-    monkeypatch.setattr(fingerprint, "device_handle", told("handle", "handle"))
-    monkeypatch.setattr(machine, "memory_bandwidth", told("bandwidth", 10**12))
+    monkeypatch.setattr(nvml, "driver_version", recorder("start", "580.65"))
+    monkeypatch.setattr(nvml, "device_handle", recorder("handle", "handle"))
+    monkeypatch.setattr(nvml, "memory_bandwidth", recorder("bandwidth", 10**12))
     found = fingerprint.fingerprint("cuda")
     assert events == ["start", "handle", "bandwidth"]
     assert (found.driver, found.compute_capability, found.memory_bandwidth_bytes_s) == ("580.65", "9.0", 10**12)
@@ -147,7 +147,7 @@ def test_the_clock_of_a_cpu_does_not_wait() -> None:
 
 def test_other_load_is_what_the_machine_did_beside_us() -> None:
     """In 2 s the machine was busy for 3 core-seconds, 2 of them ours: half a core went to others."""
-    load = OtherLoad(now=readings(10.0, 12.0), machine_s=readings(100.0, 103.0), own_s=readings(5.0, 7.0))
+    load = OtherLoad(now=readings(10.0, 12.0), machine_s=readings(100.0, 103.0), process_s=readings(5.0, 7.0))
     with load:
         pass
     assert load.cores == 0.5
@@ -157,14 +157,14 @@ def test_other_load_is_what_the_machine_did_beside_us() -> None:
 @pytest.mark.parametrize(("others_s", "disturbed"), [(0.0, False), (0.34, False), (0.36, True), (2.0, True)])
 def test_the_limit_is_a_third_of_a_core(others_s: float, disturbed: bool) -> None:
     """Above 0.35 cores of other work a unit of one second counts as disturbed."""
-    with OtherLoad(now=readings(0.0, 1.0), machine_s=readings(0.0, others_s), own_s=readings(0.0, 0.0)) as load:
+    with OtherLoad(now=readings(0.0, 1.0), machine_s=readings(0.0, others_s), process_s=readings(0.0, 0.0)) as load:
         pass
     assert load.disturbed is disturbed
 
 
 def test_a_short_unit_cannot_be_judged() -> None:
     """Within 0.2 s one tick of the kernel's accounting would look like load: no figure, not disturbed."""
-    with OtherLoad(now=readings(0.0, 0.2), machine_s=readings(0.0, 9.0), own_s=readings(0.0, 0.0)) as load:
+    with OtherLoad(now=readings(0.0, 0.2), machine_s=readings(0.0, 9.0), process_s=readings(0.0, 0.0)) as load:
         pass
     assert load.cores is None
     assert not load.disturbed
@@ -172,14 +172,14 @@ def test_a_short_unit_cannot_be_judged() -> None:
 
 def test_own_work_above_the_machine_s_is_no_load() -> None:
     """Ticks can show us busier than the machine; that is 0, never negative."""
-    with OtherLoad(now=readings(0.0, 1.0), machine_s=readings(0.0, 0.9), own_s=readings(0.0, 1.0)) as load:
+    with OtherLoad(now=readings(0.0, 1.0), machine_s=readings(0.0, 0.9), process_s=readings(0.0, 1.0)) as load:
         pass
     assert load.cores == 0.0
 
 
 def test_load_is_measured_when_the_unit_fails() -> None:
     """An error inside the block passes through and the load is still known."""
-    load = OtherLoad(now=readings(0.0, 1.0), machine_s=readings(0.0, 1.0), own_s=readings(0.0, 0.0))
+    load = OtherLoad(now=readings(0.0, 1.0), machine_s=readings(0.0, 1.0), process_s=readings(0.0, 0.0))
     with pytest.raises(InputError, match="planted"), load:
         raise InputError("planted")
     assert load.cores == 1.0
@@ -214,20 +214,20 @@ def test_our_own_children_are_no_load() -> None:
     spin = "import time; end = time.monotonic() + 5\nwhile time.monotonic() < end: pass"
     child = subprocess.Popen([sys.executable, "-c", spin])
     try:
-        psutil.Process(child.pid).cpu_times()
-        load = OtherLoad()
-        with load:
+        process = psutil.Process(child.pid)
+        with OtherLoad(machine_s=lambda: sum(process.cpu_times()[:2])) as load:  # nothing else runs on this machine
             time.sleep(0.6)
+        assert sum(process.cpu_times()[:2]) > 0.0
     finally:
         child.kill()
         child.wait()
     assert load.cores is not None
-    assert load.cores < 0.5
+    assert load.cores < 0.1
 
 
 def load_of(cores: float) -> OtherLoad:
     """A watch that finds this many cores busy with other work over one second."""
-    return OtherLoad(now=readings(0.0, 1.0), machine_s=readings(0.0, cores), own_s=readings(0.0, 0.0))
+    return OtherLoad(now=readings(0.0, 1.0), machine_s=readings(0.0, cores), process_s=readings(0.0, 0.0))
 
 
 class FakeGpuWatch(GpuWatch):

@@ -4,15 +4,14 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pynvml
 import pytest
 
 from profiles.hardware import machine
-from profiles.hardware import nvml as nvml_module
 from profiles.hardware.device import Machine, drop_unknown, family, parse_machine
 from profiles.hardware.machine import read_machine, this_machine
+from profiles.hardware.nvml import visible_gpus
 from profiles.records.core import Environment
 from profiles.records.errors import InputError
 from tuner.deploy.match import LEVELS, match
@@ -214,17 +213,19 @@ def test_visible_gpus_are_read_as_cuda_does(
             raise pynvml.NVMLError(6)
         return uuid
 
-    nvml = SimpleNamespace(
-        nvmlDeviceGetCount=lambda: 4,
-        nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetHandleByUUID=by_uuid,
-        NVMLError=pynvml.NVMLError,
-    )
+    def by_index(index: int) -> int:
+        if index > 3:
+            raise pynvml.NVMLError(2)
+        return index
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 4)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", by_index)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", by_uuid)
     if named is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    assert nvml_module._visible(nvml) == cards
+    assert visible_gpus() == cards
 
 
 def test_every_field_of_an_environment_may_be_given() -> None:
