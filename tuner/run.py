@@ -163,7 +163,7 @@ def _keep_policy(
             target=engine.target,
             environment=engine.environment,
             choices=choices,
-            prior=prior.joined(outcome.prior, None if earlier is None else earlier.prior, standing),
+            prior=prior.join_priors(outcome.prior, None if earlier is None else earlier.prior, standing),
         )
         policies.write(session.folder / policy.file_name, policy)
         made.append(policy)
@@ -180,10 +180,10 @@ def _joined(latest: Iterable[policies.Choice], outcome: Outcome, options: Option
     that choice was not held to. An earlier choice falls when the run decided its anchor, or used its temperature with
     another top-p or top-k: a policy holds one of each.
     """
-    earlier = {choice.anchor: choice for choice in latest}
+    earlier = {choice.filtered_point: choice for choice in latest}
     chosen = []
     for anchor, choice in zip(outcome.anchors, outcome.choices, strict=True):
-        known = earlier.pop(choice.anchor, None)
+        known = earlier.pop(choice.filtered_point, None)
         keeps = anchor.out_of_time and options.limits == Limits()
         chosen.append(known if keeps and known is not None and known.proven else choice)
     filters = {choice.temperature: (choice.top_p, choice.top_k) for choice in chosen}

@@ -68,7 +68,7 @@ def pilots(family: Family, stream: Stream, seed: int) -> dict[str, RoundControll
     ema = static if static.draft else family.look_up(1, None)
     plain_s = family.simulator.arm(PLAIN).seconds(1, (1, 0, 0))
     found: dict[str, RoundController] = {
-        "selector": Selector(family.policy, seed=seed, scores=True),
+        "selector": Selector(family.policy, seed=seed),
         "plain": Fixed(PLAIN),
         "policy": Table(family.look_up),
         "policy, one setup": Fixed(static),
@@ -199,7 +199,7 @@ def run_real(family: Family, num_seeds: int) -> dict[str, Any]:
             serve = family.simulator.serve
             statics = sorted(family.setups, key=lambda setup: -serve(stream, Fixed(setup)).tok_per_s)
             arms: dict[str, RoundController] = {setup.name: Fixed(setup) for setup in (*statics[:REAL_STATICS], PLAIN)}
-            arms["selector"] = Selector(family.policy, seed=seed, scores=True)
+            arms["selector"] = Selector(family.policy, seed=seed)
             if stream.most_rows == 1:
                 arms["oracle"] = real.oracle(family, stream)
             rates = real.rates(family, stream, arms, seed)

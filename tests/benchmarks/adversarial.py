@@ -52,7 +52,7 @@ def worst(family: Family, name: str, weather: Weather, num_seeds: int) -> tuple[
     for seed in range(num_seeds):
         record = family.simulator.serve(
             BUILDERS[name](family.served, seed),
-            Selector(family.policy, seed=seed, scores=True),
+            Selector(family.policy, seed=seed),
             seed=seed,
             noise=family.noise,
             weather=weather,

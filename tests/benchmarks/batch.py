@@ -81,7 +81,7 @@ def measure_anchor(bench: Bench, workload: Workload, prompts: Sequence[Prompt], 
                 "tok_per_s": round(workload.batch_size * measured.tok_per_s.estimate, 1),
                 "error": round(forecast.speedup.estimate / measured.speedup.estimate - 1.0, 4),
                 "runs": len(pairs[setup]),
-                "partings": measured.num_partings,
+                "partings": measured.num_divergences,
             }
         )
     return sorted(rows, key=lambda row: -row["speedup"])

@@ -96,7 +96,7 @@ def measure_load(bench: Bench, workload: Workload, prompts: tuple[Prompt, ...]) 
                 "plain_tok_per_s": round(workload.batch_size * measured.plain_tok_per_s.estimate, 1),
                 "error": round(forecast.speedup.estimate / measured.speedup.estimate - 1.0, 4),
                 "graded": setup.length not in calibration_lengths(LENGTHS),
-                "partings": measured.num_partings,
+                "partings": measured.num_divergences,
                 "disturbed": measured.num_disturbed,
             }
         )

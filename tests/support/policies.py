@@ -6,7 +6,7 @@ from profiles.records.core import PLAIN, Draft, Environment, Interval, Model, Se
 from store.evidence_store import EvidenceStore
 from tuner.policy.estimates import Forecast, Measured
 from tuner.policy.policy import Choice, Policy
-from tuner.policy.prior import Kept, Prior, RoundTimes
+from tuner.policy.prior import DraftAcceptance, Prior, RoundTimes
 from tuner.policy.query import MIXED
 
 TARGET = Model(name="family/target", dtype="float32", digest="aa" * 16, num_params=4_000_000)
@@ -43,7 +43,7 @@ def measured(setup: Setup, speedup: float = 1.6) -> Measured:
         tok_per_s=interval(100.0 * speedup, 2.0),
         p_value=0.001,
         num_prompts=24,
-        num_partings=0,
+        num_divergences=0,
         num_disturbed=0,
     )
 
@@ -79,47 +79,54 @@ def save_policy(evidence_store: EvidenceStore, json_text: str, target: Model, en
     evidence_store.replace_policy(target, environment, lambda _: json_text)
 
 
-def kept(number: int, keep: float, *, hit: float = 1.0, domain: str = MIXED, longest: int = 8) -> Kept:
-    """A draft that keeps every position with the same chance."""
-    per_round, survived = [1.0], hit
+def acceptance(
+    draft: int, accept_prob: float, *, propose_prob: float = 1.0, domain: str = MIXED, longest: int = 8
+) -> DraftAcceptance:
+    """A draft of which every position is accepted with the same probability."""
+    mean_tokens, reached = [1.0], propose_prob
     for _ in range(longest):
-        survived *= keep
-        per_round.append(per_round[-1] + survived)
-    return Kept(
-        draft=number,
+        reached *= accept_prob
+        mean_tokens.append(mean_tokens[-1] + reached)
+    return DraftAcceptance(
+        draft=draft,
         domain=domain,
         temperature=0.0,
-        hit=hit,
-        keep=(keep,) * longest,
-        per_round=tuple(per_round[1:]),
+        propose_prob=propose_prob,
+        accept_probs=(accept_prob,) * longest,
+        mean_tokens=tuple(mean_tokens[1:]),
         num_rounds=500.0,
     )
 
 
-def round_times(number: int | None, step_s: float, *, batch_size: int = 1, longest: int = 8) -> RoundTimes:
+def round_times(draft: int | None, step_s: float, *, batch_size: int = 1, longest: int = 8) -> RoundTimes:
     """A plain round takes 10 ms, each proposed token `step_s` more."""
     return RoundTimes(
-        draft=number,
+        draft=draft,
         batch_size=batch_size,
         context_length=512,
         temperature=0.0,
-        max_length=0 if number is None else longest,
-        seconds=(0.01,) if number is None else tuple(0.01 + step_s * proposed for proposed in range(longest + 1)),
-        catch_up_s=0.0 if number is None or step_s < 0.002 else 0.0001,
+        max_length=0 if draft is None else longest,
+        seconds=(0.01,) if draft is None else tuple(0.01 + step_s * proposed for proposed in range(longest + 1)),
+        catch_up_s=0.0 if draft is None or step_s < 0.002 else 0.0001,
     )
 
 
 def learning_policy() -> Policy:
-    """Look-up k=8 at batch 1, a model at k=2 on code, plain decoding at batch 8, and what a selector starts from.
+    """Look-up k=8 at batch 1, a model at k=2 on code, plain decoding at batch 8, and a prior.
 
-    The look-up finds something in half the rounds and keeps 0.8 of the positions; a proposed token takes 1 ms. The
-    model keeps 0.6 (0.8 of code) and takes 3 ms. At batch 8 a proposed token takes 8 ms.
+    The look-up proposes in half the rounds and has an acceptance probability of 0.8; a proposed token takes 1 ms. The
+    model has 0.6 (0.8 on code) and takes 3 ms. At batch 8 a proposed token takes 8 ms.
     """
     prior = Prior(
         drafts=(NGRAM, CODE_DRAFT),
         lengths=tuple(range(1, 9)),
-        kept=(kept(0, 0.8, hit=0.5), kept(1, 0.6), kept(0, 0.4, hit=0.5, domain="code"), kept(1, 0.8, domain="code")),
-        times=(
+        acceptance=(
+            acceptance(0, 0.8, propose_prob=0.5),
+            acceptance(1, 0.6),
+            acceptance(0, 0.4, propose_prob=0.5, domain="code"),
+            acceptance(1, 0.8, domain="code"),
+        ),
+        round_times=(
             round_times(None, 0.0),
             round_times(0, 0.001),
             round_times(1, 0.003),

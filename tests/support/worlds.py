@@ -21,7 +21,7 @@ class World:
     step_s: dict[object, float] = field(default_factory=lambda: {NGRAM: 0.001, CODE_DRAFT: 0.003})
     slowness: float = 1.0
     noise: float = 0.03
-    luck: random.Random = field(default_factory=lambda: random.Random(7))
+    rng: random.Random = field(default_factory=lambda: random.Random(7))
     tokens: int = 0
     seconds: float = 0.0
     picks: list[RoundDecision] = field(default_factory=list)
@@ -33,12 +33,12 @@ class World:
             pick = selector.choose(**question)
             proposed = accepted = 0
             draft = pick.setup.draft
-            if draft is not None and self.luck.random() < self.hit[draft]:
+            if draft is not None and self.rng.random() < self.hit[draft]:
                 proposed = pick.setup.length
-                while accepted < proposed and self.luck.random() < self.keep[draft]:
+                while accepted < proposed and self.rng.random() < self.keep[draft]:
                     accepted += 1
             seconds = (0.01 + proposed * self.step_s.get(draft, 0.0)) * self.slowness
-            seconds *= self.luck.uniform(1.0 - self.noise, 1.0 + self.noise)
+            seconds *= self.rng.uniform(1.0 - self.noise, 1.0 + self.noise)
             assert selector.observe(RoundReport(pick, ((proposed, accepted),), seconds))
             self.tokens += accepted + 1
             self.seconds += seconds

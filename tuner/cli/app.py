@@ -295,7 +295,7 @@ def explain(
         policy = latest.find_policy(evidence_store, target)
         report_data = latest.find_report_data(evidence_store, policy)
     answer = _ask(policy, batch_size, context, domain, temperature)
-    figures = [anchor for anchor in report_data.anchors if anchor.choice.anchor == answer.choice.anchor]
+    figures = [anchor for anchor in report_data.anchors if anchor.choice.filtered_point == answer.choice.filtered_point]
     if not figures:
         raise NotMeasuredError(f"the last run did not decide this: {answer.rule}; run `tune.py run` for it")
     found = explains.explain(figures[0], instead)

@@ -30,8 +30,8 @@ def outcome_lines(done: "FinishedRun") -> Iterator[str]:
     if starts := done.cost.get("engine_starts"):
         each_s, cells = done.cost["starting_seconds"] / starts, done.cost["grid_starts"]
         yield f"engine started {starts} times, {each_s:.1f} s each; a grid with a start for every cell: {cells} times"
-    partings, disturbed = sum(one.num_partings for one in measured), sum(one.num_disturbed for one in measured)
-    yield f"outputs parted at near-ties: {partings}; pairs of runs disturbed by other programs: {disturbed}"
+    divergences, disturbed = sum(one.num_divergences for one in measured), sum(one.num_disturbed for one in measured)
+    yield f"outputs that diverged at near-ties: {divergences}; pairs of runs disturbed by other programs: {disturbed}"
     noises = [f"{anchor.race.noise:+.1%}" for anchor in done.outcome.anchors if anchor.race and anchor.race.noise]
     if noises:
         yield f"plain against plain, the races' noise floor: {', '.join(noises)}"

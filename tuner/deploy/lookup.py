@@ -24,7 +24,7 @@ from store import tables
 from store.evidence_store import EvidenceStore
 from tuner.deploy.match import LEVELS, MEANINGS, Level, Match, match
 from tuner.policy.policy import Answer, Choice, Policy, from_json, plain_answer
-from tuner.policy.query import check_asked
+from tuner.policy.query import check_query
 
 if TYPE_CHECKING:
     from tuner.deploy.transfer import Transferred
@@ -50,7 +50,7 @@ class Question:
     temperature: float | None = None
 
     def __post_init__(self) -> None:
-        check_asked(self.batch_size, self.context_length, self.temperature or 0.0)
+        check_query(self.batch_size, self.context_length, self.temperature or 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from profiles.records.core import CATCH_UP_WIDTHS, PLAIN, Draft, Prompt, Setup
 from profiles.records.evidence import StepShape
 from tuner.forecast.forecaster import Forecaster
 from tuner.pipeline.points import PointDecision
-from tuner.policy.prior import Kept, Prior, RoundTimes
+from tuner.policy.prior import DraftAcceptance, Prior, RoundTimes
 
 
 def summarise(anchors: Sequence[PointDecision], lengths: Sequence[int]) -> Prior | None:
@@ -27,7 +27,7 @@ def summarise(anchors: Sequence[PointDecision], lengths: Sequence[int]) -> Prior
     if not drafts:
         return None
     rising = tuple(sorted(set(lengths)))
-    kept: dict[tuple[int, str, float], Kept] = {}
+    kept: dict[tuple[int, str, float], DraftAcceptance] = {}
     times: dict[tuple[int | None, int, int, float], RoundTimes] = {}
     for anchor in known:
         assert anchor.grounds is not None
@@ -45,7 +45,7 @@ def summarise(anchors: Sequence[PointDecision], lengths: Sequence[int]) -> Prior
             if (number, *point) not in times and longest > 0:
                 seconds = _times(forecaster, draft, anchor.forecast_pool, rising[-1])
                 times[number, *point] = _round_times(number, point, seconds, longest, _catch_up_s(forecaster, draft))
-    return Prior(drafts=drafts, lengths=rising, kept=tuple(kept.values()), times=tuple(times.values()))
+    return Prior(drafts=drafts, lengths=rising, acceptance=tuple(kept.values()), round_times=tuple(times.values()))
 
 
 def _longest(anchors: Sequence[PointDecision], draft: Draft, rising: Sequence[int]) -> int:
@@ -71,7 +71,7 @@ def _round_times(
     )
 
 
-def _kept(key: tuple[int, str, float], walks: Sequence[RoundCounts], longest: int) -> Kept:
+def _kept(key: tuple[int, str, float], walks: Sequence[RoundCounts], longest: int) -> DraftAcceptance:
     """Figures of one draft from its walks at every length, the longest last."""
     number, domain, temperature = key
     rounds = walks[-1].rounds
@@ -80,13 +80,13 @@ def _kept(key: tuple[int, str, float], walks: Sequence[RoundCounts], longest: in
         for place in range(min(proposed, accepted + 1)):
             tested[place] += count
             held[place] += count if accepted > place else 0.0
-    return Kept(
+    return DraftAcceptance(
         draft=number,
         domain=domain,
         temperature=temperature,
-        hit=min(1.0, sum(count for (proposed, _), count in rounds.items() if proposed) / walks[-1].num_rounds),
-        keep=tuple(min(1.0, mine / all_) if all_ else 0.0 for mine, all_ in zip(held, tested, strict=True)),
-        per_round=tuple(acceptance_length(walked.rounds) or 1.0 for walked in walks),
+        propose_prob=min(1.0, sum(count for (proposed, _), count in rounds.items() if proposed) / walks[-1].num_rounds),
+        accept_probs=tuple(min(1.0, mine / all_) if all_ else 0.0 for mine, all_ in zip(held, tested, strict=True)),
+        mean_tokens=tuple(acceptance_length(walked.rounds) or 1.0 for walked in walks),
         num_rounds=walks[-1].num_rounds,
     )
 

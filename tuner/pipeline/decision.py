@@ -44,6 +44,7 @@ def _choice(anchor: PointDecision, proven: bool) -> Choice:
         measured=anchor.measured,
         proven=proven,
         alternatives=alternatives([one for one in anchor.forecasts if anchor.ruled_out(one.setup) is None]),
+        out_of_time=anchor.out_of_time and not proven,
     )
 
 

@@ -32,7 +32,7 @@ class Measured:
     tok_per_s: Interval
     p_value: float
     num_prompts: int
-    num_partings: int
+    num_divergences: int
     num_disturbed: int
 
 

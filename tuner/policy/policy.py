@@ -1,14 +1,11 @@
-"""What was decided for a target on a machine: one choice per anchor, the rule that answers a question, the JSON form.
-
-Serving code reads this file and nothing else, so it is standard library only. How a choice was found, and where its
-evidence is kept, it must not know.
-"""
+"""What was decided for a target on a machine: one choice per operating point, the look-up rule, the JSON form."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from profiles.records.codec import decode_version
 from profiles.records.core import ADDED, PLAIN, Environment, Model, Setup
@@ -16,10 +13,19 @@ from profiles.records.errors import InputError, PolicyError
 from profiles.records.files import write_atomically
 from tuner.policy.estimates import Forecast, Measured
 from tuner.policy.prior import Prior
-from tuner.policy.query import MIXED, Point, check_asked, match_temperature
+from tuner.policy.query import MIXED, OperatingPoint, check_query, match_temperature
 
-POLICY_VERSION = 3  # 2 added alternatives and the machine's traits, 3 what a selector starts from; both are still read
+# 2 added alternatives and the machine's device figures, 3 the prior, 4 `out_of_time` and the names below; all are read
+POLICY_VERSION = 4
 MIN_DOMAIN_PROMPTS = 24  # from which on a domain has choices of its own
+MEASURED_NAMES = {"num_partings": "num_divergences"}  # key of versions 1 to 3 -> key of version 4
+_PRIOR_NAMES = {
+    "kept": "acceptance",
+    "times": "round_times",
+    "hit": "propose_prob",
+    "keep": "accept_probs",
+    "per_round": "mean_tokens",
+}
 
 
 def _require(condition: bool, message: str) -> None:
@@ -29,13 +35,15 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The setup for one anchor, and why.
+    """The setup for one operating point, and why.
 
     `evidence` holds ids of stored evidence. Beside plain decoding, `forecast` and `measured` are those of the setup
-    that failed to beat it. `proven`: the paired runs showed a win; it needs a draft and its own `measured`.
-    `alternatives`: of every draft that is forecast to beat plain decoding the best length, the best draft first; for an
-    engine that cannot run the chosen setup.
-    Raises: InputError: a value is not allowed, or `proven` without that proof.
+    that failed to beat it. `proven`: paired runs showed a win. `alternatives`: for every draft that is forecast to beat
+    plain decoding its best length, the best draft first; for an engine that cannot run the chosen setup. `out_of_time`:
+    the run's budget ended before this point was decided, so it answers no look-up.
+
+    Raises:
+        InputError: a value is not allowed, or `proven` without a draft and its own `measured`.
     """
 
     batch_size: int
@@ -51,34 +59,36 @@ class Choice:
     measured: Measured | None = None
     proven: bool = False
     alternatives: tuple[Forecast, ...] = field(default=(), metadata=ADDED)
+    out_of_time: bool = field(default=False, metadata=ADDED)
 
     def __post_init__(self) -> None:
-        check_asked(self.batch_size, self.context_length, self.temperature)
+        check_query(self.batch_size, self.context_length, self.temperature)
         _require(0.0 < self.top_p <= 1.0, f"top-p {self.top_p}: allowed are fractions above 0, up to 1")
         _require(self.top_k >= 0, f"top-k {self.top_k}: allowed are 0 (off) and up")
         _require(bool(self.domain), f"a choice without a domain: name one, or {MIXED!r} for all")
         _require(bool(self.reason), "a choice without a reason: one sentence is needed")
         if self.proven:
-            own = self.measured is not None and self.measured.setup == self.setup
+            has_proof = self.measured is not None and self.measured.setup == self.setup
             _require(
-                self.setup.draft is not None and own,
+                self.setup.draft is not None and has_proof,
                 f"setup {self.setup.name!r} is called proven: only a drafting setup with its own measurement can be",
             )
 
     @property
-    def point(self) -> Point:
+    def point(self) -> OperatingPoint:
         """What the choice is for; a policy has one choice for each."""
-        return self.batch_size, self.context_length, self.domain, self.temperature
+        return OperatingPoint(self.batch_size, self.context_length, self.domain, self.temperature)
 
     @property
-    def anchor(self) -> tuple[int, int, str, float, float, int]:
-        """The point, and the filters that its temperature was measured with."""
-        return (*self.point, self.top_p, self.top_k)
+    def filtered_point(self) -> tuple[OperatingPoint, float, int]:
+        """The point, and the top-p and top-k that its temperature was measured with."""
+        return self.point, self.top_p, self.top_k
 
     @property
     def is_decided(self) -> bool:
-        """Whether anything was found out: a run whose budget ended leaves plain decoding with nothing behind it."""
-        return self.measured is not None or self.forecast is not None or bool(self.evidence)
+        """Whether anything was measured or forecast for it before the run's budget ended."""
+        has_figures = self.measured is not None or self.forecast is not None or bool(self.evidence)
+        return has_figures and not self.out_of_time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,12 +102,13 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """The choices for a target in an environment, one per (batch, context, domain, temperature).
+    """The choices for a target in an environment, one per operating point.
 
-    `created` is ISO 8601 in UTC. `prior`: what a selector learns from there on; None in policies of earlier versions,
-    and where no draft was forecast: they are applied as they stand. All choices of one temperature share top-p and
-    top-k, so that a question need not name them. Raises: PolicyError: two choices for one anchor, none over all
-    domains, or another value not allowed.
+    `created` is ISO 8601 in UTC. `prior`: what a selector starts from; None in policies of versions 1 and 2 and where
+    no draft was forecast. All choices of one temperature share top-p and top-k, so that a query need not name them.
+
+    Raises:
+        PolicyError: two choices for one point, none over all domains, or another value not allowed.
     """
 
     version: int = POLICY_VERSION
@@ -108,21 +119,22 @@ class Policy:
     prior: Prior | None = field(default=None, metadata=ADDED)
 
     def __post_init__(self) -> None:
-        _require(self.version == POLICY_VERSION, f"version {self.version}: this draftpick knows {POLICY_VERSION}")
+        _require(self.version == POLICY_VERSION, f"version {self.version}: this draftpick reads {POLICY_VERSION}")
         _require(
             _is_utc(self.created), f"created {self.created!r}: a UTC time like 2026-01-31T12:00:00+00:00 is needed"
         )
         _require(any(choice.domain == MIXED for choice in self.choices), f"no choice of domain {MIXED!r}")
-        points: set[Point] = set()
+        points: set[OperatingPoint] = set()
         filters: dict[float, tuple[float, int]] = {}
         for choice in self.choices:
+            point, *filter_ = choice.filtered_point
+            _require(point not in points, f"two choices for (batch, context, domain, temperature) = {tuple(point)}")
+            points.add(point)
+            shared = filters.setdefault(choice.temperature, (choice.top_p, choice.top_k))
             _require(
-                choice.point not in points, f"two choices for (batch, context, domain, temperature) = {choice.point}"
+                tuple(filter_) == shared,
+                f"temperature {choice.temperature:g} with (top-p, top-k) = {tuple(filter_)} and {shared}",
             )
-            points.add(choice.point)
-            own = (choice.top_p, choice.top_k)
-            shared = filters.setdefault(choice.temperature, own)
-            _require(own == shared, f"temperature {choice.temperature:g} with (top-p, top-k) = {own} and {shared}")
 
     @property
     def file_name(self) -> str:
@@ -131,7 +143,7 @@ class Policy:
 
     @property
     def router_name(self) -> str:
-        """The file beside it that tells a request's domain (`tuner.router`)."""
+        """The file of the router that was made with it (`tuner.router`)."""
         return self.file_name.removesuffix(".json") + ".router.json"
 
     @property
@@ -160,40 +172,31 @@ class Policy:
            batch; at that batch, the shortest measured context at least as long as asked. Beyond the largest: plain.
         4. `context_length` None (not known) takes the longest measured context: acceptance falls with length.
 
-        Raises: InputError: a value no measurement could have.
+        Raises:
+            InputError: a value no measurement could have.
         """
-        check_asked(batch_size, context_length, temperature)
-        measured = {choice.temperature for choice in self.choices}
-        matched = match_temperature(measured, temperature)
+        check_query(batch_size, context_length, temperature)
+        measured = match_temperature({choice.temperature for choice in self.choices}, temperature)
+        rows = [row for row in self.choices if row.temperature == measured]
         for source in dict.fromkeys((domain or MIXED, MIXED)):
-            rows = [row for row in self.choices if row.domain == source and row.temperature == matched]
-            found = _covering(rows, batch_size, context_length)
-            if found is not None:
-                at = f"{source} prompts at batch {found.batch_size}, context {found.context_length}"
-                return Answer(choice=found, matched=True, rule=f"measured on {at}")
-        if matched is None:
-            known = ", ".join(f"{one:g}" for one in sorted(measured))
-            rule = f"temperature {temperature:g} was not measured, only {known}"
+            decided = [row for row in rows if row.domain == source and not row.out_of_time]
+            choice = _covering(decided, batch_size, context_length)
+            if choice is not None:
+                at = f"{source} prompts at batch {choice.batch_size}, context {choice.context_length}"
+                return Answer(choice=choice, matched=True, rule=f"measured on {at}")
+        if measured is None:
+            temperatures = ", ".join(f"{value:g}" for value in sorted({choice.temperature for choice in self.choices}))
+            rule = f"temperature {temperature:g} was not measured, only {temperatures}"
         else:
-            rule = self._why_uncovered(batch_size, context_length, domain, matched)
-        return plain_answer((batch_size, context_length or self.headline.context_length), domain, temperature, rule)
-
-    def _why_uncovered(
-        self, batch_size: int, context_length: int | None, domain: str | None, temperature: float
-    ) -> str:
-        at_temperature = [row for row in self.choices if row.temperature == temperature]
-        rows = [row for row in at_temperature if row.domain in (domain, MIXED)]
-        if not rows:
-            return f"domain {domain or MIXED!r} was not measured at temperature {temperature:g}"
-        largest = max(row.batch_size for row in rows)
-        if batch_size > largest:
-            return f"batch size {batch_size} is beyond the largest measured, {largest}"
-        longest = max(row.context_length for row in rows if row.batch_size >= batch_size)
-        return f"context {context_length} is beyond the longest measured at this batch size, {longest}"
+            rows = [row for row in rows if row.domain in (domain, MIXED)]
+            rule = _why_uncovered(rows, batch_size, context_length)
+            rule = rule or f"domain {domain or MIXED!r} was not measured at temperature {measured:g}"
+        context_length = context_length or self.headline.context_length
+        return plain_answer((batch_size, context_length), domain, temperature, rule)
 
 
 def plain_answer(shape: tuple[int, int], domain: str | None, temperature: float, rule: str) -> Answer:
-    """Plain decoding at (batch, context), because nothing that was measured covers the question, as `rule` says."""
+    """Plain decoding at (batch, context), because nothing that was measured covers the query, as `rule` says."""
     choice = Choice(
         batch_size=shape[0],
         context_length=shape[1],
@@ -225,6 +228,21 @@ def _covering(rows: list[Choice], batch_size: int, context_length: int | None) -
     return min(rows, key=lambda row: (row.batch_size, row.context_length), default=None)
 
 
+def _why_uncovered(rows: list[Choice], batch_size: int, context_length: int | None) -> str:
+    """Why none of the rows answers; empty when there are none."""
+    if not rows:
+        return ""
+    undecided = _covering(rows, batch_size, context_length)
+    if undecided is not None:
+        at = f"{undecided.domain} prompts at batch {undecided.batch_size}, context {undecided.context_length}"
+        return f"the run's budget ended before {at} were decided"
+    largest = max(row.batch_size for row in rows)
+    if batch_size > largest:
+        return f"batch size {batch_size} is beyond the largest measured, {largest}"
+    longest = max(row.context_length for row in rows if row.batch_size >= batch_size)
+    return f"context {context_length} is beyond the longest measured at this batch size, {longest}"
+
+
 def _is_utc(text: str) -> bool:
     try:
         return datetime.fromisoformat(text).utcoffset() == timedelta(0)
@@ -251,21 +269,30 @@ def write(path: str | Path, policy: Policy) -> None:
 
 
 def to_json(policy: Policy) -> str:
-    """Indented JSON with every field in the order of its record; ends with a newline."""
+    """Compact JSON with every field in the order of its record; ends with a newline. Raises PolicyError."""
     try:
-        return json.dumps(asdict(policy), indent=2, allow_nan=False) + "\n"
+        return json.dumps(asdict(policy), separators=(",", ":"), allow_nan=False) + "\n"
     except ValueError as error:
         raise PolicyError(f"a policy holds a number that is not finite: {error}") from error
 
 
 def from_json(text: str) -> Policy:
-    """The policy in `text`. Raises PolicyError, naming field, value and what is allowed."""
+    """The policy in `text`, of version 1 to 4. Raises PolicyError, naming field, value and what is allowed."""
     try:
         raw = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise PolicyError(f"not a JSON document: {error}") from error
+    if isinstance(raw, dict) and raw.get("version") in (1, 2, 3):
+        raw = rename_keys(raw, {**MEASURED_NAMES, **_PRIOR_NAMES})
     try:
         policy: Policy = decode_version(Policy, raw, "policy", POLICY_VERSION)
     except InputError as error:
         raise PolicyError(str(error)) from error
     return policy
+
+
+def rename_keys(raw: Any, names: Mapping[str, str]) -> Any:
+    """JSON values with the keys of all objects renamed."""
+    if isinstance(raw, dict):
+        return {names.get(key, key): rename_keys(value, names) for key, value in raw.items()}
+    return [rename_keys(value, names) for value in raw] if isinstance(raw, list) else raw

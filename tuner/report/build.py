@@ -24,12 +24,14 @@ def report_data(outcome: Outcome, policy: Policy) -> ReportData:
 
     Raises InputError when the policy lacks one of the outcome's anchors.
     """
-    held = {choice.anchor: choice for choice in policy.choices}
+    held = {choice.filtered_point: choice for choice in policy.choices}
     loads: dict[Workload, list[tuple[PointDecision, AnchorFigures]]] = {}
     for anchor, own in zip(outcome.anchors, outcome.choices, strict=True):
-        kept = held.pop(own.anchor, None)
+        kept = held.pop(own.filtered_point, None)
         if kept is None:
-            raise InputError(f"the policy has no choice for {own.domain!r} at {own.anchor}: it is of another run")
+            raise InputError(
+                f"the policy has no choice for {own.domain!r} at {own.filtered_point}: it is of another run"
+            )
         figures = AnchorFigures(
             choice=replace(kept, evidence=()),
             from_earlier=kept != own,

@@ -12,7 +12,7 @@ from profiles.records.codec import decode_version
 from profiles.records.core import Draft, Environment, Interval, Model
 from profiles.records.errors import InputError
 from tuner.policy.estimates import RoundSplit
-from tuner.policy.policy import Choice
+from tuner.policy.policy import MEASURED_NAMES, Choice, rename_keys
 
 REPORT_DATA_VERSION = 3  # 2 added what policies of version 2 did; data of version 3 may hold a timeline
 STATES = ("baseline", "forecast only", "raced", "pruned in the race", "not proven", "proven", "infeasible")
@@ -149,4 +149,5 @@ class ReportData:
         """The dossier that `to_json` made. Raises InputError, naming field, value and what is allowed."""
         if isinstance(raw, dict):
             raw = {name: value for name, value in raw.items() if name != "timeline"}  # earlier draftpicks drew one
+        raw = rename_keys(raw, MEASURED_NAMES)  # of runs before policies of version 4
         return cast(ReportData, decode_version(cls, raw, "dossier", REPORT_DATA_VERSION))

@@ -115,7 +115,7 @@ def _content(report_data: ReportData) -> dict[str, Any]:
         ],
         "environment": {name.replace("_", " "): value for name, value in asdict(report_data.environment).items()},
         "noises": [f"{noise:+.1%}" for noise in noises],
-        "num_partings": sum(one.num_partings for one in measured),
+        "num_divergences": sum(one.num_divergences for one in measured),
         "num_disturbed": sum(one.num_disturbed for one in measured),
         "num_pairs": sum(one.num_prompts for one in measured),
     }

@@ -33,8 +33,8 @@ def measure(setup: Setup, pairs: Sequence[Pair], *, greedy: bool, queue_size: in
     """Speed-ups and rates from (plain, setup) pairs, `queue_size` of them in a row run as one queue.
 
     Only `decoded_pairs` count, in `num_prompts` too; the end-to-end ratio is over all pairs. Greedy outputs that
-    differ are counted as partings. In a batch prompts repeat and share their queue's noise: the interval is the wider
-    of those over prompts and over queues, and disturbed queues are left out where four others are left. Raises
+    differ are counted as divergences. In a batch prompts repeat and share their queue's noise: the interval is the
+    wider of those over prompts and over queues, and disturbed queues are left out where four others are left. Raises
     InputError when fewer than two prompts remain.
     """
     pairs = _quiet(pairs, queue_size)
@@ -60,7 +60,7 @@ def measure(setup: Setup, pairs: Sequence[Pair], *, greedy: bool, queue_size: in
         tok_per_s=rate_interval(chosen_s, chosen_tokens),
         p_value=p_value,
         num_prompts=len(by_prompt),
-        num_partings=sum(plain.output_digest != chosen.output_digest for plain, chosen in pairs) if greedy else 0,
+        num_divergences=sum(plain.output_digest != chosen.output_digest for plain, chosen in pairs) if greedy else 0,
         num_disturbed=sum(any(run.disturbed for pair in group for run in pair) for group in by_prompt),
     )
 

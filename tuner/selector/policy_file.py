@@ -1,7 +1,4 @@
-"""A policy file that may be replaced while serving code answers from it.
-
-`tuner.selector.selector` does no I/O; this does the little there is. It must not know how a policy is made.
-"""
+"""A policy file that may be replaced while serving code answers from it."""
 
 import os
 import threading
@@ -13,22 +10,27 @@ from tuner.selector.selector import Selector
 
 
 class PolicyFile:
-    """Answers with one selector, which goes on with what it learned when the file changes; threads may share it.
+    """One selector that goes on with what it learned when the file is replaced. Threads may share it.
 
-    `seed` and `scores` are the selector's. `error` is why the newest file could not be used; the one before it then
-    stays in force. Raises PolicyError when the first cannot be read.
+    `error` says why the newest file could not be used; the policy before it then stays in force.
+
+    Args:
+        seed: the selector's.
+
+    Raises:
+        PolicyError: the first file cannot be read.
     """
 
-    def __init__(self, path: str | Path, *, seed: int = 0, scores: bool = False) -> None:
+    def __init__(self, path: str | Path, *, seed: int = 0) -> None:
         self.path = Path(path)
         self.error: PolicyError | None = None
         self._stamp = self._read_stamp()
-        self._selector = Selector(read(self.path), seed=seed, scores=scores)
+        self._selector = Selector(read(self.path), seed=seed)
         self._reading = threading.Lock()
 
     @property
     def selector(self) -> Selector:
-        """One `stat` a call, a few microseconds; a file replaced in one step (`policy.write`) is read anew."""
+        """The selector, by the newest policy; costs one `stat`. Replace the file in one step (`policy.write`)."""
         stamp = self._read_stamp()
         if stamp != self._stamp:
             with self._reading:
@@ -47,7 +49,7 @@ class PolicyFile:
     def _read_stamp(self) -> tuple[int, int, int] | None:
         """What changes when the file does; None where there is none."""
         try:
-            found = os.stat(self.path)
+            status = os.stat(self.path)
         except OSError:
             return None
-        return found.st_ino, found.st_mtime_ns, found.st_size
+        return status.st_ino, status.st_mtime_ns, status.st_size

@@ -1,133 +1,122 @@
-"""Everything a selector holds of one policy: its places, with the beliefs and times that they share.
+"""What a selector holds of one policy: its operating points, with the acceptance and times that they share."""
 
-Beliefs belong to (draft, domain, temperature), times to (draft, batch, context, temperature); a place joins them. Built
-once per policy; what happens at run time it must not know.
-"""
-
-from __future__ import annotations
+from collections.abc import Mapping
+from typing import Any
 
 from profiles.engines.base import RoundDecision
+from profiles.records.core import PLAIN, Setup, digest_of
+from tuner.policy.policy import Choice, Policy, to_json
+from tuner.policy.prior import Prior
 from tuner.policy.query import MIXED
 from tuner.selector.acceptance_model import AcceptanceModel
-from tuner.selector.index import Table
-from tuner.selector.operating_point import Option, Place, Times
-
-TYPE_CHECKING = False  # that of `typing`, which is not worth its import in serving code
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Any
-
-    from profiles.records.core import Setup
-    from tuner.policy.policy import Choice, Policy
-    from tuner.policy.prior import Prior
+from tuner.selector.index import PolicyIndex
+from tuner.selector.operating_point import DraftOption, PointState
+from tuner.selector.round_time import RoundTimeModel
 
 
-class Places:
-    """The places of a policy, found by question (`find`) or by what a pick rests on (`by_key`).
+class SelectorState:
+    """The operating points of a policy.
 
-    `digest` is the policy's, its prior included.
-
-    A choice that the policy's prior does not cover, or that a limit took all drafts from, is applied as it stands: its
-    place has no options.
+    Acceptance belongs to (draft, domain, temperature), times to (draft, batch size, context, temperature). A choice
+    that the policy's prior does not cover is applied as it stands: its point has no options.
     """
 
     def __init__(self, policy: Policy) -> None:
-        from profiles.records.core import PLAIN, digest_of
-        from tuner.policy.policy import to_json
-
         self.policy = policy
         self.digest = digest_of(to_json(policy))
         self.uncovered = RoundDecision(PLAIN, False, 1, 1, MIXED, 0.0)
-        self._table = Table(policy)
-        self.acceptance_model: dict[tuple[str, str, float], AcceptanceModel] = {}
-        self.times: dict[tuple[str | None, int, int, float], Times] = {}
+        self._index = PolicyIndex(policy)
+        self._draft_digests: tuple[str, ...] = ()
+        self._acceptance: dict[tuple[str, str, float], AcceptanceModel] = {}
+        self._times: dict[tuple[str | None, int, int, float], RoundTimeModel] = {}
         if policy.prior is not None:
             self._take_prior(policy.prior)
-        self.by_key = {choice.point: self._place(choice) for choice in policy.choices}
-
-    def find(self, question: tuple[int, int | None, str | None, float]) -> Place | None:
-        """The place that covers a question; None: plain decoding. Raises InputError: an impossible value."""
-        choice = self._table.find(*question)
-        return None if choice is None else self.by_key[choice.point]
-
-    def take_over(self, earlier: Places, now: int) -> None:
-        """Goes on from what was learned of the same drafts on the same domains at the same lengths."""
-        for key, learned in earlier.acceptance_model.items():
-            if key in self.acceptance_model and self.acceptance_model[key].lengths == learned.lengths:
-                self.acceptance_model[key].restore(learned.snapshot())
-        for place in self.by_key.values():
-            for option in place.options:
-                option.last_probe = now
-        self._weigh(now)
-
-    def snapshot(self, now: int) -> dict[str, Any]:
-        """What was learned and what is in use, as JSON values; all figures are worked out first, as `restore` does."""
-        self._weigh(now)
-        return {
-            "beliefs": [one.snapshot() for one in self.acceptance_model.values()],
-            "times": [one.snapshot() for one in self.times.values()],
-            "places": [one.snapshot() for one in self.by_key.values()],
+        self.points: dict[tuple[int, int, str, float], PointState] = {
+            choice.point: self._point_state(choice) for choice in policy.choices
         }
 
-    def restore(self, learned: Mapping[str, Any], now: int) -> None:
-        """Takes up what `snapshot` told, of the same policy."""
-        for acceptance_model, one in zip(self.acceptance_model.values(), learned["beliefs"], strict=True):
-            acceptance_model.restore(one)
-        for times, one in zip(self.times.values(), learned["times"], strict=True):
-            times.restore(one)
-        for place, one in zip(self.by_key.values(), learned["places"], strict=True):
-            place.restore(one)
-        self._weigh(now)
+    def find(
+        self, batch_size: int, context_length: int | None, domain: str | None, temperature: float
+    ) -> PointState | None:
+        """The point that covers a query; None: plain decoding. Raises InputError."""
+        choice = self._index.find(batch_size, context_length, domain, temperature)
+        return None if choice is None else self.points[choice.point]
 
-    def _weigh(self, now: int) -> None:
-        for place in self.by_key.values():
-            place.weigh(now)
+    def take_over(self, earlier: "SelectorState", now: int) -> None:
+        """Goes on from what was learned of the same drafts on the same domains at the same lengths."""
+        for key, model in self._acceptance.items():
+            learned = earlier._acceptance.get(key)
+            if learned is not None and learned.lengths == model.lengths:
+                model.restore(learned.snapshot())
+        for point in self.points.values():
+            for option in point.options:
+                option.last_probe = now
+        self._update(now)
+
+    def snapshot(self, now: int) -> dict[str, Any]:
+        """What was learned and what is in use, as JSON values. All figures are recomputed first, as by `restore`."""
+        self._update(now)
+        return {
+            "acceptance": [model.snapshot() for model in self._acceptance.values()],
+            "times": [model.snapshot() for model in self._times.values()],
+            "points": [point.snapshot() for point in self.points.values()],
+        }
+
+    def restore(self, snapshot: Mapping[str, Any], now: int) -> None:
+        """Takes over a snapshot made under the same policy. Raises ValueError, TypeError or LookupError: damaged."""
+        for model, values in zip(self._acceptance.values(), snapshot["acceptance"], strict=True):
+            model.restore(values)
+        for times, values in zip(self._times.values(), snapshot["times"], strict=True):
+            times.restore(values)
+        for point, values in zip(self.points.values(), snapshot["points"], strict=True):
+            point.restore(values)
+        self._update(now)
+
+    def _update(self, now: int) -> None:
+        for point in self.points.values():
+            point.update(now)
 
     def _take_prior(self, prior: Prior) -> None:
-        digests = [draft.digest for draft in prior.drafts]
-        for kept in prior.kept:
-            self.acceptance_model[digests[kept.draft], kept.domain, kept.temperature] = AcceptanceModel(
-                kept, prior.lengths
-            )
-        for one in prior.times:
-            digest = None if one.draft is None else digests[one.draft]
-            num_lengths = 1 if one.draft is None else sum(length <= one.max_length for length in prior.lengths)
-            catch_up_s = one.catch_up_s * one.context_length / 2
-            point = one.batch_size, one.context_length, one.temperature
-            self.times[digest, *point] = Times(one.seconds, num_lengths, catch_up_s)
+        digests = self._draft_digests = tuple(draft.digest for draft in prior.drafts)
+        for stored in prior.acceptance:
+            key = digests[stored.draft], stored.domain, stored.temperature
+            self._acceptance[key] = AcceptanceModel(stored, prior.lengths)
+        for times in prior.round_times:
+            point = times.batch_size, times.context_length, times.temperature
+            if times.draft is None:
+                self._times[None, *point] = RoundTimeModel(times.seconds, 1)
+            else:
+                num_lengths = sum(length <= times.max_length for length in prior.lengths)
+                catch_up_s = times.catch_up_s * times.context_length / 2
+                self._times[digests[times.draft], *point] = RoundTimeModel(times.seconds, num_lengths, catch_up_s)
 
-    def _place(self, choice: Choice) -> Place:
-        from profiles.records.core import PLAIN
-
-        plain = self.times.get((None, choice.batch_size, choice.context_length, choice.temperature))
+    def _point_state(self, choice: Choice) -> PointState:
+        plain = self._times.get((None, choice.batch_size, choice.context_length, choice.temperature))
         options = [] if plain is None else self._options(choice)
-        start = next(
-            (
-                (number, place)
-                for number, option in enumerate(options)
-                for place, pick in enumerate(option.picks)
-                if pick.setup == choice.setup
-            ),
-            None,
+        starts = (
+            (option, index)
+            for option in options
+            for index, decision in enumerate(option.decisions)
+            if decision.setup == choice.setup
         )
+        start = next(starts, None)
         if plain is None or (start is None and choice.setup != PLAIN):
-            return Place(_pick(choice, choice.setup), Times((1.0,), 1), (), None)
-        return Place(_pick(choice, PLAIN), plain, options, start)
+            return PointState(_decision(choice, choice.setup), RoundTimeModel((1.0,), 1), (), None)
+        return PointState(_decision(choice, PLAIN), plain, options, start)
 
-    def _options(self, choice: Choice) -> list[Option]:
-        from profiles.records.core import Setup
-
-        prior = self.policy.prior
+    def _options(self, choice: Choice) -> list[DraftOption]:
+        """Every draft with acceptance and times at the choice's point; one that broke a limit there has none."""
+        drafts = () if self.policy.prior is None else self.policy.prior.drafts
         options = []
-        for draft in () if prior is None else prior.drafts:
-            acceptance_model = self.acceptance_model.get((draft.digest, choice.domain, choice.temperature))
-            times = self.times.get((draft.digest, choice.batch_size, choice.context_length, choice.temperature))
-            if acceptance_model is not None and times is not None and times.paces:
-                lengths = acceptance_model.lengths[: len(times.paces)]
-                picks = [_pick(choice, Setup(draft=draft, length=length)) for length in lengths]
-                options.append(Option(picks, acceptance_model, times, choice.batch_size))
+        for draft, digest in zip(drafts, self._draft_digests, strict=True):
+            acceptance = self._acceptance.get((digest, choice.domain, choice.temperature))
+            times = self._times.get((digest, choice.batch_size, choice.context_length, choice.temperature))
+            if acceptance is not None and times is not None and times.factors:
+                lengths = acceptance.lengths[: len(times.factors)]
+                decisions = [_decision(choice, Setup(draft=draft, length=length)) for length in lengths]
+                options.append(DraftOption(decisions, acceptance, times, choice.batch_size))
         return options
 
 
-def _pick(choice: Choice, setup: Setup) -> RoundDecision:
+def _decision(choice: Choice, setup: Setup) -> RoundDecision:
     return RoundDecision(setup, True, *choice.point)

@@ -17,7 +17,7 @@ def test_a_claim_that_holds() -> None:
     """A draft that helps is proven again at every concurrency, and the records stand in order."""
     found = verify(FakeEngine(keep=0.8), GOOD, {4: GOOD, 1: GOOD}, prompts(24), GREEDY)
     assert [(one.concurrency, one.verdict) for one in found] == [(1, "confirmed"), (4, "confirmed")]
-    assert all(one.measured.num_partings == 0 for one in found)
+    assert all(one.measured.num_divergences == 0 for one in found)
 
 
 def test_a_claim_that_does_not_hold() -> None:
@@ -47,7 +47,7 @@ def test_over_two_servers(tmp_path: Path) -> None:
         found = verify(engine, DRAFTED, {1: DRAFTED, 2: DRAFTED}, few, WORKLOAD)
         assert engine.num_starts == 2
     assert [one.concurrency for one in found] == [1, 2]
-    assert all(one.measured.speedup.estimate > 1.0 and one.measured.num_partings == 0 for one in found)
+    assert all(one.measured.speedup.estimate > 1.0 and one.measured.num_divergences == 0 for one in found)
 
 
 def test_what_cannot_be_verified() -> None:

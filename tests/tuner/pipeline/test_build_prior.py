@@ -12,8 +12,8 @@ from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts
 from tests.support.policies import learning_policy
 from tuner.pipeline.build_prior import summarise
 from tuner.pipeline.pipeline import Options, Outcome, Tuner
-from tuner.policy.prior import Prior, joined
-from tuner.policy.query import MIXED
+from tuner.policy.prior import Prior, join_priors
+from tuner.policy.query import MIXED, OperatingPoint
 
 LENGTHS = (1, 2, 4)
 
@@ -33,21 +33,21 @@ def test_both_halves_are_the_forecasts_own(outcome: Outcome) -> None:
     assert set(prior.drafts) == {DRAFT_A, NGRAM}
     model = prior.drafts.index(DRAFT_A)
     assert prior.lengths == LENGTHS
-    assert {(one.draft, one.domain) for one in prior.kept} == {
+    assert {(one.draft, one.domain) for one in prior.acceptance} == {
         (number, domain) for number in (0, 1) for domain in (MIXED, "code", "prose")
     }
     anchor = outcome.anchors[0]
     assert anchor.grounds is not None
     forecaster = anchor.grounds.forecaster
-    kept = next(one for one in prior.kept if (one.draft, one.domain) == (model, MIXED))
-    for length, tokens in zip(LENGTHS, kept.per_round, strict=True):
+    kept = next(one for one in prior.acceptance if (one.draft, one.domain) == (model, MIXED))
+    for length, tokens in zip(LENGTHS, kept.mean_tokens, strict=True):
         rounds = forecaster.rounds(Setup(draft=DRAFT_A, length=length), anchor.forecast_pool).rounds
         assert tokens == acceptance_length(rounds)
-    plain = next(one for one in prior.times if one.draft is None and one.batch_size == 1)
+    plain = next(one for one in prior.round_times if one.draft is None and one.batch_size == 1)
     assert plain.seconds == (forecaster.round_s(PLAIN, StepShape(1)),)
-    assert {one.batch_size for one in prior.times} == {1, 2}
-    assert all(len(one.seconds) == 5 for one in prior.times if one.draft is not None)
-    by_look_up = [one.catch_up_s for one in prior.times if one.draft == 1 - model]
+    assert {one.batch_size for one in prior.round_times} == {1, 2}
+    assert all(len(one.seconds) == 5 for one in prior.round_times if one.draft is not None)
+    by_look_up = [one.catch_up_s for one in prior.round_times if one.draft == 1 - model]
     assert by_look_up == [0.0, 0.0]
 
 
@@ -72,7 +72,7 @@ def most(outcome: Outcome, broken: int) -> dict[int, int]:
             anchor.candidate = candidate
     assert prior is not None
     model = prior.drafts.index(DRAFT_A)
-    return {one.batch_size: one.max_length for one in prior.times if one.draft == model}
+    return {one.batch_size: one.max_length for one in prior.round_times if one.draft == model}
 
 
 def test_without_a_forecast_there_is_nothing_to_start_from() -> None:
@@ -92,41 +92,41 @@ def test_earlier_evidence_stands_under_choices_that_stand(outcome: Outcome) -> N
     earlier = Prior(
         drafts=(gone, NGRAM),
         lengths=newer.lengths,
-        kept=tuple(
+        acceptance=tuple(
             replace(one, draft=number, domain=domain)
-            for one in newer.kept
+            for one in newer.acceptance
             if (one.draft, one.domain) == (lookup, MIXED)
             for number in (0, 1)
-            for domain in ("law", MIXED)
+            for domain in ("legal", MIXED)
         ),
-        times=tuple(
+        round_times=tuple(
             replace(one, draft=number, batch_size=batch)
-            for one in newer.times
+            for one in newer.round_times
             if (one.draft, one.batch_size) == (lookup, 1)
             for number in (0, 1)
             for batch in (1, 64)
         ),
     )
-    both = joined(newer, earlier, [(64, GREEDY.context_length, "law", 0.0)])
+    both = join_priors(newer, earlier, [OperatingPoint(64, GREEDY.context_length, "legal", 0.0)])
     assert both is not None
     assert both.drafts == (*newer.drafts, gone)
-    assert [one.draft for one in both.kept if one.domain == "law"] == [2, lookup]
-    assert [one.draft for one in both.times if one.batch_size == 64] == [2, lookup]
-    assert len(both.kept) == len(newer.kept) + 2
-    assert len(both.times) == len(newer.times) + 2
-    assert joined(newer, earlier, []) == newer
-    assert joined(newer, learning_policy().prior, [(1, 512, MIXED, 0.0)]) == newer
-    assert joined(newer, None, []) == newer
-    alone = joined(None, earlier, [(64, GREEDY.context_length, "law", 0.0)])
+    assert [one.draft for one in both.acceptance if one.domain == "legal"] == [2, lookup]
+    assert [one.draft for one in both.round_times if one.batch_size == 64] == [2, lookup]
+    assert len(both.acceptance) == len(newer.acceptance) + 2
+    assert len(both.round_times) == len(newer.round_times) + 2
+    assert join_priors(newer, earlier, []) == newer
+    assert join_priors(newer, learning_policy().prior, [OperatingPoint(1, 512, MIXED, 0.0)]) == newer
+    assert join_priors(newer, None, []) == newer
+    alone = join_priors(None, earlier, [OperatingPoint(64, GREEDY.context_length, "legal", 0.0)])
     assert alone is not None
-    assert {one.domain for one in alone.kept} == {"law"}
+    assert {one.domain for one in alone.acceptance} == {"legal"}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lengths": (2, 1)}, "rising ones from 1 are needed"),
-        ({"lengths": ()}, "rising ones from 1 are needed"),
+        ({"lengths": (2, 1)}, "increasing ones from 1 are needed"),
+        ({"lengths": ()}, "increasing ones from 1 are needed"),
         ({"drafts": (NGRAM,)}, "draft number 1: there are 1"),
         ({"lengths": (1, 2)}, "figures for other lengths"),
     ],

@@ -151,7 +151,7 @@ def _measured(estimate: float, low: float, p_value: float, num_prompts: int = 24
         tok_per_s=one,
         p_value=p_value,
         num_prompts=num_prompts,
-        num_partings=0,
+        num_divergences=0,
         num_disturbed=num_disturbed,
     )
 

@@ -10,10 +10,24 @@ from hypothesis import strategies as st
 
 from profiles.records.core import PLAIN, Setup
 from profiles.records.errors import InputError, PolicyError
-from tests.support.policies import CODE_DRAFT, CREATED, EARLY_EXIT, ENVIRONMENT, NGRAM, TARGET, choice, measured, policy
+from tests import ROOT
+from tests.support.policies import (
+    CODE_DRAFT,
+    CREATED,
+    EARLY_EXIT,
+    ENVIRONMENT,
+    NGRAM,
+    TARGET,
+    choice,
+    forecast,
+    measured,
+    policy,
+)
 from tuner.policy.policy import Policy, from_json, read, to_json, write
 from tuner.policy.query import MIXED
+from tuner.selector.index import PolicyIndex
 
+ASSETS = ROOT / "tests" / "assets"
 CODE4 = Setup(draft=CODE_DRAFT, length=4)
 NGRAM2 = Setup(draft=NGRAM, length=2)
 EXIT1 = Setup(draft=EARLY_EXIT, length=1)
@@ -67,7 +81,7 @@ def test_round_trip(choices: list) -> None:
 
 
 def test_file_round_trip(tmp_path: Path) -> None:
-    """Writing replaces the file in one step and leaves nothing beside it; the text is stable and readable."""
+    """Writing replaces the file in one step and leaves nothing beside it; the text is stable and compact."""
     path = tmp_path / "policy.json"
     write(path, policy())
     write(path, grid())
@@ -75,15 +89,48 @@ def test_file_round_trip(tmp_path: Path) -> None:
     assert [one.name for one in tmp_path.iterdir()] == ["policy.json"]
     text = path.read_text()
     assert text == to_json(grid())
-    assert text.startswith('{\n  "version": 3,\n  "created": "2026-11-21T09:30:00+00:00",\n  "target": {\n')
+    assert text.startswith('{"version":4,"created":"2026-11-21T09:30:00+00:00","target":{"name":')
     assert text.endswith("}\n")
+
+
+def with_current_names(text: str) -> str:
+    """A file of versions 1 to 3 with the keys of version 4."""
+    names = ("partings", "divergences"), ("kept", "acceptance"), ("times", "round_times"), ("hit", "propose_prob")
+    for old, new in (*names, ("keep", "accept_probs"), ("per_round", "mean_tokens")):
+        text = re.sub(rf'"(num_)?{old}":', rf'"\g<1>{new}":', text)
+    return text
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_files_of_earlier_versions_are_read(version: int) -> None:
+    """A kept file of each, made by the code of its time, gives the answers that code gave; every value is read."""
+    old = read(ASSETS / f"policy-v{version}.json")
+    answers = json.loads((ASSETS / "policy-answers.json").read_text())["answers"]
+    for batch_size, context_length, domain, temperature, name, matched in answers:
+        answer = old.look_up(
+            batch_size=batch_size, context_length=context_length, domain=domain, temperature=temperature
+        )
+        assert (answer.choice.setup.name, answer.matched) == (name, matched)
+    assert not any(choice.out_of_time for choice in old.choices)
+    assert (old.prior is None) == (version < 3)
+    written = json.loads(to_json(old))
+    text = with_current_names((ASSETS / f"policy-v{version}.json").read_text())
+    assert without_added(written) == without_added(json.loads(text))
+
+
+def without_added(raw: object) -> object:
+    """JSON without the version, and without keys of later versions that hold nothing."""
+    if isinstance(raw, dict):
+        empty = (None, [], False)
+        return {key: without_added(value) for key, value in raw.items() if key != "version" and value not in empty}
+    return [without_added(value) for value in raw] if isinstance(raw, list) else raw
 
 
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("version",), 4, "policy version 4 is newer than version 3, which this draftpick reads: upgrade"),
-        (("version",), 0, "policy: version 0: this draftpick knows 3"),
+        (("version",), 5, "policy version 5 is newer than version 4, which this draftpick reads: upgrade"),
+        (("version",), 0, "policy: version 0: this draftpick reads 4"),
         (("version",), True, "policy.version is true: a whole number is needed"),
         (("created",), "yesterday", "policy: created 'yesterday': a UTC time like 2026-01-31T12:00:00+00:00 is needed"),
         (("created",), "2026-11-21T09:30:00", "policy: created '2026-11-21T09:30:00': a UTC time"),
@@ -175,13 +222,13 @@ def test_plain_keeps_the_losers_figures() -> None:
 
 
 def test_policy_validates() -> None:
-    """One choice per anchor, and one top-p and top-k per temperature."""
+    """One choice per operating point, and one top-p and top-k per temperature."""
     with pytest.raises(PolicyError, match=re.escape("(1, 512, 'mixed', 0.0)")):
         policy(choice(), choice(CODE4))
     with pytest.raises(PolicyError, match=re.escape("temperature 0 with (top-p, top-k) = (0.9, 0) and (1.0, 0)")):
         policy(choice(), choice(batch_size=2, top_p=0.9))
-    with pytest.raises(PolicyError, match="version 4: this draftpick knows 3"):
-        Policy(version=4, created=CREATED, target=TARGET, environment=ENVIRONMENT, choices=(choice(),))
+    with pytest.raises(PolicyError, match="version 3: this draftpick reads 4"):
+        Policy(version=3, created=CREATED, target=TARGET, environment=ENVIRONMENT, choices=(choice(),))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +246,7 @@ def test_policy_validates() -> None:
         ({"batch_size": 2}, "plain", "measured on mixed prompts at batch 4, context 2048"),
         ({"domain": "code", "context_length": 9}, "family/draft-code k=8", "measured on code prompts at batch 1, "),
         ({"domain": "code", "context_length": 600}, "ngram:max=4,min=2 k=2", "measured on mixed prompts at batch 1, "),
-        ({"domain": "law", "context_length": 9}, "family/draft-code k=4", "measured on mixed prompts at batch 1, "),
+        ({"domain": "legal", "context_length": 9}, "family/draft-code k=4", "measured on mixed prompts at batch 1, "),
         ({"temperature": 0.7 + 5e-7}, "family/draft-code k=3", "measured on mixed prompts at batch 1, context 512"),
     ],
 )
@@ -270,3 +317,19 @@ def test_what_was_not_decided_is_no_crossover() -> None:
     undecided = choice(PLAIN, batch_size=16, evidence=())
     assert policy(choice(NGRAM2), undecided).crossover_batch is None
     assert policy(choice(PLAIN), undecided).crossover_batch == 1
+
+
+def test_what_the_budget_left_undecided_answers_nothing() -> None:
+    """A domain's row without a decision gives way to the proven row over all domains, and ends no crossover."""
+    code = choice(PLAIN, domain="code", forecast=forecast(CODE4), out_of_time=True)
+    large = choice(PLAIN, batch_size=8, forecast=forecast(CODE4), out_of_time=True)
+    cut = policy(choice(NGRAM2), code, large)
+    answer = cut.look_up(domain="code")
+    assert (answer.choice.setup, answer.rule) == (NGRAM2, "measured on mixed prompts at batch 1, context 512")
+    answer = cut.look_up(batch_size=8)
+    assert not answer.matched
+    assert answer.rule == "the run's budget ended before mixed prompts at batch 8, context 512 were decided"
+    assert cut.crossover_batch is None
+    assert PolicyIndex(cut).find(1, None, "code", 0.0) == choice(NGRAM2)
+    assert PolicyIndex(cut).find(8, None, None, 0.0) is None
+    assert from_json(to_json(cut)) == cut

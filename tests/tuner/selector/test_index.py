@@ -1,4 +1,4 @@
-"""The table answers exactly as the policy's look-up does."""
+"""The index answers exactly as the policy's look-up does."""
 
 import pytest
 from hypothesis import given
@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from profiles.records.core import Setup
 from profiles.records.errors import InputError
 from tests.support.policies import CODE_DRAFT, NGRAM, choice, policy
-from tuner.selector.index import Table
+from tuner.selector.index import PolicyIndex
 
-# ragged on purpose: batch 8 lacks the long context, code lacks batch 8, temperature 0.7 has one anchor
+# ragged on purpose: batch 8 lacks the long context, code lacks batch 8, temperature 0.7 has one point
 RAGGED = policy(
     choice(Setup(draft=CODE_DRAFT, length=5)),
     choice(Setup(draft=CODE_DRAFT, length=4), context_length=2048),
@@ -23,14 +23,14 @@ RAGGED = policy(
 @given(
     batch_size=st.integers(1, 10),
     context_length=st.none() | st.integers(1, 2100) | st.sampled_from([512, 513, 1024, 1025, 2048, 2049]),
-    domain=st.sampled_from([None, "code", "copy", "law", "mixed"]),
+    domain=st.sampled_from([None, "code", "copy", "legal", "mixed"]),
     temperature=st.sampled_from([0.0, 5e-7, 0.7, 0.3, 1.0]),
 )
 def test_same_answers_as_the_policy(
     batch_size: int, context_length: int | None, domain: str | None, temperature: float
 ) -> None:
-    """The table gives the answer of the rule itself, between the measured points and beyond them."""
-    found = Table(RAGGED).find(batch_size, context_length, domain, temperature)
+    """The index gives the answer of the rule itself, between the measured points and beyond them."""
+    found = PolicyIndex(RAGGED).find(batch_size, context_length, domain, temperature)
     answer = RAGGED.look_up(
         batch_size=batch_size, context_length=context_length, domain=domain, temperature=temperature
     )
@@ -48,4 +48,4 @@ def test_same_answers_as_the_policy(
 def test_impossible_question(question: tuple[int, int | None, None, float], message: str) -> None:
     """A value that cannot exist raises an error that names it."""
     with pytest.raises(InputError, match=message):
-        Table(RAGGED).find(*question)
+        PolicyIndex(RAGGED).find(*question)
