@@ -69,7 +69,7 @@ def _no_repeats() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("profiles.timing.clock.MAX_REPEATS", 0)
         patch.setattr("profiles.engines.llamacpp.timing.PASSES", 1)
-        patch.setattr("profiles.engines.llamacpp.timing.LEAST_S", 0.0)
+        patch.setattr("profiles.engines.llamacpp.timing.MIN_S", 0.0)
         yield
 
 

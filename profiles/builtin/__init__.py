@@ -9,6 +9,7 @@ BUILTIN = "builtin:"
 BUILTIN_FOLDER = Path(__file__).parent
 TARGET = f"{BUILTIN}target"
 DRAFTS = tuple(BUILTIN + name for name in ("draft-general", "draft-code", "draft-prose", "draft-deep"))
+GGUF_MODELS = (TARGET, f"{BUILTIN}draft-general")  # also as float32 GGUF, for llama.cpp
 ALL_PROMPTS = f"{BUILTIN}all"
 IMPORTED = "imported:"  # before the last part of another machine's path
 IMPORTED_MARKS = (IMPORTED, "carried:")  # stores written before 0.6.0 have the second

@@ -1,7 +1,4 @@
-"""From what a user names to a serving engine on a bench: models are described, drafts that it cannot run are refused.
-
-The one place that knows all adapters; what will be measured it must not know.
-"""
+"""Opens a serving engine: models are described, and drafts that the engine cannot run are refused one by one."""
 
 import os
 import shlex
@@ -13,19 +10,18 @@ from typing import Protocol
 
 import platformdirs
 
+from profiles.engines import rules
 from profiles.engines.base import SERVED_KINDS, Engine
 from profiles.engines.bench import Bench
-from profiles.engines.serving.server_kind import SERVER_KINDS_BY_NAME, kind_of
 from profiles.hardware import fingerprint, machine
 from profiles.models import loader, sources
 from profiles.models.loader import DescribedModel
-from profiles.records.core import DTYPES, Draft, Model, Setup
+from profiles.records.core import DTYPES, Draft, Setup
 from profiles.records.draft_spec import DraftSpec, RefusedDraft, engine_options
 from profiles.records.errors import InputError
 
-TITLE = "draftpick"  # of the folder for logs
-LEAST_ROWS = 8  # vLLM's rows are part of what its times are kept under, so few numbers of them
-FlagsOf = Callable[[Model, Setup], list[str]]  # the arguments that tell a server of a setup
+APP_NAME = "draftpick"  # of the folder for logs
+MIN_ROWS = 8  # vLLM's rows are part of the key of its times, so few different numbers are used
 
 
 class ServingEngine(Engine, Protocol):
@@ -37,85 +33,99 @@ class ServingEngine(Engine, Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Which engine, and how it is reached; what is None is looked for.
+class EngineSpec:
+    """Which engine, and how it is started; what is None is looked for.
 
     `command`: the `llama-server` to start, or the Python that has vLLM. `launch`: a server's command with `{port}` and
-    `{speculative}` in it; `kind`: what such a server is; `more`: what stands behind a draft's flags. `max_requests`:
-    most that will be in flight; `min_length`, `max_length`: fewest and most tokens drafted a round.
+    `{speculative}` in it; `kind` and `version`: of such a server; `draft_args`: replace the arguments of any setup that
+    drafts. `max_requests`: the most that are in flight; `min_length`, `max_length`: the fewest and most tokens drafted
+    a round.
     """
 
     engine: str
     command: str | None = None
     launch: str | None = None
     kind: str = "vllm"
+    version: str | None = None
+    draft_args: tuple[str, ...] | None = None
     threads: int | None = None
     device: str | None = None
-    more: tuple[str, ...] = ()
     max_requests: int = 1
     min_length: int = 1
     max_length: int = 8
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """An engine before its drafts are known: `check` raises InputError for a draft that it does not have."""
-
-    check: Callable[[Draft], None]
-    with_drafts: Callable[[tuple[Draft, ...]], ServingEngine]
+    @property
+    def log_folder(self) -> Path:
+        name = self.kind if self.engine == "server" else self.engine
+        return platformdirs.user_log_path(APP_NAME) / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Models:
-    """Target and drafts as a user names them; `dtype` None: float32 on a CPU, bfloat16 on a GPU, of a GGUF its own.
+class ModelSpec:
+    """Target and drafts as a user names them; `described`: drafts whose records are there already.
 
-    `known`: drafts whose records are at hand.
+    `dtype` None: float32 on a CPU, bfloat16 on a GPU, of a GGUF its own.
     """
 
     target: str
     drafts: tuple[DraftSpec, ...] = ()
     dtype: str | None = None
-    known: tuple[Draft, ...] = ()
+    described: tuple[Draft, ...] = ()
 
 
-def open_bench(place: Place, asked: Models, flags_of: FlagsOf) -> Bench:
-    """The bench of a serving engine. A draft that cannot be used is refused and the others go on.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineBuilder:
+    """An engine before its drafts are known: `check` raises InputError for a draft that it cannot run."""
 
-    Raises: InputError: an unknown engine or dtype, no way to reach it. ModelError: the target cannot be read. The first
-    draft's error, when there are drafts and none can be used.
+    check: Callable[[Draft], None]
+    build: Callable[[tuple[Draft, ...]], ServingEngine]
+
+
+def open_bench(spec: EngineSpec, models: ModelSpec) -> Bench:
+    """The bench of a serving engine; drafts that cannot be used are refused with a reason.
+
+    Raises: InputError: an unknown engine or dtype, a program that is not there. ModelError: the target cannot be read.
+    The first draft's error, where all drafts are refused.
     """
-    if place.engine not in OPENED:
-        raise InputError(f"engine {place.engine!r}: allowed are torch, {', '.join(OPENED)}")
-    if asked.dtype is not None and asked.dtype not in DTYPES:
-        raise InputError(f"dtype {asked.dtype!r}: allowed are {', '.join(DTYPES)}")
-    on_cpu = fingerprint.pick_device(place.device) == "cpu"
-    own = None if asked.target.lower().endswith(".gguf") else "float32" if on_cpu else "bfloat16"
-    described = {asked.target: loader.describe(asked.target, dtype=asked.dtype or own)}
-    found = OPENED[place.engine](place, described[asked.target], flags_of)
-    drafts = {draft.digest: draft for draft in asked.known}
+    if spec.engine not in BUILDERS:
+        raise InputError(f"engine {spec.engine!r}: allowed are torch, {', '.join(BUILDERS)}")
+    if models.dtype is not None and models.dtype not in DTYPES:
+        raise InputError(f"dtype {models.dtype!r}: allowed are {', '.join(DTYPES)}")
+    described = {models.target: loader.describe(models.target, dtype=models.dtype or _default_dtype(spec, models))}
+    builder = BUILDERS[spec.engine](spec, described[models.target])
+    drafts = {draft.digest: draft for draft in models.described}
     errors: dict[str, InputError] = {}
-    for spec in asked.drafts:
+    for draft_spec in models.drafts:
         try:
-            draft = _draft(spec, described, asked.target)
-            found.check(draft)
+            draft = _describe_draft(draft_spec, described, models.target)
+            builder.check(draft)
             drafts.setdefault(draft.digest, draft)
         except InputError as error:
-            errors[spec.name] = error
+            errors[draft_spec.name] = error
     if errors and not drafts:
         raise next(iter(errors.values()))
-    engine = found.with_drafts(tuple(drafts.values()))
-    used = {draft.model for draft in drafts.values()}
-    refused = [RefusedDraft.from_error(name, error) for name, error in errors.items()]
+    engine = builder.build(tuple(drafts.values()))
+    draft_models = {draft.model for draft in drafts.values()}
     return Bench(
         engine=engine,
-        loaded=tuple(one for name, one in described.items() if name == asked.target or one.record in used),
-        refused=tuple(refused),
+        loaded=tuple(
+            model for name, model in described.items() if name == models.target or model.record in draft_models
+        ),
+        refused=tuple(RefusedDraft.from_error(name, error) for name, error in errors.items()),
         close=engine.close,
     )
 
 
-def _draft(spec: DraftSpec, described: dict[str, DescribedModel], target: str) -> Draft:
-    """The record of a draft; a model is described first. Raises InputError: of a kind or a model that does not do."""
+def _default_dtype(spec: EngineSpec, models: ModelSpec) -> str | None:
+    """None: the type that the file holds."""
+    if models.target.lower().endswith(".gguf"):
+        return None
+    reads_gguf = spec.engine == "llamacpp"  # the GGUF files of builtin models are float32
+    return "float32" if reads_gguf or fingerprint.pick_device(spec.device) == "cpu" else "bfloat16"
+
+
+def _describe_draft(spec: DraftSpec, described: dict[str, DescribedModel], target: str) -> Draft:
+    """The record of a draft; its model is described first. Raises InputError: a kind or a model that cannot be used."""
     if spec.kind not in SERVED_KINDS:
         raise InputError(f"draft {spec.name!r}: a serving engine drafts with {', '.join(SERVED_KINDS)} only")
     record = None
@@ -123,25 +133,14 @@ def _draft(spec: DraftSpec, described: dict[str, DescribedModel], target: str) -
         record = loader.describe_head(spec.path, dtype=described[target].record.dtype)
     elif spec.path is not None:
         if spec.path not in described:
-            one = loader.describe(spec.path, dtype=described[target].record.dtype)
-            loader.check_pair(described[target], one)
-            described[spec.path] = one
+            model = loader.describe(spec.path, dtype=described[target].record.dtype)
+            loader.check_pair(described[target], model)
+            described[spec.path] = model
         record = described[spec.path].record
     return Draft(kind=spec.kind, model=record, max_match=spec.max_match, min_match=spec.min_match, method=spec.method)
 
 
-def _place_of(name: str) -> str:
-    """The folder or file of a model, as a server is told of it."""
-    source = sources.find(name)
-    return str(source.folder if source.gguf is None else source.gguf.path)
-
-
-def _logs(engine: str) -> Path:
-    """A folder of this run's own, under the user's for logs."""
-    return platformdirs.user_log_path(TITLE) / f"{engine}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-
-
-def _vllm(place: Place, target: DescribedModel, flags_of: FlagsOf) -> Found:  # noqa: ARG001
+def _vllm(spec: EngineSpec, target: DescribedModel) -> EngineBuilder:
     from profiles.engines.vllm.config import VllmOptions, num_positions
     from profiles.engines.vllm.engine import VllmEngine
 
@@ -151,73 +150,83 @@ def _vllm(place: Place, target: DescribedModel, flags_of: FlagsOf) -> Found:  # 
         if draft.method is not None:
             engine_options(draft.method)
 
-    def with_drafts(drafts: tuple[Draft, ...]) -> ServingEngine:
+    def build(drafts: tuple[Draft, ...]) -> ServingEngine:
         options = VllmOptions(
-            python=place.command,
-            max_batch_size=max(LEAST_ROWS, 1 << (place.max_requests - 1).bit_length()),
-            max_length=place.max_length,
-            max_alive=len(drafts) + 2,  # beside the drafts' engines the plain one, and one that scores
-            log_folder=_logs(place.engine),
+            python=spec.command,
+            max_batch_size=max(MIN_ROWS, 1 << (spec.max_requests - 1).bit_length()),
+            max_length=spec.max_length,
+            max_alive=len(drafts) + 2,  # the plain engine and one that scores, beside the drafts' engines
+            log_folder=spec.log_folder,
         )
         return VllmEngine(target.record, drafts, options)
 
     num_positions(sources.find(target.record.name))  # refuses what vLLM does not read
-    return Found(check=check, with_drafts=with_drafts)
+    return EngineBuilder(check=check, build=build)
 
 
-def _llamacpp(place: Place, target: DescribedModel, flags_of: FlagsOf) -> Found:  # noqa: ARG001
-    from profiles.engines.llamacpp import ngram
-    from profiles.engines.llamacpp.binary import program_of, weights_of
-    from profiles.engines.llamacpp.engine import LlamaCppEngine
-    from profiles.engines.llamacpp.flags import args_for
-    from profiles.engines.llamacpp.servers import Options
+def _llamacpp(spec: EngineSpec, target: DescribedModel) -> EngineBuilder:
+    from profiles.engines.llamacpp.engine import LlamaCppEngine, check_draft
+    from profiles.engines.llamacpp.servers import Options, find_program, weights_of
 
-    program = program_of(place.command)
+    program = find_program(spec.command)
+    weights_of(target.record)
     options = Options(
-        threads=place.threads or machine.num_threads() or 1,
-        log_folder=_logs(place.engine),
-        device=fingerprint.pick_device(place.device),
+        threads=spec.threads or machine.num_threads() or 1,
+        log_folder=spec.log_folder,
+        device=fingerprint.pick_device(spec.device),
     )
 
     def check(draft: Draft) -> None:
-        if draft.kind == "ngram":
-            ngram.check(draft)
-        args_for(Setup(draft=draft, length=place.max_length), program.spelling, "")
+        check_draft(draft, program)
         if draft.model is not None:
             weights_of(draft.model)
 
-    return Found(check=check, with_drafts=lambda drafts: LlamaCppEngine(target, drafts, program, options))
+    return EngineBuilder(check=check, build=lambda drafts: LlamaCppEngine(target, drafts, program, options))
 
 
-def _server(place: Place, target: DescribedModel, flags_of: FlagsOf) -> Found:
-    from profiles.engines.llamacpp import ngram
+def _server(spec: EngineSpec, target: DescribedModel) -> EngineBuilder:
+    from profiles.engines.llamacpp.ngram import match_size
     from profiles.engines.openai.engine import ServerEngine
+    from profiles.engines.openai.kinds import release_for, server_kind
     from profiles.engines.openai.launch import Launch
 
-    kind = kind_of(place.kind)
+    kind, release = server_kind(spec.kind), release_for(spec.kind, spec.version)
+    source = sources.find(target.record.name)
+    path = str(source.folder if source.gguf is None else source.gguf.path)
+    if kind.reads_gguf:
+        path = rules.gguf_path(target.record.name) or path
+
+    def flags_of(setup: Setup) -> list[str]:
+        if spec.draft_args is not None:
+            return list(spec.draft_args)
+        reason = kind.objection(target.record, setup, release)
+        if reason is not None:
+            raise InputError(f"{setup.name}: {reason}")
+        return [*kind.args_for(setup, release), *kind.record_args(release)]
+
     launch = Launch(
-        kind=kind,
-        log_folder=_logs(place.kind),
-        template=(place.launch or "").replace("{model}", shlex.quote(_place_of(target.record.name))),
-        flags_of=lambda setup: [*flags_of(target.record, setup), *place.more],
+        kind=spec.kind,
+        log_folder=spec.log_folder,
+        template=(spec.launch or "").replace("{model}", shlex.quote(path)),
+        flags_of=flags_of,
     )
 
     def check(draft: Draft) -> None:
-        """A draft that can be told at one of its lengths: what drops short look-ups takes them at others only."""
-        if SERVER_KINDS_BY_NAME[kind].drops_short and draft.kind == "ngram":
-            ngram.check(draft)
+        """Accepts a draft that can be run at one of its lengths: short look-ups may be dropped."""
+        if kind.drops_short and draft.kind == "ngram":
+            match_size(draft)
         try:
-            launch.command(Setup(draft=draft, length=place.max_length))
+            launch.command(Setup(draft=draft, length=spec.max_length))
         except InputError:
-            launch.command(Setup(draft=draft, length=place.min_length))
+            launch.command(Setup(draft=draft, length=spec.min_length))
 
-    def with_drafts(drafts: tuple[Draft, ...]) -> ServingEngine:
-        return ServerEngine(target.record, drafts, launch, target.encode, fingerprint.pick_device(place.device))
+    def build(drafts: tuple[Draft, ...]) -> ServingEngine:
+        return ServerEngine(target.record, drafts, launch, target.encode, fingerprint.pick_device(spec.device))
 
-    return Found(check=check, with_drafts=with_drafts)
+    return EngineBuilder(check=check, build=build)
 
 
-OPENED: dict[str, Callable[[Place, DescribedModel, FlagsOf], Found]] = {
+BUILDERS: dict[str, Callable[[EngineSpec, DescribedModel], EngineBuilder]] = {
     "vllm": _vllm,
     "llamacpp": _llamacpp,
     "server": _server,

@@ -44,7 +44,7 @@ def bench_of(engine: str, drafts: tuple[str, ...] = (DRAFT,), max_requests: int 
     if engine == "torch":
         return load.load(TARGET, specs, "float32", "cpu")
     python = os.environ.get("DRAFTPICK_VLLM_PYTHON") or (str(RUNNING.python) if RUNNING.is_whole else None)
-    place = factory.Place(
+    spec = factory.EngineSpec(
         engine=engine,
         command=python if engine == "vllm" else None,
         threads=1 if engine == "llamacpp" else None,  # whose threads spin: the client that loads it needs a core too
@@ -52,8 +52,7 @@ def bench_of(engine: str, drafts: tuple[str, ...] = (DRAFT,), max_requests: int 
         max_length=max(LENGTHS),
         device="cpu",
     )
-    asked = factory.Models(target=TARGET, drafts=tuple(specs), dtype="float32")
-    return factory.open_bench(place, asked, lambda target, setup: [])
+    return factory.open_bench(spec, factory.ModelSpec(target=TARGET, drafts=tuple(specs), dtype="float32"))
 
 
 def loads_of(bench: Bench, num_prompts: int, max_new_tokens: int) -> list[tuple[Workload, tuple[Prompt, ...]]]:

@@ -5,7 +5,7 @@ inside the Python object. Each line is parsed in a process of its own, because t
 then holds is read back, so a wrong place in memory cannot pass. Question on stdin, answers as the last line of stdout.
 """
 
-import importlib.util
+import ctypes
 import json
 import subprocess
 import sys
@@ -13,19 +13,30 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-STAND_IN = Path(__file__).resolve().parents[2] / "profiles/engines/llamacpp/xllamacpp_server.py"
+PARSER = "_Z19common_params_parseiPPcR13common_params13llama_examplePFviS0_E"
+OBJECT_HEAD = 16  # bytes before the record: a reference count and a type
+SERVER_EXAMPLE = 12  # `llama-server` in llama.cpp's list of programs
 PROMPT = [5, 9, 7, 8] * 6
 
 
 def parse(words: list[str]) -> tuple[Any, bool]:
-    """As the stand-in for the program does, loaded from its file: nothing of this project is on the path."""
-    spec = importlib.util.spec_from_file_location("llama_server", STAND_IN)
-    assert spec is not None
-    assert spec.loader is not None
-    stand_in = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stand_in)
-    record, taken = stand_in.parse(words)
-    return record, bool(taken)
+    """The record that llama.cpp reads from `words`, and whether it took them; for some it ends the process instead."""
+    import xllamacpp
+
+    library = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("*.so"))))
+    function = library[PARSER]
+    function.restype = ctypes.c_bool
+    function.argtypes = [
+        ctypes.c_int,
+        ctypes.POINTER(ctypes.c_char_p),
+        ctypes.c_void_p,
+        ctypes.c_int,
+        ctypes.c_void_p,
+    ]
+    record = xllamacpp.CommonParams()
+    given = ["llama-server", *words]
+    array = (ctypes.c_char_p * (len(given) + 1))(*[word.encode() for word in given], None)
+    return record, bool(function(len(given), array, id(record) + OBJECT_HEAD, SERVER_EXAMPLE, None))
 
 
 def read(record: Any) -> dict[str, Any]:

@@ -109,42 +109,42 @@ def _where(environment: Environment) -> str:
     return environment.device if own else f"{environment.device}, {environment.engine} {environment.engine_version}"
 
 
-def _specs(target: str, drafts: list[str] | None, look_up: str = "ngram") -> list[draft_spec.DraftSpec]:
-    """What was asked for, or the drafts that ship with the target that ships, or prompt look-up."""
-    default = [*(builtin.DRAFTS if target == builtin.TARGET else ()), look_up]
+def _specs(
+    target: str, drafts: list[str] | None, look_up: str = "ngram", builtin_drafts: tuple[str, ...] = builtin.DRAFTS
+) -> list[draft_spec.DraftSpec]:
+    """The drafts given, by default the builtin ones of the builtin target, and prompt look-up."""
+    default = [*(builtin_drafts if target == builtin.TARGET else ()), look_up]
     return [draft_spec.parse_draft(text) for text in drafts or default]
 
 
 def _bench(asked: flags.RunFlags, question: "Question") -> "Bench":
     """The engine that was asked for, with target and drafts."""
     from profiles.engines import factory
-    from profiles.engines.serving.server_kind import SERVER_KINDS_BY_NAME, kind_of
+    from profiles.engines.openai.kinds import server_kind
     from profiles.engines.torch import load
-    from tuner import export
 
     num_tokens = max(question.contexts, default=question.max_new_tokens) * max(question.batch_sizes)
     if asked.engine == "torch":
         specs = draft_spec.with_composites(_specs(asked.target, asked.draft))
         return load.load(asked.target, specs, asked.dtype, asked.device, num_tokens)
-    kind = kind_of(asked.kind or "vllm")
-    dialect = SERVER_KINDS_BY_NAME[kind if asked.engine == "server" else asked.engine]
-    specs = _specs(asked.target, asked.draft, dialect.look_up)
-    workload = question.workload(max(question.contexts, default=question.max_new_tokens + 1), ())
+    name = asked.kind or "vllm"
+    kind = server_kind(name if asked.engine == "server" else asked.engine)
+    drafts = builtin.GGUF_MODELS[1:] if kind.reads_gguf else builtin.DRAFTS
+    specs = _specs(asked.target, asked.draft, kind.look_up, drafts)
     return factory.open_bench(
-        factory.Place(
+        factory.EngineSpec(
             engine=asked.engine,
             command=asked.engine_command,
             launch=asked.launch,
-            kind=kind,
-            more=export.record_words(kind, asked.engine_version) if asked.engine == "server" else (),
+            kind=name,
+            version=asked.engine_version,
             threads=asked.threads,
             device=asked.device,
             max_requests=max(question.batch_sizes),
             min_length=min(question.lengths),
             max_length=max(question.lengths),
         ),
-        factory.Models(target=asked.target, drafts=tuple(specs), dtype=asked.dtype),
-        lambda target, setup: export.words(target, setup, workload, kind, asked.engine_version),
+        factory.ModelSpec(target=asked.target, drafts=tuple(specs), dtype=asked.dtype),
     )
 
 

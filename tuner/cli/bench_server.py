@@ -98,11 +98,10 @@ def _bench(asked: LoadFlags) -> "Bench":
     from profiles.engines.bench import Bench
     from profiles.engines.openai.engine import ServerEngine
     from profiles.engines.openai.launch import Launch
-    from profiles.engines.serving.server_kind import kind_of
     from profiles.models import loader
 
     described = loader.describe(asked.target, dtype=None)
-    launch = Launch(kind=kind_of(asked.kind), log_folder=Path(), url=asked.url, running=AS_STARTED)
+    launch = Launch(kind=asked.kind, log_folder=Path(), url=asked.url, running=AS_STARTED)
     assert AS_STARTED.draft is not None
     engine = ServerEngine(described.record, (AS_STARTED.draft,), launch, described.encode, "cpu")
     return Bench(engine=engine, loaded=(described,), close=engine.close)

@@ -92,13 +92,15 @@ def _measure(deployment: "Deployment", made: "Export", asked: VerifyFlags) -> "S
     choice, setup = deployment.choice, made.setup
     assert setup is not None  # plain decoding is never emitted
     assert setup.draft is not None
-    place = factory.Place(
+    spec = factory.EngineSpec(
         engine="server",
         kind=asked.form,
         launch=asked.launch,
+        draft_args=tuple(shlex.split(made.text)),
         max_requests=max(made.claims),
     )
-    named = factory.Models(target=deployment.target.name, dtype=deployment.target.dtype, known=(setup.draft,))
+    target = deployment.target
+    models = factory.ModelSpec(target=target.name, dtype=target.dtype, described=(setup.draft,))
     question = bench_module.Question(
         lengths=(setup.length,),
         contexts=(choice.context_length,),
@@ -106,9 +108,9 @@ def _measure(deployment: "Deployment", made: "Export", asked: VerifyFlags) -> "S
         temperature=choice.temperature,
         top_p=choice.top_p,
         top_k=choice.top_k,
-        engine=place.engine,
+        engine=spec.engine,
     )
-    with closing(factory.open_bench(place, named, lambda *_: shlex.split(made.text))) as bench:
+    with closing(factory.open_bench(spec, models)) as bench:
         sources = asked.prompts or [builtin.ALL_PROMPTS]
         ((workload, prompts),), warnings = workloads.workloads(bench, question, sources)
         say_aside(*warnings)

@@ -1,69 +1,83 @@
-"""Turns a choice into what a serving engine takes; one small module per engine.
+"""Writes a choice in the form that a serving engine takes.
 
-The text goes to stdout and the note to stderr, so that a deploy script can read the one and a person the other. How
-the choice was made it must not know.
+The text goes to stdout and the note to stderr, so that a script reads one and a person the other.
 """
 
+import functools
 import json
-import shlex
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
-from packaging.version import Version
-
-from profiles.records.core import Model, Setup, Workload
+from profiles.engines.llamacpp import flags as llamacpp_flags
+from profiles.engines.releases import EngineRelease, release_of
+from profiles.engines.sglang import flags as sglang_flags
+from profiles.engines.vllm import flags as vllm_flags
+from profiles.records.core import Model, Setup
 from profiles.records.errors import InputError
-from tuner.export import llamacpp, sglang, transformers, trtllm, vllm
-from tuner.export.select import label_of
-from tuner.export.types import Deployment, Export
-from tuner.export.versions import engine_of
-from tuner.policy.policy import Choice
-from tuner.policy.query import MIXED
+from tuner.export import servers, transformers, trtllm, vllm
+from tuner.export.select import Deployment, Export, Pick, Written, label_of, one_length_claims, pick
 
-__all__ = ["FORMS", "Deployment", "Export", "Form", "emit", "record_words", "words"]
+__all__ = ["FORMS", "Deployment", "Export", "Form", "emit"]
 
 Form = Literal["json", "llamacpp", "sglang", "transformers", "trtllm", "vllm"]
 FORMS: tuple[Form, ...] = get_args(Form)
-EMITTERS = {"sglang": sglang.emit, "transformers": transformers.emit, "trtllm": trtllm.emit, "vllm": vllm.emit}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exporter:
+    """How a pick is written for an engine; `first`: the oldest version that is known."""
+
+    write: Callable[[Pick], Written]
+    objection: Callable[[Deployment, Setup, EngineRelease], str | None]
+    first: str | None = None
+
+
+def _for_target(
+    objection: Callable[[Model, Setup, EngineRelease], str | None],
+) -> Callable[[Deployment, Setup, EngineRelease], str | None]:
+    return lambda deployment, setup, release: objection(deployment.target, setup, release)
+
+
+EXPORTERS = {
+    "llamacpp": Exporter(write=servers.write_llamacpp, objection=_for_target(llamacpp_flags.objection)),
+    "sglang": Exporter(write=servers.write_sglang, objection=_for_target(sglang_flags.objection)),
+    "transformers": Exporter(write=transformers.write, objection=transformers.objection, first=transformers.FIRST),
+    "trtllm": Exporter(write=trtllm.write, objection=trtllm.objection, first=trtllm.FIRST),
+    "vllm": Exporter(write=vllm.write, objection=_for_target(vllm_flags.objection), first=vllm_flags.FIRST),
+}
 
 
 def emit(deployment: Deployment, form: str, version: str | None = None) -> Export:
-    """The best setup the engine can express, spelled for its `version`; or the choice as a JSON document.
+    """The best setup that the engine can be told, in the form of its `version`; or the choice as a JSON document.
 
-    `version` None takes the installed engine's, and without one the newest known, which the note says. Raises
-    InputError: an unknown form, a version that is none.
+    `version` None: the installed engine's, without one the newest known, which the note says. Raises InputError: an
+    unknown form, a version that is none.
     """
     if form == "json":
         choice = deployment.choice
         text = json.dumps(asdict(choice), indent=2, allow_nan=False) + "\n"
-        return Export(text=text, setup=choice.setup, label=label_of(deployment, deployment.where, choice.setup))
-    if form == "llamacpp":
-        return llamacpp.emit(deployment, version)
-    if form in EMITTERS:
-        return EMITTERS[form](deployment, engine_of(form, version))
-    raise InputError(f"format {form!r}: allowed are {', '.join(FORMS)}")
-
-
-def words(target: Model, setup: Setup, workload: Workload, form: str, version: str | None = None) -> list[str]:
-    """The arguments that tell an engine a setup; none for plain decoding. Raises InputError where it has none."""
-    if setup.draft is None:
-        return []
-    choice = Choice(
-        batch_size=workload.batch_size,
-        context_length=workload.context_length,
-        domain=MIXED,
-        temperature=workload.temperature,
-        setup=setup,
-        reason="asked for",
+        label = label_of(deployment, deployment.engine, choice.setup)
+        return Export(text=text, setup=choice.setup, label=label)
+    if form not in EXPORTERS:
+        raise InputError(f"format {form!r}: allowed are {', '.join(FORMS)}")
+    exporter = EXPORTERS[form]
+    release = llamacpp_flags.release_of_build(version) if form == "llamacpp" else release_of(form, version)
+    if exporter.first is not None and release.is_before(exporter.first):
+        return Export(text="", note=f"{release.name} is not known: from {exporter.first} on it is")
+    picked = pick(deployment, release, functools.partial(_objection, exporter, deployment, release))
+    if isinstance(picked, Export):
+        return picked
+    written = exporter.write(picked)
+    claims = one_length_claims(deployment, written.setup) if written.claims is None else written.claims
+    return Export(
+        text=written.text,
+        note="; ".join([*picked.notes, *written.notes]) or None,
+        setup=written.setup,
+        label=label_of(deployment, form, written.setup),
+        claims=claims,
     )
-    made = emit(Deployment(target=target, choice=choice, rows=(choice,), measured_on=form), form, version)
-    if not made.text:
-        raise InputError(f"{setup.name}: {made.note}")
-    return shlex.split(made.text)
 
 
-def record_words(form: str, version: str | None = None) -> tuple[str, ...]:
-    """The arguments by which a server tells of each request how it was drafted; none where its version has none."""
-    if form != "vllm" or Version(engine_of(form, version).version) < Version(vllm.FIRST_RECORDS):
-        return ()
-    return vllm.RECORDS
+def _objection(exporter: Exporter, deployment: Deployment, release: EngineRelease, setup: Setup) -> str | None:
+    return exporter.objection(deployment, setup, release)

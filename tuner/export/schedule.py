@@ -1,15 +1,14 @@
-"""Speculation length by batch size, as ranges: what an engine that changes it while it runs is told.
+"""Speculation length by batch size, as ranges, for engines that change it while they run.
 
 A request at batch b is decided by the smallest measured batch that is at least b, as in a policy's look-up; beyond the
-largest nothing was measured, and plain decoding is the rule. How an engine spells ranges it must not know.
+largest nothing was measured, and nothing is drafted.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from profiles.records.core import PLAIN, Draft, Interval, Setup
-from tuner.export.select import Objection
-from tuner.export.types import Deployment
+from tuner.export.select import Deployment, Objection
 from tuner.policy.policy import Choice
 from tuner.search.objective import MIN_SPEEDUP
 
@@ -27,11 +26,11 @@ class Range:
 
 
 def ranges_of(deployment: Deployment, draft: Draft, objection: Objection) -> tuple[Range, ...]:
-    """The measured batches as ranges of one draft, flips without a real gain merged away; empty for a single batch.
+    """The measured batches as ranges of one draft, without changes that gain nothing; empty for a single batch.
 
-    An engine that runs keeps one draft: at a batch where another one was chosen, this draft's best forecast length is
-    taken, and nothing is drafted where there is none, or where plain decoding was the choice. Empty too where nothing
-    would be drafted at the batch that was asked about: the answer knows better.
+    A running engine keeps one draft: at a batch where another one was chosen, this draft's best forecast length is
+    taken, and nothing is drafted where there is none, or where plain decoding was the choice. Also empty where nothing
+    would be drafted at the choice's own batch.
     """
     if len(deployment.batches) < 2:
         return ()
@@ -45,48 +44,44 @@ def ranges_of(deployment: Deployment, draft: Draft, objection: Objection) -> tup
 
 
 def as_scheduled(setup: Setup, ranges: Sequence[Range], batch_size: int) -> tuple[Setup, list[str]]:
-    """The setup with the length its batch has in the ranges, and what to say where that is another one."""
+    """The setup with its length in the ranges at a batch, and a note where that is another one."""
     length = length_at(ranges, batch_size)
     if length == setup.length:
         return setup, []
-    shorter = f"k={length} instead of {setup.length}: the longer draft gains too little over a neighbouring batch's"
-    return replace(setup, length=length), [shorter]
+    note = f"k={length} instead of {setup.length}: the longer draft gains too little over a neighbouring batch's"
+    return replace(setup, length=length), [note]
 
 
-def scheduled(setup: Setup, ranges: Sequence[Range], deployment: Deployment) -> dict[int, Setup]:
+def claims_of(setup: Setup, ranges: Sequence[Range], deployment: Deployment) -> dict[int, Setup]:
     """What every measured batch decodes with under a schedule of a setup's draft: plain decoding where it says 0."""
     lengths = {row.batch_size: length_at(ranges, row.batch_size) for row in deployment.batches}
     return {size: replace(setup, length=length) if length else PLAIN for size, length in lengths.items()}
 
 
 def merged(ranges: Sequence[Range]) -> tuple[Range, ...]:
-    """Neighbours joined until every flip that is left has a real gain.
+    """Neighbours joined, with the shorter length, until every change that is left has a real gain.
 
-    An engine that flips between lengths as its batch breathes pays for the flip, so the longer drafting must be worth
-    it: its speed-up's interval lies above the shorter one's estimate, or its estimate is 1.5 % above. Else both get
-    the shorter length. (Plain decoding's speed-up is 1.)
+    A change between lengths as the batch varies costs time, so the longer draft must be worth it: the interval of its
+    speed-up lies above the shorter one's estimate, or its estimate is 1.5 % above. (Plain decoding's speed-up is 1.)
     """
     done = list(ranges)
     index = 0
     while index + 1 < len(done):
         here, after = done[index], done[index + 1]
-        shorter, longer = sorted((here, after), key=lambda one: one.length)
-        if here.length != after.length and _is_real(longer.gain, shorter.gain):
+        shorter, longer = sorted((here, after), key=lambda neighbour: neighbour.length)
+        gain, other = longer.gain, shorter.gain.estimate
+        if here.length != after.length and (gain.low > other or gain.estimate >= MIN_SPEEDUP * other):
             index += 1
             continue
         if here.length == after.length:
-            shorter = min(here, after, key=lambda one: one.gain.estimate)
+            shorter = min(here, after, key=lambda neighbour: neighbour.gain.estimate)
         done[index : index + 2] = [replace(shorter, first=here.first, last=after.last)]
         index = max(index - 1, 0)
     return tuple(done)
 
 
 def length_at(ranges: Sequence[Range], batch_size: int) -> int:
-    return next((one.length for one in ranges if one.first <= batch_size <= one.last), 0)
-
-
-def _is_real(longer: Interval, shorter: Interval) -> bool:
-    return longer.low > shorter.estimate or longer.estimate >= MIN_SPEEDUP * shorter.estimate
+    return next((stretch.length for stretch in ranges if stretch.first <= batch_size <= stretch.last), 0)
 
 
 def _of_row(row: Choice, draft: Draft, objection: Objection) -> tuple[Setup, Interval]:
@@ -95,9 +90,10 @@ def _of_row(row: Choice, draft: Draft, objection: Objection) -> tuple[Setup, Int
     if chosen == PLAIN:
         return PLAIN, NO_GAIN
     if chosen.draft == draft and objection(chosen) is None:
-        claim = row.measured if row.measured is not None and row.measured.setup == chosen else row.forecast
-        return chosen, NO_GAIN if claim is None else claim.speedup
-    for one in row.alternatives:
-        if one.setup.draft == draft and objection(one.setup) is None:
-            return one.setup, one.speedup
+        is_measured = row.measured is not None and row.measured.setup == chosen
+        estimate = row.measured if is_measured else row.forecast
+        return chosen, NO_GAIN if estimate is None else estimate.speedup
+    for forecast in row.alternatives:
+        if forecast.setup.draft == draft and objection(forecast.setup) is None:
+            return forecast.setup, forecast.speedup
     return PLAIN, NO_GAIN

@@ -1,93 +1,130 @@
-"""Which setup an engine is told: the chosen one where the engine can express it, else the best forecast one it can.
+"""Which setup an export is of: the choice where the engine can be told it, else the best forecast setup that it can."""
 
-Every engine brings its own objections; how they are worded and what is skipped for them is decided here.
-"""
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
-from profiles.builtin import BUILTIN, BUILTIN_FOLDER, IMPORTED_MARKS, replace_mark
-from profiles.engines.llamacpp.gguf_cache import gguf_place
+from profiles.engines.releases import EngineRelease
 from profiles.records.core import PLAIN, Model, Setup
 from profiles.records.text import printable
-from tuner.export.types import Deployment, Export
 from tuner.policy.policy import Choice
 
-NATIVE_FORMS = ("llamacpp", "vllm")  # engines whose own ways of drafting can be spelled
 TRANSFERRED = "a transferred forecast, not measured"
 Objection = Callable[[Setup], str | None]  # why an engine cannot be told a setup, or None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Engine:
-    """The engine an export is for: as `--format` names it, as people do, its version, and how that was found."""
+class Deployment:
+    """The choice to export, and the choices beside it.
 
-    form: str
-    title: str
-    version: str
-    note: str | None = None
+    `rows`: all choices of the policy with the same domain, temperature and context, one per measured batch; a schedule
+    is made of them. `measured_on`: the policy's engine. `transferred`: the setup is forecast from the evidence of
+    another machine, and every label says so.
+    """
+
+    target: Model
+    choice: Choice
+    rows: tuple[Choice, ...]
+    measured_on: str
+    transferred: bool = False
 
     @property
-    def name(self) -> str:
-        return f"{self.title} {self.version}"
+    def engine(self) -> str:
+        """The engine's short name: `torch` for `draftpick-torch`."""
+        return self.measured_on.removeprefix("draftpick-")
+
+    @property
+    def batches(self) -> tuple[Choice, ...]:
+        """One choice per measured batch, the smallest first; the choice itself at its own batch."""
+        rows = {row.batch_size: row for row in self.rows} | {self.choice.batch_size: self.choice}
+        return tuple(rows[batch] for batch in sorted(rows))
 
 
-def pick(deployment: Deployment, engine: Engine, objection: Objection) -> tuple[Setup | None, list[str]]:
-    """The setup to tell the engine, or None; with what a person should know about it."""
-    choice, notes = deployment.choice, [] if engine.note is None else [engine.note]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """`text` is ready for a file, empty where nothing can or need be set; `note` says why, or a caveat.
+
+    `setup`: what the text sets at the choice's batch. `label`: `proven` only where that setup was proven on this very
+    engine, `measured on ENGINE` where it was timed, else `forecast on ENGINE`; empty with an empty text. `claims`: what
+    the text sets at each measured batch that it is for.
+    """
+
+    text: str
+    note: str | None = None
+    setup: Setup | None = None
+    label: str = ""
+    claims: Mapping[int, Setup] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pick:
+    """The setup to export and notes for the user; `objection` is that of the engine's release."""
+
+    deployment: Deployment
+    release: EngineRelease
+    setup: Setup
+    notes: tuple[str, ...]
+    objection: Objection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """A pick in an engine's form; `claims` None: of one length for the batches around the choice."""
+
+    text: str
+    setup: Setup
+    notes: Sequence[str]
+    claims: Mapping[int, Setup] | None = None
+
+
+def pick(deployment: Deployment, release: EngineRelease, objection: Objection) -> Pick | Export:
+    """The choice, or the first alternative without an objection; an empty export where there is none."""
+    choice, notes = deployment.choice, [] if release.note is None else [release.note]
     if choice.setup.draft is None:
-        return None, [f"nothing to set for {engine.title}: plain decoding is the choice. {choice.reason}"]
+        return Export(
+            text="", note=f"nothing to set for {release.title}: plain decoding is the choice. {choice.reason}"
+        )
     skipped = []
-    for setup in dict.fromkeys((choice.setup, *(one.setup for one in choice.alternatives))):
+    for setup in dict.fromkeys((choice.setup, *(forecast.setup for forecast in choice.alternatives))):
         reason = objection(setup)
         if reason is not None:
             skipped.append(f"{setup.name} is left out: {reason}")
-        elif setup == choice.setup:
-            return setup, notes
-        else:
-            instead = (
-                f"{setup.name} is emitted instead: the best forecast setup {engine.name} takes, not proven by runs"
-            )
-            return setup, [*notes, *skipped, instead]
-    return None, [*notes, f"nothing to set for {engine.title}", *skipped]
+            continue
+        if setup != choice.setup:
+            instead = f"the best forecast setup {release.name} takes, not proven by runs"
+            notes += [*skipped, f"{setup.name} is emitted instead: {instead}"]
+        return Pick(deployment=deployment, release=release, setup=setup, notes=tuple(notes), objection=objection)
+    return Export(text="", note="; ".join([*notes, f"nothing to set for {release.title}", *skipped]))
 
 
-def one_length(deployment: Deployment, setup: Setup, limit: str, *, alike: bool = False) -> str:
-    """What to say for an engine that keeps one length: the batches it was decided for, and the `limit` that keeps them.
+def one_length_note(deployment: Deployment, setup: Setup, limit: str, *, all_alike: bool = False) -> str:
+    """For an engine that keeps one length: the batches it was decided for, and the `limit` that keeps to them.
 
-    A batch is decided by the smallest measured one that is at least as large. `alike`: the length is for all of them.
+    A batch is decided by the smallest measured one that is at least as large. `all_alike`: one length for all batches.
     """
-    before, own, after = _around(deployment, setup, alike=alike)
-    last = own[-1].batch_size
+    before, inside, after = _around(deployment, setup, all_alike=all_alike)
+    last = inside[-1].batch_size
     span = f"{before[-1].batch_size + 1} to {last}, smaller ones otherwise" if before else f"up to {last}"
     beyond = f"{after[0].setup.name} was decided" if after else "nothing was measured"
     return f"k={setup.length} is for batches {span}; from {last + 1} on {beyond}: keep {limit} at or under {last}"
 
 
-def claimed(deployment: Deployment, setup: Setup, *, alike: bool = False) -> dict[int, Setup]:
-    """What an engine that keeps one length claims: the batches that `one_length` names."""
-    return {row.batch_size: setup for row in _around(deployment, setup, alike=alike)[1]}
+def one_length_claims(deployment: Deployment, setup: Setup, *, all_alike: bool = False) -> dict[int, Setup]:
+    """The claims of an engine that keeps one length: the batches of `one_length_note`."""
+    return {row.batch_size: setup for row in _around(deployment, setup, all_alike=all_alike)[1]}
 
 
-def _around(deployment: Deployment, setup: Setup, *, alike: bool) -> tuple[Sequence[Choice], ...]:
-    """The measured batches before, of and after the stretch around the asked one that a setup was decided for."""
-    rows = deployment.batches
-    asked = next(at for at, row in enumerate(rows) if row.batch_size == deployment.choice.batch_size)
-    others = [] if alike else [at for at, row in enumerate(rows) if row.setup not in (setup, deployment.choice.setup)]
-    first = max((at + 1 for at in others if at < asked), default=0)
-    end = min((at for at in others if at > asked), default=len(rows))
+def _around(deployment: Deployment, setup: Setup, *, all_alike: bool) -> tuple[Sequence[Choice], ...]:
+    """The measured batches before, in and after the stretch around the choice's batch that a setup was decided for."""
+    rows, chosen = deployment.batches, deployment.choice
+    index = next(index for index, row in enumerate(rows) if row.batch_size == chosen.batch_size)
+    others = [] if all_alike else [i for i, row in enumerate(rows) if row.setup not in (setup, chosen.setup)]
+    first = max((other + 1 for other in others if other < index), default=0)
+    end = min((other for other in others if other > index), default=len(rows))
     return rows[:first], rows[first:end], rows[end:]
 
 
-def made(deployment: Deployment, engine: Engine, setup: Setup, text: str, notes: list[str]) -> Export:
-    """The export with its label, of one length for the batches that were decided so."""
-    label = label_of(deployment, engine.form, setup)
-    return Export(text=text, note=joined(notes), setup=setup, label=label, claims=claimed(deployment, setup))
-
-
 def label_of(deployment: Deployment, form: str, setup: Setup) -> str:
-    """How sure a setup is. A choice measured on one engine is never called proven on another."""
+    """How sure a setup is; a choice measured on one engine is never proven on another."""
     choice = deployment.choice
     if deployment.transferred:
         return TRANSFERRED
@@ -96,77 +133,17 @@ def label_of(deployment: Deployment, form: str, setup: Setup) -> str:
     # paired runs time plain decoding beside their setup
     is_measured = choice.measured is not None and setup in (choice.measured.setup, PLAIN)
     if setup != choice.setup or not is_measured:
-        return f"forecast on {deployment.where}"
-    return "proven" if choice.proven and deployment.where == form else f"measured on {deployment.where}"
-
-
-def refused(notes: list[str]) -> Export:
-    return Export(text="", note=joined(notes))
-
-
-def joined(notes: list[str]) -> str | None:
-    return "; ".join(notes) or None
-
-
-def kind_objection(setup: Setup, engine: Engine) -> str | None:
-    """What no serving engine can be told: two sources, the target's own layers, a stop before a proposal."""
-    assert setup.draft is not None  # only drafting setups are asked about
-    if setup.draft.kind == "composite":
-        return f"{engine.title} takes a look-up or a draft model, not both"
-    if setup.draft.kind == "early_exit":
-        return f"{engine.title} cannot draft with the target's own layers"
-    if setup.draft.kind == "native" and engine.form not in NATIVE_FORMS:
-        return f"{engine.title} is not told of {setup.draft.name}"
-    if setup.stop_below is not None:
-        return f"{engine.title} has no stop before a proposal"
-    return None
-
-
-def weights_objection(target: Model, setup: Setup, engine: Engine) -> str | None:
-    """What came in a bundle has no place here; GGUF is for llama.cpp alone, which reads nothing else.
-
-    The target is named in the text for transformers only, which can be told GGUF too.
-    """
-    draft = setup.draft.model if setup.draft is not None else None
-    for role, model in (("target", target), ("draft", draft)):
-        if model is None:
-            continue
-        if model.name.startswith(IMPORTED_MARKS) and (role == "draft" or engine.form == "transformers"):
-            came = "came in a bundle from a path of another machine: its place here is not known"
-            return f"the {role} {replace_mark(model.name)} {came}"
-        if engine.form == "transformers":
-            continue
-        if engine.form == "llamacpp" and not is_gguf(model) and written_gguf(model) is None:
-            return f"llama.cpp reads GGUF files only: convert the {role} {model.name} and measure that"
-        if engine.form != "llamacpp" and is_gguf(model):
-            return f"the {role} {model.name} is a GGUF file, which {engine.title} is not told"
-    return None
-
-
-def is_gguf(model: Model) -> bool:
-    return model.name.lower().endswith(".gguf")
-
-
-def written_gguf(model: Model) -> Path | None:
-    """The GGUF that a run on llama.cpp wrote of a directory; None where there is none here."""
-    folder = Path(place_of(model))
-    found = gguf_place(folder, model.digest, model.dtype) if folder.is_dir() else None
-    return found if found is not None and found.is_file() else None
-
-
-def place_of(model: Model) -> str:
-    """The directory, file or hub id the engine loads."""
-    if model.name.startswith(BUILTIN):
-        return str(BUILTIN_FOLDER / model.name.removeprefix(BUILTIN))
-    return model.name
+        return f"forecast on {deployment.engine}"
+    return "proven" if choice.proven and deployment.engine == form else f"measured on {deployment.engine}"
 
 
 def comment(text: str) -> str:
-    """One line, whatever a name or a domain holds: a line break would end the comment, a control character a file."""
+    """One line whatever a name holds: a line break would end the comment."""
     return "# " + " ".join(printable(text).split())
 
 
-def title(deployment: Deployment, setup: Setup, label: str) -> str:
+def title(deployment: Deployment, form: str, setup: Setup) -> str:
+    """The first comment of a file."""
     choice = deployment.choice
-    asked = f"{choice.domain} prompts, batch {choice.batch_size}, context up to {choice.context_length}"
-    return comment(f"{setup.name} for {asked} ({label})")
+    point = f"{choice.domain} prompts, batch {choice.batch_size}, context up to {choice.context_length}"
+    return comment(f"{setup.name} for {point} ({label_of(deployment, form, setup)})")

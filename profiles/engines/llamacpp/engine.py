@@ -1,56 +1,54 @@
-"""`LlamaCppEngine`: the engine protocol on llama.cpp's server, one process for every setup and number of rows.
+"""`LlamaCppEngine`: the engine protocol on llama.cpp's server, one process for every setup and batch size.
 
-Drafting cannot be changed while a server runs, so a setup is a server; a few are kept. Rounds are read from the stream
-of each request, times are the server's own. Knows nothing of stores or searches.
+Drafting cannot be changed while a server runs, so a setup is a server; a few are kept alive. Rounds are read from the
+stream of each request, times are the server's own.
 """
 
-import functools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 
 from profiles.engines.base import SERVED_KINDS, EngineCapabilities
-from profiles.engines.llamacpp import ngram, responses, timing
-from profiles.engines.llamacpp.binary import Program, Weights, weights_of
+from profiles.engines.llamacpp import ngram, timing
 from profiles.engines.llamacpp.flags import args_for, keeps_history
-from profiles.engines.llamacpp.responses import Generated, body_of
-from profiles.engines.llamacpp.servers import SPARE_TOKENS, LlamaServer, LlamaServers, Options
-from profiles.engines.lossless import check_end, check_queues
-from profiles.engines.serving.base import Served
-from profiles.engines.serving.server_kind import LLAMA_CPP
+from profiles.engines.llamacpp.responses import SERVER, LlamaCompletion, body_of
+from profiles.engines.llamacpp.servers import SPARE_TOKENS, LlamaServer, LlamaServers, Options, Program, weights_of
+from profiles.engines.lossless import check_end
+from profiles.engines.serving.base import Run, ServedEngine
 from profiles.hardware.fingerprint import fingerprint
 from profiles.models import loader
 from profiles.models.loader import DescribedModel
 from profiles.records.core import PLAIN, Draft, Environment, Prompt, Setup, Workload
 from profiles.records.errors import EngineError, InputError
-from profiles.records.evidence import Acceptance, AcceptanceTrace, Sample, StepTimes, TargetTrace
+from profiles.records.evidence import Acceptance, AcceptanceTrace, StepTimes, TargetTrace
 
 NAME = "llamacpp"
 WARM_UP_TOKENS = 16
 
 
-class LlamaCppEngine(Served[tuple[str, ...], LlamaServer]):
-    """A target and its drafts as GGUF files under llama.cpp; fits `protocol.Engine`. A context manager.
+class LlamaCppEngine(ServedEngine[tuple[str, ...], LlamaServer]):
+    """A target and its drafts as GGUF files under llama.cpp; fits `Engine`. A context manager.
 
-    Raises InputError: a draft that llama.cpp does not have, a GPU that it cannot use; ModelError: a model that is not
-    to be had as GGUF.
+    Raises InputError: a draft that llama.cpp does not have, a GPU that it cannot use; ModelError: a model without GGUF.
     """
 
     def __init__(self, target: DescribedModel, drafts: tuple[Draft, ...], program: Program, options: Options) -> None:
-        self._target, self._program, self._options = target, program, options
+        self._described, self._program, self._options = target, program, options
         program.check_device(options.device)
         for draft in drafts:
-            self._check_kind(draft)
+            check_draft(draft, program)
         self._file = weights_of(target.record)
         self._weights = {draft.digest: weights_of(draft.model) if draft.model else None for draft in drafts}
-        self._servers = LlamaServers(program, options, self._file, self._weights, target.max_positions)
+        self._servers = LlamaServers(
+            program, options, target=self._file, weights=self._weights, max_positions=target.max_positions
+        )
         super().__init__(target.record, drafts, self._servers.pool)
         self._environment = replace(
             fingerprint(options.device),
             engine=NAME,
             engine_version=program.version,
             threads=options.threads,
-            engine_options=json.dumps(self._servers.told, sort_keys=True, separators=(",", ":")),
+            engine_options=json.dumps(self._servers.engine_options, sort_keys=True, separators=(",", ":")),
         )
 
     @property
@@ -58,14 +56,14 @@ class LlamaCppEngine(Served[tuple[str, ...], LlamaServer]):
         return EngineCapabilities(
             name=NAME,
             times="rounds",
-            past_end=LLAMA_CPP.past_end,
+            past_end=SERVER.past_end,
             batching="continuous",
             num_drafts="rounds that proposed",
             draft_kinds=SERVED_KINDS,
             traced_kinds=("model", "ngram"),
             length_change="restart",
-            keeps_history=LLAMA_CPP.keeps_history,
-            drops_short=LLAMA_CPP.drops_short,
+            keeps_history=SERVER.keeps_history,
+            drops_short=SERVER.drops_short,
             origin=f"{NAME} {self._program.version} {self._file.float_type}",
         )
 
@@ -74,165 +72,133 @@ class LlamaCppEngine(Served[tuple[str, ...], LlamaServer]):
         return self._environment
 
     def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
-        """One plain run; a token that is half of a character has probability and gap 0, for it is not told."""
+        """One plain run; a token that is part of a character is not reported, so its probability and gap are 0."""
         alone = replace(workload, batch_size=1)
         self._check(alone, (prompt,), PLAIN)
-        server = self._servers.of(PLAIN, alone)
+        server = self._servers.get(PLAIN, alone)
         body = body_of(alone, prompt.token_ids, n_probs=2)
-        [run] = server.ask([body], 1)
-        token_ids = server.tokens_of(body, run)
-        probs, gaps = responses.probs_of(run)
-        if workload.temperature > 0.0:
-            [filtered] = server.ask([body | {"n_probs": 1, "post_sampling_probs": True}], 1)
-            probs, _ = responses.probs_of(filtered)
-        check_end(NAME, workload, token_ids)
-        return TargetTrace(
-            prompt_digest=prompt.digest,
-            token_ids=tuple(token_ids),
-            target_probs=tuple(probs),
-            logit_gaps=tuple(gaps),
-            ended=token_ids[-1] in workload.end_token_ids,
-        )
+        [run] = server.complete([body], 1)
+        check_end(NAME, workload, run.token_ids)
+        if workload.temperature > 0.0:  # probabilities after the filters
+            [filtered] = server.complete([body | {"n_probs": 1, "post_sampling_probs": True}], 1)
+            run = replace(run, log_probs=filtered.log_probs)
+        return run.trace(prompt, workload.end_token_ids)
 
     def trace_draft(
         self, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft, max_length: int
     ) -> Acceptance:
-        """A look-up along the trace, or a draft model asked for its next token at every place of it.
+        """A look-up along the trace, or the next token of a draft model at every position of it.
 
-        llama.cpp's drafts are greedy at any temperature: a token is kept exactly when it is what the target emits.
+        llama.cpp's drafts are greedy at any temperature: a token is accepted exactly when it is what the target emits.
         """
-        weights = self._weights_of(draft)
+        self._check_draft(draft)
         if draft.kind == "ngram":
             return ngram.trace_lookup(draft, prompt, trace, max_length)
+        weights = self._weights[draft.digest]
         if weights is None or draft.kind != "model":
-            raise InputError(f"draft {draft.name}: llama.cpp does not tell what it would draft; it is run instead")
+            raise InputError(f"draft {draft.name}: llama.cpp does not report what it would draft; it is run instead")
         alone = replace(workload, batch_size=1, temperature=0.0)
-        server = self._servers.scoring(weights, alone)
         text = [*prompt.token_ids, *trace.token_ids]
         bodies = [
             body_of(alone, text[:end], n_predict=1, n_probs=1, cache_prompt=True, ignore_eos=False)
             for end in range(len(prompt.token_ids), len(text))
         ]
-        runs = server.ask(bodies, 1)
-        choices = [server.tokens_of(body, run) for body, run in zip(bodies, runs, strict=True)]
-        keeps = (choice == [token] for choice, token in zip(choices, trace.token_ids, strict=True))
+        runs = self._servers.scoring(weights, alone).complete(bodies, 1)
+        accepted = (run.token_ids == (token,) for run, token in zip(runs, trace.token_ids, strict=True))
         return AcceptanceTrace(
             prompt_digest=prompt.digest,
             draft_digest=draft.digest,
-            accept_probs=tuple(map(float, keeps)),
-            confidences=tuple(responses.probs_of(run)[0][0] for run in runs),
+            accept_probs=tuple(map(float, accepted)),
+            confidences=tuple(run.probs[0] for run in runs),
         )
 
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
         """Whole rounds of the target alone and of every traced draft, one server after another, shortest drafts first.
 
-        Drafts are accepted by made-up rates where the build can, so that every round drafts in full; all look-ups cost
-        the same and are timed once.
+        Drafts are accepted by synthetic rates where the build has them, so that every round drafts in full.
         """
         self._check_positions(context_length, max_length)
-        plan = timing.plan_of(self.target, self._drafts, max_length, self._program.has_synthetic)
+        has_rates = self._program.has_synthetic_rates
+        plan = timing.plan_of(self.target, self._drafts, max_length, has_synthetic_rates=has_rates)
         shape = timing.Shape(
             batch_size=workload.batch_size,
             context_length=context_length,
-            most_tokens=min(workload.context_length + SPARE_TOKENS, self._target.max_positions),
+            max_tokens=min(workload.context_length + SPARE_TOKENS, self._described.max_positions),
         )
         times, disturbed = self._quietest(
-            lambda: timing.time_plan(plan, shape, lambda asked: self._rounds(asked, shape, workload))
+            lambda: timing.time_plan(plan, shape, lambda visit: self._rounds(visit, shape, workload))
         )
-        return {part: replace(rounds, disturbed=disturbed) for part, rounds in times.items()}
-
-    def run_together(
-        self,
-        workload: Workload,
-        prompts: tuple[Prompt, ...],
-        setups: tuple[Setup, ...],
-        purpose: str,  # noqa: ARG002 -- a key of stored evidence
-    ) -> tuple[Sample, ...]:
-        """Timed runs, one setup after another; a server whose drafts remember earlier requests is started anew."""
-        for setup in setups:
-            self._check(workload, prompts, setup)
-        found = [self._quietest(functools.partial(self._run, workload, prompts, setup)) for setup in setups]
-        queues = [(setup, outputs) for setup, ((_, outputs), _) in zip(setups, found, strict=True)]
-        check_queues(self.target, workload, prompts, queues, self.trace_target)
-        return tuple(
-            replace(responses.sample_of(setup, prompt, number, runs, outputs[number]), disturbed=disturbed)
-            for setup, ((runs, outputs), disturbed) in zip(setups, found, strict=True)
-            for number, prompt in enumerate(prompts)
-        )
+        return {component: replace(rounds, disturbed=disturbed) for component, rounds in times.items()}
 
     @property
-    def _watched(self) -> tuple[str, ...] | None:
-        return (self._options.device,) if self._program.running is None else None
+    def _label(self) -> str:
+        return NAME
 
-    def _run(
-        self, workload: Workload, prompts: Sequence[Prompt], setup: Setup
-    ) -> tuple[list[Generated], list[list[int]]]:
-        """One queue under one setup: its runs and their tokens."""
-        server = self._servers.anew(setup, workload) if keeps_history(setup) else self._servers.of(setup, workload)
+    @property
+    def _watched_gpus(self) -> tuple[str, ...]:
+        return (self._options.device,)
+
+    def _decode(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> list[Run]:
+        """The queue through a warm server, a new one where drafts have a history."""
+        get = self._servers.restarted if keeps_history(setup) else self._servers.get
+        server = get(setup, workload)
         self._warm_up(server, workload)
         bodies = [body_of(workload, prompt.token_ids) for prompt in prompts]
-        runs = server.ask(bodies, workload.batch_size)
-        outputs = [server.tokens_of(*pair) for pair in zip(bodies, runs, strict=True)]
-        for token_ids in outputs:
-            check_end(NAME, workload, token_ids)
-        self._check_drafted(setup, runs, server)
-        return runs, outputs
+        completions = server.complete(bodies, workload.batch_size)
+        for completion in completions:
+            check_end(NAME, workload, completion.token_ids)
+        self._check_drafted(setup, completions, server)
+        return [replace(completion.run(), decode_s=completion.decode_s) for completion in completions]
 
-    def _rounds(self, asked: timing.Timed, shape: timing.Shape, workload: Workload) -> list[float]:
-        """Seconds of full rounds of one kind, of a batch that was there before."""
-        server = self._servers.of(asked.setup, workload, asked.words)
-        bodies = [timing.body_of(asked, shape)] * shape.batch_size
+    def _rounds(self, visit: timing.Visit, shape: timing.Shape, workload: Workload) -> list[float]:
+        """Seconds of full rounds of a visit, by a server that has run its batch before."""
+        server = self._servers.get(visit.setup, workload, visit.args)
+        bodies = [timing.body_of(visit, shape)] * shape.batch_size
         if not server.is_warm:
-            server.ask(bodies, shape.batch_size)
+            server.complete(bodies, shape.batch_size)
             server.is_warm = True
-        return timing.full_rounds(server.ask(bodies, shape.batch_size), asked.width)
+        return timing.full_rounds(server.complete(bodies, shape.batch_size), visit.width)
 
     def _warm_up(self, server: LlamaServer, workload: Workload) -> None:
-        """The first requests of a server pay for its buffers: as many as it has rows are thrown away."""
+        """The first requests of a server pay for its buffers: one for each row is dropped."""
         if not server.is_warm:
             short = replace(workload, max_new_tokens=min(WARM_UP_TOKENS, workload.max_new_tokens), end_token_ids=())
             room = workload.context_length - short.max_new_tokens
             body = body_of(short, timing.pattern(2, min(room, WARM_UP_TOKENS)))
-            server.ask([body] * workload.batch_size, workload.batch_size)
+            server.complete([body] * workload.batch_size, workload.batch_size)
             server.is_warm = True
 
-    def _weights_of(self, draft: Draft) -> Weights | None:
-        if draft.digest not in self._weights:
-            known = ", ".join(known.name for known in self._drafts) or "none"
-            raise InputError(f"draft {draft.name} is not loaded; loaded are {known}")
-        return self._weights[draft.digest]
-
-    def _check_kind(self, draft: Draft) -> None:
-        """Raises InputError: a draft that llama.cpp does not have."""
-        if draft.kind == "ngram":
-            ngram.check(draft)
-        args_for(Setup(draft=draft, length=1), self._program.spelling, "")
-
     def _check(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
-        draft = setup.draft
-        if draft is not None:
-            self._weights_of(draft)
-            if draft.kind == "ngram" and setup.length < ngram.check(draft):
-                raise InputError(
-                    f"{setup.name}: llama.cpp drops look-ups shorter than the match, {draft.min_match} tokens here"
-                )
+        self._check_draft(setup.draft)
+        if setup.draft is not None and setup.draft.kind == "ngram" and setup.length < ngram.match_size(setup.draft):
+            raise InputError(
+                f"{setup.name}: llama.cpp drops look-ups shorter than the match, {setup.draft.min_match} tokens here"
+            )
         if setup.stop_below is not None:
             raise InputError(f"{setup.name}: llama.cpp has no such stop")
         loader.check_prompts(workload, prompts)
         self._check_positions(workload.context_length, setup.length)
 
     def _check_positions(self, context_length: int, length: int) -> None:
-        most = self._target.max_positions
+        most = self._described.max_positions
         if context_length + length > most:
             raise InputError(
                 f"context {context_length} with speculation length {length}: model {self.target.name!r} has {most} "
                 f"positions; allowed are contexts up to {most - length} with that length"
             )
 
-    def _check_drafted(self, setup: Setup, runs: Sequence[Generated], server: LlamaServer) -> None:
-        """Raises EngineError: a draft model that never drafted; llama.cpp goes on without one it cannot use."""
-        could = setup.draft is not None and setup.draft.kind == "model" and any(run.num_tokens > 2 for run in runs)
-        if could and not any(step.proposed for run in runs for step in run.steps):
-            raise EngineError(
-                f"{setup.name}: llama.cpp drafted nothing: {server.last_error_line or 'it does not say why'}"
-            )
+    def _check_drafted(self, setup: Setup, completions: Sequence[LlamaCompletion], server: LlamaServer) -> None:
+        """Raises EngineError: a draft model that never drafted; llama.cpp goes on without one that it cannot use."""
+        if setup.draft is None or setup.draft.kind != "model":
+            return
+        could_draft = any(len(completion.token_ids) > 2 for completion in completions)
+        if could_draft and not any(step.proposed for completion in completions for step in completion.steps):
+            reason = server.server.process.last_error_line() or "its log is empty"
+            raise EngineError(f"{setup.name}: llama.cpp drafted nothing: {reason}")
+
+
+def check_draft(draft: Draft, program: Program) -> None:
+    """Raises InputError: a draft that llama.cpp does not have."""
+    if draft.kind == "ngram":
+        ngram.match_size(draft)
+    args_for(Setup(draft=draft, length=1), program.flags, "")

@@ -1,20 +1,21 @@
-"""How llama.cpp's `llama-server` is told to draft; its flags were renamed twice in 2026.
+"""Speculative flags of llama.cpp's `llama-server` by build; they were renamed twice in 2026.
 
-Every spelling below was parsed by the real parser (`common_params_parse` in the xllamacpp packages built from b8672,
-b8929, b9093, b9294 and b11549; `tests/lanes`). Between those builds the renaming happened, at a build not known here.
+llama.cpp's own parser read every flag set below, in the xllamacpp packages built from b8672, b8929, b9093, b9294 and
+b11549 (`tests/lanes`). At which builds between those the names changed is not known.
 """
 
 import re
+import shutil
 from dataclasses import dataclass
 
-from profiles.records.core import Draft, Setup
+from profiles.engines import rules
+from profiles.engines.releases import EngineRelease, build_number, release_of
+from profiles.hardware import software
+from profiles.records.core import Draft, Model, Setup
 from profiles.records.draft_spec import method_options
 from profiles.records.errors import InputError
 
-LOOK_UP = "ngram-simple"
-
-
-# methods that llama.cpp names itself -> its name of them, and what says how many tokens they draft
+# methods of llama.cpp's own: its name, and the flag for the number of drafted tokens
 NATIVE = {
     "eagle3": ("draft-eagle3", "--spec-draft-n-max"),
     "mtp": ("draft-mtp", "--spec-draft-n-max"),
@@ -22,22 +23,22 @@ NATIVE = {
     "ngram-map-k": ("ngram-map-k", "--spec-ngram-map-k-size-m"),
     "ngram-map-k4v": ("ngram-map-k4v", "--spec-ngram-map-k4v-size-m"),
 }
-
-
 KEEPS_HISTORY = ("ngram-mod", "ngram-map-k", "ngram-map-k4v")  # their pool outlives a request
-
-
 _OPTION = re.compile(r"[a-z][a-z-]*=[\w.]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spelling:
-    """The flags of the builds `first` to `last` (None: on to the newest); `has` and `lacks` tell it by its help."""
+class FlagSet:
+    """The flags of the builds `first` to `last` (None: and newer); the words `has` and `lacks` identify it in a help.
+
+    `{k}` stands for the drafted tokens, `{n}` for the match, `{model}` for the draft's file. Flags that let a server
+    draft fewer tokens (a minimum, a probability) are switched off: k tokens were measured.
+    """
 
     first: int
     last: int | None
-    model: tuple[str, ...]
-    ngram: tuple[str, ...]
+    model: str
+    ngram: str
     has: tuple[str, ...]
     lacks: tuple[str, ...] = ()
 
@@ -48,63 +49,100 @@ class Spelling:
         return f"b{self.first}" if self.first == self.last else f"b{self.first} to b{self.last}"
 
 
-# what drafts fewer tokens than asked (a least number, a least probability) is switched off: exactly k were measured
-SPELLINGS = (
-    Spelling(
+_DRAFT_MODEL = "--spec-draft-model {model} --spec-draft-n-max {k} --spec-draft-n-min 0 --spec-draft-p-min 0.0"
+_NGRAM = "--spec-type ngram-simple --spec-ngram-simple-size-n {n} --spec-ngram-simple-size-m {k}"
+FLAG_SETS = (
+    FlagSet(
         first=8672,
         last=8929,
-        model=("--model-draft {model}", "--draft-max {k}", "--draft-min 0", "--draft-p-min 0.0"),
-        ngram=("--spec-type ngram-simple", "--spec-ngram-size-n {n}", "--spec-ngram-size-m {k}", "--draft-max {k}"),
+        model="--model-draft {model} --draft-max {k} --draft-min 0 --draft-p-min 0.0",
+        ngram="--spec-type ngram-simple --spec-ngram-size-n {n} --spec-ngram-size-m {k} --draft-max {k}",
         has=("--draft-max", "--spec-type", "--spec-ngram-size-n"),
         lacks=("--spec-draft-n-max",),
     ),
-    Spelling(  # llama.cpp PR #22397: --draft-max and --spec-ngram-size-n removed, they end the server
+    FlagSet(  # PR #22397 removed --draft-max and --spec-ngram-size-n: they end the server
         first=9093,
         last=9093,
-        model=(
-            "--spec-draft-model {model}",
-            "--spec-draft-n-max {k}",
-            "--spec-draft-n-min 0",
-            "--spec-draft-p-min 0.0",
-        ),
-        ngram=("--spec-type ngram-simple", "--spec-ngram-simple-size-n {n}", "--spec-ngram-simple-size-m {k}"),
+        model=_DRAFT_MODEL,
+        ngram=_NGRAM,
         has=("--spec-draft-n-max", "--spec-ngram-simple-size-n"),
         lacks=("draft-simple",),
     ),
-    Spelling(  # llama.cpp PR #22964: a draft model needs its type named
+    FlagSet(  # PR #22964: the type of a draft model has to be given
         first=9294,
         last=None,
-        model=(
-            "--spec-type draft-simple",
-            "--spec-draft-model {model}",
-            "--spec-draft-n-max {k}",
-            "--spec-draft-n-min 0",
-            "--spec-draft-p-min 0.0",
-        ),
-        ngram=("--spec-type ngram-simple", "--spec-ngram-simple-size-n {n}", "--spec-ngram-simple-size-m {k}"),
+        model=f"--spec-type draft-simple {_DRAFT_MODEL}",
+        ngram=_NGRAM,
         has=("--spec-draft-n-max", "--spec-ngram-simple-size-n", "draft-simple"),
     ),
 )
 
 
-def spelling_of_build(build: int) -> Spelling | None:
-    return next((one for one in SPELLINGS if one.first <= build <= (one.last or build)), None)
+def flags_of_build(build: str) -> FlagSet | None:
+    number = build_number(build)
+    return next((flags for flags in FLAG_SETS if flags.first <= number <= (flags.last or number)), None)
 
 
-def spelling_of_help(text: str) -> Spelling | None:
+def flags_of_help(text: str) -> FlagSet | None:
     words = set(re.findall(r"[\w-]+", text))
-    known = (one for one in SPELLINGS if words.issuperset(one.has) and not words.intersection(one.lacks))
-    return next(known, None)
+    matching = (flags for flags in FLAG_SETS if words.issuperset(flags.has) and not words.intersection(flags.lacks))
+    return next(matching, None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlamaRelease(EngineRelease):
+    """A build of llama.cpp with its flags, None where they are not known."""
+
+    flags: FlagSet | None
+
+
+def release_of_build(version: str | None) -> LlamaRelease:
+    """The build given, else the `llama-server` that is installed, else the newest one known.
+
+    Raises InputError: not a build number.
+    """
+    program = None if version else software.llama_server_path() or shutil.which("llama-server")
+    text = None if program is None else software.server_help([program])
+    if text is not None:
+        name = "(the llama-server installed here)"
+        return LlamaRelease(engine="llamacpp", version=name, flags=flags_of_help(text))
+    release = release_of("llamacpp", version)
+    flags = flags_of_build(release.version)
+    return LlamaRelease(engine="llamacpp", version=release.version, note=release.note, flags=flags)
+
+
+def known_builds() -> str:
+    return ", ".join(flags.builds for flags in FLAG_SETS)
 
 
 def keeps_history(setup: Setup) -> bool:
-    """Whether what a setup drafts depends on what ran before it."""
+    """Whether what a setup drafts depends on earlier requests."""
     method = None if setup.draft is None else setup.draft.method
     return method is not None and method_options(method)[0] in KEEPS_HISTORY
 
 
-def args_for(setup: Setup, spelling: Spelling, weights: str | None = None) -> list[str]:
-    """The arguments of a setup that drafts, one word each; `weights` is the place of its draft's model.
+def objection(target: Model, setup: Setup, release: EngineRelease) -> str | None:
+    """Why llama.cpp cannot be told a setup; short look-up drafts are dropped (`common_ngram_simple_draft`)."""
+    assert isinstance(release, LlamaRelease)
+    if release.flags is None:
+        return f"the flags of {release.name} are not known: they are for {known_builds()}"
+    min_match = setup.draft.min_match if setup.draft is not None and setup.draft.kind == "ngram" else None
+    if min_match is not None and setup.length < min_match:
+        return f"llama.cpp drops look-up drafts shorter than the match, {min_match} tokens here"
+    return rules.objection(target, setup, release)
+
+
+def args_for_release(setup: Setup, release: EngineRelease) -> list[str]:
+    """As `args_for`, with the draft's own GGUF file."""
+    assert isinstance(release, LlamaRelease)
+    assert release.flags is not None
+    assert setup.draft is not None
+    model = setup.draft.model
+    return args_for(setup, release.flags, None if model is None else rules.gguf_path(model.name) or model.name)
+
+
+def args_for(setup: Setup, flags: FlagSet, weights: str | None = None) -> list[str]:
+    """The arguments of a setup that drafts; `weights` is the file of its draft model.
 
     Raises InputError: a kind of draft or a method that llama.cpp does not have.
     """
@@ -114,26 +152,25 @@ def args_for(setup: Setup, spelling: Spelling, weights: str | None = None) -> li
         return _native_args(draft, setup.length, weights)
     if draft.kind not in ("model", "ngram"):
         raise InputError(f"draft {draft.name}: llama.cpp has no {draft.kind} drafts")
-    parts = spelling.ngram if draft.model is None else spelling.model
-    words = [word for part in parts for word in part.split(" ")]
+    template = flags.ngram if draft.model is None else flags.model
     values = {"{n}": str(draft.min_match), "{k}": str(setup.length), "{model}": str(weights)}
-    return [values.get(word, word) for word in words]
+    return [values.get(word, word) for word in template.split()]
 
 
 def _native_args(draft: Draft, length: int, weights: str | None) -> list[str]:
-    """`ngram-mod,n-match=8` is `--spec-type ngram-mod --spec-ngram-mod-n-match 8`, with the length beside it."""
+    """`ngram-mod,n-match=8` becomes `--spec-type ngram-mod --spec-ngram-mod-n-match 8` and the length."""
     assert draft.method is not None
     name, options = method_options(draft.method)
     if name not in NATIVE:
         raise InputError(f"draft {draft.name}: llama.cpp's methods are {', '.join(NATIVE)}")
-    kind, length_flag = NATIVE[name]
-    words = ["--spec-type", kind, length_flag, str(length)]
+    spec_type, length_flag = NATIVE[name]
+    args = ["--spec-type", spec_type, length_flag, str(length)]
     if name == "ngram-mod" and "n-min" not in options:
-        words += ["--spec-ngram-mod-n-min", "1"]  # its own least number is above the lengths that are asked
+        args += ["--spec-ngram-mod-n-min", "1"]  # its default minimum is above the lengths that are measured
     if weights is not None:
-        words += ["--spec-draft-model", weights]
+        args += ["--spec-draft-model", weights]
     for key, value in options.items():
         if not _OPTION.fullmatch(f"{key}={value}"):
             raise InputError(f"draft {draft.name}: option {key}={value}: NAME=VALUE is needed, like n-match=8")
-        words += [f"--spec-{kind}-{key}", value]
-    return words
+        args += [f"--spec-{spec_type}-{key}", value]
+    return args

@@ -1,6 +1,6 @@
-"""What llama.cpp's `/completion` is asked and how its stream is read: tokens, rounds and the server's own seconds.
+"""Requests to llama.cpp's `/completion` and its streamed answers: tokens, rounds and the server's own seconds.
 
-Every event holds one token and the running totals `predicted_n`, `predicted_ms`, `draft_n` and `draft_n_accepted`; the
+Every event has one token and the running totals `predicted_n`, `predicted_ms`, `draft_n` and `draft_n_accepted`. The
 milliseconds are read once a round, so tokens with equal ones came of one round.
 """
 
@@ -13,76 +13,27 @@ from typing import Any
 
 import httpx2
 
-from profiles.engines.serving.http_load import TIMEOUT_S, Answer
+from profiles.engines.llamacpp import flags
+from profiles.engines.serving import metrics
+from profiles.engines.serving.completion import Completion, expected_shape
+from profiles.engines.serving.http_load import TIMEOUT_S, Answer, Body
 from profiles.engines.serving.logs import one_line
-from profiles.records.core import Prompt, Setup, Workload, digest_of
+from profiles.engines.serving.server_kind import ServerKind
+from profiles.records.core import Workload
 from profiles.records.errors import EngineError
-from profiles.records.evidence import RoundCount, Rounds, Sample, Shapes, StepShape
+from profiles.records.evidence import RoundCount
 
 PATH = "/completion"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One round of a request: when it ended (client's clock), seconds on the server's, and what came of it.
-
-    `rounds` above 1: so many rounds that cannot be told apart, because they emitted nothing but parts of a character.
-    """
-
-    arrived_s: float
-    seconds: float
-    proposed: int
-    accepted: int
-    rounds: int
-
-    @property
-    def split(self) -> list[RoundCount]:
-        """(proposed, accepted) of its rounds; of several, shared out evenly."""
-        proposed, accepted = _shares(self.proposed, self.rounds), _shares(self.accepted, self.rounds)
-        return list(map(RoundCount, proposed, accepted))
-
-
-def _shares(total: int, count: int) -> list[int]:
-    return [total // count + (place < total % count) for place in range(count)]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generated:
-    """One answer: its tokens and what was told of each, by place (parts of characters are missing), and its rounds."""
-
-    num_tokens: int
-    tokens: Mapping[int, int]
-    probs: Mapping[int, Mapping[str, Any]]
-    steps: tuple[Step, ...]
-    started_s: float
-    first_s: float
-    last_s: float
-    decode_s: float
-    refills: int
-
-    @property
-    def token_ids(self) -> list[int] | None:
-        """All tokens in order; None where some were not streamed, see `tokens_again`."""
-        ordered = [self.tokens[place] for place in sorted(self.tokens)]
-        return ordered if len(ordered) == self.num_tokens else None
-
-    @property
-    def rounds(self) -> Rounds:
-        return Counter(pair for step in self.steps for pair in step.split)
-
-    @property
-    def shapes(self) -> Shapes:
-        return Counter(StepShape(proposed + 1) for step in self.steps for proposed, _ in step.split)
-
-
 def body_of(workload: Workload, token_ids: Sequence[int], **more: Any) -> dict[str, Any]:
-    """A request for a timed run: samplers as the workload says and no others, nothing cached, rounds told.
+    """A request for a timed run: the workload's samplers only, nothing cached, rounds reported.
 
-    Temperature comes before top-k and top-p, as in torch and vLLM; llama.cpp's own order is another law.
+    Temperature comes before top-k and top-p, as in torch and vLLM; llama.cpp's default order samples differently.
     """
-    law = {"temperature": workload.temperature, "samplers": ["temperature"]}
+    sampling: dict[str, Any] = {"temperature": workload.temperature, "samplers": ["temperature"]}
     if workload.temperature > 0.0:
-        law |= {"samplers": ["temperature", "top_k", "top_p"], "top_k": workload.top_k, "top_p": workload.top_p}
+        sampling |= {"samplers": ["temperature", "top_k", "top_p"], "top_k": workload.top_k, "top_p": workload.top_p}
     return {
         "prompt": list(token_ids),
         "n_predict": workload.max_new_tokens,
@@ -91,65 +42,85 @@ def body_of(workload: Workload, token_ids: Sequence[int], **more: Any) -> dict[s
         "cache_prompt": False,
         "return_tokens": True,
         "timings_per_token": True,
-        **law,
+        **sampling,
         **more,
     }
 
 
-def read(answer: Answer, url: str) -> Generated:
-    """The answer's tokens and rounds. Raises EngineError: an event that llama.cpp does not send."""
-    try:
-        return _read(answer)
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise EngineError(f"{url} answers as no llama-server does: {error!r}") from error
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One round of a request: when it ended on the client's clock, the server's seconds, and its tokens.
+
+    `rounds` above 1: rounds that cannot be told apart, because they emitted parts of characters only.
+    """
+
+    arrived_s: float
+    seconds: float
+    proposed: int
+    accepted: int
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlamaCompletion(Completion):
+    """A completion with its rounds one by one, and the server's own seconds of decoding."""
+
+    steps: tuple[Step, ...]
+    decode_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Totals:
+    """The running totals of an event."""
+
     arrived_s: float
     tokens: int
-    milliseconds: float
-    proposed: int
-    accepted: int
+    milliseconds: float = 0.0
+    proposed: int = 0
+    accepted: int = 0
 
 
-def _totals(arrived_s: float, event: Mapping[str, Any]) -> _Totals:
-    timings = event["timings"]
-    return _Totals(
-        arrived_s=arrived_s,
-        tokens=event["tokens_predicted"],
-        milliseconds=timings["predicted_ms"],
-        proposed=timings.get("draft_n", 0),
-        accepted=timings.get("draft_n_accepted", 0),
-    )
+@expected_shape()
+def read(answer: Answer, url: str, body: Body) -> LlamaCompletion:
+    """Reads an answer; its tokens are requested again in one piece where parts of characters were not streamed.
 
-
-def _read(answer: Answer) -> Generated:
-    tokens: dict[int, int] = {}
-    probs: dict[int, Mapping[str, Any]] = {}
+    Raises EngineError: an event of another form.
+    """
     first_s = answer.chunks[0][0]
-    totals = [_Totals(arrived_s=first_s, tokens=1, milliseconds=0.0, proposed=0, accepted=0)]
+    token_ids: dict[int, int] = {}  # by position
+    probs: dict[int, Mapping[str, Any]] = {}
+    totals = [_Totals(arrived_s=first_s, tokens=1)]
     for arrived_s, event in answer.chunks:
-        now = _totals(arrived_s, event)
+        timings = event["timings"]
+        now = _Totals(
+            arrived_s=arrived_s,
+            tokens=event["tokens_predicted"],
+            milliseconds=timings["predicted_ms"],
+            proposed=timings.get("draft_n", 0),
+            accepted=timings.get("draft_n_accepted", 0),
+        )
         if now.tokens > 1 and now.milliseconds != totals[-1].milliseconds:
             totals.append(now)
         elif now.tokens > totals[-1].tokens:
             totals[-1] = now
         for token in event["tokens"]:
-            tokens[now.tokens - 1] = int(token)
-        for told in event.get("completion_probabilities", ()):
-            probs[now.tokens - 1] = told
-    last = answer.last
-    return Generated(
-        num_tokens=last["tokens_predicted"],
-        tokens=tokens,
-        probs=probs,
-        steps=tuple(_step(*pair) for pair in itertools.pairwise(totals) if pair[1].tokens > pair[0].tokens),
+            token_ids[now.tokens - 1] = int(token)
+        for prob in event.get("completion_probabilities", ()):
+            probs[now.tokens - 1] = prob
+    num_tokens = answer.last["tokens_predicted"]
+    steps = tuple(_step(before, after) for before, after in itertools.pairwise(totals) if after.tokens > before.tokens)
+    ordered = [token_ids[position] for position in sorted(token_ids)]
+    log_probs = [_log_probs(probs.get(position, {})) for position in range(num_tokens)] if probs else []
+    return LlamaCompletion(
         started_s=answer.started_s,
-        first_s=first_s,
-        last_s=answer.chunks[-1][0],
+        token_ids=tuple(ordered if len(ordered) == num_tokens else tokens_again(url, body)),
+        arrivals=((first_s, 1), *((step.arrived_s, step.accepted + step.rounds) for step in steps)),
         decode_s=totals[-1].milliseconds / 1000.0,
+        log_probs=tuple(log_prob for log_prob, _ in log_probs),
+        gaps=tuple(gap for _, gap in log_probs),
+        rounds=Counter(round_count for step in steps for round_count in _rounds_of(step)),
         refills=answer.refills,
+        steps=steps,
     )
 
 
@@ -166,44 +137,53 @@ def _step(before: _Totals, after: _Totals) -> Step:
     )
 
 
-def probs_of(run: Generated) -> tuple[list[float], list[float]]:
-    """The probability of every token and the gap of the two largest logits; 0 and 0 where the server told none.
+def _rounds_of(step: Step) -> list[RoundCount]:
+    """A step's rounds; the tokens of several are shared out evenly."""
+    shares = [
+        [total // step.rounds + (number < total % step.rounds) for number in range(step.rounds)]
+        for total in (step.proposed, step.accepted)
+    ]
+    return list(map(RoundCount, *shares))
+
+
+def _log_probs(prob: Mapping[str, Any]) -> tuple[float, float]:
+    """A token's log-probability and the gap of the two largest logits; -inf and 0 where the server sent none.
 
     Gaps need `n_probs` 2 and no `post_sampling_probs`, and are 0 without.
     """
-    probs, gaps = [], []
-    for place in range(run.num_tokens):
-        told = run.probs.get(place, {"prob": 0.0})
-        ranked = [one["logprob"] for one in told.get("top_logprobs", ())]
-        probs.append(told["prob"] if "prob" in told else math.exp(told["logprob"]))
-        gaps.append(max(0.0, ranked[0] - ranked[1]) if len(ranked) > 1 else 0.0)
-    return probs, gaps
+    ranked = [top["logprob"] for top in prob.get("top_logprobs", ()) if "logprob" in top]
+    gap = max(0.0, ranked[0] - ranked[1]) if len(ranked) > 1 else 0.0
+    if "prob" in prob:
+        return (math.log(prob["prob"]) if prob["prob"] > 0.0 else -math.inf), gap
+    return prob.get("logprob", -math.inf), gap
 
 
-def tokens_again(url: str, body: Mapping[str, Any]) -> list[int]:
-    """All tokens of a request, parts of characters too: asked again in one piece, where no round is told.
+def tokens_again(url: str, body: Body) -> list[int]:
+    """All tokens of a request, parts of characters too: requested in one piece, where no round is reported.
 
     Raises EngineError.
     """
     try:
-        answer = httpx2.post(f"{url}{PATH}", json=dict(body), timeout=TIMEOUT_S, trust_env=False)
-        answer.raise_for_status()
-        return [int(token) for token in answer.json()["tokens"]]
+        response = httpx2.post(f"{url}{PATH}", json=dict(body), timeout=TIMEOUT_S, trust_env=False)
+        response.raise_for_status()
+        return [int(token) for token in response.json()["tokens"]]
     except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
         raise EngineError(f"{url}{PATH} did not answer: {one_line(str(error)) or type(error).__name__}") from error
 
 
-def sample_of(setup: Setup, prompt: Prompt, number: int, runs: Sequence[Generated], token_ids: list[int]) -> Sample:
-    """The run of one prompt among those of its queue; a first token of another that came meanwhile was a refill."""
-    run = runs[number]
-    return Sample(
-        setup_digest=setup.digest,
-        prompt_digest=prompt.digest,
-        ttft_s=run.first_s - run.started_s,
-        decode_s=run.decode_s,
-        output_tokens=len(token_ids),
-        rounds=run.rounds,
-        shapes=run.shapes,
-        refills=run.refills,
-        output_digest=digest_of(token_ids),
-    )
+SERVER = ServerKind(
+    # it stops at its model's own end tokens, and at no others
+    body_of=lambda workload, prompt: body_of(workload, prompt.token_ids),
+    path=PATH,
+    log_probs_of=lambda count: {"n_probs": count},
+    read=read,
+    objection=flags.objection,
+    args_for=flags.args_for_release,
+    counters=metrics.LLAMA_CPP,
+    past_end=False,
+    keeps_history=flags.KEEPS_HISTORY,
+    drops_short=True,
+    look_up="ngram:max=3,min=3",
+    verifies_by_sampling=True,
+    reads_gguf=True,
+)

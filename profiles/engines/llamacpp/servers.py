@@ -1,43 +1,110 @@
-"""The llama.cpp servers of an engine: their commands, and the few of them that are kept alive.
+"""The llama.cpp program that is run, the models' files, and the pool of servers: one for every setup and batch size."""
 
-Knows no workload beyond its rows and its context.
-"""
-
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from profiles.engines.llamacpp import responses
-from profiles.engines.llamacpp.binary import Program, Weights
-from profiles.engines.llamacpp.flags import args_for
-from profiles.engines.llamacpp.responses import Generated
+from profiles.engines import rules
+from profiles.engines.llamacpp import responses, xllamacpp_server
+from profiles.engines.llamacpp.flags import FlagSet, args_for, flags_of_help, known_builds
+from profiles.engines.llamacpp.responses import LlamaCompletion
 from profiles.engines.serving.http_load import drive
 from profiles.engines.serving.pool import ServerPool
-from profiles.engines.serving.process import RunningServer, Server
-from profiles.records.core import Setup, Workload
-from profiles.records.errors import InputError
+from profiles.engines.serving.process import Server
+from profiles.hardware import software
+from profiles.hardware.software import XLLAMACPP
+from profiles.models import sources
+from profiles.records.core import Model, Setup, Workload
+from profiles.records.errors import InputError, ModelError
 
 START_TIMEOUT_S = 600.0
-SPARE_TOKENS = 80  # a row's cache beside its context: llama.cpp drafts less where it nears the end
-# in float32, where tokens are held against the torch engine's, caches are float32 too
-EXACT = ("-fa", "off", "-ctk", "f32", "-ctv", "f32")
+SPARE_TOKENS = 80  # a row's cache beside its context: llama.cpp drafts less near the end of it
+# float32 models are compared with the torch engine token by token, so caches are float32 too
+EXACT, EXACT_DRAFT = ("-fa", "off", "-ctk", "f32", "-ctv", "f32"), ("-ctkd", "f32", "-ctvd", "f32")
 ON_GPU, ON_CPU = ("-ngl", "99"), ("-dev", "none")
 DRAFT_ON_GPU, DRAFT_ON_CPU = ("-ngld", "99"), ("-devd", "none")
-EXACT_DRAFT = ("-ctkd", "f32", "-ctvd", "f32")
+_FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """How a server is started; `has_synthetic_rates`: it can accept drafts by given rates."""
+
+    command: tuple[str, ...]
+    version: str
+    flags: FlagSet
+    has_synthetic_rates: bool
+
+    def check_device(self, device: str) -> None:
+        """Raises InputError: a GPU for a build that can use none."""
+        if device.startswith("cuda") and not software.server_devices(self.command):
+            raise InputError(f"device {device!r}: {self.version} finds no GPU; take cpu, or a llama-server with CUDA")
+
+
+def find_program(path: str | None = None) -> Program:
+    """The `llama-server` at `path` or by that name on the PATH; None: $DRAFTPICK_LLAMA_SERVER, else xllamacpp.
+
+    Raises InputError: it cannot be run, or its flags are not known.
+    """
+    path = path or software.llama_server_path()
+    if path is not None:
+        command, version = [path], software.server_version([path])
+    else:
+        installed = software.installed_version(XLLAMACPP)
+        if installed is None:
+            raise InputError(
+                "llama.cpp is not installed: install its llama-server and name it with --engine-command, or the "
+                "package xllamacpp (pip install 'draftpick[llamacpp]')"
+            )
+        command, version = [sys.executable, "-P", xllamacpp_server.__file__], f"{XLLAMACPP} {installed}"
+    text = software.server_help(command)
+    if text is None or version is None:
+        raise InputError(f"llama-server {path!r}: it cannot be run, or does not report its version")
+    flags = flags_of_help(text)
+    if flags is None:
+        raise InputError(f"llama-server {path!r}: its flags are not known; known are those of {known_builds()}")
+    has_rates = "--spec-synth-rates" in text
+    return Program(command=tuple(command), version=version, flags=flags, has_synthetic_rates=has_rates)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """A model's GGUF file, and the type of its weights: float32, float16, bfloat16, or a quantised one's name."""
+
+    path: str
+    float_type: str
+
+
+def weights_of(model: Model) -> Weights:
+    """The GGUF file of a model. Raises ModelError: it has none."""
+    source = sources.find(model.name)
+    if source.gguf is not None:
+        float_type = source.gguf.float_type
+        return Weights(path=str(source.gguf.path), float_type=_FLOAT_TYPES.get(float_type, float_type))
+    path = rules.gguf_path(model.name)
+    if path is None:
+        raise ModelError(
+            f"model {model.name!r}: llama.cpp reads GGUF files only; convert it with llama.cpp's convert_hf_to_gguf.py "
+            "and give the .gguf file"
+        )
+    if model.dtype != "float32":
+        raise ModelError(f"model {model.name!r}: its GGUF file is float32; {model.dtype} was given")
+    return Weights(path=path, float_type=model.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How every server is started; on a GPU with all layers there.
+    """How every server is started, on a GPU with all layers there.
 
-    `more`: arguments added as they are (`-b 512`). `most_alive` servers are kept, by default one on a GPU, else four.
+    `more`: further arguments (`-b 512`). `max_alive`: servers kept at a time, by default one on a GPU, else four.
     """
 
     threads: int
     log_folder: Path
     more: tuple[str, ...] = ()
-    most_alive: int | None = None
+    max_alive: int | None = None
     device: str = "cpu"
 
     @property
@@ -46,9 +113,9 @@ class Options:
 
 
 class LlamaServer:
-    """A server and what was already run on it, as a fleet keeps it."""
+    """A running server; `is_warm`: it has answered requests before."""
 
-    def __init__(self, server: Server | RunningServer) -> None:
+    def __init__(self, server: Server) -> None:
         self.server = server
         self.is_warm = False
 
@@ -57,123 +124,86 @@ class LlamaServer:
         return self.server.alive
 
     @property
-    def url(self) -> str:
-        return self.server.url
-
-    @property
     def pids(self) -> tuple[int, ...]:
         return self.server.pids
 
     @property
-    def last_error_line(self) -> str:
-        """What its log says of an error; empty where it says nothing, or where somebody else keeps the log."""
-        return self.server.process.last_error_line() if isinstance(self.server, Server) else ""
+    def url(self) -> str:
+        return self.server.url
 
     def stop(self) -> None:
-        """Ends it; safe to call again."""
         self.server.stop()
 
-    def ask(self, bodies: Sequence[dict[str, Any]], concurrency: int) -> list[Generated]:
-        """The answers, in order. Raises EngineError, with the server's last words where it died."""
+    def complete(self, bodies: Sequence[dict[str, Any]], concurrency: int) -> list[LlamaCompletion]:
+        """The completions, in order. Raises EngineError, with the server's last error line where it died."""
         with self.server.watched():
             answers = drive(self.url, responses.PATH, bodies, concurrency)
-            return [responses.read(answer, self.url) for answer in answers]
-
-    def tokens_of(self, body: dict[str, Any], run: Generated) -> list[int]:
-        """Tokens of a run, asked again where parts of characters were not streamed."""
-        found = run.token_ids
-        if found is None:
-            with self.server.watched():
-                found = responses.tokens_again(self.url, body)
-        return found
+            pairs = zip(answers, bodies, strict=True)
+            return [responses.read(answer, self.url, body) for answer, body in pairs]
 
 
 class LlamaServers:
-    """The servers of one target, kept in `pool`.
+    """The servers of one target in a `pool`; `weights` are the drafts' by digest.
 
-    `weights` are the drafts' by digest; rows are never longer than `max_positions`.
-    Every method that gives a server raises EngineError where it cannot be started, with its last words.
+    Every method that returns a server raises EngineError where it cannot be started, with its last error line.
     """
 
     def __init__(
         self,
         program: Program,
         options: Options,
+        *,
         target: Weights,
         weights: Mapping[str, Weights | None],
         max_positions: int,
     ) -> None:
         self._program, self._options = program, options
         self._target, self._weights, self._max_positions = target, weights, max_positions
-        self._exact = EXACT if target.float_type == "float32" else ()
-        self._where = ON_GPU if options.on_gpu else ON_CPU
+        self._device_args = ON_GPU if options.on_gpu else ON_CPU
+        self._exact_args = EXACT if target.float_type == "float32" else ()
         self.pool: ServerPool[tuple[str, ...], LlamaServer] = ServerPool(
-            self._start, options.most_alive or (1 if options.on_gpu else 4)
+            self._start, options.max_alive or (1 if options.on_gpu else 4)
         )
 
     @property
-    def told(self) -> dict[str, Any]:
+    def engine_options(self) -> dict[str, Any]:
         """What times depend on beside threads: the arguments of every server, and the type of the weights."""
-        return {"more": [*self._where, *self._exact, *self._options.more], "weights": self._target.float_type}
+        more = [*self._device_args, *self._exact_args, *self._options.more]
+        return {"more": more, "weights": self._target.float_type}
 
-    def of(self, setup: Setup, workload: Workload, more: Sequence[str] = ()) -> LlamaServer:
-        """The server of a setup for so many rows; `more` arguments make it another one.
+    def get(self, setup: Setup, workload: Workload, more: Sequence[str] = ()) -> LlamaServer:
+        """The server of a setup and batch size; other `more` arguments are another server."""
+        return self.pool.get(self._command_for(setup, workload, more))
 
-        Raises InputError: a server that was running serves another setup, or fewer requests at a time.
-        """
-        return self.pool.ask(self._key(setup, workload, more))
-
-    def anew(self, setup: Setup, workload: Workload) -> LlamaServer:
-        """As `of`, freshly started: one that remembers no request."""
-        self.pool.stop(self._key(setup, workload))
-        return self.of(setup, workload)
+    def restarted(self, setup: Setup, workload: Workload) -> LlamaServer:
+        """As `get`, freshly started: it has no history of requests."""
+        self.pool.stop(self._command_for(setup, workload))
+        return self.get(setup, workload)
 
     def scoring(self, weights: Weights, workload: Workload) -> LlamaServer:
-        """A draft as a target of its own. Raises InputError: only a server that was running may be used."""
-        if self._program.running is not None:
-            raise InputError(f"{weights.path.name}: a server that is running already does not tell what it would draft")
-        return self.pool.ask(self._command(weights.path, workload, ()))
+        """A server whose target is a draft's model."""
+        return self.pool.get(self._command(weights.path, workload))
 
-    def _key(self, setup: Setup, workload: Workload, more: Sequence[str] = ()) -> tuple[str, ...]:
-        """The command of a setup's server, which is also its key in the fleet; the URL of one that was running."""
-        running = self._program.running
-        if running is not None:
-            if setup != running.serves or more:
-                raise InputError(f"{setup.name}: the server at {running.url} serves {running.serves.name} alone")
-            if workload.batch_size > running.num_rows:
-                raise InputError(
-                    f"batch size {workload.batch_size}: the server at {running.url} has {running.num_rows} slots"
-                )
-            return (running.url,)
+    def _command_for(self, setup: Setup, workload: Workload, more: Sequence[str] = ()) -> tuple[str, ...]:
+        """The command of a setup's server, its key in the pool."""
         if setup.draft is None:
             return self._command(self._target.path, workload, more)
         weights = self._weights.get(setup.draft.digest)
-        words = args_for(setup, self._program.spelling, None if weights is None else str(weights.path))
+        args = args_for(setup, self._program.flags, None if weights is None else weights.path)
         if weights is not None:
-            words += ["-td", str(self._options.threads), "-tbd", str(self._options.threads)]
-            words += DRAFT_ON_GPU if self._options.on_gpu else DRAFT_ON_CPU
-            words += EXACT_DRAFT if self._exact else ()
-        return self._command(self._target.path, workload, [*words, *more])
+            args += ["-td", str(self._options.threads), "-tbd", str(self._options.threads)]
+            args += DRAFT_ON_GPU if self._options.on_gpu else DRAFT_ON_CPU
+            args += EXACT_DRAFT if self._exact_args else ()
+        return self._command(self._target.path, workload, [*args, *more])
 
-    def _command(self, path: Path, workload: Workload, words: Sequence[str]) -> tuple[str, ...]:
+    def _command(self, path: str, workload: Workload, args: Sequence[str] = ()) -> tuple[str, ...]:
         row = min(workload.context_length + SPARE_TOKENS, self._max_positions)
-        options = {
-            "-m": str(path),
-            "--host": "{host}",
-            "--port": "{port}",
-            "-c": str(row * workload.batch_size),
-            "-np": str(workload.batch_size),
-            "-t": str(self._options.threads),
-            "-tb": str(self._options.threads),
-        }
-        own = [word for pair in options.items() for word in pair]
-        return (*self._program.command, *own, *self._where, *self._exact, "--metrics", *words, *self._options.more)
+        batch_size, threads = str(workload.batch_size), str(self._options.threads)
+        command = [*self._program.command, "-m", path, "--host", "{host}", "--port", "{port}"]
+        command += ["-c", str(row * workload.batch_size), "-np", batch_size, "-t", threads, "-tb", threads]
+        return (*command, *self._device_args, *self._exact_args, "--metrics", *args, *self._options.more)
 
     def _start(self, command: tuple[str, ...]) -> LlamaServer:
-        server: Server | RunningServer
-        if self._program.running is not None:
-            server = RunningServer(self._program.running.url)
-        else:
-            server = Server(command, self._options.log_folder / f"llama-server-{self.pool.num_starts}.log")
+        server = Server(command, self._options.log_folder / f"llama-server-{self.pool.num_starts}.log")
         server.wait_ready(START_TIMEOUT_S)
         return LlamaServer(server)

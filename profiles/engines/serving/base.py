@@ -1,25 +1,43 @@
-"""What the adapters share: target and drafts, a fleet of processes and its end, and timing while others are watched.
+"""`ServedEngine`: what the adapters of serving engines share: a pool of processes, queues of requests, checks.
 
-Knows no engine.
+It fits `profiles.engines.base.Engine` together with what an adapter adds: how a queue is decoded.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Generic, Self, TypeVar
 
+from profiles.engines.lossless import check_queues
 from profiles.engines.serving.pool import Key, Member, ServerPool
-from profiles.records.core import Draft, Model
+from profiles.engines.serving.sampling_check import check_means
+from profiles.records.core import PLAIN, Draft, Model, Prompt, Setup, Workload, digest_of
 from profiles.records.errors import InputError
+from profiles.records.evidence import Rounds, Sample, Shapes, TargetTrace
 from profiles.timing.clock import quietest
 
 Measurement = TypeVar("Measurement")
 
 
-class Served(ABC, Generic[Key, Member]):
-    """An engine as far as its processes go; a context manager, which ends them."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One request as it was decoded; `rounds` are empty where the server does not report them."""
+
+    token_ids: Sequence[int]
+    ttft_s: float
+    decode_s: float
+    rounds: Rounds = field(default_factory=dict)
+    shapes: Shapes = field(default_factory=dict)
+    refills: int = 0
+
+
+class ServedEngine(ABC, Generic[Key, Member]):
+    """An engine whose setups run in processes of a pool; a context manager, which ends them."""
 
     def __init__(self, target: Model, drafts: Sequence[Draft], pool: ServerPool[Key, Member]) -> None:
-        self._model, self._drafts, self._fleet = target, tuple(drafts), pool
+        self._model, self._drafts, self._pool = target, tuple(drafts), pool
+        self._checked_sampling: set[tuple[str, str]] = set()  # (draft, sampling) digests
 
     @property
     def target(self) -> Model:
@@ -32,21 +50,21 @@ class Served(ABC, Generic[Key, Member]):
     @property
     def num_starts(self) -> int:
         """Processes started so far."""
-        return self._fleet.num_starts
+        return self._pool.num_starts
 
     @property
     def starting_s(self) -> float:
         """Seconds that the starts took."""
-        return self._fleet.starting_s
+        return self._pool.starting_s
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """All processes that live now."""
-        return tuple(pid for member in self._fleet.members for pid in member.pids)
+        """Processes that run now."""
+        return tuple(pid for member in self._pool.members for pid in member.pids)
 
     def close(self) -> None:
-        """Ends all of them; safe to call again, and a later question starts what it needs."""
-        self._fleet.close()
+        """Ends the processes; a later call of the engine starts what it needs."""
+        self._pool.close()
 
     def __enter__(self) -> Self:
         return self
@@ -54,18 +72,96 @@ class Served(ABC, Generic[Key, Member]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _known(self, draft: Draft) -> None:
-        """Raises InputError: a draft that is not one of these."""
-        if draft not in self._drafts:
-            known = ", ".join(one.name for one in self._drafts) or "none"
-            raise InputError(f"draft {draft.name} is not one of this engine's; they are {known}")
+    def run_together(
+        self,
+        workload: Workload,
+        prompts: tuple[Prompt, ...],
+        setups: tuple[Setup, ...],
+        purpose: str,  # noqa: ARG002 -- a key of stored evidence
+    ) -> tuple[Sample, ...]:
+        """Timed runs of the queue, one setup after another; a queue is run again while the machine is disturbed."""
+        for setup in setups:
+            self._check(workload, prompts, setup)
+        queues: list[tuple[Setup, list[Run], bool]] = []
+        for setup in setups:
+            self._prepare(workload, prompts, setup)
+            runs, disturbed = self._quietest(functools.partial(self._decode, workload, prompts, setup))
+            queues.append((setup, runs, disturbed))
+        outputs = [(setup, [run.token_ids for run in runs]) for setup, runs, _ in queues]
+        check_queues(self.target, workload, prompts, outputs, self.trace_target)
+        return tuple(
+            Sample(
+                setup_digest=setup.digest,
+                prompt_digest=prompt.digest,
+                ttft_s=run.ttft_s,
+                decode_s=run.decode_s,
+                output_tokens=len(run.token_ids),
+                rounds=run.rounds,
+                shapes=run.shapes,
+                refills=run.refills,
+                output_digest=digest_of(list(run.token_ids)),
+                disturbed=disturbed,
+            )
+            for setup, runs, disturbed in queues
+            for prompt, run in zip(prompts, runs, strict=True)
+        )
+
+    def check_sampling(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
+        """Compares sampled text of a setup with that of plain decoding.
+
+        Raises EngineError: the target's mean log-probabilities of the two differ beyond chance.
+        """
+        drafted, plain = (self._mean_log_probs(workload, prompts, compared) for compared in (setup, PLAIN))
+        check_means(f"{self._label} with {setup.name}", drafted, plain)
+
+    def _check_sampling_once(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
+        """Checks each draft and way to sample once."""
+        if setup.draft is None or workload.temperature == 0.0:
+            return
+        key = setup.draft.digest, workload.sampling_digest
+        if key not in self._checked_sampling:
+            self.check_sampling(workload, prompts, setup)
+            self._checked_sampling.add(key)
+
+    def _check_draft(self, draft: Draft | None) -> None:
+        if draft is not None and draft not in self._drafts:
+            names = ", ".join(loaded.name for loaded in self._drafts) or "none"
+            raise InputError(f"draft {draft.name} is not one of this engine's; they are {names}")
+
+    def _quietest(self, measure: Callable[[], Measurement]) -> tuple[Measurement, bool]:
+        """As `clock.quietest`; a server that others started is measured once."""
+        gpus = self._watched_gpus
+        return (measure(), False) if gpus is None else quietest(measure, gpus)
 
     @property
     @abstractmethod
-    def _watched(self) -> Sequence[str] | None:
-        """The GPUs to watch while something is timed; None where the processes are not ours to tell from others'."""
+    def _label(self) -> str:
+        """The engine's name in errors."""
 
-    def _quietest(self, measure: Callable[[], Measurement]) -> tuple[Measurement, bool]:
-        """As `clock.quietest`; nothing is watched where others cannot be told."""
-        watched = self._watched
-        return (measure(), False) if watched is None else quietest(measure, watched)
+    @property
+    @abstractmethod
+    def _watched_gpus(self) -> Sequence[str] | None:
+        """GPUs to watch while something is timed; None where the load of our processes cannot be told from others'."""
+
+    @abstractmethod
+    def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace: ...
+
+    @abstractmethod
+    def _check(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
+        """Raises InputError or ModelError for what this engine cannot run."""
+
+    def _prepare(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
+        """Starts, warms up and checks what decodes a setup, before it is timed."""
+
+    @abstractmethod
+    def _decode(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> list[Run]:
+        """One queue under one setup, a run per prompt."""
+
+    def _mean_log_probs(
+        self,
+        workload: Workload,  # noqa: ARG002
+        prompts: Sequence[Prompt],  # noqa: ARG002
+        setup: Setup,
+    ) -> Sequence[float]:
+        """The target's mean log-probability of each text that a setup samples (`sampling_check.texts_of`)."""
+        raise InputError(f"{setup.name}: {self._label} reports no log-probabilities of sampled text")

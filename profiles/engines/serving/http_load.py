@@ -1,7 +1,4 @@
-"""A load on an HTTP server: requests streamed with a fixed number in flight, every event with its arrival time.
-
-Knows no engine: what the events mean its adapters say.
-"""
+"""A load on an HTTP server: streamed requests, a fixed number in flight, every event with its arrival time."""
 
 import asyncio
 import itertools
@@ -25,9 +22,9 @@ Body = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One streamed answer: when it was asked for, and its events with the seconds at which they came, on one clock.
+    """One streamed answer: seconds of its request and of its events, on one clock.
 
-    `refills`: other requests whose first event came during it. Those that came in together with it do not count.
+    `refills`: other requests whose first event came during it, without those that came in together with it.
     """
 
     started_s: float
@@ -47,12 +44,12 @@ class Answer:
 def drive(
     base_url: str, path: str, bodies: Sequence[Body], concurrency: int, timeout_s: float = TIMEOUT_S
 ) -> tuple[Answer, ...]:
-    """Posts every body and reads the streams, `concurrency` in flight all the time; answers in the bodies' order.
+    """Posts every body and reads the streams, `concurrency` in flight; answers in the bodies' order.
 
-    A queue longer than that goes round again when it is empty, so that its last answers are decoded under the same load
-    as its first; what is asked for twice is broken off and thrown away. `timeout_s`: how long a server may be silent.
-    Raises EngineError: it is gone, answers an error (its message is given), is silent for too long, or its stream is no
-    stream of JSON events that comes to an end.
+    A longer queue starts again when it is empty, so that its last answers are decoded under the same load as its first;
+    repeated requests are cancelled and dropped. `timeout_s`: how long a server may be silent.
+    Raises EngineError: the server is gone, answers an error (its message is given), is silent for too long, or its
+    stream is not one of JSON events that comes to an end.
     """
     try:
         return asyncio.run(_drive(f"{base_url}{path}", bodies, concurrency, timeout_s))
@@ -63,44 +60,61 @@ def drive(
 def fetch(url: str, timeout_s: float = TIMEOUT_S) -> str:
     """The text that a GET answers. Raises EngineError: no answer, or an error status."""
     try:
-        answer = httpx2.get(url, timeout=timeout_s, trust_env=False)
+        response = httpx2.get(url, timeout=timeout_s, trust_env=False)
     except httpx2.HTTPError as error:
-        raise _lost(url, error, timeout_s) from error
-    if answer.status_code >= FIRST_ERROR_STATUS:
-        raise _refused(url, answer)
-    return answer.text
+        raise _connection_error(url, error, timeout_s) from error
+    if response.status_code >= FIRST_ERROR_STATUS:
+        raise _status_error(url, response)
+    return response.text
 
 
 def _first(errors: ExceptionGroup[Exception]) -> Exception:
-    one = errors.exceptions[0]
-    return _first(one) if isinstance(one, ExceptionGroup) else one
+    first = errors.exceptions[0]
+    return _first(first) if isinstance(first, ExceptionGroup) else first
+
+
+@dataclass(slots=True)
+class _Stream:
+    """An answer in progress."""
+
+    body: Body
+    started_s: float = 0.0
+    chunks: list[tuple[float, Mapping[str, Any]]] = field(default_factory=list)
+    ended: bool = False
+
+    def answer(self, firsts_s: Sequence[float]) -> Answer:
+        """`firsts_s`: the first events of all requests; within half a gap between events they came in together."""
+        first_s, last_s = self.chunks[0][0], self.chunks[-1][0]
+        together_s = first_s + (last_s - first_s) / (2 * len(self.chunks))
+        refills = sum(together_s < other_s <= last_s for other_s in firsts_s)
+        return Answer(started_s=self.started_s, chunks=tuple(self.chunks), refills=refills)
 
 
 async def _drive(url: str, bodies: Sequence[Body], concurrency: int, timeout_s: float) -> tuple[Answer, ...]:
-    streams = [_Stream() for _ in bodies]
-    waiting = iter(list(zip(streams, bodies, strict=True)))
-    again = itertools.cycle(bodies) if len(bodies) > concurrency > 1 else iter(())
+    streams = [_Stream(body) for body in bodies]
     fillers: list[_Stream] = []
+    waiting = iter(streams)
+    repeated = itertools.cycle(bodies) if len(bodies) > concurrency > 1 else iter(())
     clock = Clock("cpu")
     # llama.cpp closes a connection after a stream; a request sent at that moment would be lost
     limits = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=0)
-    encrypted = url.startswith("https")  # reading the certificates takes longer than a short answer
-    async with httpx2.AsyncClient(timeout=timeout_s, limits=limits, trust_env=False, verify=encrypted) as client:
+    is_encrypted = url.startswith("https")  # reading the certificates takes longer than a short answer
+    async with httpx2.AsyncClient(timeout=timeout_s, limits=limits, trust_env=False, verify=is_encrypted) as client:
 
-        async def ask(stream: _Stream, body: Body) -> None:
+        async def read(stream: _Stream) -> None:
             try:
-                await _ask(client, url, (stream, body), clock)
+                await _read(client, url, stream, clock)
             except httpx2.HTTPError as error:
-                raise _lost(url, error, timeout_s) from error
+                raise _connection_error(url, error, timeout_s) from error
 
         async def serve() -> None:
-            for stream, body in waiting:  # shared: the slot that is free takes the next
-                await ask(stream, body)
-            for body in again:
+            for stream in waiting:  # shared: the slot that is free takes the next
+                await read(stream)
+            for body in repeated:
                 if all(stream.ended for stream in streams):
                     break
-                fillers.append(_Stream())
-                await ask(fillers[-1], body)
+                fillers.append(_Stream(body))
+                await read(fillers[-1])
 
         async def end() -> None:
             while not all(stream.ended for stream in streams):
@@ -115,30 +129,13 @@ async def _drive(url: str, bodies: Sequence[Body], concurrency: int, timeout_s: 
     return tuple(stream.answer(firsts_s) for stream in streams)
 
 
-@dataclass(slots=True)
-class _Stream:
-    """An answer under way."""
-
-    started_s: float = 0.0
-    chunks: list[tuple[float, Mapping[str, Any]]] = field(default_factory=list)
-    ended: bool = False
-
-    def answer(self, firsts_s: Sequence[float]) -> Answer:
-        """`firsts_s`: when the first events of all requests came; within half a gap between events it was together."""
-        first_s, last_s = self.chunks[0][0], self.chunks[-1][0]
-        together_s = first_s + (last_s - first_s) / (2 * len(self.chunks))
-        refills = sum(together_s < other_s <= last_s for other_s in firsts_s)
-        return Answer(started_s=self.started_s, chunks=tuple(self.chunks), refills=refills)
-
-
-async def _ask(client: httpx2.AsyncClient, url: str, asked: tuple[_Stream, Body], clock: Clock) -> None:
-    (stream, body), ended = asked, False
-    chunks = stream.chunks
+async def _read(client: httpx2.AsyncClient, url: str, stream: _Stream, clock: Clock) -> None:
+    ended = False
     stream.started_s = clock.read()
-    async with client.stream("POST", url, json={**body, "stream": True}) as response:
+    async with client.stream("POST", url, json={**stream.body, "stream": True}) as response:
         if response.status_code >= FIRST_ERROR_STATUS:
             await response.aread()
-            raise _refused(url, response)
+            raise _status_error(url, response)
         async for sent in httpx2.EventSource(response):
             arrived_s = clock.read()
             if sent.data == DONE:
@@ -146,9 +143,9 @@ async def _ask(client: httpx2.AsyncClient, url: str, asked: tuple[_Stream, Body]
             elif sent.data:
                 event = _decoded(url, sent.data)
                 ended = ended or _is_last(event)
-                chunks.append((arrived_s, event))
-    if not ended or not chunks:
-        raise EngineError(f"{url} ended its answer in the middle, after {len(chunks)} events")
+                stream.chunks.append((arrived_s, event))
+    if not ended or not stream.chunks:
+        raise EngineError(f"{url} ended its answer in the middle, after {len(stream.chunks)} events")
     stream.ended = True
 
 
@@ -165,30 +162,31 @@ def _decoded(url: str, data: str) -> Mapping[str, Any]:
 
 
 def _is_last(event: Mapping[str, Any]) -> bool:
-    """Whether an event says that its answer is complete, in llama.cpp's way or in OpenAI's."""
-    if event.get("stop") is True:
-        return True
+    """Whether an event ends its answer, in llama.cpp's form or in OpenAI's."""
     choices = event.get("choices")
-    return isinstance(choices, list) and any(isinstance(one, dict) and one.get("finish_reason") for one in choices)
+    return event.get("stop") is True or (
+        isinstance(choices, list)
+        and any(isinstance(choice, dict) and choice.get("finish_reason") for choice in choices)
+    )
 
 
-def _refused(url: str, answer: httpx2.Response) -> EngineError:
+def _status_error(url: str, response: httpx2.Response) -> EngineError:
     try:
-        said = _message(answer.json())
+        message = _message(response.json())
     except (ValueError, RecursionError):
-        said = one_line(answer.text)
-    return EngineError(f"{url} answers {answer.status_code}: {said or 'it says nothing'}")
+        message = one_line(response.text)
+    return EngineError(f"{url} answers {response.status_code}: {message or 'no message'}")
 
 
-def _message(said: Any) -> str:
-    """The message in an error as servers write it: `error.message`, `message`, `detail`, or all of it."""
-    inner = said.get("error", said) if isinstance(said, dict) else said
+def _message(value: Any) -> str:
+    """The message of an error: `error.message`, `message`, `detail`, or all of it."""
+    inner = value.get("error", value) if isinstance(value, dict) else value
     if isinstance(inner, dict):
         inner = inner.get("message") or inner.get("detail") or inner
     return one_line(inner if isinstance(inner, str) else json.dumps(inner))
 
 
-def _lost(url: str, error: httpx2.HTTPError, timeout_s: float) -> EngineError:
+def _connection_error(url: str, error: httpx2.HTTPError, timeout_s: float) -> EngineError:
     if isinstance(error, httpx2.TimeoutException):
         return EngineError(f"{url} was silent for {timeout_s:g} s")
-    return EngineError(f"{url} cannot be talked to: {one_line(str(error)) or type(error).__name__}")
+    return EngineError(f"{url} cannot be reached: {one_line(str(error)) or type(error).__name__}")

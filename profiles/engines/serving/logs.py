@@ -1,7 +1,4 @@
-"""What a server's log says went wrong: its last words, in one line that can be printed.
-
-Knows how engines log, not which engine it is.
-"""
+"""What went wrong by a server's log, as one printable line."""
 
 import re
 from collections.abc import Sequence
@@ -17,7 +14,7 @@ _ERROR = re.compile(
     r"|no such|out of memory|bad_alloc|killed|abort|terminate called|segmentation|panic|assert",
     re.IGNORECASE,
 )
-# lines that only say that something above went wrong, or where in the source
+# lines that point to an error above, or to its source line
 _POINTER = re.compile(
     r"root cause above|exiting due to|for further information|refused the arguments"
     r"|see (the )?(error|log|stack)s? above|see stack trace|validation errors? for|^\s*(at|File|raise) ",
@@ -31,35 +28,35 @@ _OUT_OF_MEMORY = re.compile(
 )
 _PORT_TAKEN = re.compile(r"address (is )?already in use|EADDRINUSE|errno 98|couldn't bind", re.IGNORECASE)
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-# what vLLM and Python's logging put before a message: process, level, date, place
+# what vLLM and Python's logging put before a message: process, level, date, source line
 _PREFIX = re.compile(
     r"^(\([^()]*pid=\d+\)\s*)?((ERROR|CRITICAL|WARNING|INFO)[ :]+)?(\d[\d-]*[ T][\d:,.]+\s*)?(\[[\w./-]+:\d+\]\s*)?"
 )
 
 
 def last_error_line(log_path: Path, start: int = 0) -> str:
-    """The last exception's message from byte `start` on, else the last line that tells of an error, else the last line.
+    """The last exception's message from byte `start` on, else the last line about an error, else the last line.
 
-    Printable, at most 300 characters. Empty where the log says nothing or cannot be read.
+    At most 300 characters; empty where the log is empty or cannot be read.
     """
     lines = _lines(log_path, start)
     errors = [line for line in lines if _ERROR.search(line)]
     causes = [line for line in errors if not _POINTER.search(_PREFIX.sub("", line))]
     exceptions = [line for line in causes if _EXCEPTION.match(_PREFIX.sub("", line))]
-    return _without_prefix(next((found[-1] for found in (exceptions, causes, errors, lines) if found), ""))
+    return _without_prefix(next((group[-1] for group in (exceptions, causes, errors, lines) if group), ""))
 
 
 def error_of(what: str, log_path: Path, start: int = 0) -> EngineError:
-    """The error for `what` went wrong, with the log's last words; OutOfMemoryError where they say memory ran out."""
-    short = [line for line in _lines(log_path, start) if _OUT_OF_MEMORY.search(line)]
-    words = _without_prefix(short[-1]) if short else last_error_line(log_path, start) or "it said nothing"
-    kind = OutOfMemoryError if short else EngineError
-    return kind(f"{what}: {words} (log: {log_path})")
+    """The error for `what` went wrong, with the last error line; OutOfMemoryError where the log says memory ran out."""
+    memory_lines = [line for line in _lines(log_path, start) if _OUT_OF_MEMORY.search(line)]
+    line = _without_prefix(memory_lines[-1]) if memory_lines else last_error_line(log_path, start)
+    kind = OutOfMemoryError if memory_lines else EngineError
+    return kind(f"{what}: {line or 'its log is empty'} (log: {log_path})")
 
 
-def says_port_is_taken(words: str) -> bool:
-    """Whether last words tell that another program listens on the port."""
-    return _PORT_TAKEN.search(words) is not None
+def is_port_taken(error_line: str) -> bool:
+    """Whether an error line says that another program listens on the port."""
+    return _PORT_TAKEN.search(error_line) is not None
 
 
 def one_line(text: str) -> str:
@@ -68,7 +65,7 @@ def one_line(text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    printable = "".join(one if one.isprintable() else " " for one in _COLOURS.sub("", text))
+    printable = "".join(char if char.isprintable() else " " for char in _COLOURS.sub("", text))
     return " ".join(printable.split())
 
 

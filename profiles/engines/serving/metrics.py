@@ -1,10 +1,10 @@
-"""Reads the counters of speculation that servers publish under `/metrics`; vLLM and llama.cpp share their names.
+"""Counters of speculative decoding that servers publish under `/metrics`; vLLM and llama.cpp share their names.
 
-vLLM's `num_drafts` counts rounds that proposed something. What else a page holds is not looked at.
+vLLM's `num_drafts` counts rounds that proposed something.
 """
 
 import math
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import dataclass
 from typing import Self
 
@@ -25,7 +25,7 @@ class Counters:
     accepted_by_position: tuple[int, ...] = ()
 
     def __sub__(self, earlier: Self) -> "Counters":
-        """What was counted since `earlier`, of the same server."""
+        """What the server counted since `earlier`."""
         before = earlier.accepted_by_position
         padded = before + (0,) * (len(self.accepted_by_position) - len(before))
         return Counters(
@@ -44,8 +44,8 @@ def read_counters(base_url: str, prefix: str, timeout_s: float = 10.0) -> Counte
 def counters_of(text: str, prefix: str) -> Counters:
     """The counters in a page in Prometheus' text form; 0 where the server has counted nothing yet.
 
-    `prefix`: `vllm:` or `llamacpp:`. Values of several engines behind one server are added. Raises EngineError: not
-    such a page, or nothing with that prefix in it.
+    `prefix`: `vllm:` or `llamacpp:`. Values of several engines behind one server are added. Raises EngineError: no such
+    page, or nothing with that prefix in it.
     """
     from prometheus_client.parser import text_string_to_metric_families
 
@@ -55,27 +55,22 @@ def counters_of(text: str, prefix: str) -> Counters:
         raise EngineError(f"metrics cannot be read: {one_line(str(error)) or type(error).__name__}") from error
     if not any(sample.name.startswith(prefix) for sample in samples):
         raise EngineError(f"metrics have nothing that starts with {prefix!r}: were they switched on?")
-    totals: dict[str, int] = {}
-    positions: dict[int, int] = {}
+    totals: Counter[str] = Counter()
+    by_position: Counter[int] = Counter()
     for sample in samples:
         name = sample.name.removeprefix(f"{prefix}spec_decode_").removesuffix("_total")
         if name == sample.name or not math.isfinite(sample.value):
             continue
         if name == "num_accepted_tokens_per_pos":
-            place = _position(sample.labels)
-            positions[place] = positions.get(place, 0) + int(sample.value)
+            position = sample.labels.get("position", "")
+            if not position.isdecimal():
+                raise EngineError(f"metrics have position {position!r}: a whole number is needed")
+            by_position[int(position)] += int(sample.value)
         else:
-            totals[name] = totals.get(name, 0) + int(sample.value)
+            totals[name] += int(sample.value)
     return Counters(
-        num_drafts=totals.get("num_drafts", 0),
-        num_draft_tokens=totals.get("num_draft_tokens", 0),
-        num_accepted_tokens=totals.get("num_accepted_tokens", 0),
-        accepted_by_position=tuple(positions.get(place, 0) for place in range(max(positions, default=-1) + 1)),
+        num_drafts=totals["num_drafts"],
+        num_draft_tokens=totals["num_draft_tokens"],
+        num_accepted_tokens=totals["num_accepted_tokens"],
+        accepted_by_position=tuple(by_position[position] for position in range(max(by_position, default=-1) + 1)),
     )
-
-
-def _position(labels: Mapping[str, str]) -> int:
-    text = labels.get("position", "")
-    if not text.isdecimal():
-        raise EngineError(f"metrics have position {text!r}: a whole number is needed")
-    return int(text)

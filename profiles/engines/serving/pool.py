@@ -1,7 +1,4 @@
-"""Keeps a few of the servers that were started alive, each for what it was started for.
-
-Knows no engine: how one is started it is told.
-"""
+"""A pool of started processes that keeps the most recently used ones alive."""
 
 import time
 from collections.abc import Callable, Hashable
@@ -11,7 +8,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class Stoppable(Protocol):
-    """What a fleet keeps."""
+    """A member of a pool."""
 
     @property
     def alive(self) -> bool: ...
@@ -26,25 +23,24 @@ Member = TypeVar("Member", bound=Stoppable)
 
 
 class ServerPool(Generic[Key, Member]):
-    """At most `most_alive` members at a time; the one not asked for the longest is stopped first.
+    """At most `max_alive` members at a time; the least recently used is stopped first.
 
-    `start` makes the member for a key, ready for use; what it raises goes through. `num_starts` counts its calls, and
-    `starting_s` are the seconds that they took.
+    `start` makes the member for a key, ready for use. `num_starts` counts its calls, `starting_s` their seconds.
     """
 
-    def __init__(self, start: Callable[[Key], Member], most_alive: int) -> None:
-        self._start, self._most_alive = start, most_alive
-        self._members: dict[Key, Member] = {}  # the last asked for stands last
+    def __init__(self, start: Callable[[Key], Member], max_alive: int) -> None:
+        self._start, self._max_alive = start, max_alive
+        self._members: dict[Key, Member] = {}  # the most recently used last
         self.num_starts = 0
         self.starting_s = 0.0
 
-    def ask(self, key: Key) -> Member:
-        """The member for `key`, started where there is none or where it was found dead."""
+    def get(self, key: Key) -> Member:
+        """The member for `key`, started where there is none or where it has died."""
         member = self._members.pop(key, None)
         if member is None or not member.alive:
             if member is not None:
                 member.stop()
-            while len(self._members) >= self._most_alive:
+            while len(self._members) >= self._max_alive:
                 self.stop(next(iter(self._members)))
             self.num_starts += 1
             began = time.monotonic()
@@ -56,7 +52,7 @@ class ServerPool(Generic[Key, Member]):
         return member
 
     def stop(self, key: Key) -> None:
-        """Stops the member for `key` where there is one: the next ask starts it anew."""
+        """Stops the member for `key` if there is one; the next `get` starts it anew."""
         member = self._members.pop(key, None)
         if member is not None:
             member.stop()
@@ -66,6 +62,6 @@ class ServerPool(Generic[Key, Member]):
         return tuple(self._members.values())
 
     def close(self) -> None:
-        """Stops all of them; safe to call again."""
+        """Stops all members; safe to call again."""
         for key in tuple(self._members):
             self.stop(key)

@@ -1,7 +1,7 @@
 """Child processes that leave nothing behind: a command with its log, and a server on a free port.
 
-Every command runs under a keeper (`keeper.py`), which ends it and all it started when it is stopped, when this process
-ends, and when this process is killed. Knows no engine.
+Every command runs under `supervisor.py`, which ends it and all it started when it is stopped, when this process ends,
+and when this process is killed.
 """
 
 import contextlib
@@ -21,15 +21,13 @@ import httpx2
 import psutil
 
 from profiles.engines.serving import supervisor
-from profiles.engines.serving.logs import error_of, last_error_line, says_port_is_taken
+from profiles.engines.serving.logs import error_of, is_port_taken, last_error_line
 from profiles.records.errors import EngineError, InputError
 
 GRACES_S = (10.0, 5.0)  # after SIGINT and after SIGTERM
 POLL_S = 0.05
 HEALTH_TIMEOUT_S = 5.0
-DEATH_S = (
-    2 * supervisor.LEFTOVER_GRACE_S
-)  # after which a server that answers nothing any more is seen as ended, if it is
+DEATH_S = 2 * supervisor.LEFTOVER_GRACE_S  # within which a server that no longer answers is seen as ended
 LOCALHOST = "127.0.0.1"
 OK, NOT_FOUND = 200, 404
 
@@ -93,11 +91,11 @@ class Process:
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """All processes of this command that live now, its keeper among them."""
+        """All processes of this command that run now, its supervisor first."""
         with contextlib.suppress(psutil.NoSuchProcess):
             if self.alive:
-                one = psutil.Process(self._popen.pid)
-                return one.pid, *(child.pid for child in one.children(recursive=True))
+                process = psutil.Process(self._popen.pid)
+                return process.pid, *(child.pid for child in process.children(recursive=True))
         return ()
 
     def wait(self, timeout_s: float) -> bool:
@@ -111,11 +109,11 @@ class Process:
         self._end()
 
     def last_error_line(self) -> str:
-        """The last line of its log that tells of an error; empty where it said nothing."""
+        """The last line of its log about an error; empty where the log is."""
         return last_error_line(self.log_path, self._log_start)
 
     def failure(self, what: str | None = None) -> EngineError:
-        """The error to raise for it, with its last words: `what` went wrong, by default that it ended."""
+        """The error to raise, with the last error line of its log: `what` went wrong, by default that it ended."""
         code = self._popen.poll()
         return error_of(f"{self.name} {what or _ending(code)}", self.log_path, self._log_start)
 
@@ -127,10 +125,10 @@ class Process:
 
 
 def _name(command: Sequence[str]) -> str:
-    """What people call it: the program, or the module or script that Python runs."""
+    """The program, or the module or script that Python runs."""
     words = [word for word in command if word not in ("-P", "-m", "-u")]
-    named = words[1] if len(words) > 1 and Path(words[0]).name.startswith("python") else words[0]
-    return Path(named).name.rpartition("profiles.engines.")[2]
+    program = words[1] if len(words) > 1 and Path(words[0]).name.startswith("python") else words[0]
+    return Path(program).name.rpartition("profiles.engines.")[2]
 
 
 @contextlib.contextmanager
@@ -151,7 +149,7 @@ def _end(popen: subprocess.Popen[bytes], lifeline: int, graces_s: float) -> None
     try:
         popen.wait(graces_s + 10 * supervisor.LEFTOVER_GRACE_S)
     except subprocess.TimeoutExpired:
-        popen.kill()  # and with it the command, which is tied to its keeper
+        popen.kill()  # and with it the command, which is tied to its supervisor
         popen.wait()
     finally:
         for pipe in (popen.stdin, popen.stdout):
@@ -170,10 +168,10 @@ def _ending(code: int | None) -> str:
 
 
 def free_port(host: str = LOCALHOST) -> int:
-    """A port that nobody listened on a moment ago."""
-    with socket.socket() as one:
-        one.bind((host, 0))
-        return int(one.getsockname()[1])
+    """A port that is free now."""
+    with socket.socket() as listener:
+        listener.bind((host, 0))
+        return int(listener.getsockname()[1])
 
 
 class Server:
@@ -213,15 +211,15 @@ class Server:
         return self.process.pids
 
     def wait_ready(self, timeout_s: float) -> None:
-        """Waits until it is healthy; another port is tried once where its own was taken.
+        """Waits until it is healthy; another port is tried once where the first was taken.
 
-        Raises EngineError with its last words: it ended (OutOfMemoryError where memory ran out), or was not healthy in
-        time. It is stopped then.
+        Raises EngineError with its last error line: it ended (OutOfMemoryError where memory ran out), or was not
+        healthy in time. It is stopped then.
         """
         deadline_s = time.monotonic() + timeout_s
         try:
             trouble = self._trouble(deadline_s)
-            if not self.alive and says_port_is_taken(self.process.last_error_line()):
+            if not self.alive and is_port_taken(self.process.last_error_line()):
                 self.process.stop()
                 self._start()
                 trouble = self._trouble(deadline_s)
@@ -253,13 +251,13 @@ class Server:
                 continue
             except psutil.AccessDenied:
                 return True
-            if any(one.status == psutil.CONN_LISTEN and one.laddr.port == self._port for one in sockets):
+            if any(sock.status == psutil.CONN_LISTEN and sock.laddr.port == self._port for sock in sockets):
                 return True
         return False
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Turns an EngineError of the block into one with the server's last words where it is the server that died."""
+        """Replaces an EngineError of the block by the server's last error line where the server has died."""
         try:
             yield
         except EngineError as error:
@@ -279,7 +277,7 @@ class Server:
 
 
 def _health(url: str, timeout_s: float) -> int | None:
-    """The status of its health check, of its list of models where it has no such check; None for no answer."""
+    """The status of its health check, or of its list of models without such a check; None for no answer."""
     try:
         status = httpx2.get(f"{url}/health", timeout=timeout_s, trust_env=False).status_code
         if status == NOT_FOUND:
@@ -290,7 +288,7 @@ def _health(url: str, timeout_s: float) -> int | None:
 
 
 class RunningServer:
-    """A server that somebody else started, as `Server` is used; it is never stopped. Raises InputError: no such URL."""
+    """A server that others started, used like `Server` but never stopped. Raises InputError: no such URL."""
 
     def __init__(self, url: str) -> None:
         if not url.startswith(("http://", "https://")):
@@ -306,12 +304,12 @@ class RunningServer:
         """Raises EngineError: it does not answer its health check with 200 within `timeout_s` seconds."""
         status = _health(self.url, timeout_s)
         if status != OK:
-            said = "no answer" if status is None else f"status {status}"
-            raise EngineError(f"server {self.url} is not healthy: {said}")
+            detail = "no answer" if status is None else f"status {status}"
+            raise EngineError(f"server {self.url} is not healthy: {detail}")
 
     def watched(self) -> contextlib.AbstractContextManager[None]:
-        """Nothing is known of it but what it answers."""
+        """Only its answers are known."""
         return contextlib.nullcontext()
 
     def stop(self) -> None:
-        """It is not ours to stop."""
+        """Others started it; it stays up."""

@@ -1,6 +1,6 @@
-"""Whether an engine samples the same text with a draft as without one, as far as mean log-probabilities tell.
+"""Checks that an engine samples the same text with a draft as without one, by mean log-probabilities.
 
-A coarse check: wrong distributions can have equal means. Runs nothing.
+A coarse check: wrong distributions can have equal means.
 """
 
 import itertools
@@ -12,11 +12,11 @@ from profiles.records.core import Prompt, Workload
 from profiles.records.errors import EngineError, InputError
 
 NUM_TEXTS = 16
-CHANCE = 6e-5  # of refusing a draft that samples as it should: four standard errors, were there many texts
+FALSE_ALARM = 6e-5  # the chance to refuse a draft that samples as it should: four standard errors of many texts
 
 
 def texts_of(workload: Workload, prompts: Sequence[Prompt]) -> list[tuple[Prompt, int]]:
-    """What is sampled to compare: the prompts in turn, each time with a seed of its own."""
+    """The prompts and seeds of the texts to sample: the prompts in turn, each text with a seed of its own."""
     in_turn = itertools.islice(itertools.cycle(prompts), NUM_TEXTS)
     return [(prompt, workload.seed + number) for number, prompt in enumerate(in_turn)]
 
@@ -32,10 +32,10 @@ def check_means(name: str, drafted: Sequence[float], plain: Sequence[float]) -> 
     pairs = [pair for pair in zip(drafted, plain, strict=True) if not any(map(math.isnan, pair))]
     if len(pairs) < 2:
         raise InputError(f"sampling is compared over {len(pairs)} texts: at least 2 of more than one token are needed")
-    differences = [one - other for one, other in pairs]
+    differences = [first - second for first, second in pairs]
     means = [statistics.fmean(column) for column in zip(*pairs, strict=True)]
     error = statistics.stdev(differences) / math.sqrt(len(differences))
-    most = float(stats.t.isf(CHANCE / 2, len(differences) - 1))
+    most = float(stats.t.isf(FALSE_ALARM / 2, len(differences) - 1))
     if abs(statistics.fmean(differences)) > most * error:
         raise EngineError(
             f"{name} samples another text than plain decoding: mean log-probability {means[0]:.2f} "

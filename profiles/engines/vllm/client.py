@@ -1,7 +1,4 @@
-"""One vLLM worker process as seen from here: commands out, answers in, and its end whatever happens.
-
-Knows the worker's lines (`worker.py`), not what is measured with it.
-"""
+"""The client of one vLLM worker process (`worker.py`): commands as JSON lines, and its end in every case."""
 
 import contextlib
 import json
@@ -12,7 +9,6 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +28,11 @@ ENVIRONMENT = {
 }
 
 
-class Child:
-    """A worker of `python`, which says its versions first; a context manager.
+class WorkerClient:
+    """A worker run by `python`, which reports its versions first; a context manager.
 
-    Whatever it does wrong ends it and is raised as EngineError, as OutOfMemoryError where memory ran out. Raises
-    InputError: no such Python, or a log that cannot be written.
+    Any failure ends it and is raised as EngineError, or OutOfMemoryError where memory ran out. Raises InputError: no
+    such Python, or a log that cannot be written.
     """
 
     def __init__(self, python: str, log_path: Path, *, worker: Path = WORKER) -> None:
@@ -46,15 +42,15 @@ class Child:
         variables = {**ENVIRONMENT, "TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": compiled}
         self._process = Process([python, "-P", str(worker)], log_path, environment=variables, piped=True)
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
+        threading.Thread(target=self._read_lines, args=(self._process.stdout,), daemon=True).start()
         self.facts: dict[str, Any] = self._answer("the start", HELLO_TIMEOUT_S)
         self.warm: set[tuple[str, int]] = set()  # (setup digest, batch size) that ran here before
 
-    def ask(self, command: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
-        """The worker's answer to one command, waited for `timeout_s` seconds at most."""
-        question = json.dumps({"command": command, **arguments})
+    def call(self, command: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
+        """The worker's answer to one command, within `timeout_s` seconds."""
+        request = json.dumps({"command": command, **arguments})
         with contextlib.suppress(OSError):  # a dead worker is seen when its answer does not come
-            self._process.stdin.write(question.encode() + b"\n")
+            self._process.stdin.write(request.encode() + b"\n")
             self._process.stdin.flush()
         return self._answer(command, timeout_s)
 
@@ -64,21 +60,20 @@ class Child:
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Its processes that live now."""
         return self._process.pids
 
     def stop(self) -> None:
-        """Ends it, by its own way out where it listens; safe to call again."""
+        """Ends it, by its own exit where it listens; safe to call again."""
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         self._process.wait(GOODBYE_S)
-        self._end()
+        self._kill()
 
-    def _end(self) -> None:
+    def _kill(self) -> None:
         self._process.stop()
         self._clean_up()
 
-    def _listen(self, stdout: Any) -> None:
+    def _read_lines(self, stdout: Any) -> None:
         with contextlib.suppress(OSError, ValueError):  # the pipe is closed when the process is stopped
             for line in stdout:
                 self._lines.put(line)
@@ -88,18 +83,21 @@ class Child:
         try:
             line = self._lines.get(timeout=timeout_s)
         except queue.Empty:
-            self._end()
+            self._kill()
             raise self._process.failure(f"with vLLM did not answer {command!r} within {timeout_s:g} s") from None
         except BaseException:  # Ctrl-C: the answer that is still to come must not be taken for another's
-            self._end()
+            self._kill()
             raise
         if not line:
             self._process.wait(DEATH_S)
-            self._end()
+            self._kill()
             raise self._process.failure()
-        answer = _decoded(line)
-        if answer is None:
-            self._end()
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            self._kill()
             raise EngineError(f"vLLM's worker answered {command!r} with what is no answer: {one_line(str(line))}")
         if "error" in answer:
             self.stop()
@@ -107,21 +105,13 @@ class Child:
             raise kind(f"vLLM failed at {command!r}: {one_line(str(answer['error']))} (log: {self._process.log_path})")
         return answer
 
-    def __enter__(self) -> "Child":
+    def __enter__(self) -> "WorkerClient":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
 
 
-def _decoded(line: bytes) -> dict[str, Any] | None:
-    try:
-        answer = json.loads(line)
-    except ValueError:
-        return None
-    return answer if isinstance(answer, dict) else None
-
-
-def python_of(named: str | None, variables: Mapping[str, str]) -> str:
-    """The Python that has vLLM: the one named, else $DRAFTPICK_VLLM_PYTHON, else this one."""
-    return named or variables.get("DRAFTPICK_VLLM_PYTHON") or sys.executable
+def find_python(path: str | None) -> str:
+    """The Python that has vLLM: the one given, else $DRAFTPICK_VLLM_PYTHON, else this one."""
+    return path or os.environ.get("DRAFTPICK_VLLM_PYTHON") or sys.executable

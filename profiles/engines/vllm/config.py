@@ -1,19 +1,20 @@
-"""What vLLM is told: arguments that an engine is started with, and how a workload samples.
+"""How vLLM's engines are started and sample, and the device that they run on."""
 
-Starts nothing.
-"""
-
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from profiles.engines.vllm.flags import speculative_config
+from profiles.hardware import fingerprint, nvml
 from profiles.models import memory, sources
-from profiles.records.core import Model, Setup, Workload
-from profiles.records.draft_spec import engine_options
+from profiles.records.core import Draft, Environment, Model, Setup, Workload
 from profiles.records.errors import ModelError
 
 CONTEXT_STEP = 128  # contexts are rounded up to this, so that one engine serves several
 MEMORY_SHARE, SPARE_BYTES = 0.9, 64 * 2**20
+LOOK_UP = Draft(kind="ngram", max_match=4, min_match=2)  # its engine serves every look-up: windows change in place
+CPU = "cpu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,8 +22,8 @@ class VllmOptions:
     """How vLLM is run: by `python`, else $DRAFTPICK_VLLM_PYTHON, else this one.
 
     Engines are started for `max_batch_size` requests in flight, `max_length` drafted tokens and contexts of at least
-    `context_length` tokens; `max_alive` of them are kept at a time. `timeout_s`: the longest that one answer may take.
-    `log_folder`: by default a temporary one, which is kept. `worker` stands in for the worker in tests.
+    `context_length` tokens; `max_alive` of them are kept at a time. `timeout_s`: the longest wait for an answer.
+    `log_folder`: by default a temporary one, which is kept. `worker` replaces the worker script in tests.
     """
 
     python: str | None = None
@@ -36,41 +37,46 @@ class VllmOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kind:
-    """What an engine is started for: the model served, and how it speculates.
+class EngineKey:
+    """What one vLLM engine is started for: a model (by name) and a draft.
 
-    `length` is the most drafted tokens a round, exactly so many where the version cannot change it. `is_processed`: its
+    `length`: the most drafted tokens a round, or exactly so many where the version cannot change it. `is_processed`:
     log-probabilities are those after temperature, top-k and top-p.
     """
 
-    served: str
-    method: str | None = None
-    draft: str | None = None
+    model: str
+    draft: Draft | None = None
     length: int = 0
     is_processed: bool = False
 
 
-def kind_of(setup: Setup, target: Model, most_length: int) -> Kind:
-    """The engine that runs a setup; it may serve others too."""
+def engine_key(setup: Setup, target: Model, length: int) -> EngineKey:
+    """The engine that runs a setup, and others."""
     draft = setup.draft
     if draft is None:
-        return Kind(served=target.name)
-    method = {"model": "draft_model", "ngram": "ngram"}.get(draft.kind, draft.method)
-    kind = Kind(served=target.name, method=method, length=most_length)
-    return kind if draft.model is None else replace(kind, draft=draft.model.name)
+        return EngineKey(model=target.name)
+    return EngineKey(model=target.name, draft=LOOK_UP if draft.kind == "ngram" else draft, length=length)
 
 
-def start_arguments(kind: Kind, dtype: str, num_tokens: int, options: VllmOptions, *, on_cpu: bool) -> dict[str, Any]:
+def start_arguments(
+    key: EngineKey, dtype: str, num_tokens: int, options: VllmOptions, *, on_cpu: bool
+) -> dict[str, Any]:
     """Arguments of the worker's `start`, with room for `num_tokens` a sequence or as many as the models have positions.
 
     Raises ModelError: a model that vLLM does not read. InputError: a native draft's options.
     """
-    found = [sources.find(name) for name in (kind.served, kind.draft) if name is not None]
-    longest = min(num_tokens, *(num_positions(source) for source in found))
-    bytes_per_token = sum(memory.footprint(source, dtype).cache_bytes_per_token for source in found)
-    speculative = None if kind.method is None else _speculative(kind)
+    draft_model = None if key.draft is None else key.draft.model
+    models = [sources.find(key.model), *([] if draft_model is None else [sources.find(draft_model.name)])]
+    longest = min(num_tokens, *(num_positions(source) for source in models))
+    bytes_per_token = sum(memory.footprint(source, dtype).cache_bytes_per_token for source in models)
+    speculative = None
+    if key.draft is not None:
+        speculative = speculative_config(key.draft, key.length)
+        if draft_model is not None:  # the folder that is there: the worker is offline
+            speculative = {**speculative, "model": str(models[1].folder)}
+            speculative.pop("revision", None)
     arguments = {
-        "model": str(found[0].folder),
+        "model": str(models[0].folder),
         "dtype": dtype,
         "max_model_len": longest,
         "max_num_seqs": options.max_batch_size,
@@ -82,18 +88,11 @@ def start_arguments(kind: Kind, dtype: str, num_tokens: int, options: VllmOption
         "generation_config": "vllm",
         "gpu_memory_utilization": MEMORY_SHARE / options.max_alive,
         "kv_cache_memory_bytes": SPARE_BYTES + options.max_batch_size * (longest + CONTEXT_STEP) * bytes_per_token,
-        "logprobs_mode": "processed_logprobs" if kind.is_processed else "raw_logprobs",
+        "logprobs_mode": "processed_logprobs" if key.is_processed else "raw_logprobs",
     }
     if speculative is not None:
         arguments["per_request_spec_decode_metrics"] = "detailed"  # refused without speculation
     return {"options": arguments, "speculative": speculative}
-
-
-def _speculative(kind: Kind) -> dict[str, Any]:
-    assert kind.method is not None
-    name, extras = engine_options(kind.method)
-    config: dict[str, Any] = {**extras, "method": name, "num_speculative_tokens": kind.length}
-    return config if kind.draft is None else config | {"model": str(sources.find(kind.draft).folder)}
 
 
 def num_positions(source: sources.Source) -> int:
@@ -105,11 +104,58 @@ def num_positions(source: sources.Source) -> int:
 
 
 def sampling_of(workload: Workload) -> dict[str, Any]:
-    """vLLM's sampling parameters; end-of-text tokens stop an output only where the workload names them."""
-    law = {"top_p": workload.top_p, "top_k": workload.top_k, "seed": workload.seed} if workload.temperature else {}
+    """vLLM's sampling parameters; end tokens stop an output only where the workload names them."""
+    sampled = {"top_p": workload.top_p, "top_k": workload.top_k, "seed": workload.seed} if workload.temperature else {}
     return {
         "temperature": workload.temperature,
         "max_tokens": workload.max_new_tokens,
         "stop_token_ids": list(workload.end_token_ids),
-        **law,
+        **sampled,
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmDevice:
+    """The device as the worker reports it: its Python may know GPUs that this one's torch does not.
+
+    The kind of device as vLLM names it; of a GPU also the fields of `Environment`, and its UUID.
+    """
+
+    kind: str
+    name: str | None = None
+    count: int = 1
+    memory_bytes: int = 0
+    capability: str | None = None
+    cuda: str | None = None
+    uuid: str | None = None
+
+    @classmethod
+    def reported(cls, answer: Mapping[str, Any]) -> Self:
+        """From the worker's answer to `about`."""
+        return cls(**{name: value for name, value in answer.items() if value is not None})
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.kind == CPU
+
+    @property
+    def gpus(self) -> tuple[str, ...]:
+        """The GPUs to watch while something is timed."""
+        return () if self.on_cpu else (self.uuid or "cuda:0",)
+
+    def fingerprint(self) -> Environment:
+        """As `hardware.fingerprint`, of this device."""
+        here = fingerprint.fingerprint(CPU)
+        if self.on_cpu:
+            return here
+        driver = nvml.driver_version()  # this also starts NVML, which the handle needs
+        return replace(
+            here,
+            device=self.name or self.kind,
+            device_count=self.count,
+            memory_bytes=nvml.round_to_gib(self.memory_bytes),
+            driver=driver,
+            cuda=self.cuda,
+            compute_capability=self.capability,
+            memory_bandwidth_bytes_s=nvml.memory_bandwidth(nvml.device_handle(self.gpus[0])),
+        )

@@ -11,9 +11,9 @@ from profiles.acceptance.expected_rounds import expected_rounds
 from profiles.builtin import TARGET
 from profiles.engines import factory
 from profiles.engines.base import Change, Engine, Times
-from profiles.engines.factory import Models, Place
+from profiles.engines.factory import EngineSpec, ModelSpec
+from profiles.engines.openai.kinds import SERVER_KINDS
 from profiles.engines.recorded import RecordedEngine, Recorder
-from profiles.engines.serving.server_kind import SERVER_KINDS_BY_NAME
 from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
@@ -65,11 +65,11 @@ def recording(torch_engine: TorchEngine) -> RecordedEngine:
 
 def _served(engine: str) -> Iterator[Engine]:
     """The pair that ships on a serving engine, with a look-up that it has."""
-    drafts = (parse_draft("builtin:draft-general"), parse_draft(SERVER_KINDS_BY_NAME[engine].look_up))
-    asked = Models(target=TARGET, drafts=drafts, dtype="float32")
+    drafts = (parse_draft("builtin:draft-general"), parse_draft(SERVER_KINDS[engine].look_up))
+    models = ModelSpec(target=TARGET, drafts=drafts, dtype="float32")
     python = str(RUNNING.python) if engine == "vllm" else None
-    place = Place(engine=engine, command=python, threads=1, device="cpu", max_length=MAX_LENGTH)
-    bench = factory.open_bench(place, asked, lambda *_: [])
+    spec = EngineSpec(engine=engine, command=python, threads=1, device="cpu", max_length=MAX_LENGTH)
+    bench = factory.open_bench(spec, models)
     yield bench.engine
     bench.close()
 

@@ -11,13 +11,13 @@ import pytest
 
 from profiles.engines.serving.process import Server
 from profiles.engines.vllm import engine as vllm_engine
-from profiles.engines.vllm.client import Child
+from profiles.engines.vllm.client import WorkerClient
 from profiles.hardware import software
 from tests import ROOT
 from tests.support.cli import DECIDED, Said, assert_refused, call, small_run, write_prompts
 
 TEMPLATE = f"{shlex.quote(sys.executable)} tests/support/fake_server.py --port {{port}} --step-s 0.002 {{speculative}}"
-FAKE = functools.partial(Child, worker=ROOT / "tests/support/fake_vllm_worker.py")
+FAKE = functools.partial(WorkerClient, worker=ROOT / "tests/support/fake_vllm_worker.py")
 SERVER = ("--engine", "server", "--launch", TEMPLATE)
 TWO_DRAFTS = ("--draft", "ngram:max=3,min=1", "--draft", "early-exit:1")
 
@@ -51,7 +51,7 @@ def ran(
             pytest.importorskip("xllamacpp", reason="pip install draftpick[llamacpp]")
             words = [*words, "--engine", "llamacpp", "--draft", "ngram:max=1,min=1", "--draft", "ngram:max=3,min=1"]
         elif request.param == "vllm":
-            patch.setattr(vllm_engine, "Child", FAKE)
+            patch.setattr(vllm_engine, "WorkerClient", FAKE)
             words = [*words, "--engine", "vllm", "--engine-command", sys.executable, *TWO_DRAFTS]
         else:
             words = [*words, *SERVER, *TWO_DRAFTS, "--batch-size", "1", "--batch-size", "2"]
@@ -111,7 +111,7 @@ def test_sampling_that_is_wrong_is_refused_at_once(
     tiny_folders: dict[str, Path], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On vLLM's CPU builds: the target alone could be sampled, but it needs no tuning."""
-    monkeypatch.setattr(vllm_engine, "Child", FAKE)
+    monkeypatch.setattr(vllm_engine, "WorkerClient", FAKE)
     words = small_run(tiny_folders["llama"], prompts, "--engine", "vllm", "--temperature", "0.7", *TWO_DRAFTS)
     assert_refused(call(tmp_path, *words), 2, "temperature 0.7 with a draft: vllm 0.32.0+cpu draws")
 

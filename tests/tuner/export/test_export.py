@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from profiles.engines.rules import vocab_size
 from profiles.records.core import PLAIN, Draft, Model, Setup
 from profiles.records.errors import InputError
 from tests.lanes.cases import deployment
@@ -15,7 +16,6 @@ from tests.lanes.transformers_lane import PROMPT, drafts_as_asked, rounds_of, ru
 from tests.support.policies import CODE_DRAFT, EARLY_EXIT, NGRAM, choice, forecast, measured
 from tests.support.tiny import READS_GGUF, write_gguf, write_model
 from tuner.export import Form, emit
-from tuner.export.vocabulary import size_of
 
 
 def model_record(path: Path) -> Model:
@@ -202,7 +202,7 @@ def test_padded_vocabularies_are_refused(form: Form, tmp_path: Path) -> None:
 def test_vocabulary_that_cannot_be_told(text: str, tmp_path: Path) -> None:
     """A directory without a size, or with a strange config, is no reason against a draft; a text part's size counts."""
     (tmp_path / "config.json").write_text(text)
-    assert size_of(model_record(tmp_path)) is None
+    assert vocab_size(model_record(tmp_path)) is None
     (tmp_path / "config.json").write_text('{"text_config": {"vocab_size": 7}}')
-    assert size_of(model_record(tmp_path)) == 7
-    assert size_of(model_record(tmp_path / "org" / "model")) is None
+    assert vocab_size(model_record(tmp_path)) == 7
+    assert vocab_size(model_record(tmp_path / "org" / "model")) is None

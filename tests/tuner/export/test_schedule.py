@@ -7,10 +7,11 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
+from profiles.engines.openai.kinds import SERVER_KINDS, release_for
 from profiles.records.core import PLAIN, Draft, Interval, Setup
 from tests.lanes.cases import deployment
 from tests.support.policies import CODE_DRAFT, NGRAM, choice, forecast, measured
-from tuner.export import Deployment, emit, record_words
+from tuner.export import Deployment, emit
 from tuner.export.schedule import Range, length_at, merged, ranges_of
 from tuner.policy.policy import Choice
 from tuner.search.objective import MIN_SPEEDUP
@@ -155,8 +156,12 @@ def test_a_schedule_claims_every_measured_batch() -> None:
 
 def test_records_are_asked_for_where_there_are_any() -> None:
     """Of each request how it was drafted: vLLM 0.24.0 ends at the flag, 0.32.0 has it."""
-    assert record_words("vllm", "0.24.0") == record_words("sglang") == ()
-    assert record_words("vllm", "0.32.0") == (
+
+    def record_args(kind: str, version: str | None) -> tuple[str, ...]:
+        return tuple(SERVER_KINDS[kind].record_args(release_for(kind, version)))
+
+    assert record_args("vllm", "0.24.0") == record_args("sglang", None) == ()
+    assert record_args("vllm", "0.32.0") == (
         "--per-request-spec-decode-metrics",
         "detailed",
         "--enable-per-request-metrics",

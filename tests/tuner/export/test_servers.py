@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiles.builtin import IMPORTED_MARKS
-from profiles.engines.llamacpp.flags import SPELLINGS, spelling_of_build, spelling_of_help
+from profiles.engines.llamacpp.flags import FLAG_SETS, flags_of_build, flags_of_help
+from profiles.engines.releases import NEWEST
+from profiles.engines.sglang.flags import FLAGS
 from profiles.records.core import PLAIN, Draft, Setup
 from profiles.records.errors import InputError
 from tests.lanes.cases import cases, deployment, draft_at, model_at
 from tests.lanes.places import LANES
 from tests.support.policies import CODE_DRAFT, EARLY_EXIT, NGRAM, TARGET, choice, forecast, measured
 from tuner.export import Form, emit
-from tuner.export.sglang import FLAGS
 from tuner.export.trtllm import KEYS
-from tuner.export.versions import NEWEST
 from tuner.policy.policy import Choice
 
 WITH_MODEL = Setup(draft=CODE_DRAFT, length=4)
@@ -52,7 +52,7 @@ def test_sglang_look_up() -> None:
     """A look-up goes out as a trie of breadth 1, and the note says that the match sizes do not."""
     export = emit(deployment(choice(LOOK_UP)), "sglang", "0.5.3")
     assert flags_of(export.text)["--speculative-num-draft-tokens"] == "4"
-    assert "the measured matches of 2 to 4 tokens have no spelling" in str(export.note)
+    assert "the measured matches of 2 to 4 tokens have no flag" in str(export.note)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_trtllm_refuses() -> None:
     pinned = choice(Setup(draft=draft_at("org/draft", "v1"), length=4), alternatives=(forecast(LOOK_UP),))
     export = emit(deployment(pinned), "trtllm", "1.2.1")
     assert export.setup == LOOK_UP
-    assert "TensorRT-LLM is told no revision: download v1 of org/draft" in str(export.note)
+    assert "TensorRT-LLM takes no revision: download v1 of org/draft" in str(export.note)
 
 
 @given(
@@ -226,7 +226,7 @@ def test_llamacpp_unknown_build(build: str) -> None:
 @pytest.mark.parametrize("version", ["0.1.0", "bb1", "b-1", "", "b0", "latest"])
 def test_llamacpp_version_that_is_none(version: str) -> None:
     """What is no build number is refused, naming what is allowed."""
-    with pytest.raises(InputError, match=r"llama\.cpp's build numbers are allowed, like b6800 or 6800"):
+    with pytest.raises(InputError, match=r"llama\.cpp takes build numbers like b6800 or 6800"):
         emit(deployment(choice(PACKED), target=GGUF_TARGET), "llamacpp", version)
 
 
@@ -248,7 +248,7 @@ def test_what_llamacpp_is_not_told(setup: Setup, target: object, reason: str) ->
     assert reason in str(export.note)
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda one: f"b{one.first}")
+@pytest.mark.parametrize("spelling", FLAG_SETS, ids=lambda one: f"b{one.first}")
 @pytest.mark.parametrize("name", NASTY)
 def test_llamacpp_names_stay_in_their_word(spelling: object, name: str) -> None:
     """Quotes, spaces, line breaks and braces in a file's name come out of the shell as they were."""
@@ -269,21 +269,22 @@ HELP = {
 def test_llamacpp_is_told_by_its_help() -> None:
     """The help of an installed server tells its spelling, a removed flag listed there or not."""
     for first, text in HELP.items():
-        assert spelling_of_help(text) == spelling_of_build(first)
-    assert spelling_of_help("--draft-max N") is None
-    assert spelling_of_help("") is None
+        assert flags_of_help(text) == flags_of_build(str(first))
+    assert flags_of_help("--draft-max N") is None
+    assert flags_of_help("") is None
 
 
 def test_installed_llamacpp_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a version the server on the PATH is asked; one whose flags are strange gets nothing."""
     case = deployment(choice(PACKED), target=GGUF_TARGET)
-    monkeypatch.setattr("tuner.export.versions.server_help", lambda: HELP[8672])
+    monkeypatch.setenv("DRAFTPICK_LLAMA_SERVER", "llama-server")
+    monkeypatch.setattr("profiles.hardware.software.server_help", lambda _: HELP[8672])
     assert "--draft-max 4" in emit(case, "llamacpp").text
-    monkeypatch.setattr("tuner.export.versions.server_help", lambda: "usage: something else")
+    monkeypatch.setattr("profiles.hardware.software.server_help", lambda _: "usage: something else")
     export = emit(case, "llamacpp")
     assert export.text == ""
     assert "(the llama-server installed here) are not known" in str(export.note)
-    monkeypatch.setattr("tuner.export.versions.server_help", lambda: None)
+    monkeypatch.setattr("profiles.hardware.software.server_help", lambda _: None)
     assert "no llama.cpp is installed here: emitted for llama.cpp b11549" in str(emit(case, "llamacpp").note)
 
 
@@ -319,7 +320,7 @@ def test_a_carried_draft_has_no_place(form: Form) -> None:
     assert export.setup == LOOK_UP
     lines = [line for line in export.text.splitlines() if not line.startswith("#")]
     assert "draft one" not in "".join(lines)
-    assert "came in a bundle from a path of another machine: its place here is not known" in str(export.note)
+    assert "came in a bundle from a path of another machine: it is not here" in str(export.note)
 
 
 def test_a_carried_target_matters_where_it_is_named() -> None:
@@ -373,4 +374,4 @@ def test_newest_known_is_checked_by_a_lane() -> None:
     """The version assumed where nothing is installed is one that a lane puts before the real engine."""
     lanes = {(lane.form, lane.version) for lane in LANES}
     assert {(form, NEWEST[form]) for form in ("vllm", "sglang", "llamacpp")} <= lanes
-    assert {f"b{one.first}" for one in SPELLINGS} <= {lane.version for lane in LANES}
+    assert {f"b{one.first}" for one in FLAG_SETS} <= {lane.version for lane in LANES}

@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiles.builtin import IMPORTED_MARKS
+from profiles.engines.releases import release_of
+from profiles.engines.vllm.flags import KEYS, allowed_keys
 from profiles.records.core import PLAIN, Draft, Setup
 from profiles.records.errors import InputError
 from tests.lanes.cases import cases, deployment, draft_at, model_at
 from tests.support.policies import CODE_DRAFT, EARLY_EXIT, NGRAM, TARGET, choice, forecast
 from tuner.export import Deployment, Export, emit
-from tuner.export.vllm import KEYS, allowed_keys
 
 SCHEDULE = "num_speculative_tokens_per_batch_size"
 VERSIONS = ("0.10.0", "0.10.2", "0.14.1", "0.15.0", "0.16.0", "0.23.0", "0.24.0rc1", "0.24.0", "0.32.0+cpu", "0.33.0")
@@ -97,7 +98,7 @@ def test_newer_than_known_is_said() -> None:
 @pytest.mark.parametrize("version", ["latest", "", "0.x", "b6800"])
 def test_version_that_is_none(version: str) -> None:
     """A version that cannot be read is refused, naming what is allowed."""
-    with pytest.raises(InputError, match=r"engine version .*: vLLM's are allowed, like 0\.33\.0"):
+    with pytest.raises(InputError, match=r"engine version .*: a version of vLLM is needed, like 0\.33\.0"):
         emit(deployment(choice(WITH_MODEL)), "vllm", version)
 
 
@@ -220,7 +221,7 @@ def test_only_keys_of_the_version(version: str) -> None:
             continue
         emitted += 1
         config = config_of(export)
-        assert set(config) <= allowed_keys(version) <= set(KEYS)
+        assert set(config) <= allowed_keys(release_of("vllm", version)) <= set(KEYS)
         assert config["num_speculative_tokens"] >= 1  # type: ignore[operator]
         assert "disable_by_batch_size" not in config
         for first, last, length in config.get(SCHEDULE, ()):  # type: ignore[attr-defined]
@@ -256,7 +257,7 @@ def test_any_deployment_keeps_the_rules(case: Deployment, version: str) -> None:
         assert export.note
         return
     config = config_of(export)
-    assert set(config) <= allowed_keys(version)
+    assert set(config) <= allowed_keys(release_of("vllm", version))
     longest = config["num_speculative_tokens"]
     assert isinstance(longest, int)
     assert longest >= 1

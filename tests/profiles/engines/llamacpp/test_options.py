@@ -10,9 +10,8 @@ import pytest
 from profiles.builtin import TARGET
 from profiles.engines.llamacpp import engine as llamacpp
 from profiles.engines.llamacpp import timing
-from profiles.engines.llamacpp.binary import Program, program_of
 from profiles.engines.llamacpp.engine import LlamaCppEngine
-from profiles.engines.llamacpp.servers import Options
+from profiles.engines.llamacpp.servers import Options, Program, find_program
 from profiles.hardware import fingerprint, software
 from profiles.models import loader
 from profiles.records.core import Draft
@@ -23,12 +22,11 @@ pytest.importorskip("xllamacpp")
 
 @pytest.fixture(scope="module")
 def program() -> Program:
-    return program_of()
+    return find_program()
 
 
 @pytest.fixture
-def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Options:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def options(tmp_path: Path) -> Options:
     return Options(threads=1, log_folder=tmp_path)
 
 
@@ -64,14 +62,14 @@ def test_lengths_are_timed_there_and_back() -> None:
     """Every width has samples of passes in opposite order, so that a machine that slows down favours none."""
     target = loader.describe(TARGET, dtype="float32").record
     look_up = Draft(kind="ngram", max_match=3, min_match=3)
-    plan = timing.plan_of(target, [look_up], 3, has_synthetic=True)
+    plan = timing.plan_of(target, [look_up], 3, has_synthetic_rates=True)
     widths: list[int] = []
 
-    def measure(asked: timing.Timed) -> list[float]:
-        widths.append(asked.width)
+    def measure(visit: timing.Visit) -> list[float]:
+        widths.append(visit.width)
         return [float(len(widths))] * 4
 
-    shape = timing.Shape(batch_size=2, context_length=100, most_tokens=200)
+    shape = timing.Shape(batch_size=2, context_length=100, max_tokens=200)
     times = timing.time_plan(plan, shape, measure)
     assert widths == widths[::-1]
     assert set(times[look_up.digest].samples_s) == {1, 2, 3, 4}

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from profiles.engines.llamacpp.flags import SPELLINGS, args_for
-from profiles.engines.llamacpp.gguf_export import gguf_of
+from profiles.engines.llamacpp.flags import FLAG_SETS, args_for
 from profiles.engines.openai.engine import ServerEngine
 from profiles.engines.openai.launch import Launch
+from profiles.engines.rules import gguf_path
 from profiles.engines.serving import base
 from profiles.models import loader
 from profiles.prompts import reader
@@ -32,13 +32,13 @@ def described() -> loader.DescribedModel:
 
 @pytest.fixture(scope="module")
 def engine(described: loader.DescribedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerEngine]:
-    words = [sys.executable, "-m", "profiles.engines.llamacpp.xllamacpp_server", "-m", str(gguf_of(TARGET, "float32"))]
+    words = [sys.executable, "-m", "profiles.engines.llamacpp.xllamacpp_server", "-m", str(gguf_path(TARGET))]
     options = "--host {host} --port {port} -c 1024 -np 4 -t 1 -tb 1 --metrics -fa off {speculative}"
     launch = Launch(
         kind="llamacpp",
         log_folder=tmp_path_factory.mktemp("logs"),
         template=f"{shlex.join(words)} {options}",
-        flags_of=lambda setup: ["--no-such-flag"] if setup == UNKNOWN else args_for(setup, SPELLINGS[-1]),
+        flags_of=lambda setup: ["--no-such-flag"] if setup == UNKNOWN else args_for(setup, FLAG_SETS[-1]),
     )
     drafts = tuple(setup.draft for setup in (NGRAM, POOL, UNKNOWN) if setup.draft is not None)
     with ServerEngine(described.record, drafts, launch, described.tokenizer.encode, "cpu") as one:
@@ -46,7 +46,7 @@ def engine(described: loader.DescribedModel, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="module")
-def code(described: loader.DescribedModel) -> tuple[Prompt, ...]:
+def code(described: loader.Described) -> tuple[Prompt, ...]:
     found, _ = reader.tokenize(reader.read("builtin:code")[:4], described.tokenizer, 90)
     return tuple(found)
 
@@ -74,7 +74,7 @@ def test_a_pool_is_emptied_before_every_try(
     starts = engine.num_starts
     samples = engine.run_together(WORKLOAD, code[:2], (POOL,), "race 0")
     assert engine.num_starts == starts + 2
-    assert [rounds for _, rounds in again[0]] == [dict(sample.rounds) for sample in samples]
+    assert [dict(run.rounds) for run in again[0]] == [dict(sample.rounds) for sample in samples]
 
 
 def test_a_draft_may_sample(engine: ServerEngine, code: tuple[Prompt, ...]) -> None:
@@ -93,6 +93,6 @@ def test_a_trace(engine: ServerEngine, code: tuple[Prompt, ...]) -> None:
 
 def test_a_flag_that_it_does_not_know(engine: ServerEngine, code: tuple[Prompt, ...]) -> None:
     """llama.cpp's own refusal is the error's line, and the plain server goes on."""
-    with pytest.raises(EngineError, match=r"llama_server ended with exit code .*invalid argument: --no-such-flag"):
+    with pytest.raises(EngineError, match=r"xllamacpp_server ended with exit code .*invalid argument: --no-such-flag"):
         engine.run_together(WORKLOAD, code[:1], (UNKNOWN,), "race 0")
     assert engine.run_together(WORKLOAD, code[:1], (PLAIN,), "race 1")

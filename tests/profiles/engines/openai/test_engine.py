@@ -14,13 +14,14 @@ import pytest
 
 from profiles.engines.base import Engine
 from profiles.engines.llamacpp import responses
+from profiles.engines.llamacpp.responses import SERVER as LLAMA_CPP
 from profiles.engines.openai.engine import ServerEngine
+from profiles.engines.openai.kinds import SERVER_KINDS
 from profiles.engines.openai.launch import Launch
-from profiles.engines.openai.responses import read, rounds_of
 from profiles.engines.serving import base
+from profiles.engines.serving.completion import read_completion
 from profiles.engines.serving.http_load import Answer
 from profiles.engines.serving.process import Server
-from profiles.engines.serving.server_kind import LLAMA_CPP, SERVER_KINDS_BY_NAME
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload, digest_of
 from profiles.records.errors import EngineError, InputError
 from tests.support.fake_server import VERSION, accepted_at, encode, following
@@ -182,7 +183,7 @@ def test_requests() -> None:
     """Nothing comes from a prefix cache, and llama.cpp samples as its own adapter has it."""
     sampled = replace(WORKLOAD, temperature=0.7, top_k=5, top_p=0.9)
     for kind in SALTED:
-        salts = {SERVER_KINDS_BY_NAME[kind].body_of(WORKLOAD, PROMPTS[0])["cache_salt"] for _ in range(3)}
+        salts = {SERVER_KINDS[kind].body_of(WORKLOAD, PROMPTS[0])["cache_salt"] for _ in range(3)}
         assert len(salts) == 3
     own = LLAMA_CPP.body_of(sampled, PROMPTS[0])
     assert own == responses.body_of(sampled, PROMPTS[0].token_ids)
@@ -256,19 +257,9 @@ def test_rounds_of_sglang() -> None:
     """Its record has a histogram of accepted tokens over rounds that drafted equally many."""
     record = {"spec_num_proposed_drafts": 9, "spec_verify_ct": 3, "spec_correct_drafts_histogram": [1, 0, 1, 1]}
     events = [{"choices": [{"token_ids": [1] * size}]} for size in (1, 1, 3, 4)]
-    found = read(answered(*events, {"sglext": {"spec_tokens_details": record}}), encode)
-    assert rounds_of(found, SERVER_KINDS_BY_NAME["sglang"]) == {(3, 0): 1, (3, 2): 1, (3, 3): 1}
-
-
-def test_rounds_of_llamacpp() -> None:
-    """Its running totals grow by one round at a time; what they do not explain were plain rounds."""
-    totals = [(0, 0), (3, 1), (3, 1), (3, 1), (6, 1)]
-    events = [
-        {"choices": [{"text": f"t{place} "}], "timings": {"draft_n": drafted, "draft_n_accepted": accepted}}
-        for place, (drafted, accepted) in enumerate(totals)
-    ]
-    found = read(answered(*events, {"usage": {"completion_tokens": 5}}), encode)
-    assert rounds_of(found, LLAMA_CPP) == {(3, 1): 1, (3, 0): 1, (0, 0): 1}
+    answer = answered(*events, {"sglext": {"spec_tokens_details": record}})
+    completion = SERVER_KINDS["sglang"].completion(answer, encode, "", {})
+    assert completion.rounds == {(3, 0): 1, (3, 2): 1, (3, 3): 1}
 
 
 @pytest.mark.parametrize(
@@ -285,4 +276,4 @@ def test_rounds_of_llamacpp() -> None:
 def test_answers_that_are_none(events: list[dict[str, Any]], said: str) -> None:
     """Tokens that cannot be told for sure are an error, not a guess."""
     with pytest.raises(EngineError, match=said):
-        read(answered(*events), encode)
+        read_completion(answered(*events), encode)

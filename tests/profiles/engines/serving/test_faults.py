@@ -40,7 +40,7 @@ BEFORE_READY: dict[str, tuple[str, type[EngineError], str]] = {
         EngineError,
         r"ended with exit code 1: ValueError: the draft has another vocabulary \(log: .*\)$",
     ),
-    "exits at once and says nothing": ("--fault silent", EngineError, "ended with exit code 5: it said nothing"),
+    "exits at once and says nothing": ("--fault silent", EngineError, "ended with exit code 5: its log is empty"),
     "wrong flag": (
         "--nonsense 3",
         EngineError,
@@ -65,7 +65,7 @@ UNDER_LOAD: dict[str, tuple[str, str]] = {
     "garbage in the stream": ("garbage", "sent '{not json': a JSON object is needed"),
     "error in the stream": ("error-event", "says: EngineCore encountered an issue"),
     "stream ends early": ("ends-early", "ended its answer in the middle, after 3 events"),
-    "connection cut": ("cut", "cannot be talked to: "),
+    "connection cut": ("cut", "cannot be reached: "),
     "stream stalls": ("stalls", "was silent for 2 s"),
 }
 
@@ -204,5 +204,5 @@ def test_a_keeper_that_is_killed(tmp_path: Path) -> None:
 def test_nobody_is_there(tmp_path: Path) -> None:
     """A load on a port without a server is an error that names the URL."""
     body: dict[str, Any] = {"prompt": [1]}
-    with pytest.raises(EngineError, match=r"http://127\.0\.0\.1:9/v1/completions cannot be talked to"):
+    with pytest.raises(EngineError, match=r"http://127\.0\.0\.1:9/v1/completions cannot be reached"):
         drive("http://127.0.0.1:9", "/v1/completions", [body] * 3, 2)

@@ -1,4 +1,4 @@
-"""Child processes and servers, a load on them, their counters, and a fleet of them: with a server without a model."""
+"""Child processes and servers, a load on them, their counters, and a pool of them: with a server without a model."""
 
 import os
 import subprocess
@@ -68,7 +68,7 @@ def test_output_grows_at_the_end_of_a_log(tmp_path: Path) -> None:
         with Process(["sh", "-c", f"echo {words}; exit 4"], log) as child:
             assert child.wait(10.0)
             failure = str(child.failure())
-    assert failure == f"sh ended with exit code 4: it said nothing (log: {log})"
+    assert failure == f"sh ended with exit code 4: its log is empty (log: {log})"
     assert "one" in log.read_text()
 
 
@@ -182,24 +182,24 @@ class Member:
         self._stopped.append(self.key)
 
 
-def test_a_fleet() -> None:
-    """So many live at most, the one not asked for the longest goes first; a dead one is started again."""
+def test_a_pool() -> None:
+    """So many live at most, the least recently used goes first; a dead one is started again."""
     stopped: list[str] = []
     pool = ServerPool(lambda key: Member(key, stopped), 2)
-    first = pool.ask("a")
-    pool.ask("b")
-    assert pool.ask("a") is first
-    pool.ask("c")
+    first = pool.get("a")
+    pool.get("b")
+    assert pool.get("a") is first
+    pool.get("c")
     assert stopped == ["b"]
     first.alive = False
-    assert pool.ask("a") is not first
+    assert pool.get("a") is not first
     assert (stopped, pool.num_starts) == (["b", "a"], 4)
     pool.close()
     pool.close()
     assert stopped == ["b", "a", "c", "a"]
 
 
-def test_a_fleet_whose_start_fails() -> None:
+def test_a_pool_whose_start_fails() -> None:
     """The error goes through, the failed start is counted and nothing is kept of it."""
 
     def fail(key: str) -> Member:
@@ -208,7 +208,7 @@ def test_a_fleet_whose_start_fails() -> None:
     pool = ServerPool(fail, 1)
     for _ in range(2):
         with pytest.raises(EngineError):
-            pool.ask("a")
+            pool.get("a")
     assert (pool.num_starts, pool.members) == (2, ())
 
 
@@ -237,7 +237,7 @@ def test_a_fleet_whose_start_fails() -> None:
         ("error: \xff\xfe", "error: \xff\xfe"),
     ],
 )
-def test_last_words(tmp_path: Path, log: str, words: str) -> None:
+def test_last_error_line(tmp_path: Path, log: str, words: str) -> None:
     """The line that tells the cause, without prefixes, colours and what cannot be printed, and not too long."""
     (tmp_path / "log").write_text(log)
     assert last_error_line(tmp_path / "log") == words

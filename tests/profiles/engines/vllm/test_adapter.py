@@ -11,8 +11,8 @@ import pytest
 
 from profiles.engines.base import Engine
 from profiles.engines.serving.sampling_check import check_means
-from profiles.engines.vllm.config import Kind, start_arguments
-from profiles.engines.vllm.engine import VllmEngine, VllmOptions
+from profiles.engines.vllm.config import EngineKey, VllmOptions, start_arguments
+from profiles.engines.vllm.engine import VllmEngine
 from profiles.models.loader import describe
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload, digest_of
 from profiles.records.errors import BadNumbersError, EngineError, InputError, ModelError, OutOfMemoryError
@@ -128,7 +128,7 @@ def test_few_engines_are_kept(tmp_path: Path) -> None:
     with VllmEngine(TARGET, (MODEL,), replace(OPTIONS, log_folder=tmp_path, max_alive=1)) as engine:
         engine.run_together(WORKLOAD, PROMPTS, (PLAIN, K3), "test 0")
         assert len([pid for pid in engine.pids if "fake" in "".join(psutil.Process(pid).cmdline())]) <= 2
-        assert engine.num_starts == 4  # each was started to warm up, and again for its turn
+        assert engine.num_starts == 2
     assert_gone(engine)
 
 
@@ -240,7 +240,9 @@ def test_sampling_is_compared_before_it_is_measured(monkeypatch: pytest.MonkeyPa
         for length in (2, 3):
             engine.run_together(sampled, PROMPTS, (PLAIN, Setup(draft=MODEL, length=length)), "test 0")
         assert len(compared) == 1
-        monkeypatch.setattr(engine, "_log_probs", lambda _, __, setup: [-2.0, -2.1] if setup.draft else [-4.0, -4.1])
+        monkeypatch.setattr(
+            engine, "_mean_log_probs", lambda _, __, setup: [-2.0, -2.1] if setup.draft else [-4.0, -4.1]
+        )
         engine.run_together(sampled, PROMPTS, (K3,), "test 0")
         with pytest.raises(EngineError, match="samples another text"):
             engine.run_together(replace(sampled, seed=1), PROMPTS, (K3,), "test 0")
@@ -248,12 +250,13 @@ def test_sampling_is_compared_before_it_is_measured(monkeypatch: pytest.MonkeyPa
 
 def test_a_native_draft_is_started_as_it_is_spelled() -> None:
     """Method and options go to vLLM as they are; a word that is no option is refused."""
-    kind = Kind(served=TARGET.name, method="eagle3,draft-tensor-parallel-size=1", draft=OTHER.name, length=3)
-    speculative = start_arguments(kind, "float32", 128, OPTIONS, on_cpu=False)["speculative"]
+    key = EngineKey(model=TARGET.name, draft=NATIVE, length=3)
+    speculative = start_arguments(key, "float32", 128, OPTIONS, on_cpu=False)["speculative"]
     assert speculative.pop("model").endswith("draft-general")
     assert speculative == {"method": "eagle3", "num_speculative_tokens": 3, "draft_tensor_parallel_size": 1}
+    wrong = replace(key, draft=replace(NATIVE, method="eagle3,fast"))
     with pytest.raises(InputError, match="'eagle3,fast'"):
-        start_arguments(replace(kind, method="eagle3,fast"), "float32", 128, OPTIONS, on_cpu=False)
+        start_arguments(wrong, "float32", 128, OPTIONS, on_cpu=False)
 
 
 def test_a_gguf_file_is_refused(tmp_path: Path, vllm: VllmEngine) -> None:
@@ -261,7 +264,7 @@ def test_a_gguf_file_is_refused(tmp_path: Path, vllm: VllmEngine) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
     with pytest.raises(ModelError):
-        start_arguments(Kind(served=str(file)), "float32", 128, OPTIONS, on_cpu=True)
+        start_arguments(EngineKey(model=str(file)), "float32", 128, OPTIONS, on_cpu=True)
 
 
 def test_means_that_disagree_are_refused() -> None:

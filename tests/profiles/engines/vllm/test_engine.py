@@ -16,7 +16,8 @@ from profiles.acceptance.expected_rounds import expected_rounds
 from profiles.engines.base import Engine
 from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
-from profiles.engines.vllm.engine import VllmEngine, VllmOptions
+from profiles.engines.vllm.config import VllmOptions
+from profiles.engines.vllm.engine import VllmEngine
 from profiles.models import loader
 from profiles.prompts import reader
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload

@@ -1,12 +1,11 @@
-"""Writes a Llama of safetensors as the GGUF file that llama.cpp reads, once for every digest and float type.
+"""Writes builtin models as GGUF beside their safetensors: `python -m profiles.builtin.training.write_gguf`.
 
-Weights are only renamed, reordered and cast: no value is quantised. Other architectures and tokenizers have
-llama.cpp's own `convert_hf_to_gguf.py`, and the errors say so.
+Weights are renamed, reordered and cast to float32; no value is quantised. Only Llamas with a byte-level BPE tokenizer
+are written: users convert their models with llama.cpp's `convert_hf_to_gguf.py`.
 """
 
-import contextlib
 import json
-import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,13 @@ from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from profiles.engines.llamacpp.gguf_cache import gguf_place
+from profiles.builtin import GGUF_MODELS
 from profiles.models import sources
-from profiles.models.sources import Source, library_errors
+from profiles.models.sources import Source
 from profiles.records.errors import ModelError
 
-_TYPES = {
-    "float32": gguf.GGMLQuantizationType.F32,
-    "float16": gguf.GGMLQuantizationType.F16,
-    "bfloat16": gguf.GGMLQuantizationType.BF16,
-}
-_FILE_TYPES = {
-    "float32": gguf.LlamaFileType.ALL_F32,
-    "float16": gguf.LlamaFileType.MOSTLY_F16,
-    "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,
-}
-_CONVERT = "convert it with llama.cpp's convert_hf_to_gguf.py and name the .gguf file"
+MAX_FILE_BYTES = 12_000_000
+_CONVERT = "convert it with llama.cpp's convert_hf_to_gguf.py"
 # how llama.cpp calls the way a text is split before its merges, by what the tokenizer's file says; token ids, which is
 # all that is sent to a server here, do not go through it
 _SPLITS = {
@@ -42,42 +32,21 @@ _SPLITS = {
 }
 
 
-def gguf_of(name: str, dtype: str) -> Path:
-    """The GGUF file of a model as the user names it: a GGUF itself, else one written into the user's cache.
-
-    Raises ModelError: no such model, or one that is not written here.
-    """
-    source = sources.find(name)
-    if source.gguf is not None:
-        return source.gguf.path
-    with library_errors(f"model {name!r}"):
-        path = gguf_place(source.folder, sources.digest(source), dtype)
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(source, dtype, path)
-    return path
-
-
-def write(source: Source, dtype: str, path: Path) -> None:
-    """Replaces `path` by the model in one step. Raises ModelError: an architecture or tokenizer not written here."""
+def write(source: Source, folder: Path) -> None:
+    """Writes the model as float32 into files of `folder` of at most 12 MB each, which llama.cpp reads as one."""
     config, tokenizer = sources.read_config(source), sources.read_tokenizer(source)
     _check(source.name, config)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        writer = gguf.GGUFWriter(draft, "llama")
-        num_tokens = _write_tokenizer(writer, source, tokenizer, _end_token_ids(source, config, tokenizer))
-        _write_config(writer, source, config, dtype)
-        for tensor_name, tensor in _tensors(source, config, num_tokens):
-            kind = _TYPES[dtype] if tensor.dim() > 1 else _TYPES["float32"]
-            writer.add_tensor(tensor_name, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        os.replace(draft, path)
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
+    for stale in folder.glob("model*.gguf"):
+        stale.unlink()
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama", split_max_size=MAX_FILE_BYTES)
+    num_tokens = _write_tokenizer(writer, source, tokenizer, _end_token_ids(source, config, tokenizer))
+    _write_config(writer, source, config)
+    for tensor_name, tensor in _tensors(source, config, num_tokens):
+        writer.add_tensor(tensor_name, tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _check(name: str, config: PreTrainedConfig) -> None:
@@ -91,10 +60,10 @@ def _check(name: str, config: PreTrainedConfig) -> None:
         raise ModelError(f"model {name!r}: biases are not written as GGUF here; {_CONVERT}")
 
 
-def _write_config(writer: gguf.GGUFWriter, source: Source, config: PreTrainedConfig, dtype: str) -> None:
+def _write_config(writer: gguf.GGUFWriter, source: Source, config: PreTrainedConfig) -> None:
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_name(Path(source.name).name)
-    writer.add_file_type(_FILE_TYPES[dtype])
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_context_length(sources.max_positions(config, source))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -116,13 +85,13 @@ def _tensors(source: Source, config: PreTrainedConfig, num_tokens: int) -> Itera
         with safe_open(file, framework="pt") as weights:
             for key in weights.keys():  # noqa: SIM118 -- not a dict
                 stem, _, suffix = key.rpartition(".")
-                found = names.get_name(stem)
+                name = names.get_name(stem)
                 if stem.endswith("rotary_emb") or (tied and stem == "lm_head"):
                     continue
-                if found is None or suffix != "weight":
+                if name is None or suffix != "weight":
                     raise ModelError(f"model {source.name!r}: its tensor {key} is not one of a Llama's; {_CONVERT}")
                 tensor = _interleaved(stem, weights.get_tensor(key), config)
-                yield f"{found}.weight", tensor[:num_tokens] if stem in ("lm_head", "model.embed_tokens") else tensor
+                yield f"{name}.weight", tensor[:num_tokens] if stem in ("lm_head", "model.embed_tokens") else tensor
     if config.rope_parameters.get("rope_type", "default") == "llama3":
         yield "rope_freqs.weight", _rotary_factors(config)
 
@@ -150,12 +119,12 @@ def _rotary_factors(config: PreTrainedConfig) -> torch.Tensor:
 def _end_token_ids(source: Source, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The generation config's end tokens, else the config's, else the tokenizer's, which goes first of them."""
     generation = source.folder / "generation_config.json"
-    told = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
-    own = tokenizer.eos_token_id
-    named = (told.get("eos_token_id"), getattr(config, "eos_token_id", None), own)
-    found = next((one for one in named if one is not None), None)
-    ends = found if isinstance(found, list) else [found]
-    return sorted((end for end in ends if end is not None), key=lambda end: (end != own, end))
+    stated = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
+    eos_token_id = tokenizer.eos_token_id
+    candidates = (stated.get("eos_token_id"), getattr(config, "eos_token_id", None), eos_token_id)
+    first = next((candidate for candidate in candidates if candidate is not None), None)
+    ends = first if isinstance(first, list) else [first]
+    return sorted((end for end in ends if end is not None), key=lambda end: (end != eos_token_id, end))
 
 
 def _write_tokenizer(
@@ -175,7 +144,7 @@ def _write_tokenizer(
     writer.add_tokenizer_pre(_split_name(json.dumps(state.get("pre_tokenizer"), ensure_ascii=False)))
     writer.add_token_list([by_id.get(index, f"[PAD{index}]") for index in range(num_tokens)])
     writer.add_token_types(kinds)
-    writer.add_token_merges([one if isinstance(one, str) else " ".join(one) for one in model["merges"]])
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]])
     for add, index in zip(
         (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), ends, strict=False
     ):
@@ -201,3 +170,14 @@ def _token_type(index: int, by_id: dict[int, str], special: dict[int, bool]) -> 
 def _split_name(pre_tokenizer: str) -> str:
     plain = pre_tokenizer.replace("\\\\", "\\")
     return next((name for name, text in _SPLITS.items() if text in plain), "gpt-2")
+
+
+def main() -> None:
+    for name in GGUF_MODELS:
+        source = sources.find(name)
+        write(source, source.folder)
+        sys.stdout.write(f"{name}: {', '.join(sorted(path.name for path in source.folder.glob('*.gguf')))}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Speculative flags of SGLang's server, and what its server is asked and answers.
+
+Flags and versions are those of `sglang/srt/server_args.py` in the released 0.5.2, 0.5.3, 0.5.5, 0.5.10 and 0.5.23; the
+lane in `tests/lanes` runs the last one's own parser on them.
+"""
+
+from profiles.engines import rules
+from profiles.engines.releases import EngineRelease
+from profiles.engines.serving.completion import CountedRounds, last_events
+from profiles.engines.serving.http_load import Answer
+from profiles.engines.serving.server_kind import ServerKind, rounds_in_histogram, salted_body
+from profiles.records.core import Model, Setup
+
+ALGORITHMS = {"STANDALONE": "0.5.2", "NGRAM": "0.5.3"}  # the first version checked that has it
+FLAGS = {  # the first version checked that has the flag
+    "--speculative-algorithm": "0.5.2",
+    "--speculative-draft-model-path": "0.5.2",
+    "--speculative-draft-model-revision": "0.5.2",
+    "--speculative-num-steps": "0.5.2",
+    "--speculative-eagle-topk": "0.5.2",
+    "--speculative-num-draft-tokens": "0.5.2",
+    "--speculative-ngram-min-bfs-breadth": "0.5.3",
+    "--speculative-ngram-max-bfs-breadth": "0.5.3",
+}
+
+
+def objection(target: Model, setup: Setup, release: EngineRelease) -> str | None:
+    """Why SGLang cannot be told a setup."""
+    reason = rules.objection(target, setup, release)
+    assert setup.draft is not None
+    algorithm = "NGRAM" if setup.draft.kind == "ngram" else "STANDALONE"
+    if reason is None and release.is_before(ALGORITHMS[algorithm]):
+        return f"{release.name} is not known to have {algorithm}, {ALGORITHMS[algorithm]} has it"
+    return reason
+
+
+def args_for(setup: Setup) -> list[str]:
+    """The arguments of a setup: one chain of drafted tokens; the number of draft tokens counts the chain's root."""
+    assert setup.draft is not None
+    model = setup.draft.model
+    verified = _flag("--speculative-num-draft-tokens", setup.length + 1)
+    if model is None:
+        breadths = (_flag(f"--speculative-ngram-{end}-bfs-breadth", 1) for end in ("min", "max"))
+        pairs = [_flag("--speculative-algorithm", "NGRAM"), verified, *breadths]
+        return [word for pair in pairs for word in pair]
+    pairs = [
+        _flag("--speculative-algorithm", "STANDALONE"),
+        _flag("--speculative-draft-model-path", rules.model_path(model)),
+        *([_flag("--speculative-draft-model-revision", model.revision)] if model.revision is not None else []),
+        _flag("--speculative-num-steps", setup.length),
+        _flag("--speculative-eagle-topk", 1),
+        verified,
+    ]
+    return [word for pair in pairs for word in pair]
+
+
+def _flag(name: str, value: object) -> list[str]:
+    """One word where the value would be read as the next flag."""
+    text = str(value)
+    return [f"{name}={text}"] if text.startswith("-") else [name, text]
+
+
+def _counted_in(answer: Answer) -> CountedRounds | None:
+    records = [event.get("spec_tokens_details") for event in last_events(answer, "sglext")]
+    record = next((record for record in records if record), None)
+    if record is None:
+        return None
+    return rounds_in_histogram(
+        record["spec_correct_drafts_histogram"], record["spec_num_proposed_drafts"], record["spec_verify_ct"]
+    )
+
+
+SERVER = ServerKind(
+    body_of=lambda workload, prompt: salted_body(workload, prompt, return_spec_tokens_details=True, no_stop_trim=True),
+    counted_in=_counted_in,
+    objection=objection,
+    args_for=lambda setup, _: args_for(setup),
+)

