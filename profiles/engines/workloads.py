@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from profiles.engines.bench import Bench, Question
 from profiles.models import loader
-from profiles.prompts import reader
-from profiles.prompts.reader import Request
+from profiles.prompts.reader import Request, read_all
+from profiles.prompts.tokens import encode
 from profiles.records.core import Prompt, Workload
 from profiles.records.errors import InputError, ModelError
 
@@ -21,8 +21,7 @@ def workloads(
     bench: Bench, question: Question, sources: Sequence[str], domain: str | None = None
 ) -> tuple[list[tuple[Workload, tuple[Prompt, ...]]], list[str]]:
     """As `workloads_of`, from prompt sources; `domain` labels all prompts. Raises PromptError for a bad source."""
-    requests = [request for source in sources for request in reader.read(source, domain=domain)]
-    return workloads_of(bench, question, requests)
+    return workloads_of(bench, question, read_all(sources, domain=domain))
 
 
 def workloads_of(
@@ -37,12 +36,13 @@ def workloads_of(
     """
     target, longest = bench.loaded[0], max(question.lengths)
     room = min(loaded.max_positions for loaded in bench.loaded) - longest
+    encoded = encode(requests, target.tokenizer)
     loads: dict[int, tuple[Prompt, ...]] = {}
     warnings: list[str] = []
     for context in question.contexts or (None,):
         _check_room(bench, question, context)
         most_tokens = (context or room) - question.max_new_tokens
-        tokenized, notes = reader.tokenize(requests, target.tokenizer, most_tokens)
+        tokenized, notes = encoded.cut(most_tokens)
         warnings += notes
         needed = max(len(prompt.token_ids) for prompt in tokenized) + question.max_new_tokens
         fitting = min(room, -(-needed // CONTEXT_STEP) * CONTEXT_STEP)
@@ -55,7 +55,7 @@ def workloads_of(
     objection = bench.engine.capabilities.objection(found[0][0], drafting=bool(bench.engine.drafts))
     if objection is not None:
         raise InputError(objection)
-    return found, warnings
+    return found, list(dict.fromkeys(warnings))
 
 
 def _check_room(bench: Bench, question: Question, context: int | None) -> None:

@@ -1,7 +1,4 @@
-"""What a check of a target with its drafts found: plain records, so that a report shows them without loading a model.
-
-How they were found out these records must not know.
-"""
+"""The result of `check`, as plain records that can be shown without loading a model."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,10 +7,12 @@ from profiles.models.footprint import Footprint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Glance:
+class QuickAcceptance:
     """Acceptance over a few short outputs at one speculation length; None where no round was drafted.
 
-    `acceptance_rate`: accepted / drafted. `acceptance_length`: 1 + accepted / rounds.
+    Attributes:
+        acceptance_rate: Accepted / drafted tokens.
+        acceptance_length: 1 + accepted tokens / rounds.
     """
 
     num_prompts: int
@@ -25,22 +24,25 @@ class Glance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftCheck:
-    """One draft: `problem` says why it cannot be used as asked; what could not be found out is None.
+    """One draft; what is unknown is None.
 
-    `max_positions` is None for a draft without a model. `need` is what it adds to the target's.
+    Attributes:
+        max_positions: None for a draft without a model.
+        need: What the draft adds to the target's memory.
+        problem: Why it cannot be used.
     """
 
     name: str
     same_tokens: bool | None
     max_positions: int | None
     need: Footprint | None
-    glance: Glance | None
+    quick_acceptance: QuickAcceptance | None
     problem: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PairReport:
-    """A target and its drafts; `free_bytes` is what the device had before anything was loaded."""
+class FitReport:
+    """A target and its drafts; `free_bytes` is the device's free memory before anything was loaded."""
 
     target: str
     dtype: str
@@ -55,14 +57,16 @@ class PairReport:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are cached at the batch and context asked for."""
+        """Tokens cached at the batch and context of the report."""
         return self.batch_size * self.context_length
 
     def to_json(self) -> dict[str, Any]:
-        """Lists, objects, strings, numbers and None only; every `need` tells its `total_bytes` too."""
+        """JSON values only; every `need` has its `total_bytes`, and quick acceptance keeps its key of 0.5.0."""
         raw = asdict(self)
+        for draft in raw["drafts"]:
+            draft["glance"] = draft.pop("quick_acceptance")
         needs = (self.need, *(draft.need for draft in self.drafts))
-        for told, need in zip((raw, *raw["drafts"]), needs, strict=True):
+        for entry, need in zip((raw, *raw["drafts"]), needs, strict=True):
             if need is not None:
-                told["need"]["total_bytes"] = need.total_bytes(self.num_tokens)
+                entry["need"]["total_bytes"] = need.total_bytes(self.num_tokens)
         return raw

@@ -1,324 +1,314 @@
-"""Reads prompt sets and turns them into the token ids a target reads.
-
-Chat JSONL, JSON or plain text, from files, standard input or the sets that ship. Knows no model: a tokenizer is
-whatever encodes text and applies a chat template, so this module loads no torch.
-"""
+"""Reads prompt sets (files, standard input, built-in sets) into requests. Loads no torch."""
 
 import json
+import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import jinja2
+from typing import Any, BinaryIO
 
 from profiles.builtin import ALL_PROMPTS, BUILTIN, BUILTIN_FOLDER
-from profiles.records.core import Prompt
+from profiles.prompts.rows import Row, read_rows, short
 from profiles.records.errors import PromptError
+from profiles.records.text import printable
 
 Messages = tuple[tuple[str, str], ...]
 
 PROMPTS_FOLDER = BUILTIN_FOLDER / "prompts"
 _STDIN = "-"
-_SEPARATOR = "---"
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-
-# A prompt reads like random tokens when hardly any of its first tokens is a repeat; short prompts are not judged. Text
-# repeats more than twice as much, whatever the vocabulary. A small vocabulary hides random tokens: decoded and read
-# again they fall into short pieces that repeat.
-_JUDGED_FROM, _JUDGED_UP_TO, _LEAST_REPEATS = 96, 256, 0.06
-
-
-class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that is used here."""
-
-    chat_template: Any
-
-    def __call__(self, text: str) -> Mapping[str, Any]: ...
-
-    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any: ...
+_MAX_DOMAIN = 100  # characters
+_SHAREGPT_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "system": "system",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What a prompt file asks: (role, content) messages for the chat template, or raw text that no template touches."""
+    """What one row asks for.
+
+    Attributes:
+        messages: (role, text) pairs for the chat template, or raw text that no template touches.
+        extras: Per message, its further fields for the template, such as `tool_calls`; empty where none has any.
+        tools: Tool schemas for the template.
+    """
 
     messages: Messages | str
     domain: str
+    extras: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Any, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """All texts, without a template."""
+        if isinstance(self.messages, str):
+            return self.messages
+        return "\n\n".join(content for _, content in self.messages)
 
 
-def read(source: str, *, domain: str | None = None) -> list[Request]:
-    """The requests of `source`; `domain` labels them all, else the row's field does, else the file's stem.
+class Requests(list[Request]):
+    """The requests of a prompt set, and one line for each source of which rows were skipped."""
 
-    `source` is a path, `builtin:NAME` (`builtin:all` for every built-in set) or `-` (standard input), UTF-8:
+    def __init__(self, requests: Iterable[Request] = (), skipped: Sequence[str] = ()) -> None:
+        super().__init__(requests)
+        self.skipped = list(skipped)
 
-    * `.jsonl`, one object a line, or `.json`, an array of such objects. The first field present counts: `messages`
-      (role, content), `conversations` (ShareGPT: from, value), `turns` (Spec-Bench: the first is taken), `prompt` (a
-      user message), `text` (raw). Assistant messages at the end are dropped: they are what the target shall write.
-      The domain is in `domain` or `category`.
-    * `.txt`: the whole file is one user message; lines that are just `---` separate several.
-    * `-`: read as `.jsonl` when its first character that is not blank is `{`, else as `.txt`; its stem is `stdin`.
 
-    Raises: PromptError: the source cannot be read or a row cannot be used; names file, line and value.
+class _RowError(Exception):
+    """A row that cannot be used, and why."""
+
+
+def read(source: str, *, domain: str | None = None) -> Requests:
+    """The requests of a prompt source.
+
+    The format is recognised by content: JSON lines, a JSON array, or plain text (one user message, or several between
+    lines of `---`), in UTF-8. The first field present in a row counts: `messages` (OpenAI chat, with `tools`),
+    `conversations` (ShareGPT), `turns` (Spec-Bench; the first is used), `prompt` (a user message), `text` (raw), or
+    `body` (a line of an OpenAI batch file). A list of messages and a string are rows too. Assistant messages at the
+    end are dropped: the target shall write them. Rows that cannot be used are skipped and named in
+    `Requests.skipped`.
+
+    Args:
+        source: A path, `builtin:NAME` (`builtin:all` for every built-in set) or `-` (standard input).
+        domain: Label of all requests; else the row's `domain` or `category` labels it, else the file's stem.
+
+    Raises:
+        PromptError: The source cannot be read, holds no prompt, or most of its rows cannot be used.
     """
     if domain is not None:
-        domain = domain.strip()
+        domain = _clean_domain(domain)
         if not domain:
             raise PromptError("domain '': a name is needed")
     if source == _STDIN:
-        return _read_stdin(domain)
+        if sys.stdin is None:
+            raise PromptError("prompts from standard input: it is closed; pipe a file into it or name one")
+        return _read_file(sys.stdin.buffer, "prompts from standard input", domain, Path("stdin"))
     paths = _builtin_paths(source) if source.startswith(BUILTIN) else [Path(source)]
-    return [request for path in paths for request in _read_file(path, domain)]
+    return _join(_read_path(path, domain) for path in paths)
 
 
-def tokenize(requests: Sequence[Request], tokenizer: Tokenizer, most_tokens: int) -> tuple[list[Prompt], list[str]]:
-    """The prompts as the target reads them, without repeats, and what the user should be warned of.
+def read_all(sources: Sequence[str], *, domain: str | None = None) -> Requests:
+    """The requests of several sources, see `read`."""
+    return _join(read(source, domain=domain) for source in sources)
 
-    Messages go through the chat template, the assistant's turn opened; without a template their contents are joined
-    by blank lines. Of a longer prompt the last `most_tokens` tokens are kept: the question and the template's end.
 
-    Raises: PromptError: no requests, no room, a prompt that the template refuses or that has no token.
+def sample(requests: Sequence[Request], num_prompts: int, seed: int) -> Requests:
+    """`num_prompts` of the requests in their order, as evenly over the domains as they allow, drawn with `seed`.
+
+    Raises:
+        PromptError: Fewer than one is asked for.
     """
-    if not requests:
-        raise PromptError("no prompts: at least 1 is needed")
-    if most_tokens < 1:
-        raise PromptError(f"room for {most_tokens} prompt tokens: at least 1 is needed; raise the context length")
-    unique: dict[str, Prompt] = {}
-    num_cut = num_random = 0
-    for number, request in enumerate(requests, start=1):
-        token_ids = _token_ids(request, tokenizer, f"prompt {number} (domain {request.domain!r})")
-        num_cut += len(token_ids) > most_tokens
-        num_random += _looks_random(tokenizer(_text(request))["input_ids"])
-        prompt = Prompt(domain=request.domain, token_ids=tuple(token_ids[-most_tokens:]))
-        unique.setdefault(prompt.digest, prompt)
-    warnings = []
-    if num_cut:
-        warnings.append(f"{num_cut} of {len(requests)} prompts were cut to their last {most_tokens} tokens")
-    if num_repeats := len(requests) - len(unique):
-        warnings.append(f"{num_repeats} of {len(requests)} prompts repeat another one and were dropped")
-    if num_random:
-        warnings.append(
-            f"{num_random} of {len(requests)} prompts read like random tokens, of which hardly any comes twice: what "
-            "drafts reach on them says nothing about text"
-        )
-    return list(unique.values()), warnings
+    if num_prompts < 1:
+        raise PromptError(f"num-prompts {num_prompts}: at least 1 is needed")
+    by_domain: dict[str, list[int]] = defaultdict(list)
+    for index, request in enumerate(requests):
+        by_domain[request.domain].append(index)
+    for name, indices in by_domain.items():
+        random.Random(f"{seed}/{name}").shuffle(indices)
+    ranked = sorted((rank, index) for indices in by_domain.values() for rank, index in enumerate(indices))
+    chosen = sorted(index for _, index in ranked[:num_prompts])
+    return Requests((requests[index] for index in chosen), getattr(requests, "skipped", ()))
 
 
 def user_text(request: Request) -> str:
     """What the user wrote last, as serving code has it at hand: no template, no system prompt, no earlier turns."""
     if isinstance(request.messages, str):
         return request.messages
-    return next((content for role, content in reversed(request.messages) if role == "user"), _text(request))
+    return next((content for role, content in reversed(request.messages) if role == "user"), request.text)
 
 
-def _looks_random(token_ids: Sequence[int]) -> bool:
-    judged = token_ids[:_JUDGED_UP_TO]
-    return len(judged) >= _JUDGED_FROM and 1.0 - len(set(judged)) / len(judged) < _LEAST_REPEATS
-
-
-def _text(request: Request) -> str:
-    """What is asked without a template, whose own tokens come again in every message."""
-    if isinstance(request.messages, str):
-        return request.messages
-    return "\n\n".join(content for _, content in request.messages)
-
-
-def _token_ids(request: Request, tokenizer: Tokenizer, where: str) -> list[int]:
-    messages = request.messages
-    if isinstance(messages, str) or not tokenizer.chat_template:
-        token_ids = list(tokenizer(_text(request))["input_ids"])
-    else:
-        conversation = [{"role": role, "content": content} for role, content in messages]
-        try:
-            token_ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
-        except (jinja2.TemplateError, ValueError, TypeError, LookupError) as error:
-            roles = ", ".join(role for role, _ in messages)
-            detail = " ".join(str(error).split())
-            raise PromptError(f"{where}: the chat template refuses the roles {roles}: {detail}") from error
-    if not token_ids:
-        raise PromptError(f"{where}: no token is left of it; a prompt needs at least 1")
-    return token_ids
+def _join(parts: Iterable[Requests]) -> Requests:
+    joined = Requests()
+    for part in parts:
+        joined += part
+        joined.skipped += part.skipped
+    return joined
 
 
 def _builtin_paths(source: str) -> list[Path]:
-    known = {path.stem: path for path in sorted(PROMPTS_FOLDER.glob("*.jsonl"))}
+    paths = {path.stem: path for path in sorted(PROMPTS_FOLDER.glob("*.jsonl"))}
+    if source == ALL_PROMPTS and paths:
+        return list(paths.values())
     name = source.removeprefix(BUILTIN)
-    if source == ALL_PROMPTS and known:
-        return list(known.values())
-    if name not in known:
-        allowed = (
-            ", ".join([*(BUILTIN + stem for stem in known), ALL_PROMPTS]) if known else "none, no set is installed"
-        )
-        raise PromptError(f"prompts {source!r}: no built-in set of that name; allowed are {allowed}")
-    return [known[name]]
+    if name not in paths:
+        names = [*(BUILTIN + stem for stem in paths), ALL_PROMPTS] if paths else ["none, no set is installed"]
+        raise PromptError(f"prompts {source!r}: no built-in set of that name; allowed are {', '.join(names)}")
+    return [paths[name]]
 
 
-def _read_file(path: Path, domain: str | None) -> list[Request]:
-    """Checks in the order a user would: is it there, of a known kind, text, and does it hold a prompt."""
+def _read_path(path: Path, domain: str | None) -> Requests:
     where = f"prompts {str(path)!r}"
     if path.is_dir():
-        raise PromptError(f"{where}: a directory; allowed are files ending in {', '.join(_READERS)}")
+        raise PromptError(f"{where}: a directory; name a file")
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            return _read_file(file, where, domain, path)
     except OSError as error:
         raise PromptError(
             f"{where}: {error.strerror or error}; allowed are readable files, {BUILTIN}NAME and -"
         ) from error
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise PromptError(f"{where}: ending {path.suffix!r} is not known; allowed are {', '.join(_READERS)}")
-    rows = reader(_decode(raw, where), where)
-    return _requests(rows, where, domain, path.stem)
 
 
-def _read_stdin(domain: str | None) -> list[Request]:
-    where = "prompts from standard input"
-    if sys.stdin is None:
-        raise PromptError(f"{where}: it is closed; pipe a file into it or name one")
-    text = _decode(sys.stdin.buffer.read(), where)
-    reader = _json_lines if text.lstrip().startswith("{") else _texts
-    return _requests(reader(text, where), where, domain, "stdin")
-
-
-def _decode(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise PromptError(
-            f"{where} line {line}: byte {raw[error.start]:#04x} is not UTF-8; save it as UTF-8"
-        ) from error
-
-
-def _requests(rows: Iterator[tuple[str, object]], where: str, domain: str | None, stem: str) -> list[Request]:
-    requests = [_request(row, place, domain or stem, domain is None) for place, row in rows]
-    if not requests:
+def _read_file(file: BinaryIO, where: str, domain: str | None, path: Path) -> Requests:
+    ending = None if path == Path("stdin") else path.suffix.lower()
+    requests, problems = Requests(), []
+    for row in read_rows(file, where, ending):
+        try:
+            requests.append(_request(row, domain, path.stem))
+        except _RowError as problem:
+            problems.append(f"{row.place}: {problem}")
+    if not requests and not problems:
         raise PromptError(f"{where}: it holds no prompts; at least 1 is needed")
+    if problems:
+        requests.skipped.append(summarize_problems(f"{where}: ", problems, len(requests), "rows"))
     return requests
 
 
-def _json_lines(text: str, where: str) -> Iterator[tuple[str, object]]:
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would also cut inside JSON strings
-        if line.strip():
-            yield f"{where} line {number}", _parse(line, f"{where} line {number}")
+def summarize_problems(prefix: str, problems: Sequence[str], num_good: int, noun: str) -> str:
+    """One line of how many were skipped, with the first three reasons. Raises PromptError when most are bad."""
+    reasons = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+    count = f"{prefix}{len(problems)} of {len(problems) + num_good} {noun} cannot be used"
+    if len(problems) > num_good:
+        raise PromptError(f"{count}: {reasons}")
+    return f"{count} and were skipped: {reasons}"
 
 
-def _json_rows(text: str, where: str) -> Iterator[tuple[str, object]]:
-    if not text.strip():
-        return
-    rows = _parse(text, where)
-    if not isinstance(rows, list):
-        raise PromptError(f"{where}: {_short(rows)} is not an array of objects; one object a line is .jsonl")
-    yield from ((f"{where} row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _texts(text: str, where: str) -> Iterator[tuple[str, object]]:
-    paragraphs: list[list[str]] = [[]]
-    for line in text.splitlines():
-        if line.strip() == _SEPARATOR:
-            paragraphs.append([])
-        else:
-            paragraphs[-1].append(line)
-    texts = ["\n".join(lines).strip() for lines in paragraphs]
-    yield from ((f"{where} text {number}", {"prompt": found}) for number, found in enumerate(texts, start=1) if found)
-
-
-_READERS: dict[str, Callable[[str, str], Iterator[tuple[str, object]]]] = {
-    ".jsonl": _json_lines,
-    ".json": _json_rows,
-    ".txt": _texts,
-}
-
-
-def _parse(text: str, where: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno} column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
-        raise PromptError(f"{where}: not JSON ({error.msg} at {place}): {_short(text)}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise PromptError(f"{where}: JSON that cannot be read ({error}): {_short(text)}") from error
-
-
-def _request(row: object, where: str, domain: str, own_domain: bool) -> Request:
-    """One row as a request; `own_domain` lets the row's own field name the domain."""
-    if not isinstance(row, dict):
-        raise PromptError(f"{where}: {_short(row)} is not an object with one of the fields {', '.join(_FIELDS)}")
-    field = next((name for name in _FIELDS if row.get(name) is not None), None)
+def _request(row: Row, domain: str | None, default_domain: str) -> Request:
+    if row.problem is not None:
+        raise _RowError(row.problem)
+    value = row.value
+    if isinstance(value, str):
+        value = {"prompt": value}
+    elif isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+        value = {"messages": value}
+    if not isinstance(value, dict):
+        raise _RowError(f"{short(value)} is not an object with one of the fields {', '.join(_FIELDS)}")
+    if isinstance(value.get("body"), dict):  # a line of an OpenAI batch file
+        body = value["body"]
+        value = {"prompt": body.get("input"), **body}  # `input` in a batch of the Responses API
+    field = next((name for name in _FIELDS if value.get(name) is not None), None)
     if field is None:
-        have = ", ".join(map(_short, row)) or "none"
-        raise PromptError(f"{where}: fields {have}; one of {', '.join(_FIELDS)} is needed")
-    messages = _FIELDS[field](row[field], f"{where}: field {field!r}")
-    if not (messages if isinstance(messages, str) else messages[-1][1]).strip():
-        raise PromptError(f"{where}: field {field!r} holds an empty prompt; text is needed")
-    named = next((name for name in ("domain", "category") if own_domain and row.get(name) is not None), None)
-    if named is not None:
-        domain = _string(row[named], f"{where}: field {named!r}").strip()
-        if not domain:
-            raise PromptError(f"{where}: field {named!r} is empty; a name is needed")
-    return Request(messages=messages, domain=domain)
+        raise _RowError(f"fields {', '.join(map(short, value)) or 'none'}; one of {', '.join(_FIELDS)} is needed")
+    try:
+        messages, extras = _FIELDS[field](value[field])
+    except _RowError as problem:
+        raise _RowError(f"field {field!r}: {problem}") from problem
+    if not (messages if isinstance(messages, str) else messages[-1][1]).strip() and not (extras and extras[-1]):
+        raise _RowError(f"field {field!r}: an empty prompt")
+    tools = value.get("tools")
+    return Request(
+        messages=messages,
+        domain=domain or _row_domain(value) or default_domain,
+        extras=extras if any(extras) else (),
+        tools=tuple(tools) if isinstance(tools, list) else (),
+    )
 
 
-def _string(value: object, where: str) -> str:
+def _row_domain(row: Mapping[str, Any]) -> str:
+    """The row's label, empty where it has none that can be one."""
+    labels = (row.get(name) for name in ("domain", "category"))
+    return next((_clean_domain(str(label)) for label in labels if isinstance(label, str | int | float)), "")
+
+
+def _clean_domain(text: str) -> str:
+    """One line without characters that cannot be shown: domains end up in files, pages and terminals."""
+    return " ".join(printable(text).split())[:_MAX_DOMAIN]
+
+
+def _text(value: object) -> str:
+    """A text, or the texts of a list of OpenAI content parts."""
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        value = "\n".join(map(_part_text, value))
     if not isinstance(value, str):
-        raise PromptError(f"{where}: {_short(value)} is not text")
+        raise _RowError(f"{short(value)} is not text")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
-        raise PromptError(f"{where}: {_short(value)} is not valid Unicode at character {error.start}") from error
+        raise _RowError(f"{short(value)} is not valid Unicode at character {error.start}") from error
     return value
 
 
-def _user_message(value: object, where: str) -> Messages:
-    return (("user", _string(value, where)),)
+def _part_text(part: Mapping[str, Any]) -> str:
+    text = part.get("text")
+    if part.get("type", "text") not in ("text", "input_text", "output_text") or not isinstance(text, str):
+        raise _RowError(f"a content part of type {short(part.get('type'))} is not text")
+    return text
 
 
-def _first_turn(value: object, where: str) -> Messages:
+Parsed = tuple[Messages | str, tuple[Mapping[str, Any], ...]]
+
+
+def _chat(value: object) -> Parsed:
+    """Messages of OpenAI (role, content) or ShareGPT (from, value), up to what the assistant shall write next."""
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise _RowError(f"{short(value)} is not a list of messages")
+    conversation = [(number, message, _role(message, number)) for number, message in enumerate(value, start=1)]
+    while conversation and conversation[-1][2] == "assistant":
+        conversation.pop()
+    if not conversation:
+        raise _RowError("nothing is asked in it; at least 1 user message is needed")
+    messages, extras = [], []
+    for number, message, role in conversation:
+        content = message.get("content", message.get("value"))
+        extra = {name: field for name, field in message.items() if name not in ("role", "content") and field}
+        if "role" not in message:  # ShareGPT's other fields are no business of the template
+            extra = {}
+        if content is None and extra.get("tool_calls"):
+            content = ""
+        try:
+            messages.append((role, _text(content)))
+        except _RowError as problem:
+            raise _RowError(f"message {number}: {problem}") from problem
+        if isinstance(extra.get("tool_calls"), list):
+            extra["tool_calls"] = [_with_parsed_arguments(call) for call in extra["tool_calls"]]
+        extras.append(extra)
+    return tuple(messages), tuple(extras)
+
+
+def _role(message: Mapping[str, Any], number: int) -> str:
+    role = message.get("role", message.get("from"))
+    if not isinstance(role, str):
+        raise _RowError(f"message {number}: {short(message)} has no 'role' or 'from'")
+    if "role" in message:
+        return role
+    if role not in _SHAREGPT_ROLES:
+        raise _RowError(f"message {number}: sender {short(role)}; allowed are {', '.join(_SHAREGPT_ROLES)}")
+    return _SHAREGPT_ROLES[role]
+
+
+def _with_parsed_arguments(call: object) -> object:
+    """A tool call with its arguments as an object, as templates expect them: OpenAI sends them as JSON text."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except ValueError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}  # type: ignore[dict-item]
+
+
+def _prompt(value: object) -> Parsed:
+    """A user message, or a list of messages."""
+    if isinstance(value, list) and value and all(isinstance(each, dict) and "role" in each for each in value):
+        return _chat(value)
+    return (("user", _text(value)),), ()
+
+
+def _first_turn(value: object) -> Parsed:
     if not isinstance(value, list) or not value:
-        raise PromptError(f"{where}: {_short(value)} is not a list of one text or more")
-    return _user_message(value[0], where)
+        raise _RowError(f"{short(value)} is not a list of one text or more")
+    return (("user", _text(value[0])),), ()
 
 
-def _conversation(value: object, where: str, role_key: str, text_key: str) -> Messages:
-    """The (role, content) pairs of a list of objects, up to what the assistant shall write next."""
-    if not isinstance(value, list):
-        raise PromptError(f"{where}: {_short(value)} is not a list of objects with {role_key!r} and {text_key!r}")
-    messages = []
-    for number, message in enumerate(value, start=1):
-        if not isinstance(message, dict) or role_key not in message or text_key not in message:
-            raise PromptError(f"{where} message {number}: {_short(message)} has no {role_key!r} and {text_key!r}")
-        place = f"{where} message {number}"
-        messages.append((_string(message[role_key], place), _string(message[text_key], place)))
-    while messages and messages[-1][0] in ("assistant", "gpt"):
-        messages.pop()
-    if not messages:
-        raise PromptError(f"{where}: nothing is asked in it; at least 1 user message is needed")
-    return tuple(messages)
-
-
-def _chat(value: object, where: str) -> Messages:
-    return _conversation(value, where, "role", "content")
-
-
-def _sharegpt(value: object, where: str) -> Messages:
-    messages = _conversation(value, where, "from", "value")
-    for role, _ in messages:
-        if role not in _SHAREGPT_ROLES:
-            raise PromptError(f"{where}: sender {_short(role)}; allowed are {', '.join(_SHAREGPT_ROLES)}")
-    return tuple((_SHAREGPT_ROLES[role], content) for role, content in messages)
-
-
-_FIELDS: dict[str, Callable[[object, str], Messages | str]] = {
+_FIELDS: dict[str, Callable[[object], Parsed]] = {
     "messages": _chat,
-    "conversations": _sharegpt,
+    "conversations": _chat,
     "turns": _first_turn,
-    "prompt": _user_message,
-    "text": _string,
+    "prompt": _prompt,
+    "text": lambda value: (_text(value), ()),
 }
-
-
-def _short(value: object) -> str:
-    """The value's spelling on one line, 60 characters at most."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -23,7 +23,7 @@ from typing import Any
 import numpy
 
 from profiles import builtin
-from profiles.prompts import reader as files
+from profiles import prompts as files
 from profiles.records.core import Interval
 from profiles.records.errors import InputError
 from profiles.stats import speedup_interval

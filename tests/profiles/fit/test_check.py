@@ -1,4 +1,4 @@
-"""A check of target and drafts: what fits, what does not and why, what it takes, and the glance at acceptance."""
+"""A check of target and drafts: what fits, what does not and why, memory, and quick acceptance."""
 
 import dataclasses
 import io
@@ -11,13 +11,13 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from profiles.fit.check import Shape, check
-from profiles.fit.report import DraftCheck, PairReport
-from profiles.prompts import reader
+from profiles.fit.report import DraftCheck, FitReport
+from profiles.prompts import tokens
 from profiles.prompts.reader import Request
 from profiles.records.draft_spec import parse_draft
 from profiles.records.errors import InputError, ModelError
 from tests.support import tiny
-from tuner.cli.check_table import check_table, spelled_bytes
+from tuner.cli.check_table import check_table, format_bytes
 
 REQUESTS = [
     Request(messages=(("user", "the old garden"),), domain="garden"),
@@ -46,16 +46,16 @@ def stranger(tiny_folders: dict[str, Path], tmp_path: Path) -> str:
     return str(folder)
 
 
-def run(target: Path | str, *drafts: str, **shape: object) -> PairReport:
+def run(target: Path | str, *drafts: str, **shape: object) -> FitReport:
     return check(str(target), [parse_draft(text) for text in drafts], Shape(**shape), REQUESTS)  # type: ignore[arg-type]
 
 
-def row(report: PairReport, name: str) -> DraftCheck:
+def row(report: FitReport, name: str) -> DraftCheck:
     return next(draft for draft in report.drafts if draft.name == name)
 
 
 def test_drafts_that_fit(tiny_folders: dict[str, Path]) -> None:
-    """A model, an early exit and the look-up that is always shown: equal tokens, positions, a glance at k = 4."""
+    """A model, an early exit and the look-up that is always shown: equal tokens, positions, acceptance at k = 4."""
     model = str(tiny_folders["gpt2"])
     report = run(tiny_folders["llama"], model, "early-exit:1")
     assert [draft.name for draft in report.drafts] == [model, "early-exit:1", "ngram:max=4,min=2"]
@@ -63,19 +63,20 @@ def test_drafts_that_fit(tiny_folders: dict[str, Path]) -> None:
     for draft in report.drafts:
         assert draft.problem is None
         assert draft.same_tokens
-        assert draft.glance is not None
-        assert (draft.glance.num_prompts, draft.glance.num_tokens, draft.glance.length) == (3, 96, 4)
-        assert draft.glance.acceptance_length is None or 1.0 <= draft.glance.acceptance_length <= 5.0
+        quick = draft.quick_acceptance
+        assert quick is not None
+        assert (quick.num_prompts, quick.num_tokens, quick.length) == (3, 96, 4)
+        assert quick.acceptance_length is None or 1.0 <= quick.acceptance_length <= 5.0
     assert (report.batch_size, report.context_length, report.max_positions) == (1, 256, 256)
     assert report.notes == ("acceptance at k=4 over 3 prompts says little: `tune.py run` measures it",)
 
 
 def test_the_target_as_its_own_draft(tiny_folders: dict[str, Path]) -> None:
-    """Every proposal is kept: the glance is the walk's exact figure, and no weight is needed twice."""
+    """Every proposal is kept: the figure is exact, and no weight is needed twice."""
     name = str(tiny_folders["llama"])
     draft = row(run(name, name), name)
-    assert draft.glance is not None
-    assert draft.glance.acceptance_rate == 1.0
+    assert draft.quick_acceptance is not None
+    assert draft.quick_acceptance.acceptance_rate == 1.0
     assert draft.need is not None
     assert draft.need.weight_bytes == 0
 
@@ -109,10 +110,10 @@ def test_the_json_form_tells_memory_in_all(tiny_folders: dict[str, Path]) -> Non
 
 
 def test_a_draft_that_fails_does_not_hide_the_others(tiny_folders: dict[str, Path], nan: str, stranger: str) -> None:
-    """Missing, NaN, other tokens, too many layers: each row has its reason, the good draft its glance."""
+    """Missing, NaN, other tokens, too many layers: each row has its reason, the good draft its acceptance."""
     good = str(tiny_folders["qwen2"])
     report = run(tiny_folders["llama"], "/nowhere", nan, stranger, "early-exit:3", good)
-    assert row(report, good).glance is not None
+    assert row(report, good).quick_acceptance is not None
     for name, words in (
         ("/nowhere", "no such directory"),
         (nan, "model.norm.weight holds NaN or infinity"),
@@ -122,7 +123,7 @@ def test_a_draft_that_fails_does_not_hide_the_others(tiny_folders: dict[str, Pat
         failed = row(report, name)
         assert failed.problem is not None
         assert words in failed.problem
-        assert failed.glance is None
+        assert failed.quick_acceptance is None
     assert row(report, stranger).same_tokens is False
     assert row(report, nan).same_tokens is None
     need = row(report, nan).need
@@ -152,13 +153,13 @@ def test_a_draft_that_does_not_fit_in_memory(
 
 
 def test_positions_of_the_draft(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    """A draft of 64 positions cannot follow to 100; without a context asked for, only the glance must fit."""
+    """A draft of 64 positions cannot follow to 100; without a context asked for, only the short outputs must fit."""
     short = str(tiny.write_model(tmp_path / "short", max_position_embeddings=64))
     failed = row(run(tiny_folders["llama"], short, context_length=100), short)
     assert failed.problem is not None
     assert "context 100: model" in failed.problem
     assert "has 64 positions" in failed.problem
-    assert row(run(tiny_folders["llama"], short), short).glance is not None
+    assert row(run(tiny_folders["llama"], short), short).quick_acceptance is not None
 
 
 @tiny.READS_GGUF
@@ -201,13 +202,13 @@ def test_prompts_are_of_as_many_domains_as_there_are(
 ) -> None:
     """Three of four: both domains' first, then the second of one."""
     asked: list[Request] = []
-    tokenize = reader.tokenize
+    tokenize = tokens.tokenize
 
     def watched(requests: list[Request], *rest: object) -> object:
         asked.extend(requests)
         return tokenize(requests, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("profiles.prompts.reader.tokenize", watched)
+    monkeypatch.setattr("profiles.prompts.tokens.tokenize", watched)
     run(tiny_folders["llama"])
     assert asked == [REQUESTS[0], REQUESTS[3], REQUESTS[1]]
 
@@ -215,7 +216,7 @@ def test_prompts_are_of_as_many_domains_as_there_are(
 def test_without_prompts_those_that_ship_are_taken(tiny_folders: dict[str, Path]) -> None:
     """So that a pair can be looked at before there are prompts."""
     report = check(str(tiny_folders["llama"]), [parse_draft("early-exit:1")], Shape())
-    assert report.drafts[0].glance is not None
+    assert report.drafts[0].quick_acceptance is not None
 
 
 def test_the_table_shows_rows_reasons_and_notes(tiny_folders: dict[str, Path]) -> None:
@@ -248,4 +249,4 @@ def test_the_table_shows_rows_reasons_and_notes(tiny_folders: dict[str, Path]) -
 )
 def test_bytes_are_spelled_in_binary_units(count: int, text: str) -> None:
     """Three digits whatever the size."""
-    assert spelled_bytes(count) == text
+    assert format_bytes(count) == text

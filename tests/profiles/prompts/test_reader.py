@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from profiles.builtin import BUILTIN_FOLDER
-from profiles.prompts import reader
+from profiles.prompts import reader, tokenize
 from profiles.prompts.reader import Request
 from profiles.records.core import Prompt
 from profiles.records.errors import PromptError
@@ -29,12 +29,12 @@ class Letters:
     def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": [ord(character) for character in text]}
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], **options: object) -> list[int]:
-        assert options == {"add_generation_prompt": True, "return_dict": False}
+    def apply_chat_template(self, conversation: list[dict[str, str]], *, tokenize: bool, **options: object) -> object:
+        assert (options["add_generation_prompt"], options["return_dict"]) == (True, False)
         if conversation[0]["role"] == "refused":
             raise jinja2.TemplateError("roles must\nalternate")
-        text = "".join(f"{message['role']}:{message['content']};" for message in conversation)
-        return [ord(character) for character in text + ">"]
+        text = "".join(f"{message['role']}:{message['content']};" for message in conversation) + ">"
+        return [ord(character) for character in text] if tokenize else text
 
 
 def text_of(prompt: Prompt) -> str:
@@ -120,7 +120,7 @@ def test_spec_bench_is_read_as_it_is_published(tmp_path: Path) -> None:
     assert [request.domain for request in found] == ["qa", "translation", "math_reasoning", "math", "coding"]
     assert found[3].messages == (("user", "How many integers are in the solution of the inequality |x + 5| < 10"),)
     assert {request.domain for request in reader.read(str(path), domain="spec")} == {"spec"}
-    assert reader.tokenize(found, Letters(), 1000)[1] == []
+    assert tokenize(found, Letters(), 1000)[1] == []
 
 
 def pipe(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
@@ -133,13 +133,14 @@ def pipe(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
         (b'\n  {"text": "a", "domain": "law"}\n{"prompt": "b"}\n', [("a", "law"), ((("user", "b"),), "stdin")]),
         (b'\xef\xbb\xbf{"text": "a"}', [("a", "stdin")]),
         (b"one\n---\ntwo {\n", [((("user", "one"),), "stdin"), ((("user", "two {"),), "stdin")]),
-        (b'["a"]', [((("user", '["a"]'),), "stdin")]),
+        (b'["a", {"text": "b"}]', [((("user", "a"),), "stdin"), ("b", "stdin")]),
+        (b"[INST] a [/INST]", [((("user", "[INST] a [/INST]"),), "stdin")]),
     ],
 )
 def test_a_dash_reads_standard_input(
     monkeypatch: pytest.MonkeyPatch, content: bytes, asked: list[tuple[object, str]]
 ) -> None:
-    """What begins with a brace is JSON lines, everything else is plain text."""
+    """JSON lines and arrays are recognised, everything else is plain text."""
     pipe(monkeypatch, content)
     assert [(request.messages, request.domain) for request in reader.read("-")] == asked
     pipe(monkeypatch, content)
@@ -152,8 +153,8 @@ def test_a_dash_reads_standard_input(
         (b"", ": it holds no prompts"),
         (b" \n---\n", ": it holds no prompts"),
         (b"caf\xe9", " line 1: byte 0xe9 is not UTF-8"),
-        (b'{"text": "a"}\n{"text": 7}', " line 2: field 'text': 7 is not text"),
-        (b"{not JSON}", " line 1: not JSON"),
+        (b'{"text": 7}', ": 1 of 1 rows cannot be used: line 1: field 'text': 7 is not text"),
+        (b"{not JSON}", ": 1 of 1 rows cannot be used: line 1: not JSON"),
         (None, ": it is closed; pipe a file into it or name one"),
     ],
 )
@@ -222,30 +223,36 @@ def test_missing_built_in_sets_are_said(tmp_path: Path, monkeypatch: pytest.Monk
         ("{}", "fields none"),
         ('{"text": 7}', "field 'text': 7 is not text"),
         ('{"prompt": ["a"]}', "field 'prompt': ['a'] is not text"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "of type 'image_url' is not text"),
         ('{"turns": "a"}', "'a' is not a list of one text or more"),
         ('{"turns": []}', "[] is not a list of one text or more"),
         ('{"turns": [1]}', "1 is not text"),
-        ('{"messages": "a"}', "'a' is not a list of objects with 'role' and 'content'"),
+        ('{"messages": "a"}', "'a' is not a list of messages"),
         ('{"messages": []}', "nothing is asked in it"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "nothing is asked in it"),
-        ('{"messages": [{"content": "a"}]}', "message 1: {'content': 'a'} has no 'role' and 'content'"),
+        ('{"messages": [{"content": "a"}]}', "message 1: {'content': 'a'} has no 'role' or 'from'"),
         ('{"messages": [{"role": "user", "content": null}]}', "message 1: None is not text"),
-        ('{"conversations": [{"from": "alien", "value": "a"}]}', "sender 'alien'; allowed are system, human"),
-        ('{"text": ""}', "field 'text' holds an empty prompt"),
-        ('{"messages": [{"role": "user", "content": " "}]}', "holds an empty prompt"),
+        ('{"conversations": [{"from": "alien", "value": "a"}]}', "sender 'alien'; allowed are human, user"),
+        ('{"text": ""}', "field 'text': an empty prompt"),
+        ('{"messages": [{"role": "user", "content": " "}]}', "an empty prompt"),
         ('{"text": "\\ud800"}', "not valid Unicode at character 0"),
-        ('{"text": "a", "domain": 3}', "field 'domain': 3 is not text"),
-        ('{"text": "a", "category": " "}', "field 'category' is empty"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: str, words: str) -> None:
-    """The message has the file, the line's number and what is wrong with it, and stays short."""
+def test_a_bad_line_is_skipped_and_named(tmp_path: Path, line: str, words: str) -> None:
+    """The rest of the file is used; the report has the file, the line's number and what is wrong with it."""
     path = tmp_path / "set.jsonl"
     path.write_text('{"text": "good"}\n' + line + "\n")
-    message = refusal(str(path))
-    assert message.startswith(f"prompts {str(path)!r} line 2: ")
+    requests = reader.read(str(path))
+    assert [request.messages for request in requests] == ["good"]
+    (message,) = requests.skipped
+    assert message.startswith(f"prompts {str(path)!r}: 1 of 2 rows cannot be used and were skipped: line 2: ")
     assert words in message
-    assert len(message) < 300 + len(str(path))
+    assert "\n" not in message
+    assert len(message) < 400 + len(str(path))
+    path.write_text('{"text": "good"}\n' + 5 * (line + "\n"))
+    message = refusal(str(path))
+    assert message.startswith(f"prompts {str(path)!r}: 5 of 6 rows cannot be used: line 2: ")
+    assert message.endswith("; and 2 more")
 
 
 @pytest.mark.parametrize(
@@ -257,12 +264,13 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, words: str) -> None:
         ("dashes.txt", b"---\n---\n", "holds no prompts"),
         ("empty.json", b"", "holds no prompts"),
         ("none.json", b"[]", "holds no prompts"),
-        ("object.json", b'{"text": "a"}', "is not an array of objects"),
-        ("lines.json", b'{"text": "a"}\n{"text": "b"}', "not JSON (Extra data at line 2 column 1)"),
-        ("row.json", b'[{"text": "a"}, 3]', "row 2: 3 is not an object"),
-        ("latin.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "line 2: byte 0xe9 is not UTF-8"),
-        ("set.csv", b"a,b", "ending '.csv' is not known; allowed are .jsonl, .json, .txt"),
-        ("set", b"a", "ending '' is not known"),
+        ("latin.txt", b"a\ncaf\xe9", "line 2: byte 0xe9 is not UTF-8"),
+        ("latin.jsonl", b'{"text": "caf\xe9"}\n', "line 1: byte 0xe9 is not UTF-8"),
+        ("row.json", b"[3, {}]", "2 of 2 rows cannot be used: row 1: 3 is not an object"),
+        ("cut.json", b'[{"text": "a"', "row 1: not JSON from here on"),
+        ("model.bin", b"\0\0\0", "a binary file"),
+        ("set.csv", b"a,b", "the ending '.csv' is unknown; allowed are .jsonl, .json, .txt"),
+        ("set", b"a", "the ending '' is unknown"),
     ],
 )
 def test_an_unusable_file_is_named(tmp_path: Path, name: str, content: bytes, words: str) -> None:
@@ -277,24 +285,24 @@ def test_an_unusable_file_is_named(tmp_path: Path, name: str, content: bytes, wo
 def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
     """Neither ends in a traceback."""
     assert "No such file or directory; allowed are readable files, builtin:NAME and -" in refusal(str(tmp_path / "no"))
-    assert "a directory; allowed are files ending in .jsonl, .json, .txt" in refusal(str(tmp_path))
+    assert "a directory; name a file" in refusal(str(tmp_path))
 
 
 def test_messages_go_through_the_template_and_text_does_not() -> None:
     """Without a template the contents of messages are joined by blank lines."""
     chat = Request(messages=(("system", "s"), ("user", "u")), domain="a")
     raw = Request(messages="raw", domain="b")
-    found, warnings = reader.tokenize([chat, raw], Letters(), 100)
+    found, warnings = tokenize([chat, raw], Letters(), 100)
     assert [(prompt.domain, text_of(prompt)) for prompt in found] == [("a", "system:s;user:u;>"), ("b", "raw")]
     assert warnings == []
-    found, _ = reader.tokenize([chat], Letters(chat_template=None), 100)
+    found, _ = tokenize([chat], Letters(chat_template=None), 100)
     assert text_of(found[0]) == "s\n\nu"
 
 
 def test_a_long_prompt_keeps_its_end() -> None:
     """The last tokens stay, with the template's end, and a warning counts the prompts that were cut."""
     requests = [Request(messages=(("user", "abcdef"),), domain="a"), Request(messages="ok", domain="a")]
-    found, warnings = reader.tokenize(requests, Letters(), 4)
+    found, warnings = tokenize(requests, Letters(), 4)
     assert [text_of(prompt) for prompt in found] == ["ef;>", "ok"]
     assert warnings == ["1 of 2 prompts were cut to their last 4 tokens"]
 
@@ -302,7 +310,7 @@ def test_a_long_prompt_keeps_its_end() -> None:
 def test_repeats_are_dropped_and_counted() -> None:
     """Prompts that read the same, also only after cutting, are kept once, under their first domain."""
     requests = [Request(messages=text, domain=domain) for text, domain in (("aaXY", "a"), ("bbXY", "b"), ("XY", "c"))]
-    found, warnings = reader.tokenize(requests, Letters(), 2)
+    found, warnings = tokenize(requests, Letters(), 2)
     assert [(prompt.domain, text_of(prompt)) for prompt in found] == [("a", "XY")]
     assert warnings[1] == "2 of 3 prompts repeat another one and were dropped"
 
@@ -328,7 +336,7 @@ def test_random_tokens_are_warned_of(text: str, is_random: bool) -> None:
     """A prompt of 96 tokens or more with under 6 % of repeats is counted, with or without a template around it."""
     other = Request(messages="a", domain="a")
     for messages in (text, (("user", text),)):
-        _, warnings = reader.tokenize([Request(messages=messages, domain="a"), other], Letters(), 2000)
+        _, warnings = tokenize([Request(messages=messages, domain="a"), other], Letters(), 2000)
         assert warnings == [WARNING] * is_random
 
 
@@ -336,7 +344,7 @@ def test_the_built_in_prompts_do_not_look_random() -> None:
     """No false alarm on the 144 prompts that ship, read with the tokenizer that ships."""
     tokenizer = AutoTokenizer.from_pretrained(BUILTIN_FOLDER / "target")
     requests = reader.read("builtin:all")
-    found, warnings = reader.tokenize(requests, tokenizer, 1000)
+    found, warnings = tokenize(requests, tokenizer, 1000)
     assert len(found) == len(requests) == 144
     assert warnings == []
 
@@ -345,7 +353,7 @@ def test_the_built_in_prompts_do_not_look_random() -> None:
     ("requests", "most_tokens", "words"),
     [
         ([], 5, "no prompts: at least 1 is needed"),
-        ([Request(messages="a", domain="a")], 0, "room for 0 prompt tokens"),
+        ([Request(messages="a", domain="a")], 0, "0 prompt tokens allowed"),
         ([Request(messages="", domain="a")], 5, "prompt 1 (domain 'a'): no token is left"),
         (
             [Request(messages=(("refused", "a"),), domain="a")],
@@ -357,7 +365,7 @@ def test_the_built_in_prompts_do_not_look_random() -> None:
 def test_what_cannot_be_tokenised_is_refused(requests: list[Request], most_tokens: int, words: str) -> None:
     """One line says which prompt and why."""
     with pytest.raises(PromptError) as caught:
-        reader.tokenize(requests, Letters(), most_tokens)
+        tokenize(requests, Letters(), most_tokens)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -365,7 +373,7 @@ def test_what_cannot_be_tokenised_is_refused(requests: list[Request], most_token
 def test_a_real_tokenizer_opens_the_assistant_s_turn() -> None:
     """A transformers tokenizer with a chat template fits the protocol."""
     tokenizer = tiny.tokenizer()
-    found, _ = reader.tokenize([Request(messages=(("user", "hi"),), domain="a")], tokenizer, 100)
+    found, _ = tokenize([Request(messages=(("user", "hi"),), domain="a")], tokenizer, 100)
     assert tokenizer.decode(list(found[0].token_ids)) == "<|user|>hi<|end|><|assistant|>"
 
 

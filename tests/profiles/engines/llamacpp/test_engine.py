@@ -24,7 +24,7 @@ from profiles.engines.serving.metrics import LLAMA_CPP, read_counters
 from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
-from profiles.prompts import reader
+from profiles.prompts import read, tokenize
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload, digest_of
 from profiles.records.errors import EngineError, InputError
 from profiles.records.evidence import Acceptance, TargetTrace
@@ -71,8 +71,8 @@ def engine(program: Program, options: Options) -> Iterator[LlamaCppEngine]:
 @pytest.fixture(scope="module")
 def queue() -> tuple[Prompt, ...]:
     """Eight shipped prompts."""
-    requests = reader.read("builtin:code")[:4] + reader.read("builtin:prose")[:4]
-    tokenized, _ = reader.tokenize(requests, loader.describe(TARGET, dtype="float32").tokenizer, 384)
+    requests = read("builtin:code")[:4] + read("builtin:prose")[:4]
+    tokenized, _ = tokenize(requests, loader.describe(TARGET, dtype="float32").tokenizer, 384)
     return tuple(tokenized)
 
 

@@ -14,7 +14,7 @@ from profiles.engines.openai.launch import Launch
 from profiles.engines.rules import gguf_path
 from profiles.engines.serving import base
 from profiles.models import loader
-from profiles.prompts import reader
+from profiles.prompts import read, tokenize
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload
 from profiles.records.errors import EngineError
 
@@ -46,8 +46,8 @@ def engine(described: loader.DescribedModel, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="module")
-def code(described: loader.Described) -> tuple[Prompt, ...]:
-    found, _ = reader.tokenize(reader.read("builtin:code")[:4], described.tokenizer, 90)
+def code(described: loader.DescribedModel) -> tuple[Prompt, ...]:
+    found, _ = tokenize(read("builtin:code")[:4], described.tokenizer, 90)
     return tuple(found)
 
 

@@ -19,7 +19,7 @@ from profiles.engines.torch.engine import TorchEngine
 from profiles.engines.vllm.config import VllmOptions
 from profiles.engines.vllm.engine import VllmEngine
 from profiles.models import loader
-from profiles.prompts import reader
+from profiles.prompts import read, tokenize
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload
 from profiles.records.errors import EngineError, InputError
 from profiles.records.evidence import Acceptance, AcceptanceTrace, Sample, TargetTrace
@@ -54,8 +54,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         loader.load(f"builtin:{name}", dtype="float32", device="cpu") for name in ("target", "draft-general")
     )
     draft = Draft(kind="model", model=small.record)
-    requests = reader.read("builtin:code")[:4] + reader.read("builtin:prose")[:4]
-    found, _ = reader.tokenize(requests, target.tokenizer, 160)
+    requests = read("builtin:code")[:4] + read("builtin:prose")[:4]
+    found, _ = tokenize(requests, target.tokenizer, 160)
     torch = TorchEngine(target, (DraftSource(draft=draft, model=small.model),), "cpu")
     options = VllmOptions(
         python=str(RUNNING.python), max_length=LONGEST, max_alive=6, log_folder=tmp_path_factory.mktemp("logs")

@@ -1,0 +1,189 @@
+"""Turns requests into the token ids that a target reads. Loads no torch: the tokenizer is given."""
+
+import contextlib
+import datetime
+import json
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from profiles.prompts.reader import Request, summarize_problems
+from profiles.records.core import Prompt
+from profiles.records.errors import PromptError
+
+# A prompt reads like random tokens when hardly any of its first tokens is a repeat; short prompts are not judged. Text
+# repeats more than twice as much, whatever the vocabulary. A small vocabulary hides random tokens: decoded and read
+# again they fall into short pieces that repeat.
+_JUDGED_FROM, _JUDGED_UP_TO, _LEAST_REPEATS = 96, 256, 0.06
+_TODAY = datetime.datetime(2025, 1, 1, 12)
+_TEMPLATE_TIMEOUT_S = 20
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that is used here."""
+
+    chat_template: Any
+
+    def __call__(self, text: str) -> Mapping[str, Any]: ...
+
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """Requests as whole token sequences, by request; and what the user should be warned of."""
+
+    domains: tuple[str, ...]
+    token_ids: tuple[tuple[int, ...], ...]
+    warnings: tuple[str, ...]
+
+    def cut(self, max_tokens: int) -> tuple[list[Prompt], list[str]]:
+        """Prompts of the last `max_tokens` tokens each, without repeats, and all warnings. Raises PromptError."""
+        if max_tokens < 1:
+            raise PromptError(f"{max_tokens} prompt tokens allowed: at least 1 is needed; raise the context length")
+        unique: dict[str, Prompt] = {}
+        for domain, token_ids in zip(self.domains, self.token_ids, strict=True):
+            prompt = Prompt(domain=domain, token_ids=token_ids[-max_tokens:])
+            unique.setdefault(prompt.digest, prompt)
+        warnings, total = list(self.warnings), len(self.domains)
+        if num_cut := sum(len(token_ids) > max_tokens for token_ids in self.token_ids):
+            warnings.append(f"{num_cut} of {total} prompts were cut to their last {max_tokens} tokens")
+        if num_repeats := total - len(unique):
+            warnings.append(f"{num_repeats} of {total} prompts repeat another one and were dropped")
+        return list(unique.values()), warnings
+
+
+def tokenize(
+    requests: Sequence[Request], tokenizer: Tokenizer, max_tokens: int, *, vocab_size: int | None = None
+) -> tuple[list[Prompt], list[str]]:
+    """`encode` and `Encoded.cut` at once."""
+    return encode(requests, tokenizer, vocab_size=vocab_size).cut(max_tokens)
+
+
+def encode(requests: Sequence[Request], tokenizer: Tokenizer, *, vocab_size: int | None = None) -> Encoded:
+    """The requests as the target reads them.
+
+    Messages go through the chat template with the assistant's turn opened; without a template their texts are joined
+    by blank lines. Dates in templates are fixed, so that a prompt is the same tomorrow. Prompts that the template
+    refuses or of which it leaves out the text are skipped and named in the warnings.
+
+    Args:
+        vocab_size: Rows of the target's embedding; a prompt with a token beyond is skipped.
+
+    Raises:
+        PromptError: No requests, or most of them cannot be used.
+    """
+    if not requests:
+        raise PromptError("no prompts: at least 1 is needed")
+    warnings = list(getattr(requests, "skipped", ()))
+    domains, encoded, problems = [], [], []
+    num_random = num_without_tools = 0
+    for number, request in enumerate(requests, start=1):
+        try:
+            token_ids, has_tools = _token_ids(request, tokenizer)
+            if vocab_size is not None and max(token_ids) >= vocab_size:
+                raise PromptError(f"token {max(token_ids)} is beyond the {vocab_size} rows of the model's embedding")
+        except PromptError as error:
+            problems.append(f"prompt {number} (domain {request.domain!r}): {error}")
+            continue
+        domains.append(request.domain)
+        encoded.append(tuple(token_ids))
+        num_random += _looks_random(tokenizer(request.text)["input_ids"])
+        num_without_tools += not has_tools
+    if problems:
+        warnings.append(summarize_problems("", problems, len(encoded), "prompts"))
+    if num_without_tools:
+        warnings.append(f"the chat template leaves out the tools or tool calls of {num_without_tools} prompts")
+    if num_random:
+        warnings.append(
+            f"{num_random} of {len(requests)} prompts read like random tokens, of which hardly any comes twice: what "
+            "drafts reach on them says nothing about text"
+        )
+    return Encoded(domains=tuple(domains), token_ids=tuple(encoded), warnings=tuple(warnings))
+
+
+def _looks_random(token_ids: Sequence[int]) -> bool:
+    judged = token_ids[:_JUDGED_UP_TO]
+    return len(judged) >= _JUDGED_FROM and 1.0 - len(set(judged)) / len(judged) < _LEAST_REPEATS
+
+
+def _token_ids(request: Request, tokenizer: Tokenizer) -> tuple[list[int], bool]:
+    """Token ids, and whether tools and tool calls are in them. Raises PromptError without the prompt's name."""
+    if isinstance(request.messages, str) or not tokenizer.chat_template:
+        token_ids, has_tools = list(tokenizer(request.text)["input_ids"]), not request.tools
+    else:
+        extras = request.extras or ({},) * len(request.messages)
+        conversation = [
+            {"role": role, "content": content, **extra}
+            for (role, content), extra in zip(request.messages, extras, strict=True)
+        ]
+        text = _render(tokenizer, conversation, request)
+        if not _holds(text, request):  # the template may read contents as lists of parts
+            parts = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in conversation]
+            with contextlib.suppress(PromptError):
+                rendered = _render(tokenizer, parts, request)
+                conversation, text = (parts, rendered) if _holds(rendered, request) else (conversation, text)
+        if not _holds(text, request):
+            raise PromptError("the chat template leaves out the text of its last message")
+        token_ids = list(_apply(tokenizer, conversation, request, tokenize=True))
+        has_tools = all(name in text for name in _tool_names(request))
+    if not token_ids:
+        raise PromptError("no token is left of it; a prompt needs at least 1")
+    return token_ids, has_tools
+
+
+def _render(tokenizer: Tokenizer, conversation: list[dict[str, Any]], request: Request) -> str:
+    return str(_apply(tokenizer, conversation, request, tokenize=False))
+
+
+def _apply(tokenizer: Tokenizer, conversation: list[dict[str, Any]], request: Request, *, tokenize: bool) -> Any:
+    options: dict[str, Any] = {"tools": list(request.tools)} if request.tools else {}
+    try:
+        with _time_limit(_TEMPLATE_TIMEOUT_S):
+            return tokenizer.apply_chat_template(
+                conversation,
+                add_generation_prompt=True,
+                return_dict=False,
+                tokenize=tokenize,
+                strftime_now=_TODAY.strftime,
+                **options,
+            )
+    except Exception as error:  # a template is a program that came with the model
+        roles = ", ".join(message["role"] for message in conversation)
+        detail = " ".join(str(error).split())[:200] or type(error).__name__
+        raise PromptError(f"the chat template refuses the roles {roles}: {detail}") from error
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError within the block after `seconds`, where signals can do so."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"it takes more than {seconds:g} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def _holds(rendered: str, request: Request) -> bool:
+    """Whether the text of the last message is in the template's output, white space and JSON quoting aside."""
+    wanted = request.messages[-1][1]
+    forms = (wanted, json.dumps(wanted)[1:-1], json.dumps(wanted, ensure_ascii=False)[1:-1])
+    squeezed = "".join(rendered.split())
+    return any("".join(form.split()) in squeezed for form in forms)
+
+
+def _tool_names(request: Request) -> list[str]:
+    calls = [call for extra in request.extras for call in extra.get("tool_calls") or ()]
+    functions = [each.get("function") for each in (*request.tools, *calls) if isinstance(each, dict)]
+    return [str(function["name"]) for function in functions if isinstance(function, dict) and function.get("name")]
