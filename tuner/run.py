@@ -111,15 +111,15 @@ def _starts(engine: Engine, outcome: Outcome) -> dict[str, Any]:
     if num_starts is None:
         return {}
     starting_s: float = getattr(engine, "starting_s", 0.0)
-    cells = sum(len(anchors[0].forecasts) for anchors in _by_load(outcome))
+    cells = sum(len(points[0].forecasts) for points in _by_load(outcome))
     return {"engine_starts": num_starts, "starting_seconds": round(starting_s, 2), "grid_starts": cells}
 
 
 def _by_load(outcome: Outcome) -> list[list[PointDecision]]:
-    """The anchors of each workload; the first is over all domains."""
+    """The operating points of each workload; the first is over all domains."""
     loads: dict[Workload, list[PointDecision]] = {}
-    for anchor in outcome.anchors:
-        loads.setdefault(anchor.workload, []).append(anchor)
+    for point in outcome.points:
+        loads.setdefault(point.workload, []).append(point)
     return list(loads.values())
 
 
@@ -133,17 +133,17 @@ def _with_kept_ids(outcome: Outcome, cached_engine: CachedEngine) -> Outcome:
 
 
 def _left_out(outcome: Outcome) -> tuple[RefusedDraft, ...]:
-    """What failed while evidence was gathered, and what is infeasible at an anchor, by the anchor's domain."""
+    """What failed while evidence was gathered, and what is infeasible at an operating point, by its domain."""
     failed = [
         RefusedDraft(name=one.setup.name, reason=one.reason, detail=one.detail)
-        for anchor in outcome.anchors
-        if anchor.grounds is not None
-        for one in anchor.grounds.evidence.infeasible
+        for point in outcome.points
+        if point.stage is not None
+        for one in point.stage.evidence.infeasible
     ]
     ruled_out = [
-        RefusedDraft(name=one.setup.name, reason=one.reason, detail=f"{anchor.domain}: {one.detail}")
-        for anchor in outcome.anchors
-        for one in anchor.infeasible
+        RefusedDraft(name=one.setup.name, reason=one.reason, detail=f"{point.domain}: {one.detail}")
+        for point in outcome.points
+        for one in point.infeasible
     ]
     return tuple(dict.fromkeys([*failed, *ruled_out]))
 
@@ -182,9 +182,9 @@ def _joined(latest: Iterable[policies.Choice], outcome: Outcome, options: Option
     """
     earlier = {choice.filtered_point: choice for choice in latest}
     chosen = []
-    for anchor, choice in zip(outcome.anchors, outcome.choices, strict=True):
+    for point, choice in zip(outcome.points, outcome.choices, strict=True):
         known = earlier.pop(choice.filtered_point, None)
-        keeps = anchor.out_of_time and options.limits == Limits()
+        keeps = point.attempt.out_of_time and options.limits == Limits()
         chosen.append(known if keeps and known is not None and known.proven else choice)
     filters = {choice.temperature: (choice.top_p, choice.top_k) for choice in chosen}
     standing = [

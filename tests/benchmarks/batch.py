@@ -24,8 +24,8 @@ from tuner.forecast.evidence import calibration_lengths, gather
 from tuner.forecast.forecaster import Forecaster
 from tuner.forecast.queues import queues, spread_over_domains
 from tuner.search.objective import candidates
+from tuner.search.pairs import Pair, run_pairs
 from tuner.search.proof import measure
-from tuner.search.race import Pair, run_pairs
 
 LENGTHS = (1, 2, 3, 4, 6, 8)
 DRAFTS = ("ngram", "builtin:draft-general", "builtin:draft-prose", "ngram+builtin:draft-general")

@@ -28,8 +28,8 @@ from tuner.forecast.evidence import calibration_lengths, gather
 from tuner.forecast.forecaster import QUEUE_BATCHES, Forecaster
 from tuner.forecast.queues import queues, spread_over_domains
 from tuner.search.objective import MIN_SPEEDUP
-from tuner.search.proof import Pair, measure
-from tuner.search.race import run_pairs
+from tuner.search.pairs import Pair, run_pairs
+from tuner.search.proof import measure
 
 ENGINES = ("torch", "llamacpp", "vllm")
 LENGTHS = (1, 2, 3, 4, 5, 6)

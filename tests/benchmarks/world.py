@@ -7,7 +7,7 @@ import argparse
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,9 +23,9 @@ from tests.benchmarks.simulator import Simulator, World, noise_of
 from tuner.forecast.evidence import Evidence, gather
 from tuner.forecast.forecaster import Forecaster
 from tuner.forecast.queues import spread_over_domains
-from tuner.pipeline.build_prior import summarise
+from tuner.pipeline.build_prior import build_prior
 from tuner.pipeline.decision import alternatives
-from tuner.pipeline.points import Grounds, PointDecision
+from tuner.pipeline.points import PointDecision, PointForecasts, PointPlan
 from tuner.policy.policy import Choice, Policy
 from tuner.policy.query import MIXED
 from tuner.search.objective import candidates
@@ -95,13 +95,12 @@ def family(options: argparse.Namespace) -> Iterator[Family]:
         measured = {}
         for workload, _ in loads:
             evidence = gather(engine, workload, prompts, LENGTHS)
-            measured[workload] = Grounds(
-                evidence=evidence, forecaster=Forecaster(evidence, workload, engine.target.run_digest, workload.seed)
-            )
+            forecaster = Forecaster(evidence, workload, engine.target.run_digest, workload.seed)
+            measured[workload] = PointForecasts(evidence=evidence, forecaster=forecaster)
         yield _family(bench, measured, prompts)
 
 
-def _family(bench: Bench, measured: Mapping[Workload, Grounds], prompts: Sequence[Prompt]) -> Family:
+def _family(bench: Bench, measured: Mapping[Workload, PointForecasts], prompts: Sequence[Prompt]) -> Family:
     alone = next(iter(measured))
     evidence: Evidence = measured[alone].evidence
     setups = candidates(evidence.drafts, LENGTHS)
@@ -110,20 +109,15 @@ def _family(bench: Bench, measured: Mapping[Workload, Grounds], prompts: Sequenc
         by_domain.setdefault(prompt.domain, []).append(prompt)
     known = {domain: own[::2] for domain, own in by_domain.items()}
     pools = {MIXED: [prompt for own in known.values() for prompt in own], **known}
-    anchors = [
+    points = [
         PointDecision(
-            workload=workload,
-            domain=domain,
-            forecast_pool=tuple(pool),
-            race_pool=(),
-            proof_pool=(),
-            grounds=grounds,
-            forecasts=[grounds.forecaster.forecast(setup, pool) for setup in setups],
+            plan=PointPlan(workload=workload, domain=domain, forecast_prompts=tuple(pool)),
+            stage=replace(stage, forecasts=tuple(stage.forecaster.forecast(setup, pool) for setup in setups)),
         )
-        for workload, grounds in measured.items()
+        for workload, stage in measured.items()
         for domain, pool in pools.items()
     ]
-    choices = tuple(_choice(anchor) for anchor in anchors)
+    choices = tuple(_choice(point) for point in points)
     return Family(
         bench=bench,
         workload=alone,
@@ -131,7 +125,7 @@ def _family(bench: Bench, measured: Mapping[Workload, Grounds], prompts: Sequenc
             World(
                 workload=alone,
                 evidence=evidence,
-                forecasters={load.batch_size: grounds.forecaster for load, grounds in measured.items()},
+                forecasters={load.batch_size: stage.forecaster for load, stage in measured.items()},
             )
         ),
         policy=Policy(
@@ -139,7 +133,7 @@ def _family(bench: Bench, measured: Mapping[Workload, Grounds], prompts: Sequenc
             target=bench.engine.target,
             environment=bench.engine.environment,
             choices=choices,
-            prior=summarise(anchors, LENGTHS),
+            prior=build_prior(points, LENGTHS),
         ),
         best={(choice.batch_size, choice.domain): choice.setup for choice in choices},
         setups=setups,
@@ -148,14 +142,14 @@ def _family(bench: Bench, measured: Mapping[Workload, Grounds], prompts: Sequenc
     )
 
 
-def _choice(anchor: PointDecision) -> Choice:
-    """The best forecast of an anchor by its low end; plain decoding where none beats it."""
-    best = next(iter(alternatives(anchor.forecasts)), None)
+def _choice(point: PointDecision) -> Choice:
+    """The best forecast of a point by its low end; plain decoding where none beats it."""
+    best = next(iter(alternatives(point.forecasts)), None)
     return Choice(
-        batch_size=anchor.workload.batch_size,
-        context_length=anchor.workload.context_length,
-        domain=anchor.domain,
-        temperature=anchor.workload.temperature,
+        batch_size=point.workload.batch_size,
+        context_length=point.workload.context_length,
+        domain=point.domain,
+        temperature=point.workload.temperature,
         setup=PLAIN if best is None else best.setup,
         reason="The best forecast; nothing was run to prove it.",
         forecast=best,

@@ -362,7 +362,7 @@ def _exit_code(done: "FinishedRun") -> int:
     own = done.policy.choices[: len(done.outcome.choices)]  # then come those of earlier runs
     if any(choice.proven for choice in own):
         return 0
-    return EXIT_NOTHING_FEASIBLE if done.outcome.anchors[0].ruled_out(PLAIN) else EXIT_NOT_PROVEN
+    return EXIT_NOTHING_FEASIBLE if done.outcome.points[0].ruled_out(PLAIN) else EXIT_NOT_PROVEN
 
 
 def _console(stderr: bool = False) -> "Console":

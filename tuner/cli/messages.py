@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 def outcome_lines(done: "FinishedRun") -> Iterator[str]:
     """What was left out and why, what the run cost, and how quiet the machine was."""
     yield from (f"infeasible: {one.name} ({one.reason}): {one.detail}" for one in done.left_out)
-    yield from (f"{anchor.domain}: {anchor.stopped}" for anchor in done.outcome.anchors if anchor.stopped)
+    yield from (f"{point.domain}: {point.stopped}" for point in done.outcome.points if point.stopped)
     measured = [choice.measured for choice in done.outcome.choices if choice.measured is not None]
     grid = done.outcome.grid_seconds_estimate
     text = f"measured {done.cost['measured_seconds']:.0f} s, reused {done.cost['reused_units']} known units"
     if grid is not None:
-        text += f"; really running all {len(done.outcome.anchors[0].forecasts)} setups would take about {grid:.0f} s"
+        text += f"; really running all {len(done.outcome.points[0].forecasts)} setups would take about {grid:.0f} s"
     yield text
     if starts := done.cost.get("engine_starts"):
         each_s, cells = done.cost["starting_seconds"] / starts, done.cost["grid_starts"]
         yield f"engine started {starts} times, {each_s:.1f} s each; a grid with a start for every cell: {cells} times"
     divergences, disturbed = sum(one.num_divergences for one in measured), sum(one.num_disturbed for one in measured)
     yield f"outputs that diverged at near-ties: {divergences}; pairs of runs disturbed by other programs: {disturbed}"
-    noises = [f"{anchor.race.noise:+.1%}" for anchor in done.outcome.anchors if anchor.race and anchor.race.noise]
+    noises = [f"{point.race.noise:+.1%}" for point in done.outcome.points if point.race and point.race.noise]
     if noises:
         yield f"plain against plain, the races' noise floor: {', '.join(noises)}"
     yield f"policy: {done.policy_path}"

@@ -13,7 +13,8 @@ from profiles.records.core import Prompt, Setup, Workload
 from profiles.records.errors import InputError
 from tuner.forecast.queues import purpose_of, queues
 from tuner.policy.estimates import Measured
-from tuner.search import proof, race
+from tuner.search import proof
+from tuner.search.pairs import Pair, run_pairs
 
 Verdict = Literal["confirmed", "not shown", "refuted"]
 NUM_QUEUES, BATCHES_PER_QUEUE = 6, 4  # at a concurrency above 1
@@ -59,7 +60,7 @@ def verify(
 
 
 def _measure(engine: Engine, emitted: Setup, prompts: Sequence[Prompt], workload: Workload) -> Measured:
-    pairs: list[proof.Pair] = []
+    pairs: list[Pair] = []
     several = queues(
         prompts,
         workload.batch_size,
@@ -68,7 +69,7 @@ def _measure(engine: Engine, emitted: Setup, prompts: Sequence[Prompt], workload
         batches_per_queue=BATCHES_PER_QUEUE,
     )
     for number, queue in enumerate(several):
-        pairs += race.run_pairs(engine, workload, queue, emitted, purpose_of("verify", workload, number))
+        pairs += run_pairs(engine, workload, queue, emitted, purpose_of("verify", workload, number))
     greedy = workload.temperature == 0.0
     return proof.measure(emitted, pairs, greedy=greedy, queue_size=len(several[0]))
 

@@ -1,119 +1,122 @@
-"""Boils an outcome's evidence down to what a selector starts from (`tuner.policy.prior`).
-
-The figures are those of the forecasts: the same walks, step times and overheads. It measures nothing and must not know
-how a selector uses them.
-"""
+"""Condenses the evidence of a run into what a selector starts from: the forecasts' own acceptance and round times."""
 
 from collections.abc import Sequence
 
 from profiles.acceptance.expected_rounds import WIDEST_CATCH_UP, RoundCounts
 from profiles.acceptance.rates import acceptance_length
-from profiles.records.core import CATCH_UP_WIDTHS, PLAIN, Draft, Prompt, Setup
+from profiles.records.core import CATCH_UP_WIDTHS, PLAIN, Draft, Prompt, Setup, Workload
 from profiles.records.evidence import StepShape
 from tuner.forecast.forecaster import Forecaster
 from tuner.pipeline.points import PointDecision
 from tuner.policy.prior import DraftAcceptance, Prior, RoundTimes
 
 
-def summarise(anchors: Sequence[PointDecision], lengths: Sequence[int]) -> Prior | None:
-    """What the forecasts of all anchors rest on; None where no draft was forecast.
+def build_prior(points: Sequence[PointDecision], lengths: Sequence[int]) -> Prior | None:
+    """The prior of all points of a run; None where no traced draft was forecast.
 
-    Where a limit was broken, lengths from there on are left out, but for what was chosen: a selector must not try them.
+    Where a length broke a limit, a selector must not try it or a longer one, unless that one was chosen.
     """
-    known = [anchor for anchor in anchors if anchor.grounds is not None and anchor.forecasts]
-    forecast = dict.fromkeys(one.setup.draft for anchor in known for one in anchor.forecasts if one.setup.draft)
-    grounds = [anchor.grounds.evidence for anchor in known if anchor.grounds is not None]
-    drafts = tuple(draft for draft in forecast if all(evidence.is_traced(draft) for evidence in grounds))
+    stages = [(point, point.stage) for point in points if point.stage is not None and point.stage.forecasts]
+    drafts = tuple(
+        draft
+        for draft in dict.fromkeys(forecast.setup.draft for _, stage in stages for forecast in stage.forecasts)
+        if draft is not None and all(stage.evidence.is_traced(draft) for _, stage in stages)
+    )
     if not drafts:
         return None
-    rising = tuple(sorted(set(lengths)))
-    kept: dict[tuple[int, str, float], DraftAcceptance] = {}
+    ordered = tuple(sorted(set(lengths)))
+    acceptance: dict[tuple[int, str, float], DraftAcceptance] = {}
     times: dict[tuple[int | None, int, int, float], RoundTimes] = {}
-    for anchor in known:
-        assert anchor.grounds is not None
-        forecaster, load = anchor.grounds.forecaster, anchor.workload
-        point = load.batch_size, load.context_length, load.temperature
-        times.setdefault((None, *point), _round_times(None, point, (forecaster.round_s(PLAIN, StepShape(1)),), 0))
+    for point, stage in stages:
+        forecaster, load, prompts = stage.forecaster, point.workload, point.plan.forecast_prompts
+        where = load.batch_size, load.context_length, load.temperature
+        times.setdefault((None, *where), _round_times(load, [forecaster.round_s(PLAIN, StepShape(1))]))
         for number, draft in enumerate(drafts):
-            if draft not in anchor.grounds.evidence.drafts:
+            if draft not in stage.evidence.drafts:
                 continue
-            walks = [forecaster.rounds(Setup(draft=draft, length=k), anchor.forecast_pool) for k in rising]
-            key = (number, anchor.domain, load.temperature)
-            if walks[-1].num_rounds > 0.0:
-                kept.setdefault(key, _kept(key, walks, rising[-1]))
-            longest = _longest([one for one in known if one.workload == load], draft, rising)
-            if (number, *point) not in times and longest > 0:
-                seconds = _times(forecaster, draft, anchor.forecast_pool, rising[-1])
-                times[number, *point] = _round_times(number, point, seconds, longest, _catch_up_s(forecaster, draft))
-    return Prior(drafts=drafts, lengths=rising, acceptance=tuple(kept.values()), round_times=tuple(times.values()))
+            by_length = [forecaster.rounds(Setup(draft=draft, length=length), prompts) for length in ordered]
+            if by_length[-1].num_rounds > 0.0:
+                figures = _acceptance(
+                    by_length, draft=number, domain=point.domain, temperature=load.temperature, max_length=ordered[-1]
+                )
+                acceptance.setdefault((number, point.domain, load.temperature), figures)
+            max_length = _max_length([other for other, _ in stages if other.workload == load], draft, ordered)
+            if (number, *where) not in times and max_length > 0:
+                times[number, *where] = _round_times(
+                    load,
+                    _seconds_by_proposed(forecaster, draft, prompts, ordered[-1]),
+                    draft=number,
+                    max_length=max_length,
+                    catch_up_s=_catch_up_s(forecaster, draft),
+                )
+    return Prior(
+        drafts=drafts, lengths=ordered, acceptance=tuple(acceptance.values()), round_times=tuple(times.values())
+    )
 
 
-def _longest(anchors: Sequence[PointDecision], draft: Draft, rising: Sequence[int]) -> int:
-    """The longest length of a draft that may be tried at a load; 0: none."""
-    broken = [one.setup.length for anchor in anchors for one in anchor.infeasible if one.setup.draft == draft]
-    chosen = [one.candidate.length for one in anchors if one.candidate is not None and one.candidate.draft == draft]
-    below = [length for length in rising if not broken or length < min(broken)]
+def _max_length(points: Sequence[PointDecision], draft: Draft, lengths: Sequence[int]) -> int:
+    """The longest length of a draft that may be tried at a load; 0 for none."""
+    broken = [one.setup.length for point in points for one in point.infeasible if one.setup.draft == draft]
+    candidates = [point.candidate for point in points]
+    chosen = [setup.length for setup in candidates if setup is not None and setup.draft == draft]
+    below = [length for length in lengths if not broken or length < min(broken)]
     return max([0, *below, *(length for length in chosen if length not in broken)])
 
 
 def _round_times(
-    draft: int | None, point: tuple[int, int, float], seconds: tuple[float, ...], longest: int, catch_up_s: float = 0.0
+    load: Workload, seconds: Sequence[float], *, draft: int | None = None, max_length: int = 0, catch_up_s: float = 0.0
 ) -> RoundTimes:
-    batch_size, context_length, temperature = point
     return RoundTimes(
         draft=draft,
-        batch_size=batch_size,
-        context_length=context_length,
-        temperature=temperature,
-        max_length=longest,
-        seconds=seconds,
+        batch_size=load.batch_size,
+        context_length=load.context_length,
+        temperature=load.temperature,
+        max_length=max_length,
+        seconds=tuple(seconds),
         catch_up_s=catch_up_s,
     )
 
 
-def _kept(key: tuple[int, str, float], walks: Sequence[RoundCounts], longest: int) -> DraftAcceptance:
-    """Figures of one draft from its walks at every length, the longest last."""
-    number, domain, temperature = key
-    rounds = walks[-1].rounds
-    tested, held = [0.0] * longest, [0.0] * longest
+def _acceptance(
+    by_length: Sequence[RoundCounts], *, draft: int, domain: str, temperature: float, max_length: int
+) -> DraftAcceptance:
+    """Figures of one draft from its expected rounds at every length, the longest last."""
+    rounds, num_rounds = by_length[-1].rounds, by_length[-1].num_rounds
+    tested, accepted_there = [0.0] * max_length, [0.0] * max_length
     for (proposed, accepted), count in rounds.items():
-        for place in range(min(proposed, accepted + 1)):
-            tested[place] += count
-            held[place] += count if accepted > place else 0.0
+        for index in range(min(proposed, accepted + 1)):
+            tested[index] += count
+            accepted_there[index] += count if accepted > index else 0.0
     return DraftAcceptance(
-        draft=number,
+        draft=draft,
         domain=domain,
         temperature=temperature,
-        propose_prob=min(1.0, sum(count for (proposed, _), count in rounds.items() if proposed) / walks[-1].num_rounds),
-        accept_probs=tuple(min(1.0, mine / all_) if all_ else 0.0 for mine, all_ in zip(held, tested, strict=True)),
-        mean_tokens=tuple(acceptance_length(walked.rounds) or 1.0 for walked in walks),
-        num_rounds=walks[-1].num_rounds,
+        propose_prob=min(1.0, sum(count for (proposed, _), count in rounds.items() if proposed) / num_rounds),
+        accept_probs=tuple(
+            min(1.0, part / whole) if whole else 0.0 for part, whole in zip(accepted_there, tested, strict=True)
+        ),
+        mean_tokens=tuple(acceptance_length(counts.rounds) or 1.0 for counts in by_length),
+        num_rounds=num_rounds,
     )
 
 
-def _times(forecaster: Forecaster, draft: Draft, prompts: Sequence[Prompt], longest: int) -> tuple[float, ...]:
-    """Seconds of a round by the number of tokens proposed, the mean over what such rounds ran in the walks."""
+def _seconds_by_proposed(forecaster: Forecaster, draft: Draft, prompts: Sequence[Prompt], longest: int) -> list[float]:
+    """Seconds of a round by the number of tokens proposed: the mean over the shapes that such rounds have."""
     seconds = [forecaster.round_s(Setup(draft=draft, length=1), StepShape(1))]
     for length in range(1, longest + 1):
         setup = Setup(draft=draft, length=length)
         usual = StepShape(length + 1) if draft.kind == "ngram" else StepShape(length + 1, length, CATCH_UP_WIDTHS[0])
-        ran = {
-            shape: count
-            for shape, count in forecaster.rounds(setup, prompts).shapes.items()
-            if shape.target_width == length + 1
-        }
-        ran = ran or {usual: 1.0}
-        spent = sum(count * forecaster.round_s(setup, shape) for shape, count in ran.items())
-        seconds.append(spent / sum(ran.values()))
-    return tuple(seconds)
+        expected = forecaster.rounds(setup, prompts).shapes
+        shapes = {shape: count for shape, count in expected.items() if shape.target_width == length + 1} or {usual: 1.0}
+        total_s = sum(count * forecaster.round_s(setup, shape) for shape, count in shapes.items())
+        seconds.append(total_s / sum(shapes.values()))
+    return seconds
 
 
 def _catch_up_s(forecaster: Forecaster, draft: Draft) -> float:
-    """Per token of text: a wide first step against a narrow one. A look-up only indexes the text."""
+    """Seconds per token of text that the draft model takes in late: a wide first step against a narrow one."""
     if draft.kind == "ngram":
         return 0.0
     setup, narrow = Setup(draft=draft, length=1), CATCH_UP_WIDTHS[0]
-    more = forecaster.round_s(setup, StepShape(2, 1, WIDEST_CATCH_UP)) - forecaster.round_s(
-        setup, StepShape(2, 1, narrow)
-    )
-    return max(0.0, more) / (WIDEST_CATCH_UP - narrow)
+    wide_s, narrow_s = (forecaster.round_s(setup, StepShape(2, 1, width)) for width in (WIDEST_CATCH_UP, narrow))
+    return max(0.0, wide_s - narrow_s) / (WIDEST_CATCH_UP - narrow)

@@ -1,7 +1,4 @@
-"""From what was measured to choices, each with a sentence saying why.
-
-Plain decoding is the choice wherever no win is proven. It measures nothing and must not know an engine.
-"""
+"""Turns what was measured into choices, each with a sentence saying why."""
 
 from collections.abc import Sequence
 
@@ -13,44 +10,43 @@ from tuner.search import proof
 from tuner.search.objective import score
 
 
-def judge(anchors: Sequence[PointDecision]) -> list[Choice]:
-    """A choice per anchor, in their order; Holm's step-down looks at all of them together."""
-    measured = [anchor.measured for anchor in anchors if anchor.measured is not None]
-    verdicts = iter(proof.prove(measured))
-    proven = [anchor.measured is not None and next(verdicts) for anchor in anchors]
-    return [
-        _choice(anchor, won and anchor.ruled_out(anchor.candidate or PLAIN) is None)
-        for anchor, won in zip(anchors, proven, strict=True)
-    ]
+def judge(points: Sequence[PointDecision]) -> list[Choice]:
+    """A choice per operating point, in their order; Holm's step-down looks at all of them together."""
+    verdicts = iter(proof.prove([point.measured for point in points if point.measured is not None]))
+    choices = []
+    for point in points:
+        passes = point.measured is not None and next(verdicts)
+        choices.append(_choice(point, passes and point.ruled_out(point.candidate or PLAIN) is None))
+    return choices
 
 
-def _choice(anchor: PointDecision, proven: bool) -> Choice:
-    load = anchor.workload
-    subject = anchor.candidate
-    if subject is None and len(anchor.forecasts) > 1:
-        drafting = [one.setup for one in anchor.forecasts if one.setup != PLAIN]
-        subject = next((setup for setup in drafting if anchor.ruled_out(setup) is None), drafting[0])
+def _choice(point: PointDecision, proven: bool) -> Choice:
+    load = point.workload
+    subject = point.candidate
+    if subject is None and len(point.forecasts) > 1:
+        drafting = [forecast.setup for forecast in point.forecasts if forecast.setup != PLAIN]
+        subject = next((setup for setup in drafting if point.ruled_out(setup) is None), drafting[0])
     return Choice(
         batch_size=load.batch_size,
         context_length=load.context_length,
-        domain=anchor.domain,
+        domain=point.domain,
         temperature=load.temperature,
         top_p=load.top_p,
         top_k=load.top_k,
-        setup=anchor.candidate if proven and anchor.candidate is not None else PLAIN,
-        reason=_reason(anchor, subject, proven),
-        evidence=anchor.evidence,
-        forecast=next((one for one in anchor.forecasts if one.setup == subject), None),
-        measured=anchor.measured,
+        setup=point.candidate if proven and point.candidate is not None else PLAIN,
+        reason=_reason(point, subject, proven),
+        evidence=() if point.attempt.proof is None else point.attempt.proof.units,
+        forecast=next((forecast for forecast in point.forecasts if forecast.setup == subject), None),
+        measured=point.measured,
         proven=proven,
-        alternatives=alternatives([one for one in anchor.forecasts if anchor.ruled_out(one.setup) is None]),
-        out_of_time=anchor.out_of_time and not proven,
+        out_of_time=point.attempt.out_of_time and not proven,
+        alternatives=alternatives([one for one in point.forecasts if point.ruled_out(one.setup) is None]),
     )
 
 
-def _reason(anchor: PointDecision, subject: Setup | None, proven: bool) -> str:
+def _reason(point: PointDecision, subject: Setup | None, proven: bool) -> str:
     """One sentence: what was chosen and what the figures were."""
-    measured = anchor.measured
+    measured = point.measured
     if proven and measured is not None:
         speedup = measured.speedup
         return (
@@ -58,31 +54,31 @@ def _reason(anchor: PointDecision, subject: Setup | None, proven: bool) -> str:
             f"fast as plain decoding on {measured.num_prompts} other prompts, "
             f"{measured.end_to_end.estimate:.2f} end to end."
         )
-    if (plain := anchor.ruled_out(PLAIN)) is not None:
+    if (plain := point.ruled_out(PLAIN)) is not None:
         return f"Nothing is feasible: no setup is proven within the limits, and of plain decoding {plain.detail}."
-    return f"Plain decoding: {_why_plain(anchor, subject)}."
+    return f"Plain decoding: {_why_plain(point, subject)}."
 
 
-def _why_plain(anchor: PointDecision, subject: Setup | None) -> str:
+def _why_plain(point: PointDecision, subject: Setup | None) -> str:
     """Why nothing was proven; `subject` is the draft that came closest."""
     if subject is None:
-        return anchor.stopped or "there was no draft to try"
-    if (broken := anchor.ruled_out(subject)) is not None:
-        return f"{subject.name} is infeasible ({broken.reason}): {broken.detail}"
-    if anchor.measured is not None:
-        return f"{subject.name} is not proven, because {proof.shortfall(anchor.measured)}"
-    if anchor.stopped is not None:
-        return f"{subject.name} was not proven, because {anchor.stopped}"
-    if anchor.race is not None:
+        return point.stopped or "there was no draft to try"
+    if (infeasible := point.ruled_out(subject)) is not None:
+        return f"{subject.name} is infeasible ({infeasible.reason}): {infeasible.detail}"
+    if point.measured is not None:
+        return f"{subject.name} is not proven, because {proof.shortfall(point.measured)}"
+    if point.stopped is not None:
+        return f"{subject.name} was not proven, because {point.stopped}"
+    if point.race is not None:
         return "no feasible finalist was faster than plain decoding in the race"
-    best = next(forecast for forecast in anchor.forecasts if forecast.setup == subject)
+    best = next(forecast for forecast in point.forecasts if forecast.setup == subject)
     return f"the best draft, {subject.name}, is forecast at {best.speedup.estimate:.2f} times its speed"
 
 
 def alternatives(forecasts: Sequence[Forecast]) -> tuple[Forecast, ...]:
-    """Of every draft the best length by its conservative score, where that beats plain decoding; the best first."""
+    """Of every draft the best length by its score, where that beats plain decoding; the best first."""
     best: dict[Draft, Forecast] = {}
-    for one in sorted(forecasts, key=score, reverse=True):
-        if one.setup.draft is not None and score(one) > 1.0:
-            best.setdefault(one.setup.draft, one)
+    for forecast in sorted(forecasts, key=score, reverse=True):
+        if forecast.setup.draft is not None and score(forecast) > 1.0:
+            best.setdefault(forecast.setup.draft, forecast)
     return tuple(best.values())

@@ -26,7 +26,7 @@ def report_data(outcome: Outcome, policy: Policy) -> ReportData:
     """
     held = {choice.filtered_point: choice for choice in policy.choices}
     loads: dict[Workload, list[tuple[PointDecision, AnchorFigures]]] = {}
-    for anchor, own in zip(outcome.anchors, outcome.choices, strict=True):
+    for point, own in zip(outcome.points, outcome.choices, strict=True):
         kept = held.pop(own.filtered_point, None)
         if kept is None:
             raise InputError(
@@ -35,12 +35,12 @@ def report_data(outcome: Outcome, policy: Policy) -> ReportData:
         figures = AnchorFigures(
             choice=replace(kept, evidence=()),
             from_earlier=kept != own,
-            stopped=anchor.stopped,
-            noise=None if anchor.race is None else anchor.race.noise,
-            num_forecast_prompts=len(anchor.forecast_pool),
-            candidates=_candidates(anchor, own),
+            stopped=point.stopped,
+            noise=None if point.race is None else point.race.noise,
+            num_forecast_prompts=len(point.plan.forecast_prompts),
+            candidates=_candidates(point, own),
         )
-        loads.setdefault(anchor.workload, []).append((anchor, figures))
+        loads.setdefault(point.workload, []).append((point, figures))
     return ReportData(
         created=policy.created,
         target=policy.target,
@@ -53,36 +53,36 @@ def report_data(outcome: Outcome, policy: Policy) -> ReportData:
 
 def _drafts(outcome: Outcome) -> tuple[Draft, ...]:
     """Every draft of the run once, those that failed last."""
-    used = [draft for anchor in outcome.anchors if anchor.grounds for draft in anchor.grounds.evidence.drafts]
+    used = [draft for point in outcome.points if point.stage for draft in point.stage.evidence.drafts]
     failed = [one.setup.draft for one in outcome.infeasible if one.setup.draft is not None]
     return tuple({draft.digest: draft for draft in (*used, *failed)}.values())
 
 
 def _load(workload: Workload, rows: Sequence[tuple[PointDecision, AnchorFigures]], policy: Policy) -> LoadFigures:
     figures = tuple(figures for _, figures in rows)
-    grounds = rows[0][0].grounds
-    if grounds is None:
+    stage = rows[0][0].stage
+    if stage is None:
         return LoadFigures(anchors=figures, curves=(), staircases=())
     return LoadFigures(
         anchors=figures,
-        curves=acceptance_curves(grounds.evidence, workload, policy.target.run_digest),
-        staircases=staircases(grounds.evidence, policy.target),
+        curves=acceptance_curves(stage.evidence, workload, policy.target.run_digest),
+        staircases=staircases(stage.evidence, policy.target),
     )
 
 
-def _candidates(anchor: PointDecision, own: Choice) -> tuple[Candidate, ...]:
+def _candidates(point: PointDecision, own: Choice) -> tuple[Candidate, ...]:
     """Those with a forecast in their order, then the drafts that failed before there was one."""
-    known = {forecast.setup for forecast in anchor.forecasts}
-    failed: tuple[Infeasible, ...] = () if anchor.grounds is None else anchor.grounds.evidence.infeasible
+    known = {forecast.setup for forecast in point.forecasts}
+    failed: tuple[Infeasible, ...] = () if point.stage is None else point.stage.evidence.infeasible
     return (
-        *(_candidate(anchor, forecast, own.proven) for forecast in anchor.forecasts),
+        *(_candidate(point, forecast, own.proven) for forecast in point.forecasts),
         *(_failed(one) for one in failed if one.setup not in known),
     )
 
 
-def _candidate(anchor: PointDecision, forecast: Forecast, proven: bool) -> Candidate:
-    setup, measured, race = forecast.setup, anchor.measured, anchor.race
-    state, reason = _state(anchor, forecast, proven)
+def _candidate(point: PointDecision, forecast: Forecast, proven: bool) -> Candidate:
+    setup, measured, race = forecast.setup, point.measured, point.race
+    state, reason = _state(point, forecast, proven)
     return Candidate(
         setup_name=setup.name,
         draft_name=setup.draft.name if setup.draft else PLAIN.name,
@@ -91,11 +91,11 @@ def _candidate(anchor: PointDecision, forecast: Forecast, proven: bool) -> Candi
         reason=reason,
         forecast_tok_per_s=forecast.tok_per_s,
         forecast_speedup=forecast.speedup,
-        measured_tok_per_s=anchor.measured_rate(setup),
+        measured_tok_per_s=point.measured_rate(setup),
         measured_speedup=measured.speedup if measured is not None and measured.setup == setup else None,
         race_speedup=None if race is None else race.speedups.get(setup),
         acceptance_length=forecast.acceptance_length,
-        round_split=_split(anchor, setup),
+        round_split=_split(point, setup),
     )
 
 
@@ -109,55 +109,55 @@ def _failed(one: Infeasible) -> Candidate:
     )
 
 
-def _split(anchor: PointDecision, setup: Setup) -> RoundSplit | None:
-    assert anchor.grounds is not None  # it has forecasts
+def _split(point: PointDecision, setup: Setup) -> RoundSplit | None:
+    assert point.stage is not None  # it has forecasts
     try:
-        return anchor.grounds.forecaster.split(setup, anchor.forecast_pool)
+        return point.stage.forecaster.split(setup, point.plan.forecast_prompts)
     except NotMeasuredError:
         return None
 
 
-def _state(anchor: PointDecision, forecast: Forecast, proven: bool) -> tuple[str, str]:
+def _state(point: PointDecision, forecast: Forecast, proven: bool) -> tuple[str, str]:
     """How far a candidate came, and why no further."""
     setup = forecast.setup
-    ruled_out = anchor.ruled_out(setup)
+    ruled_out = point.ruled_out(setup)
     if ruled_out is not None:
         return "infeasible", ruled_out.detail
     if setup == PLAIN:
         return "baseline", "what every other setup must beat"
-    if setup != anchor.candidate:
-        return _raced(anchor, setup) or ("forecast only", _why_not_raced(anchor, forecast))
-    if anchor.measured is None:
-        return "not proven", anchor.stopped or "it was not measured"
+    if setup != point.candidate:
+        return _raced(point, setup) or ("forecast only", _why_not_raced(point, forecast))
+    if point.measured is None:
+        return "not proven", point.stopped or "it was not measured"
     if proven:
-        return "proven", f"faster than plain decoding on {anchor.measured.num_prompts} prompts the race did not use"
-    return "not proven", shortfall(anchor.measured)
+        return "proven", f"faster than plain decoding on {point.measured.num_prompts} prompts the race did not use"
+    return "not proven", shortfall(point.measured)
 
 
-def _raced(anchor: PointDecision, setup: Setup) -> tuple[str, str] | None:
+def _raced(point: PointDecision, setup: Setup) -> tuple[str, str] | None:
     """The state of a setup that the race saw; None for others."""
-    race = anchor.race
+    race = point.race
     if race is None or setup not in (*race.pruned, *race.speedups):
         return None
     if setup in race.pruned:
         return "pruned in the race", "it was losing, prompt by prompt, to the best so far"
     own = race.speedups[setup]
-    if anchor.candidate is None:
+    if point.candidate is None:
         return "raced", f"{own:.2f} in the race, where no setup to choose was faster than plain decoding"
-    taken = race.speedups[anchor.candidate]
-    text = f"{anchor.candidate.name} was taken with {taken:.2f} in the race against {own:.2f}"
+    taken = race.speedups[point.candidate]
+    text = f"{point.candidate.name} was taken with {taken:.2f} in the race against {own:.2f}"
     return "raced", f"{text}: near-equals go to fewer weights, then to the shorter" if own >= taken else text
 
 
-def _why_not_raced(anchor: PointDecision, forecast: Forecast) -> str:
+def _why_not_raced(point: PointDecision, forecast: Forecast) -> str:
     high = forecast.speedup.high
     if high <= 1.0:
         return f"its forecast interval ends at {high:.2f}, not above plain decoding"
-    best = max(score(one) for one in anchor.forecasts if one.setup != PLAIN and anchor.ruled_out(one.setup) is None)
+    best = max(score(one) for one in point.forecasts if one.setup != PLAIN and point.ruled_out(one.setup) is None)
     if high < best:
         return f"its forecast interval ends at {high:.2f}, below the low end of the best, {best:.2f}"
-    if anchor.race is not None:
+    if point.race is not None:
         return "the finalists were forecast faster"
-    if anchor.candidate is None:
-        return anchor.stopped or "it was not run"
+    if point.candidate is None:
+        return point.stopped or "it was not run"
     return "too few prompts were left for a race: only the best forecast was run"

@@ -1,22 +1,16 @@
-"""What "best" means: a conservative score of a forecast, and which of several near-equal setups is taken.
-
-Plain decoding wins ties against drafting because its score is exactly 1; among drafting setups within 1.5 % the one
-without extra weights is taken, then the shorter. Knows nothing of how forecasts or measurements came about.
-"""
+"""What "best" means: the score of a forecast, the finalists of a race, and the choice among near-equal setups."""
 
 from collections.abc import Mapping, Sequence
 
 from profiles.records.core import PLAIN, Draft, Setup
 from tuner.policy.estimates import Forecast
 
-TIE = 0.015
-
-
-MIN_SPEEDUP = 1.0 + TIE
+TIE = 0.015  # setups whose speed-ups differ by less are near-equal
+MIN_SPEEDUP = 1.0 + TIE  # of a win that is claimed
 
 
 def score(forecast: Forecast) -> float:
-    """The low end of the forecast speed-up: a wide interval must not win by luck. Plain decoding scores 1."""
+    """The low end of the forecast speed-up, so that a wide interval does not win by chance; 1 for plain decoding."""
     return forecast.speedup.low if forecast.setup.draft is not None else 1.0
 
 
@@ -25,12 +19,12 @@ def finalists(forecasts: Sequence[Forecast], count: int) -> tuple[Setup, ...]:
     drafting = [forecast for forecast in forecasts if forecast.setup.draft is not None]
     ordered = sorted(drafting, key=lambda forecast: -forecast.speedup.estimate)
     best = max((score(forecast) for forecast in drafting), default=0.0)
-    hopeful = [f for f in ordered if f.speedup.high >= best and f.speedup.high > 1.0]
+    hopeful = [forecast for forecast in ordered if forecast.speedup.high >= best and forecast.speedup.high > 1.0]
     return tuple(forecast.setup for forecast in hopeful[:count])
 
 
 def among_equals(speedups: Mapping[Setup, float]) -> Setup | None:
-    """Of the setups within 1.5 % of the fastest measured speed-up: no extra weights first, then the shortest."""
+    """The setup to take of those within 1.5 % of the fastest: without weights of its own first, then the shortest."""
     if not speedups:
         return None
     fastest = max(speedups.values())
@@ -39,9 +33,10 @@ def among_equals(speedups: Mapping[Setup, float]) -> Setup | None:
 
 
 def candidates(drafts: Sequence[Draft], lengths: Sequence[int]) -> tuple[Setup, ...]:
-    """Plain decoding first, then every draft at every length, draft by draft; the same draft twice counts once."""
-    setups = [PLAIN] + [Setup(draft=draft, length=length) for draft in drafts for length in lengths]
-    distinct: dict[str, Setup] = {}
-    for setup in setups:
-        distinct.setdefault(setup.digest, setup)
-    return tuple(distinct.values())
+    """Plain decoding first, then every draft at every length; a draft that was given twice counts once."""
+    by_digest = {PLAIN.digest: PLAIN}
+    for draft in drafts:
+        for length in lengths:
+            setup = Setup(draft=draft, length=length)
+            by_digest.setdefault(setup.digest, setup)
+    return tuple(by_digest.values())

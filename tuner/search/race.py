@@ -1,146 +1,108 @@
-"""Split from tuner.search.studies."""
+"""Races the finalists in paired real runs, queue by queue. The race only selects: its figures are never a proof."""
 
 import math
-import random
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import optuna
 
-from profiles.acceptance.rates import tpot_s
-from profiles.engines.base import Engine
-from profiles.records.core import PLAIN, Prompt, Setup, Workload
+from profiles.records.core import PLAIN, Setup
 from profiles.records.errors import EngineError
-from profiles.records.evidence import Infeasible, Sample
-from profiles.records.keys import queue_digest
-from tuner.search.objective import among_equals
-from tuner.search.studies import Storage, _kept
+from profiles.records.evidence import Infeasible
+from tuner.search.pairs import Pair, Queue, decode_columns, timed_pairs
+from tuner.search.studies import Storage, storage_errors
 
 PRUNE_P = 0.1
-
-
-PRUNE_AFTER_STEPS = 4
-
-
-NOISE_QUEUES = 6  # plain against plain needs no more to show the noise floor
-
-
-Pair: TypeAlias = tuple[Sample, Sample]  # plain decoding, a setup
-
-
-Queue: TypeAlias = tuple[Prompt, ...]
+PRUNE_AFTER_QUEUES = 4
+NOISE_QUEUES = 6  # plain against plain needs no more to show the noise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Race:
-    """What the race saw: geometric-mean speed-up of every finalist that finished, and the winner.
+class RaceResult:
+    """What a race measured.
 
-    `noise` is the mean log ratio of plain against plain: how far from 0 nothing at all comes out.
+    `speedups` are geometric means over queues, of the finalists that finished. `noise` is the mean log ratio of plain
+    against plain, which would be 0 without noise. `failed` are finalists that an engine could not run.
     """
 
     speedups: dict[Setup, float]
     noise: float | None
     pruned: tuple[Setup, ...]
     failed: tuple[Infeasible, ...]
-    winner: Setup | None
 
 
-def log_ratio(pairs: Sequence[Pair]) -> float | None:
-    """Log of the setup's over plain seconds per token, over all pairs: negative when the setup is faster.
-
-    None without a pair whose outputs have a second token.
-    """
-    timed = [pair for pair in pairs if all(tpot_s(sample) for sample in pair)]
-    if not timed:
-        return None
-    plain_s, chosen_s = (
-        sum(pair[side].decode_s for pair in timed) / sum(pair[side].output_tokens - 1 for pair in timed)
-        for side in (0, 1)
-    )
-    return math.log(chosen_s / plain_s)
-
-
-def pair_order(workload: Workload, queue: Queue, setup: Setup) -> tuple[Setup, Setup]:
-    """Plain decoding and the setup in an order drawn from seed, prompts and setup: random, but a rerun repeats it."""
-    plain_first = random.Random(f"{workload.seed}/{queue_digest(queue)}/{setup.digest}").random() < 0.5
-    return (PLAIN, setup) if plain_first else (setup, PLAIN)
-
-
-def run_pairs(engine: Engine, workload: Workload, queue: Queue, setup: Setup, purpose: str) -> list[Pair]:
-    """(plain, setup) of every prompt of a queue, the two run back to back in their drawn order."""
-    order = pair_order(workload, queue, setup)
-    samples = engine.run_together(workload, queue, order, purpose)
-    first, second = samples[: len(queue)], samples[len(queue) :]
-    return list(zip(first, second, strict=True) if order[0] == PLAIN else zip(second, first, strict=True))
-
-
-@_kept("Optuna's studies", "run again")
+@storage_errors("Optuna's studies", "run again")
 def race(
     run: Callable[[Queue, Setup], Sequence[Pair]],
     queues: Sequence[Queue],
     finalists: Sequence[Setup],
-    name: str,
+    *,
+    study_name: str,
     storage: Storage | None,
-) -> Race:
-    """Study 2: trial 0 is plain against plain, then one trial per finalist; step i is queue i, paired.
+) -> RaceResult:
+    """Runs plain against plain, then every finalist against plain, on the same queues, as one Optuna study.
 
-    The reported value is the log ratio of seconds per token; `WilcoxonPruner` stops a trial that loses, queue by
-    queue, to the best finished one. A finalist that fails is listed. The race only selects: it never counts as proof.
+    A trial reports the log ratio of seconds per token of each queue. `WilcoxonPruner` stops a finalist that loses,
+    queue by queue, to the best that finished.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        pruner = optuna.pruners.WilcoxonPruner(p_threshold=PRUNE_P, n_startup_steps=PRUNE_AFTER_STEPS)
-    study = optuna.create_study(study_name=name, storage=storage, direction="minimize", pruner=pruner)
-    names = optuna.distributions.CategoricalDistribution([setup.name for setup in (PLAIN, *finalists)])
-    means: dict[Setup, float] = {}
+    study = _create_study(study_name, storage)
+    setup_names = optuna.distributions.CategoricalDistribution([setup.name for setup in (PLAIN, *finalists)])
+    log_ratios: dict[Setup, float] = {}
     pruned: list[Setup] = []
     failed: list[Infeasible] = []
     for setup in (PLAIN, *finalists):
         study.enqueue_trial({"setup": setup.name})
-        trial = study.ask({"setup": names})
+        trial = study.ask({"setup": setup_names})
         try:
-            mean = _run_trial(trial, run, queues if setup != PLAIN else queues[:NOISE_QUEUES], setup)
+            log_ratio = _run_trial(trial, run, queues[:NOISE_QUEUES] if setup == PLAIN else queues, setup)
         except EngineError as error:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             failed.append(Infeasible(setup=setup, reason=type(error).__name__, detail=str(error)))
             continue
-        if mean is None:
+        if log_ratio is None:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             pruned.append(setup)
         else:
-            study.tell(trial, mean)
-            means[setup] = mean
-    noise = means.pop(PLAIN, None)
-    speedups = {setup: math.exp(-mean) for setup, mean in means.items()}
-    return Race(
-        speedups=speedups, noise=noise, pruned=tuple(pruned), failed=tuple(failed), winner=among_equals(speedups)
-    )
+            study.tell(trial, log_ratio)
+            log_ratios[setup] = log_ratio
+    noise = log_ratios.pop(PLAIN, None)
+    speedups = {setup: math.exp(-log_ratio) for setup, log_ratio in log_ratios.items()}
+    return RaceResult(speedups=speedups, noise=noise, pruned=tuple(pruned), failed=tuple(failed))
+
+
+def _create_study(name: str, storage: Storage | None) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        pruner = optuna.pruners.WilcoxonPruner(p_threshold=PRUNE_P, n_startup_steps=PRUNE_AFTER_QUEUES)
+    return optuna.create_study(study_name=name, storage=storage, direction="minimize", pruner=pruner)
 
 
 def _run_trial(
-    trial: optuna.Trial,
-    run: Callable[[Queue, Setup], Sequence[Pair]],
-    queues: Sequence[Queue],
-    setup: Setup,
+    trial: optuna.Trial, run: Callable[[Queue, Setup], Sequence[Pair]], queues: Sequence[Queue], setup: Setup
 ) -> float | None:
-    """Mean log ratio over the queues; None when it was pruned or no run had a time per token."""
-    ratios: list[float] = []
+    """Mean log ratio over the queues; None when the trial was pruned or no run had a time per token."""
+    log_ratios: list[float] = []
     for step, queue in enumerate(queues):
-        ratio = log_ratio(run(queue, setup))
-        if ratio is None:
+        timed = timed_pairs(run(queue, setup))
+        if not timed:
             continue
-        ratios.append(ratio)
-        trial.report(ratio, step)
-        if setup != PLAIN and _is_losing(trial):
+        log_ratios.append(_log_ratio(timed))
+        trial.report(log_ratios[-1], step)
+        if setup != PLAIN and _should_prune(trial):
             return None
-    return sum(ratios) / len(ratios) if ratios else None
+    return sum(log_ratios) / len(log_ratios) if log_ratios else None
 
 
-def _is_losing(trial: optuna.Trial) -> bool:
+def _log_ratio(pairs: Sequence[Pair]) -> float:
+    """Log of the setup's over plain seconds per token, over all pairs: negative when the setup is faster."""
+    (plain_s,), (plain_tokens,), (chosen_s,), (chosen_tokens,) = decode_columns([pairs])
+    return math.log((chosen_s / chosen_tokens) / (plain_s / plain_tokens))
+
+
+def _should_prune(trial: optuna.Trial) -> bool:
     with warnings.catch_warnings():
-        # plain against plain has fewer steps than the finalists: those they share are compared, which is meant
+        # plain against plain has fewer steps than the finalists: the shared ones are compared, as intended
         warnings.filterwarnings("ignore", message="WilcoxonPruner finds steps", category=UserWarning)
         return bool(trial.should_prune())

@@ -200,7 +200,7 @@ def _tuned(engine: FakeEngine) -> Outcome:
 def test_a_length_that_fails_is_infeasible_alone() -> None:
     """The other lengths of a native draft go on as candidates; the failed ones are rows with the engine's words."""
     outcome = _tuned(LongNativeFails(keep=0.9))
-    tried = {one.setup for one in outcome.anchors[0].forecasts}
+    tried = {one.setup for one in outcome.points[0].forecasts}
     assert {setup.length for setup in tried if setup.draft == NATIVE} == {1, 2, 3}
     assert {one.setup.length for one in outcome.infeasible} == {4, 5, 6}
     assert {one.detail for one in outcome.infeasible} == {"the pool is too small"}
@@ -286,7 +286,7 @@ def test_drafts_run_on_too_few_prompts_are_no_candidates(tmp_path: Path) -> None
         done = tune(
             OnlyRuns(), [(GREEDY, prompts(1))], TuningSession.of(evidence_store), Options(lengths=(1, 2)), Watch()
         )
-    assert [one.setup for one in done.outcome.anchors[0].forecasts] == [PLAIN]
+    assert [one.setup for one in done.outcome.points[0].forecasts] == [PLAIN]
 
 
 def test_a_look_up_that_drops_short_drafts_is_run_where_it_drafts() -> None:

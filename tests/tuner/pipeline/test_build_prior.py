@@ -10,7 +10,7 @@ from profiles.records.errors import InputError
 from profiles.records.evidence import Infeasible, StepShape
 from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts
 from tests.support.policies import learning_policy
-from tuner.pipeline.build_prior import summarise
+from tuner.pipeline.build_prior import build_prior
 from tuner.pipeline.pipeline import Options, Outcome, Tuner
 from tuner.policy.prior import Prior, join_priors
 from tuner.policy.query import MIXED, OperatingPoint
@@ -36,12 +36,12 @@ def test_both_halves_are_the_forecasts_own(outcome: Outcome) -> None:
     assert {(one.draft, one.domain) for one in prior.acceptance} == {
         (number, domain) for number in (0, 1) for domain in (MIXED, "code", "prose")
     }
-    anchor = outcome.anchors[0]
-    assert anchor.grounds is not None
-    forecaster = anchor.grounds.forecaster
+    point = outcome.points[0]
+    assert point.stage is not None
+    forecaster = point.stage.forecaster
     kept = next(one for one in prior.acceptance if (one.draft, one.domain) == (model, MIXED))
     for length, tokens in zip(LENGTHS, kept.mean_tokens, strict=True):
-        rounds = forecaster.rounds(Setup(draft=DRAFT_A, length=length), anchor.forecast_pool).rounds
+        rounds = forecaster.rounds(Setup(draft=DRAFT_A, length=length), point.plan.forecast_prompts).rounds
         assert tokens == acceptance_length(rounds)
     plain = next(one for one in prior.round_times if one.draft is None and one.batch_size == 1)
     assert plain.seconds == (forecaster.round_s(PLAIN, StepShape(1)),)
@@ -59,17 +59,9 @@ def test_what_broke_a_limit_is_left_out(outcome: Outcome) -> None:
 
 def most(outcome: Outcome, broken: int) -> dict[int, int]:
     """By batch the longest length of the draft model, when this one is infeasible at batch 1 and was not chosen."""
-    first = outcome.anchors[0]
-    candidates = [(anchor, anchor.candidate) for anchor in outcome.anchors]
-    first.infeasible.append(Infeasible(setup=Setup(draft=DRAFT_A, length=broken), reason="memory", detail="too much"))
-    for anchor in outcome.anchors:
-        anchor.candidate = None
-    try:
-        prior = summarise(outcome.anchors, LENGTHS)
-    finally:
-        first.infeasible.pop()
-        for anchor, candidate in candidates:
-            anchor.candidate = candidate
+    infeasible = Infeasible(setup=Setup(draft=DRAFT_A, length=broken), reason="memory", detail="too much")
+    points = [replace(point, attempt=replace(point.attempt, candidate=None)) for point in outcome.points]
+    prior = build_prior([replace(points[0], infeasible=(infeasible,)), *points[1:]], LENGTHS)
     assert prior is not None
     model = prior.drafts.index(DRAFT_A)
     return {one.batch_size: one.max_length for one in prior.round_times if one.draft == model}

@@ -18,9 +18,9 @@ from tuner.policy.estimates import Forecast, Measured, Standing
 from tuner.policy.query import MIXED
 from tuner.run import TuningSession, tune
 from tuner.search import proof
-from tuner.search import race as search
 from tuner.search.limits import Limits
 from tuner.search.objective import among_equals, finalists
+from tuner.search.pairs import Pair, pair_order
 
 TWO_DOMAINS = (*prompts(48, "code"), *prompts(48, "prose"))
 
@@ -70,10 +70,10 @@ def test_domains_choose_differently() -> None:
 
 def test_race_and_proof_share_no_prompt() -> None:
     """24 prompts are held for the proof of every domain; a small domain has no row of its own."""
-    anchors = plan_points(GREEDY, (*prompts(40, "code"), *prompts(10, "prose")))
-    assert [anchor.domain for anchor in anchors] == [MIXED, "code"]
-    for anchor in anchors:
-        race, proofs = ({prompt.digest for prompt in pool} for pool in (anchor.race_pool, anchor.proof_pool))
+    plans = plan_points(GREEDY, (*prompts(40, "code"), *prompts(10, "prose")))
+    assert [plan.domain for plan in plans] == [MIXED, "code"]
+    for plan in plans:
+        race, proofs = ({prompt.digest for prompt in pool} for pool in (plan.race_prompts, plan.proof_prompts))
         assert not race & proofs
         assert len(proofs) >= 24
 
@@ -86,8 +86,8 @@ def test_a_domain_may_not_be_called_mixed() -> None:
 
 def test_few_prompts_go_to_the_proof() -> None:
     """Under 24 prompts nothing is left to race on."""
-    (anchor,) = plan_points(GREEDY, prompts(20))
-    assert anchor.race_pool == ()
+    (plan,) = plan_points(GREEDY, prompts(20))
+    assert plan.race_prompts == ()
     outcome = _tune(FakeEngine(keep=0.9), prompts(20))
     assert not outcome.choices[0].proven
     assert "only 20 prompts" in outcome.choices[0].reason
@@ -104,7 +104,7 @@ def test_a_failing_draft_is_left_out_and_the_rest_goes_on() -> None:
 
     outcome = _tune(Failing())
     assert [failed.reason for failed in outcome.infeasible] == ["BadNumbersError"]
-    assert all(forecast.setup.draft in (None, NGRAM) for forecast in outcome.anchors[0].forecasts)
+    assert all(forecast.setup.draft in (None, NGRAM) for forecast in outcome.points[0].forecasts)
 
 
 def test_the_budget_ends_between_units() -> None:
@@ -116,7 +116,7 @@ def test_the_budget_ends_between_units() -> None:
 
 
 def test_a_second_run_measures_nothing(tmp_path: Path) -> None:
-    """Everything is answered from the book, and the choice is the same."""
+    """Everything is answered from the store, and the choice is the same."""
     with EvidenceStore.open(tmp_path / "evidence.db") as evidence_store:
         session = TuningSession.of(evidence_store)
         first = tune(FakeEngine(keep=0.9), [(GREEDY, TWO_DOMAINS)], session, Options(lengths=(1, 2, 3)), Watch())
@@ -128,7 +128,7 @@ def test_a_second_run_measures_nothing(tmp_path: Path) -> None:
 
 
 def test_both_studies_are_kept_where_the_dashboard_finds_them(tmp_path: Path) -> None:
-    """Forecast study and race of every anchor, with plain decoding as their first trial."""
+    """Forecast study and race of every operating point, with plain decoding as their first trial."""
     with EvidenceStore.open(tmp_path / "evidence.db") as evidence_store:
         session = TuningSession.of(evidence_store)
         tune(FakeEngine(keep=0.9), [(GREEDY, TWO_DOMAINS)], session, Options(lengths=(1, 2, 3)), Watch())
@@ -157,7 +157,7 @@ def _measured(estimate: float, low: float, p_value: float, num_prompts: int = 24
 
 
 def test_conditions_of_a_proof() -> None:
-    """Interval above 1, at least 1.5 % faster, 24 prompts; Holm looks at all anchors together."""
+    """Interval above 1, at least 1.5 % faster, 24 prompts; Holm looks at all operating points together."""
     assert proof.prove([_measured(1.2, 1.1, 0.001)]) == [True]
     assert proof.prove([_measured(1.2, 0.99, 0.06)]) == [False]
     assert proof.prove([_measured(1.01, 1.005, 0.001)]) == [False]
@@ -212,9 +212,9 @@ def test_finalists_reach_the_best_score() -> None:
 def test_pairs_run_in_a_drawn_order_that_repeats() -> None:
     """Plain goes first on about half of the prompts, and on the same ones again."""
     setup = Setup(draft=DRAFT_A, length=2)
-    orders = [search.pair_order(GREEDY, (prompt,), setup)[0] == PLAIN for prompt in prompts(60)]
+    orders = [pair_order(GREEDY, (prompt,), setup)[0] == PLAIN for prompt in prompts(60)]
     assert 15 <= sum(orders) <= 45
-    assert orders == [search.pair_order(GREEDY, (prompt,), setup)[0] == PLAIN for prompt in prompts(60)]
+    assert orders == [pair_order(GREEDY, (prompt,), setup)[0] == PLAIN for prompt in prompts(60)]
 
 
 def test_engine_failure_of_the_target_is_raised() -> None:
@@ -240,7 +240,10 @@ def test_ratio_of_totals_in_a_proof() -> None:
         )
 
     setup = Setup(draft=DRAFT_A, length=2)
-    pairs = [(sample(PLAIN, 1.0, 10), sample(setup, 0.6, 10)), (sample(PLAIN, 2.0, 20), sample(setup, 1.4, 20))]
+    pairs = [
+        Pair(sample(PLAIN, 1.0, 10), sample(setup, 0.6, 10)),
+        Pair(sample(PLAIN, 2.0, 20), sample(setup, 1.4, 20)),
+    ]
     measured = proof.measure(setup, pairs, greedy=True)
     assert measured.speedup.estimate == pytest.approx(1.5)
     assert measured.end_to_end.estimate == pytest.approx(4.0 / 3.0)
@@ -326,7 +329,7 @@ def test_plain_against_plain_may_fail() -> None:
 def test_nothing_is_feasible() -> None:
     """Where plain decoding breaks a limit too, the reason says so with its figure."""
     outcome = _tune(_engine(keep=0.0), limits=Limits(max_p95_tpot_ms=1.0))
-    assert outcome.anchors[0].ruled_out(PLAIN) is not None
+    assert outcome.points[0].ruled_out(PLAIN) is not None
     assert outcome.choices[0].reason.startswith("Nothing is feasible: ")
     assert "of plain decoding time per token 5" in outcome.choices[0].reason
 
@@ -355,7 +358,7 @@ def test_those_who_watch_see_every_state() -> None:
     assert any(row.measured is not None for row in seen[-1])
 
 
-def _queue_pair(number: int, plain_s: float, disturbed: bool = False) -> tuple[Sample, Sample]:
+def _queue_pair(number: int, plain_s: float, disturbed: bool = False) -> Pair:
     """Ten tokens of prompt `number`; the setup always takes 1 s."""
     made = [
         Sample(
@@ -370,7 +373,7 @@ def _queue_pair(number: int, plain_s: float, disturbed: bool = False) -> tuple[S
         )
         for setup, seconds in ((PLAIN, plain_s), (Setup(draft=DRAFT_A, length=2), 1.0))
     ]
-    return made[0], made[1]
+    return Pair(*made)
 
 
 def test_in_a_batch_the_wider_interval_counts() -> None:

@@ -81,7 +81,7 @@ def test_states_follow_the_run() -> None:
     engine.drafts = (DRAFT_A,)
     outcome = outcome_of(engine)
     made = report_data(outcome, policy_of(outcome))
-    for anchor, figures, choice in zip(outcome.anchors, made.anchors, outcome.choices, strict=True):
+    for anchor, figures, choice in zip(outcome.points, made.anchors, outcome.choices, strict=True):
         assert anchor.race is not None
         states = {name: one.state for name, one in by_name(figures).items()}
         assert choice.proven

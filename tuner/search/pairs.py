@@ -1,0 +1,65 @@
+"""Paired runs: plain decoding and a setup on the same prompts, back to back in a random order."""
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from profiles.engines.base import Engine
+from profiles.records.core import PLAIN, Interval, Prompt, Setup, Workload
+from profiles.records.evidence import Sample
+from profiles.records.keys import queue_digest
+from profiles.stats import speedup_interval
+
+Queue = tuple[Prompt, ...]
+
+
+class Pair(NamedTuple):
+    """Two runs of one prompt: plain decoding, and the setup that is compared with it."""
+
+    plain: Sample
+    chosen: Sample
+
+
+class Columns(NamedTuple):
+    """Seconds and tokens of every group of pairs; the argument order of `profiles.stats.speedup_interval`."""
+
+    plain_s: list[float]
+    plain_tokens: list[int]
+    chosen_s: list[float]
+    chosen_tokens: list[int]
+
+
+def pair_order(workload: Workload, queue: Queue, setup: Setup) -> tuple[Setup, Setup]:
+    """Plain decoding and the setup in an order drawn from seed, prompts and setup: random, but a rerun repeats it."""
+    plain_first = random.Random(f"{workload.seed}/{queue_digest(queue)}/{setup.digest}").random() < 0.5
+    return (PLAIN, setup) if plain_first else (setup, PLAIN)
+
+
+def run_pairs(engine: Engine, workload: Workload, queue: Queue, setup: Setup, purpose: str) -> list[Pair]:
+    """A pair for every prompt of a queue."""
+    order = pair_order(workload, queue, setup)
+    samples = engine.run_together(workload, queue, order, purpose)
+    first, second = samples[: len(queue)], samples[len(queue) :]
+    plain, chosen = (first, second) if order[0] == PLAIN else (second, first)
+    return [Pair(*pair) for pair in zip(plain, chosen, strict=True)]
+
+
+def timed_pairs(pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs with a time per token: runs of one token have none."""
+    return [pair for pair in pairs if min(sample.output_tokens for sample in pair) > 1]
+
+
+def decode_columns(groups: Sequence[Sequence[Pair]]) -> Columns:
+    """Decode seconds, and tokens after the first, of every group."""
+    return Columns(
+        [sum(pair.plain.decode_s for pair in group) for group in groups],
+        [sum(pair.plain.output_tokens - 1 for pair in group) for group in groups],
+        [sum(pair.chosen.decode_s for pair in group) for group in groups],
+        [sum(pair.chosen.output_tokens - 1 for pair in group) for group in groups],
+    )
+
+
+def speedup_so_far(pairs: Sequence[Pair]) -> Interval | None:
+    """Decode speed-up over the pairs so far; None under two pairs with a time per token. Only for display."""
+    timed = timed_pairs(pairs)
+    return speedup_interval(*decode_columns([[pair] for pair in timed]))[0] if len(timed) > 1 else None
