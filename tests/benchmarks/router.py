@@ -33,7 +33,7 @@ from tests.benchmarks.common import LENGTHS, family, finish
 from tuner.forecast.evidence import gather
 from tuner.forecast.forecaster import Forecaster
 from tuner.policy.policy import MIN_DOMAIN_PROMPTS
-from tuner.router.training import calibration_interval, share_interval, train
+from tuner.router.router import calibration_interval, share_interval, train
 from tuner.search.objective import candidates
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "spec_bench_odd.jsonl"

@@ -72,7 +72,7 @@ def run(asked: flags.RunFlags) -> int:
         from tuner import report as reports
         from tuner.cli.progress import StageProgress
         from tuner.pipeline.pipeline import Options, Watch
-        from tuner.router import save as routers
+        from tuner.router import router as routers
 
         if not asked.dry_run:
             with EvidenceStore.open(
@@ -92,14 +92,14 @@ def run(asked: flags.RunFlags) -> int:
         with EvidenceStore.open(place) as evidence_store, StageProgress(_console(stderr=True)) as progress:
             watch = Watch(progress=progress.update, out_of_time=out_of_time, show=progress.standings)
             done = run.tune(engine, loads, run.TuningSession.of(evidence_store, run.utc_ago(since_s)), options, watch)
-    routed = routers.keep(labelled, done.policy_path.with_name(done.policy.router_name), asked.seed)
+    routed = routers.train_and_save(labelled, done.policy_path.with_name(done.policy.router_name), asked.seed)
     document = reports.document(
         done.policy, cost=done.cost, store=location.name(place), policy_path=str(done.policy_path)
     )
     if not asked.json_only:
         _console().print(reports.table(done.policy))
-        say(*messages.outcome_lines(done), routed.line)
-    print_json({**document, "router": routed.to_json(), "left_out": [asdict(one) for one in done.left_out]})
+        say(*messages.outcome_lines(done), messages.router_line(routed))
+    print_json({**document, "router": routed, "left_out": [asdict(one) for one in done.left_out]})
     return _exit_code(done)
 
 

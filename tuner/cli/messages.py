@@ -3,7 +3,7 @@
 How anything was found it must not know, and it prints nothing itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -85,3 +85,16 @@ def lookup_document(found: Found, evidence_store: EvidenceStore, store: str) -> 
             known["proven"] = False  # here, where it was not
     answer = {**report.answer(found.answer), "match": found.to_json()}
     return {**known, "left_out": outcome.get("left_out", []), "answer": answer}
+
+
+def router_line(router: Mapping[str, Any]) -> str:
+    """How a run's router came out, by its document (`tuner.router.router.train_and_save`)."""
+    if router["path"] is None:
+        return f"no router: {router['why_none']}"
+    right = router["accuracy"]
+    sure = "" if router["sure_accuracy"] is None else f", {router['sure_accuracy']:.1%} right of the others"
+    return (
+        f"router: {router['path']}; of {router['num_texts']} texts held out {right['estimate']:.1%} right "
+        f"({right['low']:.1%} to {right['high']:.1%}), unsure of {router['unsure']:.1%}{sure}, "
+        f"calibration error {router['calibration_error']['estimate']:.3f}"
+    )

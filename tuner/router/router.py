@@ -1,45 +1,49 @@
-"""Tells a request's domain from its text, or says that it is not sure.
-
-A linear model over hashed n-grams, kept as one JSON file of weights without a word of the text it was trained on.
-Serving code imports this; how the weights came about it must not know.
-"""
+"""The domain of a request from its text: one scikit-learn pipeline, saved as numbers without any text."""
 
 import base64
 import json
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy
-from scipy.special import softmax
+from scipy.optimize import minimize_scalar
+from scipy.sparse import csr_array, hstack
+from scipy.special import log_softmax, softmax
+from scipy.stats import binomtest, bootstrap
 from sklearn import config_context
 from sklearn.feature_extraction.text import HashingVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 
 from profiles.records.codec import decode_version
 from profiles.records.core import Interval, digest_of
 from profiles.records.errors import InputError, PolicyError, require
 from profiles.records.files import write_atomically
+from tuner.policy.policy import MIN_DOMAIN_PROMPTS
 
-ROUTER_VERSION = 1  # of the file and of what is made of a text: other n-grams are another version
-# Of a text only its beginning is read, so that a request costs the same however long it is. What is asked mostly stands
-# at the very beginning, and spelling there tells languages and code apart.
-READ_CHARACTERS, OPENING_CHARACTERS = 1000, 100
+ROUTER_VERSION = 1  # of the file and of the features: other n-grams are another version
+# Only the beginning of a text is read: the cost does not grow with its length, and the request mostly stands there.
+READ_CHARACTERS, SPELLING_CHARACTERS = 1000, 100
 NUM_HASHES = 1 << 13  # of either kind of n-gram
+# whether an n-gram occurs, not how often: a long quotation would outweigh what is asked about it
 _WORD = r"\w+|[^\w\s]"
-# which n-grams, not how often: a long quotation would drown what is asked about it
 _WORDS = HashingVectorizer(token_pattern=_WORD, ngram_range=(1, 2), binary=True, n_features=NUM_HASHES)
 _SPELLING = HashingVectorizer(analyzer="char", ngram_range=(2, 4), binary=True, n_features=NUM_HASHES)
+# A router answers where at most 5 % of its answers are wrong, and leaves unsure what is less clear than all but 5 % of
+# the texts it gets right: mostly text unlike any it knows. Never where the others together are half as probable.
+MAX_WRONG, LEFT_UNSURE, MIN_THRESHOLD = 0.05, 0.05, 2 / 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
-    """How a router did on texts that it had not learned from, by cross-validation.
-
-    `accuracy`: share whose most probable domain was the right one. `calibration_error`: mean distance of the stated
-    probability from the share that was right (`training.calibration_error`). `unsure`: share that no domain was told
-    for; `sure_accuracy`: of the others, None where there are none.
-    """
+    """Cross-validated figures; `sure_accuracy` is of the texts that are not `unsure`, None where there are none."""
 
     num_texts: int
     accuracy: Interval
@@ -48,98 +52,14 @@ class HeldOut:
     sure_accuracy: float | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class Router:
-    """Answers from `weights` (2 * NUM_HASHES, domains), float32; it never changes, so threads may share it.
+    """A trained router and its file's content. Immutable, so threads may share it. Raises InputError.
 
-    A domain's score is the sum of its weights over a text's n-grams; scores over `temperature` make probabilities, and
-    from `threshold` on the most probable domain is told. Raises InputError: an impossible value.
+    A domain's score is the sum of its weights over a text's n-grams. The softmax of scores over `temperature` gives
+    probabilities; from `threshold` on the most probable domain is the answer. `weights`: base64 of little-endian
+    float32, (2 * NUM_HASHES, domains).
     """
-
-    domains: tuple[str, ...]
-    weights: numpy.ndarray
-    temperature: float
-    threshold: float
-    held_out: HeldOut
-
-    def __post_init__(self) -> None:
-        distinct = len(set(self.domains)) == len(self.domains) >= 2 and all(self.domains)
-        require(distinct, f"domains {list(self.domains)}: two or more names that differ are needed")
-        wanted = (2 * NUM_HASHES, len(self.domains))
-        good = self.weights.shape == wanted and bool(numpy.isfinite(self.weights).all())
-        require(good, f"weights of shape {self.weights.shape}: finite ones of {wanted} are needed")
-        good = math.isfinite(self.temperature) and self.temperature > 0.0
-        require(good, f"temperature {self.temperature}: a number above 0 is needed")
-        require(0.5 < self.threshold <= 1.0, f"threshold {self.threshold}: allowed are fractions above 0.5, up to 1")
-
-    def domain(self, text: str) -> str | None:
-        """The domain that a selector is asked with; None where the text does not tell, so that `mixed` answers.
-
-        `text` is what the user wrote last, without the chat template, a system prompt or earlier turns; its first 1,000
-        characters are read. Raises InputError: not a string.
-        """
-        found = self._probabilities(text)
-        best = int(found.argmax())
-        return self.domains[best] if found[best] >= self.threshold else None
-
-    def probabilities(self, text: str) -> dict[str, float]:
-        """The calibrated probability of every domain, if it is one of them; see `domain`."""
-        return dict(zip(self.domains, self._probabilities(text).tolist(), strict=True))
-
-    def save(self, path: str | Path) -> None:
-        """Replaces the file in one step; the same router gives the same bytes. Raises PolicyError."""
-        kept = _File(
-            domains=self.domains,
-            temperature=self.temperature,
-            threshold=self.threshold,
-            held_out=self.held_out,
-            weights=base64.b64encode(self.weights.astype("<f4").tobytes()).decode(),
-        )
-        document = {**asdict(kept), "digest": kept.own_digest}
-        try:
-            write_atomically(Path(path), (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
-        except OSError as error:
-            raise PolicyError(f"router file {path} cannot be written: {error.strerror}") from error
-
-    def _probabilities(self, text: str) -> numpy.ndarray:
-        if not isinstance(text, str):
-            raise InputError(f"text of type {type(text).__name__}: a string is needed")
-        with config_context(skip_parameter_validation=True, assume_finite=True):  # checks that the text cannot fail
-            words, spelling = features([text])
-        scores = words @ self.weights[:NUM_HASHES] + spelling @ self.weights[NUM_HASHES:]
-        found: numpy.ndarray = softmax(scores[0] / self.temperature)
-        return found
-
-
-def load(path: str | Path) -> Router:
-    """The router in a file. Raises PolicyError, naming the file, when it cannot be read, is damaged or newer."""
-    try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        kept: _File = decode_version(_File, raw, "router", ROUTER_VERSION)
-        require(kept.digest == kept.own_digest, "it was damaged: its digest is another; run `tune.py run` again")
-        weights = numpy.frombuffer(base64.b64decode(kept.weights, validate=True), dtype="<f4")
-        return Router(
-            domains=kept.domains,
-            weights=weights.reshape(-1, max(1, len(kept.domains))),
-            temperature=kept.temperature,
-            threshold=kept.threshold,
-            held_out=kept.held_out,
-        )
-    except OSError as error:
-        raise PolicyError(f"router file {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # InputError is one; no UTF-8, no JSON and no base64 are others
-        raise PolicyError(f"router file {path}: {error}") from error
-
-
-def features(texts: list[str]) -> tuple[Any, Any]:
-    """Hashed word and spelling n-grams, two sparse matrices (texts, NUM_HASHES) with rows of length 1 or 0."""
-    read = [text[:READ_CHARACTERS].encode(errors="replace").decode() for text in texts]  # half a surrogate pair
-    return _WORDS.transform(read), _SPELLING.transform([text[:OPENING_CHARACTERS] for text in read])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _File:
-    """A router's file; `weights` are base64 of little-endian float32."""
 
     version: int = ROUTER_VERSION
     domains: tuple[str, ...]
@@ -149,6 +69,166 @@ class _File:
     weights: str
     digest: str = ""
 
-    @property
-    def own_digest(self) -> str:
-        return digest_of({name: value for name, value in asdict(self).items() if name != "digest"})
+    def __post_init__(self) -> None:
+        content = {name: value for name, value in asdict(self).items() if name != "digest"}
+        digest = digest_of(content)
+        require(self.digest in ("", digest), "it was damaged: its digest does not match; run `tune.py run` again")
+        object.__setattr__(self, "digest", digest)
+        distinct = len(set(self.domains)) == len(self.domains) >= 2 and all(self.domains)
+        require(distinct, f"domains {list(self.domains)}: two or more names that differ are needed")
+        shape, needed = self._matrix.shape, (2 * NUM_HASHES, len(self.domains))
+        fits = shape == needed and bool(numpy.isfinite(self._matrix).all())
+        require(fits, f"weights of shape {shape}: finite ones of {needed} are needed")
+        positive = math.isfinite(self.temperature) and self.temperature > 0.0
+        require(positive, f"temperature {self.temperature}: a number above 0 is needed")
+        require(0.5 < self.threshold <= 1.0, f"threshold {self.threshold}: allowed are fractions above 0.5, up to 1")
+
+    @cached_property
+    def _matrix(self) -> numpy.ndarray:
+        return numpy.frombuffer(base64.b64decode(self.weights, validate=True), "<f4").reshape(-1, len(self.domains))
+
+    def domain(self, text: str) -> str | None:
+        """The domain to ask a selector with; None when the text does not tell, so that `mixed` answers.
+
+        Args:
+            text: what the user wrote last, without chat template, system prompt or earlier turns.
+        """
+        probabilities = self.probabilities(text)
+        best = max(probabilities, key=lambda domain: probabilities[domain])
+        return best if probabilities[best] >= self.threshold else None
+
+    def probabilities(self, text: str) -> dict[str, float]:
+        """The calibrated probability of every domain; see `domain`. Raises InputError: not a string."""
+        require(isinstance(text, str), f"text of type {type(text).__name__}: a string is needed")
+        with config_context(skip_parameter_validation=True, assume_finite=True):  # a third of the time
+            scores = (_features([text]) @ self._matrix)[0]
+        return dict(zip(self.domains, softmax(scores / self.temperature).tolist(), strict=True))
+
+    def save(self, path: Path) -> None:
+        """Replaces the file in one step; the same router gives the same bytes. Raises PolicyError."""
+        try:
+            write_atomically(path, f"{json.dumps(asdict(self), separators=(',', ':'))}\n".encode())
+        except OSError as error:
+            raise PolicyError(f"router file {path} cannot be written: {error.strerror}") from error
+
+
+def load(path: str | Path) -> Router:
+    """The router in a file. Raises PolicyError, naming the file, when it cannot be read, is damaged or newer."""
+    try:
+        router: Router = decode_version(
+            Router, json.loads(Path(path).read_text(encoding="utf-8")), "router", ROUTER_VERSION
+        )
+    except OSError as error:
+        raise PolicyError(f"router file {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # InputError, and errors of UTF-8, JSON and base64
+        raise PolicyError(f"router file {path}: {error}") from error
+    return router
+
+
+def train(labelled: Iterable[tuple[str, str]], seed: int = 0) -> Router:
+    """A router of (text, domain) pairs, for the domains of at least 24 texts; `Router.domain` says which text to give.
+
+    The same pairs in any order give the same router. Of texts that begin alike one counts, with the domain that comes
+    first in the alphabet. Raises InputError: fewer than two such domains, or texts that do not tell them apart.
+    """
+    by_text: dict[str, str] = {}
+    for domain, text in sorted((domain, text) for text, domain in labelled):
+        by_text.setdefault(text[:READ_CHARACTERS], domain)
+    sizes = Counter(by_text.values())
+    domains = tuple(domain for domain, size in sizes.items() if size >= MIN_DOMAIN_PROMPTS)
+    counts = ", ".join(f"{domain} {size}" for domain, size in sizes.items()) or "no texts"
+    needed = f"two domains of {MIN_DOMAIN_PROMPTS} different texts or more"
+    require(len(domains) >= 2, f"a router needs {needed}; there are: {counts}")
+    texts = [text for text, domain in by_text.items() if domain in domains]
+    truth = numpy.array([domains.index(by_text[text]) for text in texts])
+    # No intercept: an empty text shall have equal probabilities; how often domains are requested is not known.
+    classifier = LogisticRegression(C=10.0, fit_intercept=False, max_iter=1000)
+    pipeline = make_pipeline(FunctionTransformer(_features), classifier)
+    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
+    scores = _per_domain(cross_val_predict(pipeline, texts, truth, cv=folds, method="decision_function"))
+    temperature = _fit_temperature(scores, truth)
+    probabilities = softmax(scores / temperature, axis=1)
+    confidences, right = probabilities.max(1), probabilities.argmax(1) == truth
+    order = numpy.argsort(-confidences, kind="stable")
+    wrong_share = numpy.cumsum(~right[order]) / numpy.arange(1, len(order) + 1)
+    allowed = confidences[order][wrong_share <= MAX_WRONG]
+    apart = f"texts do not tell the domains {', '.join(domains)} apart: {right.mean():.0%} held out were right"
+    require(len(allowed) > 0, apart)
+    threshold = max(MIN_THRESHOLD, allowed.min(), numpy.quantile(confidences[right], LEFT_UNSURE))
+    sure = confidences >= threshold
+    pipeline.fit(texts, truth)
+    return Router(
+        domains=domains,
+        temperature=temperature,
+        threshold=float(threshold),
+        held_out=HeldOut(
+            num_texts=len(texts),
+            accuracy=share_interval(int(right.sum()), len(right)),
+            calibration_error=calibration_interval(confidences, right, seed),
+            unsure=float(1.0 - sure.mean()),
+            sure_accuracy=float(right[sure].mean()) if sure.any() else None,
+        ),
+        weights=base64.b64encode(_per_domain(classifier.coef_.T).astype("<f4").tobytes()).decode(),
+    )
+
+
+def train_and_save(labelled: Iterable[tuple[str, str]], path: Path, seed: int) -> dict[str, Any]:
+    """Writes a trained router; its figures as a JSON document. `path` is None and `why_none` says why there is none.
+
+    An earlier file stays where no router can be trained. Raises PolicyError: the file cannot be written.
+    """
+    try:
+        router = train(labelled, seed)
+    except InputError as error:
+        return {"path": None, "why_none": str(error)}
+    router.save(path)
+    figures = {"threshold": router.threshold, "temperature": router.temperature, **asdict(router.held_out)}
+    return {"path": str(path), "domains": router.domains, **figures}
+
+
+def _features(texts: list[str]) -> csr_array:
+    """Hashed n-grams of words and of spelling: (texts, 2 * NUM_HASHES)."""
+    beginnings = [text[:READ_CHARACTERS].encode(errors="replace").decode() for text in texts]  # lone surrogates
+    spelling = _SPELLING.transform([text[:SPELLING_CHARACTERS] for text in beginnings])
+    return hstack((_WORDS.transform(beginnings), spelling), format="csr")
+
+
+def _per_domain(scores: numpy.ndarray) -> numpy.ndarray:
+    """Scores or weights with a column per domain: of two domains scikit-learn has one, second less first."""
+    if scores.ndim == 2 and scores.shape[1] > 1:
+        return scores
+    return numpy.column_stack((-scores / 2, scores / 2))
+
+
+def _fit_temperature(scores: numpy.ndarray, truth: numpy.ndarray) -> float:
+    """The number that scores are divided by to make the truth most likely (Guo et al. 2017).
+
+    A text that could be of any domain is added: no error among n texts does not mean no error ever (Platt 1999).
+    """
+    targets = numpy.full(scores.shape, 1.0 / scores.shape[1])
+    targets[numpy.arange(len(truth)), truth] += len(truth)
+
+    def cross_entropy(log_temperature: float) -> float:
+        return -float((targets * log_softmax(scores / math.exp(log_temperature), axis=1)).sum())
+
+    return math.exp(minimize_scalar(cross_entropy, bounds=(-6.0, 6.0), method="bounded").x)
+
+
+def share_interval(count: int, total: int) -> Interval:
+    """A share with Wilson's 95 % interval."""
+    interval, share = binomtest(count, total).proportion_ci(method="wilson"), count / total
+    return Interval(estimate=share, low=min(share, float(interval.low)), high=max(share, float(interval.high)))
+
+
+def calibration_error(confidences: numpy.ndarray, right: numpy.ndarray) -> float:
+    """Expected calibration error: |share right - mean confidence| over ten equal bins, weighted by their sizes."""
+    bins = numpy.minimum((confidences * 10).astype(int), 9)
+    return float(numpy.abs(numpy.bincount(bins, weights=right - confidences)).sum() / len(right))
+
+
+def calibration_interval(confidences: numpy.ndarray, right: numpy.ndarray, seed: int = 0) -> Interval:
+    """The calibration error, which is above 0 by chance alone, with 95 % percentiles over resampled texts."""
+    estimate, data = calibration_error(confidences, right), (confidences, right)
+    options = {"paired": True, "vectorized": False, "n_resamples": 1000, "method": "percentile", "rng": seed}
+    interval = bootstrap(data, calibration_error, **options).confidence_interval
+    return Interval(estimate=estimate, low=min(interval.low, estimate), high=max(interval.high, estimate))

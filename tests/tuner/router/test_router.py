@@ -1,5 +1,6 @@
 """The router learns domains from text, says when it is not sure, and its file is the same for the same prompts."""
 
+import gzip
 import json
 import random
 import re
@@ -13,12 +14,21 @@ import pytest
 from profiles.prompts.reader import Request, user_text
 from profiles.records.core import digest_of
 from profiles.records.errors import InputError, PolicyError
+from tests import ROOT
 from tests.support.cli import DECIDED, call, small_run, write_prompts
+from tuner.cli.messages import router_line
 from tuner.policy.policy import MIN_DOMAIN_PROMPTS
-from tuner.router.router import READ_CHARACTERS, Router, load
-from tuner.router.save import keep
-from tuner.router.training import calibration_error, share_interval, train
+from tuner.router.router import (
+    READ_CHARACTERS,
+    Router,
+    calibration_error,
+    load,
+    share_interval,
+    train,
+    train_and_save,
+)
 
+ASSETS = ROOT / "tests" / "assets"
 WORDS = {
     "code": ["def", "return", "import", "class", "self", "value", "index", "print", "lambda", "yield"],
     "law": ["court", "plaintiff", "statute", "contract", "clause", "appeal", "judge", "party", "liable", "damages"],
@@ -106,7 +116,7 @@ class TestTraining:
     def test_another_seed_cuts_other_folds(self) -> None:
         """Only what is measured by folds depends on it; the weights do not."""
         one, other = train(made_up(), seed=0), train(made_up(), seed=1)
-        assert numpy.array_equal(one.weights, other.weights)
+        assert one.weights == other.weights
         assert one.temperature != other.temperature
 
     def test_two_domains(self) -> None:
@@ -179,7 +189,7 @@ def edited(name: str, value: object) -> Callable[[bytes], bytes]:
 
 
 def _flipped(raw: bytes) -> bytes:
-    place = raw.index(b'"weights": "') + 1000
+    place = raw.index(b'"weights":"') + 1000
     return raw[:place] + (b"B" if raw[place : place + 1] == b"A" else b"A") + raw[place + 1 :]
 
 
@@ -188,9 +198,9 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "cut": (lambda raw: raw[: len(raw) // 2], "Unterminated string"),
     "no text": (lambda raw: b"\xff\xfe\x00", "can't decode byte"),
     "no object": (lambda raw: b"[]", "router is []: an object is needed"),
-    "a flipped weight": (_flipped, "it was damaged: its digest is another"),
-    "a changed threshold": (lambda raw: re.sub(rb'"threshold": [0-9.]+', b'"threshold": 0.8', raw), "it was damaged"),
-    "newer": (lambda raw: raw.replace(b'"version": 1', b'"version": 2'), "router version 2 is newer than version 1"),
+    "a flipped weight": (_flipped, "it was damaged: its digest does not match"),
+    "a changed threshold": (lambda raw: re.sub(rb'"threshold":[0-9.]+', b'"threshold":0.8', raw), "it was damaged"),
+    "newer": (lambda raw: raw.replace(b'"version":1', b'"version":2'), "router version 2 is newer than version 1"),
     "an unknown key": (edited("more", 1), "router has the unknown key 'more'"),
     "no base64": (edited("weights", "é"), "string argument should contain only ASCII"),
     "too few weights": (edited("weights", "AAAAAAAAAAAAAAAA"), "weights of shape (1, 3): finite ones of (16384, 3)"),
@@ -212,6 +222,16 @@ class TestFile:
         assert (read.domains, read.threshold, read.held_out) == (router.domains, router.threshold, router.held_out)
         read.save(tmp_path / "again.json")
         assert (tmp_path / "again.json").read_bytes() == file.read_bytes()
+
+    def test_a_file_of_0_5_0_is_read(self, tmp_path: Path) -> None:
+        """It answers as the code that wrote it, from `made_up(("code", "law"))`."""
+        (tmp_path / "old.json").write_bytes(gzip.decompress((ASSETS / "router-v1.json.gz").read_bytes()))
+        old = load(tmp_path / "old.json")
+        expected = {"judge, appeal, court, plaintiff": 0.9693160228, "flour": 0.7130873302, "": 0.5}
+        for text, probability in expected.items():
+            assert old.probabilities(text)["law"] == pytest.approx(probability, rel=1e-6)
+        assert [old.domain(text) for text in expected] == ["law", None, None]
+        assert old.held_out.accuracy.low == pytest.approx(0.93982815)
 
     def test_it_holds_no_text(self, file: Path) -> None:
         """Only the domains' names are words of it."""
@@ -247,18 +267,17 @@ class TestARun:
 
     def test_a_router_is_kept(self, tmp_path: Path) -> None:
         """The file can be loaded, and line and document say how it came out."""
-        kept = keep(made_up(), tmp_path / "p.router.json", seed=0)
+        document = json.loads(json.dumps(train_and_save(made_up(), tmp_path / "p.router.json", seed=0)))
         assert load(tmp_path / "p.router.json").domain("the plaintiff, the judge, the appeal, the court") == "law"
-        assert kept.line.startswith(f"router: {tmp_path / 'p.router.json'}; of 90 texts held out ")
-        document = json.loads(json.dumps(kept.to_json()))
+        assert router_line(document).startswith(f"router: {tmp_path / 'p.router.json'}; of 90 texts held out ")
         assert document["path"] == str(tmp_path / "p.router.json")
         assert document["domains"] == ["code", "law", "recipes"]
         assert document["accuracy"].keys() == {"estimate", "low", "high"}
 
     def test_an_earlier_router_stays(self, tmp_path: Path) -> None:
         """Where the texts of a later run make none: the policy keeps the earlier domains too."""
-        keep(made_up(), tmp_path / "p.router.json", seed=0)
-        assert keep(made_up(("code",)), tmp_path / "p.router.json", seed=0).router is None
+        train_and_save(made_up(), tmp_path / "p.router.json", seed=0)
+        assert train_and_save(made_up(("code",)), tmp_path / "p.router.json", seed=0)["path"] is None
         assert load(tmp_path / "p.router.json").domains == ("code", "law", "recipes")
 
     def test_a_run_of_small_domains_has_none(self, tiny_folders: dict[str, Path], tmp_path: Path) -> None:
