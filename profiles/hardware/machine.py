@@ -50,12 +50,12 @@ def this_machine(engine: str = ENGINE, device: str | None = None) -> Machine:
     gpu = first_gpu() if device != "cpu" else None
     if device == "cuda" and gpu is None:
         raise InputError("device 'cuda': this process sees no GPU")
-    found: dict[str, Any] = {"engine": engine, **(_cpu() if gpu is None else gpu)}
-    found |= _torch_versions(on_gpu=gpu is not None)
+    fields: dict[str, Any] = {"engine": engine, **(_cpu() if gpu is None else gpu)}
+    fields |= _torch_versions(on_gpu=gpu is not None)
     if engine == ENGINE:
-        return drop_unknown({**found, "threads": num_threads(), "engine_version": torch_engine_version()})
-    found.pop("torch", None)  # a serving engine brings its own torch and chooses its threads
-    return drop_unknown({**found, "engine_version": serving_engine_version(engine)})
+        return drop_unknown({**fields, "threads": num_threads(), "engine_version": torch_engine_version()})
+    fields.pop("torch", None)  # a serving engine brings its own torch and chooses its threads
+    return drop_unknown({**fields, "engine_version": serving_engine_version(engine)})
 
 
 def read_machine(path: Path, engine: str = ENGINE) -> Machine:
@@ -71,15 +71,15 @@ def read_machine(path: Path, engine: str = ENGINE) -> Machine:
             text = file.read(_MAX_FILE_BYTES + 1)
         if len(text) > _MAX_FILE_BYTES:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        found = dict(parse_machine(json.loads(text)))
+        fields = dict(parse_machine(json.loads(text)))
     except OSError as error:
         needed = f"a file of at most {_MAX_FILE_BYTES} bytes is needed"
         raise InputError(f"environment {path} cannot be read: {error.strerror}: {needed}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"environment {path} cannot be read: {error}") from error
-    if found.get("engine", engine) != engine:
-        found.pop("engine_version", None)
-    return {**found, "engine": engine}
+    if fields.get("engine", engine) != engine:
+        fields.pop("engine_version", None)
+    return {**fields, "engine": engine}
 
 
 def torch_engine_version() -> str | None:

@@ -160,7 +160,7 @@ def _read_file(file: BinaryIO, where: str, domain: str | None, path: Path) -> Re
         try:
             requests.append(_request(row, domain, path.stem))
         except _RowError as problem:
-            problems.append(f"{row.place}: {problem}")
+            problems.append(f"{row.position}: {problem}")
     if not requests and not problems:
         raise PromptError(f"{where}: it holds no prompts; at least 1 is needed")
     if problems:

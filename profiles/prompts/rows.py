@@ -22,9 +22,9 @@ _BAD_BYTES = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of by
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One row: `place` within the file (`line 3`), and its JSON value or the reason why there is none."""
+    """One row: `position` within the file (`line 3`), and its JSON value or the reason why there is none."""
 
-    place: str
+    position: str
     value: object = None
     problem: str | None = None
 
@@ -101,8 +101,8 @@ def _json_rows(head: str, chunks: Iterator[str], where: str) -> Iterator[Row]:
         return _lines(iter([text]), where)
     rows = next((document[key] for key in _ROW_LISTS if isinstance(document.get(key), list)), None)
     if rows is None:
-        return iter([Row(place="line 1", value=document)])
-    return (Row(place=f"row {number}", value=row) for number, row in enumerate(rows, start=1))
+        return iter([Row(position="line 1", value=document)])
+    return (Row(position=f"row {number}", value=row) for number, row in enumerate(rows, start=1))
 
 
 def _lines(chunks: Iterator[str], where: str) -> Iterator[Row]:
@@ -121,34 +121,34 @@ def _lines(chunks: Iterator[str], where: str) -> Iterator[Row]:
 def _array(chunks: Iterator[str], where: str) -> Iterator[Row]:
     """The elements of one JSON array; an array of messages is one row."""
     decoder, buffer, number = json.JSONDecoder(), next(chunks), 0
-    position = buffer.index("[") + 1
+    start = buffer.index("[") + 1
     messages: list[object] = []
     while True:
-        while buffer[position : position + 1] in _BETWEEN:
-            position += 1
-        if buffer[position : position + 1] == "]":
-            if (buffer[position + 1 :] + next(chunks, "")).strip():
-                yield Row(place=f"row {number + 1}", problem="text behind the array is not read")
+        while buffer[start : start + 1] in _BETWEEN:
+            start += 1
+        if buffer[start : start + 1] == "]":
+            if (buffer[start + 1 :] + next(chunks, "")).strip():
+                yield Row(position=f"row {number + 1}", problem="text behind the array is not read")
             break
         try:
-            value, end = decoder.raw_decode(buffer, position)
+            value, end = decoder.raw_decode(buffer, start)
         except (ValueError, RecursionError) as error:
             chunk = next(chunks, "") if isinstance(error, json.JSONDecodeError) else ""
             if not chunk:
-                problem = f"not JSON from here on ({_first_line(error)}): {short(buffer[position : position + 80])}"
-                yield Row(place=f"row {number + 1}", problem=problem)
+                problem = f"not JSON from here on ({_first_line(error)}): {short(buffer[start : start + 80])}"
+                yield Row(position=f"row {number + 1}", problem=problem)
                 break
-            if len(buffer) - position > _MAX_ROW:
+            if len(buffer) - start > _MAX_ROW:
                 raise PromptError(f"{where} row {number + 1}: more than {_MAX_ROW >> 20} Mi characters") from error
-            buffer, position = buffer[position:] + chunk, 0
+            buffer, start = buffer[start:] + chunk, 0
             continue
-        number, position = number + 1, end
+        number, start = number + 1, end
         if isinstance(value, dict) and "role" in value and len(messages) == number - 1:
             messages.append(value)
         else:
-            yield Row(place=f"row {number}", value=value)
+            yield Row(position=f"row {number}", value=value)
     if messages:
-        yield Row(place="row 1", value=messages)
+        yield Row(position="row 1", value=messages)
 
 
 def _texts(text: str, where: str) -> Iterator[Row]:
@@ -162,18 +162,20 @@ def _texts(text: str, where: str) -> Iterator[Row]:
         else:
             paragraphs[-1].append(line)
     texts = ["\n".join(lines).strip() for lines in paragraphs]
-    return (Row(place=f"text {number}", value={"prompt": each}) for number, each in enumerate(texts, start=1) if each)
+    return (
+        Row(position=f"text {number}", value={"prompt": each}) for number, each in enumerate(texts, start=1) if each
+    )
 
 
-def _parse(text: str, place: str) -> Row:
+def _parse(text: str, position: str) -> Row:
     if bad := _BAD_BYTES.search(text):
-        return Row(place=place, problem=f"{_bad_byte(bad)}; save it as UTF-8")
+        return Row(position=position, problem=f"{_bad_byte(bad)}; save it as UTF-8")
     try:
-        return Row(place=place, value=json.loads(text))
+        return Row(position=position, value=json.loads(text))
     except json.JSONDecodeError as error:
-        return Row(place=place, problem=f"not JSON ({error.msg} at column {error.colno}): {short(text)}")
+        return Row(position=position, problem=f"not JSON ({error.msg} at column {error.colno}): {short(text)}")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        return Row(place=place, problem=f"JSON that cannot be read ({_first_line(error)}): {short(text)}")
+        return Row(position=position, problem=f"JSON that cannot be read ({_first_line(error)}): {short(text)}")
 
 
 def _bad_byte(match: re.Match[str]) -> str:

@@ -1,20 +1,20 @@
-"""Every error draftpick raises on purpose; the command line prints its one line and exits with its code.
+"""The errors that draftpick raises; the command line prints their one line and exits with their code.
 
 DraftpickError                    exit 1
-├── InputError                    exit 2   what was asked for cannot be done as asked
+├── InputError                    exit 2   the request cannot be done
 │   ├── PromptError                        a prompt file or a prompt in it
 │   ├── ModelError                         a model directory, its weights or its tokenizer
 │   │   └── PairError                      target and draft do not fit together
 │   └── PolicyError                        a policy file, or the router beside it
 ├── StoreError                    exit 2   the store cannot be opened, read or written
 │   └── NewerStoreError                    written by a later draftpick
-├── NotMeasuredError              exit 3   the evidence asked for is not there
+├── NotMeasuredError              exit 3   the evidence is not there
 ├── EngineError                   exit 4   the engine failed while it ran
 │   ├── OutOfMemoryError                   memory ran out
 │   └── BadNumbersError                    logits were not finite
 └── RunInterruptedError           exit 130 Ctrl-C; what was measured is kept
 
-A message says what was asked, the value, what is allowed and, where there is one, the next step. One line.
+A message names what was given, why it is wrong and what to do, in one line.
 """
 
 
@@ -25,7 +25,7 @@ class DraftpickError(Exception):
 
 
 class InputError(DraftpickError, ValueError):
-    """Something the caller gave is wrong or not allowed."""
+    """An input is wrong or not allowed."""
 
     exit_code = 2
 
@@ -35,7 +35,7 @@ class PromptError(InputError):
 
 
 class ModelError(InputError):
-    """A model cannot be loaded or does not allow what was asked."""
+    """A model cannot be loaded or used."""
 
 
 class PairError(ModelError):
@@ -57,13 +57,13 @@ class NewerStoreError(StoreError):
 
 
 class NotMeasuredError(DraftpickError, LookupError):
-    """The evidence asked for was never measured."""
+    """The evidence was never measured."""
 
     exit_code = 3
 
 
 class MatchError(DraftpickError):
-    """What was found fits the asking machine less well than was required."""
+    """The best match fits this machine less well than required."""
 
     exit_code = 7
 
@@ -89,6 +89,6 @@ class RunInterruptedError(DraftpickError):
 
 
 def require(condition: bool, message: str) -> None:
-    """What records check their values with. Raises InputError."""
+    """Raises InputError with `message` unless `condition` holds."""
     if not condition:
         raise InputError(message)

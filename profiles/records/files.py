@@ -1,7 +1,4 @@
-"""Files replaced in one step, and files opened only when they are files. Standard library only.
-
-What is in a file it must not know; an OSError is the caller's to word.
-"""
+"""Atomic writes, opening of regular files only, and the user's folders. Standard library only."""
 
 import contextlib
 import errno
@@ -14,9 +11,10 @@ NOT_A_FILE = "Not a regular file"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces the file in one step: a reader sees the old one or the new one, and no draft of it is left behind.
+    """Replaces the file in one step: readers see the old or the new content.
 
-    Raises OSError: also for an empty path, a directory, and what is there but no file.
+    Raises:
+        OSError: Also for an empty path, a directory, or something else that is no regular file.
     """
     if path.is_dir():  # an empty path is the working directory
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -36,7 +34,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Opens a file to read; a pipe or a device, which may never end, is not waited for. Raises OSError."""
+    """Opens a regular file to read, without waiting for pipes and devices. Raises OSError."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
     try:

@@ -129,7 +129,7 @@ def ship(
         print(name, json.dumps(figures), flush=True)
     (FAMILY / "prompts").mkdir(exist_ok=True)
     for domain, examples in grader.examples.items():
-        rows = [{"domain": domain, "messages": [{"role": "user", "content": one.request}]} for one in examples]
+        rows = [{"domain": domain, "messages": [{"role": "user", "content": example.request}]} for example in examples]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (FAMILY / "prompts" / f"{domain}.jsonl").write_text(lines, encoding="utf-8")
     (FAMILY / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -1,8 +1,9 @@
 """Makes the family that ships: `python -m profiles.builtin.training.train --work DIR [--stage NAME]`.
 
 Stages, each leaving files in `--work`: `tokenizer`; `target` (language modelling); `loops` (a short unlikelihood pass
-against loops); `drafts` and `refine` (all drafts distilled together on the target's law, first mostly over its own
-outputs, then over fresh text); `ship` (float16 safetensors, held-out prompts and `training.json` beside this file).
+against loops); `drafts` and `refine` (all drafts distilled together on the target's distribution, first mostly over
+its own outputs, then over fresh text); `ship` (float16 safetensors, held-out prompts and `training.json` beside this
+file).
 Everything is seeded; the same packages and number of threads give the same weights up to the CPU's rounding.
 """
 
@@ -191,43 +192,48 @@ def unlearn_loops(model: LlamaForCausalLM, rows: Rows, work: Path) -> None:
     model.save_pretrained(work / "target")
 
 
-def own_rows(model: LlamaForCausalLM, rows: Rows, num_batches: int) -> dict[str, torch.Tensor]:
+def target_outputs(model: LlamaForCausalLM, rows: Rows, num_batches: int) -> dict[str, torch.Tensor]:
     """Rows whose second part is the target's own greedy or sampled continuation, by domain."""
     model.eval()
-    kept: dict[str, list[torch.Tensor]] = {domain: [] for domain in corpus.DOMAINS}
+    parts_by_domain: dict[str, list[torch.Tensor]] = {domain: [] for domain in corpus.DOMAINS}
     for index in range(num_batches):
         domain = corpus.DOMAINS[index % 3]
         prompts = rows.batch(64, {domain: 1.0})[:, : 96 + 16 * (index % 6)]
         temperature = 0.0 if index % 2 == 0 else 0.8
         generated = evaluate.generate_rows(model, prompts, ROW_TOKENS - prompts.shape[1], temperature)
-        kept[domain].append(torch.cat([prompts, generated], 1))
+        parts_by_domain[domain].append(torch.cat([prompts, generated], 1))
         print(f"own rows {index + 1}/{num_batches}", flush=True)
-    return {domain: torch.cat(parts) for domain, parts in kept.items()}
+    return {domain: torch.cat(parts) for domain, parts in parts_by_domain.items()}
 
 
 def train_drafts(target: LlamaForCausalLM, rows: Rows, work: Path) -> None:
-    """All drafts side by side: each step the target scores a batch once, and every draft learns its law from that.
+    """All drafts side by side: each step the target scores a batch once, and every draft learns from its
+    distribution.
 
     The small ones also take a step on the target's own outputs as they are, which costs no run of the target.
     """
-    own = own_rows(target, rows, 18)
+    outputs = target_outputs(target, rows, 18)
     names = list(DRAFTS)
     drafts = {name: new_model(DRAFTS[name][0], SEED + 1 + names.index(name)) for name in names}
     optimizers = {name: Optimizer(draft, DRAFT_STEPS) for name, draft in drafts.items()}
     rng = random.Random(SEED)
     for step in range(DRAFT_STEPS):
         domain = corpus.DOMAINS[step % 3]
-        batch = rows.batch(6, {domain: 1.0}) if step % 4 == 0 else own[domain][rng.sample(range(len(own[domain])), 6)]
+        batch = (
+            rows.batch(6, {domain: 1.0})
+            if step % 4 == 0
+            else outputs[domain][rng.sample(range(len(outputs[domain])), 6)]
+        )
         with torch.no_grad():
-            law = functional.softmax(target(batch, use_cache=False).logits, -1)
+            target_probs = functional.softmax(target(batch, use_cache=False).logits, -1)
         for name, (num_layers, domains) in DRAFTS.items():
             losses = []
             # the deep draft costs as much as all others together: it learns from every second batch
             if domain in domains and (num_layers <= 2 or step % 2 == 0):
                 guess = functional.log_softmax(drafts[name](batch, use_cache=False).logits, -1)
-                losses.append(-(law * guess).sum(-1).mean())
+                losses.append(-(target_probs * guess).sum(-1).mean())
             if num_layers <= 2:
-                source = own[rng.choice(domains)]
+                source = outputs[rng.choice(domains)]
                 losses.append(language_loss(drafts[name], source[rng.sample(range(len(source)), 8)]))
             if losses:
                 torch.autograd.backward(torch.stack(losses).sum())
@@ -249,16 +255,16 @@ def refine_drafts(target: LlamaForCausalLM, rows: Rows, work: Path) -> None:
     for step in range(REFINE_STEPS):
         parts = {domain: rows.batch(5, {domain: 1.0}) for domain in corpus.DOMAINS}
         with torch.no_grad():
-            laws = {
+            target_probs_of = {
                 domain: functional.softmax(target(part, use_cache=False).logits, -1) for domain, part in parts.items()
             }
         for name, (num_layers, domains) in DRAFTS.items():
             if num_layers > 2 and step % 4:
                 continue
             batch = torch.cat([parts[domain] for domain in domains])
-            law = torch.cat([laws[domain] for domain in domains])
+            target_probs = torch.cat([target_probs_of[domain] for domain in domains])
             guess = functional.log_softmax(drafts[name](batch, use_cache=False).logits, -1)
-            loss = -(law * guess).sum(-1).mean()
+            loss = -(target_probs * guess).sum(-1).mean()
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(drafts[name].parameters(), 1.0)
             optimizers[name].step()
