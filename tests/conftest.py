@@ -73,10 +73,10 @@ def _no_repeats() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Toy models are too small to share among threads, which only wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny models are too small to share among threads, which only wait for each other on a busy machine."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # of child processes
+        yield

@@ -32,7 +32,7 @@ class Table:
         return picked(self._look_up(batch_size, domain))
 
     def observe(self, report: RoundReport) -> bool:
-        return not report.scored
+        return True
 
 
 class Ema:
@@ -106,7 +106,7 @@ class Ucb:
         return picked(self._setups[number])
 
     def observe(self, report: RoundReport) -> bool:
-        number = self._arms[report.pick.setup]
+        number = self._arms[report.decision.setup]
         self._plays[number] += 1
         self._totals[number] += reward(report, self._most_per_s)
         return True
@@ -128,7 +128,7 @@ class Exp3:
         return picked(setup)
 
     def observe(self, report: RoundReport) -> bool:
-        number = self._arms[report.pick.setup]
+        number = self._arms[report.decision.setup]
         gained = reward(report, self._most_per_s) / self._shares()[number]
         self._scores[number] += self._explore * gained / len(self._scores)
         return True

@@ -35,9 +35,9 @@ def rates(family: Family, stream: Stream, arms: Mapping[str, RoundController], s
         workload = replace(family.workload, batch_size=requests[0].concurrency)
         prompts: tuple[Prompt, ...] = tuple(request.prompt for request in requests)
         for name in order.sample(list(arms), len(arms)):
-            run = family.bench.engine.run_steered(workload, prompts, arms[name], max(LENGTHS))
-            tokens[name] += sum(turn.tokens for turn in run.timeline)
-            seconds[name] += sum(turn.seconds + turn.scoring_s for turn in run.timeline)
+            run = family.bench.engine.run_adaptive(workload, prompts, arms[name], max(LENGTHS))
+            tokens[name] += sum(each.tokens for each in run.rounds)
+            seconds[name] += sum(each.seconds for each in run.rounds)
     return {name: tokens[name] / seconds[name] for name in arms}
 
 

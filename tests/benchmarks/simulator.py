@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
 
-from profiles.acceptance.batch_replay import PLAIN_ROUND, greedy_rounds
+from profiles.acceptance.batch_replay import PLAIN_ROUND
 from profiles.acceptance.expected_rounds import Replayed, RoundOutcome, catch_up_width, check_length, round_outcomes
 from profiles.engines.base import RoundController, RoundDecision, RoundReport
 from profiles.records.core import PLAIN, Prompt, Setup, Workload
 from profiles.records.errors import InputError, NotMeasuredError
-from profiles.records.evidence import AcceptanceTrace, RoundCount, StepShape, StepTimes
+from profiles.records.evidence import RoundCount, StepShape, StepTimes
 from tests.benchmarks.traffic import Moment, Request, Stream, Weather
 from tuner.forecast.evidence import Evidence
 from tuner.forecast.forecaster import Forecaster
@@ -25,7 +25,7 @@ from tuner.policy.query import MIXED
 class Played(NamedTuple):
     """A round that was played.
 
-    `seconds`: the round, the prefills its rows waited for and the scoring that was asked for. `plain_s`: what plain
+    `seconds`: the round and the prefills its rows waited for. `plain_s`: what plain
     decoding would have taken for as many tokens of that batch, on the machine as it was in that round, which is
     `slowed` times slower than usual by noise and weather. `phase`: of the stream.
     """
@@ -155,17 +155,16 @@ class Fixed:
         return self._pick
 
     def observe(self, report: RoundReport) -> bool:
-        return not report.scored
+        return True
 
 
 class _Row:
     """A request under way.
 
-    `start` is the next output position. By draft model: `taken_in` tokens of its text, `judged` tokens of it that
-    proposals were held against.
+    `start` is the next output position. By draft model: `taken_in` tokens of its text.
     """
 
-    __slots__ = ("domain", "judged", "key", "phase", "prompt_tokens", "size", "start", "taken_in")
+    __slots__ = ("domain", "key", "phase", "prompt_tokens", "size", "start", "taken_in")
 
     def __init__(self, request: Request, digest: str, size: int, most: int) -> None:
         self.domain, self.phase = request.prompt.domain, request.phase
@@ -174,7 +173,6 @@ class _Row:
         self.size = size
         self.start = 1
         self.taken_in: dict[str, int] = {}
-        self.judged: dict[str, int] = {}
 
     @property
     def length(self) -> int:
@@ -234,17 +232,6 @@ class _Arm:
             self._refills_s[size] = self._world.forecasters[size].refill_s(self.setup.draft)
         return self._refills_s[size]
 
-    def scored(self, row: _Row, start: int) -> list[RoundCount]:
-        """(proposed, accepted) of the rounds it would have gone through from `start` to where the row's text ends."""
-        acceptance = self.acceptance(row.key[0])
-        assert isinstance(acceptance, AcceptanceTrace)
-        return greedy_rounds([keep == 1.0 for keep in acceptance.accept_probs[start : row.start]], self.setup.length)
-
-    def scoring_s(self, num_rows: int, width: int) -> float:
-        """Of taking in `width` tokens of every row."""
-        assert self.model is not None
-        return self._world.forecasters[self._sizes[num_rows]].step_s(self.model, width)
-
     def _work_out(self, table: list[tuple[RoundOutcome, ...] | None], row: _Row) -> tuple[RoundOutcome, ...]:
         digest, size, most = row.key
         asked = min(self.setup.length, most - row.start - 1)
@@ -294,12 +281,12 @@ class _Run:
             shape = _shape(arm, self._rows, outcomes)
             round_s = factor * arm.seconds(num_rows, shape)
             tokens = _advance(arm, self._rows, outcomes, shape)
-            controller.observe(RoundReport(pick, tuple([(one.proposed, one.accepted) for one in outcomes]), round_s))
+            controller.observe(
+                RoundReport(pick, tuple([RoundCount(one.proposed, one.accepted) for one in outcomes]), round_s)
+            )
             phase = self._rows[-1].phase
             self._rows = [row for row in self._rows if row.start < row.size]
             seconds = round_s + factor * self._refills * starter.refill_s(num_rows)
-            if pick.score is not None:
-                seconds += self._score(controller, pick, factor)
             plain_s = tokens / num_rows * self._plain.seconds(num_rows, PLAIN_SHAPE)
             plain_s = factor * (plain_s + self._refills * self._plain.refill_s(num_rows))
             self._seconds += seconds
@@ -350,35 +337,6 @@ class _Run:
             outcomes = [replace(one, accepted=0) for one in outcomes]
         return factor * weather.slows(moment), outcomes
 
-    def _score(self, controller: RoundController, pick: RoundDecision, factor: float) -> float:
-        """Holds a draft model's choices against the text of the rows under way; the seconds it takes.
-
-        A look-up is not scored, nor is sampling: an engine does not either. The text is what it is: no weather spoils
-        it.
-        """
-        assert pick.score is not None
-        arm = self._simulator.arm(pick.score)
-        model = arm.model
-        if model is None or arm.looks_up or self._workload.temperature > 0.0:
-            return 0.0
-        rounds: list[tuple[int, int]] = []
-        furthest = 0
-        for row in self._rows:
-            first = max(row.prompt_tokens + 1, row.judged.get(model, 0))
-            if first < row.length:
-                furthest = max(furthest, row.length - min(row.taken_in.get(model, 0), first - 1))
-                rounds += arm.scored(row, first - row.prompt_tokens)
-        if not rounds:
-            return 0.0
-        width = catch_up_width(furthest)
-        for row in self._rows:
-            if row.behind(model) <= width:
-                row.taken_in[model] = row.length
-            row.judged[model] = row.length
-        seconds = factor * arm.scoring_s(len(self._rows), width)
-        controller.observe(RoundReport(pick, tuple(rounds), seconds, scored=True))
-        return seconds
-
 
 def _shape(arm: _Arm, rows: Sequence[_Row], outcomes: Sequence[RoundOutcome]) -> StepShape:
     """What the batch runs (see `Sample.shapes`)."""
@@ -404,7 +362,4 @@ def _advance(arm: _Arm, rows: Sequence[_Row], outcomes: Sequence[RoundOutcome], 
         start = min(row.size, row.start + one.accepted + 1)  # no target token follows an accepted end
         tokens += start - row.start
         row.start = start
-        if one.by_model:
-            assert arm.model is not None
-            row.judged[arm.model] = row.length
     return tokens

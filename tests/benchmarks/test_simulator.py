@@ -30,7 +30,7 @@ every_setup = pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: setup.n
 
 
 class Prices:
-    """In place of a forecaster: a shape's seconds tell it, a prefill takes no time, scoring its width."""
+    """In place of a forecaster: a shape's seconds tell it, a prefill takes no time."""
 
     def round_s(self, setup: Setup, shape: tuple[int, int, int]) -> float:
         width, steps, first = shape
@@ -39,18 +39,14 @@ class Prices:
     def refill_s(self, draft: Draft | None) -> float:
         return 0.0
 
-    def step_s(self, part: str, width: int) -> float:
-        return float(width)
-
 
 class Script:
     """Picks what `setup_of` says of the round's number; keeps what it was asked and told."""
 
-    def __init__(self, setup_of: Callable[[int], Setup], score: Setup | None = None) -> None:
+    def __init__(self, setup_of: Callable[[int], Setup]) -> None:
         self.asked: list[tuple[int, str | None]] = []
         self.reports: list[RoundReport] = []
         self._setup_of = setup_of
-        self._score = score
 
     def choose(
         self,
@@ -62,9 +58,7 @@ class Script:
     ) -> RoundDecision:
         setup = self._setup_of(len(self.asked))
         self.asked.append((batch_size, domain))
-        return RoundDecision(
-            setup, True, batch_size, context_length or 0, domain or "mixed", temperature, score=self._score
-        )
+        return RoundDecision(setup, True, batch_size, context_length or 0, domain or "mixed", temperature)
 
     def observe(self, report: RoundReport) -> bool:
         self.reports.append(report)
@@ -198,50 +192,6 @@ def test_one_domain_or_none(simulator: Simulator) -> None:
     assert controller.asked[0] == (2, None)
     assert controller.asked[9:][:1] == [(1, "code")]
     assert controller.asked[-1] == (1, "code")
-
-
-def test_scoring(priced: Simulator, evidence: Evidence) -> None:
-    """Scored rounds are those that the draft would have gone through over the text, cut at its end, and cost a pass."""
-    setup = Setup(draft=DRAFT_A, length=3)
-    controller = Script(lambda _: PLAIN, score=setup)
-    record = priced.serve(queue(1, PROMPTS[:1]), controller)
-    scored = [report for report in controller.reports if report.scored]
-    keeps = evidence.acceptances[DRAFT_A.digest, PROMPTS[0].digest].accept_probs  # type: ignore[union-attr]
-    assert [report.rows for report in scored[:5]] == [((1, int(keeps[place])),) for place in range(1, 6)]
-    assert scored[0].seconds == catch_up_width(len(PROMPTS[0].token_ids) + 2)
-    assert scored[1].seconds == catch_up_width(2)
-    assert record.rounds[0].seconds == 1_000_000 + scored[0].seconds
-
-
-def test_scoring_after_a_while(priced: Simulator, evidence: Evidence) -> None:
-    """What was missed is scored at once, in rounds of the length that is asked for."""
-    setup = Setup(draft=DRAFT_A, length=3)
-    controller = Script(lambda _: PLAIN, score=setup)
-    late = Script(lambda _: PLAIN)
-    late.observe = controller.observe  # type: ignore[method-assign]
-
-    def choose(**asked: object) -> RoundDecision:
-        pick = Script.choose(late, **asked)  # type: ignore[arg-type]
-        return pick._replace(score=setup if len(late.asked) == 30 else None)
-
-    late.choose = choose  # type: ignore[assignment, method-assign]
-    priced.serve(queue(1, PROMPTS[:1]), late)
-    (scored,) = [report for report in controller.reports if report.scored]
-    keeps = evidence.acceptances[DRAFT_A.digest, PROMPTS[0].digest].accept_probs  # type: ignore[union-attr]
-    place = 1
-    for proposed, accepted in scored.rows:
-        assert proposed == min(3, 31 - place)
-        assert accepted == next((n for n in range(proposed) if not keeps[place + n]), proposed)
-        place += accepted + 1
-    assert place >= 31
-
-
-def test_look_ups_are_not_scored(priced: Simulator) -> None:
-    """As in an engine: nothing is reported and nothing charged."""
-    controller = Script(lambda _: PLAIN, score=Setup(draft=BOTH, length=3))
-    record = priced.serve(queue(1, PROMPTS[:1]), controller)
-    assert not any(report.scored for report in controller.reports)
-    assert {played.seconds for played in record.rounds} == {1_000_000.0}
 
 
 def test_the_same_seed_gives_the_same_record(simulator: Simulator, evidence: Evidence) -> None:

@@ -11,11 +11,7 @@ SERVING = EngineCapabilities(
     times="rounds",
     past_end=True,
     batching="continuous",
-    num_drafts="rounds that proposed",
-    draft_kinds=("model", "ngram", "native"),
     traced_kinds=("model", "ngram"),
-    length_change="restart",
-    keeps_history=("ngram-mod",),
     origin="fake-server 1 float32",
 )
 

@@ -1,6 +1,6 @@
 """A toy model whose law is a table: the next token depends on the last one only, so exact laws can be written down.
 
-And toy pilots, which pick what they were told to, whatever they hear.
+And a toy controller, which decides as scripted, whatever it observes.
 """
 
 import random
@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 from profiles.engines.base import RoundController, RoundDecision, RoundReport
-from profiles.engines.torch.adaptive import Drafters, Steered, SteeredRun
+from profiles.engines.torch.adaptive import AdaptiveLoop, AdaptiveRun, SwitchableDrafter
 from profiles.engines.torch.decoder import Decoder, Generation
 from profiles.engines.torch.drafters import Drafter, ModelDrafter, NgramDrafter
 from profiles.engines.torch.sampling import KeyedRandom, sampling_probs
@@ -106,17 +106,13 @@ def p_value(law: Mapping[tuple[int, ...], float], outputs: Sequence[tuple[int, .
     return float(stats.chisquare(observed, expected).pvalue)
 
 
-class ScriptedPilot:
-    """Picks the next of `setups` every round; keeps what it was asked and told.
+class ScriptedController:
+    """Decides for the next of `setups` every round; keeps the questions and the reports."""
 
-    `scores`: by number of the round, the setup to score after it.
-    """
-
-    def __init__(self, setups: Iterable[Setup], scores: Mapping[int, Setup] | None = None) -> None:
-        self.asked: list[tuple[int, int | None, str | None, float]] = []
-        self.told: list[RoundReport] = []
+    def __init__(self, setups: Iterable[Setup]) -> None:
+        self.questions: list[tuple[int, int | None, str | None, float]] = []
+        self.reports: list[RoundReport] = []
         self._setups = iter(setups)
-        self._scores = scores or {}
 
     def choose(
         self,
@@ -126,14 +122,11 @@ class ScriptedPilot:
         domain: str | None = None,
         temperature: float = 0.0,
     ) -> RoundDecision:
-        score = self._scores.get(len(self.asked))
-        self.asked.append((batch_size, context_length, domain, temperature))
-        return RoundDecision(
-            next(self._setups), True, batch_size, context_length or 0, domain or "mixed", temperature, score=score
-        )
+        self.questions.append((batch_size, context_length, domain, temperature))
+        return RoundDecision(next(self._setups), True, batch_size, context_length or 0, domain or "mixed", temperature)
 
     def observe(self, report: RoundReport) -> bool:
-        self.told.append(report)
+        self.reports.append(report)
         return True
 
 
@@ -144,13 +137,13 @@ def wandering(setups: Sequence[Setup], seed: int, longest: int = 1) -> Iterator[
         yield from [rng.choice(setups)] * rng.randint(1, longest)
 
 
-def steer(
+def run_toy_adaptive(
     target: TableModel,
     drafts: Mapping[Draft, TableModel],
     workload: Workload,
     prompts: Sequence[Prompt],
     controller: RoundController,
-) -> SteeredRun:
+) -> AdaptiveRun:
     """Decodes a queue as `controller` says, with these model drafts and any look-up, up to 8 tokens a round."""
     draws = KeyedRandom(workload.batch_size, workload, target.device)
     models = {
@@ -162,6 +155,6 @@ def steer(
             return NgramDrafter(workload.batch_size, part.max_match or 0, part.min_match or 0)
         return ModelDrafter(models[part.digest].rows(workload.batch_size), draws)
 
-    drafters = Drafters(make, 8)
-    decoder = Decoder(target.rows(workload.batch_size), drafters, draws, length=8)
-    return Steered(decoder, drafters, workload, controller).run(prompts, Clock("cpu"))
+    drafter = SwitchableDrafter(make, 8)
+    decoder = Decoder(target.rows(workload.batch_size), drafter, draws, length=8)
+    return AdaptiveLoop(decoder, drafter, controller).run(prompts, Clock("cpu"))

@@ -110,7 +110,7 @@ class Selector:
 
     def observe(self, report: RoundReport) -> bool:
         """Learns from a round that was run as decided. Returns False for an impossible report: it is only counted."""
-        decision = report.pick
+        decision = report.decision
         setup = decision.setup
         key = decision.batch_size, decision.context_length, decision.domain, decision.temperature
         with self._lock:
@@ -218,7 +218,7 @@ class Selector:
         self._loss_budget.add(outcome.loss)
         if self._probe_credit < MAX_PROBE_CREDIT:
             self._probe_credit += PROBE_TOKEN_SHARE * outcome.tokens
-        if report.pick.probe:
+        if report.decision.probe:
             lost = max(0.0, outcome.seconds * point.rate - outcome.tokens)
             self._probe_credit = max(-MAX_PROBE_CREDIT, self._probe_credit - lost)
         point.review(option, self._now)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
-from profiles.engines.base import SERVED_KINDS, EngineCapabilities
+from profiles.engines.base import EngineCapabilities
 from profiles.engines.llamacpp import ngram, timing
 from profiles.engines.llamacpp.flags import args_for, keeps_history
 from profiles.engines.llamacpp.responses import SERVER, LlamaCompletion, body_of
@@ -58,11 +58,7 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], LlamaServer]):
             times="rounds",
             past_end=SERVER.past_end,
             batching="continuous",
-            num_drafts="rounds that proposed",
-            draft_kinds=SERVED_KINDS,
             traced_kinds=("model", "ngram"),
-            length_change="restart",
-            keeps_history=SERVER.keeps_history,
             drops_short=SERVER.drops_short,
             origin=f"{NAME} {self._program.version} {self._file.float_type}",
         )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
-from profiles.engines.base import SERVED_KINDS, EngineCapabilities
+from profiles.engines.base import EngineCapabilities
 from profiles.engines.llamacpp.flags import keeps_history
 from profiles.engines.lossless import check_end
 from profiles.engines.openai.launch import Launch
@@ -56,11 +56,7 @@ class ServerEngine(ServedEngine[Setup, StartedServer]):
             times="rounds",
             past_end=self._kind.past_end,
             batching="continuous",
-            num_drafts="rounds that proposed",
-            draft_kinds=SERVED_KINDS,
             traced_kinds=(),
-            length_change="restart",
-            keeps_history=self._kind.keeps_history,
             drops_short=self._kind.drops_short,
             origin=f"server {self._launch.kind} {version} {self.target.dtype} {self._launch.digest}",
         )

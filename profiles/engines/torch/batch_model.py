@@ -1,7 +1,6 @@
-"""A model over several rows at once: tokens at stated positions in, logits out, shapes fixed so that a GPU can replay.
+"""A model over several rows at once: tokens at given positions in, logits out, shapes fixed so that a GPU can replay.
 
-One seam for every architecture: transformers' own classes, or a leaner forward where one fits. Knows nothing of
-drafts, rounds or which tokens are proposals.
+Runs any architecture through its transformers class, or through a leaner forward where one fits.
 """
 
 import functools
@@ -12,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from profiles.engines.torch import llama_forward
-from profiles.engines.torch.kv_cache import RowCache, TransformersCache
+from profiles.engines.torch.kv_cache import RowCache, TransformersCache, added_mask
 from profiles.records.draft_spec import MAX_LENGTH
 from profiles.records.errors import ModelError
 
@@ -25,7 +24,7 @@ Forward = Callable[[torch.Tensor, RowCache, int], torch.Tensor]
 
 
 class RowStepper(Protocol):
-    """What rounds need of a model; `RowModel` is one, tests have others."""
+    """What decoding needs of a model."""
 
     @property
     def num_rows(self) -> int: ...
@@ -36,9 +35,9 @@ class RowStepper(Protocol):
     def step(
         self, tokens: torch.Tensor, positions: torch.Tensor, reach: int, keep: int = 1, row: int | None = None
     ) -> torch.Tensor:
-        """Logits (rows, keep, vocabulary) after each of the last `keep` of `tokens` (rows, width) at `positions`.
+        """Logits (B, keep, V) after each of the last `keep` of `tokens` (B, width) at `positions` (B, width).
 
-        `reach` is one more than the largest position; `row` names the only row that is meant.
+        `reach` is one more than the largest position; `row` is the only row to step, None for all.
         """
         ...
 
@@ -61,14 +60,14 @@ class RowModel:
     ) -> torch.Tensor:
         """See `RowStepper`. What a GPU returns is overwritten by the next step."""
         if self._graphs is None or row is not None or tokens.shape[1] > WIDEST_GRAPH:
-            self._cache.place(positions, reach, row)
+            self._cache.set_positions(positions, reach, row)
             return self._forward(tokens, self._cache, keep)
         view = min(graph_view(reach), self._cache.width)
         key = (tokens.shape[1], keep, view)
         if key not in self._graphs:
             stream = torch.cuda.current_stream(self.device)
             try:
-                step = functools.partial(self._seeing, view, keep)
+                step = functools.partial(self.step_in_view, view, keep)
                 self._graphs[key] = _Graph(step, tokens, positions, self._pool)
             except torch.OutOfMemoryError:
                 raise
@@ -78,9 +77,9 @@ class RowModel:
                 return self.step(tokens, positions, reach, keep)
         return self._graphs[key].replay(tokens, positions)
 
-    def _seeing(self, view: int, keep: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def step_in_view(self, view: int, keep: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """A step of one shape for all texts of up to `view` tokens."""
-        self._cache.place(positions, view, exact=False)
+        self._cache.set_positions(positions, view, exact=False)
         return self._forward(tokens, self._cache, keep)
 
 
@@ -137,14 +136,14 @@ class _TransformersForward:
         self._window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         self._chunk = getattr(config, "attention_chunk_size", None)
         self._kinds = sorted(set(getattr(config, "layer_types", None) or ()))
-        self._added = model.config._attn_implementation == "eager"  # it adds its mask instead of applying it
+        self._adds_mask = model.config._attn_implementation == "eager"
 
     def __call__(self, tokens: torch.Tensor, cache: RowCache, keep: int) -> torch.Tensor:
         output = self._model(
             tokens,
             past_key_values=self._cache,
             attention_mask=self._masks(cache),
-            position_ids=cache.queries,
+            position_ids=cache.query_positions,
             use_cache=True,
             logits_to_keep=keep,
         )
@@ -161,39 +160,45 @@ class _TransformersForward:
             seen = {"all": cache.mask(window=self._window)}
         else:
             seen = {kind: by_kind[kind]() for kind in self._kinds}
-        if self._added:
-            seen = {kind: cache.added_mask(mask, self._model.dtype) for kind, mask in seen.items()}
+        if self._adds_mask:
+            seen = {kind: added_mask(mask, self._model.dtype) for kind, mask in seen.items()}
         return seen if len(seen) > 1 else next(iter(seen.values()))
 
 
 def check_rows(model: PreTrainedModel, name: str) -> None:
-    """Refuses an architecture that cannot be stepped in rows of unequal length; a few tiny forwards tell.
+    """Refuses an architecture that cannot be stepped in rows of unequal length; a few tiny forwards show it.
 
-    Raises: ModelError: its logits differ from those of its own plain forward.
+    Raises ModelError: its logits differ from those of its own plain forward.
     """
-    device, vocabulary = model.device, model.get_input_embeddings().num_embeddings
-    texts = [[(7 * place + 3) % vocabulary for place in range(length)] for length in (5, 9)]
-    rows = RowModel(model, len(texts), capacity=16)
     try:
         with torch.inference_mode():
-            wanted = torch.stack(
-                [model(torch.tensor([text], device=device), use_cache=False).logits[0, -1] for text in texts]
-            )
-            for number, text in enumerate(texts):
-                prompt = torch.tensor([text[:-2]], device=device)
-                rows.step(prompt, torch.arange(len(text) - 2, device=device)[None], len(text) - 2, row=number)
-            ends = torch.tensor([[len(text) - 2, len(text) - 1] for text in texts], device=device)
-            last = torch.tensor([text[-2:] for text in texts], device=device)
-            found = rows.step(last, ends, max(map(len, texts)))[:, 0]
+            reference, in_rows = _logits_both_ways(model)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         reason = str(error).splitlines()[0][:200]
         raise ModelError(f"model {name!r}: {type(model).__name__} cannot be decoded in rows: {reason}") from error
-    off = float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max())
+    difference = float((in_rows - reference).abs().max() / reference.abs().max())
     allowed = _TOLERANCE if model.dtype == torch.float32 else 0.1
-    if not off <= allowed and bool(torch.isfinite(wanted).all()):
+    if not difference <= allowed and bool(torch.isfinite(reference).all()):
         raise ModelError(
             f"model {name!r}: {type(model).__name__} in rows of unequal length gives other logits than alone (off by "
-            f"{off:.2g} of the largest, allowed is {allowed:g}), so it cannot be decoded here"
+            f"{difference:.2g} of the largest, allowed is {allowed:g}), so it cannot be decoded here"
         )
+
+
+def _logits_both_ways(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Last logits (2, V) of two short texts by the model's own forward, and stepped together in rows."""
+    device, vocabulary = model.device, model.get_input_embeddings().num_embeddings
+    texts = [[(7 * index + 3) % vocabulary for index in range(length)] for length in (5, 9)]
+    reference = torch.stack(
+        [model(torch.tensor([text], device=device), use_cache=False).logits[0, -1] for text in texts]
+    )
+    rows = RowModel(model, len(texts), capacity=16)
+    for number, text in enumerate(texts):
+        prompt = torch.tensor([text[:-2]], device=device)
+        rows.step(prompt, torch.arange(len(text) - 2, device=device)[None], len(text) - 2, row=number)
+    positions = torch.tensor([[len(text) - 2, len(text) - 1] for text in texts], device=device)
+    last = torch.tensor([text[-2:] for text in texts], device=device)
+    in_rows = rows.step(last, positions, max(map(len, texts)))[:, 0]
+    return reference.float(), in_rows.float()

@@ -1,8 +1,8 @@
 """Plain and speculative decoding of a queue of prompts, several rows at once: one loop for both arms of a comparison.
 
-A round drafts for every row, lets the target check all proposals in one forward and adds one target token to each row;
-plain decoding is the same loop with nothing proposed. A finished row is refilled from the queue. Acceptance and the
-next inputs are computed on the device; the host reads one small tensor a round. Knows nothing of stores or searches.
+Plain decoding is the same loop with nothing proposed. A finished row is refilled from the queue. Acceptance and the
+next inputs are computed on the device; the host reads one small tensor a round. Shapes: B rows, k proposed tokens of
+the row that proposes most, V tokens of the vocabulary.
 """
 
 import math
@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional
 
 from profiles.engines.torch.batch_model import RowStepper
-from profiles.engines.torch.drafters import Drafted, Drafter, Text, nothing
-from profiles.engines.torch.sampling import KeyedRandom, accept_greedy, accept_sampled, draw, sampling_probs
+from profiles.engines.torch.drafters import Drafted, Drafter, Text, no_proposal
+from profiles.engines.torch.sampling import KeyedRandom, Proposal, accept_greedy, accept_sampled, draw, sampling_probs
 from profiles.records.core import Prompt
 from profiles.records.errors import BadNumbersError
 from profiles.records.evidence import RoundCount, StepShape
@@ -26,14 +26,9 @@ NOT_FINITE = "the target's logits are not finite; check its weights, or use a wi
 
 @dataclass(slots=True, kw_only=True)
 class Generation:
-    """What was emitted for one prompt (the end token included) and what it took.
+    """What was emitted for one prompt, the end token included, and what it took; fields as in `Sample`."""
 
-    `rounds` counts (proposed, accepted) of its row. `shapes` counts the forwards that the whole batch ran meanwhile:
-    (width of the target's step, steps of the draft model, width of the first of them). `refills`: other rows' prefills
-    that it waited for.
-    """
-
-    token_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
     rounds: Counter[RoundCount] = field(default_factory=Counter)
     shapes: Counter[StepShape] = field(default_factory=Counter)
     refills: int = 0
@@ -47,69 +42,140 @@ class Generation:
 
 @dataclass(slots=True, kw_only=True)
 class Row:
-    """A prompt under way: when its first token was there, and what it has so far."""
+    """A prompt under way: its number of tokens, when its first token was there, and what it has so far."""
 
     prompt: Prompt
     prompt_tokens: int
     first_s: float
     run: Generation
 
-    def place(self, text: list[int]) -> int:
-        """The next output position."""
-        return len(text) - self.prompt_tokens
-
 
 class Decoder:
-    """Decodes queues of prompts on `target`'s rows; `length` proposals a row and round at most.
+    """Decodes queues of prompts on the rows of `target`.
 
-    `length` may be lowered, and raised again, between rounds. `watch` keeps the target's probability and logit gap of
-    every emitted token; rows are then read one by one.
+    Args:
+        target: The model that verifies.
+        drafter: What proposes; None for plain decoding.
+        rng: The random numbers, and with them the workload.
+        length: Proposed tokens a row and round at most; may be lowered and raised again between rounds.
+        watch: Keep the target's probability and logit gap of every emitted token; rows must then be read one by one.
     """
 
     def __init__(
-        self,
-        target: RowStepper,
-        drafter: Drafter | None,
-        draws: KeyedRandom,
-        *,
-        length: int = 0,
-        watch: bool = False,
+        self, target: RowStepper, drafter: Drafter | None, rng: KeyedRandom, *, length: int = 0, watch: bool = False
     ) -> None:
         self._target = target
         self._drafter = drafter
-        self._workload = workload = draws.workload
-        self._draws = draws
+        self.workload = rng.workload
+        self._rng = rng
         self.length = length
         self._watch = watch
-        self._ends = frozenset(workload.end_token_ids)
-        capacity = workload.context_length + length + 2  # what is proposed past the last token is written too
+        self._end_tokens = frozenset(rng.workload.end_token_ids)
+        capacity = rng.workload.context_length + length + 2  # what is proposed past the last token is written too
         self.text = Text(target.num_rows, capacity, target.device)
-        self._prompt_tokens = torch.ones_like(self.text.lengths)
+        self._prompt_lengths = torch.ones_like(self.text.lengths)
         self._active = torch.zeros_like(self.text.lengths)
         self.rows: list[Row | None] = [None] * target.num_rows
 
     def run(
-        self, prompts: Sequence[Prompt], clock: Clock, play: Callable[[], object] | None = None
+        self, prompts: Sequence[Prompt], clock: Clock, run_round: Callable[[], object] | None = None
     ) -> list[Generation]:
-        """One generation per prompt, in the order given. Raises BadNumbersError when logits are not finite.
+        """Decodes a queue: one generation per prompt, in the order given.
 
-        `play` is called in place of every round: it does what is to be done before and after it, and plays it.
+        `run_round` is called in place of `round`, and calls it. Raises BadNumbersError when logits are not finite.
         """
-        play = play or self.round
-        runs = [Generation(token_ids=[]) for _ in prompts]
+        run_round = run_round or self.round
+        runs = [Generation() for _ in prompts]
         waiting = deque(zip(prompts, runs, strict=True))
         with torch.inference_mode():
-            for row in range(len(self.rows)):
-                self._refill(row, waiting, clock)
+            for number in range(len(self.rows)):
+                self._refill(number, waiting, clock)
             while any(row is not None for row in self.rows):
-                play()
-                for number in self._leave(clock):
+                run_round()
+                for number in self._remove_finished(clock):
                     self._refill(number, waiting, clock)
         return runs
 
-    def _leave(self, clock: Clock) -> list[int]:
-        """The rows that are done, now empty; all at the same time, whoever is refilled first."""
-        done = [(number, row) for number, row in enumerate(self.rows) if row and self._is_done(number, row)]
+    def round(self) -> list[RoundCount]:
+        """One round of all rows under way; what each of them proposed and accepted."""
+        text = self.text
+        positions = text.lengths - self._prompt_lengths  # (B,), the output position of the first proposed token
+
+        # draft: never more than the output still needs beside the bonus token
+        limits = [
+            0 if row is None else min(self.length, self._remaining(number) - 1) for number, row in enumerate(self.rows)
+        ]
+        drafted = Drafted(proposal=no_proposal(len(limits), text.lengths.device))
+        if self._drafter is not None and max(limits) > 0:
+            drafted = self._drafter.propose(text, limits, positions)
+        proposal = drafted.proposal
+        width = proposal.token_ids.shape[1] + 1
+
+        # verify: one step of the target over the last committed token and the proposed ones
+        last_tokens, last_positions = text.last(1)
+        offsets = torch.arange(width, device=positions.device)
+        inputs = torch.cat([last_tokens, proposal.token_ids], 1)  # (B, k+1)
+        logits = self._target.step(inputs, last_positions + offsets, text.reach + width - 1, keep=width)  # (B, k+1, V)
+
+        # accept: a prefix of the proposal, then one token of the target's own
+        target_probs = None if self._rng.is_greedy else sampling_probs(logits, self.workload)
+        num_accepted, next_token = self._accept(proposal, logits, target_probs, positions)
+
+        # commit: on the device, then on the host with the round's one transfer
+        emitted = functional.pad(proposal.token_ids, (0, 1)).scatter(1, num_accepted[:, None], next_token[:, None])
+        text.token_ids.scatter_(1, text.lengths[:, None] + offsets, emitted)
+        text.lengths += (num_accepted + 1) * self._active
+        transfer = torch.cat([proposal.counts[:, None], num_accepted[:, None], emitted], 1).tolist()
+        shape = StepShape(width, drafted.steps, drafted.first_width)
+        outcomes = []
+        for number, (num_proposed, accepted, *tokens) in enumerate(transfer):
+            row = self.rows[number]
+            if row is None:
+                continue
+            row.run.shapes[shape] += 1
+            outcomes.append(self._commit(number, row, num_proposed, tokens[: accepted + 1]))
+            if self._watch:
+                probs = sampling_probs(logits[number], self.workload) if target_probs is None else target_probs[number]
+                self._note(row.run, logits[number, accepted], float(probs[accepted, tokens[accepted]]))
+        if self._drafter is not None:
+            self._drafter.settle(text)
+        return outcomes
+
+    def _accept(
+        self, proposal: Proposal, logits: torch.Tensor, target_probs: torch.Tensor | None, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if target_probs is None:
+            return accept_greedy(proposal, logits)
+        return accept_sampled(proposal, target_probs, self._rng, positions)
+
+    def _commit(self, number: int, row: Row, proposed: int, tokens: list[int]) -> RoundCount:
+        """Adds a row's new tokens to its text.
+
+        Tokens proposed after an accepted end token count as proposed, not as accepted, and no bonus token follows it.
+        """
+        accepted = len(tokens) - 1
+        end = next((index for index, token in enumerate(tokens) if token in self._end_tokens), None)
+        if end is not None:
+            tokens, row.run.ended = tokens[: end + 1], True
+            accepted = min(accepted, end + 1)
+        self.text.host[number] += tokens
+        outcome = RoundCount(proposed, accepted)
+        row.run.rounds[outcome] += 1
+        return outcome
+
+    def _remaining(self, number: int) -> int:
+        """Tokens that a row under way may still emit."""
+        row = self.rows[number]
+        assert row is not None
+        return self.workload.max_new_tokens - (len(self.text.host[number]) - row.prompt_tokens)
+
+    def _remove_finished(self, clock: Clock) -> list[int]:
+        """The numbers of the rows that are done, now empty; all at one time, whoever is refilled first."""
+        done = [
+            (number, row)
+            for number, row in enumerate(self.rows)
+            if row is not None and (row.run.ended or self._remaining(number) <= 0)
+        ]
         now = clock.read() if done else 0.0
         for number, row in done:
             row.run.decode_s = now - row.first_s
@@ -118,9 +184,6 @@ class Decoder:
             self._active[number] = 0
         return [number for number, _ in done]
 
-    def _is_done(self, number: int, row: Row) -> bool:
-        return row.run.ended or row.place(self.text.host[number]) >= self._workload.max_new_tokens
-
     def _refill(self, number: int, waiting: deque[tuple[Prompt, Generation]], clock: Clock) -> None:
         """Puts the next prompt into a row and emits its first token; an output that ends there makes room again."""
         while waiting and self.rows[number] is None:
@@ -128,88 +191,33 @@ class Decoder:
             for other in self.rows:
                 if other is not None:
                     other.run.refills += 1
-            started = clock.read()
-            self._draws.load(number, prompt)
+            started_s = clock.read()
+            self._rng.load(number, prompt)
             token = self._prefill(number, prompt, run)
             self.text.load(number, [*prompt.token_ids, token])
             if self._drafter is not None:
                 self._drafter.start(number, self.text)
-            first = clock.read()
-            run.ttft_s, run.ended = first - started, token in self._ends
-            row = Row(prompt=prompt, prompt_tokens=len(prompt.token_ids), first_s=first, run=run)
-            if self._is_done(number, row):
+            first_s = clock.read()
+            run.ttft_s, run.ended = first_s - started_s, token in self._end_tokens
+            if run.ended:
                 run.token_ids = [token]
                 continue
-            self.rows[number] = row
-            self._prompt_tokens[number] = row.prompt_tokens
+            prompt_tokens = len(prompt.token_ids)
+            self.rows[number] = Row(prompt=prompt, prompt_tokens=prompt_tokens, first_s=first_s, run=run)
+            self._prompt_lengths[number] = prompt_tokens
             self._active[number] = 1
 
     def _prefill(self, number: int, prompt: Prompt, run: Generation) -> int:
         tokens = torch.tensor([prompt.token_ids], device=self._target.device)
         positions = torch.arange(tokens.shape[1], device=self._target.device)[None]
-        logits = self._target.step(tokens, positions, tokens.shape[1], row=number)[:, 0]
+        logits = self._target.step(tokens, positions, tokens.shape[1], row=number)[:, 0]  # (1, V)
         if not bool(torch.isfinite(logits).all()):
             raise BadNumbersError(NOT_FINITE)
-        law = sampling_probs(logits, self._workload) if self._watch or not self._draws.is_greedy else logits
-        token = int(logits.argmax(-1)) if self._draws.is_greedy else int(draw(law, self._draws.first(number)))
+        probs = sampling_probs(logits, self.workload) if self._watch or not self._rng.is_greedy else logits
+        token = int(logits.argmax(-1)) if self._rng.is_greedy else int(draw(probs, self._rng.first(number)))
         if self._watch:
-            self._note(run, logits[0], float(law[0, token]))
+            self._note(run, logits[0], float(probs[0, token]))
         return token
-
-    def round(self) -> list[RoundCount]:
-        """One round of all rows under way; (proposed, accepted) of each of them."""
-        text = self.text
-        asked = [
-            0 if row is None else min(self.length, self._workload.max_new_tokens - row.place(host) - 1)
-            for row, host in zip(self.rows, text.host, strict=True)
-        ]
-        places = text.lengths - self._prompt_tokens
-        drafted = Drafted(proposal=nothing(len(asked), text.lengths.device))
-        if self._drafter is not None and max(asked) > 0:
-            drafted = self._drafter.propose(text, asked, places)
-        proposal = drafted.proposal
-        widest = proposal.token_ids.shape[1]
-        last, positions = text.last(1)
-        ahead = torch.arange(widest + 1, device=positions.device)
-        logits = self._target.step(
-            torch.cat([last, proposal.token_ids], 1), positions + ahead, text.reach + widest, keep=widest + 1
-        )
-        law = None
-        if self._draws.is_greedy:
-            accepted, token = accept_greedy(proposal, logits)
-        else:
-            law = sampling_probs(logits, self._workload)
-            accepted, token = accept_sampled(proposal, law, self._draws, places)
-        block = functional.pad(proposal.token_ids, (0, 1)).scatter(1, accepted[:, None], token[:, None])
-        text.token_ids.scatter_(1, text.lengths[:, None] + ahead, block)
-        text.lengths += (accepted + 1) * self._active
-        read = torch.cat([proposal.counts[:, None], accepted[:, None], block], 1).tolist()  # the round's one transfer
-        outcomes = []
-        for number, (proposed, kept, *tokens) in enumerate(read):
-            row = self.rows[number]
-            if row is not None:
-                row.run.shapes[StepShape(widest + 1, drafted.steps, drafted.first_width)] += 1
-                outcomes.append(RoundCount(proposed, self._commit(number, row, proposed, tokens[: kept + 1])))
-                if self._watch:
-                    probs = sampling_probs(logits[number], self._workload) if law is None else law[number]
-                    self._note(row.run, logits[number, kept], float(probs[kept, tokens[kept]]))
-        if self._drafter is not None:
-            self._drafter.settle(text)
-        return outcomes
-
-    def _commit(self, number: int, row: Row, proposed: int, tokens: list[int]) -> int:
-        """How many were accepted.
-
-        Tokens proposed after an accepted end token count as drafted, not accepted; no target token follows it.
-        """
-        accepted = len(tokens) - 1
-        end = next((index for index, token in enumerate(tokens) if token in self._ends), None)
-        if end is not None:
-            tokens, row.run.ended = tokens[: end + 1], True
-            accepted = min(accepted, end + 1)
-        row.run.rounds[RoundCount(proposed, accepted)] += 1
-        self.text.host[number] += tokens
-        return accepted
 
     def _note(self, run: Generation, logits: torch.Tensor, prob: float) -> None:
         first, second = logits.float().topk(2).values.tolist()

@@ -2,7 +2,7 @@
 
 Nothing is ever moved or cut: a token that was taken back is overwritten by the next one at its position, and until
 then hidden by the mask, because a query sees only positions up to its own. The only module that touches the cache
-classes of transformers. Knows nothing of drafts or rounds.
+classes of transformers (5.x).
 """
 
 from typing import Any
@@ -16,39 +16,39 @@ from profiles.models.footprint import SLOTS_STEP
 class RowCache:
     """Keys and values of `num_rows` sequences, `capacity` tokens each, allocated once.
 
-    `place` says where the tokens of the next forward go; every layer then calls `write`. A position below 0 goes to a
-    slot of its own that nobody sees: padding at the left end of a short row.
+    `set_positions` says where the tokens of the next forward go; every layer then calls `write`. A position below 0,
+    padding at the left end of a short row, goes to a slot of its own that nobody sees.
     """
 
     def __init__(self, num_rows: int, capacity: int, device: torch.device) -> None:
         self.num_rows = num_rows
         self.capacity = capacity
-        self.width = -(-(capacity + 1) // SLOTS_STEP) * SLOTS_STEP  # the last slot of a row takes what is padding
+        self.width = -(-(capacity + 1) // SLOTS_STEP) * SLOTS_STEP  # slots of a row; the last one takes padding
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
-        self._places = torch.arange(self.width, device=device)
-        self._starts = torch.arange(num_rows, device=device)[:, None] * self.width
-        self._slots = self._starts
+        self._key_positions = torch.arange(self.width, device=device)
+        self._row_starts = torch.arange(num_rows, device=device)[:, None] * self.width
+        self._slots = self._row_starts
         self._rows = slice(0, num_rows)
         self.view = 0
         self.needs_mask = True
-        self.queries = self._starts
+        self.query_positions = self._row_starts
 
-    def place(self, positions: torch.Tensor, view: int, row: int | None = None, *, exact: bool = True) -> None:
-        """Tokens at `positions` (rows, width) come next, of all rows or of one; `view` slots of a row are seen.
+    def set_positions(self, positions: torch.Tensor, view: int, row: int | None = None, *, exact: bool = True) -> None:
+        """Tokens at `positions` (B, width) come next, of all rows or of one; `view` slots of a row are seen.
 
         `exact`: `view` ends with the last of the positions, so that a single token may see all of it.
         """
         self._rows = slice(0, self.num_rows) if row is None else slice(row, row + 1)
         slots = torch.where(positions < 0, self.width - 1, positions)
-        self._slots = (slots + self._starts[self._rows]).flatten()
-        self.queries = positions.clamp_min(0)
+        self._slots = (slots + self._row_starts[self._rows]).flatten()
+        self.query_positions = positions.clamp_min(0)
         self.view = view
         self.needs_mask = not exact or positions.shape != (1, 1)
 
     def mask(self, window: int | None = None, chunk: int | None = None) -> torch.Tensor:
-        """(rows, 1, width, view): which slots each query sees; of the last `window` ones, or of its own `chunk`."""
-        queries, keys = self.queries[:, None, :, None], self._places[: self.view]
+        """(B, 1, width, view) bool: the slots each query sees, of the last `window` ones or of its own `chunk`."""
+        queries, keys = self.query_positions[:, None, :, None], self._key_positions[: self.view]
         seen = keys <= queries
         if window is not None:
             seen = seen & (keys > queries - window)
@@ -56,12 +56,8 @@ class RowCache:
             seen = seen & (keys // chunk == queries // chunk)
         return seen
 
-    def added_mask(self, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """A mask that is added to scores instead of applied; every query sees its own slot, so none is all minus."""
-        return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
-
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores (rows, width, heads, head size) of a layer; everything in view as (rows, view, heads, head size)."""
+        """Stores (B, width, heads, head size) of a layer; returns all in view as (B, view, heads, head size)."""
         if layer not in self._keys:
             for store, new in ((self._keys, keys), (self._values, values)):
                 store[layer] = new.new_zeros((self.num_rows * self.width, *new.shape[2:]))
@@ -72,6 +68,11 @@ class RowCache:
         return store.view(self.num_rows, self.width, *store.shape[1:])[self._rows, : self.view]
 
 
+def added_mask(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask to add to attention scores; every query sees its own slot, so no row of it is all minus infinity."""
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
+
+
 class TransformersCache(Cache):  # type: ignore[misc]
     """A `RowCache` as transformers' models take it."""
 
@@ -80,7 +81,7 @@ class TransformersCache(Cache):  # type: ignore[misc]
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer of it; masks and positions are always given, so sizes are told only for form's sake."""
+    """One layer of it; masks and positions are always given, so the sizes it reports are not used."""
 
     is_compileable = True
     is_sliding = False
@@ -95,13 +96,9 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         """Rows are allocated by their first write."""
 
     def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        *_: Any,
-        **__: Any,
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores (rows, heads, width, head size); everything in view in that order."""
+        """Stores (B, heads, width, head size); returns all in view in that order."""
         keys, values = self._rows.write(self._number, key_states.transpose(1, 2), value_states.transpose(1, 2))
         return keys.transpose(1, 2), values.transpose(1, 2)
 

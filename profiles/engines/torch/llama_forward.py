@@ -1,8 +1,8 @@
-"""A forward of Llama's layers of our own, on transformers' weights: the same sums in fewer operations.
+"""A leaner forward for Llama's layers on transformers' weights: the same sums in fewer operations.
 
 transformers' classes spend most of a small model's step on the host; here projections that share an input are one
-product, and masks and rotations are made once a step (figures: CHANGELOG). Weights are not copied: the model's own
-parameters become views of the joined ones. `fits` says for which models it may stand in; `rows` checks it against them.
+product, and masks and rotations are made once a step. Weights are not copied: the model's own parameters become views
+of the joined ones. `fits` says which models it can run; `batch_model.check_rows` checks it against their own forward.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from profiles.engines.torch.kv_cache import RowCache
+from profiles.engines.torch.kv_cache import RowCache, added_mask
 
 _FIXED_ROTATIONS = {"default", "linear", "llama3"}  # the others change their angles with the length of the text
 
@@ -50,18 +50,18 @@ def fits(model: PreTrainedModel) -> bool:
 
 
 class LlamaForward:
-    """Logits of the last `keep` tokens of every row, (rows, keep, vocabulary)."""
+    """Logits (B, keep, V) of the last `keep` tokens of every row."""
 
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
-        parts: Any = model
+        layers: Any = model
         config = model.config
         self._heads, self._key_heads = config.num_attention_heads, config.num_key_value_heads
         self._head_size = getattr(config, "head_dim", None) or config.hidden_size // self._heads
         self._eps = config.rms_norm_eps
-        self._embedding, self._head = parts.model.embed_tokens.weight, parts.lm_head.weight
-        self._norm = parts.model.norm.weight
-        self._layers = [_joined(layer) for layer in parts.model.layers]
-        rotary = parts.model.rotary_emb
+        self._embedding, self._head = layers.model.embed_tokens.weight, layers.lm_head.weight
+        self._norm = layers.model.norm.weight
+        self._layers = [_joined(layer) for layer in layers.model.layers]
+        rotary = layers.model.rotary_emb
         angles = torch.outer(torch.arange(capacity + 1, device=model.device).float(), rotary.inv_freq.float())
         cos, sin = angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
         # rotating half of a head is rolling it by half, with the sign of the first half turned
@@ -69,14 +69,14 @@ class LlamaForward:
         self._sin = torch.cat([-sin, sin], -1)[:, None].to(model.dtype)
 
     def __call__(self, tokens: torch.Tensor, cache: RowCache, keep: int) -> torch.Tensor:
-        """`tokens` (rows, width) at the positions that the cache was told."""
+        """`tokens` (B, width) at the positions set in the cache."""
         rows, width = tokens.shape
-        cos, sin = self._cos[cache.queries], self._sin[cache.queries]
+        cos, sin = self._cos[cache.query_positions], self._sin[cache.query_positions]
         groups = self._heads // self._key_heads
         mask = None
         if cache.needs_mask:
-            # added, not applied: the attention kernels would turn it into that in every layer
-            mask = cache.added_mask(cache.mask(), self._cos.dtype)
+            # added to scores, as attention kernels would turn a boolean mask into that in every layer
+            mask = added_mask(cache.mask(), self._cos.dtype)
             mask = mask.repeat(1, 1, groups, 1) if groups > 1 else mask
         hidden = functional.embedding(tokens, self._embedding)
         size = hidden.shape[-1:]
@@ -86,8 +86,8 @@ class LlamaForward:
             turned = joined[:, :, : self._heads + self._key_heads]
             turned = torch.addcmul(turned * cos, turned.roll(self._head_size // 2, -1), sin)
             queries, keys = turned[:, :, : self._heads], turned[:, :, self._heads :]
-            seen = cache.write(number, keys, joined[:, :, self._heads + self._key_heads :])
-            hidden = hidden + functional.linear(self._attend(queries, *seen, mask), layer.out)
+            keys, values = cache.write(number, keys, joined[:, :, self._heads + self._key_heads :])
+            hidden = hidden + functional.linear(self._attend(queries, keys, values, mask), layer.out)
             normed = functional.rms_norm(hidden, size, layer.mlp_norm, self._eps)
             gate, up = functional.linear(normed, layer.gate_up).chunk(2, -1)
             hidden = hidden + functional.linear(functional.silu(gate) * up, layer.down)
@@ -97,7 +97,7 @@ class LlamaForward:
     def _attend(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """(rows, width, hidden); heads that share keys are laid along the width, so that no key is copied."""
+        """(B, width, hidden); query heads that share keys are laid along the width, so that no key is copied."""
         rows, width = queries.shape[:2]
         grouped = queries.view(rows, width, self._key_heads, -1, self._head_size).permute(0, 2, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(
@@ -107,7 +107,7 @@ class LlamaForward:
 
 
 def _joined(layer: Any) -> _Weights:
-    """A layer's weights, joined once however many models share the layer; its parameters become views of them."""
+    """A layer's weights, joined once even where models share the layer; its parameters become views of them."""
     if layer not in _JOINED:
         attention, mlp = layer.self_attn, layer.mlp
         _JOINED[layer] = _Weights(

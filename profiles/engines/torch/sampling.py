@@ -1,7 +1,8 @@
-"""The target's law after temperature, top-k and top-p, keyed random numbers, and the acceptance rule, for many rows.
+"""Sampling distributions, keyed random numbers and the acceptance rule, for many rows at once.
 
-Both arms of every comparison draw through here, so a setup never changes how randomness is used. Everything stays on
-the device: nothing here waits for it. Knows no models.
+Shapes: B rows, k proposed tokens of the row that proposes most, V tokens of the vocabulary. Everything stays on the
+device; nothing here waits for it. Plain and speculative decoding draw through here, so that a setup never changes how
+randomness is used.
 """
 
 import hashlib
@@ -16,22 +17,25 @@ PURPOSES = ("target", "accept", "draft")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
-    """Drafted tokens of every row, (rows, most proposed); a row's own are the first `counts` (rows,) of them.
+    """Drafted tokens of every row: the first `counts[row]` of `token_ids[row]`.
 
-    `probs` (rows, most proposed, vocabulary) are the laws they were drawn from; None: every draft was certain, as are
-    the rows in `certain` (rows,) of a proposal with laws.
+    Args:
+        token_ids: (B, k).
+        counts: (B,).
+        draft_probs: (B, k, V), the distributions the tokens were drawn from; None when no row's draft was sampled.
+        certain: (B,) bool, rows whose tokens were not sampled: they count as proposed with probability 1.
     """
 
     token_ids: torch.Tensor
     counts: torch.Tensor
-    probs: torch.Tensor | None
+    draft_probs: torch.Tensor | None
     certain: torch.Tensor
 
 
 class KeyedRandom:
-    """A workload's randomness: uniform numbers in [0, 1) by row, purpose and output position.
+    """Uniform numbers in [0, 1) by row, purpose and output position, the same for every setup of a prompt.
 
-    They are equal for every setup of the same prompt. Greedy decoding draws nothing.
+    Greedy decoding draws nothing.
     """
 
     def __init__(self, num_rows: int, workload: Workload, device: torch.device) -> None:
@@ -47,13 +51,13 @@ class KeyedRandom:
             uniforms[row] = keyed_uniforms(self.workload, prompt, purpose)
 
     def first(self, row: int) -> torch.Tensor:
-        """(1,): what draws the row's first token."""
+        """(1,): the number that draws the row's first token."""
         return self._uniforms["target"][row, :1]
 
-    def at(self, purpose: str, places: torch.Tensor) -> torch.Tensor:
-        """The numbers at output positions `places` (rows, any); past the end, where nothing is kept, the last one."""
+    def at(self, purpose: str, positions: torch.Tensor) -> torch.Tensor:
+        """(B, n) numbers at output positions (B, n); past the end, where nothing is committed, the last one."""
         uniforms = self._uniforms[purpose]
-        return uniforms.gather(1, places.clamp(0, uniforms.shape[1] - 1))
+        return uniforms.gather(1, positions.clamp(0, uniforms.shape[1] - 1))
 
 
 def keyed_uniforms(workload: Workload, prompt: Prompt, purpose: str) -> torch.Tensor:
@@ -64,10 +68,10 @@ def keyed_uniforms(workload: Workload, prompt: Prompt, purpose: str) -> torch.Te
 
 
 def sampling_probs(logits: torch.Tensor, workload: Workload) -> torch.Tensor:
-    """Probabilities (any, vocabulary), float32, from logits of that shape: temperature, then top-k, then top-p.
+    """Probabilities (..., V), float32, from logits of that shape: temperature, then top-k, then top-p.
 
-    The smallest set of most likely tokens whose mass reaches top-p is kept, at least one; the rest is zero and the
-    kept mass is scaled to 1. At temperature 0: the unfiltered softmax, for the record only.
+    Top-p keeps the smallest set of most likely tokens whose mass reaches it, at least one; the kept mass is scaled to
+    1. At temperature 0: the unfiltered softmax, for the record only.
     """
     logits = logits.float()
     if workload.temperature == 0.0:
@@ -86,62 +90,69 @@ def sampling_probs(logits: torch.Tensor, workload: Workload) -> torch.Tensor:
 
 
 def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """The token of each row at `uniforms` (rows,) of its cumulated probabilities (rows, vocabulary).
+    """(B,) tokens: of each row of `probs` (B, V) the one at `uniforms` (B,) of the cumulative distribution.
 
     Never one of probability zero: rounding at the very end gives the last possible token.
     """
-    cumulated = probs.double().cumsum(-1)
-    places = torch.searchsorted(cumulated, uniforms[:, None] * cumulated[:, -1:], right=True)
-    last = probs.shape[-1] - 1 - (probs > 0.0).long().flip(-1).argmax(-1, keepdim=True)
-    return torch.minimum(places, last)[:, 0]
+    cumulative = probs.double().cumsum(-1)
+    tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
+    last_possible = probs.shape[-1] - 1 - (probs > 0.0).long().flip(-1).argmax(-1, keepdim=True)
+    return torch.minimum(tokens, last_possible)[:, 0]
 
 
-def accept_greedy(proposal: Proposal, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(accepted, target token), each (rows,): proposals are kept while they equal the target's own choice there."""
-    choices = logits.argmax(-1)
-    accepted = _kept(proposal.token_ids == choices[:, :-1], proposal)
-    return accepted, choices.gather(1, accepted[:, None])[:, 0]
+def accept_greedy(proposal: Proposal, target_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(num_accepted, next_token), each (B,): proposals are accepted while they are the target's own choice.
+
+    `target_logits` (B, k+1, V). The next token is the recovered one, or the bonus token when all were accepted.
+    """
+    choices = target_logits.argmax(-1)  # (B, k+1)
+    num_accepted = _leading(proposal.token_ids == choices[:, :-1], proposal)
+    return num_accepted, choices.gather(1, num_accepted[:, None])[:, 0]
 
 
 def accept_sampled(
-    proposal: Proposal, target_probs: torch.Tensor, draws: KeyedRandom, places: torch.Tensor
+    proposal: Proposal, target_probs: torch.Tensor, rng: KeyedRandom, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(accepted, target token), each (rows,), by rejection sampling (Leviathan et al. 2023, algorithm 1).
+    """(num_accepted, next_token), each (B,), by rejection sampling (Leviathan et al. 2023, algorithm 1).
 
-    `target_probs` (rows, proposals + 1, vocabulary); `places` (rows,) are the output positions of the first proposals.
-    A row whose draft is certain (n-gram) offers its proposals with probability 1.
+    `target_probs` (B, k+1, V); `positions` (B,) are the output positions of the first proposals. The next token is
+    recovered from the residual distribution at the first rejection, or the bonus token when all were accepted.
     """
-    asked = proposal.token_ids.shape[1]
-    accepted = torch.zeros_like(places)
-    if asked > 0:
-        steps = places[:, None] + torch.arange(asked, device=places.device)
-        wanted = target_probs[:, :-1].gather(2, proposal.token_ids[:, :, None])[:, :, 0].double()
-        offered = torch.ones_like(wanted)
-        if proposal.probs is not None:
-            own = proposal.probs.gather(2, proposal.token_ids[:, :, None])[:, :, 0].double()
-            offered = torch.where(proposal.certain[:, None], offered, own)
-        accepted = _kept(draws.at("accept", steps) * offered < wanted, proposal)
-    law = target_probs[torch.arange(len(accepted), device=accepted.device), accepted]
-    if asked > 0:
-        law = torch.where(
-            (accepted < proposal.counts)[:, None], _rest(proposal, law, accepted.clamp(max=asked - 1)), law
-        )
-    return accepted, draw(law, draws.at("target", (places + accepted)[:, None])[:, 0])
+    rows = torch.arange(len(positions), device=positions.device)
+    width = proposal.token_ids.shape[1]
+    if width == 0:
+        return torch.zeros_like(positions), draw(target_probs[:, 0], rng.at("target", positions[:, None])[:, 0])
+    tokens = proposal.token_ids[:, :, None]
+    target_prob = target_probs[:, :-1].gather(2, tokens)[:, :, 0].double()  # (B, k), of the proposed tokens
+    draft_prob = torch.ones_like(target_prob)
+    if proposal.draft_probs is not None:
+        sampled_prob = proposal.draft_probs.gather(2, tokens)[:, :, 0].double()
+        draft_prob = torch.where(proposal.certain[:, None], draft_prob, sampled_prob)
+    steps = positions[:, None] + torch.arange(width, device=positions.device)
+    # accept_prob = min(1, target_prob / draft_prob), without the division
+    num_accepted = _leading(rng.at("accept", steps) * draft_prob < target_prob, proposal)
+    next_probs = target_probs[rows, num_accepted]  # (B, V)
+    residual = _residual_probs(proposal, next_probs, num_accepted.clamp(max=width - 1))
+    next_probs = torch.where((num_accepted < proposal.counts)[:, None], residual, next_probs)
+    return num_accepted, draw(next_probs, rng.at("target", (positions + num_accepted)[:, None])[:, 0])
 
 
-def _kept(agrees: torch.Tensor, proposal: Proposal) -> torch.Tensor:
-    """How many leading proposals of each row are kept, given which agree (rows, proposals)."""
+def _leading(agrees: torch.Tensor, proposal: Proposal) -> torch.Tensor:
+    """(B,): how many leading proposals of each row agree, of `agrees` (B, k)."""
     proposed = torch.arange(agrees.shape[1], device=agrees.device) < proposal.counts[:, None]
     return (agrees & proposed).long().cumprod(1).sum(1)
 
 
-def _rest(proposal: Proposal, law: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """What the target's law (rows, vocabulary) holds beyond the draft's at the refused proposals `places` (rows,)."""
-    refused = proposal.token_ids.gather(1, places[:, None])
-    offered = torch.zeros_like(law).scatter_(1, refused, law.gather(1, refused))  # certain: all of that token is gone
-    if proposal.probs is not None:
-        own = proposal.probs[torch.arange(len(places), device=places.device), places]
-        offered = torch.where(proposal.certain[:, None], offered, own)
-    rest = (law - offered).clamp_min(0.0)
-    # where the laws are equal up to rounding any token of the target's law is right
-    return torch.where(rest.sum(-1, keepdim=True) > 0.0, rest, law)
+def _residual_probs(proposal: Proposal, target_probs: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """(B, V): max(0, target_probs - draft_probs) at the rejected proposals `index` (B,), not normalised.
+
+    Where the two distributions are equal up to rounding, nothing is left and the target's own is returned.
+    """
+    rejected = proposal.token_ids.gather(1, index[:, None])
+    # a certain draft has all its mass on its token
+    draft_probs = torch.zeros_like(target_probs).scatter_(1, rejected, target_probs.gather(1, rejected))
+    if proposal.draft_probs is not None:
+        rows = torch.arange(len(index), device=index.device)
+        draft_probs = torch.where(proposal.certain[:, None], draft_probs, proposal.draft_probs[rows, index])
+    residual = (target_probs - draft_probs).clamp_min(0.0)
+    return torch.where(residual.sum(-1, keepdim=True) > 0.0, residual, target_probs)

@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 from profiles.engines.torch.batch_model import RowModel
-from profiles.engines.torch.step_times import Parts, time_steps
+from profiles.engines.torch.step_times import Sweep, time_steps
 from profiles.hardware import fingerprint
 from profiles.models.footprint import GIB
 from profiles.models.memory import cached_values_per_token
@@ -122,9 +122,15 @@ def sweep(model: PreTrainedModel, point: Point, device: str, max_length: int) ->
     )
     part = record(point.shape, point.dtype).run_digest
     stepper = RowModel(model, point.batch_size, workload.context_length)
-    parts = Parts(target=(part, stepper), models={}, lookups={})
-    shape = (point.context_length, max_length)
-    times, disturbed = quietest(lambda: time_steps(parts, workload, shape, Clock(device)), [device])
+    timed = Sweep(
+        target=(part, stepper),
+        models={},
+        lookups={},
+        batch_size=point.batch_size,
+        context_length=point.context_length,
+        max_length=max_length,
+    )
+    times, disturbed = quietest(lambda: time_steps(timed, Clock(device)), [device])
     return replace(times[part], disturbed=disturbed)
 
 

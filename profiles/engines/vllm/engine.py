@@ -17,7 +17,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from profiles.acceptance import ngram
-from profiles.engines.base import SERVED_KINDS, EngineCapabilities
+from profiles.engines.base import EngineCapabilities
 from profiles.engines.serving.base import Run, ServedEngine
 from profiles.engines.serving.pool import ServerPool
 from profiles.engines.serving.sampling_check import texts_of
@@ -74,11 +74,8 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
             times="rounds",
             past_end=SERVER.past_end,
             batching="continuous",
-            num_drafts="rounds that proposed",
-            draft_kinds=SERVED_KINDS,
             traced_kinds=("model", "ngram"),
-            length_change="in place" if self._in_place else "restart",
-            sampled_objection=self._sampled_objection(),
+            sampling_objection=self._sampled_objection(),
             origin=f"{NAME} {self._version} {self.target.dtype}",
         )
 

@@ -241,7 +241,6 @@ class TestRounds:
         assert engine.num_starts == starts + 2
         assert [sample.rounds for sample in first] == [sample.rounds for sample in again]
         assert any(proposed for sample in first for proposed, _ in sample.rounds)
-        assert "ngram-mod" in engine.capabilities.keeps_history
 
 
 class TestStepTimes:

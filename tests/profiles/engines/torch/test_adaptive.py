@@ -1,4 +1,4 @@
-"""Steered decoding: whatever a pilot picks each round, outputs are the target's, and no draft loses its place."""
+"""Adaptive decoding: whatever a controller decides each round, outputs are the target's and no draft falls behind."""
 
 import itertools
 import random
@@ -10,17 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from profiles.acceptance.batch_replay import greedy_rounds
 from profiles.acceptance.expected_rounds import Replayed, joined, round_outcomes
-from profiles.engines.torch.adaptive import SteeredRun
+from profiles.engines.torch.adaptive import AdaptiveRun
 from profiles.engines.torch.drafters import Drafted, DraftSource, ModelDrafter, Text
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
 from profiles.models.early_exit import early_exit
 from profiles.records.core import CATCH_UP_WIDTHS, PLAIN, Draft, Model, Prompt, Setup, Workload
 from profiles.records.errors import BadNumbersError, InputError
-from profiles.records.evidence import AcceptanceTrace, TargetTrace
-from tests.support.toys import ScriptedPilot, TableModel, near, p_value, sequence_law, steer, wandering
+from profiles.records.evidence import TargetTrace
+from tests.support.toys import ScriptedController, TableModel, near, p_value, run_toy_adaptive, sequence_law, wandering
 
 NGRAM = {"max_match": 3, "min_match": 1}
 SELF, OTHER, EXIT, LOOKUP, COMPOSITE = range(5)
@@ -68,7 +67,7 @@ def traces_of(engine: TorchEngine, workload: Workload) -> list[TargetTrace]:
 def accepting(
     engine: TorchEngine, workload: Workload, traces: Sequence[TargetTrace]
 ) -> list[dict[Draft | None, Replayed]]:
-    """By prompt and draft, what would be kept from where, on evidence that no steered run made."""
+    """By prompt and draft, what would be kept from where, on evidence that no adaptive run made."""
     return [
         {
             draft: joined([engine.trace_draft(workload, prompt, trace, part, 8) for part in draft.components])
@@ -117,12 +116,12 @@ def replayed(
     return rounds
 
 
-def check_lossless(found: SteeredRun, traces: Sequence[TargetTrace]) -> None:
-    """Outputs are the traces', and the timeline tells of every token."""
+def check_lossless(found: AdaptiveRun, traces: Sequence[TargetTrace]) -> None:
+    """Outputs are the traces', and the rounds tell of every token."""
     assert [tuple(run.token_ids) for run in found.generations] == [trace.token_ids for trace in traces]
     emitted = sum(len(trace.token_ids) - 1 for trace in traces)  # a first token is the prefill's
-    assert sum(turn.tokens for turn in found.timeline) == emitted
-    assert all(turn.seconds > 0.0 for turn in found.timeline)
+    assert sum(each.tokens for each in found.rounds) == emitted
+    assert all(each.seconds > 0.0 for each in found.rounds)
 
 
 @pytest.mark.parametrize("ends", [False, True], ids=["to the limit", "to an end token"])
@@ -137,25 +136,25 @@ def test_no_switch_costs_a_token_or_an_acceptance(
     assert not ends or min(len(trace.token_ids) for trace in traces) == 1
     accepted = accepting(engine, workload, traces)
     for seed in range(6):
-        controller = ScriptedPilot(wandering(every_setup(engine), seed, longest))
-        found = engine.run_steered(workload, PROMPTS, controller, 8)
+        controller = ScriptedController(wandering(every_setup(engine), seed, longest))
+        found = engine.run_adaptive(workload, PROMPTS, controller, 8)
         check_lossless(found, traces)
-        assert [turn.setup for turn in found.timeline] == [report.pick.setup for report in controller.told]
-        assert [turn.rows for turn in found.timeline] == [len(report.rows) for report in controller.told]
-        setups = iter([turn.setup for turn in found.timeline])
-        assert [list(report.rows) for report in controller.told] == replayed(workload, traces, accepted, setups)
+        assert [each.setup for each in found.rounds] == [report.decision.setup for report in controller.reports]
+        assert [each.rows for each in found.rounds] == [len(report.rows) for report in controller.reports]
+        setups = iter([each.setup for each in found.rounds])
+        assert [list(report.rows) for report in controller.reports] == replayed(workload, traces, accepted, setups)
 
 
-def test_stopping_early_belongs_to_the_pick(engine: TorchEngine) -> None:
+def test_stopping_early_belongs_to_the_setup(engine: TorchEngine) -> None:
     """Setups that share a draft stop each as it says."""
     [never, always] = [Setup(draft=engine.drafts[OTHER], length=4, stop_below=stop) for stop in (1e-9, 1.0 - 1e-9)]
-    controller = ScriptedPilot(itertools.cycle([always, never, PLAIN]))
-    found = engine.run_steered(WORKLOAD, PROMPTS[:3], controller, 4)
+    controller = ScriptedController(itertools.cycle([always, never, PLAIN]))
+    found = engine.run_adaptive(WORKLOAD, PROMPTS[:3], controller, 4)
     check_lossless(found, traces_of(engine, WORKLOAD)[:3])
     proposed = {setup: [] for setup in (always, never)}
-    for report in controller.told:
-        if report.pick.setup != PLAIN:
-            proposed[report.pick.setup] += [asked for asked, _ in report.rows]
+    for report in controller.reports:
+        if report.decision.setup != PLAIN:
+            proposed[report.decision.setup] += [asked for asked, _ in report.rows]
     assert max(proposed[always]) == 0
     assert max(proposed[never]) == 4
 
@@ -168,7 +167,7 @@ def test_a_draft_comes_back_after_a_long_time(engine: TorchEngine, batch_size: i
     prompts = (PROMPTS[3], PROMPTS[5])
     for first in (PLAIN, own):
         setups = itertools.chain([first] * 3, [PLAIN] * 140, itertools.repeat(own))
-        found = engine.run_steered(workload, prompts[:batch_size], ScriptedPilot(setups), 8)
+        found = engine.run_adaptive(workload, prompts[:batch_size], ScriptedController(setups), 8)
         assert max(width for run in found.generations for _, _, width in run.shapes) == 192
         for run, prompt in zip(found.generations, prompts, strict=False):
             assert tuple(run.token_ids) == engine.trace_target(workload, prompt).token_ids
@@ -179,19 +178,19 @@ def test_only_the_draft_in_use_is_started_with_a_prompt(engine: TorchEngine) -> 
     """The first pick's own is caught up in its first round; one that was not picked takes in the whole text."""
     own, other = (Setup(draft=engine.drafts[kind], length=1) for kind in (SELF, EXIT))
     for setups, width in (([own], 2), ([PLAIN, own], 64), ([other, own], 64)):
-        controller = ScriptedPilot(itertools.chain(setups, itertools.repeat(PLAIN)))
-        [run] = engine.run_steered(WORKLOAD, (PROMPTS[3],), controller, 1).generations
+        controller = ScriptedController(itertools.chain(setups, itertools.repeat(PLAIN)))
+        [run] = engine.run_adaptive(WORKLOAD, (PROMPTS[3],), controller, 1).generations
         assert max(first for _, _, first in run.shapes) == width
 
 
-def test_what_a_pilot_is_asked(engine: TorchEngine) -> None:
+def test_what_a_controller_is_asked(engine: TorchEngine) -> None:
     """The engine's batch, the domain of the rows in use when they share one, the workload's point; once a round."""
     prompts = (*PROMPTS[:3], replace(PROMPTS[3], domain="b"))
     workload = replace(WORKLOAD, batch_size=2, max_new_tokens=4)
-    controller = ScriptedPilot(itertools.repeat(PLAIN))
-    engine.run_steered(workload, prompts, controller, 0)
-    assert controller.asked == [(2, 96, "a", 0.0)] * 3 + [(2, 96, None, 0.0)] * 3
-    assert [report.pick.setup for report in controller.told] == [PLAIN] * 6
+    controller = ScriptedController(itertools.repeat(PLAIN))
+    engine.run_adaptive(workload, prompts, controller, 0)
+    assert controller.questions == [(2, 96, "a", 0.0)] * 3 + [(2, 96, None, 0.0)] * 3
+    assert [report.decision.setup for report in controller.reports] == [PLAIN] * 6
 
 
 def test_an_output_of_one_token_is_no_round(engine: TorchEngine) -> None:
@@ -199,24 +198,23 @@ def test_an_output_of_one_token_is_no_round(engine: TorchEngine) -> None:
     first = engine.trace_target(WORKLOAD, PROMPTS[0]).token_ids[0]
     workload = replace(WORKLOAD, batch_size=2, end_token_ids=(first,))
     assert first not in engine.trace_target(WORKLOAD, PROMPTS[1]).token_ids
-    controller = ScriptedPilot(itertools.repeat(PLAIN))
-    found = engine.run_steered(workload, PROMPTS[:2], controller, 4)
+    controller = ScriptedController(itertools.repeat(PLAIN))
+    found = engine.run_adaptive(workload, PROMPTS[:2], controller, 4)
     assert [len(run.token_ids) for run in found.generations] == [1, 24]
-    assert [size for size, *_ in controller.asked] == [2] * 24
-    controller = ScriptedPilot(itertools.repeat(PLAIN))
-    assert engine.run_steered(workload, PROMPTS[:1], controller, 4).timeline == ()
+    assert [size for size, *_ in controller.questions] == [2] * 24
+    controller = ScriptedController(itertools.repeat(PLAIN))
+    assert engine.run_adaptive(workload, PROMPTS[:1], controller, 4).rounds == ()
 
 
-def test_picks_that_cannot_be_run_are_named(engine: TorchEngine) -> None:
-    """A draft that is not loaded, picked or scored, and a length beyond what the run was made for."""
+def test_decisions_that_cannot_be_run_are_named(engine: TorchEngine) -> None:
+    """A draft that is not loaded, and a length beyond what the run was made for."""
     missing = Setup(draft=Draft(kind="ngram", max_match=9, min_match=9), length=1)
     longer = Setup(draft=engine.drafts[EXIT], length=5)
     for setup, reason in ((missing, "ngram:max=9,min=9 is not loaded"), (longer, "early-exit:2 k=5: .*up to 4")):
-        for controller in (ScriptedPilot([PLAIN, setup]), ScriptedPilot([PLAIN, PLAIN], {1: setup})):
-            with pytest.raises(InputError, match=reason):
-                engine.run_steered(WORKLOAD, PROMPTS[:1], controller, 4)
+        with pytest.raises(InputError, match=reason):
+            engine.run_adaptive(WORKLOAD, PROMPTS[:1], ScriptedController([PLAIN, setup]), 4)
     with pytest.raises(InputError, match="speculation length 65"):
-        engine.run_steered(WORKLOAD, PROMPTS[:1], ScriptedPilot([PLAIN]), 65)
+        engine.run_adaptive(WORKLOAD, PROMPTS[:1], ScriptedController([PLAIN]), 65)
 
 
 def test_bad_numbers_spoil_no_later_run(tiny_folders: dict[str, Path]) -> None:
@@ -229,94 +227,11 @@ def test_bad_numbers_spoil_no_later_run(tiny_folders: dict[str, Path]) -> None:
     with torch.no_grad():
         weight.fill_(float("nan"))
     with pytest.raises(BadNumbersError):
-        engine.run_steered(WORKLOAD, PROMPTS[:1], ScriptedPilot(itertools.repeat(PLAIN)), 0)
+        engine.run_adaptive(WORKLOAD, PROMPTS[:1], ScriptedController(itertools.repeat(PLAIN)), 0)
     with torch.no_grad():
         weight.copy_(kept)
-    [run] = engine.run_steered(WORKLOAD, PROMPTS[:1], ScriptedPilot(itertools.repeat(PLAIN)), 0).generations
+    [run] = engine.run_adaptive(WORKLOAD, PROMPTS[:1], ScriptedController(itertools.repeat(PLAIN)), 0).generations
     assert tuple(run.token_ids) == good.token_ids
-
-
-# --- scoring a draft over text that is there ---
-
-
-def kept_of(engine: TorchEngine, workload: Workload, prompt: Prompt, kind: int) -> list[bool]:
-    """By place of the output, whether the draft's choice is the target's."""
-    trace = engine.trace_target(workload, prompt)
-    acceptance = engine.trace_draft(workload, prompt, trace, engine.drafts[kind], 8)
-    assert isinstance(acceptance, AcceptanceTrace)
-    return [keep == 1.0 for keep in acceptance.accept_probs]
-
-
-@pytest.mark.parametrize("every", [1, 2, 7])
-@pytest.mark.parametrize("kind", [SELF, OTHER, EXIT])
-def test_scoring_tells_what_a_draft_would_have_kept(engine: TorchEngine, kind: int, every: int) -> None:
-    """Over an output's own tokens, but for the first, each once; cut where the text ended at the time."""
-    setup = Setup(draft=engine.drafts[kind], length=4)
-    for prompt in PROMPTS[:6]:
-        controller = ScriptedPilot(itertools.repeat(PLAIN), dict.fromkeys(range(every - 1, 30, every), setup))
-        found = engine.run_steered(WORKLOAD, (prompt,), controller, 4)
-        kept = kept_of(engine, WORKLOAD, prompt, kind)
-        wanted = [greedy_rounds(kept[end - every : end], 4) for end in range(1 + every, 25, every)]
-        assert [list(report.rows) for report in controller.told if report.scored] == wanted
-        assert [turn.scoring_s > 0.0 for turn in found.timeline] == [(one + 1) % every == 0 for one in range(23)]
-
-
-@pytest.mark.parametrize("after", [63, 64, 65, 130])
-def test_scoring_a_long_text(engine: TorchEngine, after: int) -> None:
-    """In steps of 64 tokens, of which those before the output count for nothing."""
-    setup = Setup(draft=engine.drafts[EXIT], length=8)
-    workload = Workload(context_length=240, max_new_tokens=after + 2)
-    controller = ScriptedPilot(itertools.repeat(PLAIN), {after - 1: setup})
-    engine.run_steered(workload, PROMPTS[3:4], controller, 8)
-    [rows] = [list(report.rows) for report in controller.told if report.scored]
-    assert rows == greedy_rounds(kept_of(engine, workload, PROMPTS[3], EXIT)[1 : after + 1], 8)
-
-
-def test_scoring_beside_a_draft_that_runs_past_an_end_token(engine: TorchEngine) -> None:
-    """Text after an end token is no output: the row's last round is not scored."""
-    own, other = (Setup(draft=engine.drafts[kind], length=5) for kind in (SELF, OTHER))
-    emitted = engine.trace_target(WORKLOAD, PROMPTS[1]).token_ids
-    place = next(place for place in range(3, 6) if emitted.index(emitted[place]) == place)
-    workload = replace(WORKLOAD, end_token_ids=(emitted[place],))
-    controller = ScriptedPilot([PLAIN, own], dict.fromkeys(range(2), other))
-    found = engine.run_steered(workload, PROMPTS[1:2], controller, 5)
-    kept = kept_of(engine, workload, PROMPTS[1], OTHER)
-    assert [turn.tokens for turn in found.timeline] == [1, place - 1]
-    assert [list(report.rows) for report in controller.told if report.scored] == [greedy_rounds(kept[1:2], 5)]
-
-
-def test_a_scored_draft_is_caught_up(engine: TorchEngine) -> None:
-    """Its next round is as good as ever, at the least width, in all rows of a batch; the scored rounds are too."""
-    own = Setup(draft=engine.drafts[SELF], length=3)
-    workload = replace(WORKLOAD, batch_size=8)
-    setups = itertools.cycle([PLAIN, PLAIN, own])
-    controller = ScriptedPilot(setups, dict.fromkeys(range(1, 200, 3), own))
-    found = engine.run_steered(workload, PROMPTS, controller, 8)
-    check_lossless(found, traces_of(engine, workload))
-    reports = [report for report in controller.told if report.scored or report.pick.setup == own]
-    assert any(report.scored for report in reports)
-    assert all(kept == proposed for report in reports for proposed, kept in report.rows)
-    assert {first for run in found.generations[:3] for _, _, first in run.shapes} == {0, 2}
-
-
-def test_nothing_new_is_not_scored(engine: TorchEngine) -> None:
-    """Text of a draft's own rounds was judged there; look-ups, plain decoding and sampled text are not scored."""
-    own, lookup, composite = (Setup(draft=engine.drafts[kind], length=3) for kind in (SELF, LOOKUP, COMPOSITE))
-    for setup, score in ((own, own), (PLAIN, lookup), (PLAIN, composite), (PLAIN, PLAIN)):
-        controller = ScriptedPilot(itertools.repeat(setup), dict.fromkeys(range(30), score))
-        found = engine.run_steered(WORKLOAD, PROMPTS[:1], controller, 8)
-        assert not any(report.scored for report in controller.told)
-        assert not any(turn.scoring_s for turn in found.timeline)
-    controller = ScriptedPilot(itertools.repeat(PLAIN), dict.fromkeys(range(30), own))
-    engine.run_steered(replace(WORKLOAD, temperature=0.8), PROMPTS[:1], controller, 8)
-    assert not any(report.scored for report in controller.told)
-
-
-def test_rounds_of_flags() -> None:
-    """Kept runs up to k, a token of the target's after each, the last one cut."""
-    assert greedy_rounds([True, True, False, True, True, True, False, True], 2) == [(2, 2), (2, 2), (2, 0), (1, 1)]
-    assert greedy_rounds([False, True, False], 4) == [(3, 0), (2, 1)]
-    assert greedy_rounds([], 4) == []
 
 
 def test_every_draft_model_is_timed_at_all_first_widths(engine: TorchEngine) -> None:
@@ -348,14 +263,13 @@ def _sampled(batch_size: int) -> float:
     prompts = [Prompt(domain="toy", token_ids=(first, 1, 2, last, 2, 1)) for first in range(5) for last in range(3)]
     outputs: list[tuple[int, ...]] = []
     for seed in range(RUNS // len(prompts)):
-        controller = ScriptedPilot(wandering([PLAIN, *drafting], seed))
-        found = steer(TARGET, TOYS, replace(workload, seed=seed), prompts, controller)
+        controller = ScriptedController(wandering([PLAIN, *drafting], seed))
+        found = run_toy_adaptive(TARGET, TOYS, replace(workload, seed=seed), prompts, controller)
         outputs += [tuple(run.token_ids) for run in found.generations]
     return p_value(sequence_law(TARGET, workload, 1), outputs)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_sampled_outputs_follow_the_exact_law(batch_size: int) -> None:
     """Whatever drafts from one round to the next, sequences of four tokens have the target's law."""
@@ -363,19 +277,18 @@ def test_sampled_outputs_follow_the_exact_law(batch_size: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_a_planted_bug_fails_the_chi_square(monkeypatch: pytest.MonkeyPatch) -> None:
     """Offering proposals with the law that another draft had in the round before is noticed."""
     real = ModelDrafter.propose
     last: dict[int, torch.Tensor] = {}
 
-    def stale(self: ModelDrafter, text: Text, asked: list[int], places: torch.Tensor) -> Drafted:
-        drafted = real(self, text, asked, places)
-        probs = drafted.proposal.probs
+    def stale(self: ModelDrafter, text: Text, limits: list[int], positions: torch.Tensor) -> Drafted:
+        drafted = real(self, text, limits, positions)
+        probs = drafted.proposal.draft_probs
         assert probs is not None
         before = last.get(probs.shape[1], probs)
         last[probs.shape[1]] = probs
-        return replace(drafted, proposal=replace(drafted.proposal, probs=before))
+        return replace(drafted, proposal=replace(drafted.proposal, draft_probs=before))
 
     monkeypatch.setattr(ModelDrafter, "propose", stale)
     assert _sampled(1) < FALSE_ALARM

@@ -164,4 +164,4 @@ def test_a_step_of_fixed_shape_sees_only_the_text(folders: dict[str, Path], arch
             tokens = torch.arange(start, start + width).expand(num_rows, -1) + 70
             positions = torch.arange(start, start + width).expand(num_rows, -1)
             wanted = rows.step(tokens, positions, start + width, keep=width)
-            torch.testing.assert_close(rows._seeing(36, width, tokens, positions), wanted, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(rows.step_in_view(36, width, tokens, positions), wanted, rtol=1e-4, atol=1e-4)

@@ -119,7 +119,6 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("length", [1, 4, 16])
 @pytest.mark.parametrize("kind", ["model", "ngram"])
 def test_sampled_rounds_in_expectation(kind: str, length: int) -> None:

@@ -12,7 +12,7 @@ from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
 from profiles.models.early_exit import early_exit
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload, digest_of
-from tests.support.toys import ScriptedPilot, wandering
+from tests.support.toys import ScriptedController, wandering
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,7 +57,7 @@ def engine(tiny_folders: dict[str, Path]) -> TorchEngine:
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_every_draft_decodes_on_a_gpu(engine: TorchEngine, batch_size: int, temperature: float) -> None:
-    """Greedy outputs are the traces'; sampled ones are as long; peak memory is told."""
+    """Greedy outputs are the traces'; sampled ones are as long; peak memory is reported."""
     workload = Workload(batch_size=batch_size, context_length=96, max_new_tokens=24, temperature=temperature)
     setups = (PLAIN, *(Setup(draft=draft, length=length) for draft in engine.drafts for length in (1, 4)))
     queues = [(prompt,) for prompt in PROMPTS] if batch_size == 1 else [PROMPTS]
@@ -71,15 +71,13 @@ def test_every_draft_decodes_on_a_gpu(engine: TorchEngine, batch_size: int, temp
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_a_pilot_steers_on_a_gpu(engine: TorchEngine, batch_size: int) -> None:
-    """With another pick every round and a draft scored now and then, greedy outputs are the traces'."""
+def test_a_controller_decides_on_a_gpu(engine: TorchEngine, batch_size: int) -> None:
+    """With another setup every round, greedy outputs are the traces'."""
     workload = Workload(batch_size=batch_size, context_length=96, max_new_tokens=24)
     setups = [PLAIN, *(Setup(draft=draft, length=length) for draft in engine.drafts for length in range(1, 9))]
-    scores = dict.fromkeys(range(0, 400, 5), Setup(draft=engine.drafts[1], length=4))
     for seed in range(3):
-        controller = ScriptedPilot(wandering(setups, seed), scores)
-        found = engine.run_steered(workload, PROMPTS, controller, 8)
+        controller = ScriptedController(wandering(setups, seed))
+        found = engine.run_adaptive(workload, PROMPTS, controller, 8)
         for run, prompt in zip(found.generations, PROMPTS, strict=True):
             assert run.peak_memory_bytes
             assert tuple(run.token_ids) == engine.trace_target(workload, prompt).token_ids
-        assert any(report.scored for report in controller.told)

@@ -27,7 +27,6 @@ def _p_value(draft: object, length: int, workload: Workload) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("draft", [None, DRAFT, "ngram"], ids=["plain", "model", "ngram"])
 def test_sampled_outputs_follow_the_exact_law(draft: object) -> None:
     """Sequences of four tokens have the target's law whatever drafts them."""
@@ -35,14 +34,12 @@ def test_sampled_outputs_follow_the_exact_law(draft: object) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_filtered_law_is_kept() -> None:
     """With top-p and top-k the filtered law is kept, and nothing outside it is emitted."""
     assert _p_value(DRAFT, 2, replace(WORKLOAD, top_p=0.8, top_k=4)) > FALSE_ALARM
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_a_planted_bug_fails_the_chi_square(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing from the target's law instead of the residual after a rejection is noticed."""
 
