@@ -1,7 +1,7 @@
-"""A store's database: SQLite in a file or PostgreSQL behind a URL, one way of reading and writing for both.
+"""A store's database: a SQLite file, or PostgreSQL behind a URL, read and written in the same way.
 
 A write takes the store's one lock at its start and a read sees one state throughout, so that check-then-insert is right
-on either. No lock is held between transactions. It must not know what is stored.
+on both. No lock is held between transactions.
 """
 
 import json
@@ -18,13 +18,14 @@ from urllib.parse import quote
 import platformdirs
 import sqlalchemy
 from sqlalchemy import URL, Connection, Engine, func, select
+from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateSchema
 
 from profiles.records.errors import NotMeasuredError, PolicyError, StoreError
 from store import driver_errors
 
-Place: TypeAlias = Path | str  # a SQLite file, or the URL of a PostgreSQL database
-Purpose: TypeAlias = Literal["read", "write"]
+Location: TypeAlias = Path | str  # a SQLite file, or the URL of a PostgreSQL database
+Access: TypeAlias = Literal["read", "write"]
 Result = TypeVar("Result")
 
 SERVER_DRIVER = "postgresql+psycopg"
@@ -36,38 +37,58 @@ _MAGIC = b"SQLite format 3\0"  # a file's first bytes
 _LEAST_BYTES = 512  # of a database with anything in it
 
 
-def is_url(place: Place) -> bool:
-    """Whether `place` names a server; a Path never does."""
-    return isinstance(place, str) and "://" in place
+def is_url(location: Location) -> bool:
+    """Whether `location` is a server's; a Path never is."""
+    return isinstance(location, str) and "://" in location
 
 
-def name_of(place: Place) -> str:
-    """What to call a store: its file, or its URL without password and options. Raises StoreError: no such URL."""
-    return _server_name(_server_url(place)) if isinstance(place, str) and is_url(place) else str(place)
+def name_of(location: Location) -> str:
+    """A store's name for messages: its file, or its URL without password and options. Raises StoreError: a bad URL."""
+    return _server_name(_server_url(location)) if isinstance(location, str) and is_url(location) else str(location)
+
+
+def _retry(work: Callable[[], Result], timeout_s: float) -> Result:
+    """Do `work` again after an error that passes (a lock, a lost connection), until the timeout ends."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return work()
+        except (StoreError, sqlalchemy.exc.DBAPIError, sqlite3.Error) as error:
+            cause = error.__cause__ if isinstance(error, StoreError) else error
+            if cause is None or not driver_errors.is_transient(cause) or time.monotonic() > deadline:
+                raise
+        time.sleep(_PAUSE_S)
 
 
 class Database:
-    """An engine of SQLAlchemy and how to speak to it; `name` is what errors call it, without a password.
+    """A SQLAlchemy engine with the transactions of a store.
 
-    `path` is SQLite's file, None for a server.
+    Args:
+        name: for errors, without a password.
+        path: SQLite's file; None for a server.
+        busy_timeout_s: how long locks and, once the database has answered, a lost server are waited for.
     """
 
-    def __init__(self, engine: Engine, name: str, path: Path | None, busy_timeout_s: float, read_only: bool) -> None:
+    def __init__(
+        self, engine: Engine, *, name: str, path: Path | None, busy_timeout_s: float, read_only: bool = False
+    ) -> None:
         self.engine = engine
         self.name = name
         self.path = path
         self.busy_timeout_s = busy_timeout_s
-        self._read_only = read_only  # a file's URL says so too
+        self._read_only = read_only
         self._has_answered = False
+        self._file_id: tuple[int, int] | None = None  # of the file when it was opened
 
     @contextmanager
-    def transaction(self, purpose: Purpose) -> Iterator[Connection]:
-        """One transaction, rolled back on leaving unless `commit()` was said; driver errors become StoreError.
+    def transaction(self, access: Access) -> Iterator[Connection]:
+        """One transaction, rolled back on leaving unless `commit()` was called; driver errors become StoreError.
 
         A write takes its lock at the start: two processes then wait for each other instead of failing midway.
         """
         try:
-            connection = self._begun(purpose)
+            connection = _retry(lambda: self._begin(access), self.busy_timeout_s if self._has_answered else 0.0)
+            self._has_answered = True
             try:
                 yield connection
             finally:
@@ -79,47 +100,45 @@ class Database:
         except (sqlalchemy.exc.DBAPIError, sqlite3.Error) as error:
             raise StoreError(f"store {self.name}: {driver_errors.reason(error)}") from error
         except (sqlalchemy.exc.SQLAlchemyError, ValueError, TypeError, LookupError, RecursionError) as error:
-            said = f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
-            reason = said.splitlines()[0]
+            text = f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+            reason = text.splitlines()[0]
             raise StoreError(f"store {self.name}: a row cannot be read or written: {reason}") from error
 
+    def read(self, work: Callable[[Connection], Result]) -> Result:
+        """Do `work` in a transaction that reads; again when the connection is lost midway."""
+
+        def once() -> Result:
+            with self.transaction("read") as connection:
+                return work(connection)
+
+        return _retry(once, self.busy_timeout_s)
+
     def write(self, work: Callable[[Connection], Result]) -> Result:
-        """Runs `work` in a write and commits; again when the connection is lost midway, until the timeout ends.
+        """Do `work` in a transaction that writes, and commit; again when the connection is lost midway.
 
         `work` must bear being done twice: what was lost may have been the answer to the commit.
         """
-        deadline = time.monotonic() + self.busy_timeout_s
-        while True:
-            try:
-                with self.transaction("write") as connection:
-                    result = work(connection)
-                    connection.commit()
-                return result
-            except StoreError as error:
-                cause = error.__cause__
-                if cause is None or not driver_errors.passes(cause) or time.monotonic() > deadline:
-                    raise
-                time.sleep(_PAUSE_S)
+
+        def once() -> Result:
+            with self.transaction("write") as connection:
+                result = work(connection)
+                connection.commit()
+            return result
+
+        return _retry(once, self.busy_timeout_s)
 
     def close(self) -> None:
         self.engine.dispose()
 
     def use_write_ahead_log(self) -> None:
-        """SQLite then lets readers read while one writes; kept in the file, so it costs nothing the next time."""
+        """SQLite then lets readers read while one writes; stored in the file, so it costs nothing the next time."""
         if self.path is None:
             return
-        deadline = time.monotonic() + self.busy_timeout_s
         with self.transaction("read") as connection:
             connection.rollback()  # the mode cannot be changed inside of a transaction
             driver: Any = connection.connection.driver_connection  # and SQLAlchemy would begin one
-            while True:
-                try:
-                    driver.execute("PRAGMA journal_mode = WAL")
-                    return
-                except sqlite3.OperationalError as error:  # SQLite does not wait by itself when the mode is changed
-                    if not driver_errors.passes(error) or time.monotonic() > deadline:
-                        raise
-                    time.sleep(_PAUSE_S)
+            # SQLite does not wait by itself when the mode is changed
+            _retry(lambda: driver.execute("PRAGMA journal_mode = WAL"), self.busy_timeout_s)
 
     @property
     def folder(self) -> Path:
@@ -132,78 +151,81 @@ class Database:
         named = os.environ.get("DRAFTPICK_STORE", "")
         home = Path(named) if named and not is_url(named) else platformdirs.user_data_path("draftpick")
         url = self.engine.url
-        words = [url.host or "", str(url.port or 5432), url.database or "", _option(url, "options")]
-        return home / "servers" / re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(filter(None, words)))
+        parts = [url.host or "", str(url.port or 5432), url.database or "", _option(url, "options")]
+        return home / "servers" / re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(filter(None, parts)))
 
-    def studies_place(self) -> Place:
+    def studies_location(self) -> Location:
         """Where Optuna's tables go: a file beside SQLite's, or a schema beside the server's, made where it is missing.
 
         They cannot share a schema: both call their table of versions `alembic_version`. The URL holds the password.
         """
         if self.path is not None:
             return self.path.with_name(STUDIES_NAME)
-        with self.transaction("write") as connection:
+
+        def make_schema(connection: Connection) -> str:
             schema = f"{connection.scalar(select(func.current_schema()))}_optuna"
             if not sqlalchemy.inspect(connection).has_schema(schema):
                 connection.execute(CreateSchema(schema))
-                connection.commit()
-        escaped = re.sub(r"([\\ ])", r"\\\1", schema.replace('"', '""'))
+            return schema
+
+        escaped = re.sub(r"([\\ ])", r"\\\1", self.write(make_schema).replace('"', '""'))
         options = f'{_option(self.engine.url, "options")} -c search_path="{escaped}"'
         url = self.engine.url.update_query_dict({"options": options.strip()})
         return url.render_as_string(hide_password=False)
 
-    def _begun(self, purpose: Purpose) -> Connection:
-        """A connection in a transaction; tried for the busy timeout, a lost server included, once it has answered."""
-        deadline = time.monotonic() + (self.busy_timeout_s if self._has_answered else 0.0)
-        while True:
-            try:
-                connection = self._begun_once(purpose)
-                self._has_answered = True
-                return connection
-            except sqlalchemy.exc.OperationalError as error:
-                if not driver_errors.passes(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(_PAUSE_S)
-
-    def _begun_once(self, purpose: Purpose) -> Connection:
+    def _begin(self, access: Access) -> Connection:
         connection = self.engine.connect()
         try:
             if self.path is not None:
-                connection.execution_options(sqlite_begin="BEGIN IMMEDIATE" if purpose == "write" else "BEGIN")
-            elif purpose == "read" or self._read_only:
+                connection.execution_options(sqlite_begin="BEGIN IMMEDIATE" if access == "write" else "BEGIN")
+            elif access == "read" or self._read_only:
                 connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             connection.begin()
-            if self.path is None and purpose == "write":
+            if self.path is None and access == "write":
                 connection.execute(select(func.pg_advisory_xact_lock(WRITERS_LOCK)))
+            self._require_same_file()
         except BaseException:
             connection.close()
             raise
         return connection
 
+    def _require_same_file(self) -> None:
+        """Raises StoreError when the open file is no longer the one of that name: rows in it would be lost."""
+        if self.path is None or self._read_only:
+            return
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            raise StoreError("the file was deleted or moved while it was open: put it back, or run again") from error
+        file_id = (status.st_dev, status.st_ino)
+        self._file_id = self._file_id or file_id
+        if file_id != self._file_id:
+            raise StoreError("the file was replaced by another while it was open: run again")
 
-def connect(place: Place, busy_timeout_s: float, *, read_only: bool = False) -> Database:
+
+def connect(location: Location, busy_timeout_s: float, *, read_only: bool = False) -> Database:
     """Nothing is opened yet, but for the folder of a new SQLite file, which is made unless `read_only`.
 
     Raises StoreError: the folder cannot be made, or the URL cannot be used.
     """
-    if isinstance(place, str) and is_url(place):
-        url = _server_url(place)
-        return Database(_server(url, busy_timeout_s), _server_name(url), None, busy_timeout_s, read_only)
-    path = Path(place)
+    if isinstance(location, str) and is_url(location):
+        url = _server_url(location)
+        engine, name = _server(url, busy_timeout_s), _server_name(url)
+        return Database(engine, name=name, path=None, busy_timeout_s=busy_timeout_s, read_only=read_only)
+    path = Path(location)
     if path.is_dir():
         raise StoreError(f"store {path}: unable to open database file: it is a folder: name a file")
     if read_only:
         if not path.exists():
             raise StoreError(f"store {path}: it is not there: run `tune.py run` first, or name another store")
-        url = _read_only_url(path)
     else:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"store {path}: its folder cannot be made: {error.strerror}") from error
-        url = URL.create("sqlite", database=str(path))
     _require_whole(path)
-    return Database(_file(url, busy_timeout_s), str(path), path, busy_timeout_s, read_only)
+    engine = _file(path, busy_timeout_s, read_only=read_only)
+    return Database(engine, name=str(path), path=path, busy_timeout_s=busy_timeout_s, read_only=read_only)
 
 
 def _server_name(url: URL) -> str:
@@ -214,17 +236,30 @@ def _to_json(value: Any) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
-def _file(url: URL, busy_timeout_s: float) -> Engine:
-    engine = sqlalchemy.create_engine(
-        url,
+def _file(path: Path, busy_timeout_s: float, *, read_only: bool) -> Engine:
+    def open_file() -> sqlite3.Connection:
         # isolation_level None: sqlite3 sends no BEGIN of its own, so that schema changes are in the transaction too
-        connect_args={"timeout": busy_timeout_s, "isolation_level": None},
-        json_serializer=_to_json,
-    )
-
-    @sqlalchemy.event.listens_for(engine, "connect")
-    def prepare(connection: sqlite3.Connection, _: object) -> None:
+        connection = sqlite3.connect(
+            _uri(path, read_only=read_only),
+            uri=True,
+            timeout=busy_timeout_s,
+            isolation_level=None,
+            check_same_thread=False,
+        )
         connection.execute("PRAGMA foreign_keys = ON")
+        # with a write-ahead log a killed process loses nothing, and a power failure at most the last commits
+        connection.execute("PRAGMA synchronous = NORMAL")
+        if read_only:
+            connection.execute("PRAGMA query_only = ON")
+        return connection
+
+    engine = sqlalchemy.create_engine(
+        URL.create("sqlite", database=str(path)),
+        creator=open_file,
+        json_serializer=_to_json,
+        # whoever only reads opens the file for each transaction: how it may be opened changes with its log
+        **({"poolclass": NullPool} if read_only else {}),
+    )
 
     @sqlalchemy.event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
@@ -233,15 +268,17 @@ def _file(url: URL, busy_timeout_s: float) -> Engine:
     return engine
 
 
-def _read_only_url(path: Path) -> URL:
-    """SQLite's form of a file that is only read: nothing is made beside it where its folder cannot be written.
+def _uri(path: Path, *, read_only: bool) -> str:
+    """SQLite's URI of a file; whoever only reads leaves no file beside it, and needs no right to write.
 
-    Such a folder cannot take the shared memory of a write-ahead log either. Without a log no one can be writing, so
-    the file may be called immutable, which needs none.
+    Who may write opens it so even to read (with `query_only`): SQLite then removes the log and the shared memory it
+    made. Else, where there is no log, no one is writing and the file is called immutable, which needs neither.
     """
-    frozen = not os.access(path.parent, os.W_OK) and not _has_log(path)
-    query = {"mode": "ro", "uri": "true", **({"immutable": "1"} if frozen else {})}
-    return URL.create("sqlite", database=f"file:{quote(str(path.absolute()))}", query=query)
+    mode = "rwc"
+    if read_only:
+        may_write = os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
+        mode = "rw" if may_write else "ro" if _has_log(path) else "ro&immutable=1"
+    return f"file:{quote(str(path.absolute()))}?mode={mode}"
 
 
 def _require_whole(path: Path) -> None:
@@ -282,7 +319,7 @@ def _server_url(text: str) -> URL:
     except (sqlalchemy.exc.ArgumentError, ValueError) as error:
         raise StoreError(f"the store's URL cannot be read: {wanted} needed") from error
     if url.drivername not in (SERVER_DRIVER, "postgresql"):
-        raise StoreError(f"store {_server_name(url)}: a folder or {wanted} allowed")
+        raise StoreError(f"store {_server_name(url)}: a folder, sqlite:///FILE or {wanted} allowed")
     if not url.database:
         raise StoreError(f"store {_server_name(url)}: it names no database: {wanted} needed")
     return url.set(drivername=SERVER_DRIVER)

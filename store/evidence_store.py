@@ -1,12 +1,12 @@
-"""The book: evidence, runs and policies in one database, saved a unit per transaction and found by digests.
+"""Evidence, runs and policies in one database: saved a unit per transaction, found by digests.
 
-What is once saved is never overwritten, and a process killed at any moment loses at most the unit under way. It must
-not know how evidence is measured or judged, nor import torch, transformers, optuna or, to read, alembic.
+What is saved once is never overwritten, and a process killed at any moment loses at most the unit under way. Reading
+loads neither torch, optuna nor alembic.
 """
 
 import itertools
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,10 +22,12 @@ from profiles.records.errors import StoreError
 from profiles.records.evidence import Acceptance, Infeasible, LookupTrace, Sample, StepTimes, TargetTrace
 from profiles.records.keys import run_point, trace_point, unit_digest
 from store import migrations, tables
-from store.database import Database, Place, connect
-from store.tables import Row
+from store.database import Database, Location, connect
+from store.tables import Row, Values
 
 Record = TypeVar("Record")
+
+MOST_KEYS = 500  # in one statement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,25 +45,26 @@ class EvidenceStore:
 
     def __init__(self, database: Database) -> None:
         self.database = database
+        self._run_id: int | None = None  # of the run under way, which new evidence is put down to
 
     @classmethod
-    def open(cls, place: Place, busy_timeout_s: float = 30.0) -> Self:
+    def open(cls, location: Location, busy_timeout_s: float = 30.0) -> Self:
         """Open or make the store, a file's folder too, and upgrade an older schema in one transaction.
 
         Raises: NewerStoreError: a later draftpick wrote it. StoreError: not a store, locked, read-only, damaged.
         """
-        return cls(connect(place, busy_timeout_s))._checked(cls._upgrade)
+        return cls(connect(location, busy_timeout_s))._checked(cls._upgrade)
 
     @classmethod
-    def open_read_only(cls, place: Place, busy_timeout_s: float = 5.0) -> Self:
+    def open_read_only(cls, location: Location, busy_timeout_s: float = 5.0) -> Self:
         """Open a store that is there and has the newest schema; nothing is made, changed or upgraded, nor can be.
 
         Raises: as `open`, and StoreError for a store that is not there, is empty, or has an older schema.
         """
-        return cls(connect(place, busy_timeout_s, read_only=True))._checked(cls._require_current)
+        return cls(connect(location, busy_timeout_s, read_only=True))._checked(cls._require_current)
 
     @property
-    def place(self) -> str:
+    def name(self) -> str:
         """What to call the store: its file, or its URL without the password."""
         return self.database.name
 
@@ -69,7 +72,7 @@ class EvidenceStore:
     def path(self) -> Path:
         """The file of a store that is one. Raises StoreError for a server's."""
         if self.database.path is None:
-            raise StoreError(f"store {self.place} is no file")
+            raise StoreError(f"store {self.name} is no file")
         return self.database.path
 
     @property
@@ -89,83 +92,103 @@ class EvidenceStore:
     # --- evidence ---
 
     def find_target_trace(self, scope: Scope, prompt: Prompt) -> TargetTrace | None:
-        found = self._records(tables.target_traces, _trace_key(scope, prompt), tables.target_trace_record)
-        return found[0] if found else None
+        traces = self._find(tables.target_traces, _trace_key(scope, prompt), tables.target_trace_record)
+        return traces[0] if traces else None
 
-    def save_target_trace(
-        self, scope: Scope, prompt: Prompt, trace: TargetTrace, *, first_answers: bool = False
-    ) -> TargetTrace:
-        """Save a trace; returns the one in the book, which must be equal, but for `first_answers`."""
-        table, key = tables.target_traces, _trace_key(scope, prompt)
-        is_new = self._save(scope, table, key, [tables.columns_from(trace)], first_answers=first_answers)
-        return trace if is_new else self._records(table, key, tables.target_trace_record)[0]
+    def save_target_trace(self, scope: Scope, prompt: Prompt, trace: TargetTrace) -> TargetTrace:
+        """Save a trace unless the store has one; returns the stored one: of two processes the first answers."""
+        table, row = tables.target_traces, tables.target_trace_row(trace)
+        is_new = self._save_trace(scope, prompt, table, key=_trace_key(scope, prompt), row=row)
+        return trace if is_new else self._find(table, _trace_key(scope, prompt), tables.target_trace_record)[0]
 
     def find_acceptance(self, scope: Scope, prompt: Prompt, draft: Draft, max_length: int) -> Acceptance | None:
         """The draft's trace; of look-up traces the longest, if it reaches `max_length` (shorter ones are prefixes)."""
         key = {**_trace_key(scope, prompt), "draft_digest": draft.digest}
-        found = self._records(tables.acceptance_traces, key, tables.acceptance_record)
-        if found:
-            return found[0]
-        lookups = self._records(tables.lookup_traces, key, tables.lookup_record)
+        traces = self._find(tables.acceptance_traces, key, tables.acceptance_record)
+        if traces:
+            return traces[0]
+        lookups = self._find(tables.lookup_traces, key, tables.lookup_record)
         longest = max(lookups, key=lambda lookup: lookup.max_length, default=None)
         return longest if longest is not None and longest.max_length >= max_length else None
 
-    def save_acceptance(
-        self, scope: Scope, prompt: Prompt, draft: Draft, acceptance: Acceptance, *, first_answers: bool = False
-    ) -> Acceptance:
+    def save_acceptance(self, scope: Scope, prompt: Prompt, draft: Draft, acceptance: Acceptance) -> Acceptance:
         """As `save_target_trace`."""
         table, key = tables.acceptance_traces, {**_trace_key(scope, prompt), "draft_digest": draft.digest}
         record: Callable[[Row], Acceptance] = tables.acceptance_record
         if isinstance(acceptance, LookupTrace):
             table, record = tables.lookup_traces, tables.lookup_record
             key["max_length"] = acceptance.max_length
-        row = {**tables.columns_from(acceptance), "draft_name": draft.name}
-        is_new = self._save(scope, table, key, [row], first_answers=first_answers)
-        return acceptance if is_new else self._records(table, key, record)[0]
+        row = {**tables.acceptance_row(acceptance), "draft_name": draft.name}
+        is_new = self._save_trace(scope, prompt, table, key=key, row=row)
+        return acceptance if is_new else self._find(table, key, record)[0]
 
     def find_step_times(
-        self, scope: Scope, drafts: tuple[Draft, ...], shape: tuple[int, int], since: str = ""
+        self, scope: Scope, drafts: tuple[Draft, ...], *, context_length: int, max_length: int, since: str = ""
     ) -> dict[str, StepTimes] | None:
-        """The newest sweep for `shape`, (cached tokens, longest length), with every draft; undisturbed ones go first.
+        """The newest sweep with `context_length` cached tokens, every draft and widths up to `max_length`.
 
-        `since`: only what was measured at that UTC time or later; so too in `find_samples`.
+        Undisturbed sweeps go first. `since`: only what was measured at that UTC time or later.
         """
-        context_length, max_length = shape
-        key = {
-            "target_key": scope.target.run_digest,
-            "environment_digest": scope.environment.digest,
-            "batch_size": scope.workload.batch_size,
-            "context_length": context_length,
-        }
-        sweeps: dict[str, dict[str, StepTimes]] = {}
-        for sweep, measured_length, times in self._records(tables.step_times, key, tables.sweep_record, since):
-            if measured_length >= max_length:
-                sweeps.setdefault(sweep, {})[times.component_digest] = times
-        complete = [sweep for sweep in sweeps.values() if covers(sweep, scope.target, drafts, max_length)]
-        newest_first = reversed(complete)  # and `min` takes the first of equals
-        return min(newest_first, key=lambda sweep: any(part.disturbed for part in sweep.values()), default=None)
+        sweeps, steps = tables.sweeps, tables.step_times
+        key = {**_about(scope), "batch_size": scope.workload.batch_size, "context_length": context_length}
+        query = select(sweeps.c.batch_size, sweeps.c.context_length, steps).join(steps).filter_by(**key)
+        query = query.where(sweeps.c.max_length >= max_length, sweeps.c.measured_at >= since)
+
+        def read(connection: Connection) -> list[dict[str, StepTimes]]:
+            rows = connection.execute(query.order_by(sweeps.c.id.desc())).mappings()
+            by_sweep = itertools.groupby(rows, lambda row: row["sweep_id"])
+            return [tables.step_times_records(widths) for _, widths in by_sweep]
+
+        newest_first = self.database.read(read)
+        complete = [times for times in newest_first if covers(times, scope.target, drafts, max_length)]
+        return min(complete, key=lambda times: any(part.disturbed for part in times.values()), default=None)
 
     def save_step_times(
         self, scope: Scope, drafts: tuple[Draft, ...], max_length: int, times: Mapping[str, StepTimes]
     ) -> None:
-        """Add a sweep asked for lengths up to `max_length`; raises StoreError when it lacks a part or a width."""
+        """Add a sweep asked for lengths up to `max_length`; raises StoreError when it lacks a component or a width."""
         if not covers(times, scope.target, drafts, max_length):
             raise StoreError(
                 f"step times of {scope.target.name} lack a draft or a target width of 1 to {max_length + 1}: not saved"
             )
-        parts = {part.digest: part.name for draft in drafts for part in draft.components}
-        names = {scope.target.run_digest: scope.target.name} | parts
-        rows = [
-            {**tables.columns_from(part), "part_name": names.get(digest, digest), "max_length": max_length}
-            for digest, part in times.items()
-        ]
-        self._save(scope, tables.step_times, {"sweep": uuid.uuid4().hex}, rows)
+        names = {part.digest: part.name for draft in drafts for part in draft.components}
+        names |= {scope.target.run_digest: scope.target.name}
+        [context_length] = {component.context_length for component in times.values()}
+        row = {
+            "digest": uuid.uuid4().hex,
+            "batch_size": scope.workload.batch_size,
+            "context_length": context_length,
+            "max_length": max_length,
+        }
+
+        def save(connection: Connection) -> None:
+            sweep_id = self._insert(connection, tables.sweeps, scope, row)
+            for digest, component in times.items():
+                rows = tables.step_times_rows(sweep_id, component, names.get(digest, digest))
+                connection.execute(insert(tables.step_times), list(rows))
+
+        self.database.write(save)
 
     def find_samples(
         self, scope: Scope, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], purpose: str, since: str = ""
     ) -> tuple[Sample, ...] | None:
-        unit = _unit_key(scope, prompts, setups, purpose)
-        return tuple(self._records(tables.samples, unit, tables.sample_record, since)) or None
+        """The samples of a unit of timed runs, if it was measured at the UTC time `since` or later."""
+        samples, units = tables.samples, tables.units
+        query = (
+            select(
+                samples, tables.setups.c.digest.label("setup_digest"), tables.prompts.c.digest.label("prompt_digest")
+            )
+            .join(units)
+            .join(tables.setups)
+            .join(tables.prompts)
+            .where(units.c.digest == _unit_digest(scope, prompts, setups, purpose), units.c.measured_at >= since)
+        )
+
+        def read(connection: Connection) -> tuple[Sample, ...]:
+            rows = connection.execute(query.order_by(samples.c.position)).mappings()
+            return tuple(map(tables.sample_record, rows))
+
+        return self.database.read(read) or None
 
     def save_samples(
         self,
@@ -175,112 +198,164 @@ class EvidenceStore:
         purpose: str,
         samples: tuple[Sample, ...],
     ) -> tuple[Sample, ...]:
-        """Save a unit unless the book has it; returns the unit in the book (two processes never time alike)."""
-        asked = list(itertools.product(setups, prompts))
-        if [(sample.setup_digest, sample.prompt_digest) for sample in samples] != [
-            (setup.digest, prompt.digest) for setup, prompt in asked
-        ]:
+        """Save a unit unless the store has it; returns the stored one (two processes never time alike)."""
+        pairs = [(setup.digest, prompt.digest) for setup, prompt in itertools.product(setups, prompts)]
+        if [(sample.setup_digest, sample.prompt_digest) for sample in samples] != pairs:
             raise StoreError(f"samples for {purpose!r} are not of the setups and prompts that were run: not saved")
-        rows = [
-            {**tables.columns_from(sample), "position": position, "setup_name": setup.name}
-            for position, ((setup, _), sample) in enumerate(zip(asked, samples, strict=True))
-        ]
-        unit = _unit_key(scope, prompts, setups, purpose)
-        is_new = self._save(scope, tables.samples, unit, rows, first_answers=True)
-        return samples if is_new else tuple(self._records(tables.samples, unit, tables.sample_record))
+        row = {"digest": _unit_digest(scope, prompts, setups, purpose), "purpose": purpose}
 
-    def save_infeasible(self, scope: Scope, found: Infeasible) -> None:
-        with self.writing() as connection:
-            row = {**_anchor_key(scope), **tables.infeasible_row(found)}
-            _insert(connection, tables.infeasible, scope.target, scope.environment, [row])
-            connection.commit()
+        def save(connection: Connection) -> bool:
+            if _is_stored(connection, tables.units, {"digest": row["digest"]}):
+                return False
+            setup_ids = _register(connection, tables.setups, map(tables.setup_row, setups))
+            prompt_ids = _register(connection, tables.prompts, map(tables.prompt_row, prompts))
+            workload_id = self._workload_id(connection, scope)
+            unit_id = self._insert(connection, tables.units, scope, {**row, "workload_id": workload_id})
+            rows = [
+                {
+                    "unit_id": unit_id,
+                    "position": position,
+                    "setup_id": setup_ids[sample.setup_digest],
+                    "prompt_id": prompt_ids[sample.prompt_digest],
+                    **tables.sample_row(sample),
+                }
+                for position, sample in enumerate(samples)
+            ]
+            connection.execute(insert(tables.samples), rows)
+            return True
+
+        if self.database.write(save):
+            return samples
+        return self.find_samples(scope, prompts, setups, purpose) or samples
+
+    def save_infeasible(self, scope: Scope, infeasible: Infeasible) -> None:
+        def save(connection: Connection) -> None:
+            setup = tables.setup_row(infeasible.setup)
+            links = {
+                "workload_id": self._workload_id(connection, scope),
+                "setup_id": _register(connection, tables.setups, [setup])[setup["digest"]],
+            }
+            self._insert(connection, tables.infeasible, scope, {**links, **tables.infeasible_row(infeasible)})
+
+        self.database.write(save)
 
     # --- runs and policies ---
 
-    def save_run(self, scope: Scope) -> int:
-        """Note that a run starts now; returns the id that `finish_run` takes."""
-        with self.writing() as connection:
-            row = {"workload": plain(scope.workload)}
-            run_id = _insert(connection, tables.runs, scope.target, scope.environment, [row])
-            connection.commit()
-        return run_id
+    def save_run(self, scope: Scope, prompts: Iterable[Prompt] = ()) -> int:
+        """Note that a run starts; returns the id that `finish_run` takes. Evidence until then is put down to the run.
+
+        The domains of `prompts` are noted where an older draftpick did not.
+        """
+
+        def save(connection: Connection) -> int:
+            _register(connection, tables.prompts, map(tables.prompt_row, prompts))
+            return self._insert(connection, tables.runs, scope, {"workload": plain(scope.workload)})
+
+        self._run_id = self.database.write(save)
+        return self._run_id
 
     def finish_run(self, run_id: int, outcome: Mapping[str, Any]) -> None:
         """Note that a run ends now, with JSON values that tell what came of it."""
-        unfinished = (tables.runs.c.id == run_id) & tables.runs.c.finished_at.is_(None)
-        with self.writing() as connection:
-            ended = update(tables.runs).where(unfinished).values(finished_at=_utc_now(), outcome=dict(outcome))
-            if connection.execute(ended).rowcount != 1:
+        runs, values = tables.runs.c, {"outcome": dict(outcome), **tables.run_costs(outcome)}
+
+        def save(connection: Connection) -> None:
+            unfinished = update(tables.runs).where(runs.id == run_id, runs.finished_at.is_(None))
+            if connection.execute(unfinished.values(finished_at=_utc_now(), **values)).rowcount != 1:
                 raise StoreError(f"run {run_id} is not under way")
-            connection.commit()
+
+        self.database.write(save)
+        self._run_id = None
 
     def replace_policy(self, target: Model, environment: Environment, made_from: Callable[[str | None], str]) -> None:
         """Save the policy made from the latest one of this target and machine; nobody saves another in between.
 
-        What `made_from` raises leaves the book as it was.
+        What `made_from` raises leaves the store as it was.
         """
-        with self.writing() as connection:
-            latest = connection.scalar(_latest_policy(target.run_digest, environment))
-            row = {"policy": made_from(latest)}
-            _insert(connection, tables.policies, target, environment, [row])
-            connection.commit()
+
+        def save(connection: Connection) -> None:
+            query = _newest_policies(target.run_digest, environment).add_columns(tables.policies.c.generation)
+            latest, generation = connection.execute(query).first() or (None, 0)
+            text = tables.policy_text(made_from(latest))
+            _register_subjects(connection, target, environment)
+            row = {
+                "target_key": target.run_digest,
+                "environment_digest": environment.digest,
+                "created_at": _utc_now(),
+                "generation": generation + 1,
+                "policy": text,
+            }
+            policy_id = _inserted_id(connection, tables.policies, row)
+            if choices := tables.choice_rows(policy_id, text):
+                connection.execute(insert(tables.choices), choices)
+
+        self.database.write(save)
 
     def latest_policy(self, target: str | None = None, environment: Environment | None = None) -> str | None:
         """The newest policy, of any target or of one (its run digest, digest or name), on any machine or on one."""
-        with self.reading() as connection:
-            return connection.scalar(_latest_policy(target, environment))
+        policy: str | None = self.database.read(
+            lambda connection: connection.scalar(_newest_policies(target, environment))
+        )
+        return policy
 
     def latest_outcome(self, target: Model, environment: Environment) -> dict[str, Any]:
         """What came of the target's last finished run on a machine, empty when there is none."""
         runs = tables.runs.c
         query = select(runs.outcome).where(runs.target_key == target.run_digest, runs.finished_at.is_not(None))
         query = query.where(runs.environment_digest == environment.digest)
-        with self.reading() as connection:
-            found = connection.scalar(query.order_by(runs.finished_at.desc(), runs.id.desc()).limit(1)) or {}
-            if not isinstance(found, dict):
-                kind = type(found).__name__
-                raise StoreError(f"the last run of {target.name} is damaged: its outcome is {kind}, not an object")
-        return found
+        query = query.order_by(runs.id.desc()).limit(1)
+        outcome = self.database.read(lambda connection: connection.scalar(query)) or {}
+        if not isinstance(outcome, dict):
+            kind = type(outcome).__name__
+            raise StoreError(
+                f"store {self.name}: the last run of {target.name} is damaged: its outcome is {kind}, not an object"
+            )
+        return outcome
 
-    # --- the one way in and out ---
+    # --- transactions ---
 
     def reading(self) -> AbstractContextManager[Connection]:
-        """A transaction that only reads, for queries that other modules of the store bring along."""
+        """A transaction that only reads, for queries that other modules bring along."""
         return self.database.transaction("read")
 
     def writing(self) -> AbstractContextManager[Connection]:
-        """A transaction that keeps all other writers out; rolled back on leaving unless `commit()` was said."""
+        """A transaction that keeps all other writers out; rolled back on leaving unless `commit()` was called."""
         return self.database.transaction("write")
 
-    def _records(self, table: Table, key: Row, record: Callable[[Row], Record], since: str = "") -> list[Record]:
-        """The rows with this key as records, oldest first."""
-        with self.reading() as connection:
-            return [record(row) for row in _find(connection, table, key) if row["measured_at"] >= since]
+    def _find(self, table: Table, key: Row, record: Callable[[Row], Record]) -> list[Record]:
+        query = select(table).filter_by(**key).order_by(table.c.id)
+        return self.database.read(lambda connection: list(map(record, connection.execute(query).mappings())))
 
-    def _save(
-        self, scope: Scope, table: Table, key: Row, records: list[dict[str, Any]], *, first_answers: bool = False
-    ) -> bool:
-        """Save a unit as rows in one transaction; False: the book has it, equal or, with `first_answers`, any."""
-        rows = [{**key, **record} for record in records]
-        named = f"{table.name} of {scope.target.name}, {', '.join(f'{name} {value}' for name, value in key.items())}"
-        if any(row[name] != value for row in rows for name, value in key.items()):
-            raise StoreError(f"a record does not answer for {named}: not saved")
+    def _save_trace(self, scope: Scope, prompt: Prompt, table: Table, *, key: Row, row: Values) -> bool:
+        """Save a trace; False when the store has one."""
+        if any(row[name] != value for name, value in key.items() if name in row):
+            wanted = ", ".join(f"{name} {value}" for name, value in key.items())
+            raise StoreError(f"a trace is not of {scope.target.name}, {wanted}: not saved in {table.name}")
 
         def save(connection: Connection) -> bool:
-            stored = _find(connection, table, key)
-            if stored and not first_answers and not _equal(stored, rows):
-                raise StoreError(
-                    f"it holds another value for {named}: evidence is never overwritten; run again to use the stored "
-                    "one, or name another store"
-                )
-            if not stored:
-                _insert(connection, table, scope.target, scope.environment, rows)
-            return not stored
+            if _is_stored(connection, table, key):
+                return False
+            _register(connection, tables.prompts, [tables.prompt_row(prompt)])
+            self._insert(connection, table, scope, {**key, **row, "temperature": scope.workload.temperature})
+            return True
 
         return self.database.write(save)
 
+    def _insert(self, connection: Connection, table: Table, scope: Scope, row: Row) -> int:
+        """Insert a row with what it is about, when it was made and in which run; returns its id."""
+        _register_subjects(connection, scope.target, scope.environment)
+        made = {**_about(scope), tables.time_name(table.name): _utc_now()}
+        if "run_id" in table.c:  # NULL where the run was deleted meanwhile
+            made["run_id"] = select(tables.runs.c.id).where(tables.runs.c.id == self._run_id).scalar_subquery()
+        return _inserted_id(connection, table, {**made, **row})
+
+    @staticmethod
+    def _workload_id(connection: Connection, scope: Scope) -> int:
+        row = tables.workload_row(scope.workload)
+        workload_id: int = _register(connection, tables.workloads, [row])[row["digest"]]
+        return workload_id
+
     def _checked(self, check: Callable[[Self], None]) -> Self:
-        """This book, closed again when the check fails."""
+        """This store, closed again when the check fails."""
         try:
             check(self)
         except BaseException:
@@ -303,81 +378,75 @@ class EvidenceStore:
                     connection.commit()
 
 
-def _find(connection: Connection, table: Table, key: Row) -> list[Row]:
-    made = table.c[tables.time_name(table.name)]  # a merged row may be older than those before it
-    query = select(table).filter_by(**key).order_by(made, table.c.id)
-    return [dict(row) for row in connection.execute(query).mappings()]
+def _is_stored(connection: Connection, table: Table, key: Row) -> bool:
+    return connection.execute(select(table.c.id).filter_by(**key).limit(1)).first() is not None
 
 
-def _equal(stored: list[Row], rows: list[dict[str, Any]]) -> bool:
-    """Whether rows hold the same evidence; what a draft is called is no evidence."""
-    return len(stored) == len(rows) and all(
-        old[name] == value
-        for old, new in zip(stored, rows, strict=True)
-        for name, value in new.items()
-        if name not in tables.LABELS
-    )
+def _inserted_id(connection: Connection, table: Table, row: Row) -> int:
+    [row_id] = connection.execute(insert(table).values(row)).inserted_primary_key or (0,)
+    return int(row_id)
 
 
-def _insert(
-    connection: Connection, table: Table, target: Model, environment: Environment, rows: list[dict[str, Any]]
-) -> int:
-    """Insert rows with where and when they were made; returns the id of the last."""
-    model, machine = tables.model_row(target), tables.environment_row(environment)
-    labels = {"name": target.name, "revision": target.revision}  # equal weights may be found under another name
-    key = tables.models.c.key == model["key"]
-    known = connection.execute(select(tables.models.c.name, tables.models.c.revision).where(key)).mappings().first()
-    if known is None:
-        connection.execute(insert(tables.models).values(model))
-    elif known != labels:
-        connection.execute(update(tables.models).where(key).values(labels))
-    same = tables.environments.c.digest == environment.digest  # in which traits are not
-    stored = connection.execute(select(tables.environments).where(same)).mappings().first()
-    if stored is None:
-        connection.execute(insert(tables.environments).values(machine))
-    elif told := {name: value for name, value in machine.items() if stored[name] is None and value is not None}:
-        connection.execute(update(tables.environments).where(same).values(told))
-    made = {
-        "target_key": model["key"],
-        "environment_digest": environment.digest,
-        tables.time_name(table.name): _utc_now(),
-    }
-    added = [connection.execute(insert(table).values({**made, **row})).inserted_primary_key for row in rows]
-    last = added[-1]
-    assert last is not None  # every row has an id of its own
-    return int(last[0])
+def _register(
+    connection: Connection, table: Table, rows: Iterable[Row], *, key: str = "digest", labels: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Insert the rows whose key is new; of others fill in what was not known, and change `labels`.
+
+    Returns the primary keys by key.
+    """
+    wanted = {row[key]: row for row in rows}
+    stored: dict[str, Row] = {}
+    for start in range(0, len(wanted), MOST_KEYS):
+        keys = list(wanted)[start : start + MOST_KEYS]
+        stored |= {row[key]: row for row in connection.execute(select(table).where(table.c[key].in_(keys))).mappings()}
+    [primary] = table.primary_key.columns
+    ids = {digest: row[primary.name] for digest, row in stored.items()}
+    if new := [row for digest, row in wanted.items() if digest not in stored]:
+        ids |= dict(connection.execute(insert(table).returning(table.c[key], primary), new).all())
+    for digest, row in stored.items():
+        changes = {
+            name: value
+            for name, value in wanted[digest].items()
+            if row[name] != value and (row[name] is None or name in labels)
+        }
+        if changes:
+            connection.execute(update(table).where(table.c[key] == digest).values(changes))
+    return ids
 
 
-def _latest_policy(target: str | None, environment: Environment | None) -> Select[str]:
-    """By the time it was made: a policy that came from elsewhere may be older than those that were there."""
-    policy = tables.policies.c
-    query = select(policy.policy).order_by(policy.created_at.desc(), policy.id.desc()).limit(1)
+def _register_subjects(connection: Connection, target: Model, environment: Environment) -> None:
+    """Equal weights may be found under another name; an older draftpick did not store all that a machine has."""
+    _register(connection, tables.models, [tables.model_row(target)], key="key", labels=("name", "revision"))
+    _register(connection, tables.environments, [tables.environment_row(environment)])
+
+
+def _newest_policies(target: str | None, environment: Environment | None) -> Select[Any]:
+    """The newest policy of each target and machine, or of those named; the one saved last comes first."""
+    policies = tables.policies.c
+    query = select(policies.policy).where(tables.IS_NEWEST_POLICY).order_by(policies.id.desc())
     if target is not None:
-        model = tables.models.c
-        query = query.join(tables.models).where(literal(target).in_([model.key, model.digest, model.name]))
+        models = tables.models.c
+        query = query.join(tables.models).where(literal(target).in_([models.key, models.digest, models.name]))
     if environment is not None:
-        query = query.where(policy.environment_digest == environment.digest)
-    return query
+        query = query.where(policies.environment_digest == environment.digest)
+    return query.limit(1)
 
 
-def _trace_key(scope: Scope, prompt: Prompt) -> dict[str, Any]:
+def _about(scope: Scope) -> Values:
+    return {"target_key": scope.target.run_digest, "environment_digest": scope.environment.digest}
+
+
+def _trace_key(scope: Scope, prompt: Prompt) -> Values:
     sampling_digest, prompt_digest = trace_point(scope.workload, prompt, scope.origin)
-    key = {"sampling_digest": sampling_digest, "prompt_digest": prompt_digest}
-    return {"target_key": scope.target.run_digest, **key}
-
-
-def _anchor_key(scope: Scope) -> dict[str, Any]:
     return {
         "target_key": scope.target.run_digest,
-        "environment_digest": scope.environment.digest,
-        "anchor_digest": scope.workload.timing_digest,
+        "sampling_digest": sampling_digest,
+        "prompt_digest": prompt_digest,
     }
 
 
-def _unit_key(scope: Scope, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], purpose: str) -> dict[str, Any]:
-    key = {**_anchor_key(scope), "occasion": purpose}
-    point = run_point(scope.workload, prompts, setups, purpose)
-    return {**key, "unit": unit_digest(scope.target, scope.environment, point)}
+def _unit_digest(scope: Scope, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], purpose: str) -> str:
+    return unit_digest(scope.target, scope.environment, run_point(scope.workload, prompts, setups, purpose))
 
 
 def _utc_now() -> str:

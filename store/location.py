@@ -1,35 +1,52 @@
-"""Where the store is: the folder or server that was named, and the file with the evidence in it.
-
-What is in the store it must not know.
-"""
+"""Where the store is: the folder, file or server that was named, and the file with the evidence in it."""
 
 import os
 from pathlib import Path
 
 import platformdirs
+from sqlalchemy import make_url
 
-from profiles.records.errors import NotMeasuredError
-from store.database import Place, is_url, name_of
+from profiles.records.errors import NotMeasuredError, StoreError
+from store.database import Location, is_url, name_of
 
-BOOK_NAME = "evidence.db"
+FILE_NAME = "evidence.db"
+FILE_SUFFIXES = (".db", ".sqlite", ".sqlite3")
 
 
-def place(asked: str | None) -> Place:
-    """What was asked for, else $DRAFTPICK_STORE, else the user's data folder: the server's URL, or a folder's file."""
-    named = asked or os.environ.get("DRAFTPICK_STORE")
+def store_location(option: str | None) -> Location:
+    """The location named by `--store`, else $DRAFTPICK_STORE, else the user's data folder.
+
+    Args: option: a folder, a file that ends with `.db` or `.sqlite`, `sqlite:///FILE` or a PostgreSQL URL.
+    """
+    named = option or os.environ.get("DRAFTPICK_STORE")
+    if named and named.startswith("sqlite:"):
+        return _sqlite_file(named)
     if named and is_url(named):
         return named
-    return (Path(named) if named else platformdirs.user_data_path("draftpick")) / BOOK_NAME
+    path = Path(named) if named else platformdirs.user_data_path("draftpick")
+    is_file = path.is_file() or (path.suffix in FILE_SUFFIXES and not path.is_dir())
+    return path if is_file else path / FILE_NAME
 
 
-def existing(asked: str | None) -> Place:
-    """As `place`. Raises NotMeasuredError when there is no such file."""
-    found = place(asked)
-    if isinstance(found, Path) and not found.exists():
-        raise NotMeasuredError(f"no store in {found.parent}: run `tune.py run` first, or name another with --store")
-    return found
+def existing_store(option: str | None) -> Location:
+    """As `store_location`. Raises NotMeasuredError when there is no such file."""
+    location = store_location(option)
+    if isinstance(location, Path) and not location.exists():
+        raise NotMeasuredError(
+            f"no store in {store_name(location)}: run `tune.py run` first, or name another with --store"
+        )
+    return location
 
 
-def name(found: Place) -> str:
-    """What people call it: the folder, or the URL without its password."""
-    return str(found.parent) if isinstance(found, Path) else name_of(found)
+def store_name(location: Location) -> str:
+    """The name for messages: the folder of a file with the usual name, another file, or a URL without password."""
+    if isinstance(location, Path):
+        return str(location.parent if location.name == FILE_NAME else location)
+    return name_of(location)
+
+
+def _sqlite_file(url: str) -> Path:
+    database = make_url(url).database
+    if not database or database == ":memory:":
+        raise StoreError(f"store {url}: it names no file: sqlite:///FILE, or sqlite:////FILE from the root, is needed")
+    return Path(database)

@@ -33,7 +33,7 @@ def load(evidence_store: EvidenceStore, path: Path) -> int:
             workload = Workload(batch_size=times.batch_size, context_length=times.context_length + 2, max_new_tokens=2)
             scope = Scope(target=model_from(entry["target"]), environment=environment, workload=workload)
             shape = (times.context_length, int(entry["max_length"]))
-            if evidence_store.find_step_times(scope, (), shape) is None:
+            if evidence_store.find_step_times(scope, (), context_length=shape[0], max_length=shape[1]) is None:
                 evidence_store.save_step_times(scope, (), shape[1], {times.component_digest: times})
                 added += 1
         return added

@@ -1,42 +1,114 @@
-"""The store's tables, and the two small functions per record that turn it into a row and back.
+"""The store's tables, and the functions that turn each record into rows and back.
 
-A row is a record's plain form beside the digests it is found by; arrays are JSON columns, times
-are UTC text that sorts. Names of drafts and setups are stored for people who read the file, never to find a row.
+Evidence is found by digests; names, domains and batch sizes are stored beside them for people and for the views of
+revision 0005. Times are UTC text. Rows are ordered by their ids, never by their times.
 """
 
-from collections.abc import Mapping
+import json
+import math
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
-from typing import Any
+from statistics import median
+from typing import Any, TypeVar
 
 from sqlalchemy import (
     JSON,
     BigInteger,
     Boolean,
     Column,
+    Dialect,
     Float,
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
     Text,
+    TypeDecorator,
     UniqueConstraint,
+    exists,
+    tuple_,
 )
 
-from profiles.records.codec import (
-    acceptance_trace_from,
-    lookup_trace_from,
-    plain,
-    sample_from,
-    step_times_from,
-    target_trace_from,
+from profiles.records.codec import draft_from, plain
+from profiles.records.core import PLAIN, Environment, Model, Prompt, Setup, Workload, digest_of
+from profiles.records.evidence import (
+    Acceptance,
+    AcceptanceTrace,
+    Infeasible,
+    LookupTrace,
+    RoundCount,
+    Sample,
+    StepShape,
+    StepTimes,
+    TargetTrace,
 )
-from profiles.records.core import Environment, Model
-from profiles.records.evidence import AcceptanceTrace, Infeasible, LookupTrace, Sample, StepTimes, TargetTrace
 
-Row = Mapping[str, Any]
-WIDE = Integer().with_variant(BigInteger, "postgresql")  # SQLite's whole numbers have 64 bits under either name
+Row = Mapping[Any, Any]  # column names to values; a RowMapping of SQLAlchemy is one
+Values = dict[str, Any]
+Record = TypeVar("Record")
+
+DRAFT = ("draft", "draft_kind")
+COSTS = (
+    "measured_seconds",
+    "grid_seconds_estimate",
+    "starting_seconds",
+    "measured_units",
+    "reused_units",
+    "engine_starts",
+)
+WIDE = Integer().with_variant(BigInteger, "postgresql")  # an INTEGER of SQLite has 64 bits anyway
+
+
+class Numbers(TypeDecorator[tuple[Any, ...]]):
+    """A tuple of ints or of floats as one byte that names the type (as `array` does) and little-endian values.
+
+    The smallest type that holds all values exactly is taken: most probabilities are float32, greedy ones 0 or 1.
+    """
+
+    impl = LargeBinary
+    cache_ok = True
+
+    def __init__(self, kind: type[int] | type[float]) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def process_bind_param(self, value: tuple[Any, ...] | None, _: Dialect) -> bytes | None:
+        return None if value is None else self.pack(value)
+
+    def process_result_value(self, value: Any, _: Dialect) -> tuple[Any, ...] | None:
+        return None if value is None else self.unpack(value)
+
+    def pack(self, values: tuple[Any, ...]) -> bytes:
+        """Raises ValueError: a number that is not finite."""
+        if not all(math.isfinite(value) for value in values):
+            raise ValueError("numbers that are not finite cannot be stored")
+        integers = [int(value) for value in values] if all(value in (0, 1) for value in values) else values
+        for code in "bhiqfd" if self.kind is int or integers is not values else "fd":
+            try:
+                packed = array(code, integers)
+            except (OverflowError, TypeError):
+                continue
+            if packed.tolist() == list(values):
+                if sys.byteorder == "big":
+                    packed.byteswap()
+                return code.encode() + packed.tobytes()
+        raise ValueError(f"{values[:3]} cannot be stored as an array of {self.kind.__name__}")
+
+    def unpack(self, data: Any) -> tuple[Any, ...]:
+        """Raises ValueError: not what `pack` returns."""
+        if not isinstance(data, bytes) or data[:1] not in (b"b", b"h", b"i", b"q", b"f", b"d"):
+            raise ValueError(f"{str(data)[:20]!r} is not an array of numbers")
+        values = array(data[:1].decode())
+        values.frombytes(data[1:])
+        if sys.byteorder == "big":
+            values.byteswap()
+        return tuple(map(self.kind, values))
+
 
 metadata = MetaData(
     naming_convention={
@@ -48,71 +120,126 @@ metadata = MetaData(
 
 
 def time_name(table: str) -> str:
-    """The column of a table about a target that tells when a row was made."""
+    """The column that holds when a row about a target was made."""
     return {"runs": "started_at", "policies": "created_at"}.get(table, "measured_at")
 
 
+def _columns(kind: Any, *names: str, null: bool = False) -> list[Column[Any]]:
+    return [Column(name, kind, nullable=null) for name in names]
+
+
+def _id() -> Column[Any]:
+    return Column("id", Integer, primary_key=True)
+
+
+def _link(name: str, target: str, *, null: bool = False, ondelete: str | None = None) -> Column[Any]:
+    return Column(name, ForeignKey(target, ondelete=ondelete), nullable=null)
+
+
 def _about_target(table: str) -> list[Column[Any]]:
-    return [
-        Column("id", Integer, primary_key=True),
-        Column("target_key", String, ForeignKey("models.key"), nullable=False),
-        Column("environment_digest", String, ForeignKey("environments.digest"), nullable=False),
-        Column(time_name(table), String, nullable=False),
-    ]
+    links = [_link("target_key", "models.key"), _link("environment_digest", "environments.digest")]
+    return [_id(), *links, *_columns(String, time_name(table))]
+
+
+def _run_id() -> Column[Any]:
+    return _link("run_id", "runs.id", null=True, ondelete="SET NULL")
 
 
 models = Table(
     "models",
     metadata,
     Column("key", String, primary_key=True),
-    Column("name", String, nullable=False),
-    Column("revision", String),
-    Column("dtype", String, nullable=False),
-    Column("digest", String, nullable=False),
-    Column("num_params", WIDE, nullable=False),
+    *_columns(String, "name"),
+    *_columns(String, "revision", null=True),
+    *_columns(String, "dtype", "digest"),
+    *_columns(WIDE, "num_params"),
 )
 
 environments = Table(
     "environments",
     metadata,
     Column("digest", String, primary_key=True),
-    Column("device", String, nullable=False),
-    Column("device_count", Integer, nullable=False),
-    Column("memory_bytes", WIDE, nullable=False),
-    Column("driver", String),
-    Column("cuda", String),
-    Column("threads", Integer, nullable=False),
-    Column("torch", String, nullable=False),
-    Column("engine", String, nullable=False),
-    Column("engine_version", String, nullable=False),
-    Column("compute_capability", String),
-    Column("memory_bandwidth_bytes_s", WIDE),
-    Column("engine_options", String),
+    *_columns(String, "device"),
+    *_columns(Integer, "device_count"),
+    *_columns(WIDE, "memory_bytes"),
+    *_columns(String, "driver", "cuda", null=True),
+    *_columns(Integer, "threads"),
+    *_columns(String, "torch", "engine", "engine_version"),
+    *_columns(String, "compute_capability", null=True),
+    *_columns(WIDE, "memory_bandwidth_bytes_s", null=True),
+    *_columns(String, "engine_options", null=True),
+)
+
+# What is null in these three was not known to an older draftpick; it is filled in when it is seen again.
+prompts = Table(
+    "prompts",
+    metadata,
+    _id(),
+    *_columns(String, "digest"),
+    *_columns(String, "domain", null=True),
+    *_columns(Integer, "num_tokens", null=True),
+    UniqueConstraint("digest"),
+)
+
+# `digest` is that of `timing_digest`, which identifies timed runs beside prompt and setup, and of the context length.
+workloads = Table(
+    "workloads",
+    metadata,
+    _id(),
+    *_columns(String, "digest", "timing_digest"),
+    *_columns(String, "sampling_digest", null=True),
+    *_columns(Integer, "batch_size", "context_length", "max_new_tokens", null=True),
+    *_columns(Float, "temperature", "top_p", null=True),
+    *_columns(Integer, "top_k", null=True),
+    *_columns(WIDE, "seed", null=True),
+    UniqueConstraint("digest"),
+)
+
+setups = Table(
+    "setups",
+    metadata,
+    _id(),
+    *_columns(String, "digest", "name"),
+    *_columns(String, "draft", "draft_kind", null=True),
+    *_columns(Integer, "k"),
+    UniqueConstraint("digest"),
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    *_about_target("runs"),
+    *_columns(String, "finished_at", null=True),
+    *_columns(Float, "measured_seconds", "grid_seconds_estimate", "starting_seconds", null=True),
+    *_columns(Integer, "measured_units", "reused_units", "engine_starts", null=True),
+    *_columns(JSON, "workload"),
+    *_columns(JSON(none_as_null=True), "outcome", null=True),
+    Index("ix_runs_target", "target_key", "environment_digest"),
+    sqlite_autoincrement=True,
 )
 
 target_traces = Table(
     "target_traces",
     metadata,
     *_about_target("target_traces"),
-    Column("sampling_digest", String, nullable=False),
-    Column("prompt_digest", String, nullable=False),
-    Column("token_ids", JSON, nullable=False),
-    Column("target_probs", JSON, nullable=False),
-    Column("logit_gaps", JSON, nullable=False),
-    Column("ended", Boolean, nullable=False),
+    *_columns(String, "sampling_digest", "prompt_digest"),
+    *_columns(Float, "temperature", null=True),
+    *_columns(Numbers(int), "token_ids"),
+    *_columns(Numbers(float), "target_probs", "logit_gaps"),
+    *_columns(Boolean, "ended"),
     UniqueConstraint("target_key", "sampling_digest", "prompt_digest"),
 )
 
+# `num_proposed`: tokens that the draft was asked about or proposed; `num_accepted`: how many of them are accepted.
 acceptance_traces = Table(
     "acceptance_traces",
     metadata,
     *_about_target("acceptance_traces"),
-    Column("sampling_digest", String, nullable=False),
-    Column("prompt_digest", String, nullable=False),
-    Column("draft_digest", String, nullable=False),
-    Column("draft_name", String, nullable=False),
-    Column("keep_probs", JSON, nullable=False),
-    Column("confidences", JSON, nullable=False),
+    *_columns(String, "sampling_digest", "prompt_digest", "draft_digest", "draft_name"),
+    *_columns(Float, "temperature", null=True),
+    *_columns(Numbers(float), "accept_probs", "confidences"),
+    *_columns(Integer, "num_proposed"),
+    *_columns(Float, "num_accepted"),
     UniqueConstraint("target_key", "sampling_digest", "prompt_digest", "draft_digest"),
 )
 
@@ -120,55 +247,67 @@ lookup_traces = Table(
     "lookup_traces",
     metadata,
     *_about_target("lookup_traces"),
-    Column("sampling_digest", String, nullable=False),
-    Column("prompt_digest", String, nullable=False),
-    Column("draft_digest", String, nullable=False),
-    Column("draft_name", String, nullable=False),
-    Column("max_length", Integer, nullable=False),
-    Column("proposed", JSON, nullable=False),
-    Column("kept", JSON, nullable=False),
+    *_columns(String, "sampling_digest", "prompt_digest", "draft_digest", "draft_name"),
+    *_columns(Float, "temperature", null=True),
+    *_columns(Integer, "max_length"),
+    *_columns(Numbers(int), "proposed", "accepted"),
+    *_columns(Integer, "num_proposed"),
+    *_columns(Float, "num_accepted"),
     UniqueConstraint("target_key", "sampling_digest", "prompt_digest", "draft_digest", "max_length"),
 )
 
-# No constraint on the anchor: a sweep may be measured again, and the newest answers. An early-exit or n-gram draft's
-# part digest says nothing about the target, so a part is only ever read together with its sweep.
+# No constraint on the operating point: it may be measured again, and the newest sweep answers. The digest of an
+# early-exit or n-gram draft says nothing about the target, so step times are only ever read together with their sweep.
+sweeps = Table(
+    "sweeps",
+    metadata,
+    *_about_target("sweeps"),
+    _run_id(),
+    *_columns(String, "digest"),
+    *_columns(Integer, "batch_size", "context_length", "max_length"),
+    UniqueConstraint("digest"),
+    Index("ix_sweeps_target", "target_key", "environment_digest", "batch_size", "context_length"),
+)
+
 step_times = Table(
     "step_times",
     metadata,
-    *_about_target("step_times"),
-    Column("sweep", String, nullable=False),
-    Column("part_digest", String, nullable=False),
-    Column("part_name", String, nullable=False),
-    Column("batch_size", Integer, nullable=False),
-    Column("context_length", Integer, nullable=False),
-    Column("max_length", Integer, nullable=False),
-    Column("samples_s", JSON, nullable=False),
-    Column("disturbed", Boolean, nullable=False),
-    UniqueConstraint("sweep", "part_digest"),
+    Column("sweep_id", ForeignKey("sweeps.id", ondelete="CASCADE"), primary_key=True),
+    Column("component_digest", String, primary_key=True),
+    Column("width", Integer, primary_key=True, autoincrement=False),
+    *_columns(String, "component"),
+    *_columns(Numbers(float), "samples_s"),
+    *_columns(Float, "median_s"),
+    *_columns(Boolean, "disturbed"),
+    sqlite_with_rowid=False,
 )
 
-# `unit` is the digest of the whole key: target, environment, anchor, prompts and setups in order, occasion.
+# `digest` is that of the whole key: target, environment, anchor, prompts and setups in order, purpose.
+units = Table(
+    "units",
+    metadata,
+    *_about_target("units"),
+    _run_id(),
+    _link("workload_id", "workloads.id"),
+    *_columns(String, "digest", "purpose"),
+    UniqueConstraint("digest"),
+    Index("ix_units_target", "target_key", "environment_digest"),
+)
+
 samples = Table(
     "samples",
     metadata,
-    *_about_target("samples"),
-    Column("unit", String, nullable=False),
-    Column("position", Integer, nullable=False),
-    Column("anchor_digest", String, nullable=False),
-    Column("occasion", String, nullable=False),
-    Column("setup_digest", String, nullable=False),
-    Column("setup_name", String, nullable=False),
-    Column("prompt_digest", String, nullable=False),
-    Column("ttft_s", Float, nullable=False),
-    Column("decode_s", Float, nullable=False),
-    Column("output_tokens", Integer, nullable=False),
-    Column("rounds", JSON, nullable=False),
-    Column("shapes", JSON, nullable=False, server_default="[]"),
-    Column("refills", Integer, nullable=False, server_default="0"),
-    Column("output_digest", String, nullable=False),
-    Column("peak_memory_bytes", WIDE),
-    Column("disturbed", Boolean, nullable=False),
-    UniqueConstraint("unit", "position"),
+    Column("unit_id", ForeignKey("units.id", ondelete="CASCADE"), primary_key=True),
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    _link("setup_id", "setups.id"),
+    _link("prompt_id", "prompts.id"),
+    *_columns(Float, "ttft_s", "decode_s"),
+    *_columns(Integer, "output_tokens"),
+    *_columns(JSON, "rounds", "shapes"),
+    *_columns(Integer, "refills"),
+    *_columns(String, "output_digest"),
+    *_columns(Boolean, "disturbed"),
+    sqlite_with_rowid=False,
 )
 
 # No unique constraint: a failure never answers for a measurement, so the same one may happen again.
@@ -176,81 +315,237 @@ infeasible = Table(
     "infeasible",
     metadata,
     *_about_target("infeasible"),
-    Column("anchor_digest", String, nullable=False),
-    Column("setup_digest", String, nullable=False),
-    Column("setup", JSON, nullable=False),
-    Column("reason", String, nullable=False),
-    Column("detail", String, nullable=False),
+    _run_id(),
+    _link("workload_id", "workloads.id"),
+    _link("setup_id", "setups.id"),
+    *_columns(JSON, "setup"),
+    *_columns(String, "reason", "detail"),
+    Index("ix_infeasible_target", "target_key", "environment_digest"),
 )
 
-runs = Table(
-    "runs",
-    metadata,
-    *_about_target("runs"),
-    Column("finished_at", String),
-    Column("workload", JSON, nullable=False),
-    Column("outcome", JSON(none_as_null=True)),
-)
-
+# `generation` counts the policies of a target on a machine: a bundle may bring an older one later.
 policies = Table(
     "policies",
     metadata,
     *_about_target("policies"),
-    Column("policy", Text, nullable=False),
-    Index("ix_policies_about", "target_key", "environment_digest", "created_at"),
+    *_columns(Integer, "generation"),
+    *_columns(Text, "policy"),
+    Index("ix_policies_target", "target_key", "environment_digest", "generation"),
+    sqlite_autoincrement=True,
 )
 
-ABOUT_TARGETS = (target_traces, acceptance_traces, lookup_traces, step_times, samples, infeasible, runs, policies)
-LABELS = frozenset({"draft_name", "part_name", "setup_name"})
-_COLUMNS = {"component_digest": "part_digest", "accept_probs": "keep_probs", "accepted": "kept"}  # of other names
+_newer = policies.alias("newer")
+IS_NEWEST_POLICY = ~exists().where(  # of its target and machine
+    _newer.c.target_key == policies.c.target_key,
+    _newer.c.environment_digest == policies.c.environment_digest,
+    tuple_(_newer.c.generation, _newer.c.id) > tuple_(policies.c.generation, policies.c.id),
+)
+
+# The policy's choices in its own order. `basis` says what speedup, low, high and tok_per_s are: measured or forecast.
+choices = Table(
+    "choices",
+    metadata,
+    Column("policy_id", ForeignKey("policies.id", ondelete="CASCADE"), primary_key=True),
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    *_columns(Integer, "batch_size", "context_length"),
+    *_columns(String, "domain"),
+    *_columns(Float, "temperature", "top_p"),
+    *_columns(Integer, "top_k"),
+    *_columns(String, "setup"),
+    *_columns(String, "draft", "draft_kind", null=True),
+    *_columns(Integer, "k"),
+    *_columns(String, "basis", null=True),
+    *_columns(Float, "speedup", "low", "high", "end_to_end", "tok_per_s", "plain_tok_per_s", null=True),
+    *_columns(Boolean, "proven"),
+    *_columns(String, "reason"),
+    sqlite_with_rowid=False,
+)
+
+ABOUT_TARGETS = (target_traces, acceptance_traces, lookup_traces, sweeps, units, infeasible, runs, policies)
 
 
-def _fields(record: type[Any], row: Row) -> dict[str, Any]:
-    """The columns of `row` that are fields of `record`."""
-    return {item.name: row[column_name(item.name)] for item in fields(record)}
+def _values(record: Any) -> Values:
+    return {item.name: getattr(record, item.name) for item in fields(record)}
 
 
-def column_name(field: str) -> str:
-    """The column that holds a record's field."""
-    return _COLUMNS.get(field, field)
+def from_row(record: Callable[..., Record], row: Row) -> Record:
+    """A record from the columns that are called as its fields, where the row has them."""
+    return record(**{item.name: row[item.name] for item in fields(record) if item.name in row})  # type: ignore[arg-type]
 
 
-def columns_from(record: object) -> dict[str, Any]:
-    """A record's plain form by column name."""
-    return {column_name(name): value for name, value in plain(record).items()}
+# --- records to rows: without ids, times and what the row is about ---
 
 
-# Towards a row, a trace, a staircase and a sample are their plain form; the others add the digest they are found by.
+def model_row(model: Model) -> Values:
+    return {"key": model.run_digest, **_values(model)}
 
 
-def model_row(model: Model) -> dict[str, Any]:
-    return {"key": model.run_digest, **plain(model)}
+def environment_row(environment: Environment) -> Values:
+    return {"digest": environment.digest, **_values(environment)}
 
 
-def environment_row(environment: Environment) -> dict[str, Any]:
-    return {"digest": environment.digest, **plain(environment)}
+def prompt_row(prompt: Prompt) -> Values:
+    return {"digest": prompt.digest, "domain": prompt.domain, "num_tokens": len(prompt.token_ids)}
+
+
+def workload_row(workload: Workload) -> Values:
+    names = ("batch_size", "context_length", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
+    return {
+        "digest": workload_digest(workload.timing_digest, workload.context_length),
+        "timing_digest": workload.timing_digest,
+        "sampling_digest": workload.sampling_digest,
+        **{name: getattr(workload, name) for name in names},
+    }
+
+
+def workload_digest(timing_digest: str, context_length: int | None) -> str:
+    """The key of a row of `workloads`; the context length is None where an older draftpick did not store it."""
+    return digest_of([timing_digest, context_length])
+
+
+def setup_row(setup: Setup) -> Values:
+    draft = {"draft": setup.draft.name, "draft_kind": setup.draft.kind} if setup.draft else dict.fromkeys(DRAFT)
+    return {"digest": setup.digest, "name": setup.name, **draft, "k": setup.length}
+
+
+def target_trace_row(trace: TargetTrace) -> Values:
+    return _values(trace)
+
+
+def acceptance_row(trace: Acceptance) -> Values:
+    """Of a row of `acceptance_traces` or `lookup_traces`."""
+    if isinstance(trace, LookupTrace):
+        counts = {"num_proposed": sum(trace.proposed), "num_accepted": float(sum(trace.accepted))}
+        return {**_values(trace), **counts}
+    drafted = trace.accept_probs[1:]  # the first token comes from the prefill
+    return {**_values(trace), "num_proposed": len(drafted), "num_accepted": math.fsum(drafted)}
+
+
+def step_times_rows(sweep_id: int, times: StepTimes, component: str) -> Iterator[Values]:
+    """One row for each width; the sweep has batch size and context length."""
+    for width, seconds in times.samples_s.items():
+        yield {
+            "sweep_id": sweep_id,
+            "component_digest": times.component_digest,
+            "width": width,
+            "component": component,
+            "samples_s": seconds,
+            "median_s": median(seconds),
+            "disturbed": times.disturbed,
+        }
+
+
+def sample_row(sample: Sample) -> Values:
+    """Without the ids of unit, setup and prompt."""
+    names = ("ttft_s", "decode_s", "output_tokens", "refills", "output_digest", "disturbed")
+    counts = {"rounds": plain(sample.rounds), "shapes": plain(sample.shapes)}
+    return {**{name: getattr(sample, name) for name in names}, **counts}
+
+
+def infeasible_row(infeasible: Infeasible) -> Values:
+    return {"setup": plain(infeasible.setup), "reason": infeasible.reason, "detail": infeasible.detail}
+
+
+def run_costs(outcome: object) -> Values:
+    """The costs in a run's outcome as columns."""
+    costs = outcome.get("cost") if isinstance(outcome, dict) else None
+    return {name: costs.get(name) if isinstance(costs, dict) else None for name in COSTS}
+
+
+def policy_text(text: str) -> str:
+    """A policy's JSON without white space."""
+    try:
+        return json.dumps(json.loads(text), allow_nan=False, separators=(",", ":"))
+    except (ValueError, RecursionError):
+        return text
+
+
+def choice_rows(policy_id: int, text: str) -> list[Values]:
+    """The choices of a policy's JSON; none of a text that is no policy."""
+    try:
+        choices = [_choice_row(choice) for choice in json.loads(text)["choices"]]
+    except (LookupError, TypeError, ValueError, RecursionError):
+        return []
+    return [{"policy_id": policy_id, "position": position, **choice} for position, choice in enumerate(choices)]
+
+
+def _choice_row(choice: Row) -> Values:
+    setup, measured = setup_from(choice["setup"]), choice["measured"] or {}
+    # beside plain decoding stands what failed to beat it
+    bases = [name for name in ("measured", "forecast") if (choice[name] or {}).get("setup") == choice["setup"]]
+    figures = choice[bases[0]] if bases else {}
+    speedup = figures.get("speedup") or {"estimate": 1.0 if setup == PLAIN else None}
+    rates = {
+        "end_to_end": figures.get("end_to_end"),
+        "tok_per_s": measured.get("plain_tok_per_s") if setup == PLAIN else figures.get("tok_per_s"),
+        "plain_tok_per_s": measured.get("plain_tok_per_s"),
+    }
+    return {
+        **{name: choice[name] for name in ("batch_size", "context_length", "domain", "temperature", "top_p", "top_k")},
+        "setup": setup.name,
+        **{name: value for name, value in setup_row(setup).items() if name in (*DRAFT, "k")},
+        "basis": bases[0] if bases else None,
+        "speedup": speedup["estimate"],
+        "low": speedup.get("low"),
+        "high": speedup.get("high"),
+        **{name: None if rate is None else rate["estimate"] for name, rate in rates.items()},
+        "proven": choice["proven"],
+        "reason": choice["reason"],
+    }
+
+
+# --- rows to records ---
+
+
+def model_record(row: Row) -> Model:
+    return from_row(Model, row)
+
+
+def environment_record(row: Row) -> Environment:
+    return from_row(Environment, row)
 
 
 def target_trace_record(row: Row) -> TargetTrace:
-    return target_trace_from(_fields(TargetTrace, row))
+    return from_row(TargetTrace, row)
 
 
 def acceptance_record(row: Row) -> AcceptanceTrace:
-    return acceptance_trace_from(_fields(AcceptanceTrace, row))
+    return from_row(AcceptanceTrace, row)
 
 
 def lookup_record(row: Row) -> LookupTrace:
-    return lookup_trace_from(_fields(LookupTrace, row))
+    return from_row(LookupTrace, row)
 
 
-def sweep_record(row: Row) -> tuple[str, int, StepTimes]:
-    """The sweep a staircase belongs to, the longest speculation length it was asked for, and the staircase."""
-    return row["sweep"], row["max_length"], step_times_from(_fields(StepTimes, row))
+def step_times_records(rows: Iterable[Row]) -> dict[str, StepTimes]:
+    """The step times of one sweep by component digest, from rows of `step_times` joined with `sweeps`."""
+    components: dict[str, list[Row]] = {}
+    for row in rows:
+        components.setdefault(row["component_digest"], []).append(row)
+    return {
+        digest: StepTimes(
+            component_digest=digest,
+            batch_size=widths[0]["batch_size"],
+            context_length=widths[0]["context_length"],
+            samples_s={row["width"]: row["samples_s"] for row in widths},
+            disturbed=widths[0]["disturbed"],
+        )
+        for digest, widths in components.items()
+    }
 
 
 def sample_record(row: Row) -> Sample:
-    return sample_from(_fields(Sample, row))
+    """From a row of `samples` with the digests of setup and prompt as `setup_digest` and `prompt_digest`."""
+    rounds = {RoundCount(proposed, accepted): count for proposed, accepted, count in row["rounds"]}
+    shapes = {StepShape(*shape): count for *shape, count in row["shapes"]}
+    return from_row(Sample, {**row, "rounds": rounds, "shapes": shapes})
 
 
-def infeasible_row(found: Infeasible) -> dict[str, Any]:
-    return {"setup_digest": found.setup.digest, **plain(found)}
+def infeasible_record(row: Row) -> Infeasible:
+    return Infeasible(setup=setup_from(row["setup"]), reason=row["reason"], detail=row["detail"])
+
+
+def setup_from(raw: Row) -> Setup:
+    """A setup from its JSON."""
+    draft = None if raw["draft"] is None else draft_from(raw["draft"])
+    return Setup(draft=draft, length=raw["length"], stop_below=raw.get("stop_below"))

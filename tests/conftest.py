@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from store.database import Place
+from store.database import Location
 from store.evidence_store import EvidenceStore
 from tests.support import servers, tiny
 from tests.support.cli import DECIDED, call, small_run, write_prompts
@@ -41,7 +41,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=servers.KINDS)
-def place(request: pytest.FixtureRequest, path: Path) -> Iterator[Place]:
+def location(request: pytest.FixtureRequest, path: Path) -> Iterator[Location]:
     """Where a store may be made, on every database kind: a file, and a fresh schema of a server where one is given."""
     if request.param == "sqlite":
         yield path
@@ -51,9 +51,9 @@ def place(request: pytest.FixtureRequest, path: Path) -> Iterator[Place]:
 
 
 @pytest.fixture
-def evidence_store(place: Place) -> Iterator[EvidenceStore]:
+def evidence_store(location: Location) -> Iterator[EvidenceStore]:
     """An open, empty store of either kind."""
-    with EvidenceStore.open(place) as opened:
+    with EvidenceStore.open(location) as opened:
         yield opened
 
 

@@ -32,7 +32,7 @@ from profiles.records.evidence import (
 )
 from store import tables
 from store.cached_engine import CachedEngine
-from store.database import Place
+from store.database import Location
 from store.evidence_store import EvidenceStore
 from tuner.forecast.evidence import typical_context
 from tuner.forecast.queues import queues, spread_over_domains
@@ -74,14 +74,14 @@ class DryRun:
     seconds: float
 
 
-def dry_run(engine: Engine, loads: Loads, place: Place, options: Options, since: str = "") -> DryRun:
-    """Rehearses a run over the book at `place`, or an empty one where there is no file yet, without changing it.
+def dry_run(engine: Engine, loads: Loads, location: Location, options: Options, since: str = "") -> DryRun:
+    """Rehearses a run over the book at `location`, or an empty one where there is no file yet, without changing it.
 
     Raises StoreError for a server whose database has no tables yet or older ones: a run makes them.
     """
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy.db"
-        _copy(place, copy, engine.target)
+        _copy(location, copy, engine.target)
         with EvidenceStore.open(Path(folder) / "glance.db") as scratch:
             first = {workload.batch_size: (workload, prompts) for workload, prompts in reversed(loads)}
             glancing, longest = CachedEngine(engine, scratch), max(options.lengths)
@@ -94,19 +94,19 @@ def dry_run(engine: Engine, loads: Loads, place: Place, options: Options, since:
     return DryRun(new_units=dict(imagined.units), known_units=cached_engine.reused_units, seconds=imagined.seconds)
 
 
-def _copy(place: Place, copy: Path, target: Model) -> None:
+def _copy(location: Location, copy: Path, target: Model) -> None:
     """A file as a whole; of a server's store what is about the target."""
-    if isinstance(place, Path):
-        if place.exists():
-            EvidenceStore.open(place).close()  # refuses what is no book, under its own name
+    if isinstance(location, Path):
+        if location.exists():
+            EvidenceStore.open(location).close()  # refuses what is no book, under its own name
             with (
-                contextlib.closing(sqlite3.connect(place)) as source,
+                contextlib.closing(sqlite3.connect(location)) as source,
                 contextlib.closing(sqlite3.connect(copy)) as twin,
             ):
                 source.backup(twin)
         return
     with (
-        EvidenceStore.open_read_only(place) as evidence_store,
+        EvidenceStore.open_read_only(location) as evidence_store,
         evidence_store.reading() as source,
         EvidenceStore.open(copy) as scratch,
         scratch.writing() as twin,

@@ -46,9 +46,9 @@ class TuningSession:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreError(f"store {evidence_store.place}: policy folder {folder}: {error.strerror}") from error
-        place = evidence_store.database.studies_place()
-        name = "" if isinstance(place, Path) else f"of {evidence_store.place}"
+            raise StoreError(f"store {evidence_store.name}: policy folder {folder}: {error.strerror}") from error
+        place = evidence_store.database.studies_location()
+        name = "" if isinstance(place, Path) else f"of {evidence_store.name}"
         with evidence_store.writing():  # Optuna makes its tables unguarded
             # without a pool no connection is held while measuring, nor left open at the end
             studies = search.open_storage(place, name, {"poolclass": NullPool})
@@ -57,7 +57,7 @@ class TuningSession:
     @property
     def name(self) -> str:
         """Where evidence is kept, as people know it: the folder, or the server's database."""
-        return str(self.folder) if self.evidence_store.database.path is not None else self.evidence_store.place
+        return str(self.folder) if self.evidence_store.database.path is not None else self.evidence_store.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, column, select
 from profiles.records.errors import NewerStoreError, StoreError
 
 LOCATION = Path(__file__).parent
-REVISIONS = ("0001", "0002", "0003", "0004")  # those in `versions/`, oldest first
+REVISIONS = ("0001", "0002", "0003", "0004", "0005")  # those in `versions/`, oldest first
 HEAD = REVISIONS[-1]
 
 _VERSION = sqlalchemy.table("alembic_version", column("version_num"))

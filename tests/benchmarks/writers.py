@@ -23,7 +23,7 @@ from rich.table import Table
 
 from profiles.records.core import PLAIN, Setup, Workload
 from store.cached_engine import CachedEngine
-from store.database import Place
+from store.database import Location
 from store.evidence_store import EvidenceStore, Scope
 from tests.support import servers
 from tests.support.fakes import DRAFT_A, GREEDY, FakeEngine, prompts
@@ -46,13 +46,13 @@ KEYS = {
 }
 
 
-def write_together(place: Place, seed: int, seconds: float, barrier: Any, results: Any) -> None:
+def write_together(location: Location, seed: int, seconds: float, barrier: Any, results: Any) -> None:
     """One process: a run, then units that everybody saves; puts how many it measured and reused, and what failed."""
     engine = FakeEngine(seed=seed, keep=0.9)
     said: dict[str, Any] = {"error": None, "runs": 0, "measured": 0, "reused": 0, "unlike": 0}
     barrier.wait()
     try:
-        with EvidenceStore.open(place) as evidence_store:
+        with EvidenceStore.open(location) as evidence_store:
             workload = Workload(context_length=256, max_new_tokens=64, temperature=(seed % 2) * 0.8)
             tune(engine, [(workload, PROMPTS)], TuningSession.of(evidence_store), Options(lengths=(1, 2)), Watch())
             said["runs"] = 1
@@ -74,7 +74,7 @@ def write_together(place: Place, seed: int, seconds: float, barrier: Any, result
 
 
 @contextmanager
-def _place(kind: str) -> Iterator[Place]:
+def _location(kind: str) -> Iterator[Location]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DRAFTPICK_STORE"] = folder  # a server's policies go here
         if kind == "sqlite":
@@ -88,16 +88,17 @@ def measure(kind: str, seconds: float) -> dict[str, Any]:
     """All processes of a kind at once, then what raw SQL says."""
     fork, count = multiprocessing.get_context("fork"), PROCESSES[kind]
     barrier, results = fork.Barrier(count), fork.Queue()
-    with _place(kind) as place:
+    with _location(kind) as location:
         workers = [
-            fork.Process(target=write_together, args=(place, seed, seconds, barrier, results)) for seed in range(count)
+            fork.Process(target=write_together, args=(location, seed, seconds, barrier, results))
+            for seed in range(count)
         ]
         for worker in workers:
             worker.start()
         said = [results.get(timeout=300.0) for _ in workers]
         for worker in workers:
             worker.join()
-        found = _counts(place)
+        found = _counts(location)
     errors = [one["error"] for one in said if one["error"] is not None]
     measured = sum(one["measured"] for one in said)
     return {
@@ -113,28 +114,28 @@ def measure(kind: str, seconds: float) -> dict[str, Any]:
     }
 
 
-def _counts(place: Place) -> dict[str, int]:
+def _counts(location: Location) -> dict[str, int]:
     """Rows of which there should be one, units in part, and what all processes left."""
     twice = "SELECT count(*) FROM (SELECT 1 FROM {} GROUP BY {} HAVING count(*) > 1) AS twice"
-    duplicates = sum(ask(place, twice.format(table, key))[0][0] for table, key in KEYS.items())
+    duplicates = sum(ask(location, twice.format(table, key))[0][0] for table, key in KEYS.items())
     partial = "SELECT count(*) FROM (SELECT 1 FROM {} HAVING count(*) <> {}) AS partial"
-    torn = ask(place, partial.format("samples GROUP BY unit", "max(position) + 1"))[0][0]
-    torn += ask(place, partial.format("step_times GROUP BY sweep", "3"))[0][0]
-    with EvidenceStore.open(place) as evidence_store:
-        studies = evidence_store.database.studies_place()
+    torn = ask(location, partial.format("samples GROUP BY unit", "max(position) + 1"))[0][0]
+    torn += ask(location, partial.format("step_times GROUP BY sweep", "3"))[0][0]
+    with EvidenceStore.open(location) as evidence_store:
+        studies = evidence_store.database.studies_location()
     duplicates += ask(studies, twice.format("studies", "study_name"))[0][0]
     digests = ", ".join(f"'{prompt.digest}'" for prompt in LOAD)
     loaded = [
-        ask(place, f"SELECT count(*) FROM {table} WHERE prompt_digest IN ({digests})")[0][0]
+        ask(location, f"SELECT count(*) FROM {table} WHERE prompt_digest IN ({digests})")[0][0]
         for table in ("target_traces", "acceptance_traces")
     ]
-    loaded.append(ask(place, "SELECT count(DISTINCT unit) FROM samples WHERE occasion LIKE 'load %'")[0][0])
+    loaded.append(ask(location, "SELECT count(DISTINCT unit) FROM samples WHERE occasion LIKE 'load %'")[0][0])
     return {
         "duplicates": duplicates,
         "torn": torn,
-        "rows": sum(ask(place, f"SELECT count(*) FROM {table}")[0][0] for table in KEYS),
-        "runs_finished": ask(place, "SELECT count(*) FROM runs WHERE finished_at IS NOT NULL")[0][0],
-        "policies": ask(place, "SELECT count(*) FROM policies")[0][0],
+        "rows": sum(ask(location, f"SELECT count(*) FROM {table}")[0][0] for table in KEYS),
+        "runs_finished": ask(location, "SELECT count(*) FROM runs WHERE finished_at IS NOT NULL")[0][0],
+        "policies": ask(location, "SELECT count(*) FROM policies")[0][0],
         "load_units": sum(loaded),
     }
 

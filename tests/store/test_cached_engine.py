@@ -9,7 +9,7 @@ from profiles.records.core import PLAIN, Setup
 from profiles.records.errors import EngineError, InputError, OutOfMemoryError, StoreError
 from profiles.records.evidence import Sample
 from store.cached_engine import CachedEngine
-from store.database import Place
+from store.database import Location
 from store.evidence_store import EvidenceStore, Scope
 from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts
 from tests.support.servers import ask
@@ -70,7 +70,10 @@ def test_a_failure_is_kept_as_infeasible_and_raised(evidence_store: EvidenceStor
     fake.failure = EngineError("the device is gone")
     with pytest.raises(EngineError):
         remember.time_steps(GREEDY, 96, 4)
-    rows = ask(evidence_store, "SELECT setup_digest, reason, detail FROM infeasible ORDER BY id")
+    rows = ask(
+        evidence_store,
+        "SELECT digest, reason, detail FROM infeasible JOIN setups ON setups.id = setup_id ORDER BY infeasible.id",
+    )
     assert rows == [
         (A4.digest, "OutOfMemoryError", "3 GiB were asked for, 1 GiB is free (in race 0: draft-a k=4, plain, code)"),
         (
@@ -93,7 +96,9 @@ def test_a_failure_among_several_drafts_is_put_down_to_none(evidence_store: Evid
         CachedEngine(fake, evidence_store).run_together(
             GREEDY, (PROMPTS[0],), (PLAIN, A4, Setup(draft=NGRAM, length=2)), "calibration 0"
         )
-    [(digest, detail)] = ask(evidence_store, "SELECT setup_digest, detail FROM infeasible")
+    [(digest, detail)] = ask(
+        evidence_store, "SELECT digest, detail FROM infeasible JOIN setups ON setups.id = setup_id"
+    )
     assert digest == PLAIN.digest
     assert "plain, draft-a k=4, ngram:max=4,min=2 k=2" in detail
 
@@ -116,10 +121,11 @@ class TestDisturbed:
         return CachedEngine(fake, evidence_store).run_together(GREEDY, (PROMPTS[0],), (PLAIN, A4), "proof 0")
 
     @staticmethod
-    def occasions(evidence_store: EvidenceStore) -> list[tuple[str, int]]:
-        """Occasion and `disturbed` of every unit of two runs in the file."""
-        columns = "occasion, max(CAST(disturbed AS INTEGER)), count(*)"
-        rows = ask(evidence_store, f"SELECT {columns} FROM samples GROUP BY unit, occasion ORDER BY min(id)")
+    def purposes(evidence_store: EvidenceStore) -> list[tuple[str, int]]:
+        """Purpose and `disturbed` of every unit of two runs in the file."""
+        columns = "purpose, max(CAST(disturbed AS INTEGER)), count(*)"
+        tables = "units JOIN samples ON units.id = unit_id"
+        rows = ask(evidence_store, f"SELECT {columns} FROM {tables} GROUP BY units.id, purpose ORDER BY units.id")
         assert {size for _, _, size in rows} <= {2}
         return [(purpose, disturbed) for purpose, disturbed, _ in rows]
 
@@ -133,7 +139,7 @@ class TestDisturbed:
         assert second != first
         assert [sample.disturbed for sample in second] == [False, False]
         assert self.ask(evidence_store, FakeEngine(seed=2)) == second
-        assert self.occasions(evidence_store) == [("proof 0", 1), ("proof 0, again 1", 0)]
+        assert self.purposes(evidence_store) == [("proof 0", 1), ("proof 0, again 1", 0)]
 
     def test_one_disturbed_run_of_a_unit_is_enough(self, evidence_store: EvidenceStore) -> None:
         """A pair of which only plain decoding was disturbed is no pair: both are run again."""
@@ -144,7 +150,7 @@ class TestDisturbed:
             scope, (PROMPTS[0],), (PLAIN, A4), "proof 0", (replace(plain, disturbed=True), chosen)
         )
         assert self.ask(evidence_store, fake) == (plain, chosen)
-        assert self.occasions(evidence_store) == [("proof 0", 1), ("proof 0, again 1", 0)]
+        assert self.purposes(evidence_store) == [("proof 0", 1), ("proof 0, again 1", 0)]
 
     def test_repeats_end(self, evidence_store: EvidenceStore) -> None:
         """On a machine that is never quiet the third repeat answers for good."""
@@ -154,7 +160,7 @@ class TestDisturbed:
         answers = [self.ask(evidence_store, engine) for engine in engines]
         assert [engine.calls["run_together"] for engine in engines] == [1, 1, 1, 1, 0, 0]
         assert answers[3] == answers[4] == answers[5]
-        assert self.occasions(evidence_store) == [
+        assert self.purposes(evidence_store) == [
             ("proof 0", 1),
             ("proof 0, again 1", 1),
             ("proof 0, again 2", 1),
@@ -181,17 +187,18 @@ class TestDisturbed:
             assert {part.disturbed for part in times.values()} == {disturbed}
         assert fake.calls == {"time_steps": 3}
         assert ask(
-            evidence_store, "SELECT count(DISTINCT sweep), sum(CAST(disturbed AS INTEGER)), count(*) FROM step_times"
+            evidence_store,
+            "SELECT count(DISTINCT sweep_id), sum(CAST(disturbed AS INTEGER)), count(*) FROM step_times WHERE width = 1",
         ) == [(3, 6, 9)]
 
 
-def test_a_faster_process_answers(evidence_store: EvidenceStore, place: Place) -> None:
+def test_a_faster_process_answers(evidence_store: EvidenceStore, location: Location) -> None:
     """When another process saves a unit while this one measures it, both go on with the same runs."""
     theirs: list[tuple[Sample, ...]] = []
 
     class Slow(FakeEngine):
         def run_together(self, workload, prompts, setups, purpose):  # type: ignore[no-untyped-def]
-            with EvidenceStore.open(place) as other:
+            with EvidenceStore.open(location) as other:
                 theirs.append(CachedEngine(FakeEngine(seed=1), other).run_together(workload, prompts, setups, purpose))
             return super().run_together(workload, prompts, setups, purpose)
 
@@ -201,17 +208,17 @@ def test_a_faster_process_answers(evidence_store: EvidenceStore, place: Place) -
     assert ask(evidence_store, "SELECT count(*) FROM samples") == [(2,)]
 
 
-def test_a_faster_process_answers_for_traces(evidence_store: EvidenceStore, place: Place) -> None:
+def test_a_faster_process_answers_for_traces(evidence_store: EvidenceStore, location: Location) -> None:
     """Whoever saves a trace or an acceptance first answers for both, though floats differ between machines."""
 
     class Slow(FakeEngine):
         def trace_target(self, workload, prompt):  # type: ignore[no-untyped-def]
-            with EvidenceStore.open(place) as other:
+            with EvidenceStore.open(location) as other:
                 CachedEngine(FakeEngine(seed=1), other).trace_target(workload, prompt)
             return super().trace_target(workload, prompt)
 
         def trace_draft(self, workload, prompt, trace, draft, max_length):  # type: ignore[no-untyped-def]
-            with EvidenceStore.open(place) as other:
+            with EvidenceStore.open(location) as other:
                 CachedEngine(FakeEngine(seed=1), other).trace_draft(workload, prompt, trace, draft, max_length)
             return super().trace_draft(workload, prompt, trace, draft, max_length)
 
@@ -226,16 +233,16 @@ def test_a_faster_process_answers_for_traces(evidence_store: EvidenceStore, plac
     assert ask(evidence_store, "SELECT count(*) FROM acceptance_traces") == [(1,)]
 
 
-def test_what_others_save_meanwhile_changes_no_answer(evidence_store: EvidenceStore, place: Place) -> None:
+def test_what_others_save_meanwhile_changes_no_answer(evidence_store: EvidenceStore, location: Location) -> None:
     """A run that asks twice gets one answer, though another process added a newer sweep and a quieter repeat."""
     ours, theirs = FakeEngine(), FakeEngine(seed=1)
     ours.disturbed = True
     remember = CachedEngine(ours, evidence_store)
     first = measure_all(remember)
-    with EvidenceStore.open(place) as other:
+    with EvidenceStore.open(location) as other:
         assert measure_all(CachedEngine(theirs, other)) != first
     assert measure_all(remember) == first
-    assert ask(evidence_store, "SELECT count(DISTINCT sweep) FROM step_times") == [(2,)]
+    assert ask(evidence_store, "SELECT count(*) FROM sweeps") == [(2,)]
     assert ask(evidence_store, "SELECT count(*) FROM samples") == [(12,)]
 
 
@@ -271,7 +278,7 @@ def test_what_cannot_be_saved_is_not_passed_on(evidence_store: EvidenceStore, mo
     fake = FakeEngine()
     confused = fake.trace_target(GREEDY, PROMPTS[1])
     monkeypatch.setattr(fake, "trace_target", lambda workload, prompt: confused)
-    with pytest.raises(StoreError, match="does not answer for target_traces"):
+    with pytest.raises(StoreError, match="a trace is not of fake-target"):
         CachedEngine(fake, evidence_store).trace_target(GREEDY, PROMPTS[0])
 
 
@@ -282,7 +289,11 @@ def test_old_timings_are_taken_again_and_traces_are_not(evidence_store: Evidence
     again = CachedEngine(later, evidence_store, since="2999-01-01T00:00:00+00:00")
     measure_all(again)
     assert later.calls == {"time_steps": 1, "run_together": 3}
-    ask(evidence_store, "UPDATE samples SET decode_s = decode_s * 2 WHERE occasion LIKE '%again 1'")
+    ask(
+        evidence_store,
+        "UPDATE samples SET decode_s = decode_s * 2 WHERE unit_id = "
+        "(SELECT id FROM units WHERE purpose LIKE '%again 1')",
+    )
     latest = CachedEngine(FakeEngine(), evidence_store)
     found = measure_all(latest)
     assert latest.measured_units == 0

@@ -29,8 +29,8 @@ Damage = Callable[[random.Random, bytes], bytes]
 
 
 def flip_a_bit(rng: random.Random, sound: bytes) -> bytes:
-    place = rng.randrange(len(sound))
-    return sound[:place] + bytes([sound[place] ^ 1 << rng.randrange(8)]) + sound[place + 1 :]
+    offset = rng.randrange(len(sound))
+    return sound[:offset] + bytes([sound[offset] ^ 1 << rng.randrange(8)]) + sound[offset + 1 :]
 
 
 def flip_many(rng: random.Random, sound: bytes) -> bytes:
@@ -44,28 +44,28 @@ def cut_off(rng: random.Random, sound: bytes) -> bytes:
 
 
 def insert(rng: random.Random, sound: bytes) -> bytes:
-    place = rng.randrange(len(sound) + 1)
-    return sound[:place] + rng.randbytes(rng.randint(1, 40)) + sound[place:]
+    offset = rng.randrange(len(sound) + 1)
+    return sound[:offset] + rng.randbytes(rng.randint(1, 40)) + sound[offset:]
 
 
 def cut_out(rng: random.Random, sound: bytes) -> bytes:
-    place = rng.randrange(len(sound))
-    return sound[:place] + sound[place + rng.randint(1, 40) :]
+    offset = rng.randrange(len(sound))
+    return sound[:offset] + sound[offset + rng.randint(1, 40) :]
 
 
 def overwrite(rng: random.Random, sound: bytes) -> bytes:
-    place, noise = rng.randrange(len(sound)), rng.randbytes(rng.randint(1, 200))
-    changed = sound[:place] + noise + sound[place + len(noise) :]
+    offset, noise = rng.randrange(len(sound)), rng.randbytes(rng.randint(1, 200))
+    changed = sound[:offset] + noise + sound[offset + len(noise) :]
     return changed if changed != sound else flip_a_bit(rng, sound)
 
 
 def zero_a_page(rng: random.Random, sound: bytes) -> bytes:
-    place = rng.randrange(len(sound) // 4096) * 4096
-    return sound[:place] + bytes(4096) + sound[place + 4096 :]
+    offset = rng.randrange(len(sound) // 4096) * 4096
+    return sound[:offset] + bytes(4096) + sound[offset + 4096 :]
 
 
 def swap_pages(rng: random.Random, sound: bytes) -> bytes:
-    pages = [sound[place : place + 4096] for place in range(0, len(sound), 4096)]
+    pages = [sound[offset : offset + 4096] for offset in range(0, len(sound), 4096)]
     one, other = rng.sample(range(len(pages)), 2)
     pages[one], pages[other] = pages[other], pages[one]
     return b"".join(pages)
@@ -75,7 +75,7 @@ ANYWHERE: tuple[Damage, ...] = (flip_a_bit, flip_many, cut_off, insert, cut_out,
 IN_PAGES: tuple[Damage, ...] = (*ANYWHERE, zero_a_page, swap_pages)
 
 
-def places_in(value: Any) -> list[tuple[Any, Any]]:
+def offsets_in(value: Any) -> list[tuple[Any, Any]]:
     """Every (container, key) of a JSON value, but for the numbers of a long list only the first."""
     if isinstance(value, dict):
         own = [(value, key) for key in value]
@@ -83,13 +83,13 @@ def places_in(value: Any) -> list[tuple[Any, Any]]:
         own = [(value, key) for key in range(min(len(value), 3))]
     else:
         return []
-    return own + [deeper for container, key in own for deeper in places_in(container[key])]
+    return own + [deeper for container, key in own for deeper in offsets_in(container[key])]
 
 
 def change_json(rng: random.Random, value: Any) -> None:
     """Swaps two values, puts a strange one somewhere, leaves one out or adds one."""
-    places = places_in(value)
-    (one, key), (other, other_key) = rng.choice(places), rng.choice(places)
+    offsets = offsets_in(value)
+    (one, key), (other, other_key) = rng.choice(offsets), rng.choice(offsets)
     kind = rng.randrange(4)
     if kind == 0:
         kept = json.loads(json.dumps([one[key], other[other_key]]))

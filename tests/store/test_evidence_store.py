@@ -15,7 +15,7 @@ from profiles.records.core import PLAIN, Model, Setup, Workload
 from profiles.records.errors import NewerStoreError, PolicyError, StoreError
 from profiles.records.evidence import Infeasible, Sample
 from store import tables
-from store.database import Place
+from store.database import Location
 from store.evidence_store import EvidenceStore, Scope
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts
 from tests.support.policies import save_policy
@@ -89,15 +89,15 @@ class TestEvidence:
         """A sweep is found for its machine, anchor and every length it covers."""
         times = fake.time_steps(GREEDY, 96, 4)
         evidence_store.save_step_times(SCOPE, DRAFTS, 4, times)
-        assert evidence_store.find_step_times(SCOPE, DRAFTS, (96, 4)) == times
-        assert evidence_store.find_step_times(SCOPE, (DRAFT_A,), (96, 2)) == times
-        assert evidence_store.find_step_times(SCOPE, DRAFTS, (96, 5)) is None
-        assert evidence_store.find_step_times(SCOPE, DRAFTS, (128, 4)) is None
-        assert evidence_store.find_step_times(ELSEWHERE, DRAFTS, (96, 4)) is None
+        assert evidence_store.find_step_times(SCOPE, DRAFTS, context_length=96, max_length=4) == times
+        assert evidence_store.find_step_times(SCOPE, (DRAFT_A,), context_length=96, max_length=2) == times
+        assert evidence_store.find_step_times(SCOPE, DRAFTS, context_length=96, max_length=5) is None
+        assert evidence_store.find_step_times(SCOPE, DRAFTS, context_length=128, max_length=4) is None
+        assert evidence_store.find_step_times(ELSEWHERE, DRAFTS, context_length=96, max_length=4) is None
         two_rows = Workload(batch_size=2, context_length=256, max_new_tokens=64)
         assert (
             evidence_store.find_step_times(
-                Scope(target=TARGET, environment=MACHINE, workload=two_rows), DRAFTS, (96, 4)
+                Scope(target=TARGET, environment=MACHINE, workload=two_rows), DRAFTS, context_length=96, max_length=4
             )
             is None
         )
@@ -107,10 +107,13 @@ class TestEvidence:
         old, new = fake.time_steps(GREEDY, 96, 4), FakeEngine(seed=1).time_steps(GREEDY, 96, 4)
         evidence_store.save_step_times(SCOPE, DRAFTS, 4, old)
         evidence_store.save_step_times(SCOPE, (DRAFT_A,), 4, {part: new[part] for part in new if part != NGRAM.digest})
-        assert evidence_store.find_step_times(SCOPE, DRAFTS, (96, 4)) == old
+        assert evidence_store.find_step_times(SCOPE, DRAFTS, context_length=96, max_length=4) == old
         evidence_store.save_step_times(SCOPE, DRAFTS, 4, new)
-        assert evidence_store.find_step_times(SCOPE, DRAFTS, (96, 4)) == new
-        assert ask(evidence_store, "SELECT count(DISTINCT sweep), count(*) FROM step_times") == [(3, 8)]
+        assert evidence_store.find_step_times(SCOPE, DRAFTS, context_length=96, max_length=4) == new
+        assert ask(
+            evidence_store,
+            "SELECT count(DISTINCT sweep_id), count(*) FROM step_times WHERE width = 1",
+        ) == [(3, 8)]
 
     def test_an_undisturbed_sweep_goes_before_newer_ones(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
         """Of disturbed sweeps the newest answers, until there is one that nothing disturbed."""
@@ -121,11 +124,13 @@ class TestEvidence:
         ]
         for sweep in disturbed[:2]:
             evidence_store.save_step_times(SCOPE, DRAFTS, 4, sweep)
-            assert evidence_store.find_step_times(SCOPE, DRAFTS, (96, 4)) == sweep
+            assert evidence_store.find_step_times(SCOPE, DRAFTS, context_length=96, max_length=4) == sweep
         for sweep in (quiet, disturbed[2]):
             evidence_store.save_step_times(SCOPE, DRAFTS, 4, sweep)
-            assert evidence_store.find_step_times(SCOPE, DRAFTS, (96, 4)) == quiet
-        assert ask(evidence_store, "SELECT sum(CAST(disturbed AS INTEGER)), count(*) FROM step_times") == [(3, 12)]
+            assert evidence_store.find_step_times(SCOPE, DRAFTS, context_length=96, max_length=4) == quiet
+        assert ask(
+            evidence_store, "SELECT sum(CAST(disturbed AS INTEGER)), count(*) FROM step_times WHERE width = 1"
+        ) == [(3, 12)]
 
     def test_an_incomplete_sweep_is_refused(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
         """A sweep without a draft or a target width would never answer, so it is not saved."""
@@ -146,7 +151,8 @@ class TestEvidence:
         assert evidence_store.find_samples(ELSEWHERE, (PROMPT,), (PLAIN, A4), "proof 0") is None
         rows = ask(
             evidence_store,
-            "SELECT position, setup_name, occasion, count(*) OVER (PARTITION BY unit) FROM samples ORDER BY id",
+            "SELECT position, name, purpose, count(*) OVER (PARTITION BY unit_id) FROM samples "
+            "JOIN units ON units.id = unit_id JOIN setups ON setups.id = setup_id ORDER BY position",
         )
         assert rows == [(0, "plain", "proof 0", 2), (1, "draft-a k=4", "proof 0", 2)]
 
@@ -155,7 +161,9 @@ class TestEvidence:
         found = Infeasible(setup=A4, reason="OutOfMemoryError", detail="3 GiB were asked for")
         evidence_store.save_infeasible(SCOPE, found)
         evidence_store.save_infeasible(SCOPE, found)
-        rows = ask(evidence_store, "SELECT setup, setup_digest, reason, detail FROM infeasible")
+        rows = ask(
+            evidence_store, "SELECT setup, digest, reason, detail FROM infeasible JOIN setups ON setups.id = setup_id"
+        )
         assert {parsed(setup)["length"] for setup, *_ in rows} == {4}
         assert [row[1:] for row in rows] == [(A4.digest, "OutOfMemoryError", "3 GiB were asked for")] * 2
 
@@ -190,12 +198,13 @@ class TestNothingIsOverwritten:
         evidence_store.save_acceptance(SCOPE, PROMPT, moved, acceptance)
         assert ask(evidence_store, "SELECT draft_name FROM acceptance_traces") == [("draft-a",)]
 
-    def test_other_values_under_a_key_are_refused(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
-        """A different value for a known key is an error that names the key, and the first value stays."""
+    def test_the_first_trace_of_a_key_answers(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
+        """Whoever saves a different one later is given the stored one."""
         trace = fake.trace_target(GREEDY, PROMPT)
-        evidence_store.save_target_trace(SCOPE, PROMPT, trace)
-        with pytest.raises(StoreError, match=f"target_traces of fake-target, .*prompt_digest {PROMPT.digest}.*never"):
-            evidence_store.save_target_trace(SCOPE, PROMPT, FakeEngine(seed=1).trace_target(GREEDY, PROMPT))
+        assert evidence_store.save_target_trace(SCOPE, PROMPT, trace) == trace
+        other = FakeEngine(seed=1).trace_target(GREEDY, PROMPT)
+        assert other != trace
+        assert evidence_store.save_target_trace(SCOPE, PROMPT, other) == trace
         assert evidence_store.find_target_trace(SCOPE, PROMPT) == trace
 
     def test_the_first_runs_of_a_unit_answer(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
@@ -211,7 +220,7 @@ class TestNothingIsOverwritten:
 
     def test_evidence_of_another_key_is_refused(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
         """A record is only saved under the prompt, draft and setups it is about."""
-        with pytest.raises(StoreError, match="does not answer for target_traces"):
+        with pytest.raises(StoreError, match=r"a trace is not of fake-target, .*prompt_digest"):
             evidence_store.save_target_trace(SCOPE, OTHER, fake.trace_target(GREEDY, PROMPT))
         with pytest.raises(StoreError, match="not of the setups and prompts that were run"):
             evidence_store.save_samples(SCOPE, (PROMPT,), (A4, PLAIN), "proof 0", samples_of(fake))
@@ -232,7 +241,7 @@ class TestNothingIsOverwritten:
         """JSON has no NaN: such evidence is an error, not a row nobody else can read."""
         acceptance = fake.trace_draft(GREEDY, PROMPT, fake.trace_target(GREEDY, PROMPT), DRAFT_A, 4)
         object.__setattr__(acceptance, "confidences", (float("nan"),) * 64)
-        with pytest.raises(StoreError, match=r"a row cannot be read or written: .*not JSON compliant"):
+        with pytest.raises(StoreError, match=r"a row cannot be read or written: .*not finite cannot be stored"):
             evidence_store.save_acceptance(SCOPE, PROMPT, DRAFT_A, acceptance)
 
 
@@ -275,21 +284,31 @@ class TestRunsAndPolicies:
         assert evidence_store.latest_policy(TARGET.run_digest, MACHINE) == "two"
         assert evidence_store.latest_policy(second.run_digest, ELSEWHERE.environment) is None
 
-    def test_the_newest_policy_answers_whichever_came_last(self, evidence_store: EvidenceStore) -> None:
-        """A policy that was made earlier and came later, in a bundle, does not replace a newer one; of equals the last
-        saved answers."""
-        for text in ("new", "old"):
+    def test_the_newest_policy_answers_whatever_the_clock_said(self, evidence_store: EvidenceStore) -> None:
+        """A clock that was ahead once hides no later policy, and a later one is made from it."""
+        save_policy(evidence_store, "first", TARGET, MACHINE)
+        ask(evidence_store, "UPDATE policies SET created_at = '2031-01-01T00:00:00+00:00'")
+        evidence_store.replace_policy(TARGET, MACHINE, lambda latest: f"after {latest}")
+        assert evidence_store.latest_policy() == evidence_store.latest_policy(TARGET.name, MACHINE) == "after first"
+        assert ask(evidence_store, "SELECT generation, policy FROM policies ORDER BY id") == [
+            (1, "first"),
+            (2, "after first"),
+        ]
+
+    def test_an_older_policy_that_came_later_does_not_answer(self, evidence_store: EvidenceStore) -> None:
+        """A bundle brings policies with their generation; of equal generations the one saved last answers."""
+        for text in ("one", "two", "from a bundle"):
             save_policy(evidence_store, text, TARGET, MACHINE)
-        ask(evidence_store, "UPDATE policies SET created_at = '2020-01-01T00:00:00+00:00' WHERE policy = 'old'")
-        assert evidence_store.latest_policy() == evidence_store.latest_policy(TARGET.name, MACHINE) == "new"
-        ask(evidence_store, "UPDATE policies SET created_at = '2020-01-01T00:00:00+00:00'")
-        assert evidence_store.latest_policy() == "old"
+        ask(evidence_store, "UPDATE policies SET generation = 1 WHERE policy = 'from a bundle'")
+        assert evidence_store.latest_policy() == evidence_store.latest_policy(TARGET.name, MACHINE) == "two"
+        ask(evidence_store, "UPDATE policies SET generation = 1")
+        assert evidence_store.latest_policy() == "from a bundle"
 
     def test_of_two_that_replace_a_policy_the_later_joins_the_earlier(
-        self, evidence_store: EvidenceStore, place: Place
+        self, evidence_store: EvidenceStore, location: Location
     ) -> None:
         """Nobody saves a policy between the reading of the latest one and the saving of what was made from it."""
-        second = threading.Thread(target=self._add, args=(place, "B"))
+        second = threading.Thread(target=self._add, args=(location, "B"))
 
         def first(latest: str | None) -> str:
             second.start()
@@ -312,14 +331,14 @@ class TestRunsAndPolicies:
         assert evidence_store.latest_policy() is None
 
     @staticmethod
-    def _add(place: Place, letter: str) -> None:
-        with EvidenceStore.open(place) as evidence_store:
+    def _add(location: Location, letter: str) -> None:
+        with EvidenceStore.open(location) as evidence_store:
             evidence_store.replace_policy(TARGET, MACHINE, lambda latest: f"{latest}{letter}")
 
 
 class TestReadOnly:
     def test_it_answers_as_the_open_book_does(
-        self, evidence_store: EvidenceStore, place: Place, fake: FakeEngine
+        self, evidence_store: EvidenceStore, location: Location, fake: FakeEngine
     ) -> None:
         """Every question that a look-up asks has the same answer, also while the writer has the store open."""
         trace = fake.trace_target(GREEDY, PROMPT)
@@ -327,8 +346,8 @@ class TestReadOnly:
         evidence_store.save_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0", samples_of(fake))
         save_policy(evidence_store, "one", TARGET, MACHINE)
         evidence_store.finish_run(evidence_store.save_run(SCOPE), {"proven": True})
-        with EvidenceStore.open_read_only(place) as reader:
-            assert reader.place == evidence_store.place
+        with EvidenceStore.open_read_only(location) as reader:
+            assert reader.name == evidence_store.name
             assert reader.find_target_trace(SCOPE, PROMPT) == trace
             assert reader.find_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0") == samples_of(fake)
             assert reader.latest_policy() == "one"
@@ -336,33 +355,33 @@ class TestReadOnly:
             save_policy(evidence_store, "two", TARGET, MACHINE)
             assert reader.latest_policy() == "two"
 
-    def test_it_cannot_write(self, evidence_store: EvidenceStore, place: Place) -> None:
+    def test_it_cannot_write(self, evidence_store: EvidenceStore, location: Location) -> None:
         """Saving is refused in one line, and nothing is saved."""
         with (
-            EvidenceStore.open_read_only(place) as reader,
+            EvidenceStore.open_read_only(location) as reader,
             pytest.raises(StoreError, match=r"read-?only.*allow writing or name"),
         ):
             save_policy(reader, "one", TARGET, MACHINE)
         assert evidence_store.latest_policy() is None
 
-    def test_an_empty_store_is_not_made_into_one(self, place: Place) -> None:
+    def test_an_empty_store_is_not_made_into_one(self, location: Location) -> None:
         """A store that is not there, or has no tables, is refused and stays as it was."""
         with pytest.raises(StoreError, match=r"it is not there: run|no tables yet, this draftpick reads \d{4}"):
-            EvidenceStore.open_read_only(place)
-        assert not isinstance(place, Path) or not place.parent.exists()
+            EvidenceStore.open_read_only(location)
+        assert not isinstance(location, Path) or not location.parent.exists()
         with pytest.raises(StoreError, match=r"it is not there: run|no tables yet"):
-            EvidenceStore.open_read_only(place)
+            EvidenceStore.open_read_only(location)
 
     @pytest.mark.parametrize(("version", "error"), [("0002", StoreError), ("9998", NewerStoreError)])
     def test_another_schema_is_told(
-        self, evidence_store: EvidenceStore, place: Place, version: str, error: type[StoreError]
+        self, evidence_store: EvidenceStore, location: Location, version: str, error: type[StoreError]
     ) -> None:
         """An older one says how it is upgraded, a newer one that draftpick must be; neither is touched."""
         ask(evidence_store, f"UPDATE alembic_version SET version_num = '{version}'")
-        reasons = {"0002": "the older schema 0002, .* reads 0004: `tune.py show`", "9998": "schema 9998, .* up to 0004"}
+        reasons = {"0002": "the older schema 0002, .* reads 0005: `tune.py show`", "9998": "schema 9998, .* up to 0005"}
         with pytest.raises(error, match=reasons[version]):
-            EvidenceStore.open_read_only(place)
-        assert ask(place, "SELECT version_num FROM alembic_version") == [(version,)]
+            EvidenceStore.open_read_only(location)
+        assert ask(location, "SELECT version_num FROM alembic_version") == [(version,)]
 
 
 class TestTheTimeouts:
@@ -379,11 +398,11 @@ class TestTheTimeouts:
         assert ask(evidence_store, "SELECT count(*) FROM target_traces") == [(1,)]
 
     def test_a_writer_that_waited_too_long_says_so(
-        self, evidence_store: EvidenceStore, place: Place, fake: FakeEngine
+        self, evidence_store: EvidenceStore, location: Location, fake: FakeEngine
     ) -> None:
         """After its timeout, in one line; the unit can be saved later."""
         trace = fake.trace_target(GREEDY, PROMPT)
-        with EvidenceStore.open(place, busy_timeout_s=0.1) as other:
+        with EvidenceStore.open(location, busy_timeout_s=0.1) as other:
             with (
                 evidence_store.writing(),
                 pytest.raises(StoreError, match=r"lock.*: another process keeps it locked") as caught,
@@ -393,16 +412,16 @@ class TestTheTimeouts:
         assert "\n" not in str(caught.value)
         assert ask(evidence_store, "SELECT count(*) FROM target_traces") == [(1,)]
 
-    def test_readers_do_not_wait(self, evidence_store: EvidenceStore, place: Place) -> None:
+    def test_readers_do_not_wait(self, evidence_store: EvidenceStore, location: Location) -> None:
         """Who reads while another writes sees the last committed state at once."""
         save_policy(evidence_store, "one", TARGET, MACHINE)
-        with evidence_store.writing(), EvidenceStore.open_read_only(place, busy_timeout_s=0.1) as reader:
+        with evidence_store.writing(), EvidenceStore.open_read_only(location, busy_timeout_s=0.1) as reader:
             assert reader.latest_policy() == "one"
 
-    def test_a_reader_sees_one_state(self, evidence_store: EvidenceStore, place: Place) -> None:
+    def test_a_reader_sees_one_state(self, evidence_store: EvidenceStore, location: Location) -> None:
         """What another process commits in the middle of a reading is not seen in it."""
         query = sqlalchemy.select(sqlalchemy.func.count()).select_from(tables.policies)
-        with EvidenceStore.open(place) as other, evidence_store.reading() as connection:
+        with EvidenceStore.open(location) as other, evidence_store.reading() as connection:
             assert connection.scalar(query) == 0
             save_policy(other, "one", TARGET, MACHINE)
             assert connection.scalar(query) == 0
@@ -413,9 +432,9 @@ class TestTheFirstAnswers:
         """Where it is asked for, the later of two unlike traces gives way to the first."""
         theirs, ours = fake.trace_target(GREEDY, PROMPT), FakeEngine(seed=1).trace_target(GREEDY, PROMPT)
         for trace in (theirs, ours):
-            assert evidence_store.save_target_trace(SCOPE, PROMPT, trace, first_answers=True) == theirs
+            assert evidence_store.save_target_trace(SCOPE, PROMPT, trace) == theirs
         for draft in DRAFTS:
             first, second = (FakeEngine(seed=seed).trace_draft(GREEDY, PROMPT, theirs, draft, 4) for seed in (0, 1))
             assert first != second
             for acceptance in (first, second):
-                assert evidence_store.save_acceptance(SCOPE, PROMPT, draft, acceptance, first_answers=True) == first
+                assert evidence_store.save_acceptance(SCOPE, PROMPT, draft, acceptance) == first

@@ -123,20 +123,20 @@ def test_a_reader_does_not_upgrade(version: str, tmp_path: Path) -> None:
     shutil.copy(ROOT / "tests" / "assets" / f"store-{version}.sqlite", path)
     before = path.read_bytes()
     with pytest.raises(
-        StoreError, match=f"it has the older schema {version}, this draftpick reads 0004: `tune.py show`"
+        StoreError, match=f"it has the older schema {version}, this draftpick reads 0005: `tune.py show`"
     ):
         EvidenceStore.open_read_only(path)
     assert path.read_bytes() == before
     EvidenceStore.open(path).close()
     with EvidenceStore.open_read_only(path) as evidence_store:
-        assert evidence_store.latest_policy() == f'{{"made by": "{version}"}}'
+        assert evidence_store.latest_policy(TARGET.name) == f'{{"made by":"{version}"}}'
 
 
 def test_a_reader_leaves_an_empty_file_empty(tmp_path: Path) -> None:
     """It gets no tables."""
     path = tmp_path / "store.sqlite"
     path.touch()
-    with pytest.raises(StoreError, match="it has no tables yet, this draftpick reads 0004"):
+    with pytest.raises(StoreError, match="it has no tables yet, this draftpick reads 0005"):
         EvidenceStore.open_read_only(path)
     assert path.read_bytes() == b""
 

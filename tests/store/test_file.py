@@ -58,7 +58,7 @@ class TestTheFile:
         with evidence_store.database.engine.connect() as connection:
             assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
             assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 30_000
-            assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+            assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 1
 
     def test_revisions_and_tables_agree(self, evidence_store: EvidenceStore) -> None:
         """The schema that the revisions make is the one the code is written against."""
@@ -97,7 +97,9 @@ class TestTheFile:
             for draft in DRAFTS:
                 stored = evidence_store.find_acceptance(SCOPE, PROMPT, draft, 4)
                 assert stored == fake.trace_draft(GREEDY, PROMPT, trace, draft, 4)
-            assert evidence_store.find_step_times(SCOPE, DRAFTS, (96, 4)) == fake.time_steps(GREEDY, 96, 4)
+            assert evidence_store.find_step_times(SCOPE, DRAFTS, context_length=96, max_length=4) == fake.time_steps(
+                GREEDY, 96, 4
+            )
             stored_runs = evidence_store.find_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0")
             assert stored_runs is not None
             assert [run.decode_s for run in stored_runs] == [seconds for (seconds,) in decode_s]
@@ -107,7 +109,7 @@ class TestTheFile:
                     assert old == replace(new, decode_s=old.decode_s, shapes={}, refills=0)
                 else:
                     assert old == new
-            assert evidence_store.latest_policy() == f'{{"made by": "{version}"}}'
+            assert evidence_store.latest_policy(TARGET.name) == f'{{"made by":"{version}"}}'
         assert sql(path, "SELECT version_num FROM alembic_version") == [(migrations.HEAD,)]
 
     def test_an_older_schema_is_upgraded_in_one_transaction(
@@ -119,7 +121,7 @@ class TestTheFile:
         shutil.copytree(migrations.LOCATION, scripts)
         monkeypatch.setattr(migrations, "LOCATION", scripts)
         later = scripts / "versions" / "9999_later.py"
-        head = "from alembic import op\nrevision, down_revision = '9999', '0004'\ndef upgrade():\n"
+        head = "from alembic import op\nrevision, down_revision = '9999', '0005'\ndef upgrade():\n"
         add = "    op.execute('ALTER TABLE runs ADD COLUMN host VARCHAR')\n"
         later.write_text(head + add + "    op.execute('ALTER TABLE nowhere ADD COLUMN host VARCHAR')\n")
         with pytest.raises(StoreError, match="no such table: nowhere"):
@@ -136,7 +138,7 @@ class TestTheFile:
         """A file of a later draftpick is left alone, and the error names both versions."""
         EvidenceStore.open(path).close()
         sql(path, "UPDATE alembic_version SET version_num = '9998'")
-        with pytest.raises(NewerStoreError, match="schema 9998, this draftpick reads up to 0004"):
+        with pytest.raises(NewerStoreError, match="schema 9998, this draftpick reads up to 0005"):
             EvidenceStore.open(path)
         assert sql(path, "SELECT version_num FROM alembic_version") == [("9998",)]
 
@@ -168,7 +170,7 @@ class TestTheFile:
     def test_a_damaged_row_is_told(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
         """A row that is no longer a valid record is an error of the store, not a number."""
         evidence_store.save_target_trace(SCOPE, PROMPT, fake.trace_target(GREEDY, PROMPT))
-        for damage, reason in (("'[1, 2'", "Expecting"), ("'[]'", "a target trace is empty")):
+        for damage, reason in (("'[1, 2'", "not an array of numbers"), ("'[]'", "a target trace is empty")):
             sql(evidence_store.path, f"UPDATE target_traces SET token_ids = {damage}")
             with pytest.raises(StoreError, match=f"a row cannot be read or written: .*{reason}"):
                 evidence_store.find_target_trace(SCOPE, PROMPT)
@@ -219,18 +221,18 @@ class TestMishaps:
         saver = python(
             "from pathlib import Path\n"
             "from store.evidence_store import EvidenceStore\n"
-            "from tests import test_store_file as t\n"
-            f"book = EvidenceStore.open(Path({str(path)!r}))\n"
+            "from tests.store import test_file as t\n"
+            f"evidence_store = EvidenceStore.open(Path({str(path)!r}))\n"
             "for n in range(100000):\n"
             "    units = t.FakeEngine().run_together(t.GREEDY, (t.PROMPT,), (t.PLAIN, t.A4), f'race {n}')\n"
-            "    book.save_samples(t.SCOPE, (t.PROMPT,), (t.PLAIN, t.A4), f'race {n}', units)\n"
+            "    evidence_store.save_samples(t.SCOPE, (t.PROMPT,), (t.PLAIN, t.A4), f'race {n}', units)\n"
             "    print(n, flush=True)\n"
         )
         assert saver.stdout is not None
         told = [saver.stdout.readline() for _ in range(20)]
         saver.send_signal(signal.SIGKILL)
         told += saver.communicate()[0].splitlines()
-        units = sql(path, "SELECT count(*) FROM samples GROUP BY unit")
+        units = sql(path, "SELECT count(*) FROM samples GROUP BY unit_id")
         assert saver.returncode == -signal.SIGKILL
         assert set(units) == {(2,)}
         assert len(told) <= len(units) <= len(told) + 1

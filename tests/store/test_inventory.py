@@ -89,7 +89,7 @@ def test_the_oldest_and_the_newest_row_give_the_age(evidence_store: EvidenceStor
     made_at(evidence_store, "policies", "2026-11-20T00:00:00.000000+00:00")
     made_at(evidence_store, "policies", "2026-11-22T00:00:00.000000+00:00", later)
     made_at(evidence_store, "target_traces", "2026-11-01T00:00:00.000000+00:00", here)
-    made_at(evidence_store, "samples", "2026-11-21T00:00:00.000000+00:00", here)
+    made_at(evidence_store, "units", "2026-11-21T00:00:00.000000+00:00", here)
     assert [
         (entry.environment.digest == later, entry.oldest[:10], entry.newest[:10]) for entry in inventory(evidence_store)
     ] == [
@@ -165,7 +165,7 @@ def test_ages_are_words(passed: timedelta, words: str) -> None:
 def test_the_table_says_whose_where_how_much_and_how_old(evidence_store: EvidenceStore) -> None:
     """Every line fits 80 columns."""
     fill(evidence_store)
-    for table in ("target_traces", "samples", "policies"):
+    for table in ("target_traces", "units", "policies"):
         made_at(evidence_store, table, "2026-11-19T11:00:00.000000+00:00")
     text = shown(evidence_store, 80, MACHINE.digest)
     assert max(map(len, text.splitlines())) <= 80

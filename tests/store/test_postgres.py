@@ -95,7 +95,7 @@ class TestTheServer:
         """Neither the one before the host, nor one among the options."""
         hidden = sqlalchemy.make_url(url).update_query_dict({"password": SECRET})
         with EvidenceStore.open(url) as evidence_store:
-            for name in (evidence_store.place, connections.name_of(hidden.render_as_string(hide_password=False))):
+            for name in (evidence_store.name, connections.name_of(hidden.render_as_string(hide_password=False))):
                 assert name.startswith("postgresql+psycopg://draftpick:***@127.0.0.1:")
                 assert SECRET not in name
             with pytest.raises(StoreError, match="is no file"):
@@ -137,7 +137,7 @@ class TestTheServer:
         for opener in openers:
             opener.communicate("go\n", timeout=60)
         assert [opener.returncode for opener in openers] == [0, 0, 0]
-        assert ask(url, "SELECT version_num FROM alembic_version") == [("0004",)]
+        assert ask(url, "SELECT version_num FROM alembic_version") == [("0005",)]
 
     @pytest.mark.parametrize("name", ['My "own" schema', "back\\slash"])
     def test_studies_have_a_schema_beside_the_stores(self, name: str) -> None:
@@ -275,7 +275,10 @@ class TestRuns:
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("mysql://me:s3cret@host/base", "a folder or postgresql.psycopg://USER:PASSWORD@HOST/DATABASE is allowed"),
+        (
+            "mysql://me:s3cret@host/base",
+            "a folder, sqlite:///FILE or postgresql.psycopg://USER:PASSWORD@HOST/DATABASE is allowed",
+        ),
         ("postgresql+asyncpg://me:s3cret@host/base", "is allowed"),
         ("postgresql+psycopg://me:s3cret@host", "it names no database"),
         ("postgresql+psycopg://me:s3cret@host:port/base", "URL cannot be read"),

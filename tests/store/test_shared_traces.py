@@ -7,7 +7,7 @@ import pytest
 from profiles.records.core import Draft, Prompt
 from profiles.records.evidence import Acceptance, LookupTrace, TargetTrace
 from store.evidence_store import EvidenceStore, Scope
-from store.shared_traces import MIN_EQUAL, Sharing
+from store.shared_traces import MIN_EQUAL, SharedTraces
 from tests.support.fakes import GREEDY, MACHINE, NGRAM, TARGET, prompts
 
 OURS = Scope(target=TARGET, environment=MACHINE, workload=GREEDY)
@@ -52,7 +52,7 @@ def fill(evidence_store: EvidenceStore, ours: Scope, theirs: Scope, proposed: in
 def test_what_is_proposed_counts(evidence_store: EvidenceStore, proposed: int, max_length: int, is_lent: bool) -> None:
     """Equal kept tokens do not make look-ups equal, nor do look-ups of other lengths tell of these."""
     fill(evidence_store, OURS, THEIRS, proposed, max_length)
-    sharing = Sharing(evidence_store)
+    sharing = SharedTraces(evidence_store)
     assert sharing.target_trace(THEIRS, LAST) is not None
     assert (sharing.acceptance(THEIRS, LAST, NGRAM, 4) is not None) == is_lent
 
@@ -61,4 +61,4 @@ def test_short_floats_are_not_lent(evidence_store: EvidenceStore) -> None:
     """Kernels round apart in bfloat16: six equal texts do not vouch for the next."""
     ours, theirs = (replace(scope, target=replace(TARGET, dtype="bfloat16")) for scope in (OURS, THEIRS))
     fill(evidence_store, ours, theirs, 2, 4)
-    assert Sharing(evidence_store).target_trace(theirs, LAST) is None
+    assert SharedTraces(evidence_store).target_trace(theirs, LAST) is None

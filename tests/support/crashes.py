@@ -25,9 +25,9 @@ from typing import Any, Literal
 from profiles.engines.base import Engine
 from profiles.engines.recorded import RecordedEngine, Recorder
 from profiles.records.core import Draft, Prompt, Setup, Workload
-from profiles.records.evidence import Acceptance, Sample, StepTimes, TargetTrace
+from profiles.records.evidence import Acceptance, LookupTrace, Sample, StepTimes, TargetTrace
 from profiles.records.keys import run_point, unit_digest
-from store.evidence_store import EvidenceStore
+from store.evidence_store import EvidenceStore, Scope
 from tests import ROOT
 from tests.support.fakes import GREEDY, FakeEngine, prompts
 from tuner.pipeline.pipeline import Options, Watch
@@ -35,7 +35,24 @@ from tuner.run import TuningSession, tune
 
 PROMPTS = (*prompts(40, "code"), *prompts(40, "prose"))
 OPTIONS = Options(lengths=(1, 2, 3, 4))
-TABLES = ("models", "environments", "target_traces", "acceptance_traces", "lookup_traces", "step_times", "samples")
+ROWS = {  # the rows of each evidence table, by a key in the first column
+    "models": "SELECT * FROM models",
+    "environments": "SELECT * FROM environments",
+    "target_traces": "SELECT * FROM target_traces",
+    "acceptance_traces": "SELECT * FROM acceptance_traces",
+    "lookup_traces": "SELECT * FROM lookup_traces",
+    "step_times": """
+        SELECT digest || component_digest || width AS id, sweeps.digest AS sweep, batch_size, context_length,
+            max_length, component_digest, width, component,
+            samples_s, median_s, disturbed
+        FROM step_times JOIN sweeps ON sweeps.id = sweep_id""",
+    "samples": """
+        SELECT units.digest || position AS id, units.digest AS unit, purpose, workloads.digest AS workload,
+            setups.name AS setup, prompts.digest AS prompt, position, ttft_s, decode_s,
+            output_tokens, rounds, shapes, refills, output_digest, disturbed
+        FROM samples JOIN units ON units.id = unit_id JOIN workloads ON workloads.id = workload_id
+            JOIN setups ON setups.id = setup_id JOIN prompts ON prompts.id = prompt_id""",
+}
 MADE_ANEW = {"id", "measured_at", "sweep"}  # differ between two runs of the same recording
 TORCH = "torch"
 
@@ -105,10 +122,38 @@ class RecordingStore(EvidenceStore):
 
     journal: Journal
 
-    def _save(self, scope, table, key, records, *, first_answers=False):  # type: ignore[no-untyped-def]
-        is_new = super()._save(scope, table, key, records, first_answers=first_answers)
-        self.journal.note("saved", table=table.name, key=key, rows=len(records))
-        return is_new
+    def save_target_trace(self, scope: Scope, prompt: Prompt, trace: TargetTrace) -> TargetTrace:
+        stored = super().save_target_trace(scope, prompt, trace)
+        self._note("target_traces", prompt_digest=prompt.digest)
+        return stored
+
+    def save_acceptance(self, scope: Scope, prompt: Prompt, draft: Draft, acceptance: Acceptance) -> Acceptance:
+        stored = super().save_acceptance(scope, prompt, draft, acceptance)
+        table = "lookup_traces" if isinstance(acceptance, LookupTrace) else "acceptance_traces"
+        self._note(table, prompt_digest=prompt.digest, draft_digest=draft.digest)
+        return stored
+
+    def save_step_times(
+        self, scope: Scope, drafts: tuple[Draft, ...], max_length: int, times: Mapping[str, StepTimes]
+    ) -> None:
+        super().save_step_times(scope, drafts, max_length, times)
+        self._note("sweeps", batch_size=scope.workload.batch_size, max_length=max_length)
+
+    def save_samples(
+        self,
+        scope: Scope,
+        prompts: tuple[Prompt, ...],
+        setups: tuple[Setup, ...],
+        purpose: str,
+        samples: tuple[Sample, ...],
+    ) -> tuple[Sample, ...]:
+        stored = super().save_samples(scope, prompts, setups, purpose, samples)
+        point = run_point(scope.workload, prompts, setups, purpose)
+        self._note("units", digest=unit_digest(scope.target, scope.environment, point))
+        return stored
+
+    def _note(self, table: str, **key: Any) -> None:
+        self.journal.note("saved", table=table, key=key)
 
 
 def run(store: Path, journal_path: Path, recording: str, pause_s: float) -> None:
@@ -295,7 +340,7 @@ class Victim:
                     where = " AND ".join(f"{name} = ?" for name in note["key"])
                     query = f"SELECT count(*) FROM {note['table']} WHERE {where}"
                     [(there,)] = connection.execute(query, tuple(note["key"].values())).fetchall()
-                    missing += max(0, note["rows"] - there)
+                    missing += there == 0
         return missing
 
 
@@ -307,9 +352,9 @@ def rows_of(store: Path) -> Rows:
     with closing(sqlite3.connect(store, timeout=60.0)) as connection:
         connection.row_factory = sqlite3.Row
         known = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        for table in TABLES:
+        for table, query in ROWS.items():
             if table in known:
-                rows = [dict(row) for row in connection.execute(f"SELECT * FROM {table}")]
+                rows = [dict(row) for row in connection.execute(query)]
                 found[table] = {next(iter(row.values())): row for row in rows}
     return found
 
@@ -324,7 +369,8 @@ def torn(store: Path, rows: Rows, notes: list[dict[str, Any]]) -> int:
     wanted = {note["unit_digest"]: note["rows"] for note in notes if "unit_digest" in note}
     units = Counter(row["unit"] for row in rows.get("samples", {}).values())
     sizes = {note["rows"] for note in notes if note.get("table") == "step_times" and note["event"] == "measured"}
-    sweeps = Counter(row["sweep"] for row in rows.get("step_times", {}).values())
+    components = {(row["sweep"], row["component_digest"]) for row in rows.get("step_times", {}).values()}
+    sweeps = Counter(sweep for sweep, _ in components)
     with closing(sqlite3.connect(store)) as connection:
         complaints = [line for (line,) in connection.execute("PRAGMA integrity_check") if line != "ok"]
         complaints += list(connection.execute("PRAGMA foreign_key_check"))
@@ -336,7 +382,7 @@ def torn(store: Path, rows: Rows, notes: list[dict[str, Any]]) -> int:
 def evidence_of(store: Path) -> Mapping[str, list[str]]:
     """What two runs of the same recording must agree on."""
     return {
-        table: sorted(json.dumps({name: row[name] for name in row if name not in MADE_ANEW}) for row in rows.values())
+        table: sorted(str({name: row[name] for name in row if name not in MADE_ANEW}) for row in rows.values())
         for table, rows in rows_of(store).items()
     }
 

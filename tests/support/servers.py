@@ -16,7 +16,7 @@ import psycopg
 import pytest
 import sqlalchemy
 
-from store.database import Place, is_url
+from store.database import Location, is_url
 from store.evidence_store import EvidenceStore
 
 VARIABLE = "DRAFTPICK_TEST_POSTGRES"
@@ -50,14 +50,14 @@ def schema() -> Iterator[str]:
         run_sql(url, f"DROP SCHEMA IF EXISTS {name}, {name}_optuna CASCADE")
 
 
-def ask(place: Place | EvidenceStore, query: str) -> list[Any]:
+def ask(location: Location | EvidenceStore, query: str) -> list[Any]:
     """The rows of one statement, committed, on a connection of its own; JSON as its values on either kind."""
-    if isinstance(place, EvidenceStore):
-        database = place.database
-        place = database.path or database.engine.url.render_as_string(hide_password=False)
-    if is_url(place):
-        return run_sql(str(place), query)
-    with closing(sqlite3.connect(Path(place))) as connection:
+    if isinstance(location, EvidenceStore):
+        database = location.database
+        location = database.path or database.engine.url.render_as_string(hide_password=False)
+    if is_url(location):
+        return run_sql(str(location), query)
+    with closing(sqlite3.connect(Path(location))) as connection:
         rows = connection.execute(query).fetchall()
         connection.commit()
     return rows

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from profiles.records.core import Workload
-from store.database import Place
+from store.database import Location
 from store.evidence_store import EvidenceStore
 from tests import ROOT
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, FakeEngine, prompts
@@ -120,12 +120,12 @@ def test_an_earlier_choice_is_not_kept_for_new_limits(session: TuningSession) ->
     assert not late.policy.headline.proven
 
 
-def test_runs_may_share_a_store(place: Place, tmp_path: Path) -> None:
+def test_runs_may_share_a_store(location: Location, tmp_path: Path) -> None:
     """Three processes tune on one fresh store at once: none fails, no unit is there twice, each anchor is kept."""
     environment = {**os.environ, "DRAFTPICK_STORE": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     runs = [
         subprocess.Popen(
-            [sys.executable, "-c", TOGETHER, str(place), temperature],
+            [sys.executable, "-c", TOGETHER, str(location), temperature],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,
@@ -144,20 +144,20 @@ def test_runs_may_share_a_store(place: Place, tmp_path: Path) -> None:
         one.stdin.flush()
     assert [one.communicate(timeout=120)[1] for one in runs] == ["", "", ""]
     assert [one.returncode for one in runs] == [0, 0, 0]
-    with EvidenceStore.open(place) as evidence_store:
+    with EvidenceStore.open(location) as evidence_store:
         text = evidence_store.latest_policy()
     assert text is not None
     assert {choice.temperature for choice in policies.from_json(text).choices} == {0.0, 0.8}
-    assert ask(place, "SELECT count(*) FROM runs WHERE outcome IS NOT NULL") == [(3,)]
+    assert ask(location, "SELECT count(*) FROM runs WHERE outcome IS NOT NULL") == [(3,)]
     twice = "SELECT unit, position FROM samples GROUP BY unit, position HAVING count(*) > 1"
-    assert ask(place, twice) == []
+    assert ask(location, twice) == []
 
 
 TOGETHER = """
 import sys
 from pathlib import Path
 from store.evidence_store import EvidenceStore
-from store.database import Place
+from store.database import Location
 from store.database import is_url
 from tuner.run import TuningSession
 from tests import test_runs as t

@@ -66,7 +66,7 @@ def run(asked: flags.RunFlags) -> int:
     out_of_time = _deadline(asked.budget)
     since_s = None if asked.max_age is None else draft_spec.parse_age(asked.max_age)
     limits = _limits(asked)
-    place = location.place(asked.store)
+    place = location.store_location(asked.store)
     with _console(stderr=True).status("loading"):
         from tuner import dry_run, run
         from tuner import report as reports
@@ -84,7 +84,9 @@ def run(asked: flags.RunFlags) -> int:
     options = Options(lengths=lengths, limits=limits, needed_bytes=bench.needed_bytes, refused=bench.refused)
     with contextlib.closing(bench):  # ends the servers that it started
         engine = bench.engine
-        say_aside(f"target {asked.target} on {_where(engine.environment)}; store {location.name(place)}", *warnings)
+        say_aside(
+            f"target {asked.target} on {_where(engine.environment)}; store {location.store_name(place)}", *warnings
+        )
         say_aside(*(f"left out: {one.name}: {one.detail}" for one in bench.refused))
         if asked.dry_run:
             since = run.utc_ago(since_s)
@@ -94,7 +96,7 @@ def run(asked: flags.RunFlags) -> int:
             done = run.tune(engine, loads, run.TuningSession.of(evidence_store, run.utc_ago(since_s)), options, watch)
     routed = routers.train_and_save(labelled, done.policy_path.with_name(done.policy.router_name), asked.seed)
     document = reports.document(
-        done.policy, cost=done.cost, store=location.name(place), policy_path=str(done.policy_path)
+        done.policy, cost=done.cost, store=location.store_name(place), policy_path=str(done.policy_path)
     )
     if not asked.json_only:
         _console().print(reports.table(done.policy))
@@ -215,12 +217,12 @@ def show(store: flags.Store = None) -> None:
     from tuner import report as reports
     from tuner.cli.inventory_table import inventory_table
 
-    place = location.existing(store)
+    place = location.existing_store(store)
     with EvidenceStore.open(place) as evidence_store:
         entries = inventory(evidence_store)
         text = evidence_store.latest_policy()
         policy = None if text is None else answers.read_policy(evidence_store, text)
-    say(f"store {location.name(place)}")
+    say(f"store {location.store_name(place)}")
     _console().print(inventory_table(entries, datetime.now(UTC)))
     if policy is not None:
         _console().print(reports.table(policy))
@@ -253,14 +255,14 @@ def lookup(
         target=target, batch_size=batch_size, context_length=context, domain=domain, temperature=temperature
     )
     here = machine.read_machine(environment, engine) if environment else machine.this_machine(engine, device)
-    place = location.existing(store)
+    place = location.existing_store(store)
     with EvidenceStore.open_read_only(place) as evidence_store:
         found = answers.lookup(evidence_store, question, here)
         if transferred and found.transferred is None:
             say_aside("--transferred: no transferred forecast is to be had, or none is needed")
         found = found.with_transferred() if transferred else found
         if json_only:
-            print_json(messages.lookup_document(found, evidence_store, location.name(place)))
+            print_json(messages.lookup_document(found, evidence_store, location.store_name(place)))
     if not found.reaches(level):
         raise MatchError(f"{found.caveat}; required was {level}")
     if not json_only:
@@ -291,7 +293,7 @@ def explain(
     """Say why this setup and not that one: where a round's time goes, and what drafting must yield to pay."""
     from tuner.report import explain as explains
 
-    with EvidenceStore.open(location.existing(store)) as evidence_store:
+    with EvidenceStore.open(location.existing_store(store)) as evidence_store:
         policy = latest.find_policy(evidence_store, target)
         report_data = latest.find_report_data(evidence_store, policy)
     answer = _ask(policy, batch_size, context, domain, temperature)
@@ -315,7 +317,7 @@ def report(
     """Draw the latest run: a page with everything, or the chart of output tokens per second as a picture."""
     from tuner.report import page
 
-    with EvidenceStore.open(location.existing(store)) as evidence_store:
+    with EvidenceStore.open(location.existing_store(store)) as evidence_store:
         report_data = latest.find_report_data(evidence_store, latest.find_policy(evidence_store, target))
     page.write(report_data, out_path)
     say_aside(f"wrote {out_path}")

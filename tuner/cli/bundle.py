@@ -47,7 +47,7 @@ def pack(
     from store.bundle import bundle
     from tuner.deploy import policy_files
 
-    with EvidenceStore.open(location.existing(store)) as evidence_store:
+    with EvidenceStore.open(location.existing_store(store)) as evidence_store:
         contents = bundle.pack(evidence_store, path, targets=target, environments=environment)
         written = (
             ()
@@ -80,13 +80,13 @@ def merge(
     from store.bundle import bundle
 
     bundle.check(path)  # a file that is refused makes no store
-    place = location.place(store)
+    place = location.store_location(store)
     with EvidenceStore.open(place) as evidence_store:
         merged = bundle.merge(evidence_store, path, keep_mine=keep_mine)
     if json_only:
-        print_json({**asdict(merged), "store": location.name(place)})
+        print_json({**asdict(merged), "store": location.store_name(place)})
         return
-    say(f"store {location.name(place)}")
+    say(f"store {location.store_name(place)}")
     for table in dict.fromkeys([*merged.added, *merged.known, *merged.unlike]):
         said = f"{_spaced(table)}: {merged.added.get(table, 0)} new, {merged.known.get(table, 0)} known"
         left_out = merged.unlike.get(table, 0)

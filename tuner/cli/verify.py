@@ -65,7 +65,7 @@ def verify(asked: VerifyFlags) -> int:
     question = lookup.Question(
         target=asked.target, batch_size=asked.batch_size, context_length=asked.context, domain=asked.domain
     )
-    with EvidenceStore.open_read_only(location.existing(asked.store)) as evidence_store:
+    with EvidenceStore.open_read_only(location.existing_store(asked.store)) as evidence_store:
         found = lookup.lookup(evidence_store, question, machine.this_machine(messages.engine_asked(asked.form)))
     deployment = found.deployment()
     made = export.emit(deployment, asked.form, asked.engine_version)

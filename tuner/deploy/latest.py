@@ -19,7 +19,7 @@ def find_policy(evidence_store: EvidenceStore, target: str | None) -> Policy:
     text = evidence_store.latest_policy(target)
     if text is None:
         asked = f"of target {target!r} " if target else ""
-        raise NotMeasuredError(f"no policy {asked}in store {evidence_store.place}: run `tune.py run` first")
+        raise NotMeasuredError(f"no policy {asked}in store {evidence_store.name}: run `tune.py run` first")
     return read_policy(evidence_store, text)
 
 
@@ -36,7 +36,7 @@ def find_report_data(evidence_store: EvidenceStore, policy: Policy) -> "ReportDa
     try:
         report_data = ReportData.from_json(raw)
     except InputError as error:
-        raise InputError(f"the last run in store {evidence_store.place}: {error}") from error
+        raise InputError(f"the last run in store {evidence_store.name}: {error}") from error
     if not any(anchor.candidates for anchor in report_data.anchors):
         raise NotMeasuredError(
             f"the last run of {policy.target.name} ended before a forecast: run it again, for longer"

@@ -265,7 +265,7 @@ def _targets(evidence_store: EvidenceStore, name: str | None) -> list[Model]:
         rows = connection.execute(_targets_query(), given).mappings().all()
     if not rows:
         asked = f"target {name!r}" if name is not None else "any target"
-        raise NotMeasuredError(f"the store {evidence_store.place} does not know {asked}: run `tune.py run` first")
+        raise NotMeasuredError(f"the store {evidence_store.name} does not know {asked}: run `tune.py run` first")
     found = [model_from({column: value for column, value in row.items() if column != "key"}) for row in rows]
     return found if name is not None else found[:1]
 
@@ -342,7 +342,7 @@ def read_policy(evidence_store: EvidenceStore, text: str) -> Policy:
     try:
         return from_json(text)
     except PolicyError as error:
-        raise PolicyError(f"the policy in store {evidence_store.place}: {error}") from error
+        raise PolicyError(f"the policy in store {evidence_store.name}: {error}") from error
 
 
 def _may_cover(text: str, question: Question) -> bool:

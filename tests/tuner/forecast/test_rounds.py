@@ -16,7 +16,7 @@ from profiles.records.evidence import AcceptanceTrace, Sample, StepShape, StepTi
 from profiles.stats import median
 from store.cached_engine import CachedEngine
 from store.evidence_store import EvidenceStore
-from store.location import place
+from store.location import store_location
 from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, TARGET, FakeEngine, prompts
 from tests.support.serving import NATIVE, SERVING, FakeServer
 from tuner import dry_run
@@ -209,7 +209,7 @@ def test_a_length_that_fails_is_infeasible_alone() -> None:
 
 def test_a_run_is_kept_and_repeated(tmp_path: Path) -> None:
     """A whole run over a store; the second measures nothing, and a dry run knows that."""
-    with EvidenceStore.open(place(str(tmp_path))) as evidence_store:
+    with EvidenceStore.open(store_location(str(tmp_path))) as evidence_store:
         session, loads = TuningSession.of(evidence_store), [(GREEDY, prompts(48))]
         first = tune(FakeServer(keep=0.9), loads, session, Options(lengths=LENGTHS), Watch())
         again = tune(FakeServer(keep=0.9), loads, session, Options(lengths=LENGTHS), Watch())
@@ -217,7 +217,7 @@ def test_a_run_is_kept_and_repeated(tmp_path: Path) -> None:
     assert first.policy.headline.proven
     assert again.cost["measured_units"] == 0
     assert again.policy.choices == first.policy.choices
-    found = dry_run.dry_run(FakeServer(keep=0.9), loads, place(str(tmp_path)), Options(lengths=LENGTHS))
+    found = dry_run.dry_run(FakeServer(keep=0.9), loads, store_location(str(tmp_path)), Options(lengths=LENGTHS))
     assert sum(found.new_units.values()) == 0
 
 
@@ -235,14 +235,14 @@ class OnlyRuns(FakeServer):
 
 def test_a_run_of_a_server_that_traces_nothing(tmp_path: Path) -> None:
     """It ends in a policy; dry run, report and look-up answer; the second run measures nothing."""
-    with EvidenceStore.open(place(str(tmp_path))) as evidence_store:
+    with EvidenceStore.open(store_location(str(tmp_path))) as evidence_store:
         session, loads = TuningSession.of(evidence_store), [(GREEDY, prompts(48))]
         done = tune(OnlyRuns(), loads, session, Options(lengths=LENGTHS), Watch())
         again = tune(OnlyRuns(), loads, session, Options(lengths=LENGTHS), Watch())
         page.write(find_report_data(evidence_store, find_policy(evidence_store, None)), tmp_path / "report.html")
     assert done.policy.headline.proven
     assert again.cost["measured_units"] == 0
-    dry_run.dry_run(OnlyRuns(), loads, place(str(tmp_path / "other")), Options(lengths=(1, 2)))
+    dry_run.dry_run(OnlyRuns(), loads, store_location(str(tmp_path / "other")), Options(lengths=(1, 2)))
 
 
 def test_a_recording_keeps_the_properties(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ class Counting(FakeServer):
 @pytest.mark.parametrize("differs", [False, True], ids=["equal", "one token differs"])
 def test_traces_are_lent_where_they_agreed(tmp_path: Path, differs: bool) -> None:
     """After six prompts with equal tokens ours are taken for the rest; one token that differs keeps them apart."""
-    with EvidenceStore.open(place(str(tmp_path))) as evidence_store:
+    with EvidenceStore.open(store_location(str(tmp_path))) as evidence_store:
         gather(CachedEngine(FakeEngine(), evidence_store), GREEDY, prompts(12), LENGTHS)
         engine = Counting(differs)
         gather(CachedEngine(engine, evidence_store), GREEDY, prompts(12), LENGTHS)
@@ -282,7 +282,7 @@ def test_traces_are_lent_where_they_agreed(tmp_path: Path, differs: bool) -> Non
 
 def test_drafts_run_on_too_few_prompts_are_no_candidates(tmp_path: Path) -> None:
     """With one prompt nothing can be said of a draft that is only run: the others go on."""
-    with EvidenceStore.open(place(str(tmp_path))) as evidence_store:
+    with EvidenceStore.open(store_location(str(tmp_path))) as evidence_store:
         done = tune(
             OnlyRuns(), [(GREEDY, prompts(1))], TuningSession.of(evidence_store), Options(lengths=(1, 2)), Watch()
         )
