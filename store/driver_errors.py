@@ -27,6 +27,8 @@ _SQLITE = {  # by primary result code
 }
 _POSTGRESQL = {  # by SQLSTATE, or its first two characters
     "08": _LOST,
+    "28": _NOT_CONNECTED,
+    "3D": _NOT_CONNECTED,
     "0A000": _READ_ONLY,  # what a standby says to a write
     "25006": _READ_ONLY,
     "42501": "the role may not do that: grant it the right to create and write, or name another role",

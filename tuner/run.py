@@ -84,7 +84,8 @@ def tune(
     """
     evidence_store = session.evidence_store
     cached_engine = CachedEngine(engine, evidence_store, session.since)
-    run_id = evidence_store.save_run(Scope(target=engine.target, environment=engine.environment, workload=loads[0][0]))
+    scope = Scope(target=engine.target, environment=engine.environment, workload=loads[0][0])
+    run_id = evidence_store.save_run(scope, [prompt for _, prompts in loads for prompt in prompts])
     options = replace(options, storage=session.studies, run_name=f"run {run_id} of {_utc_now()}")
     with _interruptible(cached_engine, session.name):
         outcome = Tuner(cached_engine, options, watch).tune(loads)

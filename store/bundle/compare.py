@@ -44,7 +44,7 @@ def _stored(connection: Connection, table: Table, row: Values) -> list[Values]:
 
 def _check_alike(table: Table, stored: list[Values], unit: list[Values]) -> None:
     """Compares what was measured, not what it is called nor when; of a trace not where either."""
-    ignored = {*tables.LABELS, tables.time_name(table.name), "name", "revision"}
+    ignored = {*tables.LABELS, tables.time_name(table.name), "name", "revision"}  # type: ignore
     ignored |= {"environment_digest"} if table.name in TRACES else set()
     name = UNITS[table.name][0] if table.name in UNITS else None
     shown = ", ".join(f"{key} {unit[0][key]}" for key in ((name,) if name else names_of(table)))

@@ -159,7 +159,7 @@ def _check_time(name: str, value: str) -> None:
 
 
 def _fields(record: type[Any], row: Row) -> Values:
-    return {name: row[tables.column_name(name)] for name in record.__dataclass_fields__}
+    return {name: row[tables.column_name(name)] for name in record.__dataclass_fields__}  # type: ignore
 
 
 def _same(name: str, stated: object, computed: str) -> None:
@@ -180,7 +180,7 @@ def _environment(row: Row) -> Values:
 
 def _trace(record: type[Any]) -> Callable[[Row], Values]:
     def check(row: Row) -> Values:
-        return tables.columns_from(decode(record, _fields(record, row), "trace"))
+        return tables.columns_from(decode(record, _fields(record, row), "trace"))  # type: ignore
 
     return check
 
@@ -203,7 +203,7 @@ def _step_times(row: Row) -> Values:
     _require(len({width for width, _ in samples}) == len(samples), "samples_s has a width twice")
     sizes = [row[name] for name in ("batch_size", "context_length", "max_length")]
     _require(min(sizes) >= 0 and max(sizes) <= LARGEST_SIZE, f"sizes {sizes}: allowed are 0 to {LARGEST_SIZE}")
-    return tables.columns_from(step_times_from({**_fields(StepTimes, row), "samples_s": samples}))
+    return tables.columns_from(step_times_from({**_fields(StepTimes, row), "samples_s": samples}))  # type: ignore
 
 
 def _sample(row: Row) -> Values:

@@ -55,6 +55,6 @@ def _check_sweep(entry: dict[str, Any], machine: str) -> None:
         "part_name": target.name,
         "max_length": entry["max_length"],
     }
-    _, max_length, times = tables.sweep_record(checked(tables.step_times, {**row, **entry["step_times"]}))
+    _, max_length, times = tables.sweep_record(checked(tables.step_times, {**row, **entry["step_times"]}))  # type: ignore
     if not covers({times.component_digest: times}, target, (), max_length):
         raise InputError(f"step times of {target.name} lack the target, or one of its widths")

@@ -188,7 +188,8 @@ class TestDisturbed:
         assert fake.calls == {"time_steps": 3}
         assert ask(
             evidence_store,
-            "SELECT count(DISTINCT sweep_id), sum(CAST(disturbed AS INTEGER)), count(*) FROM step_times WHERE width = 1",
+            "SELECT count(DISTINCT sweep_id), sum(CAST(disturbed AS INTEGER)), count(*) FROM step_times "
+            "WHERE width = 1",
         ) == [(3, 6, 9)]
 
 

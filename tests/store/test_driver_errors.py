@@ -2,6 +2,7 @@
 
 import psycopg
 import pytest
+import sqlalchemy
 from psycopg import errors
 
 from store import driver_errors
@@ -9,34 +10,39 @@ from store import driver_errors
 CASES: list[tuple[psycopg.Error, str, bool]] = [
     (errors.DiskFull("could not extend file: No space left on device\nHINT:  Check."), "the disk is full: what", False),
     (errors.IoError("could not read block 7"), "the server's disk failed or is full", False),
-    (errors.DataCorrupted("invalid page in block 7"), "the server's files are damaged", False),
+    (errors.DataCorrupted("invalid page in block 7"), "its files are damaged", False),
     (errors.ReadOnlySqlTransaction("cannot execute INSERT"), "it is read-only: allow writing", False),
     (errors.FeatureNotSupported("cannot set transaction read-write mode during recovery"), "it is read-only", False),
     (errors.LockNotAvailable("canceling statement due to lock timeout"), "another process keeps it locked", False),
     (errors.TooManyConnections("sorry, too many clients already"), "takes no more connections: wait", True),
-    (errors.CannotConnectNow("the database system is starting up"), "is starting or stopping: wait", True),
-    (errors.AdminShutdown("terminating connection\nSSL"), "the connection was lost: what was saved before", True),
-    (errors.ConnectionFailure("gone"), "the connection was lost", True),
-    (errors.InvalidPassword("no"), "check the user and the password", False),
-    (psycopg.OperationalError("connection failed: FATAL:  the database system is starting up"), "starting or", True),
-    (psycopg.OperationalError("connection timeout expired"), "no server answers there", True),
     (
-        psycopg.OperationalError("server closed the connection unexpectedly\n\tThis probably"),
-        "connection was lost",
+        errors.CannotConnectNow("the database system is starting up"),
+        "the connection was lost: what was saved before",
         True,
     ),
-    (psycopg.OperationalError('FATAL:  role "x" does not exist'), "check the user and the password", False),
+    (errors.AdminShutdown("terminating connection\nSSL"), "the connection was lost: what was saved before", True),
+    (errors.ConnectionFailure("gone"), "the connection was lost", True),
+    (errors.InvalidPassword("no"), "or correct host, port, user, password and database", False),
+    (
+        psycopg.OperationalError("connection failed: FATAL:  the database system is starting up"),
+        "start the server, or correct",
+        True,
+    ),
+    (psycopg.OperationalError("connection timeout expired"), "start the server, or correct", True),
+    (psycopg.OperationalError("SSL SYSCALL error: EOF detected"), "start the server, or correct", True),
+    (psycopg.OperationalError('FATAL:  role "x" does not exist'), 'role "x" does not exist: start the server', True),
+    (psycopg.InterfaceError("the connection is closed"), "the connection is closed", True),
 ]
 
 
-@pytest.mark.parametrize(("error", "wanted", "passes"), CASES)
-def test_a_servers_error_is_one_line(error: psycopg.Error, wanted: str, passes: bool) -> None:
+@pytest.mark.parametrize(("error", "wanted", "is_transient"), CASES)
+def test_a_servers_error_is_one_line(error: psycopg.Error, wanted: str, is_transient: bool) -> None:
     """Reason, what to do, and whether to try again; without what libpq says around it."""
     said = driver_errors.reason(error)
     assert wanted in said
     assert "\n" not in said
     assert "FATAL" not in said
-    assert driver_errors.passes(error) is passes
+    assert driver_errors.is_transient(error) is is_transient
 
 
 def test_of_several_addresses_the_last_is_told() -> None:
@@ -49,12 +55,24 @@ def test_of_several_addresses_the_last_is_told() -> None:
         "Connection refused"
     )
     said = driver_errors.reason(psycopg.OperationalError(tried))
-    assert said.endswith("Connection refused: no server answers there: start it, or correct host and port in the URL")
+    assert "Connection refused: start the server, or correct host, port, user, password and database" in said
     assert "\n" not in said
+
+
+def test_a_connection_lost_in_a_transaction_is_told_as_lost() -> None:
+    """SQLAlchemy knows that it was open before."""
+    lost = psycopg.OperationalError(
+        "consuming input failed: server closed the connection unexpectedly\n\tThis probably"
+    )
+    error = sqlalchemy.exc.OperationalError("SELECT 1", {}, lost, connection_invalidated=True)
+    assert driver_errors.reason(error).endswith(
+        "unexpectedly: the connection was lost: what was saved before is kept; run again when the server is back"
+    )
+    assert driver_errors.is_transient(error)
 
 
 def test_an_unknown_error_is_told_as_it_is() -> None:
     """Nothing is made up."""
     assert driver_errors.reason(errors.DivisionByZero("division by zero\nLINE 1")) == "division by zero"
-    assert driver_errors.reason(psycopg.OperationalError("")) == "no reason was given"
-    assert driver_errors.passes(errors.DivisionByZero("division by zero")) is False
+    assert driver_errors.reason(psycopg.ProgrammingError("")) == "no reason was given"
+    assert driver_errors.is_transient(errors.DivisionByZero("division by zero")) is False

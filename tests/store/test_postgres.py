@@ -299,7 +299,7 @@ def test_the_command_line_refuses_such_a_url(tmp_path: Path) -> None:
     wrong = "mysql://me:s3cret@host/base"
     for words in (["show", "--store", wrong], ["lookup", "--store", wrong], ["run", "--store", wrong]):
         said = call(tmp_path, *words)
-        assert_refused(said, 2, "store mysql://me:***@host/base: a folder or postgresql+psycopg://")
+        assert_refused(said, 2, "store mysql://me:***@host/base: a folder, sqlite:///FILE or postgresql+psycopg://")
         assert "s3cret" not in said.stderr
     assert_refused(call(wrong, "show"), 2, "store mysql://me:***@host/base")  # type: ignore[arg-type]
 

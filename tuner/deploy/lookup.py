@@ -138,7 +138,6 @@ class _Candidate:
 
     target: Model
     match: Match
-    created_at: str
     policy_id: int
 
 
@@ -251,7 +250,7 @@ def _drafts(choices: Sequence[Choice]) -> tuple[Draft, ...]:
 def _targets_query() -> Select[Any]:
     """Targets by name or digest, the one tuned last first; a statement is made once, because that takes time too."""
     models = tables.models
-    tuned = select(func.max(tables.policies.c.created_at)).where(tables.policies.c.target_key == models.c.key)
+    tuned = select(func.max(tables.policies.c.id)).where(tables.policies.c.target_key == models.c.key)
     named = bindparam("name").in_([models.c.key, models.c.digest, models.c.name])
     asked = bindparam("any_name") | named | models.c.name.in_([bindparam("imported"), bindparam("imported_before")])
     return select(models).where(asked).order_by(tuned.scalar_subquery().desc().nulls_last())
@@ -275,26 +274,16 @@ def _latest_query() -> Select[Any]:
     """The latest policy of every target in `keys` on every machine of a device, or of a compute capability, or all."""
     policies, machines = tables.policies.c, tables.environments.c
     capability = machines.compute_capability
-    newest = select(policies.target_key, policies.environment_digest, func.max(policies.created_at).label("created_at"))
-    newest_of = (
-        newest.join(tables.environments, machines.digest == policies.environment_digest)
+    return (
+        select(policies.target_key, policies.id, *machines)
+        .join_from(tables.policies, tables.environments)
         .where(
+            tables.IS_NEWEST_POLICY,
             policies.target_key.in_(bindparam("keys", expanding=True)),
             (machines.device == bindparam("device"))
             | bindparam("every")
             | (bindparam("on_gpu") & ((capability == bindparam("capability")) | capability.is_(None))),
         )
-        .group_by(policies.target_key, policies.environment_digest)
-        .subquery()
-    )
-    same = (policies.environment_digest == newest_of.c.environment_digest) & (
-        policies.target_key == newest_of.c.target_key
-    )
-    return (
-        select(policies.target_key, policies.created_at, func.max(policies.id), *machines)
-        .join_from(tables.policies, newest_of, same & (policies.created_at == newest_of.c.created_at))
-        .join(tables.environments, machines.digest == newest_of.c.environment_digest)
-        .group_by(policies.target_key, policies.created_at, machines.digest)
     )
 
 
@@ -315,12 +304,12 @@ def _ranked(evidence_store: EvidenceStore, targets: Sequence[Model], here: Machi
     }
     found = []
     with evidence_store.reading() as connection:
-        for key, created_at, policy_id, *values in connection.execute(_latest_query(), given):
+        for key, policy_id, *values in connection.execute(_latest_query(), given):
             fit = match(here, drop_unknown(dict(zip(names, values, strict=True))))
             if fit.level != "none":
                 target = by_key[key]
-                found.append(_Candidate(target=target, match=fit, created_at=created_at, policy_id=policy_id))
-    found.sort(key=lambda one: one.created_at, reverse=True)
+                found.append(_Candidate(target=target, match=fit, policy_id=policy_id))
+    found.sort(key=lambda one: one.policy_id, reverse=True)
     return sorted(found, key=lambda one: one.match.order)
 
 

@@ -61,12 +61,11 @@ def export_policies(
 def _latest(
     evidence_store: EvidenceStore, targets: Sequence[str] | None, environments: Sequence[str] | None
 ) -> dict[tuple[str, str], policies.Policy]:
-    made = tables.policies.c
     texts: dict[tuple[str, str], str] = {}
     with evidence_store.reading() as connection:
         models = chosen(connection, tables.models, targets)
         machines = chosen(connection, tables.environments, environments)
-        for row in connection.execute(select(tables.policies).order_by(made.created_at, made.id)).mappings():
+        for row in connection.execute(select(tables.policies).where(tables.IS_NEWEST_POLICY)).mappings():
             if row["target_key"] in models and row["environment_digest"] in machines:
                 texts[row["target_key"], row["environment_digest"]] = row["policy"]
     return {key: _cleaned(policies.from_json(text)) for key, text in texts.items()}

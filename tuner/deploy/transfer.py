@@ -221,7 +221,7 @@ def _sweeps(connection: Connection, target: Model, here: Machine) -> Iterator[_S
         machine = machines[rows[0]["environment_digest"]]
         if machine["engine"] != here.get("engine"):
             continue
-        records = [tables.sweep_record(row) for row in rows]
+        records = [tables.sweep_record(row) for row in rows]  # type: ignore
         steps = {times.component_digest: times for _, _, times in records}
         if is_of_rounds(steps, target):
             continue  # of an engine that is not ours: rounds are not made of steps that another machine could lend

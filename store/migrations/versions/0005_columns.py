@@ -45,22 +45,27 @@ def upgrade() -> None:
         "wide": "INTEGER" if is_sqlite else "BIGINT",
         "without_rowid": " WITHOUT ROWID" if is_sqlite else "",
     }
-    script = Path(__file__).with_suffix(".sql").read_text(encoding="utf-8").format(**words)
-    for statement in filter(str.strip, script.split(";\n")):
-        connection.exec_driver_sql(statement)
+    _execute(connection, "0005_columns.sql", words)
+    workloads = _workloads(connection)
+    _fill(connection, tables.workloads, _old_workloads(connection, workloads))
+    _fill(connection, tables.setups, _setups(connection))
+    _execute(connection, "0005_copy.sql", {})
     _copy(connection, tables.runs, _run)
     _copy_policies(connection)
-    workloads = _workloads(connection)
     _copy_traces(connection, workloads)
-    _copy_sweeps(connection)
-    _copy_units(connection, workloads)
+    _copy_step_times(connection)
     for name in OLD:
         op.drop_table(f"old_{name}")
-    if not is_sqlite:  # rows came with their ids
-        for name in ("runs", "policies", "target_traces", "acceptance_traces", "lookup_traces", "infeasible"):
-            connection.exec_driver_sql(
-                f"SELECT setval('{name}_id_seq', (SELECT coalesce(max(id), 0) + 1 FROM {name}), false)"
-            )
+    if not is_sqlite:  # these rows came with their ids
+        for name in ("runs", "policies", "target_traces", "acceptance_traces", "lookup_traces"):
+            next_id = f"SELECT coalesce(max(id), 0) + 1 FROM {name}"
+            connection.exec_driver_sql(f"SELECT setval('{name}_id_seq', ({next_id}), false)")
+
+
+def _execute(connection: Connection, script: str, words: dict[str, str]) -> None:
+    text = Path(__file__).with_name(script).read_text(encoding="utf-8")
+    for statement in filter(str.strip, text.format(**words).split(";\n")):
+        connection.exec_driver_sql(statement)
 
 
 def _rows(connection: Connection, query: str) -> Iterator[Row]:
@@ -147,14 +152,8 @@ def _copy_traces(connection: Connection, workloads: Workloads) -> None:
     _copy(connection, tables.lookup_traces, lookup_trace)
 
 
-def _copy_sweeps(connection: Connection) -> None:
-    sweep = "target_key, environment_digest, batch_size, context_length, max_length"
-    connection.exec_driver_sql(
-        f"INSERT INTO sweeps (digest, measured_at, {sweep}) SELECT sweep, min(measured_at), {sweep} "
-        f"FROM old_step_times GROUP BY sweep, {sweep} ORDER BY min(id)"
-    )
-
-    def widths() -> Iterator[Row]:
+def _copy_step_times(connection: Connection) -> None:
+    def rows() -> Iterator[Row]:
         query = "SELECT sweeps.id AS sweep_id, old.* FROM old_step_times old JOIN sweeps ON sweeps.digest = old.sweep"
         for row in _rows(connection, query):
             with contextlib.suppress(*DAMAGES):
@@ -167,37 +166,10 @@ def _copy_sweeps(connection: Connection) -> None:
                 )
                 yield from tables.step_times_rows(row["sweep_id"], times, row["part_name"])
 
-    _fill(connection, tables.step_times, widths())
+    _fill(connection, tables.step_times, rows())
 
 
-def _copy_units(connection: Connection, workloads: Workloads) -> None:
-    traces = ("target_traces", "acceptance_traces", "lookup_traces", "samples")
-    digests = " UNION ".join(f"SELECT prompt_digest FROM old_{name}" for name in traces)
-    connection.exec_driver_sql(f"INSERT INTO prompts (digest) {digests}")
-    _fill(connection, tables.workloads, _anchors(connection, workloads))
-    _fill(connection, tables.setups, _setups(connection))
-    connection.exec_driver_sql(
-        "INSERT INTO units (target_key, environment_digest, measured_at, workload_id, digest, purpose) "
-        "SELECT target_key, environment_digest, min(measured_at), workloads.id, unit, occasion "
-        "FROM old_samples JOIN workloads ON workloads.timing_digest = old_samples.anchor_digest "
-        "GROUP BY target_key, environment_digest, workloads.id, unit, occasion ORDER BY min(old_samples.id)"
-    )
-    same = "ttft_s, decode_s, output_tokens, rounds, shapes, refills, output_digest, disturbed"
-    connection.exec_driver_sql(
-        f"INSERT INTO samples (unit_id, setup_id, prompt_id, position, {same}) "
-        f"SELECT units.id, setups.id, prompts.id, position, {same} FROM old_samples AS old "
-        "JOIN units ON units.digest = old.unit JOIN setups ON setups.digest = old.setup_digest "
-        "JOIN prompts ON prompts.digest = old.prompt_digest"
-    )
-    connection.exec_driver_sql(
-        "INSERT INTO infeasible (id, target_key, environment_digest, measured_at, workload_id, setup_id, setup, reason, "
-        "detail) SELECT old.id, target_key, environment_digest, measured_at, workloads.id, setups.id, setup, reason, "
-        "detail FROM old_infeasible AS old JOIN workloads ON workloads.timing_digest = old.anchor_digest "
-        "JOIN setups ON setups.digest = old.setup_digest"
-    )
-
-
-def _anchors(connection: Connection, workloads: Workloads) -> Iterator[Row]:
+def _old_workloads(connection: Connection, workloads: Workloads) -> Iterator[Row]:
     """What each anchor's digest was made of; the context length is not part of it."""
     samplings = {row["sampling_digest"] for row in _rows(connection, "SELECT sampling_digest FROM old_target_traces")}
     tried = {
