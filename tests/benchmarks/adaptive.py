@@ -57,17 +57,17 @@ REAL_BUILDERS: Mapping[str, Callable[[tuple[Prompt, ...], int], Stream]] = {
     "batch_shift": lambda prompts, seed: traffic.stream_of("batch shift", LOADS, prompts, seed),
 }
 REAL_STATICS = 3
-Rates = dict[str, dict[str, list[float]]]  # stream -> pilot -> tokens per second, seed by seed
+Rates = dict[str, dict[str, list[float]]]  # stream -> controller -> tokens per second, seed by seed
 
 
-def pilots(family: Family, stream: Stream, seed: int) -> dict[str, RoundController]:
+def controllers_for(family: Family, stream: Stream, seed: int) -> dict[str, RoundController]:
     """What is compared, each fresh."""
     drafts = tuple(dict.fromkeys(setup.draft for setup in family.setups if setup.draft))
     arms = (PLAIN, *(Setup(draft=draft, length=length) for draft in drafts for length in ARM_LENGTHS))
     static = family.look_up(stream.most_rows, None)
     ema = static if static.draft else family.look_up(1, None)
     plain_s = family.simulator.arm(PLAIN).seconds(1, (1, 0, 0))
-    found: dict[str, RoundController] = {
+    arms: dict[str, RoundController] = {
         "selector": Selector(family.policy, seed=seed),
         "plain": Fixed(PLAIN),
         "policy": Table(family.look_up),
@@ -76,11 +76,11 @@ def pilots(family: Family, stream: Stream, seed: int) -> dict[str, RoundControll
         "exp3": Exp3(arms, MOST_OVER_PLAIN / plain_s, seed),
     }
     if ema.draft is not None:
-        found["ema"] = Ema(ema.draft, ema.length)
-    return found
+        arms["ema"] = Ema(ema.draft, ema.length)
+    return arms
 
 
-class Replayed:
+class Replay:
     """Streams replayed seed by seed."""
 
     def __init__(self, family: Family) -> None:
@@ -89,15 +89,15 @@ class Replayed:
         self._family = family
 
     def play(self, name: str, seed: int) -> None:
-        """One stream under every pilot and every fixed setup that may be the best."""
+        """One stream under every controller and every fixed setup that may be the best."""
         family, rates = self._family, self.rates[name]
         stream = BUILDERS[name](family.served, seed)
-        records = {setup: self._serve(stream, Fixed(setup), seed) for setup in self._hopeful(name)}
+        records = {setup: self._serve(stream, Fixed(setup), seed) for setup in self._worth_serving(name)}
         for setup, record in records.items():
             self.statics[name][setup].append(record.tok_per_s)
         rates["best static"].append(max(record.tok_per_s for record in records.values()))
-        for pilot_name, controller in pilots(family, stream, seed).items():
-            rates[pilot_name].append(self._serve(stream, controller, seed).tok_per_s)
+        for controller_name, controller in controllers_for(family, stream, seed).items():
+            rates[controller_name].append(self._serve(stream, controller, seed).tok_per_s)
         if stream.most_rows == 1:
             oracle = self._serve(stream, Oracle(self._best_by_request(stream)), seed).tok_per_s
         else:
@@ -107,7 +107,7 @@ class Replayed:
     def _serve(self, stream: Stream, controller: RoundController, seed: int) -> Record:
         return self._family.simulator.serve(stream, controller, seed=seed, noise=self._family.noise)
 
-    def _hopeful(self, name: str) -> list[Setup]:
+    def _worth_serving(self, name: str) -> list[Setup]:
         """The grid; after the first seeds what was close to the best of it on any of them."""
         seen = self.statics[name]
         if not seen or len(seen[PLAIN]) < SCREENED_SEEDS:
@@ -130,13 +130,13 @@ def _best_by_phase(records: list[Record]) -> float:
     for record in records:
         tokens: dict[int, int] = defaultdict(int)
         seconds: dict[int, float] = defaultdict(float)
-        for one in record.rounds:
-            tokens[one.phase] += one.tokens
-            seconds[one.phase] += one.seconds
+        for result in record.rounds:
+            tokens[result.phase] += result.tokens
+            seconds[result.phase] += result.seconds
         sums.append((tokens, seconds))
     tokens = sums[0][0]
     return sum(tokens.values()) / sum(
-        tokens[phase] * min(seconds[phase] / own[phase] for own, seconds in sums) for phase in tokens
+        tokens[phase] * min(seconds[phase] / phase_tokens[phase] for phase_tokens, seconds in sums) for phase in tokens
     )
 
 
@@ -154,44 +154,44 @@ def figures(key: str, values: list[float]) -> dict[str, float]:
 
 
 def over(rates: Mapping[str, list[float]], name: str, base: str) -> list[float]:
-    """Seed by seed, one pilot's rate over another's."""
-    return [mine / theirs for mine, theirs in zip(rates[name], rates[base], strict=True)]
+    """Seed by seed, one controller's rate over another's."""
+    return [rate / base_rate for rate, base_rate in zip(rates[name], rates[base], strict=True)]
 
 
-def show(replayed: Replayed) -> None:
+def show(replayed: Replay) -> None:
     """A table for every stream: ratio to the best static and share of the oracle."""
     for stream, rates in replayed.rates.items():
         statics = replayed.statics[stream]
         num_seeds = len(rates["oracle"])
-        full = [setup for setup, own in statics.items() if len(own) == num_seeds]
+        full = [setup for setup, setup_rates in statics.items() if len(setup_rates) == num_seeds]
         usual = max(full, key=lambda setup: fmean(statics[setup]))
         print(
             f"\n{stream}: {num_seeds} seeds, best static mostly {usual.name}, {fmean(rates['best static']):.1f} tok/s"
         )
-        for name in sorted(rates, key=lambda one: -fmean(rates[one])):
+        for name in sorted(rates, key=lambda name: -fmean(rates[name])):
             mean, low, high = interval(over(rates, name, "best static"))
             share = fmean(over(rates, name, "oracle"))
             print(f"  {name:18} {mean:6.3f} [{low:.3f}, {high:.3f}] of the best static, {share:.3f} of the oracle")
 
 
-def document(replayed: Replayed) -> dict[str, Any]:
+def document(replayed: Replay) -> dict[str, Any]:
     """The replay's part of the last line."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for stream, rates in replayed.rates.items():
-        found |= figures(f"replay_{stream}_ratio", over(rates, "selector", "best static"))
-        found |= figures(f"replay_{stream}_oracle_share", over(rates, "selector", "oracle"))
-        found[f"replay_{stream}_baselines"] = {
+        values |= figures(f"replay_{stream}_ratio", over(rates, "selector", "best static"))
+        values |= figures(f"replay_{stream}_oracle_share", over(rates, "selector", "oracle"))
+        values[f"replay_{stream}_baselines"] = {
             name: round(fmean(over(rates, name, "best static")), 4)
             for name in rates
             if name not in ("selector", "best static")
         }
     steady = replayed.rates.get("steady")
-    return found | (figures("replay_oracle_share", over(steady, "selector", "oracle")) if steady else {})
+    return values | (figures("replay_oracle_share", over(steady, "selector", "oracle")) if steady else {})
 
 
 def run_real(family: Family, num_seeds: int) -> dict[str, Any]:
     """The selector, plain decoding, the best static setups by replay and at batch 1 the oracle, on the real engine."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, build in REAL_BUILDERS.items():
         ran: dict[str, list[float]] = defaultdict(list)
         for seed in range(num_seeds):
@@ -203,17 +203,17 @@ def run_real(family: Family, num_seeds: int) -> dict[str, Any]:
             if stream.most_rows == 1:
                 arms["oracle"] = real.oracle(family, stream)
             rates = real.rates(family, stream, arms, seed)
-            best = max((one for one in rates if one not in ("selector", "oracle")), key=lambda one: rates[one])
-            shown = ", ".join(f"{one} {rates[one]:.1f}" for one in sorted(rates, key=lambda one: -rates[one]))
+            best = max((arm for arm in rates if arm not in ("selector", "oracle")), key=lambda arm: rates[arm])
+            shown = ", ".join(f"{arm} {rates[arm]:.1f}" for arm in sorted(rates, key=lambda arm: -rates[arm]))
             print(f"real {name}, seed {seed}, tok/s: {shown}", flush=True)
             ran["selector"].append(rates["selector"])
             ran["best static"].append(rates[best])
             if "oracle" in rates:
                 ran["oracle"].append(rates["oracle"])
-        found |= figures(f"{name}_ratio", over(ran, "selector", "best static"))
+        values |= figures(f"{name}_ratio", over(ran, "selector", "best static"))
         if "oracle" in ran:
-            found |= figures("oracle_share", over(ran, "selector", "oracle"))
-    return found
+            values |= figures("oracle_share", over(ran, "selector", "oracle"))
+    return values
 
 
 def main() -> None:
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--streams", nargs="+", choices=sorted(BUILDERS), default=list(BUILDERS), help="of the replay")
     options = parser.parse_args()
     with world.family(options) as family:
-        replayed = Replayed(family)
+        replayed = Replay(family)
         for name in options.streams:
             for seed in range(options.seeds):
                 replayed.play(name, seed)

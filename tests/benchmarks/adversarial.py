@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.adversarial [--seeds 20] [--store FOLDER]
 
-Every stream is served under every weather: drafts that turn useless when they are switched to, once they are trusted,
-or by the clock; spikes of the machine; batches that flip; requests under the wrong domain. Of every 1,000 rounds in a
-row, plain decoding's time for the same tokens in the same conditions over the time they took: `worst_window` is the
-least over all streams, weathers and seeds.
+Every stream is served under every disturbance: drafts that turn useless when they are switched to, once they are
+trusted, or by the clock; spikes of the machine; batches that flip; requests under the wrong domain. Of every 1,000
+rounds in a row, plain decoding's time for the same tokens in the same conditions over the time they took:
+`worst_window` is the least over all streams, disturbances and seeds.
 """
 
 import argparse
@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping
 from profiles.records.core import Prompt
 from tests.benchmarks import traffic, world
 from tests.benchmarks.common import finish
-from tests.benchmarks.traffic import Phase, Stream, Weather
+from tests.benchmarks.traffic import Disturbance, Phase, Stream
 from tests.benchmarks.world import Family
 from tuner.selector.selector import Selector
 
 WINDOW = 1000
-ASKED = 0.98
+REQUIRED = 0.98
 BATCH = 8
 BUILDERS: Mapping[str, Callable[[tuple[Prompt, ...], int], Stream]] = {
     "steady": lambda prompts, seed: traffic.steady(prompts, seed, num_requests=120),
@@ -32,13 +32,13 @@ BUILDERS: Mapping[str, Callable[[tuple[Prompt, ...], int], Stream]] = {
     "bursty": lambda prompts, seed: traffic.bursty(prompts, seed, batches=world.BATCHES, num_bursts=30),
     "batch shift": lambda prompts, seed: traffic.batch_shift(prompts, seed, batches=world.BATCHES, turns=10),
 }
-WEATHERS: Mapping[str, Weather] = {
-    "calm": Weather(),
-    "ambush 4": traffic.ambush(4),
-    "ambush 64": traffic.ambush(64),
-    "ambush for ever": traffic.ambush(10**9),
-    "fickle 24": traffic.fickle(24),
-    "fickle 200": traffic.fickle(200),
+DISTURBANCES: Mapping[str, Disturbance] = {
+    "calm": Disturbance(),
+    "useless at first 4": traffic.useless_at_first(4),
+    "useless at first 64": traffic.useless_at_first(64),
+    "useless for ever": traffic.useless_at_first(10**9),
+    "useless after 24": traffic.useless_later(24),
+    "useless after 200": traffic.useless_later(200),
     "outages 20 of 40": traffic.outages(40, 20),
     "outages 300 of 600": traffic.outages(600, 300),
     "spikes 2 of 50": traffic.spikes(50, 2, 20.0),
@@ -46,7 +46,7 @@ WEATHERS: Mapping[str, Weather] = {
 }
 
 
-def worst(family: Family, name: str, weather: Weather, num_seeds: int) -> tuple[float, float, int]:
+def worst(family: Family, name: str, disturbance: Disturbance, num_seeds: int) -> tuple[float, float, int]:
     """(least window over seeds, least over whole streams, the fewest rounds of a stream)."""
     windows, wholes, rounds = [], [], []
     for seed in range(num_seeds):
@@ -55,7 +55,7 @@ def worst(family: Family, name: str, weather: Weather, num_seeds: int) -> tuple[
             Selector(family.policy, seed=seed),
             seed=seed,
             noise=family.noise,
-            weather=weather,
+            disturbance=disturbance,
         )
         windows.append(record.worst_window(WINDOW))
         wholes.append(record.over_plain)
@@ -64,7 +64,7 @@ def worst(family: Family, name: str, weather: Weather, num_seeds: int) -> tuple[
 
 
 def main() -> None:
-    """Every stream under every weather, table, JSON."""
+    """Every stream under every disturbance, table, JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     world.add_options(parser)
     options = parser.parse_args()
@@ -74,19 +74,19 @@ def main() -> None:
             f"least plain seconds over seconds, {options.seeds} seeds: of {WINDOW} rounds in a row, of a whole stream"
         )
         for stream in BUILDERS:
-            for name, weather in WEATHERS.items():
-                window, whole, num_rounds = worst(family, stream, weather, options.seeds)
+            for name, disturbance in DISTURBANCES.items():
+                window, whole, num_rounds = worst(family, stream, disturbance, options.seeds)
                 least[stream] = min(window, least.get(stream, window))
-                mark = "" if window >= ASKED else f"  under {ASKED}"
+                mark = "" if window >= REQUIRED else f"  under {REQUIRED}"
                 print(f"  {stream:12} {name:20} {window:6.4f} {whole:6.4f} ({num_rounds} rounds){mark}", flush=True)
         finish(
             {
                 "benchmark": "adversarial",
                 "seeds": options.seeds,
                 "window_rounds": WINDOW,
-                "asked": ASKED,
+                "asked": REQUIRED,
                 "worst_window": round(min(least.values()), 4),
-                **{f"worst_window_{stream.replace(' ', '_')}": round(one, 4) for stream, one in least.items()},
+                **{f"worst_window_{stream.replace(' ', '_')}": round(ratio, 4) for stream, ratio in least.items()},
             }
         )
 

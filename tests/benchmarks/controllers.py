@@ -1,4 +1,4 @@
-"""Pilots to compare a selector with: a fixed setup, look-ups, published adaptive rules, and one that knows the future.
+"""Controllers to compare a selector with: look-ups, published adaptive rules, and an oracle.
 
 Written from the descriptions of the methods: SGLang's adaptive speculation (exponential average of accepted tokens with
 hysteresis over one draft's step counts) and BanditSpec's UCB and Exp3 (Hou et al. 2025) with (draft, length) as arms.
@@ -18,7 +18,7 @@ EMA_DOWN, EMA_UP = -0.25, 0.0  # moves the thresholds half a token under a step 
 
 
 def picked(setup: Setup) -> RoundDecision:
-    """A pick that rests on no measured point: these pilots have none."""
+    """A pick that rests on no measured point: these controllers_for have none."""
     return RoundDecision(setup, True, 1, 1, MIXED, 0.0)
 
 
@@ -40,7 +40,7 @@ class Ema:
 
     def __init__(self, draft: Draft, first_length: int, steps: Mapping[int, tuple[int, ...]] = EMA_STEPS) -> None:
         self._draft = draft
-        self._slots = {size: _Slot(own, first_length) for size, own in steps.items()}
+        self._slots = {size: _Slot(candidates, first_length) for size, candidates in steps.items()}
 
     def choose(self, *, batch_size: int = 1, **_: object) -> RoundDecision:
         length = self._slot(batch_size).steps
@@ -72,16 +72,16 @@ class _Slot:
             self.steps = self._next()
 
     def _next(self) -> int:
-        place = before = self._candidates.index(self.steps)
+        index = first_index = self._candidates.index(self.steps)
         if self.steps == 0 and len(self._candidates) > 1:  # the smallest count is tried again
             self._average = max(self._average, self._candidates[1] - 1.0) if self._average < 0.0 else self._average
             return self._candidates[1]
-        while place > 0 and self._average <= max(0.5, self._candidates[place - 1] - 0.5) + EMA_DOWN:
-            place -= 1
-        if place == before:
-            while place < len(self._candidates) - 1 and self._average > self._candidates[place] - 0.5 + EMA_UP:
-                place += 1
-        return self._candidates[place]
+        while index > 0 and self._average <= max(0.5, self._candidates[index - 1] - 0.5) + EMA_DOWN:
+            index -= 1
+        if index == first_index:
+            while index < len(self._candidates) - 1 and self._average > self._candidates[index] - 0.5 + EMA_UP:
+                index += 1
+        return self._candidates[index]
 
 
 class Ucb:
@@ -98,10 +98,10 @@ class Ucb:
         if 0 in self._plays:
             number = self._plays.index(0)
         else:
-            room = 2.0 * math.log(sum(self._plays))
+            exploration = 2.0 * math.log(sum(self._plays))
             number = max(
                 range(len(self._plays)),
-                key=lambda arm: self._totals[arm] / self._plays[arm] + math.sqrt(room / self._plays[arm]),
+                key=lambda arm: self._totals[arm] / self._plays[arm] + math.sqrt(exploration / self._plays[arm]),
             )
         return picked(self._setups[number])
 
@@ -119,12 +119,12 @@ class Exp3:
         self._arms = {arm: number for number, arm in enumerate(arms)}
         self._setups = list(arms)
         self._most_per_s = most_per_s
-        self._luck = random.Random(f"{seed} exp3")
+        self._rng = random.Random(f"{seed} exp3")
         self._explore = explore
         self._scores = [0.0] * len(arms)
 
     def choose(self, **_: object) -> RoundDecision:
-        setup = self._luck.choices(self._setups, self._shares())[0]
+        setup = self._rng.choices(self._setups, self._shares())[0]
         return picked(setup)
 
     def observe(self, report: RoundReport) -> bool:

@@ -1,7 +1,7 @@
 """Streams on the real engine: every arm decodes the same parts of a stream, part by part in a drawn order.
 
-What drifts on the machine thus meets all arms alike. Seconds are those of the rounds and of what was scored after them;
-prefills are left out.
+What drifts on the machine thus meets all arms alike. Seconds are those of the rounds; prefills are
+left out.
 """
 
 import itertools

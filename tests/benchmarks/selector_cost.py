@@ -1,4 +1,4 @@
-"""What asking and telling the selector costs: microseconds a round, against a round of the family, and its import.
+"""What the selector costs: microseconds a round, against a round of the family, and its import.
 
     python -m tests.benchmarks.selector_cost
 
@@ -6,8 +6,7 @@ The policy is one of the family's size: its drafts, four domains at batch 1 and 
 that nothing is timed but `choose`, making the report, and `observe`. A round of the family is one of plain decoding of
 the target that ships, measured here; rounds that draft take longer.
 Every round is timed by itself, garbage collection included. Imports are timed as whole processes, bare Python and the
-import in turn, from compiled modules as an installed package has them; beside the selector also with the policy reader
-that serving code needs once.
+import in turn, from compiled modules as an installed package has them.
 """
 
 import argparse
@@ -77,9 +76,9 @@ def microseconds(policy_: Policy, num_rounds: int, rows: int) -> list[float]:
         chosen = time.perf_counter_ns()
         outcomes = tuple(drawn(pick.setup, rng) for _ in range(rows))
         seconds = (0.01 + 0.001 * max(proposed for proposed, _ in outcomes)) * rng.uniform(0.95, 1.05)
-        told = time.perf_counter_ns()
+        drawn_at = time.perf_counter_ns()
         selector.observe(RoundReport(pick, outcomes, seconds))
-        spent.append((time.perf_counter_ns() - told + chosen - started) / 1e3)
+        spent.append((time.perf_counter_ns() - drawn_at + chosen - started) / 1e3)
     return spent
 
 
@@ -103,11 +102,11 @@ def import_seconds(programs: list[str], repeats: int) -> list[float]:
     with tempfile.TemporaryDirectory() as compiled:
         environment = {**os.environ, "PYTHONPYCACHEPREFIX": compiled, "PYTHONDONTWRITEBYTECODE": ""}
         for _ in range(repeats + 1):
-            for program, own in zip(programs, taken, strict=True):
+            for program, seconds in zip(programs, taken, strict=True):
                 started = time.perf_counter()
                 subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
-                own.append(time.perf_counter() - started)
-    return [median(own[1:]) for own in taken]
+                seconds.append(time.perf_counter() - started)
+    return [median(seconds[1:]) for seconds in taken]
 
 
 def percentile(values: list[float], share: float) -> float:

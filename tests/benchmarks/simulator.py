@@ -1,7 +1,4 @@
-"""What a simulated server played, round by round, and how it did against plain decoding in the same conditions.
-
-Arithmetic on records; how rounds came about it must not know.
-"""
+"""A simulated server: streams of requests served on traces and step times, beside plain decoding's time."""
 
 import random
 from collections import deque
@@ -16,18 +13,18 @@ from profiles.engines.base import RoundController, RoundDecision, RoundReport
 from profiles.records.core import PLAIN, Prompt, Setup, Workload
 from profiles.records.errors import InputError, NotMeasuredError
 from profiles.records.evidence import RoundCount, StepShape, StepTimes
-from tests.benchmarks.traffic import Moment, Request, Stream, Weather
+from tests.benchmarks.traffic import Disturbance, Moment, Request, Stream
 from tuner.forecast.evidence import Evidence
 from tuner.forecast.forecaster import Forecaster
 from tuner.policy.query import MIXED
 
 
-class Played(NamedTuple):
-    """A round that was played.
+class RoundResult(NamedTuple):
+    """A round that was run.
 
-    `seconds`: the round and the prefills its rows waited for. `plain_s`: what plain
-    decoding would have taken for as many tokens of that batch, on the machine as it was in that round, which is
-    `slowed` times slower than usual by noise and weather. `phase`: of the stream.
+    `seconds`: the round and the prefills its rows waited for. `plain_s`: what plain decoding would have taken for as
+    many tokens of that batch, on the machine as it was in that round, which is `slowed` times slower than usual by
+    noise and disturbance. `phase`: of the stream.
     """
 
     setup: Setup
@@ -45,16 +42,16 @@ class Played(NamedTuple):
 class Record:
     """All rounds of a stream. A stream of outputs of one token has none, and no figures."""
 
-    rounds: tuple[Played, ...]
+    rounds: tuple[RoundResult, ...]
 
     @property
     def tokens(self) -> int:
         """Without the first of every output, which comes from its prefill."""
-        return sum(one.tokens for one in self.rounds)
+        return sum(result.tokens for result in self.rounds)
 
     @property
     def seconds(self) -> float:
-        return sum(one.seconds for one in self.rounds)
+        return sum(result.seconds for result in self.rounds)
 
     @property
     def tok_per_s(self) -> float:
@@ -63,7 +60,7 @@ class Record:
     @property
     def over_plain(self) -> float:
         """Seconds plain decoding would have taken in these very conditions, over those it took."""
-        return sum(one.plain_s for one in self.rounds) / self.seconds
+        return sum(result.plain_s for result in self.rounds) / self.seconds
 
     def worst_window(self, size: int) -> float:
         """The least `over_plain` of `size` rounds in a row, in seconds of the machine as it usually is.
@@ -71,8 +68,8 @@ class Record:
         A spike would give the few rounds that it happens to hit the weight of many, though in the long run it hits
         plain decoding as often. All rounds are one window when there are no more.
         """
-        seconds = list(accumulate((one.seconds / one.slowed for one in self.rounds), initial=0.0))
-        plain_s = list(accumulate((one.plain_s / one.slowed for one in self.rounds), initial=0.0))
+        seconds = list(accumulate((result.seconds / result.slowed for result in self.rounds), initial=0.0))
+        plain_s = list(accumulate((result.plain_s / result.slowed for result in self.rounds), initial=0.0))
         size = min(size, len(self.rounds))
         starts = range(len(self.rounds) - size + 1)
         return min((plain_s[at + size] - plain_s[at]) / (seconds[at + size] - seconds[at]) for at in starts)
@@ -111,20 +108,20 @@ class Simulator:
         *,
         seed: int = 0,
         noise: Sequence[float] = (1.0,),
-        weather: Weather | None = None,
+        disturbance: Disturbance | None = None,
     ) -> Record:
         """Every request of the stream, in its order, as many rows at a time as it says.
 
-        The pilot is asked for the rows in use, like that of a server whose batch is as large as its requests; our own
-        engine steps all rows of its batch and asks for those.
+        The controller decides for the rows in use, as in a server whose batch is as large as its requests; the torch
+        engine steps all rows of its batch and decides for those.
 
         `noise`: factors of which one is drawn for every round's time, plain decoding's included. Drafts that are
-        sampled draw their luck by `seed`; greedy ones have none. Raises: InputError: the stream needs a larger batch
+        sampled draw their rng by `seed`; greedy ones have none. Raises: InputError: the stream needs a larger batch
         than was measured. NotMeasuredError: a prompt, or a setup that was picked, is not in the evidence.
         """
         if stream.most_rows >= len(self._sizes):
             raise InputError(f"stream {stream.name!r} needs batch {stream.most_rows}: {max(self._sizes)} is measured")
-        return _Run(self, stream, seed, noise).play(controller, weather)
+        return _Run(self, stream, seed, noise).play(controller, disturbance)
 
     def digest(self, prompt: Prompt) -> str:
         """Of a prompt; worked out once, as it reads every token."""
@@ -133,11 +130,11 @@ class Simulator:
         return self._digests[prompt]
 
     def arm(self, setup: Setup) -> "_Arm":
-        """What is known of rounds of this setup."""
-        found = self._arms.get(setup)
-        if found is None:
-            found = self._arms[setup] = _Arm(self.world, self._sizes, setup)
-        return found
+        """Outcomes and times of rounds of this setup."""
+        arm = self._arms.get(setup)
+        if arm is None:
+            arm = self._arms[setup] = _Arm(self.world, self._sizes, setup)
+        return arm
 
 
 def noise_of(times: StepTimes) -> tuple[float, ...]:
@@ -146,7 +143,7 @@ def noise_of(times: StepTimes) -> tuple[float, ...]:
 
 
 class Fixed:
-    """A pilot that never changes its mind."""
+    """Always the same setup."""
 
     def __init__(self, setup: Setup) -> None:
         self._pick = RoundDecision(setup, True, 1, 1, MIXED, 0.0)
@@ -161,10 +158,10 @@ class Fixed:
 class _Row:
     """A request under way.
 
-    `start` is the next output position. By draft model: `taken_in` tokens of its text.
+    `start` is the next output position; `num_cached` by draft model: tokens of its text in the model's cache.
     """
 
-    __slots__ = ("domain", "key", "phase", "prompt_tokens", "size", "start", "taken_in")
+    __slots__ = ("domain", "key", "num_cached", "phase", "prompt_tokens", "size", "start")
 
     def __init__(self, request: Request, digest: str, size: int, most: int) -> None:
         self.domain, self.phase = request.prompt.domain, request.phase
@@ -172,7 +169,7 @@ class _Row:
         self.prompt_tokens = len(request.prompt.token_ids)
         self.size = size
         self.start = 1
-        self.taken_in: dict[str, int] = {}
+        self.num_cached: dict[str, int] = {}
 
     @property
     def length(self) -> int:
@@ -180,7 +177,7 @@ class _Row:
         return self.prompt_tokens + self.start
 
     def behind(self, model: str) -> int:
-        return self.length - self.taken_in.get(model, 0)
+        return self.length - self.num_cached.get(model, 0)
 
 
 class _Arm:
@@ -198,7 +195,7 @@ class _Arm:
         self._seconds: dict[tuple[int, StepShape], float] = {}
         self._refills_s: dict[int, float] = {}
 
-    def outcome(self, row: _Row, luck: random.Random) -> RoundOutcome:
+    def outcome(self, row: _Row, rng: random.Random) -> RoundOutcome:
         """How a round of this row goes."""
         if self.setup.draft is None:
             return PLAIN_ROUND
@@ -206,24 +203,24 @@ class _Arm:
         if table is None:
             table = self._ways[row.key] = [None] * row.size
         ways = table[row.start] or self._work_out(table, row)
-        return ways[0] if len(ways) == 1 else luck.choices(ways, [way.share for way in ways])[0]
+        return ways[0] if len(ways) == 1 else rng.choices(ways, [way.share for way in ways])[0]
 
     def acceptance(self, digest: str) -> Replayed:
         """Of a prompt, by its digest."""
         if digest not in self._acceptances:
             assert self.setup.draft is not None
-            found = self._world.evidence.acceptance(self.setup.draft, _Replayed(digest))
-            check_length(found, self.setup.length)
-            self._acceptances[digest] = found
+            acceptance = self._world.evidence.acceptance(self.setup.draft, _Replayed(digest))
+            check_length(acceptance, self.setup.length)
+            self._acceptances[digest] = acceptance
         return self._acceptances[digest]
 
     def seconds(self, num_rows: int, shape: StepShape) -> float:
         """Of a round of a batch of `num_rows`."""
         key = self._sizes[num_rows], shape
-        found = self._seconds.get(key)
-        if found is None:
-            found = self._seconds[key] = self._world.forecasters[key[0]].round_s(self.setup, shape)
-        return found
+        seconds = self._seconds.get(key)
+        if seconds is None:
+            seconds = self._seconds[key] = self._world.forecasters[key[0]].round_s(self.setup, shape)
+        return seconds
 
     def refill_s(self, num_rows: int) -> float:
         """Of a prefill that a batch of `num_rows` waits for."""
@@ -234,14 +231,14 @@ class _Arm:
 
     def _work_out(self, table: list[tuple[RoundOutcome, ...] | None], row: _Row) -> tuple[RoundOutcome, ...]:
         digest, size, most = row.key
-        asked = min(self.setup.length, most - row.start - 1)
-        ways = tuple(round_outcomes(self.acceptance(digest), row.start, asked, size))
+        length = min(self.setup.length, most - row.start - 1)
+        ways = tuple(round_outcomes(self.acceptance(digest), row.start, length, size))
         table[row.start] = ways
         return ways
 
 
 class _Replayed(NamedTuple):
-    """A prompt, as far as evidence is found by it."""
+    """A prompt by its digest, as evidence is looked up."""
 
     digest: str
 
@@ -253,8 +250,8 @@ class _Run:
         self._simulator = simulator
         self._workload = simulator.world.workload
         self._waiting = deque(stream.requests)
-        self._luck = random.Random(f"{seed} luck")
-        self._chance = random.Random(f"{seed} noise")
+        self._rng = random.Random(f"{seed} rng")
+        self._noise_rng = random.Random(f"{seed} noise")
         self._noise = noise
         self._plain = simulator.arm(PLAIN)
         self._rows: list[_Row] = []
@@ -262,27 +259,27 @@ class _Run:
         self._rounds_on = 0
         self._refills = 0
         self._seconds = 0.0
-        self._played: list[Played] = []
+        self._results: list[RoundResult] = []
 
-    def play(self, controller: RoundController, weather: Weather | None) -> Record:
+    def play(self, controller: RoundController, disturbance: Disturbance | None) -> Record:
         self._let_in()
         while self._rows:
             first = self._rows[0].domain
             domain = first if all(row.domain == first for row in self._rows) else None
             num_rows = len(self._rows)
-            pick = controller.choose(
+            decision = controller.choose(
                 batch_size=num_rows,
                 context_length=self._workload.context_length,
                 domain=domain,
                 temperature=self._workload.temperature,
             )
-            starter, arm = self._switch_to(pick.setup)
-            factor, outcomes = self._outcomes(arm, weather)
+            starter, arm = self._switch_to(decision.setup)
+            factor, outcomes = self._outcomes(arm, disturbance)
             shape = _shape(arm, self._rows, outcomes)
             round_s = factor * arm.seconds(num_rows, shape)
             tokens = _advance(arm, self._rows, outcomes, shape)
             controller.observe(
-                RoundReport(pick, tuple([RoundCount(one.proposed, one.accepted) for one in outcomes]), round_s)
+                RoundReport(decision, tuple([RoundCount(item.proposed, item.accepted) for item in outcomes]), round_s)
             )
             phase = self._rows[-1].phase
             self._rows = [row for row in self._rows if row.start < row.size]
@@ -290,10 +287,12 @@ class _Run:
             plain_s = tokens / num_rows * self._plain.seconds(num_rows, PLAIN_SHAPE)
             plain_s = factor * (plain_s + self._refills * self._plain.refill_s(num_rows))
             self._seconds += seconds
-            played = Played(pick.setup, domain, num_rows, tokens, seconds, plain_s, factor, pick.probe, phase)
-            self._played.append(played)
+            played = RoundResult(
+                decision.setup, domain, num_rows, tokens, seconds, plain_s, factor, decision.probe, phase
+            )
+            self._results.append(played)
             self._let_in()
-        return Record(rounds=tuple(self._played))
+        return Record(rounds=tuple(self._results))
 
     def _let_in(self) -> None:
         """Requests enter while fewer rows are in use than they allow; the draft in use takes in their prompts."""
@@ -308,7 +307,7 @@ class _Run:
             row = _Row(request, digest, min(most, len(traces[digest].token_ids)), most)
             self._refills += bool(self._rows)  # the first of a batch keeps nobody waiting
             if self._in_use is not None and self._in_use.model is not None:
-                row.taken_in[self._in_use.model] = row.prompt_tokens
+                row.num_cached[self._in_use.model] = row.prompt_tokens
             if row.start < row.size:
                 self._rows.append(row)
 
@@ -320,33 +319,33 @@ class _Run:
         before, arm = self._in_use, self._simulator.arm(setup)
         if before is None and arm.model is not None:
             for row in self._rows:
-                row.taken_in[arm.model] = row.prompt_tokens
+                row.num_cached[arm.model] = row.prompt_tokens
         same_draft = before is not None and before.setup.draft == setup.draft
         self._rounds_on = self._rounds_on + 1 if same_draft else 0
         self._in_use = arm
         return before or arm, arm
 
-    def _outcomes(self, arm: "_Arm", weather: Weather | None) -> tuple[float, list[RoundOutcome]]:
+    def _outcomes(self, arm: "_Arm", disturbance: Disturbance | None) -> tuple[float, list[RoundOutcome]]:
         """(factor of this round's time, how it goes for every row)."""
-        factor = self._noise[int(self._chance.random() * len(self._noise))]
-        outcomes = [arm.outcome(row, self._luck) for row in self._rows]
-        if weather is None:
+        factor = self._noise[int(self._noise_rng.random() * len(self._noise))]
+        outcomes = [arm.outcome(row, self._rng) for row in self._rows]
+        if disturbance is None:
             return factor, outcomes
-        moment = Moment(len(self._played), self._seconds, arm.setup, self._rounds_on)
-        if weather.spoils(moment):
-            outcomes = [replace(one, accepted=0) for one in outcomes]
-        return factor * weather.slows(moment), outcomes
+        moment = Moment(len(self._results), self._seconds, arm.setup, self._rounds_on)
+        if disturbance.spoils(moment):
+            outcomes = [replace(outcome, accepted=0) for outcome in outcomes]
+        return factor * disturbance.slows(moment), outcomes
 
 
 def _shape(arm: _Arm, rows: Sequence[_Row], outcomes: Sequence[RoundOutcome]) -> StepShape:
     """What the batch runs (see `Sample.shapes`)."""
-    widest = max([one.proposed for one in outcomes]) + 1
+    widest = max([outcome.proposed for outcome in outcomes]) + 1
     if arm.model is None:
         return StepShape(widest)
     steps = furthest = 0
-    for row, one in zip(rows, outcomes, strict=True):
-        if one.by_model:
-            steps = max(steps, one.proposed)
+    for row, outcome in zip(rows, outcomes, strict=True):
+        if outcome.by_model:
+            steps = max(steps, outcome.proposed)
             furthest = max(furthest, row.behind(arm.model))
     return StepShape(widest, steps, catch_up_width(furthest) if steps else 0)
 
@@ -355,11 +354,11 @@ def _advance(arm: _Arm, rows: Sequence[_Row], outcomes: Sequence[RoundOutcome], 
     """Moves every row on; the tokens that were emitted. A row further behind than the first step got nothing of it."""
     _, steps, width = shape
     tokens = 0
-    for row, one in zip(rows, outcomes, strict=True):
+    for row, outcome in zip(rows, outcomes, strict=True):
         if arm.model is not None and steps and row.behind(arm.model) <= width:
-            taken_in = min(one.accepted, steps - 1) if one.by_model else 0
-            row.taken_in[arm.model] = row.length + taken_in
-        start = min(row.size, row.start + one.accepted + 1)  # no target token follows an accepted end
+            num_cached = min(outcome.accepted, steps - 1) if outcome.by_model else 0
+            row.num_cached[arm.model] = row.length + num_cached
+        start = min(row.size, row.start + outcome.accepted + 1)  # no bonus token follows an accepted end
         tokens += start - row.start
         row.start = start
     return tokens

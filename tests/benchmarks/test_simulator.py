@@ -1,4 +1,4 @@
-"""The simulated server on made-up evidence: its rounds are the walk's and the replay's, its seconds the forecast's.
+"""The simulated server on made-up evidence: its rounds are those of a replay, its seconds the forecast's.
 
 Prices that tell shapes apart make what a batch ran readable from what it took.
 """
@@ -17,7 +17,7 @@ from profiles.records.core import PLAIN, Draft, Prompt, Setup
 from profiles.records.errors import InputError, NotMeasuredError
 from tests.benchmarks import traffic
 from tests.benchmarks.simulator import Fixed, Record, Simulator, World, noise_of
-from tests.benchmarks.traffic import Phase, Request, Stream, Weather
+from tests.benchmarks.traffic import Disturbance, Phase, Request, Stream
 from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, TARGET, FakeEngine, prompts
 from tuner.forecast.evidence import Evidence, gather
 from tuner.forecast.forecaster import Forecaster
@@ -41,10 +41,10 @@ class Prices:
 
 
 class Script:
-    """Picks what `setup_of` says of the round's number; keeps what it was asked and told."""
+    """Picks what `setup_of` says of the round's number; records queries and reports."""
 
     def __init__(self, setup_of: Callable[[int], Setup]) -> None:
-        self.asked: list[tuple[int, str | None]] = []
+        self.queries: list[tuple[int, str | None]] = []
         self.reports: list[RoundReport] = []
         self._setup_of = setup_of
 
@@ -56,8 +56,8 @@ class Script:
         domain: str | None = None,
         temperature: float = 0.0,
     ) -> RoundDecision:
-        setup = self._setup_of(len(self.asked))
-        self.asked.append((batch_size, domain))
+        setup = self._setup_of(len(self.queries))
+        self.queries.append((batch_size, domain))
         return RoundDecision(setup, True, batch_size, context_length or 0, domain or "mixed", temperature)
 
     def observe(self, report: RoundReport) -> bool:
@@ -102,8 +102,8 @@ def _seconds(played: object) -> float:
 
 
 @every_setup
-def test_alone_it_plays_the_walk(simulator: Simulator, evidence: Evidence, setup: Setup) -> None:
-    """Under a pilot that never changes its mind, batch 1 goes through exactly the rounds of the walk."""
+def test_at_batch_1_it_replays_the_traces(simulator: Simulator, evidence: Evidence, setup: Setup) -> None:
+    """With a fixed setup, batch 1 goes through exactly the rounds of a replay."""
     controller = Script(lambda _: setup)
     simulator.serve(queue(1), controller)
     wanted = []
@@ -111,11 +111,13 @@ def test_alone_it_plays_the_walk(simulator: Simulator, evidence: Evidence, setup
         acceptance = evidence.acceptance(setup.draft, prompt) if setup.draft else None
         trace = evidence.traces[prompt.digest]
         wanted += rounds_of(trace, acceptance, setup.length, GREEDY.max_new_tokens, random.Random(0))
-    assert [report.rows for report in controller.reports] == [((one.proposed, one.accepted),) for one in wanted]
+    assert [report.rows for report in controller.reports] == [
+        ((outcome.proposed, outcome.accepted),) for outcome in wanted
+    ]
 
 
 @every_setup
-def test_alone_it_takes_what_the_forecast_says(
+def test_at_batch_1_it_takes_what_the_forecast_says(
     simulator: Simulator, evidence: Evidence, forecaster: Forecaster, setup: Setup
 ) -> None:
     """Seconds at batch 1 without noise are the forecaster's own; tokens are all but the first of each output."""
@@ -172,9 +174,9 @@ def test_a_draft_switched_to_takes_in_what_it_missed(priced: Simulator) -> None:
     shapes = shapes_of(priced.serve(queue(1, PROMPTS[:1]), controller))
     num_prompt = len(PROMPTS[0].token_ids)
     assert shapes[10] == (2, 1, catch_up_width(num_prompt + 11))
-    (kept,) = [accepted for _, accepted in controller.reports[10].rows]
-    assert shapes[16] == (2, 1, catch_up_width(kept + 1 + 5))
-    assert all(shape == (1, 0, 0) for place, shape in enumerate(shapes) if place not in (10, 16))
+    (accepted,) = [accepted for _, accepted in controller.reports[10].rows]
+    assert shapes[16] == (2, 1, catch_up_width(accepted + 1 + 5))
+    assert all(shape == (1, 0, 0) for number, shape in enumerate(shapes) if number not in (10, 16))
 
 
 def test_a_new_row_is_taken_in_by_the_draft_in_use(priced: Simulator) -> None:
@@ -185,13 +187,13 @@ def test_a_new_row_is_taken_in_by_the_draft_in_use(priced: Simulator) -> None:
 
 
 def test_one_domain_or_none(simulator: Simulator) -> None:
-    """A pilot is told the rows in use, and their domain where they agree."""
+    """A controller is told the rows in use, and their domain where they agree."""
     controller = Script(lambda _: PLAIN)
     stream = Stream(name="two", requests=(Request(PROMPTS[0], 2), Request(PROMPTS[6], 2, 10), Request(PROMPTS[1], 1)))
     simulator.serve(stream, controller)
-    assert controller.asked[0] == (2, None)
-    assert controller.asked[9:][:1] == [(1, "code")]
-    assert controller.asked[-1] == (1, "code")
+    assert controller.queries[0] == (2, None)
+    assert controller.queries[9:][:1] == [(1, "code")]
+    assert controller.queries[-1] == (1, "code")
 
 
 def test_the_same_seed_gives_the_same_record(simulator: Simulator, evidence: Evidence) -> None:
@@ -207,7 +209,7 @@ def test_the_same_seed_gives_the_same_record(simulator: Simulator, evidence: Evi
     assert other.over_plain == pytest.approx(first.over_plain, rel=0.01)
 
 
-def test_sampled_drafts_draw_their_luck_by_seed() -> None:
+def test_sampled_drafts_are_drawn_by_seed() -> None:
     """At a temperature above 0 rounds are one way through the trace, drawn by the seed."""
     workload = replace(GREEDY, temperature=0.8)
     evidence = gather(FakeEngine(), workload, PROMPTS[:2], LENGTHS)
@@ -222,11 +224,11 @@ def test_weather(simulator: Simulator) -> None:
     """A spike slows plain decoding just as much; a spoilt round keeps nothing of what was proposed."""
     stream, setup = queue(1), Setup(draft=DRAFT_A, length=3)
     calm = simulator.serve(stream, Fixed(setup))
-    slow = simulator.serve(stream, Fixed(setup), weather=Weather(slows=lambda _: 3.0))
+    slow = simulator.serve(stream, Fixed(setup), disturbance=Disturbance(slows=lambda _: 3.0))
     assert slow.seconds == pytest.approx(3.0 * calm.seconds)
     assert slow.over_plain == pytest.approx(calm.over_plain)
     controller = Script(lambda _: setup)
-    spoilt = simulator.serve(stream, controller, weather=Weather(spoils=lambda _: True))
+    spoilt = simulator.serve(stream, controller, disturbance=Disturbance(spoils=lambda _: True))
     assert {accepted for report in controller.reports for _, accepted in report.rows} == {0}
     assert spoilt.over_plain < 1.0 < calm.over_plain
 
@@ -235,21 +237,23 @@ def test_an_ambush_waits_for_the_draft(simulator: Simulator) -> None:
     """The first rounds after every switch are spoilt, and only these."""
     setup = Setup(draft=NGRAM, length=3)
     controller = Script(lambda number: setup if number % 20 >= 10 else PLAIN)
-    simulator.serve(queue(1), controller, weather=traffic.ambush(4))
-    kept = [0] * 20
+    simulator.serve(queue(1), controller, disturbance=traffic.useless_at_first(4))
+    accepted_by_phase = [0] * 20
     for number, report in enumerate(controller.reports):
-        kept[number % 20] += report.rows[0][1]
-    assert kept[10:14] == [0] * 4
-    assert min(kept[14:]) > 0
+        accepted_by_phase[number % 20] += report.rows[0][1]
+    assert accepted_by_phase[10:14] == [0] * 4
+    assert min(accepted_by_phase[14:]) > 0
 
 
 def test_worst_window(simulator: Simulator) -> None:
     """The least of all windows of that many rounds, and of the whole record when it is shorter."""
     setup = Setup(draft=DRAFT_A, length=4)
-    record = simulator.serve(queue(1), Fixed(setup), weather=Weather(spoils=lambda moment: 50 <= moment.number < 80))
+    record = simulator.serve(
+        queue(1), Fixed(setup), disturbance=Disturbance(spoils=lambda moment: 50 <= moment.number < 80)
+    )
     by_hand = min(
-        sum(one.plain_s for one in record.rounds[at : at + 20])
-        / sum(one.seconds for one in record.rounds[at : at + 20])
+        sum(result.plain_s for result in record.rounds[at : at + 20])
+        / sum(result.seconds for result in record.rounds[at : at + 20])
         for at in range(len(record.rounds) - 19)
     )
     assert record.worst_window(20) == pytest.approx(by_hand)

@@ -67,20 +67,20 @@ def stream_of(name: str, phases: Sequence[Phase], prompts: Sequence[Prompt], see
 
     Raises InputError for a domain that no prompt has.
     """
-    luck = random.Random(f"{seed} {name}")
+    rng = random.Random(f"{seed} {name}")
     domains = tuple(dict.fromkeys(prompt.domain for prompt in prompts))
     decks: Mapping[str, list[Prompt]] = {domain: [] for domain in domains}
     requests = []
     for number, phase in enumerate(phases):
         wanted = phase.domains or domains
-        for place in range(phase.num_requests):
-            domain = wanted[place % len(wanted)]
+        for number_in_phase in range(phase.num_requests):
+            domain = wanted[number_in_phase % len(wanted)]
             if domain not in decks:
                 raise InputError(f"domain {domain!r}: the prompts have {', '.join(domains)}")
             deck = decks[domain]
             if not deck:
                 deck += (prompt for prompt in prompts if prompt.domain == domain)
-                luck.shuffle(deck)
+                rng.shuffle(deck)
             requests.append(Request(deck.pop(), phase.concurrency, phase.most_tokens, number))
     return Stream(name=name, requests=tuple(requests))
 
@@ -94,7 +94,7 @@ def shifting(
     prompts: Sequence[Prompt], seed: int, *, domains: Sequence[str], num_requests: int = 16, concurrency: int = 1
 ) -> Stream:
     """One domain after the other, `num_requests` of each."""
-    phases = [Phase(num_requests=num_requests, domains=(one,), concurrency=concurrency) for one in domains]
+    phases = [Phase(num_requests=num_requests, domains=(domain,), concurrency=concurrency) for domain in domains]
     return stream_of("domain shift", phases, prompts, seed)
 
 
@@ -109,11 +109,11 @@ def batch_shift(
 
 def bursty(prompts: Sequence[Prompt], seed: int, *, batches: Sequence[int], num_bursts: int = 12) -> Stream:
     """The batch jumps among `batches` at drawn moments; a burst is one to three requests a row."""
-    luck = random.Random(f"{seed} bursts")
+    rng = random.Random(f"{seed} bursts")
     phases = []
     for _ in range(num_bursts):
-        size = luck.choice(list(batches))
-        phases.append(Phase(num_requests=size * luck.randint(1, 3), concurrency=size))
+        size = rng.choice(list(batches))
+        phases.append(Phase(num_requests=size * rng.randint(1, 3), concurrency=size))
     return stream_of("bursty", phases, prompts, seed)
 
 
@@ -148,7 +148,7 @@ class Moment(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Weather:
+class Disturbance:
     """What disturbs a simulated server.
 
     `slows`: how many times longer a round takes, whatever it runs. `spoils`: whether nothing is kept of what is
@@ -159,21 +159,21 @@ class Weather:
     spoils: Callable[[Moment], bool] = lambda _: False
 
 
-def ambush(num_rounds: int) -> Weather:
+def useless_at_first(num_rounds: int) -> Disturbance:
     """A draft is useless for the first rounds after it was switched to, and as it should be later."""
-    return Weather(spoils=lambda moment: moment.rounds_on < num_rounds)
+    return Disturbance(spoils=lambda moment: moment.rounds_on < num_rounds)
 
 
-def fickle(num_rounds: int) -> Weather:
+def useless_later(num_rounds: int) -> Disturbance:
     """A draft is as it should be for a while after it was switched to, and useless from then on."""
-    return Weather(spoils=lambda moment: moment.rounds_on >= num_rounds)
+    return Disturbance(spoils=lambda moment: moment.rounds_on >= num_rounds)
 
 
-def outages(period: int, num_rounds: int) -> Weather:
+def outages(period: int, num_rounds: int) -> Disturbance:
     """All drafts are useless for the last `num_rounds` out of every `period`."""
-    return Weather(spoils=lambda moment: moment.number % period >= period - num_rounds)
+    return Disturbance(spoils=lambda moment: moment.number % period >= period - num_rounds)
 
 
-def spikes(period: int, num_rounds: int, factor: float) -> Weather:
+def spikes(period: int, num_rounds: int, factor: float) -> Disturbance:
     """The last `num_rounds` out of every `period` take `factor` times as long."""
-    return Weather(slows=lambda moment: factor if moment.number % period >= period - num_rounds else 1.0)
+    return Disturbance(slows=lambda moment: factor if moment.number % period >= period - num_rounds else 1.0)

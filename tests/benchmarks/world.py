@@ -107,8 +107,8 @@ def _family(bench: Bench, measured: Mapping[Workload, PointForecasts], prompts: 
     by_domain: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         by_domain.setdefault(prompt.domain, []).append(prompt)
-    known = {domain: own[::2] for domain, own in by_domain.items()}
-    pools = {MIXED: [prompt for own in known.values() for prompt in own], **known}
+    tuned_on = {domain: in_domain[::2] for domain, in_domain in by_domain.items()}
+    pools = {MIXED: [prompt for in_domain in tuned_on.values() for prompt in in_domain], **tuned_on}
     points = [
         PointDecision(
             plan=PointPlan(workload=workload, domain=domain, forecast_prompts=tuple(pool)),
@@ -137,7 +137,7 @@ def _family(bench: Bench, measured: Mapping[Workload, PointForecasts], prompts: 
         ),
         best={(choice.batch_size, choice.domain): choice.setup for choice in choices},
         setups=setups,
-        served=tuple(prompt for own in by_domain.values() for prompt in own[1::2]),
+        served=tuple(prompt for in_domain in by_domain.values() for prompt in in_domain[1::2]),
         noise=noise_of(evidence.steps[bench.engine.target.run_digest]),
     )
 
