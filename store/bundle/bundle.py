@@ -24,8 +24,6 @@ from profiles.records.codec import decode, environment_from, model_from
 from profiles.records.core import Environment, Model
 from profiles.records.errors import InputError, NotMeasuredError
 from store import migrations, tables
-from store import shape_times as stored_shapes
-from store.bundle import shape_times
 from store.bundle.compare import UnlikeError, is_known
 from store.bundle.file import FORMAT, MOST_LINE_BYTES, MOST_ROWS, VERSION, Reading, line_of, reading, write
 from store.bundle.rows import (
@@ -151,30 +149,15 @@ def inspect(path: Path, take: Callable[[Table, list[Values]], None] | None = Non
         )
 
 
-def check(path: Path) -> int | None:
-    """Checks all of a file that `merge` takes: None for a bundle, else the sweeps of an evidence file.
-
-    Raises InputError.
-    """
-    if shape_times.is_file(path):
-        return shape_times.check(path)
-    inspect(path)
-    return None
-
-
 def merge(evidence_store: EvidenceStore, path: Path, *, keep_mine: bool = False) -> Merged:
     """Adds what the store does not have, all of it or, on any refusal, nothing; the second time nothing is new.
 
     Equal evidence keeps the time and machine under which this store has it; traces of equal tokens are equal when their
     figures are within 0.001, because devices round otherwise. `keep_mine`: where the bundle holds other evidence, the
-    store's stays and the rest is merged; acceptance over a trace of other tokens is left out with the trace. Takes a
-    file of step times too. Raises: InputError: the file is damaged, newer or not allowed. StoreError: it
-    holds other evidence under a key that the store has; both values are named.
+    store's stays and the rest is merged; acceptance over a trace of other tokens is left out with the trace.
+    Raises: InputError: the file is damaged, newer or not allowed. StoreError: it holds other evidence under a key that
+    the store has; both values are named.
     """
-    if shape_times.is_file(path):
-        swept = shape_times.check(path)
-        loaded = stored_shapes.load(evidence_store, path)
-        return Merged(added={"step_times": loaded}, known={"step_times": swept - loaded})
     merging = _Merging(keep_mine)
     with tempfile.SpooledTemporaryFile(max_size=HELD_BYTES) as file:
         units = _Checked(file)  # before the lock, which keeps all others out and is for comparing and inserting

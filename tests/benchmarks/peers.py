@@ -31,14 +31,15 @@ from flashspec.engine.verifier import TargetModel
 from profiles.builtin import TARGET
 from profiles.engines import workloads
 from profiles.engines.bench import Bench, Question
-from profiles.engines.torch import load, shape_times
+from profiles.engines.torch import load
 from profiles.models.loader import LoadedModel
 from profiles.records.core import PLAIN, Interval, Prompt, Setup, Workload, digest_of
 from profiles.records.draft_spec import parse_draft
 from profiles.records.evidence import TargetTrace
-from profiles.stats import median, speedup_interval
+from profiles.stats import speedup_interval
 from profiles.timing.clock import Clock, quietest
 from tests.benchmarks.common import finish
+from tests.benchmarks.roofline import roofline_fraction
 
 # ---- the setups that race to be "our best" beside plain decoding: (spelling of a draft, its lengths); add others here
 RACED: tuple[tuple[str, tuple[int, ...]], ...] = (
@@ -54,7 +55,6 @@ LENGTH = 4
 DOMAINS = ("prose", "code", "copy")
 TEMPERATURES = (0.0, 0.8)
 TURNS = 2
-ROOFLINE_SHAPES = ("llama-3.2-1b", "llama-3.1-8b")
 RACE_PROMPTS = 3
 RACE_SHARE = 0.25  # of a cell's seconds
 # the ratio's name -> (our arm, the peer's)
@@ -267,21 +267,6 @@ def compare(
         for name, turns in runs.items():
             for run in turns[number]:
                 tallies[name].add(run, trace)
-
-
-def roofline_fraction(device: str) -> float | None:
-    """Plain decoding of the 1B and the 8B shape over the rate at which weights and cache can be read; the lower one.
-
-    Random weights, batch 1, 512 tokens cached; the bandwidth is that of copying on the device. None on a CPU.
-    """
-    if not device.startswith("cuda"):
-        return None
-    fractions = []
-    for name in ROOFLINE_SHAPES:
-        [point] = shape_times.points((name,), "bfloat16", (1,), (512,))
-        times = shape_times.sweep(shape_times.random_model(name, "bfloat16", device), point, device, 1)
-        fractions.append(point.num_bytes / median(times.samples_s[1]) / shape_times.copy_bytes_per_s(device))
-    return round(min(fractions), 4)
 
 
 def asked() -> argparse.Namespace:

@@ -238,7 +238,6 @@ def lookup(
     form: flags.Form = None,
     engine_version: flags.EngineVersion = None,
     require: flags.Require = None,
-    transferred: flags.Transferred = False,
     environment: flags.MachineFile = None,
     device: flags.AskedDevice = None,
     store: flags.Store = None,
@@ -258,9 +257,6 @@ def lookup(
     place = location.existing_store(store)
     with EvidenceStore.open_read_only(place) as evidence_store:
         found = answers.lookup(evidence_store, question, here)
-        if transferred and found.transferred is None:
-            say_aside("--transferred: no transferred forecast is to be had, or none is needed")
-        found = found.with_transferred() if transferred else found
         if json_only:
             print_json(messages.lookup_document(found, evidence_store, location.store_name(place)))
     if not found.reaches(level):

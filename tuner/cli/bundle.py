@@ -79,7 +79,7 @@ def merge(
     """Add what a bundle holds to the store, all of it or nothing; again it changes nothing."""
     from store.bundle import bundle
 
-    bundle.check(path)  # a file that is refused makes no store
+    bundle.inspect(path)  # a file that is refused makes no store
     place = location.store_location(store)
     with EvidenceStore.open(place) as evidence_store:
         merged = bundle.merge(evidence_store, path, keep_mine=keep_mine)

@@ -55,8 +55,6 @@ def lookup_text(found: Found, form: str | None, version: str | None) -> tuple[st
     Raises InputError: an engine version that is none.
     """
     asides = [] if found.caveat is None else [f"warning: {found.caveat}"]
-    if found.transferred is not None and not found.is_transferred:
-        asides.append(f"offered, take it with --transferred: {found.transferred.reason}")
     choice = found.answer.choice
     if form is None:
         lines = [f"{choice.setup.name}: {found.answer.rule}", choice.reason]

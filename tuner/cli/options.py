@@ -101,9 +101,6 @@ Require = Annotated[
     str | None,
     typer.Option(help="Fail with code 7 unless the match is at least exact, version, engine, family or capability."),
 ]
-Transferred = Annotated[
-    bool, typer.Option("--transferred", help="Where nothing measured answers, take the transferred forecast, if any.")
-]
 MachineFile = Annotated[
     Path | None,
     typer.Option("--environment", help="JSON that describes the machine to answer for; default: this one."),

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Select, bindparam, func, select
 
@@ -27,7 +27,6 @@ from tuner.policy.policy import Answer, Choice, Policy, from_json, plain_answer
 from tuner.policy.query import check_query
 
 if TYPE_CHECKING:
-    from tuner.deploy.transfer import Transferred
     from tuner.export import Deployment
 
 # serving engines, and the words with which `tune.py run` measures on them
@@ -59,8 +58,7 @@ class Found:
 
     `policy` is the one that was asked, with its `match`; None where no policy is near enough. Below an exact match no
     choice is called proven: it was proven elsewhere. `advice` is the command that would measure what was asked, None at
-    an exact match and where there is none. `transferred` is offered where no policy of this device's family is known;
-    `is_transferred` tells that it was taken.
+    an exact match and where there is none.
     """
 
     answer: Answer
@@ -69,8 +67,6 @@ class Found:
     policy: Policy | None = None
     match: Match | None = None
     advice: str | None = None
-    transferred: "Transferred | None" = None
-    is_transferred: bool = False
 
     def reaches(self, level: Level) -> bool:
         """Whether the match is as good as `level` or better."""
@@ -92,14 +88,6 @@ class Found:
         mend = f"to measure it there: {self.advice}" if self.advice else "`tune.py run` cannot measure that"
         return f"match is {self.level}: {MEANINGS[self.level]} ({'; '.join(told)}); {mend}"
 
-    def with_transferred(self) -> Self:
-        """The answer replaced by the transferred forecast's, with no match at all; itself where there is none."""
-        lent = self.transferred
-        if lent is None:
-            return self
-        answer = Answer(choice=lent.choice(self.answer.choice.domain), matched=False, rule=lent.rule)
-        return replace(self, answer=answer, level="none", is_transferred=True)
-
     def deployment(self) -> "Deployment":
         """What an exporter is asked: the choice, and the policy's others of its domain, temperature and context."""
         from tuner.export import Deployment  # and with it the exporters, which a look-up for people does not need
@@ -114,11 +102,10 @@ class Found:
             choice=asked,
             rows=rows or (asked,),
             measured_on=measured_on,
-            transferred=self.is_transferred,
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The match as JSON values: level, differences, the machine that was measured, advice, and what is offered."""
+        """The match as JSON values: level, differences, the machine that was measured, and advice."""
         return {
             "level": self.level,
             "meaning": MEANINGS[self.level],
@@ -127,8 +114,6 @@ class Found:
             ],
             "measured_on": None if self.policy is None else asdict(self.policy.environment),
             "advice": self.advice,
-            "transferred": None if self.transferred is None else asdict(self.transferred),
-            "is_transferred": self.is_transferred,
         }
 
 
@@ -148,7 +133,6 @@ def lookup(evidence_store: EvidenceStore, question: Question, here: Machine) -> 
        question without a temperature is asked at the one the best of them tuned last.
     2. The best one answers by `Policy.look_up`. Only where it does not cover the question, or was not decided there,
        others of the same device and engine are asked. Beyond the largest measured batch or context: plain decoding.
-    3. Where no policy of this family of devices is known, a transferred forecast is offered.
 
     Raises: NotMeasuredError: the store does not know the target. PolicyError: a stored policy is damaged. StoreError.
     """
@@ -161,11 +145,6 @@ def lookup(evidence_store: EvidenceStore, question: Question, here: Machine) -> 
         words = SERVING.get(str(here.get("engine")), ())
         if question.batch_size <= (MAX_REQUESTS if words else MAX_BATCH):
             found = replace(found, advice=measuring_command(found, question, words))
-    if not ranked or ranked[0].match.level == "capability":
-        from tuner.deploy.transfer import transfer  # needs numpy, which the usual answer does not
-
-        shape = (question.batch_size, question.context_length)
-        found = replace(found, transferred=transfer(evidence_store, found.target, here, shape, question.temperature))
     return found
 
 

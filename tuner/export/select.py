@@ -8,7 +8,6 @@ from profiles.records.core import PLAIN, Model, Setup
 from profiles.records.text import printable
 from tuner.policy.policy import Choice
 
-TRANSFERRED = "a transferred forecast, not measured"
 Objection = Callable[[Setup], str | None]  # why an engine cannot be told a setup, or None
 
 
@@ -17,15 +16,13 @@ class Deployment:
     """The choice to export, and the choices beside it.
 
     `rows`: all choices of the policy with the same domain, temperature and context, one per measured batch; a schedule
-    is made of them. `measured_on`: the policy's engine. `transferred`: the setup is forecast from the evidence of
-    another machine, and every label says so.
+    is made of them. `measured_on`: the policy's engine.
     """
 
     target: Model
     choice: Choice
     rows: tuple[Choice, ...]
     measured_on: str
-    transferred: bool = False
 
     @property
     def engine(self) -> str:
@@ -126,8 +123,6 @@ def _around(deployment: Deployment, setup: Setup, *, all_alike: bool) -> tuple[S
 def label_of(deployment: Deployment, form: str, setup: Setup) -> str:
     """How sure a setup is; a choice measured on one engine is never proven on another."""
     choice = deployment.choice
-    if deployment.transferred:
-        return TRANSFERRED
     if not choice.is_decided:
         return "not measured"
     # paired runs time plain decoding beside their setup

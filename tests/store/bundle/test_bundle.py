@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from profiles.records.codec import plain
 from profiles.records.core import PLAIN, Setup
 from profiles.records.errors import NotMeasuredError, StoreError
 from store import migrations
@@ -176,23 +175,6 @@ class TestThereAndBack:
         assert "someone" not in text
         assert '"name":"imported:fake-target"' in text
         assert '"name":"fake-target"' not in text
-
-    def test_a_sweep_file_is_taken_too(self, tmp_path: Path, empty: EvidenceStore) -> None:
-        """A file of `profiles.engines.torch.shape_times` is known by its content; a bad value in it adds nothing."""
-        times = FakeEngine().time_steps(GREEDY, 96, 2)[TARGET.run_digest]
-        good = {"target": plain(TARGET), "max_length": 2, "step_times": plain(times)}
-        document = {"evidence_version": 1, "environment": plain(MACHINE), "entries": [good]}
-        path = tmp_path / "device.json"
-        path.write_text(json.dumps(document))
-        assert bundle.merge(empty, path).added == {"step_times": 1}
-        assert bundle.merge(empty, path).known == {"step_times": 1}
-        longer = {**good, "max_length": 9, "step_times": {**good["step_times"], "context_length": 100}}
-        for bad, reason in ((longer, "or one of its widths"), ({**good, "max_length": 10**12}, "max_length is 1000")):
-            path.write_text(json.dumps({**document, "entries": [{**good, "max_length": 1}, bad]}))
-            assert reason in refused(empty, path)
-        for text, reason in (("{" * 10**5, "deeper than"), ('{"entries": 7}', "it has no"), ("{", "not JSON")):
-            path.write_text(text)
-            assert reason in refused(empty, path)
 
 
 class TestUnlikeEvidence:

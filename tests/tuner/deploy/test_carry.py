@@ -1,4 +1,4 @@
-"""A bundle carried to a clean store on another machine: match levels and the transferred forecast, by the verbs."""
+"""A bundle carried to a clean store on another machine: match levels, by the commands."""
 
 import json
 from dataclasses import asdict, replace
@@ -7,17 +7,15 @@ from pathlib import Path
 import pytest
 
 from profiles.records.core import Setup
-from store.evidence_store import EvidenceStore, Scope
+from store.evidence_store import EvidenceStore
 from tests.support.cli import call, database
-from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts
+from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, FakeEngine, prompts
 from tests.tuner.deploy import test_lookup
 from tuner.pipeline.pipeline import Options, Watch
 from tuner.policy.policy import from_json
 from tuner.run import TuningSession, tune
 
-H100, PCIE, L40S, CPU = (
-    replace(one, engine="draftpick-torch") for one in (test_lookup.H100, test_lookup.PCIE, test_lookup.L40S, MACHINE)
-)
+H100, PCIE, CPU = (replace(one, engine="draftpick-torch") for one in (test_lookup.H100, test_lookup.PCIE, MACHINE))
 
 
 class OnH100(FakeEngine):
@@ -31,13 +29,10 @@ class OnH100(FakeEngine):
 
 @pytest.fixture(scope="module")
 def carried(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store elsewhere that got a bundle of a run on an H100, and step times of an L40S."""
+    """A store elsewhere that got a bundle of a run on an H100."""
     there, here = tmp_path_factory.mktemp("there"), tmp_path_factory.mktemp("here")
     with EvidenceStore.open(database(there)) as evidence_store:
         tune(OnH100(), [(GREEDY, prompts(40))], TuningSession.of(evidence_store), Options(lengths=(1, 2, 4)), Watch())
-        times = FakeEngine(seed=3).time_steps(GREEDY, 96, 4)
-        scope = Scope(target=TARGET, environment=L40S, workload=GREEDY)
-        evidence_store.save_step_times(scope, (DRAFT_A, NGRAM), 4, times)
     assert call(there, "bundle", "pack", there / "b.draftpick").code == 0
     assert call(here, "bundle", "merge", there / "b.draftpick").code == 0
     return here
@@ -85,20 +80,6 @@ def test_the_level_of_another_engine(carried: Path, tmp_path: Path) -> None:
     assert "match is engine" in said.stderr
     assert ": measured on torch\n" in said.stderr
     assert call(carried, *words, "--require", "version").code == 7
-
-
-def test_the_transferred_forecast_on_the_other_machine(carried: Path, tmp_path: Path) -> None:
-    """An L40S without a run: plain decoding, a forecast offered beside it, taken with the flag, never proven."""
-    known = {name: value for name, value in asdict(L40S).items() if value is not None}
-    machine = described(tmp_path, **known)
-    said = call(carried, "lookup", "--environment", machine)
-    assert said.stdout.startswith("plain: fake-target was tuned only on NVIDIA H100 80GB HBM3\n")
-    assert "offered, take it with --transferred: A transferred forecast, not measured here: draft-a k=" in said.stderr
-    taken = call(carried, "lookup", "--environment", machine, "--transferred", "--format", "json")
-    choice = json.loads(taken.stdout)
-    assert choice["setup"]["draft"]["model"]["name"] == "draft-a"
-    assert not choice["proven"]
-    assert "a transferred forecast, not measured" in taken.stderr
 
 
 def test_the_policy_came_along(carried: Path) -> None:

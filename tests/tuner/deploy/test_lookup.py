@@ -1,8 +1,7 @@
-"""What a deploy script is told: the choice, how well it matches, what would measure it, and what can be transferred."""
+"""What a deploy script is told: the choice, how well it matches, and what would measure it."""
 
 import itertools
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 
@@ -10,14 +9,11 @@ import store
 from profiles.hardware.device import Machine, drop_unknown
 from profiles.records.core import PLAIN, Environment, Setup
 from profiles.records.errors import NotMeasuredError, PolicyError
-from profiles.records.evidence import StepTimes
-from store.evidence_store import EvidenceStore, Scope
-from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts, sql
+from store.evidence_store import EvidenceStore
+from tests.support.fakes import DRAFT_A, MACHINE, NGRAM, TARGET
 from tests.support.policies import choice, save_policy
 from tuner.deploy.lookup import Found, Question
-from tuner.pipeline.pipeline import Options, Watch
 from tuner.policy.policy import Policy, to_json
-from tuner.run import TuningSession, tune
 
 A4 = Setup(draft=DRAFT_A, length=4)
 N2 = Setup(draft=NGRAM, length=2)
@@ -46,12 +42,6 @@ def keep(evidence_store: EvidenceStore, environment: Environment, setup: Setup =
         choices=(choice(setup, **anchor),),
     )
     save_policy(evidence_store, to_json(made), TARGET, environment)
-
-
-def slowed(times: StepTimes, slower: float) -> StepTimes:
-    """Every step takes `slower` times as long."""
-    samples = {width: tuple(slower * one for one in own) for width, own in times.samples_s.items()}
-    return replace(times, samples_s=samples)
 
 
 def ask(evidence_store: EvidenceStore, here: Environment | Machine, **question: object) -> Found:
@@ -164,145 +154,6 @@ class TestCoverage:
         """There is nothing to fall back from."""
         with pytest.raises(NotMeasuredError, match=r"does not know any target: run `tune.py run` first"):
             ask(evidence_store, MACHINE)
-
-
-class TestTransfer:
-    @pytest.fixture
-    def tuned(self, tmp_path: Path) -> EvidenceStore:
-        """A store with a finished run on the fake machine."""
-        evidence_store = EvidenceStore.open(tmp_path / "evidence.db")
-        fake = FakeEngine(keep=0.9)
-        tune(fake, [(GREEDY, prompts(40))], TuningSession.of(evidence_store), Options(lengths=(1, 2, 4)), Watch())
-        return evidence_store
-
-    def sweep(self, evidence_store: EvidenceStore, environment: Environment, slower: float = 1.0) -> None:
-        """Step times measured on another machine, where a target step takes `slower` times as long."""
-        times = FakeEngine(seed=7).time_steps(GREEDY, 96, 4)
-        times[TARGET.run_digest] = slowed(times[TARGET.run_digest], slower)
-        scope = Scope(target=TARGET, environment=environment, workload=GREEDY)
-        evidence_store.save_step_times(scope, (DRAFT_A, NGRAM), 4, times)
-
-    def test_a_forecast_is_offered_where_only_steps_were_timed(self, tuned: EvidenceStore) -> None:
-        """Acceptance of the fake machine and step times of an H100: offered to an H100 PCIe, not taken by itself."""
-        self.sweep(tuned, H100, slower=4.0)
-        found = ask(tuned, PCIE)
-        assert (found.level, found.answer.choice.setup) == ("none", PLAIN)
-        lent = found.transferred
-        assert lent is not None
-        assert (lent.level, lent.step_times_from, lent.overhead_from) == ("family", H100.device, MACHINE.device)
-        assert lent.setup.draft == DRAFT_A
-        assert lent.forecast.speedup.low > 1.0
-        taken = found.with_transferred()
-        assert taken.answer.choice.setup == lent.setup
-        assert (taken.level, taken.answer.matched) == ("none", False)
-        assert not taken.answer.choice.proven
-        assert taken.answer.choice.reason.startswith("A transferred forecast, not measured here: draft-a k=")
-        tuned.close()
-
-    def test_the_forecast_is_of_the_machine_with_the_steps(self, tuned: EvidenceStore) -> None:
-        """Where a target step takes four times as long beside equal draft steps, drafting pays more than at home."""
-        self.sweep(tuned, L40S)
-        self.sweep(tuned, H100, slower=4.0)
-        near, far = (ask(tuned, machine).transferred for machine in (L40S, H100))
-        assert near is not None
-        assert far is not None
-        assert far.forecast.speedup.estimate > near.forecast.speedup.estimate > 1.0
-        assert far.level == "exact"
-        tuned.close()
-
-    def test_nothing_is_offered_without_step_times_of_the_family(self, tuned: EvidenceStore) -> None:
-        """Step times of another kind of device, of another engine, or of smaller batches do not serve."""
-        self.sweep(tuned, L40S)
-        assert ask(tuned, H100).transferred is None
-        assert ask(tuned, replace(L40S, engine="vllm")).transferred is None
-        assert ask(tuned, L40S, batch_size=2).transferred is None
-        assert ask(tuned, L40S, temperature=0.7).transferred is None
-        assert ask(tuned, L40S, context_length=257).transferred is None, "beyond the acceptance's context"
-        assert ask(tuned, L40S).transferred is not None
-        tuned.close()
-
-    def test_a_measured_family_member_needs_no_forecast(self, tuned: EvidenceStore) -> None:
-        """What was measured goes before what is forecast."""
-        self.sweep(tuned, H100)
-        keep(tuned, PCIE)
-        found = ask(tuned, H100)
-        assert (found.level, found.transferred) == ("family", None)
-        tuned.close()
-
-    def test_a_machine_that_was_tuned_is_offered_nothing(self, tuned: EvidenceStore) -> None:
-        """Where this device was measured, beyond its largest batch or context is plain decoding, not a forecast."""
-        assert ask(tuned, MACHINE, context_length=999_999).transferred is None
-        tuned.close()
-
-    def test_a_far_policy_lends_nothing_to_the_forecast(self, tuned: EvidenceStore) -> None:
-        """With a proven policy of a card of the same compute capability, the forecast taken is still not proven."""
-        self.sweep(tuned, H100, slower=4.0)
-        keep(tuned, H200)
-        found = ask(tuned, PCIE)
-        assert found.level == "capability"
-        taken = found.with_transferred()
-        choice = taken.answer.choice
-        assert (taken.level, choice.proven, choice.measured, choice.alternatives) == ("none", False, None, ())
-
-    def test_disturbed_calibration_lends_nothing(self, tuned: EvidenceStore) -> None:
-        """Runs that other programs slowed down do not enter the forecast."""
-        self.sweep(tuned, H100, slower=4.0)
-        before = ask(tuned, H100).transferred
-        slow = "SELECT max(id) FROM samples WHERE occasion LIKE 'calibration%'"
-        [(last,)] = sql(tuned.path, slow)
-        columns = [row[1] for row in sql(tuned.path, "PRAGMA table_info(samples)") if row[1] not in ("id", "unit")]
-        changed = [{"decode_s": "decode_s * 9", "disturbed": "1"}.get(name, name) for name in columns]
-        sql(
-            tuned.path,
-            f"INSERT INTO samples (unit, {', '.join(columns)}) SELECT unit || 'x', {', '.join(changed)} FROM samples "
-            f"WHERE occasion LIKE 'calibration%' AND id <= {last}",
-        )
-        assert ask(tuned, H100).transferred == before
-        tuned.close()
-
-    def test_steps_of_another_context_lend_no_overhead(self, tuned: EvidenceStore) -> None:
-        """A newer sweep of the lender with 40 times the tokens cached, five times as slow, changes nothing."""
-        self.sweep(tuned, H100, slower=4.0)
-        before = ask(tuned, H100).transferred
-        times = FakeEngine(seed=5).time_steps(GREEDY, 4096, 4)
-        slow = {part: slowed(one, 5.0) for part, one in times.items()}
-        tuned.save_step_times(Scope(target=TARGET, environment=MACHINE, workload=GREEDY), (DRAFT_A, NGRAM), 4, slow)
-        assert ask(tuned, H100, context_length=200).transferred == before
-        tuned.close()
-
-    def test_a_look_up_is_forecast_as_far_as_it_was_traced(self, tuned: EvidenceStore) -> None:
-        """Look-ups traced for 4 tokens, timed for 8: lengths 1 to 4, and the draft is not left out."""
-        times = FakeEngine(seed=7).time_steps(GREEDY, 96, 8)
-        del times[DRAFT_A.digest]
-        scope = Scope(target=TARGET, environment=L40S, workload=GREEDY)
-        tuned.save_step_times(scope, (NGRAM,), 8, times)
-        lent = ask(tuned, L40S).transferred
-        assert lent is not None
-        assert (lent.setup.draft, lent.setup.length) == (NGRAM, 4)
-        evidence = [row[0] for row in sql(tuned.path, "SELECT DISTINCT max_length FROM lookup_traces")]
-        assert evidence == [4]
-        tuned.close()
-
-    def test_a_stray_trace_does_not_withdraw_the_offer(self, tuned: EvidenceStore) -> None:
-        """A prompt that no draft was traced on, as an interrupted run leaves, is passed over."""
-        self.sweep(tuned, H100, slower=4.0)
-        before = ask(tuned, H100).transferred
-        stray = prompts(1, "prose")[0]
-        scope = Scope(target=TARGET, environment=MACHINE, workload=GREEDY)
-        tuned.save_target_trace(scope, stray, FakeEngine().trace_target(GREEDY, stray))
-        assert ask(tuned, H100).transferred == before
-        tuned.close()
-
-    def test_a_sweep_of_the_target_alone_hides_no_other(self, tuned: EvidenceStore) -> None:
-        """Step times that ship have no drafts: the family's complete sweep serves."""
-        self.sweep(tuned, PCIE, slower=4.0)
-        before = ask(tuned, H100).transferred
-        times = FakeEngine(seed=9).time_steps(GREEDY, 96, 4)
-        scope = Scope(target=TARGET, environment=H100, workload=GREEDY)
-        tuned.save_step_times(scope, (), 4, {TARGET.run_digest: times[TARGET.run_digest]})
-        assert before is not None
-        assert ask(tuned, H100).transferred == before
-        tuned.close()
 
 
 def test_below_exact_nothing_is_called_proven(evidence_store: EvidenceStore) -> None:

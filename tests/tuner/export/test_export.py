@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -160,9 +159,6 @@ def test_what_was_not_run_is_a_forecast(form: Form) -> None:
         assert export.label == "forecast on torch"
         assert "measured on" not in export.text
     assert emit(deployment(choice(setup, proven=False)), form).label.endswith(" on torch")
-    lent = emit(replace(deployment(choice(setup)), transferred=True), form)
-    assert lent.label == "a transferred forecast, not measured"
-    assert (f"({lent.label})" in lent.text) == (form in ("transformers", "trtllm"))
 
 
 def test_never_proven_for_transformers() -> None:
