@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from profiles.engines.base import Engine
-from profiles.engines.recorded import covers
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload
 from profiles.records.errors import EngineError
-from profiles.records.evidence import Acceptance, Infeasible, Sample, StepTimes, TargetTrace
+from profiles.records.evidence import Acceptance, Infeasible, Sample, StepTimes, TargetTrace, covers
 from profiles.records.keys import run_point, trace_point, unit_digest
 from store.evidence_store import EvidenceStore, Scope
 from store.shared_traces import SharedTraces

@@ -15,11 +15,10 @@ from typing import Any, Self, TypeVar
 
 from sqlalchemy import Connection, Select, Table, insert, literal, select, update
 
-from profiles.engines.recorded import covers
 from profiles.records.codec import plain
 from profiles.records.core import Draft, Environment, Model, Prompt, Setup, Workload
 from profiles.records.errors import StoreError
-from profiles.records.evidence import Acceptance, Infeasible, LookupTrace, Sample, StepTimes, TargetTrace
+from profiles.records.evidence import Acceptance, Infeasible, LookupTrace, Sample, StepTimes, TargetTrace, covers
 from profiles.records.keys import run_point, trace_point, unit_digest
 from store import migrations, tables
 from store.database import Database, Location, connect

@@ -1,202 +1,153 @@
-"""Turns plain JSON back into frozen records, checking every key and value on the way.
+"""Records to JSON and back: one strict codec for policies, report data, stored rows and recordings.
 
-Whoever keeps records as JSON reads them through this, so that a file edited by hand is refused in one line. It must
-not know which records these are. Standard library only: serving code reads policies with it.
+A mapping, whose keys may be tuples, is a list of `[key parts..., value]` in JSON. Serving code imports this module.
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
+
+import msgspec
 
 from profiles.records.core import Draft, Environment, Model, Workload
 from profiles.records.errors import InputError
-from profiles.records.evidence import (
-    Acceptance,
-    AcceptanceTrace,
-    LookupTrace,
-    RoundCount,
-    Sample,
-    StepShape,
-    StepTimes,
-    TargetTrace,
-)
+from profiles.records.evidence import AcceptanceTrace, LookupTrace, Sample, StepTimes, TargetTrace
+
+Record = TypeVar("Record")
 
 
-def plain(value: Any) -> Any:
-    """A record as JSON values: fields to a dict, tuples to lists, a mapping to a list of [key parts..., value]."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
-    if isinstance(value, Mapping):
-        return [[*(key if isinstance(key, tuple) else (key,)), plain(item)] for key, item in value.items()]
-    if isinstance(value, tuple | list):
-        return [plain(item) for item in value]
-    return value
+def to_builtins(record: Any) -> Any:
+    """A record as JSON values: dicts, lists or tuples, strings, numbers, booleans and None."""
+    return msgspec.to_builtins(record, enc_hook=_encode)
 
 
-def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
-
-
-def model_from(data: Mapping[str, Any]) -> Model:
-    return Model(**data)
-
-
-def environment_from(data: Mapping[str, Any]) -> Environment:
-    return Environment(**data)
-
-
-def workload_from(data: Mapping[str, Any]) -> Workload:
-    return Workload(**_tuples(data))
-
-
-def draft_from(data: Mapping[str, Any]) -> Draft:
-    return Draft(**{**data, "model": None if data["model"] is None else model_from(data["model"])})
-
-
-def target_trace_from(data: Mapping[str, Any]) -> TargetTrace:
-    return TargetTrace(**_tuples(data))
-
-
-def acceptance_trace_from(data: Mapping[str, Any]) -> AcceptanceTrace:
-    return AcceptanceTrace(**_tuples(data))
-
-
-def lookup_trace_from(data: Mapping[str, Any]) -> LookupTrace:
-    return LookupTrace(**_tuples(data))
-
-
-def acceptance_from(data: Mapping[str, Any]) -> Acceptance:
-    return lookup_trace_from(data) if "max_length" in data else acceptance_trace_from(data)
-
-
-def step_times_from(data: Mapping[str, Any]) -> StepTimes:
-    samples_s = {width: tuple(samples) for width, samples in data["samples_s"]}
-    return StepTimes(**{**data, "samples_s": samples_s})
-
-
-def sample_from(data: Mapping[str, Any]) -> Sample:
-    rounds = {RoundCount(proposed, accepted): count for proposed, accepted, count in data["rounds"]}
-    shapes = {StepShape(*shape): count for *shape, count in data["shapes"]}
-    return Sample(**{**data, "rounds": rounds, "shapes": shapes})
-
-
-Decoder = Callable[[Any], Any]
-
-
-_NEEDED = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
-
-
-class _WrongError(Exception):
-    """A value at `place` under what is decoded does not fit; `place` grows on the way up, outermost first."""
-
-    def __init__(self, message: str, place: str = "") -> None:
-        super().__init__(message)
-        self.message, self.place = message, place
-
-    def under(self, place: str) -> "_WrongError":
-        return _WrongError(self.message, place + self.place)
-
-
-def decode(kind: Any, raw: object, where: str) -> Any:
-    """`raw` JSON as an instance of `kind`: a record, a tuple of one type, an optional, or a plain value.
-
-    Raises InputError, naming the place under `where`, the value and what is allowed.
-    """
+def to_json(record: Any) -> str:
+    """A record as compact JSON, its fields in their order. Raises InputError: a number is not finite."""
     try:
-        return _decoder(kind)(raw)
-    except _WrongError as error:
-        raise InputError(f"{where}{error.place}{error.message}") from error
+        return json.dumps(to_builtins(record), separators=(",", ":"), allow_nan=False)
+    except ValueError as error:
+        raise InputError(f"a {type(record).__name__} holds a number that is not finite") from error
 
 
-def decode_version(kind: Any, raw: object, where: str, newest: int) -> Any:
-    """As `decode`, for a record with a `version`: older ones are read as the newest, which only added fields.
+def parse_json(text: str | bytes, where: str) -> Any:
+    """The JSON values in `text`. Raises InputError."""
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise InputError(f"{where} is not a JSON document: {error}") from error
 
-    Raises InputError, also for a version newer than `newest`.
+
+def from_json(kind: type[Record], text: str | bytes, where: str, *, newest_version: int | None = None) -> Record:
+    """The record in a JSON document; see `from_builtins`. Raises InputError."""
+    return from_builtins(kind, parse_json(text, where), where, newest_version=newest_version)
+
+
+def from_builtins(kind: type[Record], raw: Any, where: str, *, newest_version: int | None = None) -> Record:
+    """JSON values as an instance of `kind`: a record or any type made of records, tuples and plain values.
+
+    `newest_version`: of a record with a `version`; documents of older versions are read as this one, which only added
+    fields with defaults.
+    Raises InputError, naming the path under `where`: a type or value is not allowed, a field is missing, a key is
+    unknown, or the version is newer.
     """
-    if isinstance(raw, dict) and type(raw.get("version")) is int:
-        version = raw["version"]
-        if version > newest:
+    if newest_version is not None and isinstance(raw, dict) and type(raw.get("version")) is int:
+        if raw["version"] > newest_version:
             raise InputError(
-                f"{where} version {version} is newer than version {newest}, which this draftpick reads: upgrade"
+                f"{where} version {raw['version']} is newer than version {newest_version}, "
+                "which this draftpick reads: upgrade draftpick"
             )
-        if version >= 1:
-            raw = {**raw, "version": newest}
-    return decode(kind, raw, where)
+        raw = {**raw, "version": newest_version} if raw["version"] >= 1 else raw
+    try:
+        record = msgspec.convert(_with_mappings(kind, raw, where), kind)
+        _refuse_unknown_keys(raw, to_builtins(record), where)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise InputError(_explain(error, raw, where)) from error
+    return record
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return [[*(key if isinstance(key, tuple) else (key,)), item] for key, item in value.items()]
+    for kind in (str, int, float):  # subclasses: torch's version, numpy's numbers
+        if isinstance(value, kind):
+            return kind(value)
+    raise TypeError(f"a record holds a {type(value).__name__}")
+
+
+def _explain(error: Exception, raw: Any, where: str) -> str:
+    """The message of msgspec with the path and the value at it."""
+    message, _, path = str(error).partition(" - at `$")
+    path = path.removesuffix("`")
+    if not message.startswith(("Expected", "Invalid")) or "..." in path:
+        return f"{where}{path}: {message}"
+    value = raw
+    for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
+        value = value[name] if name else value[int(index)]
+    text = json.dumps(value, default=str)
+    return f"{where}{path} is {text if len(text) <= 60 else f'{text[:57]}...'}: {message}"
 
 
 @cache
-def _decoder(kind: Any) -> Decoder:
-    """The function that turns JSON into a `kind`; made once, because a policy holds hundreds of records."""
-    if is_dataclass(kind) and isinstance(kind, type):
-        return _record_decoder(kind)
-    if get_origin(kind) is UnionType:  # X | None is the only union in the records
-        inner = _decoder(next(one for one in get_args(kind) if one is not type(None)))
-        return lambda raw: None if raw is None else inner(raw)
-    if get_origin(kind) is tuple:
-        return _tuple_decoder(_decoder(get_args(kind)[0]))
-    return _value_decoder(str if get_origin(kind) is Literal else kind)
+def _mapping_fields(kind: Any) -> tuple[str, ...]:
+    if not hasattr(kind, "__dataclass_fields__"):
+        return ()
+    return tuple(name for name, hint in get_type_hints(kind).items() if get_origin(hint) is Mapping)
 
 
-def _value_decoder(kind: type) -> Decoder:
-    exact = {int, float} if kind is float else {kind}  # `type` tells JSON's true, a Python int, from a number
-
-    def decode_value(raw: Any) -> Any:
-        if type(raw) not in exact:
-            raise _WrongError(f" is {_show(raw)}: {_NEEDED[kind]} is needed")
-        if kind is float and not abs(raw) < 1e300:  # JSON's NaN and 1e999 are floats
-            raise _WrongError(f" is {_show(raw)}: a finite number is needed")
-        return kind(raw)
-
-    return decode_value
+def _with_mappings(kind: Any, raw: Any, where: str) -> Any:
+    """The fields of `kind` that are mappings, from their lists of entries."""
+    if not isinstance(raw, Mapping):
+        return raw
+    values = {str(name): value for name, value in raw.items()}  # column names are a subclass, which msgspec refuses
+    for name in _mapping_fields(kind):
+        if isinstance(values.get(name), list | tuple):
+            values[name] = _mapping(values[name], f"{where}.{name}")
+    return values
 
 
-def _tuple_decoder(inner: Decoder) -> Decoder:
-    def decode_tuple(raw: Any) -> Any:
-        if not isinstance(raw, list):
-            raise _WrongError(f" is {_show(raw)}: a list is needed")
-        found = []
-        try:
-            for one in raw:
-                found.append(inner(one))
-        except _WrongError as error:
-            raise error.under(f"[{len(found)}]") from error
-        return tuple(found)
-
-    return decode_tuple
+def _mapping(entries: Sequence[Any], where: str) -> dict[Any, Any]:
+    if not all(isinstance(entry, list | tuple) and len(entry) >= 2 for entry in entries):
+        raise InputError(f"{where}: a list of entries [key parts..., value] is needed")
+    try:
+        mapping = {entry[0] if len(entry) == 2 else tuple(entry[:-1]): entry[-1] for entry in entries}
+    except TypeError as error:
+        raise InputError(f"{where}: {error}") from error
+    if len(mapping) != len(entries):
+        raise InputError(f"{where} has a key twice")
+    return mapping
 
 
-def _record_decoder(record: type) -> Decoder:
-    hints = get_type_hints(record)
-    names = [field.name for field in fields(record)]
-    added = {field.name for field in fields(record) if "added" in field.metadata}  # by a later version, with a default
-    inner = {name: _decoder(hints[name]) for name in names}
-
-    def decode_record(raw: Any) -> Any:
-        if not isinstance(raw, dict):
-            raise _WrongError(f" is {_show(raw)}: an object is needed")
-        for key in raw:
-            if key not in inner:
-                raise _WrongError(f" has the unknown key {key!r}: allowed are {', '.join(names)}")
-        values = {}
-        for name in names:
-            if name in raw:
-                try:
-                    values[name] = inner[name](raw[name])
-                except _WrongError as error:
-                    raise error.under(f".{name}") from error
-            elif name not in added:
-                raise _WrongError(f" lacks the key {name!r}: needed are {', '.join(names)}")
-        try:
-            return record(**values)
-        except InputError as error:
-            raise _WrongError(f": {error}") from error
-
-    return decode_record
+def _refuse_unknown_keys(raw: Any, decoded: Any, where: str) -> None:
+    """Raises InputError: `raw` has a key that its record, `decoded`, does not have; msgspec drops these."""
+    if isinstance(raw, Mapping) and isinstance(decoded, dict):
+        for name, value in raw.items():
+            if name not in decoded:
+                raise InputError(f"{where}: unknown key {name!r}; allowed are {', '.join(decoded)}")
+            _refuse_unknown_keys(value, decoded[name], f"{where}.{name}")
+    elif isinstance(raw, list | tuple) and raw and isinstance(raw[0], dict | list):
+        for index, (item, other) in enumerate(zip(raw, decoded, strict=True)):
+            _refuse_unknown_keys(item, other, f"{where}[{index}]")
 
 
-def _show(raw: object) -> str:
-    text = json.dumps(raw)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+# --- names that other modules still use; they go when their callers have moved ---
+
+
+def plain(value: Any) -> Any:
+    """`to_builtins` with lists instead of tuples."""
+    return json.loads(json.dumps(to_builtins(value)))
+
+
+def _reader(kind: type[Record]) -> Callable[[Any], Record]:
+    return lambda raw: from_builtins(kind, raw, kind.__name__)
+
+
+model_from, environment_from = _reader(Model), _reader(Environment)
+workload_from, draft_from = _reader(Workload), _reader(Draft)
+target_trace_from, acceptance_trace_from = _reader(TargetTrace), _reader(AcceptanceTrace)
+lookup_trace_from, step_times_from, sample_from = _reader(LookupTrace), _reader(StepTimes), _reader(Sample)
+
+
+def decode(kind: Any, raw: Any, where: str) -> Any:
+    return from_builtins(kind, raw, where)

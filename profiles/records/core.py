@@ -8,8 +8,8 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from types import MappingProxyType
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 from profiles.records.errors import require
@@ -24,9 +24,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 CATCH_UP_WIDTHS = (2, 4, 8, 16, 32, 64)  # of a draft model's first step of a round; wider ones are several of the last
-
-
-ADDED = MappingProxyType({"added": True})  # marks a field that JSON of an earlier version may lack
 
 
 DECODING_VERSION = 1  # raised when the engine would emit or accept other tokens for the same question
@@ -55,7 +52,7 @@ class Interval:
         require(self.low <= self.estimate <= self.high, f"interval {self} is not in order")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """Weights as they are run: `digest` covers the weight and config files, `dtype` the float type in memory."""
 
@@ -69,13 +66,13 @@ class Model:
         require(self.dtype in DTYPES, f"dtype {self.dtype!r}: allowed are {', '.join(DTYPES)}")
         require(self.num_params > 0, f"model {self.name!r} has {self.num_params} parameters")
 
-    @property
+    @cached_property
     def run_digest(self) -> str:
         """Identity of the model as it is run: weights and float type. The part digest of a target's staircase."""
         return digest_of([self.digest, self.dtype])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Draft:
     """What proposes tokens; exactly the parameters of its kind are set. A `native` draft may have a model."""
 
@@ -84,7 +81,7 @@ class Draft:
     max_match: int | None = None
     min_match: int | None = None
     num_layers: int | None = None
-    method: str | None = field(default=None, metadata=ADDED)  # of a native draft: as a serving engine names it
+    method: str | None = None  # of a native draft: as a serving engine names it
 
     def __post_init__(self) -> None:
         require(self.kind in DRAFT_KINDS, f"draft kind {self.kind!r}: allowed are {', '.join(DRAFT_KINDS)}")
@@ -117,7 +114,7 @@ class Draft:
             return f"ngram:max={self.max_match},min={self.min_match}"
         return f"early-exit:{self.num_layers}"
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Identity of what it proposes (for early exit: together with the target's digest)."""
         if self.kind == "composite":
@@ -147,7 +144,7 @@ class Draft:
         return self.model is not None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Setup:
     """A way to decode: `length` drafted tokens per round, 0 exactly when there is no draft (plain decoding).
 
@@ -175,7 +172,7 @@ class Setup:
         stop = "" if self.stop_below is None else f" stop<{self.stop_below:g}"
         return f"{self.draft.name} k={self.length}{stop}" if self.draft else "plain"
 
-    @property
+    @cached_property
     def digest(self) -> str:
         return digest_of([self.draft.digest if self.draft else None, self.length, self.stop_below])
 
@@ -183,7 +180,7 @@ class Setup:
 PLAIN = Setup()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Prompt:
     """One prompt as the target reads it: token ids after the chat template and after cutting."""
 
@@ -193,13 +190,13 @@ class Prompt:
     def __post_init__(self) -> None:
         require(len(self.token_ids) > 0, f"a prompt of domain {self.domain!r} is empty")
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Identity of the tokens; the domain is a label and not part of it."""
         return digest_of(list(self.token_ids))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """How text is decoded: the anchor (batch, context) and everything that shapes the target's output.
 
@@ -234,20 +231,20 @@ class Workload:
         """`greedy equality` at temperature 0, else `rejection sampling`; acceptance is never mixed across rules."""
         return "greedy equality" if self.temperature == 0.0 else "rejection sampling"
 
-    @property
+    @cached_property
     def sampling_digest(self) -> str:
         """Identity of the output law and its random numbers; what acceptance depends on beside prompt and models."""
         law = [self.temperature, self.top_p, self.top_k, self.seed] if self.temperature > 0.0 else [0.0]
         ends = sorted(self.end_token_ids)
         return digest_of([DECODING_VERSION, self.acceptance_rule, law, self.max_new_tokens, ends])
 
-    @property
+    @cached_property
     def timing_digest(self) -> str:
         """Identity of a timed run beside prompt and setup: sampling and the batch."""
         return digest_of([self.sampling_digest, self.batch_size])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Environment:
     """The machine and the software that times are true for.
 
@@ -264,11 +261,11 @@ class Environment:
     torch: str
     engine: str
     engine_version: str
-    compute_capability: str | None = field(default=None, metadata=ADDED)
-    memory_bandwidth_bytes_s: int | None = field(default=None, metadata=ADDED)
-    engine_options: str | None = field(default=None, metadata=ADDED)
+    compute_capability: str | None = None
+    memory_bandwidth_bytes_s: int | None = None
+    engine_options: str | None = None
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Identity of all that is no mere trait of the device: evidence from before traits were read stays found."""
         traits = ("compute_capability", "memory_bandwidth_bytes_s")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
-from profiles.records.core import Setup, _finite
+from profiles.records.core import CATCH_UP_WIDTHS, Draft, Model, Setup, _finite
 from profiles.records.errors import require
 
 
@@ -159,3 +159,24 @@ class Infeasible:
     setup: Setup
     reason: str
     detail: str
+
+
+def covers(times: Mapping[str, StepTimes], target: Model, drafts: tuple[Draft, ...], max_length: int) -> bool:
+    """Whether step times, by component digest, are enough for every length up to `max_length` of all `drafts`.
+
+    The target is needed at widths 1 to max_length + 1, every component of a draft too, and the model of a composite
+    draft at all widths of a first step. Where whole rounds are timed (the target has width 1 alone), every draft is
+    needed at widths 2 to max_length + 1. `drafts` are those that are timed (`EngineCapabilities.timed`).
+    """
+    target_times = times.get(target.run_digest)
+    if target_times is None:
+        return False
+    if set(target_times.samples_s) == {1}:
+        widths = set(range(2, max_length + 2))
+        return all(draft.digest in times and widths <= times[draft.digest].samples_s.keys() for draft in drafts)
+    if not set(range(1, max_length + 2)) <= target_times.samples_s.keys():
+        return False
+    if not all(part.digest in times for draft in drafts for part in draft.components):
+        return False
+    models = [draft.components[1].digest for draft in drafts if draft.kind == "composite"]
+    return all(set(CATCH_UP_WIDTHS) <= times[model].samples_s.keys() for model in models)

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from profiles.engines.base import Engine
-from profiles.engines.recorded import RecordedEngine, Recorder
 from profiles.records.core import Draft, Prompt, Setup, Workload
 from profiles.records.evidence import Acceptance, LookupTrace, Sample, StepTimes, TargetTrace
 from profiles.records.keys import run_point, unit_digest
 from store.evidence_store import EvidenceStore, Scope
 from tests import ROOT
 from tests.support.fakes import GREEDY, FakeEngine, prompts
+from tests.support.recorded_engine import RecordedEngine, Recorder
 from tuner.pipeline.pipeline import Options, Watch
 from tuner.run import TuningSession, tune
 

@@ -1,14 +1,13 @@
 """What was decided for a target on a machine: one choice per operating point, the look-up rule, the JSON form."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from profiles.records.codec import decode_version
-from profiles.records.core import ADDED, PLAIN, Environment, Model, Setup
+from profiles.records import codec
+from profiles.records.core import PLAIN, Environment, Model, Setup
 from profiles.records.errors import InputError, PolicyError
 from profiles.records.files import write_atomically
 from tuner.policy.estimates import Forecast, Measured
@@ -58,8 +57,8 @@ class Choice:
     forecast: Forecast | None = None
     measured: Measured | None = None
     proven: bool = False
-    alternatives: tuple[Forecast, ...] = field(default=(), metadata=ADDED)
-    out_of_time: bool = field(default=False, metadata=ADDED)
+    alternatives: tuple[Forecast, ...] = ()
+    out_of_time: bool = False
 
     def __post_init__(self) -> None:
         check_query(self.batch_size, self.context_length, self.temperature)
@@ -116,7 +115,7 @@ class Policy:
     target: Model
     environment: Environment
     choices: tuple[Choice, ...]
-    prior: Prior | None = field(default=None, metadata=ADDED)
+    prior: Prior | None = None
 
     def __post_init__(self) -> None:
         _require(self.version == POLICY_VERSION, f"version {self.version}: this draftpick reads {POLICY_VERSION}")
@@ -271,24 +270,20 @@ def write(path: str | Path, policy: Policy) -> None:
 def to_json(policy: Policy) -> str:
     """Compact JSON with every field in the order of its record; ends with a newline. Raises PolicyError."""
     try:
-        return json.dumps(asdict(policy), separators=(",", ":"), allow_nan=False) + "\n"
-    except ValueError as error:
-        raise PolicyError(f"a policy holds a number that is not finite: {error}") from error
+        return codec.to_json(policy) + "\n"
+    except InputError as error:
+        raise PolicyError(str(error)) from error
 
 
 def from_json(text: str) -> Policy:
-    """The policy in `text`, of version 1 to 4. Raises PolicyError, naming field, value and what is allowed."""
+    """The policy in `text`, of version 1 to 4. Raises PolicyError, naming the field and why it is wrong."""
     try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise PolicyError(f"not a JSON document: {error}") from error
-    if isinstance(raw, dict) and raw.get("version") in (1, 2, 3):
-        raw = rename_keys(raw, {**MEASURED_NAMES, **_PRIOR_NAMES})
-    try:
-        policy: Policy = decode_version(Policy, raw, "policy", POLICY_VERSION)
+        raw = codec.parse_json(text, "policy")
+        if isinstance(raw, dict) and raw.get("version") in (1, 2, 3):
+            raw = rename_keys(raw, {**MEASURED_NAMES, **_PRIOR_NAMES})
+        return codec.from_builtins(Policy, raw, "policy", newest_version=POLICY_VERSION)
     except InputError as error:
         raise PolicyError(str(error)) from error
-    return policy
 
 
 def rename_keys(raw: Any, names: Mapping[str, str]) -> Any:

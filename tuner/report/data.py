@@ -5,10 +5,10 @@ torch. How the figures came about it must not know. Standard library only.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, cast
 
-from profiles.records.codec import decode_version
+from profiles.records import codec
 from profiles.records.core import Draft, Environment, Interval, Model
 from profiles.records.errors import InputError
 from tuner.policy.estimates import RoundSplit
@@ -139,10 +139,7 @@ class ReportData:
 
     def to_json(self) -> dict[str, Any]:
         """Lists, objects, strings, numbers and None only. Raises InputError when a number is not finite."""
-        try:
-            return cast(dict[str, Any], json.loads(json.dumps(asdict(self), allow_nan=False)))
-        except ValueError as error:
-            raise InputError(f"a dossier holds a number that is not finite: {error}") from error
+        return cast(dict[str, Any], json.loads(codec.to_json(self)))
 
     @classmethod
     def from_json(cls, raw: object) -> "ReportData":
@@ -150,4 +147,4 @@ class ReportData:
         if isinstance(raw, dict):
             raw = {name: value for name, value in raw.items() if name != "timeline"}  # earlier draftpicks drew one
         raw = rename_keys(raw, MEASURED_NAMES)  # of runs before policies of version 4
-        return cast(ReportData, decode_version(cls, raw, "dossier", REPORT_DATA_VERSION))
+        return codec.from_builtins(cls, raw, "report data", newest_version=REPORT_DATA_VERSION)

@@ -22,7 +22,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
-from profiles.records.codec import decode_version
+from profiles.records import codec
 from profiles.records.core import Interval, digest_of
 from profiles.records.errors import InputError, PolicyError, require
 from profiles.records.files import write_atomically
@@ -115,14 +115,11 @@ class Router:
 def load(path: str | Path) -> Router:
     """The router in a file. Raises PolicyError, naming the file, when it cannot be read, is damaged or newer."""
     try:
-        router: Router = decode_version(
-            Router, json.loads(Path(path).read_text(encoding="utf-8")), "router", ROUTER_VERSION
-        )
+        return codec.from_json(Router, Path(path).read_bytes(), "router", newest_version=ROUTER_VERSION)
     except OSError as error:
         raise PolicyError(f"router file {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # InputError, and errors of UTF-8, JSON and base64
+    except InputError as error:
         raise PolicyError(f"router file {path}: {error}") from error
-    return router
 
 
 def train(labelled: Iterable[tuple[str, str]], seed: int = 0) -> Router:

@@ -13,7 +13,6 @@ from profiles.engines import factory
 from profiles.engines.base import Engine, Times
 from profiles.engines.factory import EngineSpec, ModelSpec
 from profiles.engines.openai.kinds import SERVER_KINDS
-from profiles.engines.recorded import RecordedEngine, Recorder
 from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
@@ -25,6 +24,7 @@ from profiles.records.evidence import AcceptanceTrace, LookupTrace
 from store.cached_engine import CachedEngine
 from store.evidence_store import EvidenceStore
 from tests.lanes.places import RUNNING
+from tests.support.recorded_engine import RecordedEngine, Recorder
 
 WORKLOAD = Workload(context_length=96, max_new_tokens=24)
 PROMPT = Prompt(domain="a", token_ids=tuple(range(20, 40)))

@@ -9,15 +9,15 @@ import pytest
 from profiles.acceptance.batch_replay import replay
 from profiles.acceptance.expected_rounds import RoundOutcome, expected_rounds
 from profiles.engines.base import TORCH
-from profiles.engines.recorded import RecordedEngine, Recorder, covers
 from profiles.records.core import PLAIN, Prompt, Setup, Workload
 from profiles.records.errors import EngineError, NotMeasuredError
-from profiles.records.evidence import AcceptanceTrace, Sample, StepShape, StepTimes, TargetTrace
+from profiles.records.evidence import AcceptanceTrace, Sample, StepShape, StepTimes, TargetTrace, covers
 from profiles.stats import median
 from store.cached_engine import CachedEngine
 from store.evidence_store import EvidenceStore
 from store.location import store_location
 from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, TARGET, FakeEngine, prompts
+from tests.support.recorded_engine import RecordedEngine, Recorder
 from tests.support.serving import NATIVE, SERVING, FakeServer
 from tuner import dry_run
 from tuner.deploy.latest import find_policy, find_report_data

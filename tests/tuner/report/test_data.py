@@ -239,11 +239,11 @@ def test_a_stored_timeline_is_ignored(made: ReportData) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"version": 4}, "dossier version 4 is newer than version 3"),
+        ({"version": 4}, "report data version 4 is newer than version 3"),
         ({"version": 0}, "version 0: this draftpick knows 3"),
         ({"loads": []}, "a dossier needs a load"),
-        ({"loads": "none"}, 'dossier.loads is "none": a list is needed'),
-        ({"created": 5}, "dossier.created is 5: a string is needed"),
+        ({"loads": "none"}, 'report data.loads is "none": Expected `array`'),
+        ({"created": 5}, "report data.created is 5: Expected `str`"),
         ({"colour": "red"}, "unknown key 'colour'"),
     ],
 )
@@ -260,10 +260,11 @@ def test_json_refuses_what_is_deeper(made: ReportData) -> None:
     raw["loads"][0]["anchors"][0]["candidates"][1]["state"] = "winning"
     with pytest.raises(InputError, match=r"candidates\[1\]: state 'winning': allowed are baseline, forecast only"):
         ReportData.from_json(raw)
+    raw = made.to_json()
     del raw["target"]
-    with pytest.raises(InputError, match="dossier lacks the key 'target'"):
+    with pytest.raises(InputError, match="missing required field `target`"):
         ReportData.from_json(raw)
-    with pytest.raises(InputError, match="dossier is null: an object is needed"):
+    with pytest.raises(InputError, match="report data is null: Expected `object`"):
         ReportData.from_json(None)
 
 

@@ -194,14 +194,14 @@ def _flipped(raw: bytes) -> bytes:
 
 
 DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "empty": (lambda raw: b"", "Expecting value"),
-    "cut": (lambda raw: raw[: len(raw) // 2], "Unterminated string"),
-    "no text": (lambda raw: b"\xff\xfe\x00", "can't decode byte"),
-    "no object": (lambda raw: b"[]", "router is []: an object is needed"),
+    "empty": (lambda raw: b"", "not a JSON document"),
+    "cut": (lambda raw: raw[: len(raw) // 2], "not a JSON document"),
+    "no text": (lambda raw: b"\xff\xfe\x00", "not a JSON document"),
+    "no object": (lambda raw: b"[]", "router is []: Expected `object`"),
     "a flipped weight": (_flipped, "it was damaged: its digest does not match"),
     "a changed threshold": (lambda raw: re.sub(rb'"threshold":[0-9.]+', b'"threshold":0.8', raw), "it was damaged"),
     "newer": (lambda raw: raw.replace(b'"version":1', b'"version":2'), "router version 2 is newer than version 1"),
-    "an unknown key": (edited("more", 1), "router has the unknown key 'more'"),
+    "an unknown key": (edited("more", 1), "router: unknown key 'more'"),
     "no base64": (edited("weights", "é"), "string argument should contain only ASCII"),
     "too few weights": (edited("weights", "AAAAAAAAAAAAAAAA"), "weights of shape (1, 3): finite ones of (16384, 3)"),
     "half a weight": (edited("weights", "AAAA"), "buffer size must be a multiple"),

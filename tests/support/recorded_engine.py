@@ -1,60 +1,30 @@
-"""An engine answered from evidence held in memory, one that records another, and records as plain JSON values.
+"""An engine that answers from recorded evidence, and one that records another engine's answers.
 
-Searches and tests run anywhere on a recording, and a point never measured raises instead of being guessed. It must
-not know torch, files other than a recording's, or how evidence was measured.
+Tests run anywhere on a recording; a question that was never recorded raises NotMeasuredError.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from profiles.engines.base import TORCH, Engine, EngineCapabilities
-from profiles.records.codec import (
-    _tuples,
-    acceptance_from,
-    draft_from,
-    environment_from,
-    model_from,
-    plain,
-    sample_from,
-    step_times_from,
-    target_trace_from,
+from profiles.records.codec import from_builtins, to_json
+from profiles.records.core import Draft, Environment, Model, Prompt, Setup, Workload
+from profiles.records.errors import NotMeasuredError
+from profiles.records.evidence import (
+    Acceptance,
+    AcceptanceTrace,
+    LookupTrace,
+    Sample,
+    StepTimes,
+    TargetTrace,
+    covers,
 )
-from profiles.records.core import CATCH_UP_WIDTHS, Draft, Environment, Model, Prompt, Setup, Workload
-from profiles.records.errors import InputError, NotMeasuredError
-from profiles.records.evidence import Acceptance, LookupTrace, Sample, StepTimes, TargetTrace
 from profiles.records.keys import Key, run_point, trace_point
 
-RECORDING_VERSION = 3  # 1: the first form; 2: shapes and refills of a sample; 3: the engine's properties
-
-
-Sweep = tuple[int, dict[str, StepTimes]]  # longest speculation length asked for, staircases by part digest
-
-
-def is_of_rounds(times: Mapping[str, StepTimes], target: Model) -> bool:
-    """Whether a sweep is of an engine that times whole rounds: its target has width 1 alone, a plain round."""
-    staircase = times.get(target.run_digest)
-    return staircase is not None and set(staircase.samples_s) == {1}
-
-
-def covers(times: Mapping[str, StepTimes], target: Model, drafts: tuple[Draft, ...], max_length: int) -> bool:
-    """Whether a sweep has the target at widths 1..max_length+1 and every part of every draft.
-
-    The model of a composite is needed at all widths of a first step. Of whole rounds every length of every draft is
-    needed. `drafts` are those that are traced (`EngineCapabilities.timed`): others have no step times.
-    """
-    staircase = times.get(target.run_digest)
-    if is_of_rounds(times, target):
-        lengths = set(range(2, max_length + 2))
-        return all(draft.digest in times and lengths <= set(times[draft.digest].samples_s) for draft in drafts)
-    if staircase is None or not set(range(1, max_length + 2)) <= set(staircase.samples_s):
-        return False
-    if not all(part.digest in times for draft in drafts for part in draft.components):
-        return False
-    models = [draft.components[1].digest for draft in drafts if draft.kind == "composite"]
-    return all(set(CATCH_UP_WIDTHS) <= times[model].samples_s.keys() for model in models)
+Sweep = tuple[int, dict[str, StepTimes]]  # longest speculation length asked for, step times by component digest
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,14 +43,14 @@ class RecordedEngine:
     def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
         trace = self.target_traces.get(trace_point(workload, prompt))
         if trace is None:
-            raise NotMeasuredError(f"the target's trace of {_named(prompt)} was never measured")
+            raise NotMeasuredError(f"the target's trace of {_name(prompt)} was never measured")
         return trace
 
     def trace_draft(
         self, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft, max_length: int
     ) -> Acceptance:
         acceptance = self.acceptances.get((*trace_point(workload, prompt), draft.digest))
-        point = f"the acceptance of {draft.name} on {_named(prompt)}"
+        point = f"the acceptance of {draft.name} on {_name(prompt)}"
         if acceptance is None:
             raise NotMeasuredError(f"{point} was never measured")
         if isinstance(acceptance, LookupTrace) and acceptance.max_length < max_length:
@@ -104,56 +74,54 @@ class RecordedEngine:
         samples = self.samples.get(run_point(workload, prompts, setups, purpose))
         if samples is None:
             names = ", ".join(setup.name for setup in setups)
-            shown = _named(prompts[0]) + (f" and {len(prompts) - 1} more" if len(prompts) > 1 else "")
+            shown = _name(prompts[0]) + (f" and {len(prompts) - 1} more" if len(prompts) > 1 else "")
             raise NotMeasuredError(f"runs of {names} on {shown} for {purpose!r} were never measured")
         return samples
 
     def save(self, path: Path) -> None:
         """Write the recording as JSON."""
         document = {
-            "recording_version": RECORDING_VERSION,
-            "environment": plain(self.environment),
-            "target": plain(self.target),
-            "drafts": plain(self.drafts),
-            "properties": plain(self.capabilities),
-            "target_traces": plain(self.target_traces),
-            "acceptances": plain(self.acceptances),
+            "environment": self.environment,
+            "target": self.target,
+            "drafts": self.drafts,
+            "capabilities": self.capabilities,
+            "target_traces": MappingProxyType(self.target_traces),
+            "acceptances": MappingProxyType(self.acceptances),
             "sweeps": [
-                [*anchor, max_length, plain(list(times.values()))]
-                for anchor, (max_length, times) in self.sweeps.items()
+                [*point, max_length, list(times.values())] for point, (max_length, times) in self.sweeps.items()
             ],
-            "samples": plain(self.samples),
+            "samples": MappingProxyType(self.samples),
         }
-        path.write_text(json.dumps(document, allow_nan=False, separators=(",", ":")) + "\n", encoding="utf-8")
+        path.write_text(to_json(document), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "RecordedEngine":
-        """Read what `save` wrote; equal to what was saved. Raises InputError: unreadable or of another version."""
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            version = document["recording_version"]
-            if version != RECORDING_VERSION:
-                raise InputError(f"it has version {version}, this draftpick reads version {RECORDING_VERSION}")
-            return cls._from(document)
-        except (OSError, LookupError, TypeError, ValueError) as error:
-            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-            raise InputError(f"recording {path} cannot be read: {reason}") from error
-
-    @classmethod
-    def _from(cls, document: Mapping[str, Any]) -> "RecordedEngine":
+        """Read what `save` wrote; equal to what was saved."""
+        document = json.loads(path.read_text(encoding="utf-8"))
         return cls(
-            environment=environment_from(document["environment"]),
-            target=model_from(document["target"]),
-            drafts=tuple(draft_from(data) for data in document["drafts"]),
-            capabilities=EngineCapabilities(**_tuples(document["properties"])),
-            target_traces={tuple(key): target_trace_from(data) for *key, data in document["target_traces"]},
-            acceptances={tuple(key): acceptance_from(data) for *key, data in document["acceptances"]},
+            environment=_record(Environment, document["environment"]),
+            target=_record(Model, document["target"]),
+            drafts=_record(tuple[Draft, ...], document["drafts"]),
+            capabilities=_record(EngineCapabilities, document["capabilities"]),
+            target_traces={tuple(key): _record(TargetTrace, raw) for *key, raw in document["target_traces"]},
+            acceptances={
+                tuple(key): _record(LookupTrace if "max_length" in raw else AcceptanceTrace, raw)
+                for *key, raw in document["acceptances"]
+            },
             sweeps={
-                (batch_size, context_length): (max_length, _by_part(parts))
+                (batch_size, context_length): (max_length, _by_component(parts))
                 for batch_size, context_length, max_length, parts in document["sweeps"]
             },
-            samples={tuple(key): tuple(sample_from(data) for data in unit) for *key, unit in document["samples"]},
+            samples={tuple(key): tuple(_record(Sample, raw) for raw in unit) for *key, unit in document["samples"]},
         )
+
+
+def _record(kind: Any, raw: Any) -> Any:
+    return from_builtins(kind, raw, "recording")
+
+
+def _by_component(parts: list[Any]) -> dict[str, StepTimes]:
+    return {times.component_digest: times for times in (_record(StepTimes, raw) for raw in parts)}
 
 
 class Recorder:
@@ -194,9 +162,5 @@ class Recorder:
         return samples
 
 
-def _by_part(parts: list[Mapping[str, Any]]) -> dict[str, StepTimes]:
-    return {times.component_digest: times for times in map(step_times_from, parts)}
-
-
-def _named(prompt: Prompt) -> str:
+def _name(prompt: Prompt) -> str:
     return f"prompt {prompt.digest[:8]} ({prompt.domain}) with this sampling"

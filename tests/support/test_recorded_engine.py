@@ -1,18 +1,15 @@
 """The recorded engine answers exactly what was recorded, survives a file, and refuses what was never measured."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from profiles.acceptance import expected_rounds
 from profiles.engines.base import Engine
-from profiles.engines.recorded import RecordedEngine, Recorder, covers
-from profiles.records.core import PLAIN, Draft, Setup, Workload
-from profiles.records.errors import InputError, NotMeasuredError
-from tests import ROOT
+from profiles.records.core import PLAIN, Setup, Workload
+from profiles.records.errors import NotMeasuredError
 from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts
+from tests.support.recorded_engine import RecordedEngine, Recorder
 
 PROMPT, OTHER = prompts(2)
 A4 = Setup(draft=DRAFT_A, length=4)
@@ -96,36 +93,6 @@ def test_shorter_lengths_are_answered_by_longer_ones(recording: RecordedEngine) 
     assert recording.time_steps(GREEDY, 96, 2) == recording.time_steps(GREEDY, 96, 4)
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("", "Expecting value"),
-        ("[]", "list indices"),
-        ("{}", "it has no 'recording_version'"),
-        ('{"recording_version": 1}', "it has version 1, this draftpick reads version 3"),
-        ('{"recording_version": 3}', "it has no 'environment'"),
-    ],
-)
-def test_bad_recording_is_refused_in_one_line(text: str, reason: str, tmp_path: Path) -> None:
-    """A file that is no recording of this version is an InputError that says why."""
-    (tmp_path / "bad.json").write_text(text)
-    with pytest.raises(InputError, match=reason) as caught:
-        RecordedEngine.load(tmp_path / "bad.json")
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_recording_is_an_input_error(tmp_path: Path) -> None:
-    """A path without a file is refused."""
-    with pytest.raises(InputError, match="No such file"):
-        RecordedEngine.load(tmp_path / "none.json")
-
-
-def test_recorded_engine_loads_no_torch() -> None:
-    """The recorded engine runs where torch is not installed."""
-    code = "import sys, profiles.engines.recorded; assert not {'torch', 'transformers', 'optuna'} & set(sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
-
-
 def test_fake_runs_follow_the_walk_and_the_clock() -> None:
     """The fake engine is what the other tests think it is: plain 5 ms per token, rounds as walked, draft-a faster."""
     fake = FakeEngine()
@@ -137,14 +104,3 @@ def test_fake_runs_follow_the_walk_and_the_clock() -> None:
     assert plain.decode_s / 63 == pytest.approx(0.005, rel=0.06)
     assert sum(count * (accepted + 1) for (_, accepted), count in chosen.rounds.items()) == 63
     assert 1.1 < plain.decode_s / chosen.decode_s < 3.0
-
-
-def test_a_sweep_without_catching_up_does_not_cover_a_composite() -> None:
-    """A draft model timed without its composite lacks the widths that the composite needs."""
-    fake = FakeEngine()
-    composite = Draft(kind="composite", model=DRAFT_A.model, max_match=4, min_match=2)
-    alone = fake.time_steps(GREEDY, 64, 4)
-    assert covers(alone, fake.target, (DRAFT_A, NGRAM), 4)
-    assert not covers(alone, fake.target, (DRAFT_A, NGRAM, composite), 4)
-    fake.drafts = (*fake.drafts, composite)
-    assert covers(fake.time_steps(GREEDY, 64, 4), fake.target, fake.drafts, 4)
