@@ -98,7 +98,7 @@ def test_fake_runs_follow_the_walk_and_the_clock() -> None:
     fake = FakeEngine()
     trace = fake.trace_target(GREEDY, PROMPT)
     plain, chosen = fake.run_together(GREEDY, (PROMPT,), (PLAIN, A4), "proof 0")
-    walked = expected_rounds.walk(trace, fake.trace_draft(GREEDY, PROMPT, trace, DRAFT_A, 4), 4, 64)
+    walked = expected_rounds.expected_rounds(trace, fake.trace_draft(GREEDY, PROMPT, trace, DRAFT_A, 4), 4, 64)
     assert dict(chosen.rounds) == dict(walked.rounds)
     assert plain.rounds == {(0, 0): 63}
     assert plain.decode_s / 63 == pytest.approx(0.005, rel=0.06)
