@@ -138,8 +138,8 @@ def _left_out(outcome: Outcome) -> tuple[RefusedDraft, ...]:
     failed = [
         RefusedDraft(name=one.setup.name, reason=one.reason, detail=one.detail)
         for point in outcome.points
-        if point.stage is not None
-        for one in point.stage.evidence.infeasible
+        if point.evidence is not None
+        for one in point.evidence.infeasible
     ]
     ruled_out = [
         RefusedDraft(name=one.setup.name, reason=one.reason, detail=f"{point.domain}: {one.detail}")
@@ -185,7 +185,7 @@ def _joined(latest: Iterable[policies.Choice], outcome: Outcome, options: Option
     chosen = []
     for point, choice in zip(outcome.points, outcome.choices, strict=True):
         known = earlier.pop(choice.filtered_point, None)
-        keeps = point.attempt.out_of_time and options.limits == Limits()
+        keeps = point.out_of_time and options.limits == Limits()
         chosen.append(known if keeps and known is not None and known.proven else choice)
     filters = {choice.temperature: (choice.top_p, choice.top_k) for choice in chosen}
     standing = [

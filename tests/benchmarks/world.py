@@ -7,7 +7,7 @@ import argparse
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from tuner.forecast.forecaster import Forecaster
 from tuner.forecast.queues import spread_over_domains
 from tuner.pipeline.build_prior import build_prior
 from tuner.pipeline.decision import alternatives
-from tuner.pipeline.points import PointDecision, PointForecasts, PointPlan
+from tuner.pipeline.points import PointDecision, PointPlan
 from tuner.policy.policy import Choice, Policy
 from tuner.policy.query import MIXED
 from tuner.search.objective import candidates
@@ -96,13 +96,15 @@ def family(options: argparse.Namespace) -> Iterator[Family]:
         for workload, _ in loads:
             evidence = gather(engine, workload, prompts, LENGTHS)
             forecaster = Forecaster(evidence, workload, engine.target.run_digest, workload.seed)
-            measured[workload] = PointForecasts(evidence=evidence, forecaster=forecaster)
+            measured[workload] = evidence, forecaster
         yield _family(bench, measured, prompts)
 
 
-def _family(bench: Bench, measured: Mapping[Workload, PointForecasts], prompts: Sequence[Prompt]) -> Family:
+def _family(
+    bench: Bench, measured: Mapping[Workload, tuple[Evidence, Forecaster]], prompts: Sequence[Prompt]
+) -> Family:
     alone = next(iter(measured))
-    evidence: Evidence = measured[alone].evidence
+    evidence, _ = measured[alone]
     setups = candidates(evidence.drafts, LENGTHS)
     by_domain: dict[str, list[Prompt]] = {}
     for prompt in prompts:
@@ -112,9 +114,11 @@ def _family(bench: Bench, measured: Mapping[Workload, PointForecasts], prompts: 
     points = [
         PointDecision(
             plan=PointPlan(workload=workload, domain=domain, forecast_prompts=tuple(pool)),
-            stage=replace(stage, forecasts=tuple(stage.forecaster.forecast(setup, pool) for setup in setups)),
+            evidence=gathered,
+            forecaster=forecaster,
+            forecasts=tuple(forecaster.forecast(setup, pool) for setup in setups),
         )
-        for workload, stage in measured.items()
+        for workload, (gathered, forecaster) in measured.items()
         for domain, pool in pools.items()
     ]
     choices = tuple(_choice(point) for point in points)
@@ -125,7 +129,7 @@ def _family(bench: Bench, measured: Mapping[Workload, PointForecasts], prompts: 
             World(
                 workload=alone,
                 evidence=evidence,
-                forecasters={load.batch_size: stage.forecaster for load, stage in measured.items()},
+                forecasters={load.batch_size: forecaster for load, (_, forecaster) in measured.items()},
             )
         ),
         policy=Policy(

@@ -1,4 +1,4 @@
-"""What rounds cost: which steps they use, and the overhead beyond these steps, calibrated on a few real runs.
+"""What rounds cost: the steps they use, and the overhead beyond these, calibrated on a few real runs.
 
 A step timed alone is not a step within a round: caches are warmer in a row of draft steps, and the decoding loop costs
 time of its own. There are two cost models, because some engines let the steps of target and draft be timed apart and
@@ -6,10 +6,11 @@ others only whole rounds.
 """
 
 import itertools
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy
 
@@ -24,8 +25,8 @@ MIN_REFILL_DIFFERENCE = 0.05  # refills per round by which two runs must differ 
 MIN_FACTOR = 0.1  # a few disturbed runs may claim that rounds take next to nothing
 
 Steps = Mapping[str, StepTimes]  # by component digest
-Shapes = Mapping[StepShape, float]  # how often rounds of each shape were run (see `Sample.shapes`)
-Seconds = TypeVar("Seconds", float, numpy.ndarray)
+Shapes = Mapping[StepShape, float]
+Seconds: TypeAlias = Any  # a float, or an array of resamplings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,104 +36,85 @@ class Usage:
     steps: Mapping[tuple[str, int], float]
     num_idle: float
     num_proposing: float
-    num_draft_steps: float
-    num_refills: float
+    num_draft_steps: float = 0.0
+    num_refills: float = 0.0
+
+    @property
+    def num_rounds(self) -> float:
+        return self.num_idle + self.num_proposing
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Overhead(Generic[Seconds]):
-    """Seconds beyond the steps, as single values or as arrays of resamplings.
+class Overhead(NamedTuple):
+    """Seconds beyond the steps: per round without a proposal, round with one, draft step, and prefill of another row.
 
-    `idle_s` is per round without a proposal, `proposing_s` per round with one, `draft_step_s` per step of the draft
-    model, `refill_s` per prefill of another row. `factor` multiplies the time that steps were measured at.
+    `factor` multiplies the time that steps were measured at.
     """
 
-    idle_s: Seconds
-    proposing_s: Seconds
-    draft_step_s: Seconds
-    refill_s: Seconds
-    factor: Seconds
+    idle_s: Seconds = 0.0
+    proposing_s: Seconds = 0.0
+    draft_step_s: Seconds = 0.0
+    refill_s: Seconds = 0.0
+    factor: Seconds = 1.0
 
     def beyond_steps_s(self, usage: Usage) -> Seconds:
         """Seconds that rounds with this usage take in addition to their steps."""
-        return (
-            usage.num_idle * self.idle_s
-            + usage.num_proposing * self.proposing_s
-            + usage.num_draft_steps * self.draft_step_s
-            + usage.num_refills * self.refill_s
-        )
+        per_round = usage.num_idle * self.idle_s + usage.num_proposing * self.proposing_s
+        return per_round + usage.num_draft_steps * self.draft_step_s + usage.num_refills * self.refill_s
 
 
-NO_OVERHEAD = Overhead(idle_s=0.0, proposing_s=0.0, draft_step_s=0.0, refill_s=0.0, factor=1.0)
+class Run(NamedTuple):
+    """A calibration run, what it used, and the seconds of its steps as they were timed."""
 
-
-def stack(overheads: Sequence[Overhead[float]]) -> Overhead[numpy.ndarray]:
-    """The overheads of several resamplings as arrays."""
-    columns = numpy.array([astuple(overhead) for overhead in overheads]).T
-    return Overhead(
-        idle_s=columns[0], proposing_s=columns[1], draft_step_s=columns[2], refill_s=columns[3], factor=columns[4]
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationRun:
-    """A real run, what it used, and the seconds of its steps as they were timed."""
-
+    sample: Sample
     usage: Usage
     stepped_s: float
-    sample: Sample
 
 
-RunsByDraft = Mapping[Draft | None, Sequence[CalibrationRun]]
+RunsByDraft = Mapping[Draft | None, Sequence[Run]]
 
 
-class CostModel(Protocol):
+class CostModel(ABC):
     """How rounds become seconds on one kind of engine."""
 
-    @property
-    def calibration_prompts(self) -> int:
-        """How many prompts are run at batch 1 to calibrate the overhead."""
-        ...
+    calibration_prompts: ClassVar[int]  # at batch 1
+
+    def __init__(self, target_component: str) -> None:
+        self.target_component = target_component
+
+    def calibrate(self, steps: Steps, runs: Iterable[tuple[Setup, Sample]]) -> dict[Draft | None, Overhead]:
+        """The overhead of plain decoding (None) and of every draft that was run.
+
+        Raises:
+            NotMeasuredError: a run does not tell the shapes of its rounds, or uses a step that was never timed.
+        """
+        by_draft: dict[Draft | None, list[Run]] = {}
+        for setup, sample in runs:
+            if sample.rounds and not sample.shapes:
+                raise NotMeasuredError(f"a run of {setup.name} does not say what its rounds ran: measure it again")
+            usage = self.usage(setup, sample.shapes, sample.refills)
+            stepped_s = sum(count * median(step_samples(steps, *step)) for step, count in usage.steps.items())
+            by_draft.setdefault(setup.draft, []).append(Run(sample, usage, stepped_s))
+        return self._overheads(steps, by_draft)
 
     def complete(self, steps: Steps) -> Steps:
         """Adds the step times that the engine cannot measure but forecasts need."""
-        ...
+        return steps
 
+    @abstractmethod
     def usage(self, setup: Setup, shapes: Shapes, num_refills: float) -> Usage:
         """What rounds of these shapes use."""
-        ...
 
-    def overheads(self, steps: Steps, runs: RunsByDraft) -> dict[Draft | None, Overhead[float]]:
-        """The overhead of plain decoding (None) and of every draft in `runs`."""
-        ...
-
+    @abstractmethod
     def split(self, step_seconds: Mapping[str, float]) -> tuple[float | None, float]:
         """Seconds by component as (drafting, verifying); drafting is None where the two are not told apart."""
-        ...
+
+    @abstractmethod
+    def _overheads(self, steps: Steps, runs: RunsByDraft) -> dict[Draft | None, Overhead]: ...
 
 
 def cost_model_of(capabilities: EngineCapabilities, target_component: str) -> CostModel:
-    """The cost model that fits what the engine can time."""
-    model = RoundCostModel if capabilities.times == "rounds" else StepCostModel
-    return model(target_component)
-
-
-def calibrate(
-    model: CostModel, steps: Steps, runs: Iterable[tuple[Setup, Sample]]
-) -> dict[Draft | None, Overhead[float]]:
-    """Overheads by draft from real runs.
-
-    Raises:
-        NotMeasuredError: a run does not tell the shapes of its rounds, or uses a step that was never timed.
-    """
-    by_draft: dict[Draft | None, list[CalibrationRun]] = {}
-    for setup, sample in runs:
-        if sample.rounds and not sample.shapes:
-            raise NotMeasuredError(f"a run of {setup.name} does not say what its rounds ran: it must be measured again")
-        usage = model.usage(setup, sample.shapes, sample.refills)
-        stepped_s = sum(count * median(step_samples(steps, *step)) for step, count in usage.steps.items())
-        by_draft.setdefault(setup.draft, []).append(CalibrationRun(usage=usage, stepped_s=stepped_s, sample=sample))
-    return model.overheads(steps, by_draft)
+    """The cost model for what the engine can time."""
+    return {"steps": StepCostModel, "rounds": RoundCostModel}[capabilities.times](target_component)
 
 
 def step_samples(steps: Steps, component: str, width: int) -> tuple[float, ...]:
@@ -143,20 +125,15 @@ def step_samples(steps: Steps, component: str, width: int) -> tuple[float, ...]:
     return times.samples_s[width]
 
 
-@dataclass(frozen=True, slots=True)
-class StepCostModel:
+class StepCostModel(CostModel):
     """Steps of target and draft are timed apart.
 
     Per step of a draft model, drafts share one overhead *relative to their own step*: what a row of steps saves over
-    single ones is a share of the step, and one draft's line through two lengths is mostly noise. The rest is an
-    overhead per round that proposed. A round without a proposal costs what a plain round costs, whatever the draft.
+    single ones is a share of the step, and one draft's line through two lengths is mostly noise. The rest is per round
+    that proposed. A round without a proposal costs what a plain round costs, whatever the draft.
     """
 
-    target_component: str
-    calibration_prompts: int = 3
-
-    def complete(self, steps: Steps) -> Steps:
-        return steps
+    calibration_prompts = 3
 
     def usage(self, setup: Setup, shapes: Shapes, num_refills: float) -> Usage:
         """A look-up is asked once per round, also when it proposes nothing.
@@ -166,19 +143,19 @@ class StepCostModel:
         steps: defaultdict[tuple[str, int], float] = defaultdict(float)
         num_idle = num_proposing = num_draft_steps = 0.0
         lookup, model = _components(setup.draft)
-        for (target_width, draft_steps, first_draft_width), count in shapes.items():
-            steps[self.target_component, target_width] += count
-            if target_width > 1:
+        for shape, count in shapes.items():
+            steps[self.target_component, shape.target_width] += count
+            if shape.target_width > 1:
                 num_proposing += count
             else:
                 num_idle += count
             if lookup is not None:
                 steps[lookup, setup.length] += count
-            if model is not None and draft_steps > 0:
-                widest = min(first_draft_width, WIDEST_CATCH_UP)
-                steps[model, widest] += count * first_draft_width / widest
-                steps[model, 1] += count * (draft_steps - 1)
-                num_draft_steps += count * draft_steps
+            if model is not None and shape.draft_steps > 0:
+                widest = min(shape.first_draft_width, WIDEST_CATCH_UP)
+                steps[model, widest] += count * shape.first_draft_width / widest
+                steps[model, 1] += count * (shape.draft_steps - 1)
+                num_draft_steps += count * shape.draft_steps
         return Usage(
             steps={step: count for step, count in steps.items() if count},
             num_idle=num_idle,
@@ -187,68 +164,48 @@ class StepCostModel:
             num_refills=num_refills,
         )
 
-    def overheads(self, steps: Steps, runs: RunsByDraft) -> dict[Draft | None, Overhead[float]]:
-        refill_s = {draft: median(run.sample.ttft_s for run in own_runs) for draft, own_runs in runs.items()}
-        beyond = {
-            draft: [
-                (run.usage, run.sample.decode_s - run.stepped_s - run.sample.refills * refill_s[draft])
-                for run in own_runs
-            ]
-            for draft, own_runs in runs.items()
-        }
-        idle_s = _weighted_median(
-            [(seconds / use.num_idle, use.num_idle) for use, seconds in beyond.get(None, []) if use.num_idle]
-        )
-        points = {
-            draft: [
-                _RoundPoint(
-                    draft_steps=usage.num_draft_steps / usage.num_proposing,
-                    seconds=(seconds - usage.num_idle * idle_s) / usage.num_proposing,
-                    num_rounds=usage.num_proposing,
-                )
-                for usage, seconds in own_runs
-                if usage.num_proposing
-            ]
-            for draft, own_runs in beyond.items()
-            if draft is not None
-        }
-        step_s = {draft: _model_step_s(steps, draft) for draft in points}
-        shares = [
-            slope / step_s[draft] for draft in points if step_s[draft] and (slope := _slope(points[draft])) is not None
-        ]
-        share = median(shares) if shares else 0.0
-        overheads: dict[Draft | None, Overhead[float]] = {
-            None: replace(NO_OVERHEAD, idle_s=idle_s, refill_s=refill_s.get(None, 0.0))
-        }
-        for draft, own_points in points.items():
-            draft_step_s = share * step_s[draft]
-            proposing_s = _weighted_median(
-                [(point.seconds - draft_step_s * point.draft_steps, point.num_rounds) for point in own_points]
-            )
-            overheads[draft] = Overhead(
-                idle_s=idle_s,
-                proposing_s=proposing_s,
-                draft_step_s=draft_step_s,
-                refill_s=refill_s[draft],
-                factor=1.0,
-            )
-        return overheads
-
     def split(self, step_seconds: Mapping[str, float]) -> tuple[float | None, float]:
         verifying_s = step_seconds.get(self.target_component, 0.0)
         return sum(step_seconds.values()) - verifying_s, verifying_s
 
+    def _overheads(self, steps: Steps, runs: RunsByDraft) -> dict[Draft | None, Overhead]:
+        refill_s = {draft: median(run.sample.ttft_s for run in of_draft) for draft, of_draft in runs.items()}
 
-@dataclass(frozen=True, slots=True)
-class RoundCostModel:
+        def beyond_s(draft: Draft | None, run: Run) -> float:
+            return run.sample.decode_s - run.stepped_s - run.sample.refills * refill_s[draft]
+
+        idle_s = _weighted_median(
+            (beyond_s(None, run) / run.usage.num_idle, run.usage.num_idle)
+            for run in runs.get(None, ())
+            if run.usage.num_idle
+        )
+        rounds = {
+            draft: [_mean_round(run.usage, beyond_s(draft, run), idle_s) for run in of_draft if run.usage.num_proposing]
+            for draft, of_draft in runs.items()
+            if draft is not None
+        }
+        step_s = {draft: _model_step_s(steps, draft) for draft in rounds}
+        slopes = {draft: _slope(rounds[draft]) for draft in rounds if step_s[draft]}
+        shares = [slope / step_s[draft] for draft, slope in slopes.items() if slope is not None]
+        share = median(shares) if shares else 0.0
+        overheads: dict[Draft | None, Overhead] = {None: Overhead(idle_s=idle_s, refill_s=refill_s.get(None, 0.0))}
+        for draft, points in rounds.items():
+            draft_step_s = share * step_s[draft]
+            proposing_s = _weighted_median(
+                (point.seconds - draft_step_s * point.draft_steps, point.num_rounds) for point in points
+            )
+            overheads[draft] = Overhead(idle_s, proposing_s, draft_step_s, refill_s[draft])
+        return overheads
+
+
+class RoundCostModel(CostModel):
     """Only whole rounds are timed, of plain decoding and of every draft at each length.
 
     A timed round has the decoding loop in it; rounds of real texts take a multiple of it, because their lengths differ.
     So a draft has a factor on its timed rounds and nothing else but its prefills.
     """
 
-    target_component: str
-    calibration_prompts: int = 6  # they are the only check of the timed rounds, and runs are short
+    calibration_prompts = 6  # they are the only check of the timed rounds, and runs are short
 
     def complete(self, steps: Steps) -> Steps:
         """A draft that always proposes has no timed round without a proposal: a plain round stands for it."""
@@ -260,42 +217,42 @@ class RoundCostModel:
     def usage(self, setup: Setup, shapes: Shapes, num_refills: float) -> Usage:
         """Each round is one step, of plain decoding or of the draft, as wide as the tokens it verifies."""
         component = self.target_component if setup.draft is None else setup.draft.digest
-        steps: defaultdict[tuple[str, int], float] = defaultdict(float)
+        steps: dict[tuple[str, int], float] = {}
         for shape, count in shapes.items():
-            steps[component, shape.target_width] += count
+            step = component, shape.target_width
+            steps[step] = steps.get(step, 0.0) + count
         num_idle = steps.get((component, 1), 0.0)
         return Usage(
-            steps=dict(steps),
-            num_idle=num_idle,
-            num_proposing=sum(steps.values()) - num_idle,
-            num_draft_steps=0.0,
-            num_refills=num_refills,
+            steps=steps, num_idle=num_idle, num_proposing=sum(steps.values()) - num_idle, num_refills=num_refills
         )
-
-    def overheads(self, steps: Steps, runs: RunsByDraft) -> dict[Draft | None, Overhead[float]]:  # noqa: ARG002
-        return {draft: self._overhead(own_runs) for draft, own_runs in runs.items()}
-
-    def _overhead(self, runs: Sequence[CalibrationRun]) -> Overhead[float]:
-        """The factor is the median over runs, weighted by their seconds."""
-        refill_s = _refill_s(runs)
-        factors = [
-            (max(MIN_FACTOR, (run.sample.decode_s - run.sample.refills * refill_s) / run.stepped_s), run.stepped_s)
-            for run in runs
-            if run.stepped_s
-        ]
-        return replace(NO_OVERHEAD, refill_s=refill_s, factor=_weighted_median(factors) if factors else 1.0)
 
     def split(self, step_seconds: Mapping[str, float]) -> tuple[float | None, float]:
         return None, sum(step_seconds.values())
 
+    def _overheads(self, steps: Steps, runs: RunsByDraft) -> dict[Draft | None, Overhead]:  # noqa: ARG002
+        overheads: dict[Draft | None, Overhead] = {}
+        for draft, of_draft in runs.items():
+            refill_s = _refill_s(of_draft)
+            factors = [
+                (max(MIN_FACTOR, (run.sample.decode_s - run.sample.refills * refill_s) / run.stepped_s), run.stepped_s)
+                for run in of_draft
+                if run.stepped_s
+            ]
+            overheads[draft] = Overhead(refill_s=refill_s, factor=_weighted_median(factors) if factors else 1.0)
+        return overheads
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _RoundPoint:
-    """The mean proposing round of a run: its draft steps and its seconds beyond the steps, over `num_rounds` rounds."""
+
+class _MeanRound(NamedTuple):
+    """The mean proposing round of a run."""
 
     draft_steps: float
-    seconds: float
+    seconds: float  # beyond its steps
     num_rounds: float
+
+
+def _mean_round(usage: Usage, beyond_s: float, idle_s: float) -> _MeanRound:
+    seconds = (beyond_s - usage.num_idle * idle_s) / usage.num_proposing
+    return _MeanRound(usage.num_draft_steps / usage.num_proposing, seconds, usage.num_proposing)
 
 
 def _components(draft: Draft | None) -> tuple[str | None, str | None]:
@@ -304,22 +261,19 @@ def _components(draft: Draft | None) -> tuple[str | None, str | None]:
     return by_kind.get(True), by_kind.get(False)
 
 
-def _refill_s(runs: Sequence[CalibrationRun]) -> float:
+def _refill_s(runs: Sequence[Run]) -> float:
     """Seconds that another request's prefill adds to a request.
 
-    In continuous batching a prefill is part of a round, and the time to a first token includes waiting for rounds and
-    for other prefills, so it does not tell. The median slope over pairs of runs (Theil-Sen) of seconds per round over
-    refills per round does; where runs differ too little, the shortest time to a first token is taken.
+    In continuous batching the time to a first token includes waiting for rounds and for other prefills, so it does not
+    tell. The median slope over pairs of runs (Theil-Sen) of seconds per round over refills per round does; where runs
+    differ too little, the shortest time to a first token is taken.
     """
-    points = []
-    for run in runs:
-        if num_rounds := run.usage.num_idle + run.usage.num_proposing:
-            points.append((run.sample.refills / num_rounds, (run.sample.decode_s - run.stepped_s) / num_rounds))
-    slopes = [
-        (y1 - y0) / (x1 - x0)
-        for (x0, y0), (x1, y1) in itertools.combinations(sorted(points), 2)
-        if x1 - x0 >= MIN_REFILL_DIFFERENCE
+    points = [
+        (run.sample.refills / run.usage.num_rounds, (run.sample.decode_s - run.stepped_s) / run.usage.num_rounds)
+        for run in runs
+        if run.usage.num_rounds
     ]
+    slopes = _slopes(points, MIN_REFILL_DIFFERENCE)
     return max(0.0, median(slopes)) if slopes else min(run.sample.ttft_s for run in runs)
 
 
@@ -329,19 +283,21 @@ def _model_step_s(steps: Steps, draft: Draft) -> float:
     return 0.0 if model is None else median(step_samples(steps, model, 1))
 
 
-def _slope(points: Sequence[_RoundPoint]) -> float | None:
+def _slope(rounds: Sequence[_MeanRound]) -> float | None:
     """Seconds per draft step by Theil-Sen: the median slope over pairs that lie a step or more apart."""
-    slopes = [
-        (second.seconds - first.seconds) / (second.draft_steps - first.draft_steps)
-        for first, second in itertools.permutations(points, 2)
-        if second.draft_steps - first.draft_steps >= 1.0
-    ]
+    slopes = _slopes([(point.draft_steps, point.seconds) for point in rounds], 1.0)
     return median(slopes) if slopes else None
 
 
-def _weighted_median(values: Sequence[tuple[float, float]]) -> float:
+def _slopes(points: Sequence[tuple[float, float]], min_distance: float) -> list[float]:
+    pairs = itertools.combinations(sorted(points), 2)
+    return [(y1 - y0) / (x1 - x0) for (x0, y0), (x1, y1) in pairs if x1 - x0 >= min_distance]
+
+
+def _weighted_median(values: Iterable[tuple[float, float]]) -> float:
     """The median of (value, weight) pairs; 0 when there is none."""
-    if not values:
+    pairs = list(values)
+    if not pairs:
         return 0.0
-    figures, weights = zip(*values, strict=True)
+    figures, weights = zip(*pairs, strict=True)
     return float(numpy.quantile(figures, 0.5, weights=weights, method="inverted_cdf"))

@@ -18,7 +18,7 @@ from profiles.records.core import PLAIN, Draft, Interval, Setup, Workload
 from profiles.records.errors import NotMeasuredError
 from profiles.records.evidence import RoundCount, Sample, StepShape
 from profiles.stats import median, rate_interval, speedup_interval
-from tuner.forecast.cost_model import NO_OVERHEAD, Overhead, Usage, calibrate, cost_model_of, stack, step_samples
+from tuner.forecast.cost_model import Overhead, Usage, cost_model_of, step_samples
 from tuner.forecast.evidence import MIN_PROMPTS, Evidence, HasDigest
 from tuner.policy.estimates import Forecast, RoundSplit
 
@@ -76,14 +76,10 @@ class Forecaster:
             raise NotMeasuredError(
                 f"{setup.name} was run on {len(shared)} prompts that have a second token: {MIN_PROMPTS} are needed"
             )
-        plain_runs, runs = (
-            [run for other, run in self._evidence.calibration if other == wanted and run.output_tokens > 1]
-            for wanted in (PLAIN, setup)
-        )
-        plain_columns, columns = _columns_by_prompt(plain_runs, shared), _columns_by_prompt(runs, shared)
+        plain_columns, columns = (self._columns_by_prompt(wanted, shared) for wanted in (PLAIN, setup))
         speedup, _ = speedup_interval(*plain_columns, *columns)
         rounds: Counter[RoundCount] = Counter()
-        for run in runs:
+        for run in self._runs(setup):
             rounds.update(run.rounds)
         return Forecast(
             setup=setup,
@@ -91,6 +87,15 @@ class Forecaster:
             speedup=speedup,
             acceptance_length=acceptance_length(rounds),
         )
+
+    def _runs(self, setup: Setup) -> list[Sample]:
+        return [run for other, run in self._evidence.calibration if other == setup and run.output_tokens > 1]
+
+    def _columns_by_prompt(self, setup: Setup, prompts: Sequence[str]) -> tuple[list[float], list[int]]:
+        """Decode seconds and tokens after the first, over all runs of each prompt."""
+        by_prompt = [[run for run in self._runs(setup) if run.prompt_digest == prompt] for prompt in prompts]
+        seconds = [sum(run.decode_s for run in runs) for runs in by_prompt]
+        return seconds, [sum(run.output_tokens - 1 for run in runs) for runs in by_prompt]
 
     def round_s(self, setup: Setup, shape: StepShape) -> float:
         """Seconds of one round of this shape (see `Sample.shapes`), overhead included.
@@ -102,7 +107,7 @@ class Forecaster:
         stepped_s = overhead.factor * sum(
             count * self.step_s(component, width) for (component, width), count in usage.steps.items()
         )
-        return max(stepped_s + overhead.beyond_steps_s(usage), MIN_STEP_SHARE * stepped_s)
+        return float(max(stepped_s + overhead.beyond_steps_s(usage), MIN_STEP_SHARE * stepped_s))
 
     def step_s(self, component: str, width: int) -> float:
         """Seconds of one step of the target or of a draft's component.
@@ -120,7 +125,7 @@ class Forecaster:
 
     def refill_s(self, draft: Draft | None) -> float:
         """Seconds of a row's prefill, the draft's included, which the other rows of a batch wait for."""
-        return self._overhead(draft).refill_s
+        return float(self._overhead(draft).refill_s)
 
     def rounds(self, setup: Setup, prompts: Sequence[HasDigest]) -> RoundCounts:
         """The expected rounds of these prompts, each alone in its batch, added up."""
@@ -138,11 +143,11 @@ class Forecaster:
         step_seconds: Counter[str] = Counter()
         num_rounds = beyond_s = 0.0
         for usage in self._usages(setup, prompts):
-            num_rounds += usage.num_idle + usage.num_proposing
+            num_rounds += usage.num_rounds
             beyond_s += overhead.beyond_steps_s(usage)
             for (component, width), count in usage.steps.items():
                 samples = step_samples(self._evidence.steps, component, width)
-                step_seconds[component] += overhead.factor * count * median(samples)  # type: ignore[assignment]
+                step_seconds[component] += overhead.factor * count * median(samples)
         if num_rounds == 0.0:
             raise NotMeasuredError(f"{setup.name}: no output has a second token, so there is no round to split")
         draft_s, verify_s = self._cost_model.split(step_seconds)
@@ -227,13 +232,13 @@ class Forecaster:
             )
         return self._rounds[key]
 
-    def _overhead(self, draft: Draft | None) -> Overhead[float]:
+    def _overhead(self, draft: Draft | None) -> Overhead:
         if draft not in self._overheads:
             raise NotMeasuredError(f"draft {draft.name if draft else PLAIN.name} was not run at this load")
         return self._overheads[draft]
 
-    def _calibrated(self) -> tuple[dict[Draft | None, Overhead[float]], dict[Draft | None, Overhead[numpy.ndarray]]]:
-        """Overheads by draft: from all calibration runs, and from these and then the resampled ones as arrays."""
+    def _calibrated(self) -> tuple[dict[Draft | None, Overhead], dict[Draft | None, Overhead]]:
+        """Overheads by draft: from all calibration runs, and as arrays of these and then the resampled ones."""
         runs = [(setup, run) for setup, run in self._evidence.calibration if self._evidence.is_traced(setup.draft)]
         by_setup: dict[Setup, list[Sample]] = {}
         for setup, run in runs:
@@ -242,23 +247,20 @@ class Forecaster:
         variants = [runs]
         for _ in range(CALIBRATION_RESAMPLES):
             variants.append(
-                [(setup, own[pick]) for setup, own in by_setup.items() for pick in rng.integers(0, len(own), len(own))]
+                [
+                    (setup, same[pick])
+                    for setup, same in by_setup.items()
+                    for pick in rng.integers(0, len(same), len(same))
+                ]
             )
-        fitted = [calibrate(self._cost_model, self._evidence.steps, variant) for variant in variants]
+        fitted = [self._cost_model.calibrate(self._evidence.steps, variant) for variant in variants]
         order = [0, *(1 + draw % CALIBRATION_RESAMPLES for draw in range(RESAMPLES))]
         drafts = [None, *filter(self._evidence.is_traced, self._evidence.drafts)]
-        by_draft = {draft: [variant.get(draft, NO_OVERHEAD) for variant in fitted] for draft in drafts}
+        by_draft = {draft: [variant.get(draft, Overhead()) for variant in fitted] for draft in drafts}
         return (
             {draft: overheads[0] for draft, overheads in by_draft.items()},
-            {draft: stack([overheads[number] for number in order]) for draft, overheads in by_draft.items()},
+            {draft: Overhead(*numpy.array(overheads)[order].T) for draft, overheads in by_draft.items()},
         )
-
-
-def _columns_by_prompt(samples: Sequence[Sample], prompts: Sequence[str]) -> tuple[list[float], list[int]]:
-    """Decode seconds and tokens after the first, over all runs of each prompt."""
-    by_prompt = [[sample for sample in samples if sample.prompt_digest == prompt] for prompt in prompts]
-    seconds = [sum(sample.decode_s for sample in runs) for runs in by_prompt]
-    return seconds, [sum(sample.output_tokens - 1 for sample in runs) for runs in by_prompt]
 
 
 def _percentiles(draws: numpy.ndarray) -> Interval:

@@ -16,23 +16,26 @@ def build_prior(points: Sequence[PointDecision], lengths: Sequence[int]) -> Prio
 
     Where a length broke a limit, a selector must not try it or a longer one, unless that one was chosen.
     """
-    stages = [(point, point.stage) for point in points if point.stage is not None and point.stage.forecasts]
+    points = [point for point in points if point.forecasts]
+    evidence = [point.evidence for point in points if point.evidence is not None]
     drafts = tuple(
         draft
-        for draft in dict.fromkeys(forecast.setup.draft for _, stage in stages for forecast in stage.forecasts)
-        if draft is not None and all(stage.evidence.is_traced(draft) for _, stage in stages)
+        for draft in dict.fromkeys(forecast.setup.draft for point in points for forecast in point.forecasts)
+        if draft is not None and all(each.is_traced(draft) for each in evidence)
     )
     if not drafts:
         return None
     ordered = tuple(sorted(set(lengths)))
     acceptance: dict[tuple[int, str, float], DraftAcceptance] = {}
     times: dict[tuple[int | None, int, int, float], RoundTimes] = {}
-    for point, stage in stages:
-        forecaster, load, prompts = stage.forecaster, point.workload, point.plan.forecast_prompts
+    for point in points:
+        assert point.evidence is not None
+        assert point.forecaster is not None
+        forecaster, load, prompts = point.forecaster, point.workload, point.plan.forecast_prompts
         where = load.batch_size, load.context_length, load.temperature
         times.setdefault((None, *where), _round_times(load, [forecaster.round_s(PLAIN, StepShape(1))]))
         for number, draft in enumerate(drafts):
-            if draft not in stage.evidence.drafts:
+            if draft not in point.evidence.drafts:
                 continue
             by_length = [forecaster.rounds(Setup(draft=draft, length=length), prompts) for length in ordered]
             if by_length[-1].num_rounds > 0.0:
@@ -40,7 +43,7 @@ def build_prior(points: Sequence[PointDecision], lengths: Sequence[int]) -> Prio
                     by_length, draft=number, domain=point.domain, temperature=load.temperature, max_length=ordered[-1]
                 )
                 acceptance.setdefault((number, point.domain, load.temperature), figures)
-            max_length = _max_length([other for other, _ in stages if other.workload == load], draft, ordered)
+            max_length = _max_length([other for other in points if other.workload == load], draft, ordered)
             if (number, *where) not in times and max_length > 0:
                 times[number, *where] = _round_times(
                     load,

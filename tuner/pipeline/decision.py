@@ -35,11 +35,11 @@ def _choice(point: PointDecision, proven: bool) -> Choice:
         top_k=load.top_k,
         setup=point.candidate if proven and point.candidate is not None else PLAIN,
         reason=_reason(point, subject, proven),
-        evidence=() if point.attempt.proof is None else point.attempt.proof.units,
+        evidence=point.units,
         forecast=next((forecast for forecast in point.forecasts if forecast.setup == subject), None),
         measured=point.measured,
         proven=proven,
-        out_of_time=point.attempt.out_of_time and not proven,
+        out_of_time=point.out_of_time and not proven,
         alternatives=alternatives([one for one in point.forecasts if point.ruled_out(one.setup) is None]),
     )
 

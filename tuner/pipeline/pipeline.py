@@ -19,7 +19,7 @@ from tuner.forecast.forecaster import Forecaster
 from tuner.forecast.queues import purpose_of, queues, spread_over_domains
 from tuner.pipeline.build_prior import build_prior
 from tuner.pipeline.decision import judge
-from tuner.pipeline.points import Attempt, PointDecision, PointForecasts, PointPlan, ProofResult, plan_points
+from tuner.pipeline.points import PointDecision, PointPlan, plan_points
 from tuner.pipeline.standings import LiveStandings, Show
 from tuner.policy.policy import Choice
 from tuner.policy.prior import Prior
@@ -113,8 +113,8 @@ class Tuner:
             try:
                 evidence = gather(self._engine, workload, traced, self._options.lengths, progress=self._progress)
             except OutOfTimeError:
-                stopped = Attempt(stopped="the budget ended before the evidence was complete", out_of_time=True)
-                points += [PointDecision(plan=plan, attempt=stopped) for plan in plans]
+                stopped = "the budget ended before the evidence was complete"
+                points += [PointDecision(plan=plan, stopped=stopped, out_of_time=True) for plan in plans]
                 continue
             forecaster = Forecaster(evidence, workload, self._engine.target.run_digest, workload.seed)
             decided = [self._decide(plan, evidence, forecaster) for plan in plans]
@@ -132,10 +132,9 @@ class Tuner:
 
     def _decide(self, plan: PointPlan, evidence: Evidence, forecaster: Forecaster) -> PointDecision:
         load = plan.workload
-        stage = PointForecasts(evidence=evidence, forecaster=forecaster)
+        point = PointDecision(plan=plan, evidence=evidence, forecaster=forecaster)
         if all(len(evidence.traces[prompt.digest].token_ids) < 2 for prompt in plan.forecast_prompts):
-            stopped = "every output ended with its first token, so there is no time per token"
-            return PointDecision(plan=plan, stage=stage, attempt=Attempt(stopped=stopped))
+            return replace(point, stopped="every output ended with its first token, so there is no time per token")
         name = f"{self._options.run_name} batch {load.batch_size} context {load.context_length} {plan.domain}"
         forecasts = search_forecasts(
             [setup for setup in candidates(evidence.drafts, self._options.lengths) if evidence.can_forecast(setup)],
@@ -145,7 +144,7 @@ class Tuner:
         )
         self._standings.open(plan.domain, forecasts)
         trial = _PointTrial(self._engine, plan, self._options, self._standings, progress=self._progress)
-        return trial.decide(replace(stage, forecasts=tuple(forecasts)), name)
+        return trial.decide(replace(point, forecasts=tuple(forecasts)), evidence, name)
 
     def _progress(self, stage: str, done: int, total: int) -> None:
         if self._watch.out_of_time():
@@ -168,50 +167,50 @@ class _PointTrial:
         self._infeasible: dict[Setup, Infeasible] = {}
         self._plain_samples: Sequence[Sample] = ()  # of the latest stage
 
-    def decide(self, stage: PointForecasts, name: str) -> PointDecision:
+    def decide(self, point: PointDecision, evidence: Evidence, name: str) -> PointDecision:
         """Attempts race and proof until an attempt rules out nothing new.
 
         A setup that turns out infeasible may have beaten feasible ones, so these are tried again without it. Runs that
         were made before are recalled, so that only new finalists cost time.
         """
-        for forecast in stage.forecasts:
+        limits = self._options.limits
+        for forecast in point.forecasts:
             needed_bytes = self._options.needed_bytes(forecast.setup, self._workload)
-            self._rule_out(self._options.limits.memory_breach(forecast.setup, needed_bytes))
-        self._plain_samples = [run for setup, run in stage.evidence.calibration if setup == PLAIN]
-        attempt = Attempt()
+            self._rule_out(limits.memory_breach(forecast.setup, needed_bytes))
+        self._plain_samples = [run for setup, run in evidence.calibration if setup == PLAIN]
+        decided = point
         for number in itertools.count(1):
             num_infeasible = len(self._infeasible)
-            feasible = [forecast for forecast in stage.forecasts if forecast.setup not in self._infeasible]
+            feasible = [forecast for forecast in point.forecasts if forecast.setup not in self._infeasible]
             hopeful = finalists(feasible, self._options.num_finalists)
             if not hopeful:
                 break
-            attempt = self._attempt(hopeful, name if number == 1 else f"{name}, again {number}")
-            if attempt.out_of_time or len(self._infeasible) == num_infeasible:
+            decided = self._attempt(point, hopeful, name if number == 1 else f"{name}, again {number}")
+            if decided.out_of_time or len(self._infeasible) == num_infeasible:
                 break
         if PLAIN not in self._infeasible:
-            self._rule_out(self._options.limits.latency_breach(PLAIN, self._plain_samples))
-        return PointDecision(plan=self._plan, stage=stage, attempt=attempt, infeasible=tuple(self._infeasible.values()))
+            self._rule_out(limits.latency_breach(PLAIN, self._plain_samples))
+        return replace(decided, infeasible=tuple(self._infeasible.values()))
 
-    def _attempt(self, hopeful: Sequence[Setup], name: str) -> Attempt:
+    def _attempt(self, point: PointDecision, hopeful: Sequence[Setup], name: str) -> PointDecision:
         """One race and one proof; whatever was reached when the budget ends is kept."""
-        attempt = Attempt()
         try:
-            attempt = self._race(hopeful, f"race, {name}")
-            if attempt.candidate is not None:
-                attempt = self._prove(attempt, attempt.candidate)
+            point = self._race(point, hopeful, f"race, {name}")
+            if point.candidate is not None:
+                point = self._prove(point, point.candidate)
         except OutOfTimeError:
-            return replace(attempt, out_of_time=True, stopped="the budget ended before it was proven")
+            return replace(point, out_of_time=True, stopped="the budget ended before it was proven")
         except EngineError as error:
-            assert attempt.candidate is not None  # the race lists its own failures
-            self._rule_out(Infeasible(setup=attempt.candidate, reason=type(error).__name__, detail=str(error)))
-            return replace(attempt, stopped=f"it failed in the proof: {error}")
-        return attempt
+            assert point.candidate is not None  # the race lists its own failures
+            self._rule_out(Infeasible(setup=point.candidate, reason=type(error).__name__, detail=str(error)))
+            return replace(point, stopped=f"it failed in the proof: {error}")
+        return point
 
-    def _race(self, hopeful: Sequence[Setup], name: str) -> Attempt:
+    def _race(self, point: PointDecision, hopeful: Sequence[Setup], name: str) -> PointDecision:
         """Takes the race's winner as candidate; without a race (too few prompts, one finalist) the best forecast."""
         prompts = spread_over_domains(self._plan.race_prompts, self._options.race_prompts)
         if len(prompts) < MIN_RACE_PROMPTS or len(hopeful) == 1:
-            return Attempt(candidate=hopeful[0])
+            return replace(point, candidate=hopeful[0])
         planned = queues(
             prompts,
             self._workload.batch_size,
@@ -245,9 +244,10 @@ class _PointTrial:
             self._rule_out(self._options.limits.latency_breach(setup, [pair.chosen for pair in pairs[setup]]))
         feasible = {setup: speedup for setup, speedup in result.speedups.items() if setup not in self._infeasible}
         winner = among_equals(feasible)
-        return Attempt(race=result, candidate=winner if winner is not None and feasible[winner] > 1.0 else None)
+        is_faster = winner is not None and feasible[winner] > 1.0
+        return replace(point, race=result, candidate=winner if is_faster else None)
 
-    def _prove(self, attempt: Attempt, setup: Setup) -> Attempt:
+    def _prove(self, point: PointDecision, setup: Setup) -> PointDecision:
         planned = queues(
             self._plan.proof_prompts,
             self._workload.batch_size,
@@ -263,17 +263,17 @@ class _PointTrial:
             purpose = purpose_of("proof", self._workload, number)
             pairs += run_pairs(self._engine, self._workload, queue, setup, purpose)
             order = pair_order(self._workload, queue, setup)
-            point = run_point(self._workload, queue, order, purpose)
-            units.append(unit_digest(self._engine.target, self._engine.environment, point))
+            key = run_point(self._workload, queue, order, purpose)
+            units.append(unit_digest(self._engine.target, self._engine.environment, key))
             self._standings.note(setup, f"proving {number + 1}/{len(planned)}", speedup_so_far(pairs))
         self._plain_samples = [pair.plain for pair in pairs]
         self._rule_out(self._options.limits.latency_breach(setup, [pair.chosen for pair in pairs]))
         if (num_timed := proof.num_timed_prompts(pairs, queue_size)) < 2:
-            return replace(attempt, stopped=f"only {num_timed} outputs had a second token to time")
+            return replace(point, stopped=f"only {num_timed} outputs had a second token to time")
         greedy = self._workload.temperature == 0.0
         measured = proof.measure(setup, pairs, greedy=greedy, queue_size=queue_size)
         self._standings.note(setup, "measured", measured.speedup)
-        return replace(attempt, proof=ProofResult(measured=measured, units=tuple(units)))
+        return replace(point, measured=measured, units=tuple(units))
 
     def _rule_out(self, infeasible: Infeasible | None) -> None:
         if infeasible is not None:

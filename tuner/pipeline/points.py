@@ -28,44 +28,24 @@ class PointPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PointForecasts:
-    """The forecasts of every candidate at a point, best score first, and what they were computed from."""
+class PointDecision:
+    """What every stage of an operating point came to; a stage that was not reached has None or nothing.
 
-    evidence: Evidence
-    forecaster: Forecaster
-    forecasts: tuple[Forecast, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProofResult:
-    """The paired runs that were to prove the winner; `units` are the digests of the runs as stored."""
-
-    measured: Measured
-    units: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attempt:
-    """A race and a proof of some finalists; a stage that was not reached is None.
-
-    `candidate` is the setup that goes to the proof. `stopped` tells why the attempt ended early.
+    `candidate` is the setup that went to the proof, `units` the digests of the proof's runs as stored. `stopped` tells
+    why the decision ended early.
     """
 
+    plan: PointPlan
+    evidence: Evidence | None = None
+    forecaster: Forecaster | None = None
+    forecasts: tuple[Forecast, ...] = ()
     race: RaceResult | None = None
     candidate: Setup | None = None
-    proof: ProofResult | None = None
+    measured: Measured | None = None
+    units: tuple[str, ...] = ()
+    infeasible: tuple[Infeasible, ...] = ()
     stopped: str | None = None
     out_of_time: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PointDecision:
-    """All stages of one operating point: plan, forecasts, the last attempt, and the setups that were ruled out."""
-
-    plan: PointPlan
-    stage: PointForecasts | None = None
-    attempt: Attempt = Attempt()
-    infeasible: tuple[Infeasible, ...] = ()
 
     @property
     def workload(self) -> Workload:
@@ -74,26 +54,6 @@ class PointDecision:
     @property
     def domain(self) -> str:
         return self.plan.domain
-
-    @property
-    def forecasts(self) -> tuple[Forecast, ...]:
-        return () if self.stage is None else self.stage.forecasts
-
-    @property
-    def race(self) -> RaceResult | None:
-        return self.attempt.race
-
-    @property
-    def candidate(self) -> Setup | None:
-        return self.attempt.candidate
-
-    @property
-    def measured(self) -> Measured | None:
-        return None if self.attempt.proof is None else self.attempt.proof.measured
-
-    @property
-    def stopped(self) -> str | None:
-        return self.attempt.stopped
 
     def ruled_out(self, setup: Setup) -> Infeasible | None:
         """Why a setup cannot be chosen here, or None."""

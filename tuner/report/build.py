@@ -53,27 +53,27 @@ def report_data(outcome: Outcome, policy: Policy) -> ReportData:
 
 def _drafts(outcome: Outcome) -> tuple[Draft, ...]:
     """Every draft of the run once, those that failed last."""
-    used = [draft for point in outcome.points if point.stage for draft in point.stage.evidence.drafts]
+    used = [draft for point in outcome.points if point.evidence for draft in point.evidence.drafts]
     failed = [one.setup.draft for one in outcome.infeasible if one.setup.draft is not None]
     return tuple({draft.digest: draft for draft in (*used, *failed)}.values())
 
 
 def _load(workload: Workload, rows: Sequence[tuple[PointDecision, AnchorFigures]], policy: Policy) -> LoadFigures:
     figures = tuple(figures for _, figures in rows)
-    stage = rows[0][0].stage
-    if stage is None:
+    evidence = rows[0][0].evidence
+    if evidence is None:
         return LoadFigures(anchors=figures, curves=(), staircases=())
     return LoadFigures(
         anchors=figures,
-        curves=acceptance_curves(stage.evidence, workload, policy.target.run_digest),
-        staircases=staircases(stage.evidence, policy.target),
+        curves=acceptance_curves(evidence, workload, policy.target.run_digest),
+        staircases=staircases(evidence, policy.target),
     )
 
 
 def _candidates(point: PointDecision, own: Choice) -> tuple[Candidate, ...]:
     """Those with a forecast in their order, then the drafts that failed before there was one."""
     known = {forecast.setup for forecast in point.forecasts}
-    failed: tuple[Infeasible, ...] = () if point.stage is None else point.stage.evidence.infeasible
+    failed: tuple[Infeasible, ...] = () if point.evidence is None else point.evidence.infeasible
     return (
         *(_candidate(point, forecast, own.proven) for forecast in point.forecasts),
         *(_failed(one) for one in failed if one.setup not in known),
@@ -110,9 +110,9 @@ def _failed(one: Infeasible) -> Candidate:
 
 
 def _split(point: PointDecision, setup: Setup) -> RoundSplit | None:
-    assert point.stage is not None  # it has forecasts
+    assert point.forecaster is not None  # it has forecasts
     try:
-        return point.stage.forecaster.split(setup, point.plan.forecast_prompts)
+        return point.forecaster.split(setup, point.plan.forecast_prompts)
     except NotMeasuredError:
         return None
 

@@ -9,7 +9,7 @@ from profiles.records.core import PLAIN, Draft, Model, Setup
 from profiles.records.errors import NotMeasuredError
 from profiles.records.evidence import Sample, StepShape, StepTimes
 from tests.support.fakes import DRAFT_A, NGRAM, TARGET
-from tuner.forecast.cost_model import Overhead, StepCostModel, calibrate, step_samples
+from tuner.forecast.cost_model import Overhead, StepCostModel, step_samples
 
 PART = TARGET.run_digest
 MODEL = StepCostModel(PART)
@@ -34,7 +34,7 @@ def _run(setup: Setup, rounds: dict[tuple[int, int], int], beyond_s: float) -> t
     with_model = setup.draft is not None and setup.draft != NGRAM
     shapes: Counter[tuple[int, int, int]] = Counter()
     for (proposed, _), count in rounds.items():
-        shapes[proposed + 1, *((proposed, 2) if with_model and proposed else (0, 0))] += count
+        shapes[StepShape(proposed + 1, *((proposed, 2) if with_model and proposed else ()))] += count
     usage = MODEL.usage(setup, shapes, 0.0)
     stepped = sum(count * STEPS[part].samples_s[width][0] for (part, width), count in usage.steps.items())
     sample = Sample(
@@ -84,7 +84,7 @@ def test_other_rows_prefills_are_told_apart() -> None:
     """In a batch a row waits for the prompts that come in; that is no overhead of its rounds."""
     setup, sample = _run(PLAIN, {(0, 0): 50}, 50 * 0.002)
     waited = replace(sample, decode_s=sample.decode_s + 3 * 0.1, refills=3)
-    rate = calibrate(MODEL, STEPS, [(setup, waited)])[None]
+    rate = MODEL.calibrate(STEPS, [(setup, waited)])[None]
     assert (rate.idle_s, rate.refill_s) == pytest.approx((0.002, 0.1))
 
 
@@ -96,7 +96,7 @@ def test_drafts_share_what_a_row_of_steps_saves() -> None:
             setup = Setup(draft=draft, length=length)
             beyond_s = 20 * (round_s - 0.2 * step_s * length) + 2 * 0.002
             calibration.append(_run(setup, {(length, 1): 15, (length, length): 5, (0, 0): 2}, beyond_s))
-    rates = calibrate(MODEL, STEPS, calibration)
+    rates = MODEL.calibrate(STEPS, calibration)
     assert rates[None].idle_s == pytest.approx(0.002)
     assert rates[DRAFT_A].draft_step_s == pytest.approx(-0.0002)
     assert rates[DEEP].draft_step_s == pytest.approx(-0.0008)
@@ -110,7 +110,7 @@ def test_a_round_without_a_proposal_is_a_plain_round() -> None:
         _run(Setup(draft=NGRAM, length=4), {(0, 0): 40, (4, 2): 10}, 40 * -0.001 + 10 * 0.0005),
         _run(Setup(draft=NGRAM, length=4), {(0, 0): 49, (4, 2): 1}, 49 * -0.001 + 1 * 0.9),
     ]
-    rate = calibrate(MODEL, STEPS, calibration)[NGRAM]
+    rate = MODEL.calibrate(STEPS, calibration)[NGRAM]
     assert (rate.idle_s, rate.proposing_s, rate.draft_step_s) == pytest.approx((-0.001, 0.0005, 0.0))
 
 
@@ -124,4 +124,4 @@ def test_a_run_that_does_not_say_its_shapes_is_refused() -> None:
     """Evidence of an older engine is no calibration."""
     setup, sample = _run(PLAIN, {(0, 0): 50}, 0.0)
     with pytest.raises(NotMeasuredError, match="plain does not say what its rounds ran"):
-        calibrate(MODEL, STEPS, [(setup, replace(sample, shapes={}))])
+        MODEL.calibrate(STEPS, [(setup, replace(sample, shapes={}))])

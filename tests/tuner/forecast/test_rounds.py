@@ -21,7 +21,7 @@ from tests.support.recorded_engine import RecordedEngine, Recorder
 from tests.support.serving import NATIVE, SERVING, FakeServer
 from tuner import dry_run
 from tuner.deploy.latest import find_policy, find_report_data
-from tuner.forecast.cost_model import RoundCostModel, calibrate
+from tuner.forecast.cost_model import RoundCostModel
 from tuner.forecast.evidence import Evidence, gather
 from tuner.forecast.forecaster import Forecaster
 from tuner.pipeline.pipeline import Options, Outcome, Tuner, Watch
@@ -127,10 +127,10 @@ def test_what_a_prefill_takes() -> None:
             output_digest="o",
         )
 
-    rates = calibrate(MODEL, steps, [(setup, run(refills)) for refills in (0, 2, 5, 9)])
+    rates = MODEL.calibrate(steps, [(setup, run(refills)) for refills in (0, 2, 5, 9)])
     assert rates[DRAFT_A].refill_s == pytest.approx(0.05)
     assert rates[DRAFT_A].factor == pytest.approx(1.0)
-    alike = calibrate(MODEL, steps, [(setup, run(0)), (setup, run(1))])
+    alike = MODEL.calibrate(steps, [(setup, run(0)), (setup, run(1))])
     assert alike[DRAFT_A].refill_s == 0.4
 
 
@@ -153,7 +153,7 @@ def test_real_rounds_are_a_multiple_of_timed_ones() -> None:
         )
         return setup, found
 
-    rates = calibrate(MODEL, steps, [run(1, 1.25), run(4, 1.25), run(4, 9.0)])[DRAFT_A]
+    rates = MODEL.calibrate(steps, [run(1, 1.25), run(4, 1.25), run(4, 9.0)])[DRAFT_A]
     assert (rates.factor, rates.proposing_s, rates.idle_s) == (pytest.approx(1.25), 0.0, 0.0)
 
 

@@ -37,8 +37,8 @@ def test_both_halves_are_the_forecasts_own(outcome: Outcome) -> None:
         (number, domain) for number in (0, 1) for domain in (MIXED, "code", "prose")
     }
     point = outcome.points[0]
-    assert point.stage is not None
-    forecaster = point.stage.forecaster
+    forecaster = point.forecaster
+    assert forecaster is not None
     kept = next(one for one in prior.acceptance if (one.draft, one.domain) == (model, MIXED))
     for length, tokens in zip(LENGTHS, kept.mean_tokens, strict=True):
         rounds = forecaster.rounds(Setup(draft=DRAFT_A, length=length), point.plan.forecast_prompts).rounds
@@ -60,7 +60,7 @@ def test_what_broke_a_limit_is_left_out(outcome: Outcome) -> None:
 def most(outcome: Outcome, broken: int) -> dict[int, int]:
     """By batch the longest length of the draft model, when this one is infeasible at batch 1 and was not chosen."""
     infeasible = Infeasible(setup=Setup(draft=DRAFT_A, length=broken), reason="memory", detail="too much")
-    points = [replace(point, attempt=replace(point.attempt, candidate=None)) for point in outcome.points]
+    points = [replace(point, candidate=None) for point in outcome.points]
     prior = build_prior([replace(points[0], infeasible=(infeasible,)), *points[1:]], LENGTHS)
     assert prior is not None
     model = prior.drafts.index(DRAFT_A)
