@@ -12,9 +12,10 @@ from profiles.engines.base import EngineCapabilities
 from profiles.engines.llamacpp import ngram, timing
 from profiles.engines.llamacpp.flags import args_for, keeps_history
 from profiles.engines.llamacpp.responses import SERVER, LlamaCompletion, body_of
-from profiles.engines.llamacpp.servers import SPARE_TOKENS, LlamaServer, LlamaServers, Options, Program, weights_of
+from profiles.engines.llamacpp.servers import SPARE_TOKENS, LlamaServers, Options, Program, complete, weights_of
 from profiles.engines.lossless import check_end
 from profiles.engines.serving.base import Run, ServedEngine
+from profiles.engines.serving.process import Server
 from profiles.hardware.fingerprint import fingerprint
 from profiles.models import loader
 from profiles.models.loader import DescribedModel
@@ -26,7 +27,7 @@ NAME = "llamacpp"
 WARM_UP_TOKENS = 16
 
 
-class LlamaCppEngine(ServedEngine[tuple[str, ...], LlamaServer]):
+class LlamaCppEngine(ServedEngine[tuple[str, ...], Server]):
     """A target and its drafts as GGUF files under llama.cpp; fits `Engine`. A context manager.
 
     Raises InputError: a draft that llama.cpp does not have, a GPU that it cannot use; ModelError: a model without GGUF.
@@ -73,10 +74,10 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], LlamaServer]):
         self._check(alone, (prompt,), PLAIN)
         server = self._servers.get(PLAIN, alone)
         body = body_of(alone, prompt.token_ids, n_probs=2)
-        [run] = server.complete([body], 1)
+        [run] = complete(server, [body], 1)
         check_end(NAME, workload, run.token_ids)
         if workload.temperature > 0.0:  # probabilities after the filters
-            [filtered] = server.complete([body | {"n_probs": 1, "post_sampling_probs": True}], 1)
+            [filtered] = complete(server, [body | {"n_probs": 1, "post_sampling_probs": True}], 1)
             run = replace(run, log_probs=filtered.log_probs)
         return run.trace(prompt, workload.end_token_ids)
 
@@ -99,7 +100,7 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], LlamaServer]):
             body_of(alone, text[:end], n_predict=1, n_probs=1, cache_prompt=True, ignore_eos=False)
             for end in range(len(prompt.token_ids), len(text))
         ]
-        runs = self._servers.scoring(weights, alone).complete(bodies, 1)
+        runs = complete(self._servers.scoring(weights, alone), bodies, 1)
         accepted = (run.token_ids == (token,) for run, token in zip(runs, trace.token_ids, strict=True))
         return AcceptanceTrace(
             prompt_digest=prompt.digest,
@@ -140,7 +141,7 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], LlamaServer]):
         server = get(setup, workload)
         self._warm_up(server, workload)
         bodies = [body_of(workload, prompt.token_ids) for prompt in prompts]
-        completions = server.complete(bodies, workload.batch_size)
+        completions = complete(server, bodies, workload.batch_size)
         for completion in completions:
             check_end(NAME, workload, completion.token_ids)
         self._check_drafted(setup, completions, server)
@@ -150,19 +151,19 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], LlamaServer]):
         """Seconds of full rounds of a visit, by a server that has run its batch before."""
         server = self._servers.get(visit.setup, workload, visit.args)
         bodies = [timing.body_of(visit, shape)] * shape.batch_size
-        if not server.is_warm:
-            server.complete(bodies, shape.batch_size)
-            server.is_warm = True
-        return timing.full_rounds(server.complete(bodies, shape.batch_size), visit.width)
+        if not server.warm:
+            complete(server, bodies, shape.batch_size)
+            server.warm.add(shape.batch_size)
+        return timing.full_rounds(complete(server, bodies, shape.batch_size), visit.width)
 
-    def _warm_up(self, server: LlamaServer, workload: Workload) -> None:
+    def _warm_up(self, server: Server, workload: Workload) -> None:
         """The first requests of a server pay for its buffers: one for each row is dropped."""
-        if not server.is_warm:
+        if not server.warm:
             short = replace(workload, max_new_tokens=min(WARM_UP_TOKENS, workload.max_new_tokens), end_token_ids=())
             room = workload.context_length - short.max_new_tokens
             body = body_of(short, timing.pattern(2, min(room, WARM_UP_TOKENS)))
-            server.complete([body] * workload.batch_size, workload.batch_size)
-            server.is_warm = True
+            complete(server, [body] * workload.batch_size, workload.batch_size)
+            server.warm.add(workload.batch_size)
 
     def _check(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
         self._check_draft(setup.draft)
@@ -183,13 +184,13 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], LlamaServer]):
                 f"positions; allowed are contexts up to {most - length} with that length"
             )
 
-    def _check_drafted(self, setup: Setup, completions: Sequence[LlamaCompletion], server: LlamaServer) -> None:
+    def _check_drafted(self, setup: Setup, completions: Sequence[LlamaCompletion], server: Server) -> None:
         """Raises EngineError: a draft model that never drafted; llama.cpp goes on without one that it cannot use."""
         if setup.draft is None or setup.draft.kind != "model":
             return
         could_draft = any(len(completion.token_ids) > 2 for completion in completions)
         if could_draft and not any(step.proposed for completion in completions for step in completion.steps):
-            reason = server.server.process.last_error_line() or "its log is empty"
+            reason = server.process.last_error_line() or "its log is empty"
             raise EngineError(f"{setup.name}: llama.cpp drafted nothing: {reason}")
 
 

@@ -112,34 +112,11 @@ class Options:
         return self.device.startswith("cuda")
 
 
-class LlamaServer:
-    """A running server; `is_warm`: it has answered requests before."""
-
-    def __init__(self, server: Server) -> None:
-        self.server = server
-        self.is_warm = False
-
-    @property
-    def alive(self) -> bool:
-        return self.server.alive
-
-    @property
-    def pids(self) -> tuple[int, ...]:
-        return self.server.pids
-
-    @property
-    def url(self) -> str:
-        return self.server.url
-
-    def stop(self) -> None:
-        self.server.stop()
-
-    def complete(self, bodies: Sequence[dict[str, Any]], concurrency: int) -> list[LlamaCompletion]:
-        """The completions, in order. Raises EngineError, with the server's last error line where it died."""
-        with self.server.watched():
-            answers = drive(self.url, responses.PATH, bodies, concurrency)
-            pairs = zip(answers, bodies, strict=True)
-            return [responses.read(answer, self.url, body) for answer, body in pairs]
+def complete(server: Server, bodies: Sequence[dict[str, Any]], concurrency: int) -> list[LlamaCompletion]:
+    """The completions, in order. Raises EngineError, with the server's last error line where it died."""
+    with server.watched():
+        answers = drive(server.url, responses.PATH, bodies, concurrency)
+        return [responses.read(answer, server.url, body) for answer, body in zip(answers, bodies, strict=True)]
 
 
 class LlamaServers:
@@ -161,7 +138,7 @@ class LlamaServers:
         self._target, self._weights, self._max_positions = target, weights, max_positions
         self._device_args = ON_GPU if options.on_gpu else ON_CPU
         self._exact_args = EXACT if target.float_type == "float32" else ()
-        self.pool: ServerPool[tuple[str, ...], LlamaServer] = ServerPool(
+        self.pool: ServerPool[tuple[str, ...], Server] = ServerPool(
             self._start, options.max_alive or (1 if options.on_gpu else 4)
         )
 
@@ -171,16 +148,16 @@ class LlamaServers:
         more = [*self._device_args, *self._exact_args, *self._options.more]
         return {"more": more, "weights": self._target.float_type}
 
-    def get(self, setup: Setup, workload: Workload, more: Sequence[str] = ()) -> LlamaServer:
+    def get(self, setup: Setup, workload: Workload, more: Sequence[str] = ()) -> Server:
         """The server of a setup and batch size; other `more` arguments are another server."""
         return self.pool.get(self._command_for(setup, workload, more))
 
-    def restarted(self, setup: Setup, workload: Workload) -> LlamaServer:
+    def restarted(self, setup: Setup, workload: Workload) -> Server:
         """As `get`, freshly started: it has no history of requests."""
         self.pool.stop(self._command_for(setup, workload))
         return self.get(setup, workload)
 
-    def scoring(self, weights: Weights, workload: Workload) -> LlamaServer:
+    def scoring(self, weights: Weights, workload: Workload) -> Server:
         """A server whose target is a draft's model."""
         return self.pool.get(self._command(weights.path, workload))
 
@@ -203,7 +180,7 @@ class LlamaServers:
         command += ["-c", str(row * workload.batch_size), "-np", batch_size, "-t", threads, "-tb", threads]
         return (*command, *self._device_args, *self._exact_args, "--metrics", *args, *self._options.more)
 
-    def _start(self, command: tuple[str, ...]) -> LlamaServer:
+    def _start(self, command: tuple[str, ...]) -> Server:
         server = Server(command, self._options.log_folder / f"llama-server-{self.pool.num_starts}.log")
         server.wait_ready(START_TIMEOUT_S)
-        return LlamaServer(server)
+        return server

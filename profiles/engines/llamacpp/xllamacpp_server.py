@@ -1,11 +1,12 @@
 """Runs llama.cpp's server from the package xllamacpp with the arguments of `llama-server` that draftpick gives.
 
-Run as a script. The arguments are set on the package's own `CommonParams`; a flag that is not listed in `--help` needs
-llama.cpp's `llama-server` program.
+Run as a script. The arguments are set on the package's own `CommonParams` (2026.10); a flag that is not listed in
+`--help` needs llama.cpp's `llama-server` program.
 """
 
 import argparse
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -13,33 +14,62 @@ from collections.abc import Sequence
 from typing import Any
 
 REFUSED = 2
+NUMBERS = {  # flags with a number, and what they set
+    "--port": "port",
+    "-c": "n_ctx",
+    "-np": "n_parallel",
+    "-b": "n_batch",
+    "-ub": "n_ubatch",
+    "-ngl": "n_gpu_layers",
+    "-ngld": "speculative.draft.n_gpu_layers",
+    "-t": "cpuparams.n_threads",
+    "-tb": "cpuparams_batch.n_threads",
+    "-td": "speculative.draft.cpuparams.n_threads",
+    "-tbd": "speculative.draft.cpuparams_batch.n_threads",
+}
+CACHE_TYPES = {
+    "-ctk": "cache_type_k",
+    "-ctv": "cache_type_v",
+    "-ctkd": "speculative.draft.cache_type_k",
+    "-ctvd": "speculative.draft.cache_type_v",
+}
+ATTENTION = {"auto": "AUTO", "off": "DISABLED", "on": "ENABLED"}
+METHODS = ("draft", "ngram_simple", "ngram_mod", "ngram_map_k", "ngram_map_k4v")  # records of `speculative`
+SPEC_TYPE = "COMMON_SPECULATIVE_TYPE_"
 
 
 def parser_of(params: Any) -> argparse.ArgumentParser:
-    """The arguments; those of drafting methods are the numbers in the package's records (`--spec-ngram-mod-n-max`)."""
-    parser = argparse.ArgumentParser(prog="xllamacpp_server", allow_abbrev=False)
-    parser.add_argument("--version", action="store_true")
-    parser.add_argument("--list-devices", action="store_true")
-    parser.add_argument("-m", "--model")
+    """The arguments; a method's are the numbers of its record: `--spec-ngram-mod-n-max`."""
+    import xllamacpp
+
+    parser = argparse.ArgumentParser(prog="xllamacpp_server", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for flag in ("--version", "--list-devices", "--metrics"):
+        parser.add_argument(flag, action="store_true", default=False)
+    parser.add_argument("-m", dest="model.path")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8080)
-    parser.add_argument("--metrics", action="store_true")
-    parser.add_argument("-fa", choices=("auto", "off", "on"), default="auto")
-    parser.add_argument("-dev", "-devd", choices=("none",), help="no GPU")
-    for flag in ("-c", "-np", "-b", "-ub", "-ngl", "-ngld"):
-        parser.add_argument(flag, type=int)
-    for flag in ("-t", "-tb", "-td", "-tbd"):
-        parser.add_argument(flag, type=int, default=os.cpu_count())
-    for flag in ("-ctk", "-ctv", "-ctkd", "-ctvd"):
-        parser.add_argument(flag, default="f16")
-    parser.add_argument("--spec-type", choices=_spec_types())
-    parser.add_argument("--spec-draft-model", default="")
+    parser.add_argument("-fa", choices=ATTENTION, default="auto")
+    parser.add_argument("-dev", "-devd", choices=("none",), default=None, help="no GPU")
+    for flag, attribute in NUMBERS.items():
+        parser.add_argument(flag, type=int, dest=attribute)
+        if attribute.endswith("n_threads"):
+            parser.set_defaults(**{attribute: os.cpu_count()})
+    for flag, attribute in CACHE_TYPES.items():
+        parser.add_argument(flag, type=functools.partial(_member, xllamacpp.ggml_type, "GGML_TYPE_"), dest=attribute)
+    types = [name.removeprefix(SPEC_TYPE) for name in dir(xllamacpp.common_speculative_type) if SPEC_TYPE in name]
+    parser.add_argument("--spec-type", choices=[name.lower().replace("_", "-") for name in types], default=None)
+    parser.add_argument("--spec-draft-model", dest="speculative.draft.mparams.path")
     parser.add_argument("--spec-synth-rates", default="", help="acceptance rates by position, with commas")
-    for record in ("draft", "ngram_simple", "ngram_mod", "ngram_map_k", "ngram_map_k4v"):
-        for name, value in _numbers(getattr(params.speculative, record)):
-            flag = f"--spec-{record}-{name}".replace("_", "-")
-            parser.add_argument(flag, type=type(value), dest=f"{record}.{name}")
+    for method in METHODS:
+        record = getattr(params.speculative, method)
+        for name in dir(record):
+            if type(getattr(record, name)) in (int, float) and name != "n_gpu_layers":
+                flag = f"--spec-{method}-{name}".replace("_", "-")
+                parser.add_argument(flag, type=type(getattr(record, name)), dest=f"speculative.{method}.{name}")
     return parser
+
+
+def _member(enumeration: Any, prefix: str, text: str) -> Any:
+    return getattr(enumeration, f"{prefix}{text.replace('-', '_').upper()}")
 
 
 def parse(arguments: Sequence[str]) -> tuple[Any, argparse.Namespace]:
@@ -50,59 +80,19 @@ def parse(arguments: Sequence[str]) -> tuple[Any, argparse.Namespace]:
     options, unknown = parser_of(params).parse_known_args(arguments)
     if unknown:
         _end(REFUSED, f"error: invalid argument: {unknown[0]}: the package xllamacpp takes fewer than llama-server")
-    params.hostnames, params.port = [options.host], options.port
-    params.endpoint_metrics = options.metrics
-    params.model.path = options.model or ""
-    attention = {"auto": "AUTO", "off": "DISABLED", "on": "ENABLED"}[options.fa]
-    params.flash_attn_type = getattr(xllamacpp.llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{attention}")
-    speculative = params.speculative
-    draft = speculative.draft
-    for record, name, value in (
-        (params, "n_ctx", options.c),
-        (params, "n_parallel", options.np),
-        (params, "n_batch", options.b),
-        (params, "n_ubatch", options.ub),
-        (params, "n_gpu_layers", 0 if options.dev else options.ngl),
-        (params.cpuparams, "n_threads", options.t),
-        (params.cpuparams_batch, "n_threads", options.tb),
-        (draft, "n_gpu_layers", 0 if options.dev else options.ngld),
-        (draft.cpuparams, "n_threads", options.td),
-        (draft.cpuparams_batch, "n_threads", options.tbd),
-    ):
-        if value is not None:
+    for path, value in vars(options).items():
+        parents, dot, name = path.rpartition(".")
+        record = functools.reduce(getattr, parents.split("."), params) if dot else params
+        if dot or path in (*NUMBERS.values(), *CACHE_TYPES.values()):
             setattr(record, name, value)
-    for record, name, value in (
-        (params, "cache_type_k", options.ctk),
-        (params, "cache_type_v", options.ctv),
-        (draft, "cache_type_k", options.ctkd),
-        (draft, "cache_type_v", options.ctvd),
-    ):
-        setattr(record, name, getattr(xllamacpp.ggml_type, f"GGML_TYPE_{value.upper()}"))
-    draft.mparams.path = options.spec_draft_model
-    if options.spec_type:
-        kind = options.spec_type.replace("-", "_").upper()
-        speculative.types = [getattr(xllamacpp.common_speculative_type, f"{_SPEC_TYPE}{kind}")]
-    speculative.synth_rates = [float(rate) for rate in options.spec_synth_rates.split(",") if rate]
-    for name, value in vars(options).items():
-        record, dot, attribute = name.partition(".")
-        if dot and value is not None:
-            setattr(getattr(speculative, record), attribute, value)
+    params.hostnames, params.endpoint_metrics = [options.host], options.metrics
+    params.flash_attn_type = _member(xllamacpp.llama_flash_attn_type, "LLAMA_FLASH_ATTN_TYPE_", ATTENTION[options.fa])
+    if options.dev is not None:
+        params.n_gpu_layers = params.speculative.draft.n_gpu_layers = 0
+    if options.spec_type is not None:
+        params.speculative.types = [_member(xllamacpp.common_speculative_type, SPEC_TYPE, options.spec_type)]
+    params.speculative.synth_rates = [float(rate) for rate in options.spec_synth_rates.split(",") if rate]
     return params, options
-
-
-_SPEC_TYPE = "COMMON_SPECULATIVE_TYPE_"
-
-
-def _spec_types() -> list[str]:
-    import xllamacpp
-
-    names = (name for name in dir(xllamacpp.common_speculative_type) if name.startswith(_SPEC_TYPE))
-    return sorted(name.removeprefix(_SPEC_TYPE).lower().replace("_", "-") for name in names)
-
-
-def _numbers(record: Any) -> list[tuple[str, int | float]]:
-    values = ((name, getattr(record, name)) for name in dir(record) if not name.startswith("_"))
-    return [(name, value) for name, value in values if type(value) in (int, float) and name != "n_gpu_layers"]
 
 
 def main(arguments: Sequence[str]) -> None:

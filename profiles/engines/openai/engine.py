@@ -8,7 +8,6 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from weakref import WeakKeyDictionary
 
 from profiles.engines.base import EngineCapabilities
 from profiles.engines.llamacpp.flags import keeps_history
@@ -45,7 +44,6 @@ class ServerEngine(ServedEngine[Setup, StartedServer]):
         super().__init__(target, drafts, ServerPool(self._start, max_alive))
         self._launch, self._encode, self._device = launch, encode, device
         self._kind = launch.server_kind
-        self._warm: WeakKeyDictionary[StartedServer, set[int]] = WeakKeyDictionary()  # batch sizes
         self._environment: Environment | None = None
 
     @property
@@ -158,10 +156,10 @@ class ServerEngine(ServedEngine[Setup, StartedServer]):
 
     def _warm_up(self, setup: Setup, workload: Workload, prompts: Sequence[Prompt]) -> None:
         """Drops the first requests of a server at a batch size."""
-        sizes = self._warm.setdefault(self._server(setup), set())
-        if workload.batch_size not in sizes:
+        warm = self._server(setup).warm
+        if workload.batch_size not in warm:
             self._complete(setup, workload, prompts[: workload.batch_size])
-            sizes.add(workload.batch_size)
+            warm.add(workload.batch_size)
 
     def _check(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
         self._check_draft(setup.draft)

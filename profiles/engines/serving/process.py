@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import httpx2
 import psutil
@@ -35,8 +35,8 @@ OK, NOT_FOUND = 200, 404
 class Process:
     """One running command; a context manager.
 
-    `environment` is added to this process's own. Its output goes to the end of the log; with `piped` only stderr does,
-    and `stdin` and `stdout` are pipes. `graces_s`: how long it may take to end after SIGINT, and after SIGTERM. Raises
+    `environment` is added to this process's own. Output goes to the log; with `piped` only stderr does, and `pipes`
+    are the command's stdin and stdout, bytes. `graces_s`: seconds to end after SIGINT, and after SIGTERM. Raises
     InputError: no such command, or a log that cannot be written.
     """
 
@@ -52,14 +52,15 @@ class Process:
         variables = {**os.environ, **(environment or {})}
         if shutil.which(command[0], path=variables.get("PATH")) is None:
             raise InputError(f"command {command[0]!r}: there is no such program, or it may not be run")
-        self.name = _name(command)
-        self.log_path = log_path
+        self.name, self.log_path = _name(command), log_path
+        supervised = [sys.executable, "-P", supervisor.__file__]
         reading, lifeline = os.pipe()
         try:
-            with _opened(log_path) as log:
+            log_path.parent.mkdir(parents=True, exist_ok=True)
+            with log_path.open("ab") as log:
                 self._log_start = log.tell()
                 self._popen = subprocess.Popen(
-                    [sys.executable, "-P", supervisor.__file__, str(reading), ",".join(map(str, graces_s)), *command],
+                    [*supervised, str(reading), ",".join(map(str, graces_s)), *command],
                     env=variables,
                     stdin=subprocess.PIPE if piped else subprocess.DEVNULL,
                     stdout=subprocess.PIPE if piped else log,
@@ -67,23 +68,21 @@ class Process:
                     start_new_session=True,
                     pass_fds=(reading,),
                 )
-        except BaseException:
+        except BaseException as error:
             os.close(lifeline)
+            if isinstance(error, OSError):
+                raise InputError(f"log {log_path} cannot be written: {error.strerror}") from error
             raise
         finally:
             os.close(reading)
-        # at exit, when forgotten, or when asked; only once
-        self._end = weakref.finalize(self, _end, self._popen, lifeline, sum(graces_s))
+        # at exit, when garbage collected, or when called; only once
+        self.stop = weakref.finalize(self, _end, self._popen, lifeline, sum(graces_s))
 
     @property
-    def stdin(self) -> Any:
-        """The command's standard input, bytes, when piped."""
-        return self._popen.stdin
-
-    @property
-    def stdout(self) -> Any:
-        """The command's standard output, bytes, when piped."""
-        return self._popen.stdout
+    def pipes(self) -> tuple[IO[bytes], IO[bytes]]:
+        assert self._popen.stdin is not None
+        assert self._popen.stdout is not None
+        return self._popen.stdin, self._popen.stdout
 
     @property
     def alive(self) -> bool:
@@ -104,18 +103,13 @@ class Process:
             self._popen.wait(timeout_s)
         return not self.alive
 
-    def stop(self) -> None:
-        """Ends it and all it started; safe to call again."""
-        self._end()
-
     def last_error_line(self) -> str:
         """The last line of its log about an error; empty where the log is."""
         return last_error_line(self.log_path, self._log_start)
 
     def failure(self, what: str | None = None) -> EngineError:
         """The error to raise, with the last error line of its log: `what` went wrong, by default that it ended."""
-        code = self._popen.poll()
-        return error_of(f"{self.name} {what or _ending(code)}", self.log_path, self._log_start)
+        return error_of(f"{self.name} {what or _ending(self._popen.poll())}", self.log_path, self._log_start)
 
     def __enter__(self) -> Self:
         return self
@@ -129,17 +123,6 @@ def _name(command: Sequence[str]) -> str:
     words = [word for word in command if word not in ("-P", "-m", "-u")]
     program = words[1] if len(words) > 1 and Path(words[0]).name.startswith("python") else words[0]
     return Path(program).name.rpartition("profiles.engines.")[2]
-
-
-@contextlib.contextmanager
-def _opened(log_path: Path) -> Iterator[Any]:
-    try:
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        log = log_path.open("ab")
-    except OSError as error:
-        raise InputError(f"log {log_path} cannot be written: {error.strerror}") from error
-    with log:
-        yield log
 
 
 def _end(popen: subprocess.Popen[bytes], lifeline: int, graces_s: float) -> None:
@@ -167,40 +150,32 @@ def _ending(code: int | None) -> str:
     return f"ended with exit code {code}"
 
 
-def free_port(host: str = LOCALHOST) -> int:
+def free_port() -> int:
     """A port that is free now."""
     with socket.socket() as listener:
-        listener.bind((host, 0))
+        listener.bind((LOCALHOST, 0))
         return int(listener.getsockname()[1])
 
 
 class Server:
-    """A command that serves HTTP; a context manager.
+    """A command that serves HTTP; a context manager. `warm`: the batch sizes that it has run.
 
-    `{host}` and `{port}` in the command's words are filled in, with a free port. Raises InputError as `Process`, and
-    where no word has `{port}`.
+    `{host}` and `{port}` in the command are filled in, with a free port. Raises InputError as `Process`, and where
+    there is no `{port}`.
     """
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        log_path: Path,
-        *,
-        environment: Mapping[str, str] | None = None,
-        graces_s: tuple[float, float] = GRACES_S,
-    ) -> None:
+    def __init__(self, command: Sequence[str], log_path: Path, **options: Any) -> None:
         if not any("{port}" in word for word in command):
             raise InputError(f"command {' '.join(command)!r}: a {{port}} to fill in is needed")
-        self._command, self._log_path = tuple(command), log_path
-        self._environment, self._graces_s = environment, graces_s
+        self._command, self._log_path, self._options = tuple(command), log_path, options
+        self.warm: set[int] = set()
         self._start()
 
     def _start(self) -> None:
-        port = free_port()
-        self.url = f"http://{LOCALHOST}:{port}"
-        self._port = port
-        words = [word.replace("{host}", LOCALHOST).replace("{port}", str(port)) for word in self._command]
-        self.process = Process(words, self._log_path, environment=self._environment, graces_s=self._graces_s)
+        self._port = free_port()
+        self.url = f"http://{LOCALHOST}:{self._port}"
+        filled = [word.replace("{host}", LOCALHOST).replace("{port}", str(self._port)) for word in self._command]
+        self.process = Process(filled, self._log_path, **self._options)
 
     @property
     def alive(self) -> bool:
@@ -243,17 +218,14 @@ class Server:
         return trouble
 
     def _listens(self) -> bool:
-        """Whether it is this server that answers, not another that was quicker to take the port."""
-        for pid in self.pids:
-            try:
-                sockets = psutil.Process(pid).net_connections("tcp")
-            except psutil.NoSuchProcess:
-                continue
-            except psutil.AccessDenied:
-                return True
-            if any(sock.status == psutil.CONN_LISTEN and sock.laddr.port == self._port for sock in sockets):
-                return True
-        return False
+        """Whether this server answers, not another that was quicker to take the port."""
+        try:
+            sockets = [sock for pid in self.pids for sock in psutil.Process(pid).net_connections("tcp")]
+        except psutil.NoSuchProcess:
+            return False  # tried again
+        except psutil.AccessDenied:
+            return True
+        return any(sock.status == psutil.CONN_LISTEN and sock.laddr.port == self._port for sock in sockets)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -290,15 +262,14 @@ def _health(url: str, timeout_s: float) -> int | None:
 class RunningServer:
     """A server that others started, used like `Server` but never stopped. Raises InputError: no such URL."""
 
+    alive = True
+    pids: tuple[int, ...] = ()
+
     def __init__(self, url: str) -> None:
         if not url.startswith(("http://", "https://")):
             raise InputError(f"server {url!r}: a URL that starts with http:// or https:// is needed")
         self.url = url.rstrip("/").removesuffix("/v1")
-        self.pids: tuple[int, ...] = ()
-
-    @property
-    def alive(self) -> bool:
-        return True
+        self.warm: set[int] = set()
 
     def wait_ready(self, timeout_s: float) -> None:
         """Raises EngineError: it does not answer its health check with 200 within `timeout_s` seconds."""

@@ -42,7 +42,7 @@ class WorkerClient:
         variables = {**ENVIRONMENT, "TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": compiled}
         self._process = Process([python, "-P", str(worker)], log_path, environment=variables, piped=True)
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        threading.Thread(target=self._read_lines, args=(self._process.stdout,), daemon=True).start()
+        threading.Thread(target=self._read_lines, args=(self._process.pipes[1],), daemon=True).start()
         self.facts: dict[str, Any] = self._answer("the start", HELLO_TIMEOUT_S)
         self.warm: set[tuple[str, int]] = set()  # (setup digest, batch size) that ran here before
 
@@ -50,8 +50,9 @@ class WorkerClient:
         """The worker's answer to one command, within `timeout_s` seconds."""
         request = json.dumps({"command": command, **arguments})
         with contextlib.suppress(OSError):  # a dead worker is seen when its answer does not come
-            self._process.stdin.write(request.encode() + b"\n")
-            self._process.stdin.flush()
+            stdin, _ = self._process.pipes
+            stdin.write(request.encode() + b"\n")
+            stdin.flush()
         return self._answer(command, timeout_s)
 
     @property
@@ -65,7 +66,7 @@ class WorkerClient:
     def stop(self) -> None:
         """Ends it, by its own exit where it listens; safe to call again."""
         with contextlib.suppress(OSError):
-            self._process.stdin.close()
+            self._process.pipes[0].close()
         self._process.wait(GOODBYE_S)
         self._kill()
 

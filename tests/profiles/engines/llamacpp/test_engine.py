@@ -19,7 +19,7 @@ from profiles.builtin import TARGET
 from profiles.engines.llamacpp import responses
 from profiles.engines.llamacpp.engine import LlamaCppEngine
 from profiles.engines.llamacpp.responses import tokens_again
-from profiles.engines.llamacpp.servers import Options, Program, find_program
+from profiles.engines.llamacpp.servers import Options, Program, complete, find_program
 from profiles.engines.serving.metrics import LLAMA_CPP, read_counters
 from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
@@ -327,7 +327,7 @@ class TestRefusals:
 
         def kill() -> None:
             time.sleep(0.1)
-            for pid in engine._servers.get(PLAIN, workload).server.pids[1:]:
+            for pid in engine._servers.get(PLAIN, workload).pids[1:]:
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
 
@@ -348,7 +348,7 @@ def test_tokens_again(engine: LlamaCppEngine, workload: Workload, queue: tuple[P
     byte = tokenizer.convert_tokens_to_ids("æ")  # the first byte of three
     server = engine._servers.get(PLAIN, workload)
     body = responses.body_of(workload, queue[0].token_ids, logit_bias=[[byte, 1000.0]], n_predict=5)
-    [run] = server.complete([body], 1)
+    [run] = complete(server, [body], 1)
     assert run.token_ids == (byte,) * 5
     assert sum((run.rounds or {}).values()) == 4
     with pytest.raises(EngineError, match="did not answer"):

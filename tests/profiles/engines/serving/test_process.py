@@ -43,11 +43,12 @@ def test_a_process_and_its_pipes(tmp_path: Path) -> None:
     """What is written to its input comes back; its input's end is seen; its stderr is in the log."""
     code = "import sys; [print(line.strip()[::-1], flush=True) for line in sys.stdin]; sys.stderr.write('bye\\n')"
     with Process([sys.executable, "-c", code], tmp_path / "log", piped=True) as child:
-        child.stdin.write(b"abc\n")
-        child.stdin.flush()
-        assert child.stdout.readline() == b"cba\n"
+        stdin, stdout = child.pipes
+        stdin.write(b"abc\n")
+        stdin.flush()
+        assert stdout.readline() == b"cba\n"
         assert len(child.pids) == 2
-        child.stdin.close()
+        stdin.close()
         assert child.wait(10.0)
     assert (tmp_path / "log").read_text() == "bye\n"
     child.stop()
