@@ -1,33 +1,30 @@
-"""Split from profiles.engines.torch.trace."""
+"""Prompt look-up (an n-gram draft): what it proposes, and its acceptance over a target trace."""
 
 from profiles.records.core import Draft, Prompt
 from profiles.records.evidence import LookupTrace, TargetTrace
 
 
 def trace_lookup(draft: Draft, prompt: Prompt, trace: TargetTrace, max_length: int) -> LookupTrace:
-    """What prompt look-up proposes for a round at every position of the trace, and how much of it is kept.
+    """What prompt look-up proposes for a round at every position of the trace, and how much of it is accepted.
 
-    A proposal is certain, so given the emitted token it is kept exactly when it equals it, greedy or sampled.
+    A proposal is certain, so it is accepted exactly when it equals the emitted token, greedy or sampled.
     """
     assert draft.max_match is not None
     assert draft.min_match is not None
     index = NgramIndex(draft.max_match, draft.min_match)
-    proposed, kept = [0], [0]
+    proposed, accepted = [0], [0]
     for start in range(1, len(trace.token_ids)):
-        committed = [*prompt.token_ids, *trace.token_ids[:start]]
-        tokens = index.look_up(committed, max_length)
+        tokens = index.look_up([*prompt.token_ids, *trace.token_ids[:start]], max_length)
         emitted = trace.token_ids[start : start + len(tokens)]
-        agreed = 0
-        while agreed < len(emitted) and tokens[agreed] == emitted[agreed]:
-            agreed += 1
+        agrees = (token == target for token, target in zip(tokens, emitted, strict=False))
         proposed.append(len(tokens))
-        kept.append(agreed)
+        accepted.append(next((place for place, same in enumerate(agrees) if not same), len(emitted)))
     return LookupTrace(
         prompt_digest=prompt.digest,
         draft_digest=draft.digest,
         max_length=max_length,
         proposed=tuple(proposed),
-        accepted=tuple(kept),
+        accepted=tuple(accepted),
     )
 
 
@@ -41,18 +38,18 @@ class NgramIndex:
     def __init__(self, max_match: int, min_match: int) -> None:
         self._sizes = range(max_match, min_match - 1, -1)
         self._follower: dict[tuple[int, ...], int] = {}
-        self._indexed = 0
+        self._num_indexed = 0
 
-    def look_up(self, token_ids: list[int], asked: int) -> list[int]:
-        """At most `asked` tokens to follow the text, which is the last one or grew from it."""
-        for follower in range(max(self._indexed, 1), len(token_ids)):
+    def look_up(self, token_ids: list[int], limit: int) -> list[int]:
+        """At most `limit` tokens to follow the text, which is the last one or grew from it."""
+        for follower in range(max(self._num_indexed, 1), len(token_ids)):
             for size in self._sizes:
                 if size <= follower:
                     self._follower.setdefault(tuple(token_ids[follower - size : follower]), follower)
-        self._indexed = len(token_ids)
+        self._num_indexed = len(token_ids)
         for size in self._sizes:
             if size < len(token_ids):
                 start = self._follower.get(tuple(token_ids[-size:]))
                 if start is not None:
-                    return token_ids[start : start + asked]
+                    return token_ids[start : start + limit]
         return []

@@ -1,4 +1,4 @@
-"""Split from profiles.stats."""
+"""Acceptance and time per token, derived from counts of rounds and from samples."""
 
 from collections.abc import Mapping
 
@@ -8,32 +8,26 @@ from profiles.records.evidence import RoundCount, Sample
 def acceptance_rate(rounds: Mapping[RoundCount, float]) -> float | None:
     """Accepted / drafted tokens; None when nothing was drafted."""
     drafted = sum(proposed * count for (proposed, _), count in rounds.items())
-    accepted = sum(kept * count for (_, kept), count in rounds.items())
-    return accepted / drafted if drafted else None
+    return _accepted(rounds) / drafted if drafted else None
 
 
 def acceptance_length(rounds: Mapping[RoundCount, float]) -> float | None:
-    """1 + accepted / rounds, the target token included; None when there was no round."""
+    """1 + accepted / rounds, the bonus token included; None when there was no round."""
     num_rounds = sum(rounds.values())
-    accepted = sum(kept * count for (_, kept), count in rounds.items())
-    return 1.0 + accepted / num_rounds if num_rounds else None
+    return 1.0 + _accepted(rounds) / num_rounds if num_rounds else None
 
 
-def tested_acceptance(rounds: Mapping[RoundCount, float]) -> float | None:
-    """Alpha: accepted / (accepted + rejected), where a round rejects at most one token; None when none was tested."""
-    accepted = sum(kept * count for (_, kept), count in rounds.items())
-    rejected = sum(count for (proposed, kept), count in rounds.items() if kept < proposed)
-    return accepted / (accepted + rejected) if accepted + rejected else None
+def _accepted(rounds: Mapping[RoundCount, float]) -> float:
+    return sum(accepted * count for (_, accepted), count in rounds.items())
 
 
 def acceptance_by_position(rounds: Mapping[RoundCount, float]) -> list[tuple[int, float, float]]:
-    """(position from 1, rounds that proposed that far, share of those that kept that far)."""
-    longest = max((proposed for proposed, _ in rounds), default=0)
+    """(position from 1, rounds that proposed that far, share of those that accepted that far)."""
     rows = []
-    for position in range(1, longest + 1):
-        tried = sum(count for (proposed, _), count in rounds.items() if proposed >= position)
-        kept = sum(count for (_, accepted), count in rounds.items() if accepted >= position)
-        rows.append((position, tried, kept / tried))
+    for position in range(1, max((proposed for proposed, _ in rounds), default=0) + 1):
+        reached = sum(count for (proposed, _), count in rounds.items() if proposed >= position)
+        accepted = sum(count for (_, accepted), count in rounds.items() if accepted >= position)
+        rows.append((position, reached, accepted / reached))
     return rows
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from profiles.acceptance.expected_rounds import expected_rounds, joined
+from profiles.acceptance.expected_rounds import combine, expected_rounds
 from profiles.acceptance.rates import acceptance_length, acceptance_rate
 from profiles.builtin import ALL_PROMPTS
 from profiles.engines.bench import Bench
@@ -186,7 +186,7 @@ def _quick_acceptance(bench: Bench, draft: Draft, outputs: _Outputs) -> QuickAcc
     """Expected rounds over the short outputs; the target is not run again."""
     rounds: dict[RoundCount, float] = {}
     for prompt, trace in outputs.traces:
-        acceptance = joined(
+        acceptance = combine(
             [bench.engine.trace_draft(outputs.workload, prompt, trace, part, LENGTH) for part in draft.components]
         )
         for outcome, count in expected_rounds(trace, acceptance, LENGTH, NEW_TOKENS).rounds.items():

@@ -7,8 +7,14 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
 
-from profiles.acceptance.batch_replay import PLAIN_ROUND
-from profiles.acceptance.expected_rounds import Replayed, RoundOutcome, catch_up_width, check_length, round_outcomes
+from profiles.acceptance.batch_replay import PLAIN_ROUND, draw_outcome
+from profiles.acceptance.expected_rounds import (
+    DraftAcceptance,
+    RoundOutcome,
+    catch_up_width,
+    check_length,
+    round_outcomes,
+)
 from profiles.engines.base import RoundController, RoundDecision, RoundReport
 from profiles.records.core import PLAIN, Prompt, Setup, Workload
 from profiles.records.errors import InputError, NotMeasuredError
@@ -191,7 +197,7 @@ class _Arm:
         self._world = world
         self._sizes = sizes
         self._ways: dict[tuple[str, int, int], list[tuple[RoundOutcome, ...] | None]] = {}
-        self._acceptances: dict[str, Replayed] = {}
+        self._acceptances: dict[str, DraftAcceptance] = {}
         self._seconds: dict[tuple[int, StepShape], float] = {}
         self._refills_s: dict[int, float] = {}
 
@@ -203,9 +209,9 @@ class _Arm:
         if table is None:
             table = self._ways[row.key] = [None] * row.size
         ways = table[row.start] or self._work_out(table, row)
-        return ways[0] if len(ways) == 1 else rng.choices(ways, [way.share for way in ways])[0]
+        return draw_outcome(ways, rng)
 
-    def acceptance(self, digest: str) -> Replayed:
+    def acceptance(self, digest: str) -> DraftAcceptance:
         """Of a prompt, by its digest."""
         if digest not in self._acceptances:
             assert self.setup.draft is not None

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from profiles.acceptance.batch_replay import replay, rounds_of
+from profiles.acceptance.batch_replay import draw_rounds, replay
 from profiles.acceptance.expected_rounds import catch_up_width, expected_rounds
 from profiles.engines.base import RoundDecision, RoundReport
 from profiles.records.core import PLAIN, Draft, Prompt, Setup
@@ -110,7 +110,7 @@ def test_at_batch_1_it_replays_the_traces(simulator: Simulator, evidence: Eviden
     for prompt in PROMPTS:
         acceptance = evidence.acceptance(setup.draft, prompt) if setup.draft else None
         trace = evidence.traces[prompt.digest]
-        wanted += rounds_of(trace, acceptance, setup.length, GREEDY.max_new_tokens, random.Random(0))
+        wanted += draw_rounds(trace, acceptance, setup.length, GREEDY.max_new_tokens, rng=random.Random(0))
     assert [report.rows for report in controller.reports] == [
         ((outcome.proposed, outcome.accepted),) for outcome in wanted
     ]
@@ -138,12 +138,12 @@ def test_in_a_batch_it_runs_what_a_replay_runs(priced: Simulator, evidence: Evid
     """The shapes a full batch runs are those of `profiles.acceptance.batch_replay`, catch-up widths included."""
     record = priced.serve(queue(4), Fixed(setup))
     rounds = [
-        rounds_of(
+        draw_rounds(
             evidence.traces[prompt.digest],
             evidence.acceptance(setup.draft, prompt) if setup.draft else None,
             setup.length,
             GREEDY.max_new_tokens,
-            random.Random(0),
+            rng=random.Random(0),
         )
         for prompt in PROMPTS
     ]

@@ -12,8 +12,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from profiles.acceptance.batch_replay import replay, rounds_of
-from profiles.acceptance.expected_rounds import NO_END, RoundOutcome, joined
+from profiles.acceptance.batch_replay import draw_rounds, replay
+from profiles.acceptance.expected_rounds import NO_END, RoundOutcome, combine
 from profiles.engines.base import TORCH, EngineCapabilities
 from profiles.records.core import CATCH_UP_WIDTHS, Draft, Environment, Model, Prompt, Setup, Workload, digest_of
 from profiles.records.evidence import Acceptance, AcceptanceTrace, LookupTrace, Sample, StepTimes, TargetTrace
@@ -196,9 +196,9 @@ class FakeEngine:
             self._lucky(workload, prompt, self._acceptance(workload, prompt, trace, part, setup.length))
             for part in (setup.draft.components if setup.draft is not None else ())
         ]
-        acceptance = joined(found) if found else None
+        acceptance = combine(found) if found else None
         most = NO_END if self.capabilities.past_end else workload.max_new_tokens
-        return rounds_of(trace, acceptance, setup.length, most, random.Random(0))
+        return draw_rounds(trace, acceptance, setup.length, most, rng=random.Random(0))
 
     def _lucky(self, workload: Workload, prompt: Prompt, acceptance: Acceptance) -> Acceptance:
         """The acceptance of one run: every keep probability drawn to 0 or 1 (greedy ones are already)."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from profiles.acceptance.expected_rounds import Replayed, joined
+from profiles.acceptance.expected_rounds import DraftAcceptance, combine
 from profiles.engines.base import TORCH, Engine, EngineCapabilities
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload
 from profiles.records.errors import EngineError, InputError, NotMeasuredError
@@ -66,12 +66,12 @@ class Evidence:
         """Digests of the prompts whose calibration run with this setup has a time per token."""
         return {run.prompt_digest for other, run in self.calibration if other == setup and run.output_tokens > 1}
 
-    def acceptance(self, draft: Draft, prompt: HasDigest) -> Replayed:
+    def acceptance(self, draft: Draft, prompt: HasDigest) -> DraftAcceptance:
         """How a draft did on a prompt's trace. Raises NotMeasuredError when a component was not measured."""
         acceptances = [self.acceptances.get((part.digest, prompt.digest)) for part in draft.components]
         if None in acceptances:
             raise NotMeasuredError(f"the acceptance of {draft.name} on prompt {prompt.digest} was not measured")
-        return joined([acceptance for acceptance in acceptances if acceptance is not None])
+        return combine([acceptance for acceptance in acceptances if acceptance is not None])
 
 
 def calibration_lengths(lengths: Sequence[int]) -> tuple[int, ...]:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy
 
-from profiles.acceptance.batch_replay import replay, rounds_of
-from profiles.acceptance.expected_rounds import NO_END, Replayed, RoundCounts, expected_rounds
+from profiles.acceptance.batch_replay import draw_rounds, replay
+from profiles.acceptance.expected_rounds import NO_END, DraftAcceptance, RoundCounts, expected_rounds
 from profiles.acceptance.rates import acceptance_length
 from profiles.records.core import PLAIN, Draft, Interval, Setup, Workload
 from profiles.records.errors import NotMeasuredError
@@ -194,12 +194,12 @@ class Forecaster:
         capabilities = self._evidence.capabilities
         rng = random.Random(f"{self._seed} {setup.digest}")
         queue = [
-            rounds_of(
+            draw_rounds(
                 self._evidence.traces[prompt.digest],
                 self._acceptance(setup, prompt),
                 setup.length,
                 NO_END if capabilities.past_end else self._workload.max_new_tokens,
-                rng,
+                rng=rng,
             )
             for prompt in itertools.islice(itertools.cycle(prompts), size)
         ]
@@ -215,7 +215,7 @@ class Forecaster:
             usages.append(self._cost_model.usage(setup, mean, refills))
         return usages
 
-    def _acceptance(self, setup: Setup, prompt: HasDigest) -> Replayed | None:
+    def _acceptance(self, setup: Setup, prompt: HasDigest) -> DraftAcceptance | None:
         if setup.stop_below is not None:
             raise NotMeasuredError(f"{setup.name}: rounds that stop below a confidence are not replayed yet")
         if not self._evidence.is_traced(setup.draft):

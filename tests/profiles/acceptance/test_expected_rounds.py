@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiles.acceptance import rates
 from profiles.acceptance.expected_rounds import expected_rounds
 from profiles.acceptance.rates import acceptance_by_position, acceptance_length, acceptance_rate
 from profiles.records.errors import InputError, NotMeasuredError
@@ -33,10 +32,9 @@ def _kept(*accept_probs: float) -> AcceptanceTrace:
 
 
 def test_check_value() -> None:
-    """Ten rounds, twelve accepted of twenty drafted give the rates house.md names."""
+    """Ten rounds, twelve accepted of twenty drafted give the known rates."""
     assert acceptance_rate(CHECK) == pytest.approx(0.60)
     assert acceptance_length(CHECK) == pytest.approx(2.2)
-    assert rates.tested_acceptance(CHECK) == pytest.approx(12 / 17)
     assert acceptance_by_position(CHECK) == [(1, 10, 0.7), (2, 10, 0.5)]
 
 
@@ -44,7 +42,6 @@ def test_no_rounds_give_no_figures() -> None:
     """No data is None or an error, never 0."""
     assert acceptance_rate({}) is None
     assert acceptance_length({}) is None
-    assert rates.tested_acceptance({}) is None
     with pytest.raises(InputError):
         median([])
 

@@ -96,7 +96,7 @@ def test_a_continuous_batch_is_kept_full() -> None:
     """
 
     def rounds(count: int, proposed: int) -> list[RoundOutcome]:
-        return [RoundOutcome(proposed=proposed, accepted=0, share=1.0, by_model=False)] * count
+        return [RoundOutcome(proposed=proposed, accepted=0, prob=1.0, by_model=False)] * count
 
     queue = [rounds(2, 4), rounds(4, 0), rounds(4, 2)]
     first, second, third = replay(queue, 2, SERVING)

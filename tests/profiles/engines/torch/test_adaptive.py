@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from profiles.acceptance.expected_rounds import Replayed, joined, round_outcomes
+from profiles.acceptance.expected_rounds import DraftAcceptance, combine, round_outcomes
 from profiles.engines.torch.adaptive import AdaptiveRun
 from profiles.engines.torch.drafters import Drafted, DraftSource, ModelDrafter, Text
 from profiles.engines.torch.engine import TorchEngine
@@ -66,11 +66,11 @@ def traces_of(engine: TorchEngine, workload: Workload) -> list[TargetTrace]:
 
 def accepting(
     engine: TorchEngine, workload: Workload, traces: Sequence[TargetTrace]
-) -> list[dict[Draft | None, Replayed]]:
+) -> list[dict[Draft | None, DraftAcceptance]]:
     """By prompt and draft, what would be kept from where, on evidence that no adaptive run made."""
     return [
         {
-            draft: joined([engine.trace_draft(workload, prompt, trace, part, 8) for part in draft.components])
+            draft: combine([engine.trace_draft(workload, prompt, trace, part, 8) for part in draft.components])
             for draft in engine.drafts
         }
         for prompt, trace in zip(PROMPTS, traces, strict=True)
@@ -80,7 +80,7 @@ def accepting(
 def replayed(
     workload: Workload,
     traces: Sequence[TargetTrace],
-    accepted: Sequence[dict[Draft | None, Replayed]],
+    accepted: Sequence[dict[Draft | None, DraftAcceptance]],
     setups: Iterator[Setup],
 ) -> list[list[tuple[int, int]]]:
     """The rows of every round, with each draft as good as one that never paused."""

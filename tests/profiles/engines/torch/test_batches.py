@@ -6,8 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from profiles.acceptance.batch_replay import replay, rounds_of
-from profiles.acceptance.expected_rounds import CompositeAcceptance, Replayed, catch_up_width, expected_rounds, joined
+from profiles.acceptance.batch_replay import draw_rounds, replay
+from profiles.acceptance.expected_rounds import (
+    CompositeAcceptance,
+    DraftAcceptance,
+    catch_up_width,
+    combine,
+    expected_rounds,
+)
 from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
@@ -52,9 +58,9 @@ def traces_of(engine: TorchEngine, workload: Workload) -> list[TargetTrace]:
 
 def acceptance_of(
     engine: TorchEngine, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft
-) -> Replayed:
+) -> DraftAcceptance:
     """Of a composite both parts together."""
-    return joined([engine.trace_draft(workload, prompt, trace, part, max(LENGTHS)) for part in draft.components])
+    return combine([engine.trace_draft(workload, prompt, trace, part, max(LENGTHS)) for part in draft.components])
 
 
 def ending(engine: TorchEngine) -> Workload:
@@ -88,7 +94,7 @@ def test_every_row_is_lossless(engine: TorchEngine, kind: int, batch_size: int, 
         own = samples[number * len(PROMPTS) : (number + 1) * len(PROMPTS)]
         known = accepted if setup.draft is not None else [None] * len(PROMPTS)
         paths = [
-            rounds_of(trace, acceptance, setup.length, workload.max_new_tokens, random.Random(0))
+            draw_rounds(trace, acceptance, setup.length, workload.max_new_tokens, rng=random.Random(0))
             for trace, acceptance in zip(traces, known, strict=True)
         ]
         replayed = replay(paths, batch_size) if batch_size > 1 else [replay([path], 1)[0] for path in paths]
@@ -138,7 +144,7 @@ def test_the_walk_of_a_composite_is_the_mean_of_its_replays() -> None:
     """Rounds and shapes, the widths of catching up included: 4,000 lucky ways against the expectation."""
     trace, acceptance = _composite(40)
     walked, luck, ways = expected_rounds(trace, acceptance, 4, 40), random.Random(1), 4000
-    paths = [rounds_of(trace, acceptance, 4, 40, luck) for _ in range(ways)]
+    paths = [draw_rounds(trace, acceptance, 4, 40, rng=luck) for _ in range(ways)]
     turns = [replay([path], 1)[0] for path in paths]
     assert sum(map(len, paths)) / ways == pytest.approx(walked.num_rounds, rel=0.01)
     for shape, expected in walked.shapes.items():
