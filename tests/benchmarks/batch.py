@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.batch
 
-At every batch the setups are forecast from traces, staircases and the calibration; of every draft the best forecast
+At every batch the setups are forecast from traces, step times and the calibration; of every draft the best forecast
 and the longest are then really run, back to back with plain decoding, over queues that keep the batch full. The error
 is forecast speed-up over measured, minus one, at lengths that the calibration did not run. Rates are of the batch.
 """
@@ -44,7 +44,7 @@ def graded(forecaster: Forecaster, setups: Sequence[Setup], prompts: Sequence[Pr
     return list(dict.fromkeys([*best.values(), *longest]))
 
 
-def measure_anchor(bench: Bench, workload: Workload, prompts: Sequence[Prompt], seconds: float) -> list[dict[str, Any]]:
+def measure_point(bench: Bench, workload: Workload, prompts: Sequence[Prompt], seconds: float) -> list[dict[str, Any]]:
     """One batch size: every graded setup against plain decoding, the fastest first."""
     evidence = gather(bench.engine, workload, prompts, LENGTHS)
     forecaster = Forecaster(evidence, workload, bench.engine.target.run_digest)
@@ -87,11 +87,11 @@ def measure_anchor(bench: Bench, workload: Workload, prompts: Sequence[Prompt], 
     return sorted(rows, key=lambda row: -row["speedup"])
 
 
-def crossover(anchors: Mapping[int, list[dict[str, Any]]]) -> int | None:
+def crossover(rows_by_batch: Mapping[int, list[dict[str, Any]]]) -> int | None:
     """The smallest batch from which on no setup's interval is above 1; None: one is at the largest."""
     found = None
-    for size in sorted(anchors, reverse=True):
-        if any(row["interval"][0] > 1.0 for row in anchors[size]):
+    for size in sorted(rows_by_batch, reverse=True):
+        if any(row["interval"][0] > 1.0 for row in rows_by_batch[size]):
             break
         found = size
     return found
@@ -111,11 +111,11 @@ def main() -> None:
     sizes = [int(size) for size in (options.batch_sizes or ("1,4,16,64" if on_gpu else "1,4,16")).split(",")]
     question = Question(lengths=LENGTHS, batch_sizes=tuple(sizes), max_new_tokens=options.max_new_tokens)
     loads, _ = workloads.workloads(bench, question, [builtin.ALL_PROMPTS])
-    anchors: dict[int, list[dict[str, Any]]] = {}
+    rows_by_batch: dict[int, list[dict[str, Any]]] = {}
     print(f"batch  {'setup':44} forecast measured {'95 %':>13}    plain    tok/s   error")
     for workload, prompts in loads:
         chosen = spread_over_domains(prompts, options.prompts)
-        rows = anchors[workload.batch_size] = measure_anchor(bench, workload, chosen, options.seconds)
+        rows = rows_by_batch[workload.batch_size] = measure_point(bench, workload, chosen, options.seconds)
         for row in rows:
             low, high = row["interval"]
             print(
@@ -123,15 +123,15 @@ def main() -> None:
                 f"{low:6.3f}-{high:6.3f} {row['plain_tok_per_s']:8.1f} {row['tok_per_s']:8.1f} {row['error']:+7.3f}",
                 flush=True,
             )
-    errors = [abs(row["error"]) for rows in anchors.values() for row in rows]
+    errors = [abs(row["error"]) for rows in rows_by_batch.values() for row in rows]
     finish(
         {
             "benchmark": "batch",
             "device": bench.engine.environment.device,
-            "anchors": [row for rows in anchors.values() for row in rows],
+            "anchors": [row for rows in rows_by_batch.values() for row in rows],
             "median_abs_error": round(median(errors), 4),
             "max_abs_error": round(max(errors), 4),
-            "crossover_batch": crossover(anchors),
+            "crossover_batch": crossover(rows_by_batch),
         }
     )
 

@@ -59,7 +59,8 @@ def build_prior(points: Sequence[PointDecision], lengths: Sequence[int]) -> Prio
 
 def _max_length(points: Sequence[PointDecision], draft: Draft, lengths: Sequence[int]) -> int:
     """The longest length of a draft that may be tried at a load; 0 for none."""
-    broken = [one.setup.length for point in points for one in point.infeasible if one.setup.draft == draft]
+    ruled_out = [infeasible.setup for point in points for infeasible in point.infeasible]
+    broken = [setup.length for setup in ruled_out if setup.draft == draft]
     candidates = [point.candidate for point in points]
     chosen = [setup.length for setup in candidates if setup is not None and setup.draft == draft]
     below = [length for length in lengths if not broken or length < min(broken)]

@@ -40,7 +40,9 @@ def _choice(point: PointDecision, proven: bool) -> Choice:
         measured=point.measured,
         proven=proven,
         out_of_time=point.out_of_time and not proven,
-        alternatives=alternatives([one for one in point.forecasts if point.ruled_out(one.setup) is None]),
+        alternatives=alternatives(
+            [forecast for forecast in point.forecasts if point.ruled_out(forecast.setup) is None]
+        ),
     )
 
 

@@ -1,7 +1,4 @@
-"""What is claimed about a setup: a forecast, and a measurement against plain decoding.
-
-Records only; how a forecast is computed or a win proven is elsewhere. Standard library only: serving code reads them.
-"""
+"""What is known about a setup: a forecast, and a measurement against plain decoding."""
 
 from dataclasses import dataclass
 
@@ -10,9 +7,9 @@ from profiles.records.core import Interval, Setup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """What acceptance and step times say a setup should reach; not believed until measured.
+    """What a setup should reach by acceptance and step times.
 
-    `acceptance_length` is None where an engine that was only run does not count its rounds.
+    `acceptance_length` is None for a draft that was only run on an engine that does not count rounds.
     """
 
     setup: Setup
@@ -38,9 +35,9 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundSplit:
-    """Where the mean round's seconds go, by forecast: the draft's steps, the target's check, and the rest.
+    """Where the seconds of a mean round go, by forecast: drafting, verifying, and overhead.
 
-    `draft_s` is None where an engine times whole rounds: `verify_s` is then of drafting and check together.
+    `draft_s` is None where an engine times whole rounds: `verify_s` then includes drafting.
     """
 
     draft_s: float | None
@@ -49,15 +46,15 @@ class RoundSplit:
 
     @property
     def total_s(self) -> float:
-        """Of the whole round; the overhead may be below 0, where steps in a row are faster than alone."""
+        """Of the whole round; the overhead is below 0 where steps in a row are faster than alone."""
         return (self.draft_s or 0.0) + self.verify_s + self.overhead_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """How a candidate stands while its anchor is under way; the intervals are speed-ups over plain decoding.
+    """How a candidate of the current operating point stands; the intervals are speed-ups over plain decoding.
 
-    `state` is a word or two for people: `forecast`, `racing`, `pruned`. Nothing is decided by it.
+    `state` is for display: `forecast`, `racing 3/12`, `pruned in the race`.
     """
 
     domain: str

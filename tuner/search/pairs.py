@@ -49,17 +49,22 @@ def timed_pairs(pairs: Sequence[Pair]) -> list[Pair]:
     return [pair for pair in pairs if min(sample.output_tokens for sample in pair) > 1]
 
 
-def decode_columns(groups: Sequence[Sequence[Pair]]) -> Columns:
-    """Decode seconds, and tokens after the first, of every group."""
+def columns(groups: Sequence[Sequence[Pair]], *, end_to_end: bool = False) -> Columns:
+    """Decode seconds, and tokens after the first, of every group; end to end: seconds from the request, all tokens."""
+
+    def seconds(sample: Sample) -> float:
+        return sample.decode_s + (sample.ttft_s if end_to_end else 0.0)
+
+    first = 0 if end_to_end else 1
     return Columns(
-        [sum(pair.plain.decode_s for pair in group) for group in groups],
-        [sum(pair.plain.output_tokens - 1 for pair in group) for group in groups],
-        [sum(pair.chosen.decode_s for pair in group) for group in groups],
-        [sum(pair.chosen.output_tokens - 1 for pair in group) for group in groups],
+        [sum(seconds(pair.plain) for pair in group) for group in groups],
+        [sum(pair.plain.output_tokens - first for pair in group) for group in groups],
+        [sum(seconds(pair.chosen) for pair in group) for group in groups],
+        [sum(pair.chosen.output_tokens - first for pair in group) for group in groups],
     )
 
 
 def speedup_so_far(pairs: Sequence[Pair]) -> Interval | None:
     """Decode speed-up over the pairs so far; None under two pairs with a time per token. Only for display."""
     timed = timed_pairs(pairs)
-    return speedup_interval(*decode_columns([[pair] for pair in timed]))[0] if len(timed) > 1 else None
+    return speedup_interval(*columns([[pair] for pair in timed]))[0] if len(timed) > 1 else None

@@ -9,7 +9,7 @@ from profiles.records.core import Setup
 from profiles.stats import holm, rate_interval, speedup_interval
 from tuner.policy.estimates import Measured
 from tuner.search.objective import MIN_SPEEDUP
-from tuner.search.pairs import Columns, Pair, decode_columns, timed_pairs
+from tuner.search.pairs import Pair, columns, timed_pairs
 
 MIN_PROOF_PROMPTS = 24
 MIN_QUEUES = 4
@@ -33,11 +33,11 @@ def measure(setup: Setup, pairs: Sequence[Pair], *, greedy: bool, queue_size: in
         queues = [pairs[start : start + queue_size] for start in range(0, len(pairs), queue_size)]
         groupings.append([timed for queue in queues if (timed := timed_pairs(queue))])
     speedup, p_value = max(
-        (speedup_interval(*decode_columns(groups)) for groups in groupings),
+        (speedup_interval(*columns(groups)) for groups in groupings),
         key=lambda interval_and_p: interval_and_p[0].high - interval_and_p[0].low,
     )
-    decoding = decode_columns(by_prompt)
-    end_to_end, _ = speedup_interval(*_request_columns(_by_prompt(pairs, queue_size)))
+    decoding = columns(by_prompt)
+    end_to_end, _ = speedup_interval(*columns(_by_prompt(pairs, queue_size), end_to_end=True))
     return Measured(
         setup=setup,
         speedup=speedup,
@@ -59,12 +59,7 @@ def num_timed_prompts(pairs: Sequence[Pair], queue_size: int) -> int:
 def prove(measured: Sequence[Measured]) -> list[bool]:
     """Which winners are proven, in the order given; Holm's step-down at 5 % over all of them together."""
     rejected = holm([winner.p_value for winner in measured])
-    return [passes and is_proven(winner) for passes, winner in zip(rejected, measured, strict=True)]
-
-
-def is_proven(measured: Measured) -> bool:
-    """Whether every condition but Holm's holds."""
-    return _unmet_condition(measured) is None
+    return [passes and _unmet_condition(winner) is None for passes, winner in zip(rejected, measured, strict=True)]
 
 
 def shortfall(measured: Measured) -> str:
@@ -106,13 +101,3 @@ def _without_disturbed_queues(pairs: Sequence[Pair], queue_size: int) -> Sequenc
 
 def _is_disturbed(pair: Pair) -> bool:
     return pair.plain.disturbed or pair.chosen.disturbed
-
-
-def _request_columns(groups: Sequence[Sequence[Pair]]) -> Columns:
-    """Seconds from the start of a request to its last token, and all its tokens."""
-    return Columns(
-        [sum(pair.plain.ttft_s + pair.plain.decode_s for pair in group) for group in groups],
-        [sum(pair.plain.output_tokens for pair in group) for group in groups],
-        [sum(pair.chosen.ttft_s + pair.chosen.decode_s for pair in group) for group in groups],
-        [sum(pair.chosen.output_tokens for pair in group) for group in groups],
-    )

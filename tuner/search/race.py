@@ -10,7 +10,7 @@ import optuna
 from profiles.records.core import PLAIN, Setup
 from profiles.records.errors import EngineError
 from profiles.records.evidence import Infeasible
-from tuner.search.pairs import Pair, Queue, decode_columns, timed_pairs
+from tuner.search.pairs import Pair, Queue, columns, timed_pairs
 from tuner.search.studies import Storage, storage_errors
 
 PRUNE_P = 0.1
@@ -97,7 +97,7 @@ def _run_trial(
 
 def _log_ratio(pairs: Sequence[Pair]) -> float:
     """Log of the setup's over plain seconds per token, over all pairs: negative when the setup is faster."""
-    (plain_s,), (plain_tokens,), (chosen_s,), (chosen_tokens,) = decode_columns([pairs])
+    (plain_s,), (plain_tokens,), (chosen_s,), (chosen_tokens,) = columns([pairs])
     return math.log((chosen_s / chosen_tokens) / (plain_s / plain_tokens))
 
 

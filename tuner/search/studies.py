@@ -1,11 +1,10 @@
-"""The search over forecasts as an Optuna study, and the storage that keeps studies for optuna-dashboard.
+"""Forecasts of all candidates, and the storage that keeps Optuna's studies for optuna-dashboard.
 
 Evidence is never read back from studies.
 """
 
 import contextlib
 import sqlite3
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,8 +16,6 @@ from profiles.records.errors import StoreError
 from tuner.policy.estimates import Forecast
 from tuner.search.objective import score
 
-MAX_EXHAUSTIVE = 2000  # candidates that are all tried; larger spaces are searched
-TPE_TRIALS = 400
 STORED_TRIALS = 100
 BUSY_TIMEOUT_S = 30.0  # other runs may write to the same studies
 
@@ -68,38 +65,21 @@ def open_storage(location: Path | str, name: str = "", engine_options: Mapping[s
 def search_forecasts(
     candidates: Sequence[Setup], forecast: Callable[[Setup], Forecast], *, study_name: str, storage: Storage | None
 ) -> list[Forecast]:
-    """Forecasts the candidates, best score first.
-
-    A small space is tried exhaustively, a large one searched by TPE with a fixed seed; plain decoding always comes
-    first. The search runs in memory; its best 100 trials are then stored under `study_name`.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    by_draft: dict[str, dict[int, Setup]] = {}
-    for setup in candidates:
-        if setup.draft is not None:
-            by_draft.setdefault(setup.draft.name, {})[setup.length] = setup
-    forecasts: dict[Setup, Forecast] = {}
-
-    def objective(trial: optuna.Trial) -> float:
-        draft = trial.suggest_categorical("draft", ["plain", *by_draft])
-        setup = PLAIN
-        if draft != "plain":
-            lengths = sorted(by_draft[draft])
-            setup = by_draft[draft][trial.suggest_categorical(f"length {draft}", lengths)]
-        forecasts[setup] = forecast(setup)
-        trial.set_user_attr("setup", setup.name)
-        trial.set_user_attr("speedup", forecasts[setup].speedup.estimate)
-        return score(forecasts[setup])
-
-    exhaustive = len(candidates) <= MAX_EXHAUSTIVE
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler = optuna.samplers.BruteForceSampler(seed=0) if exhaustive else optuna.samplers.TPESampler(seed=0)
-    study = optuna.create_study(direction="maximize", sampler=sampler)
-    study.enqueue_trial({"draft": "plain"})
-    study.optimize(objective, n_trials=None if exhaustive else TPE_TRIALS)
+    """Forecasts every candidate, best score first; the best 100 are stored as trials of `study_name`."""
+    forecasts = sorted((forecast(setup) for setup in candidates), key=score, reverse=True)
     if storage is not None:
-        best = sorted(study.trials, key=lambda trial: -(trial.value or 0.0))[:STORED_TRIALS]
-        stored = optuna.create_study(study_name=study_name, storage=storage, direction="maximize")
-        stored.add_trials(sorted(best, key=lambda trial: trial.number))
-    return sorted(forecasts.values(), key=score, reverse=True)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        names = optuna.distributions.CategoricalDistribution([setup.name for setup in candidates])
+        stored = [each for each in forecasts if each.setup == PLAIN]
+        stored += [each for each in forecasts if each.setup != PLAIN][: STORED_TRIALS - 1]
+        study = optuna.create_study(study_name=study_name, storage=storage, direction="maximize")
+        study.add_trials(
+            optuna.trial.create_trial(
+                params={"setup": each.setup.name},
+                distributions={"setup": names},
+                value=score(each),
+                user_attrs={"speedup": each.speedup.estimate},
+            )
+            for each in stored
+        )
+    return forecasts

@@ -27,7 +27,7 @@ def outcome() -> Outcome:
 
 
 def test_both_halves_are_the_forecasts_own(outcome: Outcome) -> None:
-    """Tokens of a mean round are the walk's at every length; a round's seconds are the forecaster's."""
+    """Mean tokens are those of the expected rounds at every length; a round's seconds are the forecaster's."""
     prior = outcome.prior
     assert prior is not None
     assert set(prior.drafts) == {DRAFT_A, NGRAM}
