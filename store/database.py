@@ -140,6 +140,14 @@ class Database:
             # SQLite does not wait by itself when the mode is changed
             _retry(lambda: driver.execute("PRAGMA journal_mode = WAL"), self.busy_timeout_s)
 
+    def vacuum(self) -> None:
+        """Give the space of deleted rows back to the disk; a server does that by itself."""
+        if self.path is not None:
+            with self.transaction("read") as connection:
+                connection.rollback()  # outside of a transaction
+                driver: Any = connection.connection.driver_connection
+                _retry(lambda: driver.execute("VACUUM"), self.busy_timeout_s)
+
     @property
     def folder(self) -> Path:
         """Where the store's files on this host go: beside SQLite's file, or for a server in a folder named after it.
