@@ -30,7 +30,7 @@ from profiles.records.core import PLAIN, Environment
 from profiles.records.errors import DraftpickError, InputError, MatchError, NotMeasuredError
 from store import location
 from store.evidence_store import EvidenceStore
-from tuner.cli import bench_server, bundle, messages, verify
+from tuner.cli import bench_server, bundle, forget, messages, verify
 from tuner.cli import options as flags
 from tuner.cli.output import print_json, say, say_aside
 from tuner.deploy import latest
@@ -56,6 +56,7 @@ app = typer.Typer(
 )
 app.add_typer(bundle.app, name="bundle")
 app.command("verify")(verify.verify)
+app.command("forget")(forget.forget)
 app.command("load")(bench_server.load)
 
 
