@@ -1,7 +1,4 @@
-"""Arithmetic on records: the walk over a trace, acceptance figures, paired ratios with intervals, Holm's step-down.
-
-Every figure draftpick prints is derived here or in `tuner.forecast.forecaster` from raw counts and times.
-"""
+"""Statistics of timed runs: paired ratios with intervals, Holm's step-down, the median."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,7 +10,10 @@ from profiles.records.errors import InputError
 
 
 def rate_interval(seconds: Sequence[float], tokens: Sequence[int]) -> Interval:
-    """Tokens per second over prompts: ratio of totals, 95 % t interval of the linearised ratio (Cochran 1977, 6.3)."""
+    """Tokens per second over prompts: ratio of totals, 95 % t interval of the linearised ratio (Cochran 1977, 6.3).
+
+    Raises InputError under two prompts or without a token.
+    """
     return _ratio_of_totals([tokens], [seconds])[0]
 
 
@@ -28,30 +28,29 @@ def speedup_interval(
     return _ratio_of_totals([plain_s, chosen_tokens], [chosen_s, plain_tokens])
 
 
-def _ratio_of_totals(tops: list[Sequence[float]], bottoms: list[Sequence[float]]) -> tuple[Interval, float]:
-    """Product of the totals in `tops` over that in `bottoms`, one entry per prompt, and the p-value of ratio 1."""
-    from scipy import stats  # slow to import, and a look-up's forecast does without
+def _ratio_of_totals(numerators: list[Sequence[float]], denominators: list[Sequence[float]]) -> tuple[Interval, float]:
+    """Product of the totals of `numerators` over that of `denominators`, by prompt, and the p-value of ratio 1."""
+    from scipy import stats  # slow to import, and a look-up does without
 
-    size = len(tops[0])
+    size = len(numerators[0])
     if size < 2:
         raise InputError(f"an interval over {size} prompts: at least 2 are needed")
-    totals = [sum(part) for part in tops + bottoms]
+    totals = [sum(column) for column in numerators + denominators]
     if min(totals) <= 0.0:
         raise InputError("a ratio of nothing: there are no tokens or no seconds")
-    log_ratio = sum(math.log(total) for total in totals[: len(tops)])
-    log_ratio -= sum(math.log(total) for total in totals[len(tops) :])
-    terms = numpy.zeros(size)
-    for sign, parts in ((1.0, tops), (-1.0, bottoms)):
-        for part in parts:
-            terms += sign * numpy.asarray(part, float) / numpy.mean(part)
+    log_ratio, terms = 0.0, numpy.zeros(size)
+    for sign, columns in ((1.0, numerators), (-1.0, denominators)):
+        for column in columns:
+            log_ratio += sign * math.log(sum(column))
+            terms += sign * numpy.asarray(column, float) / numpy.mean(column)
     error = float(numpy.std(terms, ddof=1) / math.sqrt(size))
-    reach = float(stats.t.ppf(0.975, size - 1)) * error
+    half_width = float(stats.t.ppf(0.975, size - 1)) * error
     if error > 0.0:
         p_value = float(2.0 * stats.t.sf(abs(log_ratio) / error, size - 1))
     else:
         p_value = 1.0 if log_ratio == 0.0 else 0.0
     ratio = math.exp(log_ratio)
-    return Interval(estimate=ratio, low=ratio * math.exp(-reach), high=ratio * math.exp(reach)), p_value
+    return Interval(estimate=ratio, low=ratio * math.exp(-half_width), high=ratio * math.exp(half_width)), p_value
 
 
 def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:

@@ -1,4 +1,4 @@
-"""Split from profiles.engines.workloads."""
+"""What is to be measured, and the engine with its models to measure it on."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from profiles.records.errors import InputError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What is asked apart from models and prompts; no contexts means: what the prompts need."""
+    """What to measure apart from models and prompts; no contexts: the one that the prompts need."""
 
     lengths: tuple[int, ...]
     batch_sizes: tuple[int, ...] = (1,)
@@ -26,10 +26,10 @@ class Question:
     engine: str = "torch"
 
     def __post_init__(self) -> None:
-        most = MAX_BATCH if self.engine == "torch" else MAX_REQUESTS
+        max_batch = MAX_BATCH if self.engine == "torch" else MAX_REQUESTS
         for size in self.batch_sizes:
-            if not 1 <= size <= most:
-                raise InputError(f"batch size {size}: the {self.engine} engine takes 1 to {most} rows at a time")
+            if not 1 <= size <= max_batch:
+                raise InputError(f"batch size {size}: the {self.engine} engine takes 1 to {max_batch} rows at a time")
         if self.seed < 0:
             raise InputError(f"seed {self.seed}: whole numbers from 0 are allowed")
         for context in self.contexts or (self.max_new_tokens + 1,):
@@ -51,9 +51,12 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
-    """An engine and the models it runs, the target first; what each draft adds to memory; drafts that were refused.
+    """An engine and the models it runs, the target first.
 
-    `close` ends what the engine started. Footprints are empty where another engine allocates as it likes.
+    Args:
+        footprints: What the target (None) and each draft add to memory; empty where the engine allocates by itself.
+        refused: Drafts that cannot be used, with reasons.
+        close: Ends what the engine started.
     """
 
     engine: Engine
@@ -63,10 +66,7 @@ class Bench:
     close: Callable[[], None] = lambda: None
 
     def needed_bytes(self, setup: Setup, workload: Workload) -> int | None:
-        """Weights and caches as allocated of the target and the setup's draft, in bytes; activations come on top.
-
-        None where that is not known.
-        """
+        """Bytes of weights and caches of the target and the setup's draft, without activations; None if not known."""
         if not self.footprints:
             return None
         num_tokens = workload.batch_size * cache_slots(workload.context_length)

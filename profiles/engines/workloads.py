@@ -1,8 +1,4 @@
-"""From what a user names to an engine and its workloads: everything that is refused is refused here, before any run.
-
-Loads target and drafts, checks that they fit each other, the device and the asked contexts, and reads the prompts.
-Knows nothing of what will be measured.
-"""
+"""From prompts to workloads: batch sizes, contexts and the prompts of each, checked before any run."""
 
 import itertools
 from collections.abc import Sequence
@@ -30,40 +26,43 @@ def workloads_of(
     """Every batch size and context as a workload with its prompts, and warnings.
 
     Prompts are cut to what the context leaves beside the new tokens; a context they do not fill shrinks to what they
-    do, so that no row claims a length that was never run. Raises ModelError when a model has no room for
-    a context and the longest speculation length, PromptError for prompts that cannot be used, InputError for a way to
-    sample that the engine does wrongly with drafts.
+    do, so that no row claims a length that was never run.
+
+    Raises:
+        ModelError: A model has too few positions for a context and the longest speculation length.
+        PromptError: No prompt can be used.
+        InputError: The engine samples wrongly with drafts.
     """
-    target, longest = bench.loaded[0], max(question.lengths)
-    room = min(loaded.max_positions for loaded in bench.loaded) - longest
+    target = bench.loaded[0]
+    max_context = min(loaded.max_positions for loaded in bench.loaded) - max(question.lengths)
     encoded = encode(requests, target.tokenizer)
-    loads: dict[int, tuple[Prompt, ...]] = {}
+    prompts_by_context: dict[int, tuple[Prompt, ...]] = {}
     warnings: list[str] = []
     for context in question.contexts or (None,):
-        _check_room(bench, question, context)
-        most_tokens = (context or room) - question.max_new_tokens
-        tokenized, notes = encoded.cut(most_tokens)
+        _check_context(bench, question, context)
+        prompts, notes = encoded.cut((context or max_context) - question.max_new_tokens)
         warnings += notes
-        needed = max(len(prompt.token_ids) for prompt in tokenized) + question.max_new_tokens
-        fitting = min(room, -(-needed // CONTEXT_STEP) * CONTEXT_STEP)
-        if context is not None and context > fitting:
-            warnings.append(f"context {context}: these prompts fill only {fitting} tokens, which is what is measured")
-        loads[min(context or fitting, fitting)] = tuple(tokenized)
-    ends = target.end_token_ids
-    anchors = itertools.product(question.batch_sizes, loads.items())
-    found = [(question.workload(context, ends, size), tokenized) for size, (context, tokenized) in anchors]
-    objection = bench.engine.capabilities.objection(found[0][0], drafting=bool(bench.engine.drafts))
+        needed = max(len(prompt.token_ids) for prompt in prompts) + question.max_new_tokens
+        filled = min(max_context, -(-needed // CONTEXT_STEP) * CONTEXT_STEP)
+        if context is not None and context > filled:
+            warnings.append(f"context {context}: these prompts fill only {filled} tokens, which is what is measured")
+        prompts_by_context[min(context or filled, filled)] = tuple(prompts)
+    loads = [
+        (question.workload(context, target.end_token_ids, batch_size), prompts)
+        for batch_size, (context, prompts) in itertools.product(question.batch_sizes, prompts_by_context.items())
+    ]
+    objection = bench.engine.capabilities.objection(loads[0][0], drafting=bool(bench.engine.drafts))
     if objection is not None:
         raise InputError(objection)
-    return found, list(dict.fromkeys(warnings))
+    return loads, list(dict.fromkeys(warnings))
 
 
-def _check_room(bench: Bench, question: Question, context: int | None) -> None:
-    """Refuses a context, or where none is asked the output length, that some model has no positions for."""
+def _check_context(bench: Bench, question: Question, context: int | None) -> None:
+    """Refuses a context, or where there is none the output length, that some model has no positions for."""
     try:
         for loaded in bench.loaded:
-            asked = context or question.max_new_tokens + 1
-            loader.check_context(loaded, context_length=asked, max_length=max(question.lengths))
+            context_length = context or question.max_new_tokens + 1
+            loader.check_context(loaded, context_length=context_length, max_length=max(question.lengths))
     except ModelError as error:
         if context is not None:
             raise

@@ -1,7 +1,7 @@
-"""The records every room shares.
+"""The records that every layer shares: models, drafts, setups, prompts, workloads, environments.
 
-Records are frozen and validate on creation; they hold raw counts and times, never rates (`formulas` derives those).
-Units are the last word of a name; fractions are never percent. Standard library only: serving code imports this.
+Records are frozen and validate on creation; they hold raw counts and times, never rates. Units are the last word of a
+name. Standard library only: serving code imports this.
 """
 
 import hashlib
@@ -15,18 +15,10 @@ from typing import Literal, get_args
 from profiles.records.errors import require
 
 DraftKind = Literal["model", "ngram", "early_exit", "composite", "native"]
-
-
 DRAFT_KINDS: tuple[DraftKind, ...] = get_args(DraftKind)
-
-
 DTYPES = ("float32", "bfloat16", "float16")
-
-
 CATCH_UP_WIDTHS = (2, 4, 8, 16, 32, 64)  # of a draft model's first step of a round; wider ones are several of the last
-
-
-DECODING_VERSION = 1  # raised when the engine would emit or accept other tokens for the same question
+DECODING_VERSION = 1  # raised when the torch engine would emit or accept other tokens for the same workload
 
 
 def digest_of(value: object) -> str:
@@ -35,7 +27,7 @@ def digest_of(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _finite(values: Sequence[float]) -> bool:
+def all_finite(values: Sequence[float]) -> bool:
     return all(math.isfinite(value) for value in values)
 
 
@@ -48,7 +40,7 @@ class Interval:
     high: float
 
     def __post_init__(self) -> None:
-        require(_finite((self.estimate, self.low, self.high)), f"interval {self} is not finite")
+        require(all_finite((self.estimate, self.low, self.high)), f"interval {self} is not finite")
         require(self.low <= self.estimate <= self.high, f"interval {self} is not in order")
 
 
@@ -105,7 +97,7 @@ class Draft:
     def name(self) -> str:
         """The spelling the command line takes: a model's name, `ngram:max=4,min=2`, `early-exit:4` or a `+` of two."""
         if self.kind == "composite":
-            return "+".join(part.name for part in self.components)
+            return "+".join(component.name for component in self.components)
         if self.kind == "native":
             return f"native:{self.method}" + ("" if self.model is None else f"+{self.model.name}")
         if self.model is not None:
@@ -118,7 +110,7 @@ class Draft:
     def digest(self) -> str:
         """Identity of what it proposes (for early exit: together with the target's digest)."""
         if self.kind == "composite":
-            return digest_of([self.kind, *(part.digest for part in self.components)])
+            return digest_of([self.kind, *(component.digest for component in self.components)])
         if self.kind == "native":
             return digest_of([self.kind, self.method, None if self.model is None else self.model.run_digest])
         if self.model is not None:
@@ -217,7 +209,7 @@ class Workload:
         require(self.max_new_tokens >= 2, f"max-new-tokens {self.max_new_tokens}: at least 2 are needed")
         require(
             self.context_length > self.max_new_tokens,
-            f"context {self.context_length} leaves no room for a prompt beside {self.max_new_tokens} new tokens",
+            f"context {self.context_length} leaves no tokens for a prompt beside {self.max_new_tokens} new tokens",
         )
         require(
             math.isfinite(self.temperature) and 0.0 <= self.temperature <= 10.0,
@@ -226,17 +218,15 @@ class Workload:
         require(0.0 < self.top_p <= 1.0, f"top-p {self.top_p}: allowed are fractions above 0, up to 1")
         require(self.top_k >= 0, f"top-k {self.top_k}: allowed are 0 (off) and up")
 
-    @property
-    def acceptance_rule(self) -> str:
-        """`greedy equality` at temperature 0, else `rejection sampling`; acceptance is never mixed across rules."""
-        return "greedy equality" if self.temperature == 0.0 else "rejection sampling"
-
     @cached_property
     def sampling_digest(self) -> str:
-        """Identity of the output law and its random numbers; what acceptance depends on beside prompt and models."""
-        law = [self.temperature, self.top_p, self.top_k, self.seed] if self.temperature > 0.0 else [0.0]
-        ends = sorted(self.end_token_ids)
-        return digest_of([DECODING_VERSION, self.acceptance_rule, law, self.max_new_tokens, ends])
+        """Identity of the sampling distribution and its random numbers: all that acceptance depends on beside prompt
+        and models.
+        """
+        rule, sampling = "greedy equality", [0.0]
+        if self.temperature > 0.0:
+            rule, sampling = "rejection sampling", [self.temperature, self.top_p, self.top_k, self.seed]
+        return digest_of([DECODING_VERSION, rule, sampling, self.max_new_tokens, sorted(self.end_token_ids)])
 
     @cached_property
     def timing_digest(self) -> str:
@@ -267,9 +257,10 @@ class Environment:
 
     @cached_property
     def digest(self) -> str:
-        """Identity of all that is no mere trait of the device: evidence from before traits were read stays found."""
-        traits = ("compute_capability", "memory_bandwidth_bytes_s")
-        known = {name: value for name, value in asdict(self).items() if name not in traits}
-        return digest_of(
-            {name: value for name, value in known.items() if value is not None or name != "engine_options"}
-        )
+        """Identity of machine and software; later fields count only where set, so that old evidence matches."""
+        values = asdict(self)
+        for trait in ("compute_capability", "memory_bandwidth_bytes_s"):  # they follow from the device
+            del values[trait]
+        if self.engine_options is None:
+            del values["engine_options"]
+        return digest_of(values)

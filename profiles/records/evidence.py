@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
-from profiles.records.core import CATCH_UP_WIDTHS, Draft, Model, Setup, _finite
+from profiles.records.core import CATCH_UP_WIDTHS, Draft, Model, Setup, all_finite
 from profiles.records.errors import require
 
 
@@ -35,8 +35,8 @@ Shapes = Mapping[StepShape, int]
 class TargetTrace:
     """One plain run: emitted tokens, the target's probability of each, and the gap of its two largest logits.
 
-    `target_probs` are taken after temperature, top-k and top-p (greedy: of the unfiltered softmax). `ended` tells
-    that the last token is an end token.
+    `target_probs` are taken after temperature, top-k and top-p (greedy: of the unfiltered softmax). `ended`: the
+    last token is an end token.
     """
 
     prompt_digest: str
@@ -49,15 +49,17 @@ class TargetTrace:
         size = len(self.token_ids)
         require(size > 0, "a target trace is empty")
         require(len(self.target_probs) == size == len(self.logit_gaps), "a target trace has columns of unequal length")
-        require(_finite(self.target_probs) and _finite(self.logit_gaps), "a target trace holds a value not finite")
+        require(
+            all_finite(self.target_probs) and all_finite(self.logit_gaps), "a target trace holds a value not finite"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AcceptanceTrace:
-    """A draft model over a target trace: position i's probability to be kept, and the draft's largest probability.
+    """A draft model over a target trace: by position the probability of acceptance, and the draft's largest one.
 
-    `keep_probs[i]` is `min(1, draft_probs / target_probs)` of the emitted token (Leviathan et al. 2023; derivation
-    in README, "the walk"), 0 or 1 when greedy. Position 0 comes from the prefill and is never drafted.
+    `accept_probs[i]` is `min(1, draft_prob / target_prob)` of the emitted token (Leviathan et al. 2023), 0 or 1 when
+    greedy. Position 0 comes from the prefill and is never drafted.
     """
 
     prompt_digest: str
@@ -68,14 +70,14 @@ class AcceptanceTrace:
     def __post_init__(self) -> None:
         require(len(self.accept_probs) > 0, "an acceptance trace is empty")
         require(len(self.accept_probs) == len(self.confidences), "an acceptance trace has columns of unequal length")
-        require(all(0.0 <= value <= 1.0 for value in self.accept_probs), "a keep probability is outside 0 to 1")
+        require(all(0.0 <= value <= 1.0 for value in self.accept_probs), "an accept probability is outside 0 to 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LookupTrace:
-    """An n-gram draft over a target trace: for a round starting at i, tokens proposed and tokens kept of them.
+    """An n-gram draft over a target trace: for a round starting at i, tokens proposed and tokens accepted of them.
 
-    Both are for `max_length` asked tokens; a shorter length proposes a prefix.
+    Both are for a speculation length of `max_length`; a shorter one proposes a prefix.
     """
 
     prompt_digest: str
@@ -88,7 +90,7 @@ class LookupTrace:
         require(len(self.proposed) == len(self.accepted) > 0, "a look-up trace has columns of unequal length")
         pairs = zip(self.accepted, self.proposed, strict=True)
         good = all(0 <= accepted <= proposed <= self.max_length for accepted, proposed in pairs)
-        require(good, "a look-up trace keeps more than it proposed, or proposes more than asked")
+        require(good, "a look-up trace accepts more than it proposed, or proposes more than its length")
 
 
 Acceptance = AcceptanceTrace | LookupTrace
@@ -96,10 +98,10 @@ Acceptance = AcceptanceTrace | LookupTrace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimes:
-    """A staircase: seconds of one step at each width (tokens per sequence), with `context_length` tokens cached.
+    """Seconds of one step at each width (tokens per sequence), with `context_length` tokens cached.
 
-    `component_digest` is the target's or the draft's. For an n-gram draft, width is the number of tokens asked for and
-    the time is the host's search. `disturbed`: other processes used the machine although the sweep was repeated.
+    `component_digest` is the target's or the draft's. For an n-gram draft, width is the speculation length and the time
+    is the host's search. `disturbed`: other processes used the machine although the sweep was repeated.
     """
 
     component_digest: str
@@ -111,7 +113,7 @@ class StepTimes:
     def __post_init__(self) -> None:
         require(len(self.samples_s) > 0, "step times without a width")
         for width, samples in self.samples_s.items():
-            good = width >= 1 and len(samples) > 0 and _finite(samples) and min(samples) > 0.0
+            good = width >= 1 and len(samples) > 0 and all_finite(samples) and min(samples) > 0.0
             require(good, f"step times at width {width} are {list(samples)[:3]}: positive seconds are needed")
         object.__setattr__(self, "samples_s", MappingProxyType(dict(sorted(self.samples_s.items()))))
 
@@ -139,7 +141,7 @@ class Sample:
 
     def __post_init__(self) -> None:
         require(self.output_tokens >= 1, f"a run emitted {self.output_tokens} tokens")
-        good = _finite((self.ttft_s, self.decode_s)) and self.ttft_s > 0.0 and self.decode_s >= 0.0
+        good = all_finite((self.ttft_s, self.decode_s)) and self.ttft_s > 0.0 and self.decode_s >= 0.0
         require(good, f"a run took {self.ttft_s} + {self.decode_s} s")
         rounds = {RoundCount(*pair): count for pair, count in sorted(self.rounds.items())}
         shapes = {StepShape(*shape): count for shape, count in sorted(self.shapes.items())}

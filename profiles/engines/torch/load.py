@@ -1,4 +1,4 @@
-"""Split from profiles.engines.workloads."""
+"""Loads a target and its drafts into a torch engine."""
 
 from collections.abc import Sequence
 
@@ -19,32 +19,34 @@ from profiles.records.errors import InputError, ModelError, OutOfMemoryError
 
 
 def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str | None, num_tokens: int = 0) -> Bench:
-    """The engine over a target and its drafts; `dtype` None is float32 on a CPU and bfloat16 on a GPU.
+    """The engine over a target and its drafts; drafts that cannot be used are skipped and reported with a reason.
 
-    `num_tokens`: cached tokens that must fit in memory beside the weights. A draft that cannot be used is refused and
-    the others go on.
+    Args:
+        dtype: None is float32 on a CPU and bfloat16 on a GPU.
+        num_tokens: Cached tokens that must fit in memory beside the weights.
 
-    Raises: InputError: an unknown device or dtype. ModelError: the target cannot be loaded or does not fit in memory.
-    The first draft's error, when there are drafts and none can be used.
+    Raises:
+        InputError: An unknown device or dtype.
+        ModelError: The target cannot be loaded or does not fit in memory, or no draft can be used.
     """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
-    place = fingerprint.pick_device(device)
-    chosen = dtype or ("float32" if place == "cpu" else "bfloat16")
-    free = fingerprint.total_free_bytes(place)  # a target may be spread over several GPUs
-    memory.check_memory([target], dtype=chosen, device=place, num_tokens=num_tokens, num_free_bytes=free)
-    by_name = {target: loader.load(target, dtype=chosen, device=place)}
+    device_name = fingerprint.pick_device(device)
+    chosen = dtype or ("float32" if device_name == "cpu" else "bfloat16")
+    free = fingerprint.total_free_bytes(device_name)  # a target may be spread over several GPUs
+    memory.check_memory([target], dtype=chosen, device=device_name, num_tokens=num_tokens, num_free_bytes=free)
+    by_name = {target: loader.load(target, dtype=chosen, device=device_name)}
     sources: dict[str, DraftSource] = {}
     errors: dict[str, ModelError | OutOfMemoryError] = {}
     for spec in specs:
         if spec.kind == "composite" and spec.path in errors:
-            continue  # its model is refused already, which is said once
+            continue  # its model is refused already
         if spec.kind == "native":
             raise InputError(f"draft {spec.name!r}: only a serving engine has it; --engine says which")
         try:
             if spec.path is not None and spec.path not in by_name:
-                memory.check_memory([spec.path], dtype=chosen, device=place, num_tokens=num_tokens)
-                loaded = loader.load(spec.path, dtype=chosen, device=place, several_gpus=False)
+                memory.check_memory([spec.path], dtype=chosen, device=device_name, num_tokens=num_tokens)
+                loaded = loader.load(spec.path, dtype=chosen, device=device_name, several_gpus=False)
                 loader.check_pair(by_name[target], loaded)
                 by_name[spec.path] = loaded
             source = _source(spec, by_name, by_name[target])
@@ -57,7 +59,7 @@ def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str
     prints: dict[Draft | None, Footprint] = {None: memory.footprint(find(target), chosen)}
     prints |= {source.draft: _footprint(source, by_name[target]) for source in sources.values()}
     return Bench(
-        engine=TorchEngine(by_name[target], tuple(sources.values()), place),
+        engine=TorchEngine(by_name[target], tuple(sources.values()), device_name),
         loaded=tuple(by_name.values()),
         footprints=prints,
         refused=tuple(refused),

@@ -26,7 +26,7 @@ def test_what_may_be(output: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("output", "said"),
     [
-        ((1, 5, 3, 4), "parted from plain decoding at token 1"),
+        ((1, 5, 3, 4), "diverged from plain decoding at token 1"),
         ((1, 2), "2 tokens of prompt p where the target has 4"),
         ((1, 2, 3, 4, 5), "5 tokens of prompt p where the target has 4"),
     ],
@@ -44,7 +44,7 @@ def test_ends() -> None:
     for wrong, said in (
         ((1, 2), "it ended after 2 of 4 tokens, at token 2; the end tokens are"),
         ((1, 9, 3), "it went on for 3 tokens"),
-        ((1,) * 5, "at most 4 were asked for"),
+        ((1,) * 5, "the limit is 4"),
     ):
         with pytest.raises(EngineError, match=said):
             check_end("it", WORKLOAD, wrong)

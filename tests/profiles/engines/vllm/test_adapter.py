@@ -142,7 +142,7 @@ def test_few_engines_are_kept(tmp_path: Path) -> None:
         ("garbage:run", EngineError, "Loading weights: 100%"),
         ("hang:run", EngineError, "within 2 s"),
         ("memory:run", OutOfMemoryError, "no more"),
-        ("parts", EngineError, "parted from plain decoding at token 3"),
+        ("parts", EngineError, "diverged from plain decoding at token 3"),
     ],
 )
 def test_faults_are_one_line_and_the_next_call_works(
