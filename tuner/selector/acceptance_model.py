@@ -4,6 +4,7 @@ A position behind a rejection was not tested, so it is not counted. Plain loops 
 round in serving code.
 """
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,10 @@ MIN_VARIANCE = 0.05
 _DECAY = 1.0 - 1.0 / CHANGE_WINDOW
 _MIN_CALIBRATION = 1e-9
 _MAX_SCALE = 1e30
+_LEARNED = (
+    "_tested", "_accepted", "_scale", "_prior_weight", "_last", "_recent", "_next_recent",
+    "_deviation", "_deviation_variance",
+)  # fmt: skip
 
 
 class AcceptanceModel:
@@ -33,12 +38,6 @@ class AcceptanceModel:
     and so on; its weight then recovers at the rate of the decay.
     """
 
-    __slots__ = (
-        "_accepted", "_deviation", "_deviation_variance", "_last", "_max_prior_weight", "_next_recent", "_positions",
-        "_prior", "_prior_weight", "_recent", "_scale", "_tested", "lengths", "mean_tokens", "propose_prob",
-        "variances",
-    )  # fmt: skip
-
     def __init__(self, stored: DraftAcceptance, lengths: Sequence[int]) -> None:
         self.lengths = tuple(lengths)
         self._prior = (stored.propose_prob, *stored.accept_probs)  # index 0: whether anything is proposed
@@ -47,7 +46,7 @@ class AcceptanceModel:
         self._scale = 1.0  # weight of a new round: it grows, instead of all earlier counts shrinking
         self._max_prior_weight = self._prior_weight = min(MAX_PRIOR_ROUNDS, max(1.0, stored.num_rounds))
         self._last = 0
-        self._recent: list[tuple[int, int]] = []  # ring buffer
+        self._recent: list[Sequence[int]] = []  # ring buffer
         self._next_recent = 0
         self._deviation = self._deviation_variance = 0.0
         square_steps = [2.0 * position - 1.0 for position in range(1, len(self._prior))]
@@ -113,32 +112,19 @@ class AcceptanceModel:
                 index += 1
 
     def snapshot(self) -> dict[str, Any]:
-        """The counts as JSON values."""
-        return {
-            "tested": list(self._tested),
-            "accepted": list(self._accepted),
-            "scale": self._scale,
-            "prior_weight": self._prior_weight,
-            "last": self._last,
-            "recent": [list(row) for row in self._recent],
-            "next_recent": self._next_recent,
-            "deviation": [self._deviation, self._deviation_variance],
-        }
+        """What was learned, as JSON values."""
+        return copy.deepcopy({name: getattr(self, name) for name in _LEARNED})
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Takes over a snapshot of a model with the same lengths. Raises ValueError: impossible counts."""
-        self._tested, self._accepted = list(snapshot["tested"]), list(snapshot["accepted"])
-        self._scale, self._prior_weight = snapshot["scale"], snapshot["prior_weight"]
-        self._last, self._next_recent = snapshot["last"], snapshot["next_recent"]
-        self._recent = [(proposed, accepted) for proposed, accepted in snapshot["recent"]]
-        self._deviation, self._deviation_variance = snapshot["deviation"]
+        for name in _LEARNED:
+            setattr(self, name, copy.deepcopy(snapshot[name]))
         counts = [*self._tested, *self._accepted]
         weights_fit = 0.0 < self._prior_weight < math.inf and 0.0 < self._scale < math.inf
-        if not (weights_fit and 0.0 <= min(counts) <= max(counts) < math.inf):
-            raise ValueError("impossible acceptance counts")
         recent_fits = 0 <= self._next_recent < CHANGE_WINDOW and len(self._recent) <= CHANGE_WINDOW
-        if not (recent_fits and len(counts) == 2 * len(self._prior)):
-            raise ValueError("acceptance counts of other lengths")
+        counts_fit = len(counts) == 2 * len(self._prior) and 0.0 <= min(counts) <= max(counts) < math.inf
+        if not (weights_fit and recent_fits and counts_fit):
+            raise ValueError("impossible acceptance counts")
         self.update()
 
     def _count(self, proposed: int, accepted: int) -> None:

@@ -21,8 +21,6 @@ class LossBudget:
     Setups that gain little may use less of it: they would take long to earn it back and block the others meanwhile.
     """
 
-    __slots__ = ("_minima", "_now", "_total")
-
     def __init__(self) -> None:
         self._now = 0
         self._total = 0.0

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from profiles.engines.base import RoundDecision
@@ -28,31 +29,27 @@ class RoundOutcome(NamedTuple):
     jumped: bool
 
 
+@dataclass(slots=True, eq=False)
 class DraftOption:
     """One draft at an operating point: tokens per second of a row at every length, and the best length.
 
     `rate` is that of the best length, `error` its standard error, `cautious_rate` the rate less the error. `was_run`:
-    a round of it was run here; what was only forecast is probed first.
+    a round of it was run here; what was only forecast is probed first. `fallback_factor`: the time factor of the setup
+    in use, taken for lengths that were not run lately.
     """
 
-    __slots__ = (
-        "acceptance", "best", "cautious_rate", "decisions", "error", "fallback_factor", "last_probe", "num_rows",
-        "rate", "rates", "times", "was_run",
-    )  # fmt: skip
-
-    def __init__(
-        self, decisions: Sequence[RoundDecision], acceptance: AcceptanceModel, times: RoundTimeModel, num_rows: int
-    ) -> None:
-        self.decisions = tuple(decisions)
-        self.acceptance = acceptance
-        self.times = times
-        self.num_rows = num_rows
-        self.last_probe = 0
-        self.was_run = False
-        self.best = 0
-        self.rate = self.cautious_rate = self.error = 0.0
-        self.rates = [0.0] * len(self.decisions)
-        self.fallback_factor = 1.0
+    decisions: tuple[RoundDecision, ...]  # one for every length
+    acceptance: AcceptanceModel
+    times: RoundTimeModel
+    num_rows: int
+    last_probe: int = 0
+    was_run: bool = False
+    best: int = 0
+    rate: float = 0.0
+    cautious_rate: float = 0.0
+    error: float = 0.0
+    fallback_factor: float = 1.0
+    rates: list[float] = field(default_factory=list)
 
     def round_s(self, index: int) -> float:
         """Seconds of a round at the `index`-th length in which the widest row proposes all of it."""
@@ -60,26 +57,21 @@ class DraftOption:
         return self.times.seconds[self.acceptance.lengths[index]] * factor
 
     def update(self, fallback_factor: float, now: int) -> None:
-        """Recomputes all figures.
-
-        Args:
-            fallback_factor: the time factor of the setup in use, taken for lengths that were not run lately.
-        """
+        """Recomputes all figures."""
         acceptance, seconds = self.acceptance, self.times.seconds
         # a round in which no row proposes is a plain round with a look-up; with more rows that is rarer
         propose_prob = acceptance.propose_prob
         any_proposes = propose_prob if self.num_rows == 1 else 1.0 - (1.0 - propose_prob) ** self.num_rows
         idle_s, best_rate = (1.0 - any_proposes) * seconds[0], 0.0
         self.fallback_factor = fallback_factor
-        for index, (length, tokens, factor) in enumerate(
-            zip(acceptance.lengths, acceptance.mean_tokens, self.times.factors, strict=False)
-        ):
+        self.rates.clear()
+        for length, tokens, factor in zip(acceptance.lengths, acceptance.mean_tokens, self.times.factors, strict=False):
             if factor.value and now - factor.last > TIME_MEMORY_ROUNDS:
                 factor.value = 0.0
             rate = tokens / ((idle_s + any_proposes * seconds[length]) * (factor.value or fallback_factor))
             if rate > best_rate:
-                best_rate, self.best = rate, index
-            self.rates[index] = rate  # in place: nothing for the garbage collector
+                best_rate, self.best = rate, len(self.rates)
+            self.rates.append(rate)
         variance = max(0.0, acceptance.variances[self.best])
         error = math.sqrt(variance / acceptance.weight) / acceptance.mean_tokens[self.best]
         self.rate, self.cautious_rate, self.error = best_rate, best_rate * (1.0 - error), best_rate * error
@@ -93,8 +85,6 @@ class PointState:
     Args:
         start: the option and the index of its length to begin with; None: plain decoding.
     """
-
-    __slots__ = ("_by_id", "_turn", "current", "index", "last_run", "options", "plain", "plain_decision", "switched_at")
 
     def __init__(
         self,
@@ -168,11 +158,11 @@ class PointState:
 
     def find(self, setup: Setup) -> tuple[DraftOption, int] | None:
         """The option and the index of the length of a setup; None: it is not an option here."""
-        found = self._by_id.get(id(setup))  # fast for setups that were handed out; others may be equal to one
-        if found is None:
+        option_and_index = self._by_id.get(id(setup))  # fast for setups that were handed out; others may equal one
+        if option_and_index is None:
             equal = ((option, index) for option, index, decision in self._decisions() if decision.setup == setup)
-            found = next(equal, None)
-        return found
+            return next(equal, None)
+        return option_and_index
 
     def to_probe(self, now: int) -> DraftOption | None:
         """Of the options that may be faster than the setup in use, the one probed longest ago.

@@ -120,12 +120,12 @@ class Selector:
                 return False
             if point is None or not point.options:
                 return True
-            found = point.find(setup) if setup.length else None
-            if setup.length and found is None:
+            drafted = point.find(setup) if setup.length else None
+            if setup.length and drafted is None:
                 self.num_refused += 1
                 return False
             self._now += 1
-            self._learn(point, found, report)
+            self._learn(point, drafted, report)
             return True
 
     def replace(self, policy: Policy) -> None:
@@ -206,12 +206,12 @@ class Selector:
         option.last_probe = self._now
         return _Probe(point, option.decisions[option.best], worst_loss)
 
-    def _learn(self, point: PointState, found: tuple[DraftOption, int] | None, report: RoundReport) -> None:
+    def _learn(self, point: PointState, drafted: tuple[DraftOption, int] | None, report: RoundReport) -> None:
         """Learns from a round of an option and the index of its length; None: of plain decoding."""
-        if found is None:
+        if drafted is None:
             option, outcome = None, point.observe_plain(report.seconds, self._now)
         else:
-            option, index = found
+            option, index = drafted
             outcome = point.observe_draft(option, index, report.rows, report.seconds, now=self._now)
         if outcome.jumped:  # the machine may have changed: probe plain decoding at once
             point.plain.factors[0].last = self._next_probe_check = self._now - PLAIN_TIME_MAX_AGE

@@ -113,7 +113,7 @@ class SelectorState:
             times = self._times.get((digest, choice.batch_size, choice.context_length, choice.temperature))
             if acceptance is not None and times is not None and times.factors:
                 lengths = acceptance.lengths[: len(times.factors)]
-                decisions = [_decision(choice, Setup(draft=draft, length=length)) for length in lengths]
+                decisions = tuple(_decision(choice, Setup(draft=draft, length=length)) for length in lengths)
                 options.append(DraftOption(decisions, acceptance, times, choice.batch_size))
         return options
 
