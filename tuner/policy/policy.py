@@ -1,7 +1,7 @@
 """What was decided for a target on a machine: one choice per operating point, the look-up rule, the JSON form."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,7 @@ class Policy:
         2. The domain's own choices are asked first, then those over all domains (`domain` None: only these).
         3. Of them, the smallest measured batch at least as large as asked, because drafting pays less in a larger
            batch; at that batch, the shortest measured context at least as long as asked. Beyond the largest: plain.
+           Between two measured contexts the answer is not `proven`: it may be another there.
         4. `context_length` None (not known) takes the longest measured context: acceptance falls with length.
 
         Raises:
@@ -181,8 +182,13 @@ class Policy:
             decided = [row for row in rows if row.domain == source and not row.out_of_time]
             choice = _covering(decided, batch_size, context_length)
             if choice is not None:
-                at = f"{source} prompts at batch {choice.batch_size}, context {choice.context_length}"
-                return Answer(choice=choice, matched=True, rule=f"measured on {at}")
+                rule = f"measured on {source} prompts at batch {choice.batch_size}, context {choice.context_length}"
+                same_batch = [row.context_length for row in decided if row.batch_size == choice.batch_size]
+                if context_length is not None and min(same_batch) < context_length < choice.context_length:
+                    shorter = max(length for length in same_batch if length < context_length)
+                    rule += f"; context {context_length} lies between it and {shorter}, so nothing is proven"
+                    choice = replace(choice, proven=False)
+                return Answer(choice=choice, matched=True, rule=rule)
         if measured is None:
             temperatures = ", ".join(f"{value:g}" for value in sorted({choice.temperature for choice in self.choices}))
             rule = f"temperature {temperature:g} was not measured, only {temperatures}"
@@ -219,10 +225,10 @@ def crossover_of(choices: Sequence[Choice]) -> int | None:
 
 
 def _covering(rows: list[Choice], batch_size: int, context_length: int | None) -> Choice | None:
-    """Smallest batch, then shortest context, that is at least what was asked (context None: the longest)."""
+    """Smallest batch, then shortest context, that is at least what was asked; context None: the longest of them."""
     rows = [row for row in rows if row.batch_size >= batch_size]
     if context_length is None:
-        return min(rows, key=lambda row: (row.batch_size, -row.context_length), default=None)
+        context_length = max((row.context_length for row in rows), default=0)
     rows = [row for row in rows if row.context_length >= context_length]
     return min(rows, key=lambda row: (row.batch_size, row.context_length), default=None)
 

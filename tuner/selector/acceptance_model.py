@@ -21,8 +21,7 @@ _DECAY = 1.0 - 1.0 / CHANGE_WINDOW
 _MIN_CALIBRATION = 1e-9
 _MAX_SCALE = 1e30
 _LEARNED = (
-    "_tested", "_accepted", "_scale", "_prior_weight", "_last", "_recent", "_next_recent",
-    "_deviation", "_deviation_variance",
+    "_tested", "_accepted", "_scale", "_prior_weight", "_last", "_recent", "_deviation", "_deviation_variance",
 )  # fmt: skip
 
 
@@ -46,8 +45,7 @@ class AcceptanceModel:
         self._scale = 1.0  # weight of a new round: it grows, instead of all earlier counts shrinking
         self._max_prior_weight = self._prior_weight = min(MAX_PRIOR_ROUNDS, max(1.0, stored.num_rounds))
         self._last = 0
-        self._recent: list[Sequence[int]] = []  # ring buffer
-        self._next_recent = 0
+        self._recent: list[Sequence[int]] = []
         self._deviation = self._deviation_variance = 0.0
         square_steps = [2.0 * position - 1.0 for position in range(1, len(self._prior))]
         calibration = _calibration(stored, self.lengths)
@@ -73,11 +71,8 @@ class AcceptanceModel:
             self._count(proposed, accepted)
             self._deviation = self._deviation * _DECAY + accepted - mean
             self._deviation_variance = self._deviation_variance * _DECAY * _DECAY + variance
-            if len(self._recent) < CHANGE_WINDOW:
-                self._recent.append((proposed, accepted))
-            else:
-                self._recent[self._next_recent] = proposed, accepted
-                self._next_recent = (self._next_recent + 1) % CHANGE_WINDOW
+            self._recent.append((proposed, accepted))
+        del self._recent[:-CHANGE_WINDOW]
         if self._deviation * self._deviation > CHANGE_STD_ERRORS * CHANGE_STD_ERRORS * self._deviation_variance:
             self._restart()
 
@@ -121,9 +116,8 @@ class AcceptanceModel:
             setattr(self, name, copy.deepcopy(snapshot[name]))
         counts = [*self._tested, *self._accepted]
         weights_fit = 0.0 < self._prior_weight < math.inf and 0.0 < self._scale < math.inf
-        recent_fits = 0 <= self._next_recent < CHANGE_WINDOW and len(self._recent) <= CHANGE_WINDOW
         counts_fit = len(counts) == 2 * len(self._prior) and 0.0 <= min(counts) <= max(counts) < math.inf
-        if not (weights_fit and recent_fits and counts_fit):
+        if not (weights_fit and counts_fit and len(self._recent) <= CHANGE_WINDOW):
             raise ValueError("impossible acceptance counts")
         self.update()
 

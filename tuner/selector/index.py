@@ -3,8 +3,8 @@
 from bisect import bisect_left
 from itertools import product
 
-from tuner.policy.policy import Choice, Policy
-from tuner.policy.query import MIXED, check_query, match_temperature
+from tuner.policy.policy import Policy
+from tuner.policy.query import MIXED, OperatingPoint, check_query, match_temperature
 
 
 class PolicyIndex:
@@ -17,18 +17,18 @@ class PolicyIndex:
         self._batch_sizes = sorted({choice.batch_size for choice in choices})
         self._contexts = sorted({choice.context_length for choice in choices})
         # between two measured batches, or contexts, the answer does not change
-        self._answers = {}
+        self._answers: dict[tuple[int, int | None, str, float], OperatingPoint | None] = {}
         for query in product(self._batch_sizes, [*self._contexts, None], self._domains, self._temperatures):
             batch_size, context_length, domain, temperature = query
             answer = policy.look_up(
                 batch_size=batch_size, context_length=context_length, domain=domain, temperature=temperature
             )
-            self._answers[query] = answer.choice if answer.matched else None
+            self._answers[query] = answer.choice.point if answer.matched else None
 
     def find(
         self, batch_size: int, context_length: int | None, domain: str | None, temperature: float
-    ) -> Choice | None:
-        """The choice that covers a query; None: nothing does, so decode plainly. Raises InputError."""
+    ) -> OperatingPoint | None:
+        """The measured point that covers a query; None: nothing does, so decode plainly. Raises InputError."""
         check_query(batch_size, context_length, temperature)
         measured = match_temperature(self._temperatures, temperature)
         batch = bisect_left(self._batch_sizes, batch_size)

@@ -16,7 +16,8 @@ class TimeFactor:
     """How many times longer rounds of one setup last than stored: exponential of a running mean of logarithms.
 
     `value` is 0 while no round was observed, or not for long. Three rounds in a row that deviate by a fifth to the same
-    side are a jump: from there on the earlier ones, and the stored time, no longer count.
+    side are a jump by the smallest of the three: two spikes and an ordinary round are none. From there on the earlier
+    rounds, and the stored time, count little.
     """
 
     min_weight: float  # of the latest round in the mean
@@ -26,6 +27,7 @@ class TimeFactor:
     weight: float = FIRST_ROUND_WEIGHT
     variance: float = INITIAL_LOG_VARIANCE
     same_side: int = 0  # rounds in a row that deviated: positive when longer, negative when shorter
+    smallest: float = 0.0  # deviation of these rounds
 
     @property
     def low(self) -> float:
@@ -42,10 +44,12 @@ class TimeFactor:
             self.log, self.weight, self.same_side = math.log(expected), FIRST_ROUND_WEIGHT, 0
         deviation = math.log(ratio) - self.log
         side = (deviation > JUMP_LOG_RATIO) - (deviation < -JUMP_LOG_RATIO)
-        self.same_side = self.same_side + side if side * self.same_side > 0 else side
+        continues = side * self.same_side > 0
+        self.smallest = min(self.smallest, deviation, key=abs) if continues else deviation
+        self.same_side = self.same_side + side if continues else side
         jumped = abs(self.same_side) >= JUMP_ROUNDS
         if jumped:
-            self.weight, self.same_side = 1.0, 0
+            deviation, self.weight, self.same_side = self.smallest, 1.0, 0
         else:
             deviation = min(max(deviation, -JUMP_LOG_RATIO), JUMP_LOG_RATIO)
             self.variance += MIN_ROUND_WEIGHT * (deviation * deviation - self.variance)

@@ -18,14 +18,14 @@ A batch runs one setup for all rows. When its requests are of several domains, p
 domains answers, and learns. Beyond what was measured the setup is plain decoding, and nothing is learned.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from threading import Lock
 from typing import Any
 
 from profiles.engines.base import RoundDecision, RoundReport
 from profiles.records.errors import InputError
 from tuner.policy.policy import Policy
-from tuner.selector.loss_budget import LossBudget
+from tuner.selector.loss_budget import WINDOW, LossBudget
 from tuner.selector.operating_point import DraftOption, PointState
 from tuner.selector.state import SelectorState
 
@@ -44,16 +44,21 @@ class Selector:
     The same reports in the same order give the same decisions. `num_refused` counts impossible reports.
 
     Args:
+        drafts: names of the drafts that the engine has loaded; None: it can run all of the policy's.
+        loss_window: rounds of which speculation loses at most 1.2 % in a row; a longer window interrupts setups that
+            gain little less often.
         seed: shifts the moments of probes.
 
     Raises:
-        PolicyError: the policy holds a number that is not finite.
+        InputError: the policy holds a number that is not finite, or the window is empty.
     """
 
-    def __init__(self, policy: Policy, *, seed: int = 0) -> None:
-        self._state = SelectorState(policy)
+    def __init__(
+        self, policy: Policy, *, drafts: Collection[str] | None = None, loss_window: int = WINDOW, seed: int = 0
+    ) -> None:
+        self._state = SelectorState(policy, drafts)
         self._lock = Lock()
-        self._loss_budget = LossBudget()
+        self._loss_budget = LossBudget(loss_window)
         self._now = 0
         self._probe_credit = INITIAL_PROBE_CREDIT
         self._random = seed % 2**64
@@ -115,7 +120,8 @@ class Selector:
         key = decision.batch_size, decision.context_length, decision.domain, decision.temperature
         with self._lock:
             point = self._state.points.get(key)
-            if (point is None and decision.covered) or not _is_possible(setup.length, report.rows, report.seconds):
+            possible = _is_possible(report, setup.length)
+            if not possible or (point is None and decision.covered):
                 self.num_refused += 1
                 return False
             if point is None or not point.options:
@@ -133,7 +139,7 @@ class Selector:
 
         The new state is prepared beside the one in use, so nobody waits for it. Raises as the constructor.
         """
-        state = SelectorState(policy)
+        state = SelectorState(policy, self._state.drafts)
         with self._lock:
             state.take_over(self._state, self._now)
             self._state, self._probe = state, None
@@ -162,7 +168,8 @@ class Selector:
         version = snapshot.get("version")
         if version != SNAPSHOT_VERSION:
             raise InputError(f"snapshot version {version!r}: this draftpick reads version {SNAPSHOT_VERSION}")
-        state, loss_budget = SelectorState(self.policy), LossBudget()
+        state = SelectorState(self.policy, self._state.drafts)
+        loss_budget = LossBudget(self._loss_budget.window)
         if snapshot.get("policy") != state.digest:
             raise InputError("the snapshot was made under another policy: restore it before `replace`")
         try:
@@ -236,11 +243,16 @@ class _Probe:
         self.rounds_left = PROBE_ROUNDS - 1
 
 
-def _is_possible(length: int, rows: object, seconds: object) -> bool:
-    """Whether rounds of up to `length` proposed tokens can report such (proposed, accepted) rows and seconds."""
+def _is_possible(report: RoundReport, length: int) -> bool:
+    """Whether one round of up to `length` proposed tokens can report such rows and seconds."""
+    rows, seconds = report.rows, report.seconds
     if not isinstance(seconds, float | int) or not MIN_ROUND_S < seconds < MAX_ROUND_S:
         return False
-    if not isinstance(rows, tuple | list) or not rows:
+    if (
+        not isinstance(rows, tuple | list)
+        or not rows
+        or (report.decision.covered and len(rows) > report.decision.batch_size)
+    ):
         return False
     for row in rows:
         if not isinstance(row, tuple | list) or len(row) != 2:

@@ -1,10 +1,10 @@
 """What a selector holds of one policy: its operating points, with the acceptance and times that they share."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from profiles.engines.base import RoundDecision
-from profiles.records.core import PLAIN, Setup, digest_of
+from profiles.records.core import PLAIN, Draft, Setup, digest_of
 from tuner.policy.policy import Choice, Policy, to_json
 from tuner.policy.prior import Prior
 from tuner.policy.query import MIXED
@@ -19,10 +19,14 @@ class SelectorState:
 
     Acceptance belongs to (draft, domain, temperature), times to (draft, batch size, context, temperature). A choice
     that the policy's prior does not cover is applied as it stands: its point has no options.
+
+    Args:
+        drafts: names of the drafts that may be used; None: all.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, drafts: Collection[str] | None) -> None:
         self.policy = policy
+        self.drafts = drafts
         self.digest = digest_of(to_json(policy))
         self.uncovered = RoundDecision(PLAIN, False, 1, 1, MIXED, 0.0)
         self._index = PolicyIndex(policy)
@@ -39,8 +43,8 @@ class SelectorState:
         self, batch_size: int, context_length: int | None, domain: str | None, temperature: float
     ) -> PointState | None:
         """The point that covers a query; None: plain decoding. Raises InputError."""
-        choice = self._index.find(batch_size, context_length, domain, temperature)
-        return None if choice is None else self.points[choice.point]
+        point = self._index.find(batch_size, context_length, domain, temperature)
+        return None if point is None else self.points[point]
 
     def take_over(self, earlier: "SelectorState", now: int) -> None:
         """Goes on from what was learned of the same drafts on the same domains at the same lengths."""
@@ -93,16 +97,20 @@ class SelectorState:
     def _point_state(self, choice: Choice) -> PointState:
         plain = self._times.get((None, choice.batch_size, choice.context_length, choice.temperature))
         options = [] if plain is None else self._options(choice)
+        setup = choice.setup if self._may_use(choice.setup.draft) else PLAIN
         starts = (
             (option, index)
             for option in options
             for index, decision in enumerate(option.decisions)
-            if decision.setup == choice.setup
+            if decision.setup == setup
         )
         start = next(starts, None)
-        if plain is None or (start is None and choice.setup != PLAIN):
-            return PointState(_decision(choice, choice.setup), RoundTimeModel((1.0,), 1), (), None)
+        if plain is None or (start is None and setup != PLAIN):
+            return PointState(_decision(choice, setup), RoundTimeModel((1.0,), 1), (), None)
         return PointState(_decision(choice, PLAIN), plain, options, start)
+
+    def _may_use(self, draft: Draft | None) -> bool:
+        return draft is None or self.drafts is None or draft.name in self.drafts
 
     def _options(self, choice: Choice) -> list[DraftOption]:
         """Every draft with acceptance and times at the choice's point; one that broke a limit there has none."""
@@ -111,7 +119,7 @@ class SelectorState:
         for draft, digest in zip(drafts, self._draft_digests, strict=True):
             acceptance = self._acceptance.get((digest, choice.domain, choice.temperature))
             times = self._times.get((digest, choice.batch_size, choice.context_length, choice.temperature))
-            if acceptance is not None and times is not None and times.factors:
+            if acceptance is not None and times is not None and times.factors and self._may_use(draft):
                 lengths = acceptance.lengths[: len(times.factors)]
                 decisions = tuple(_decision(choice, Setup(draft=draft, length=length)) for length in lengths)
                 options.append(DraftOption(decisions, acceptance, times, choice.batch_size))

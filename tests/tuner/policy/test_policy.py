@@ -334,6 +334,25 @@ def test_what_the_budget_left_undecided_answers_nothing() -> None:
     assert not answer.matched
     assert answer.rule == "the run's budget ended before mixed prompts at batch 8, context 512 were decided"
     assert cut.crossover_batch is None
-    assert PolicyIndex(cut).find(1, None, "code", 0.0) == choice(NGRAM2)
+    assert PolicyIndex(cut).find(1, None, "code", 0.0) == choice(NGRAM2).point
     assert PolicyIndex(cut).find(8, None, None, 0.0) is None
     assert from_json(to_json(cut)) == cut
+
+
+def test_between_measured_contexts_nothing_is_proven() -> None:
+    """The choice at the longer one answers, and says so; at and below the measured ones it is as proven as it was."""
+    answer = grid().look_up(context_length=600)
+    assert answer.choice.setup == NGRAM2
+    assert not answer.choice.proven
+    assert answer.rule == (
+        "measured on mixed prompts at batch 1, context 2048; context 600 lies between it and 512, so nothing is proven"
+    )
+    for context_length in (None, 100, 512, 2048):
+        assert grid().look_up(context_length=context_length).choice.proven
+
+
+def test_an_unknown_context_is_taken_for_the_longest_of_all() -> None:
+    """Also where only a larger batch was measured at it."""
+    rows = policy(choice(CODE4), choice(NGRAM2, batch_size=4, context_length=2048))
+    assert rows.look_up().choice.setup == NGRAM2
+    assert rows.look_up(context_length=512).choice.setup == CODE4

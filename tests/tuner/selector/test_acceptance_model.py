@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from profiles.records.errors import InputError
 from tests.support.policies import acceptance
 from tuner.selector.acceptance_model import CHANGE_WINDOW, HALF_LIFE_ROUNDS, MAX_PRIOR_ROUNDS, AcceptanceModel
-from tuner.selector.loss_budget import MAX_LOSS, MIN_BUDGET_SHARE, RISK_DIVISOR, WINDOW, LossBudget
+from tuner.selector.loss_budget import MAX_LOSS_SHARE, MIN_BUDGET_SHARE, RISK_DIVISOR, WINDOW, LossBudget
 from tuner.selector.round_time import MIN_PLAIN_ROUND_WEIGHT, MIN_ROUND_WEIGHT, TimeFactor
 
 LENGTHS = tuple(range(1, 9))
@@ -116,12 +117,15 @@ def test_losses_leave_the_window() -> None:
 
 def test_less_may_be_risked_the_less_is_left() -> None:
     """A quarter of what is left; what gains nothing may use 0.7 of the whole."""
-    budget = LossBudget()
-    assert budget.allowed() == MAX_LOSS / RISK_DIVISOR
-    assert budget.allowed(0.0) == pytest.approx(MIN_BUDGET_SHARE * MAX_LOSS / RISK_DIVISOR)
+    budget, max_loss = LossBudget(), MAX_LOSS_SHARE * WINDOW
+    assert budget.allowed() == max_loss / RISK_DIVISOR
+    assert budget.allowed(0.0) == pytest.approx(MIN_BUDGET_SHARE * max_loss / RISK_DIVISOR)
     budget.add(6.0)
-    assert budget.allowed() == (MAX_LOSS - 6.0) / RISK_DIVISOR
-    assert budget.left() == MAX_LOSS - 6.0
+    assert budget.allowed() == (max_loss - 6.0) / RISK_DIVISOR
+    assert budget.left() == max_loss - 6.0
+    assert LossBudget(3000).left() == 3 * max_loss
+    with pytest.raises(InputError, match="loss window of 0 rounds: at least 1 is needed"):
+        LossBudget(0)
 
 
 def test_a_time_factor_follows_and_is_not_thrown_off() -> None:
@@ -138,6 +142,16 @@ def test_a_time_factor_follows_and_is_not_thrown_off() -> None:
         factor.observe(3.0, now, expected=1.0)
     assert factor.value == pytest.approx(3.0, rel=0.15)
     assert factor.low < factor.value
+
+
+def test_two_spikes_and_an_ordinary_round_are_no_jump() -> None:
+    """A jump goes only as far as the smallest of its three rounds."""
+    factor = TimeFactor(MIN_PLAIN_ROUND_WEIGHT)
+    for now in range(100):
+        factor.observe(1.0, now, expected=1.0)
+    for now, ratio in enumerate((1.25, 20.0, 20.0), 100):
+        factor.observe(ratio, now, expected=1.0)
+    assert factor.value < 1.25
 
 
 def test_plain_decoding_is_averaged_longer() -> None:

@@ -34,7 +34,7 @@ def test_same_answers_as_the_policy(
     answer = RAGGED.look_up(
         batch_size=batch_size, context_length=context_length, domain=domain, temperature=temperature
     )
-    assert found == (answer.choice if answer.matched else None)
+    assert found == (answer.choice.point if answer.matched else None)
 
 
 @pytest.mark.parametrize(

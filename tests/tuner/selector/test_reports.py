@@ -44,6 +44,7 @@ from tuner.selector.selector import Selector
         (((3, 1),), -1.0),
         (((3, 1),), "soon"),
         (((3, 1),), 1e308),
+        (((3, 1),) * 2, 0.01),
     ],
 )
 def test_impossible_reports_are_refused(rows: Any, seconds: Any) -> None:
@@ -94,6 +95,19 @@ def test_a_draft_that_broke_a_limit_is_never_picked() -> None:
     world = World(keep={NGRAM: 0.1, CODE_DRAFT: 0.99})
     picks = world.play(Selector(limited), 3000)
     assert all(pick.setup.draft != CODE_DRAFT for pick in picks)
+
+
+def test_only_loaded_drafts_are_used() -> None:
+    """The others are no options, also where the policy chose one; `replace` and `restore` keep to it."""
+    selector, world = Selector(learning_policy(), drafts=[NGRAM.name]), World(keep={NGRAM: 0.4, CODE_DRAFT: 0.99})
+    assert selector.choose(domain="code").setup == PLAIN
+    assert selector.choose().setup == NGRAM8
+    selector.restore(selector.snapshot())
+    selector.replace(learning_policy())
+    decisions = world.play(selector, 3000, domain="code")
+    assert {decision.setup.draft for decision in decisions} == {None, NGRAM}
+    alone = Selector(policy(choice(CODE2)), drafts=[NGRAM.name])
+    assert alone.choose().setup == PLAIN
 
 
 def test_the_same_reports_give_the_same_picks() -> None:
