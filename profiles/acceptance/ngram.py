@@ -18,7 +18,7 @@ def trace_lookup(draft: Draft, prompt: Prompt, trace: TargetTrace, max_length: i
         emitted = trace.token_ids[start : start + len(tokens)]
         agrees = (token == target for token, target in zip(tokens, emitted, strict=False))
         proposed.append(len(tokens))
-        accepted.append(next((place for place, same in enumerate(agrees) if not same), len(emitted)))
+        accepted.append(next((index for index, agreed in enumerate(agrees) if not agreed), len(emitted)))
     return LookupTrace(
         prompt_digest=prompt.digest,
         draft_digest=draft.digest,

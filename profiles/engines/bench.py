@@ -70,4 +70,4 @@ class Bench:
         if not self.footprints:
             return None
         num_tokens = workload.batch_size * cache_slots(workload.context_length)
-        return sum(self.footprints[part].total_bytes(num_tokens) for part in {None, setup.draft})
+        return sum(self.footprints[draft].total_bytes(num_tokens) for draft in {None, setup.draft})

@@ -60,7 +60,7 @@ class Model:
 
     @cached_property
     def run_digest(self) -> str:
-        """Identity of the model as it is run: weights and float type. The part digest of a target's staircase."""
+        """Identity of the model as it is run: weights and float type; a target's component digest."""
         return digest_of([self.digest, self.dtype])
 
 

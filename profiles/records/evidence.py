@@ -136,7 +136,6 @@ class Sample:
     shapes: Shapes = field(default_factory=dict)
     refills: int = 0
     output_digest: str
-    peak_memory_bytes: int | None = None
     disturbed: bool = False
 
     def __post_init__(self) -> None:
@@ -178,7 +177,7 @@ def covers(times: Mapping[str, StepTimes], target: Model, drafts: tuple[Draft, .
         return all(draft.digest in times and widths <= times[draft.digest].samples_s.keys() for draft in drafts)
     if not set(range(1, max_length + 2)) <= target_times.samples_s.keys():
         return False
-    if not all(part.digest in times for draft in drafts for part in draft.components):
+    if not all(component.digest in times for draft in drafts for component in draft.components):
         return False
     models = [draft.components[1].digest for draft in drafts if draft.kind == "composite"]
     return all(set(CATCH_UP_WIDTHS) <= times[model].samples_s.keys() for model in models)

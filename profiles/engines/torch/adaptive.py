@@ -25,7 +25,6 @@ class AdaptiveRound(NamedTuple):
     rows: int
     tokens: int
     seconds: float
-    probe: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +141,7 @@ class AdaptiveLoop:
         seconds = clock.read() - started_s
         tokens = sum(map(len, text.host)) - before
         self._controller.observe(RoundReport(decision, tuple(rows), seconds))
-        self._rounds.append(AdaptiveRound(decision.setup, len(rows), tokens, seconds, decision.probe))
+        self._rounds.append(AdaptiveRound(decision.setup, len(rows), tokens, seconds))
 
 
 def warm_up(target: RowStepper, drafts: Sequence[RowStepper], *, context_length: int, max_length: int) -> None:

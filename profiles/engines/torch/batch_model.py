@@ -49,7 +49,11 @@ class RowModel:
         self.num_rows = num_rows
         self.device = model.device
         self._cache = RowCache(num_rows, capacity, model.device)
-        self._forward = _forward_of(model, self._cache)
+        self._forward: Forward = (
+            llama_forward.LlamaForward(model, capacity)
+            if llama_forward.fits(model)
+            else _TransformersForward(model, self._cache)
+        )
         devices = {parameter.device for parameter in model.parameters()}
         on_one_gpu = len(devices) == 1 and model.device.type == "cuda"
         self._graphs: dict[tuple[int, int, int], _Graph] | None = {} if on_one_gpu else None
@@ -118,12 +122,6 @@ class _Graph:
         self._positions.copy_(positions)
         self._graph.replay()
         return self._logits
-
-
-def _forward_of(model: PreTrainedModel, cache: RowCache) -> Forward:
-    if llama_forward.fits(model):
-        return llama_forward.LlamaForward(model, cache.capacity)
-    return _TransformersForward(model, cache)
 
 
 class _TransformersForward:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from profiles.engines.torch.batch_model import RowStepper
 from profiles.engines.torch.drafters import Drafted, Drafter, Text, no_proposal
-from profiles.engines.torch.sampling import KeyedRandom, Proposal, accept_greedy, accept_sampled, draw, sampling_probs
+from profiles.engines.torch.sampling import KeyedRandom, accept_greedy, accept_sampled, draw, sampling_probs
 from profiles.records.core import Prompt
 from profiles.records.errors import BadNumbersError
 from profiles.records.evidence import RoundCount, StepShape
@@ -37,7 +37,6 @@ class Generation:
     decode_s: float = 0.0
     target_probs: list[float] = field(default_factory=list)
     logit_gaps: list[float] = field(default_factory=list)
-    peak_memory_bytes: int | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,7 +57,7 @@ class Decoder:
         drafter: What proposes; None for plain decoding.
         rng: The random numbers, and with them the workload.
         length: Proposed tokens a row and round at most; may be lowered and raised again between rounds.
-        watch: Keep the target's probability and logit gap of every emitted token; rows must then be read one by one.
+        watch: Keep the target's probability and logit gap of every emitted token; rows are then read separately.
     """
 
     def __init__(
@@ -118,8 +117,12 @@ class Decoder:
         logits = self._target.step(inputs, last_positions + offsets, text.reach + width - 1, keep=width)  # (B, k+1, V)
 
         # accept: a prefix of the proposal, then one token of the target's own
-        target_probs = None if self._rng.is_greedy else sampling_probs(logits, self.workload)
-        num_accepted, next_token = self._accept(proposal, logits, target_probs, positions)
+        if self._rng.is_greedy:
+            target_probs = None
+            num_accepted, next_token = accept_greedy(proposal, logits)
+        else:
+            target_probs = sampling_probs(logits, self.workload)
+            num_accepted, next_token = accept_sampled(proposal, target_probs, self._rng, positions)
 
         # commit: on the device, then on the host with the round's one transfer
         emitted = functional.pad(proposal.token_ids, (0, 1)).scatter(1, num_accepted[:, None], next_token[:, None])
@@ -140,13 +143,6 @@ class Decoder:
         if self._drafter is not None:
             self._drafter.settle(text)
         return outcomes
-
-    def _accept(
-        self, proposal: Proposal, logits: torch.Tensor, target_probs: torch.Tensor | None, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if target_probs is None:
-            return accept_greedy(proposal, logits)
-        return accept_sampled(proposal, target_probs, self._rng, positions)
 
     def _commit(self, number: int, row: Row, proposed: int, tokens: list[int]) -> RoundCount:
         """Adds a row's new tokens to its text.

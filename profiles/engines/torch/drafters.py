@@ -126,13 +126,13 @@ class ModelDrafter:
                 self._last_proposal[row] = (0, 0)
 
     def propose(self, text: Text, limits: list[int], positions: torch.Tensor) -> Drafted:
-        tokens, places, width = self._catch_up(text, limits)
+        tokens, token_positions, width = self._catch_up(text, limits)
         drafted: list[torch.Tensor] = []
         draft_probs: list[torch.Tensor] = []
         counts, limit = torch.zeros_like(positions), torch.tensor(limits, device=positions.device)
         proposing, steps = limit > 0, 0
         for number in range(max(limits)):
-            logits = self._model.step(tokens, places, text.reach + number)[:, 0]  # (B, V)
+            logits = self._model.step(tokens, token_positions, text.reach + number)[:, 0]  # (B, V)
             proposing, steps = proposing & (number < limit), steps + 1
             if self.stop_below is not None:
                 # stopping before a token is drawn keeps the distribution; dropping a drawn token would bend it
@@ -146,7 +146,7 @@ class ModelDrafter:
                 token = draw(draft_probs[-1], self._rng.at("draft", (positions + number)[:, None])[:, 0])
             counts = counts + proposing.long()
             drafted.append(token)
-            tokens, places = token[:, None], (text.lengths + number)[:, None]
+            tokens, token_positions = token[:, None], (text.lengths + number)[:, None]
         self._note_taken_in(text, limits, len(drafted), width)
         if not drafted:
             return Drafted(proposal=no_proposal(len(limits), positions.device), steps=steps, first_width=width)

@@ -74,7 +74,7 @@ class TorchEngine:
     def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
         """One plain run that keeps the probability and the logit gap of every emitted token."""
         self._check(workload, (prompt,), 0)
-        with _translated(self._device):
+        with self._guarded():
             [run] = self._generate(replace(workload, batch_size=1), (prompt,), PLAIN, watch=True)
         return TargetTrace(
             prompt_digest=prompt.digest,
@@ -89,7 +89,7 @@ class TorchEngine:
     ) -> Acceptance:
         """A draft's component over the trace: a teacher-forced pass, or a look-up at every position."""
         model = self._model(draft)
-        with _translated(self._device):
+        with self._guarded():
             if model is None:
                 return ngram.trace_lookup(draft, prompt, trace, max_length)
             return trace_model(model, draft, workload, prompt, trace)
@@ -97,21 +97,22 @@ class TorchEngine:
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
         """All components in one interleaved sweep, repeated while the machine is disturbed."""
         loader.check_context(self._target, context_length=context_length, max_length=max_length)
-        with _translated(self._device):
-            sweep = step_times.Sweep(
-                target=(self.target.run_digest, self._row_model(self.target.run_digest, workload)),
-                models={digest: self._row_model(digest, workload) for digest in self._draft_models},
-                lookups={
-                    component.digest: component
-                    for draft in self._drafts
-                    for component in draft.components
-                    if component.kind == "ngram"
-                },
-                batch_size=workload.batch_size,
-                context_length=context_length,
-                max_length=max_length,
+        with self._guarded():
+            drafts = {component.digest: component for draft in self._drafts for component in draft.components}
+            timed = {
+                digest: drafts[digest] if model is None else self._row_model(digest, workload)
+                for digest, model in self._models.items()
+            }
+            times, disturbed = quietest(
+                lambda: step_times.time_steps(
+                    timed,
+                    self._clock,
+                    target=self.target.run_digest,
+                    context_length=context_length,
+                    max_length=max_length,
+                ),
+                self._gpus,
             )
-            times, disturbed = quietest(lambda: step_times.time_steps(sweep, self._clock), self._gpus)
         return {digest: replace(component, disturbed=disturbed) for digest, component in times.items()}
 
     def run_together(
@@ -124,7 +125,7 @@ class TorchEngine:
         """Timed runs back to back; all of them again while the machine is disturbed, at most twice."""
         for setup in setups:
             self._check(workload, prompts, setup.length)
-        with _translated(self._device):
+        with self._guarded():
             for setup in setups:
                 self._warm_up(workload, prompts, setup)
             queues, disturbed = quietest(
@@ -150,17 +151,21 @@ class TorchEngine:
         rng = KeyedRandom(workload.batch_size, workload, self._target.model.device)
         drafter = SwitchableDrafter(functools.partial(self._component_drafter, rng), max_length)
         sizes = workload.context_length, max_length
-        with _translated(self._device):
+        with self._guarded():
             target = self._row_model(self.target.run_digest, workload)
             if (sizes, workload.batch_size) not in self._warm:
-                drafts = [self._row_model(digest, workload) for digest in self._draft_models]
-                warm_up(target, drafts, context_length=workload.context_length, max_length=max_length)
+                models = [
+                    self._row_model(digest, workload) for digest, model in self._models.items() if model is not None
+                ]
+                warm_up(
+                    target,
+                    [model for model in models if model is not target],
+                    context_length=workload.context_length,
+                    max_length=max_length,
+                )
                 self._warm.add((sizes, workload.batch_size))
             decoder = Decoder(target, drafter, rng, length=max_length)
-            with self._watched() as runs:
-                result = AdaptiveLoop(decoder, drafter, controller).run(prompts, self._clock)
-                runs.extend(result.generations)
-        return result
+            return AdaptiveLoop(decoder, drafter, controller).run(prompts, self._clock)
 
     def _generate(
         self, workload: Workload, prompts: Sequence[Prompt], setup: Setup, *, watch: bool = False
@@ -169,33 +174,22 @@ class TorchEngine:
         drafter = SwitchableDrafter(functools.partial(self._component_drafter, rng), setup.length).use(setup)
         target = self._row_model(self.target.run_digest, workload)
         decoder = Decoder(target, drafter, rng, length=setup.length, watch=watch)
-        with self._watched() as runs:
-            runs.extend(decoder.run(prompts, self._clock))
-        return runs
+        return decoder.run(prompts, self._clock)
 
     @contextlib.contextmanager
-    def _watched(self) -> Iterator[list[Generation]]:
-        """Notes the peak memory in the runs that the block puts into the list; drops caches that went bad."""
-        on_gpu = self._device.startswith("cuda")
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(self._device)
-        runs: list[Generation] = []
+    def _guarded(self) -> Iterator[None]:
+        """Turns torch's out-of-memory error into ours, and drops the caches when logits are not finite.
+
+        A value that is not finite would spoil what is decoded over it, masked or not.
+        """
         try:
-            yield runs
+            yield
         except BadNumbersError:
-            # a value that is not finite would spoil what is decoded over it, masked or not
             self._drop_rows(tuple(self._rows))
             raise
-        if on_gpu:
-            for run in runs:
-                run.peak_memory_bytes = torch.cuda.max_memory_allocated(self._device)
-
-    @property
-    def _draft_models(self) -> list[str]:
-        """Digests of the drafts' components that are models."""
-        return [
-            digest for digest, model in self._models.items() if model is not None and digest != self.target.run_digest
-        ]
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise OutOfMemoryError(f"device {self._device} ran out of memory: {reason}") from error
 
     def _component_drafter(self, rng: KeyedRandom, component: Draft) -> ComponentDrafter:
         if self._model(component) is not None:
@@ -258,15 +252,5 @@ def _sample(setup: Setup, prompt: Prompt, run: Generation, *, disturbed: bool) -
         shapes=run.shapes,
         refills=run.refills,
         output_digest=digest_of(run.token_ids),
-        peak_memory_bytes=run.peak_memory_bytes,
         disturbed=disturbed,
     )
-
-
-@contextlib.contextmanager
-def _translated(device: str) -> Iterator[None]:
-    """Turns torch's out-of-memory error into ours; other errors are left alone."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemoryError(f"device {device} ran out of memory: {str(error).splitlines()[0][:200]}") from error

@@ -83,5 +83,7 @@ def _footprint(source: DraftSource, target: loader.LoadedModel) -> Footprint:
         return Footprint(weight_bytes=0, cache_bytes_per_token=0)
     size = getattr(torch, target.record.dtype).itemsize
     shares_weights = not source.draft.has_weights or source.model is target.model
-    own = 0 if shares_weights else sum(parameter.numel() for parameter in source.model.parameters())
-    return Footprint(weight_bytes=size * own, cache_bytes_per_token=size * cached_values_per_token(source.model.config))
+    num_weights = 0 if shares_weights else sum(parameter.numel() for parameter in source.model.parameters())
+    return Footprint(
+        weight_bytes=size * num_weights, cache_bytes_per_token=size * cached_values_per_token(source.model.config)
+    )

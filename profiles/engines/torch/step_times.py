@@ -6,7 +6,6 @@ alike. What is timed is what a round does: run the forward, choose, and for the 
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -22,21 +21,6 @@ CYCLES = 24
 CHAIN = 4  # a draft's single-token steps follow each other: so many are timed together
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sweep:
-    """What is timed, by component digest: the target, draft models, look-ups; and at which sizes.
-
-    `context_length` tokens are cached in every row; `max_length` is the longest speculation length.
-    """
-
-    target: tuple[str, RowStepper]
-    models: Mapping[str, RowStepper]
-    lookups: Mapping[str, Draft]
-    batch_size: int
-    context_length: int
-    max_length: int
-
-
 class _TimedStep(NamedTuple):
     """A step, or `repeats` of them in a row."""
 
@@ -46,42 +30,42 @@ class _TimedStep(NamedTuple):
     repeats: int = 1
 
 
-def time_steps(sweep: Sweep, clock: Clock) -> dict[str, StepTimes]:
-    """Step times by component digest.
+def time_steps(
+    components: Mapping[str, RowStepper | Draft], clock: Clock, *, target: str, context_length: int, max_length: int
+) -> dict[str, StepTimes]:
+    """Step times by component digest, of models and of n-gram drafts; `target` is the target's digest.
 
-    The target is timed at widths 1..max_length+1; a draft model at 1 (a single-token step among others) and as wide as
-    a first step can be, because a draft that is switched to may be any number of tokens behind; a look-up in every row
-    at limits of 1..max_length tokens.
+    With `context_length` tokens cached in every row, the target is timed at widths 1..max_length+1; a draft model at 1
+    (a single-token step among others) and as wide as a first step can be, because a draft that is switched to may be
+    any number of tokens behind; a look-up in every row at limits of 1..max_length tokens.
     """
+    token_ids = [index % 97 for index in range(context_length)]
+    models = {digest: model for digest, model in components.items() if not isinstance(model, Draft)}
+    batch_size = models[target].num_rows
+    steps: list[_TimedStep] = []
     with torch.inference_mode():
-        steps = _steps(sweep)
+        for digest, model in models.items():
+            _fill(model, token_ids)
+            if digest == target:
+                widths = range(1, max_length + 2)
+                steps += [_TimedStep(digest, width, _verify(model, context_length, width)) for width in widths]
+            else:
+                first = [_TimedStep(digest, width, _first(model, context_length, width)) for width in CATCH_UP_WIDTHS]
+                steps += [*first, _TimedStep(digest, 1, _single_steps(model, context_length), CHAIN)]
+        for digest, draft in components.items():
+            if isinstance(draft, Draft):
+                limits = range(1, max_length + 1)
+                steps += [_TimedStep(digest, limit, _look_up(draft, token_ids, limit, batch_size)) for limit in limits]
         samples = _run_cycles(steps, clock)
     return {
-        component: StepTimes(
-            component_digest=component,
-            batch_size=sweep.batch_size,
-            context_length=sweep.context_length,
-            samples_s={width: tuple(values) for (owner, width), values in samples.items() if owner == component},
+        digest: StepTimes(
+            component_digest=digest,
+            batch_size=batch_size,
+            context_length=context_length,
+            samples_s={width: tuple(values) for (owner, width), values in samples.items() if owner == digest},
         )
-        for component in dict.fromkeys(step.component for step in steps)
+        for digest in components
     }
-
-
-def _steps(sweep: Sweep) -> list[_TimedStep]:
-    context_length, lengths = sweep.context_length, range(1, sweep.max_length + 1)
-    token_ids = [index % 97 for index in range(context_length)]
-    digest, target = sweep.target
-    _fill(target, token_ids)
-    steps = [
-        _TimedStep(digest, width, _verify(target, context_length, width)) for width in (*lengths, len(lengths) + 1)
-    ]
-    for digest, model in sweep.models.items():
-        _fill(model, token_ids)
-        steps += [_TimedStep(digest, width, _first_step(model, context_length, width)) for width in CATCH_UP_WIDTHS]
-        steps.append(_TimedStep(digest, 1, _single_steps(model, context_length), CHAIN))
-    for digest, draft in sweep.lookups.items():
-        steps += [_TimedStep(digest, limit, _look_up(draft, token_ids, limit, sweep.batch_size)) for limit in lengths]
-    return steps
 
 
 def _fill(model: RowStepper, token_ids: list[int]) -> None:
@@ -103,7 +87,7 @@ def _verify(model: RowStepper, context_length: int, width: int) -> Callable[[], 
     return lambda: model.step(tokens, positions, context_length + width, keep=width).argmax(-1).tolist()
 
 
-def _first_step(model: RowStepper, context_length: int, width: int) -> Callable[[], object]:
+def _first(model: RowStepper, context_length: int, width: int) -> Callable[[], object]:
     tokens, positions = _inputs(model, max(0, context_length - width), width)
     return lambda: model.step(tokens, positions, max(context_length, width))[:, 0].argmax(-1)
 

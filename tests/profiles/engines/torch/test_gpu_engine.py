@@ -57,7 +57,7 @@ def engine(tiny_folders: dict[str, Path]) -> TorchEngine:
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_every_draft_decodes_on_a_gpu(engine: TorchEngine, batch_size: int, temperature: float) -> None:
-    """Greedy outputs are the traces'; sampled ones are as long; peak memory is reported."""
+    """Greedy outputs are the traces'; sampled ones are as long."""
     workload = Workload(batch_size=batch_size, context_length=96, max_new_tokens=24, temperature=temperature)
     setups = (PLAIN, *(Setup(draft=draft, length=length) for draft in engine.drafts for length in (1, 4)))
     queues = [(prompt,) for prompt in PROMPTS] if batch_size == 1 else [PROMPTS]
@@ -65,7 +65,6 @@ def test_every_draft_decodes_on_a_gpu(engine: TorchEngine, batch_size: int, temp
         samples = engine.run_together(workload, queue, setups, "test")
         traces = [engine.trace_target(workload, prompt) for prompt in queue] * len(setups)
         for sample, trace in zip(samples, traces, strict=True):
-            assert sample.peak_memory_bytes
             assert sample.output_tokens == 24
             assert temperature > 0.0 or sample.output_digest == digest_of(list(trace.token_ids))
 
@@ -79,5 +78,4 @@ def test_a_controller_decides_on_a_gpu(engine: TorchEngine, batch_size: int) -> 
         controller = ScriptedController(wandering(setups, seed))
         found = engine.run_adaptive(workload, PROMPTS, controller, 8)
         for run, prompt in zip(found.generations, PROMPTS, strict=True):
-            assert run.peak_memory_bytes
             assert tuple(run.token_ids) == engine.trace_target(workload, prompt).token_ids
