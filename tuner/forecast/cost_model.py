@@ -130,7 +130,8 @@ class StepCostModel(CostModel):
 
     Per step of a draft model, drafts share one overhead *relative to their own step*: what a row of steps saves over
     single ones is a share of the step, and one draft's line through two lengths is mostly noise. The rest is per round
-    that proposed. A round without a proposal costs what a plain round costs, whatever the draft.
+    that proposed; a draft whose runs never proposed is charged a plain round's. A round without a proposal costs what a
+    plain round costs, whatever the draft.
     """
 
     calibration_prompts = 3
@@ -194,7 +195,7 @@ class StepCostModel(CostModel):
             proposing_s = _weighted_median(
                 (point.seconds - draft_step_s * point.draft_steps, point.num_rounds) for point in points
             )
-            overheads[draft] = Overhead(idle_s, proposing_s, draft_step_s, refill_s[draft])
+            overheads[draft] = Overhead(idle_s, proposing_s if points else idle_s, draft_step_s, refill_s[draft])
         return overheads
 
 

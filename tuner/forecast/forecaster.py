@@ -7,7 +7,7 @@ steps that catch up, other rows' prefills, and the overhead that a few real runs
 import itertools
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy
 
@@ -256,11 +256,17 @@ class Forecaster:
         fitted = [self._cost_model.calibrate(self._evidence.steps, variant) for variant in variants]
         order = [0, *(1 + draw % CALIBRATION_RESAMPLES for draw in range(RESAMPLES))]
         drafts = [None, *filter(self._evidence.is_traced, self._evidence.drafts)]
-        by_draft = {draft: [variant.get(draft, Overhead()) for variant in fitted] for draft in drafts}
+        by_draft = {draft: [_overhead_of(draft, variant) for variant in fitted] for draft in drafts}
         return (
             {draft: overheads[0] for draft, overheads in by_draft.items()},
             {draft: Overhead(*numpy.array(overheads)[order].T) for draft, overheads in by_draft.items()},
         )
+
+
+def _overhead_of(draft: Draft | None, fitted: Mapping[Draft | None, Overhead]) -> Overhead:
+    """A draft without calibration runs has plain decoding's overhead in every round."""
+    plain = fitted.get(None, Overhead())
+    return fitted.get(draft, plain._replace(proposing_s=plain.idle_s))
 
 
 def _percentiles(draws: numpy.ndarray) -> Interval:

@@ -24,11 +24,15 @@ def finalists(forecasts: Sequence[Forecast], count: int) -> tuple[Setup, ...]:
 
 
 def among_equals(speedups: Mapping[Setup, float]) -> Setup | None:
-    """The setup to take of those within 1.5 % of the fastest: without weights of its own first, then the shortest."""
+    """The setup to take of those within 1.5 % of the fastest: without weights of its own first, then the shortest.
+
+    A setup that is too slow to be claimed is never preferred to one that is not.
+    """
     if not speedups:
         return None
     fastest = max(speedups.values())
-    equals = [setup for setup, speedup in speedups.items() if speedup >= fastest / (1.0 + TIE)]
+    bar = max(fastest / (1.0 + TIE), min(fastest, MIN_SPEEDUP))
+    equals = [setup for setup, speedup in speedups.items() if speedup >= bar]
     return min(equals, key=lambda s: (s.draft is not None and s.draft.has_weights, s.length, s.name))
 
 

@@ -31,16 +31,18 @@ class Columns(NamedTuple):
 
 def pair_order(workload: Workload, queue: Queue, setup: Setup) -> tuple[Setup, Setup]:
     """Plain decoding and the setup in an order drawn from seed, prompts and setup: random, but a rerun repeats it."""
-    plain_first = random.Random(f"{workload.seed}/{queue_digest(queue)}/{setup.digest}").random() < 0.5
-    return (PLAIN, setup) if plain_first else (setup, PLAIN)
+    return (PLAIN, setup) if _plain_first(workload, queue, setup) else (setup, PLAIN)
+
+
+def _plain_first(workload: Workload, queue: Queue, setup: Setup) -> bool:
+    return random.Random(f"{workload.seed}/{queue_digest(queue)}/{setup.digest}").random() < 0.5
 
 
 def run_pairs(engine: Engine, workload: Workload, queue: Queue, setup: Setup, purpose: str) -> list[Pair]:
-    """A pair for every prompt of a queue."""
-    order = pair_order(workload, queue, setup)
-    samples = engine.run_together(workload, queue, order, purpose)
+    """A pair for every prompt of a queue; of plain against plain it is drawn which run counts as the setup's."""
+    samples = engine.run_together(workload, queue, pair_order(workload, queue, setup), purpose)
     first, second = samples[: len(queue)], samples[len(queue) :]
-    plain, chosen = (first, second) if order[0] == PLAIN else (second, first)
+    plain, chosen = (first, second) if _plain_first(workload, queue, setup) else (second, first)
     return [Pair(*pair) for pair in zip(plain, chosen, strict=True)]
 
 

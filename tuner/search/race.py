@@ -22,7 +22,7 @@ NOISE_QUEUES = 6  # plain against plain needs no more to show the noise
 class RaceResult:
     """What a race measured.
 
-    `speedups` are geometric means over queues, of the finalists that finished. `noise` is the mean log ratio of plain
+    `speedups` are ratios of totals, as in the proof, of the finalists that finished. `noise` is the log ratio of plain
     against plain, which would be 0 without noise. `failed` are finalists that an engine could not run.
     """
 
@@ -43,8 +43,8 @@ def race(
 ) -> RaceResult:
     """Runs plain against plain, then every finalist against plain, on the same queues, as one Optuna study.
 
-    A trial reports the log ratio of seconds per token of each queue. `WilcoxonPruner` stops a finalist that loses,
-    queue by queue, to the best that finished.
+    A trial reports the log ratio of seconds per token of each queue, by which `WilcoxonPruner` stops a finalist that
+    loses, queue by queue, to the best that finished. Finishers are ranked by the ratio over all queues together.
     """
     study = _create_study(study_name, storage)
     setup_names = optuna.distributions.CategoricalDistribution([setup.name for setup in (PLAIN, *finalists)])
@@ -82,17 +82,17 @@ def _create_study(name: str, storage: Storage | None) -> optuna.Study:
 def _run_trial(
     trial: optuna.Trial, run: Callable[[Queue, Setup], Sequence[Pair]], queues: Sequence[Queue], setup: Setup
 ) -> float | None:
-    """Mean log ratio over the queues; None when the trial was pruned or no run had a time per token."""
-    log_ratios: list[float] = []
+    """Log ratio over all queues; None when the trial was pruned or no run had a time per token."""
+    pairs: list[Pair] = []
     for step, queue in enumerate(queues):
         timed = timed_pairs(run(queue, setup))
         if not timed:
             continue
-        log_ratios.append(_log_ratio(timed))
-        trial.report(log_ratios[-1], step)
+        pairs += timed
+        trial.report(_log_ratio(timed), step)
         if setup != PLAIN and _should_prune(trial):
             return None
-    return sum(log_ratios) / len(log_ratios) if log_ratios else None
+    return _log_ratio(pairs) if pairs else None
 
 
 def _log_ratio(pairs: Sequence[Pair]) -> float:

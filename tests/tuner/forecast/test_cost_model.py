@@ -125,3 +125,9 @@ def test_a_run_that_does_not_say_its_shapes_is_refused() -> None:
     setup, sample = _run(PLAIN, {(0, 0): 50}, 0.0)
     with pytest.raises(NotMeasuredError, match="plain does not say what its rounds ran"):
         MODEL.calibrate(STEPS, [(setup, replace(sample, shapes={}))])
+
+
+def test_a_draft_that_never_proposed_is_not_free() -> None:
+    """Its proposing rounds are charged what a plain round is."""
+    calibration = [_run(PLAIN, {(0, 0): 50}, 50 * 0.001), _run(Setup(draft=NGRAM, length=4), {(0, 0): 50}, 50 * 0.001)]
+    assert MODEL.calibrate(STEPS, calibration)[NGRAM].proposing_s == pytest.approx(0.001)

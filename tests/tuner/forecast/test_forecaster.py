@@ -7,6 +7,7 @@ import pytest
 
 from profiles.records.core import PLAIN, Setup
 from profiles.records.errors import NotMeasuredError
+from profiles.records.evidence import StepShape
 from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, TARGET, FakeEngine, prompts
 from tuner.forecast.evidence import Evidence, calibration_lengths, gather, typical_context
 from tuner.forecast.forecaster import Forecaster
@@ -86,3 +87,17 @@ def test_typical_context_is_rounded_up() -> None:
     """Halfway through a run, to a multiple of 32 tokens."""
     workload = replace(GREEDY, max_new_tokens=64, context_length=512)
     assert typical_context(workload, prompts(3)) % 32 == 0
+
+
+def test_a_draft_without_calibration_is_not_free(evidence: Evidence) -> None:
+    """1 ms of host time in every plain round is charged to the draft's rounds too, though it was not run."""
+    plain = [(setup, run) for setup, run in evidence.calibration if setup == PLAIN]
+    slower = tuple(
+        (setup, replace(run, decode_s=run.decode_s + 0.001 * (run.output_tokens - 1))) for setup, run in plain
+    )
+    forecaster = Forecaster(replace(evidence, calibration=slower), GREEDY, TARGET.run_digest)
+    without = Forecaster(replace(evidence, calibration=tuple(plain)), GREEDY, TARGET.run_digest)
+    for shape in (StepShape(1), StepShape(3, 2, 2)):
+        setup = Setup(draft=DRAFT_A, length=2)
+        more_s = forecaster.round_s(setup, shape) - without.round_s(setup, shape)
+        assert more_s == pytest.approx(0.001, rel=0.05)
