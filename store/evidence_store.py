@@ -96,7 +96,7 @@ class EvidenceStore:
 
     def save_target_trace(self, scope: Scope, prompt: Prompt, trace: TargetTrace) -> TargetTrace:
         """Save a trace unless the store has one; returns the stored one: of two processes the first answers."""
-        table, row = tables.target_traces, tables.target_trace_row(trace)
+        table, row = tables.target_traces, tables.row_of(trace)
         is_new = self._save_trace(scope, prompt, table, key=_trace_key(scope, prompt), row=row)
         return trace if is_new else self._find(table, _trace_key(scope, prompt), tables.target_trace_record)[0]
 

@@ -10,6 +10,7 @@ import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
+from functools import partial
 from statistics import median
 from typing import Any, TypeVar
 
@@ -364,7 +365,8 @@ choices = Table(
 ABOUT_TARGETS = (target_traces, acceptance_traces, lookup_traces, sweeps, units, infeasible, runs, policies)
 
 
-def _values(record: Any) -> Values:
+def row_of(record: Any) -> Values:
+    """A record's fields as columns."""
     return {item.name: getattr(record, item.name) for item in fields(record)}
 
 
@@ -377,11 +379,11 @@ def from_row(record: Callable[..., Record], row: Row) -> Record:
 
 
 def model_row(model: Model) -> Values:
-    return {"key": model.run_digest, **_values(model)}
+    return {"key": model.run_digest, **row_of(model)}
 
 
 def environment_row(environment: Environment) -> Values:
-    return {"digest": environment.digest, **_values(environment)}
+    return {"digest": environment.digest, **row_of(environment)}
 
 
 def prompt_row(prompt: Prompt) -> Values:
@@ -408,17 +410,13 @@ def setup_row(setup: Setup) -> Values:
     return {"digest": setup.digest, "name": setup.name, **draft, "k": setup.length}
 
 
-def target_trace_row(trace: TargetTrace) -> Values:
-    return _values(trace)
-
-
 def acceptance_row(trace: Acceptance) -> Values:
     """Of a row of `acceptance_traces` or `lookup_traces`."""
     if isinstance(trace, LookupTrace):
         counts = {"num_proposed": sum(trace.proposed), "num_accepted": float(sum(trace.accepted))}
-        return {**_values(trace), **counts}
+        return {**row_of(trace), **counts}
     drafted = trace.accept_probs[1:]  # the first token comes from the prefill
-    return {**_values(trace), "num_proposed": len(drafted), "num_accepted": math.fsum(drafted)}
+    return {**row_of(trace), "num_proposed": len(drafted), "num_accepted": math.fsum(drafted)}
 
 
 def step_times_rows(sweep_id: int, times: StepTimes, component: str) -> Iterator[Values]:
@@ -497,24 +495,11 @@ def _choice_row(choice: Row) -> Values:
 # --- rows to records ---
 
 
-def model_record(row: Row) -> Model:
-    return from_row(Model, row)
-
-
-def environment_record(row: Row) -> Environment:
-    return from_row(Environment, row)
-
-
-def target_trace_record(row: Row) -> TargetTrace:
-    return from_row(TargetTrace, row)
-
-
-def acceptance_record(row: Row) -> AcceptanceTrace:
-    return from_row(AcceptanceTrace, row)
-
-
-def lookup_record(row: Row) -> LookupTrace:
-    return from_row(LookupTrace, row)
+model_record = partial(from_row, Model)
+environment_record = partial(from_row, Environment)
+target_trace_record = partial(from_row, TargetTrace)
+acceptance_record = partial(from_row, AcceptanceTrace)
+lookup_record = partial(from_row, LookupTrace)
 
 
 def step_times_records(rows: Iterable[Row]) -> dict[str, StepTimes]:

@@ -1,8 +1,6 @@
-"""Brings a store's schema to the newest revision known here, and refuses a file that this version cannot read.
+"""Brings a store's schema to the newest revision, and refuses a store that this version cannot read.
 
-Alembic runs the numbered revisions in `versions/` on the caller's connection, and is loaded only for that: reading a
-store of the newest schema takes no Alembic. It must not know what rows mean, nor open or commit a transaction: the book
-does.
+Alembic runs the numbered revisions in `versions/` in the caller's transaction, and is loaded only for that.
 """
 
 from pathlib import Path
@@ -35,6 +33,21 @@ def require_current(connection: Connection) -> None:
         raise StoreError(
             f"it has {found}, this draftpick reads {HEAD}: `tune.py show` on a host that may write upgrades it"
         )
+
+
+def execute_script(connection: Connection, name: str) -> None:
+    """Execute a SQL script of `versions/`; {words} in braces stand for what differs between SQLite and PostgreSQL."""
+    is_sqlite = connection.dialect.name == "sqlite"
+    words = {
+        "id": "INTEGER NOT NULL PRIMARY KEY" if is_sqlite else "SERIAL PRIMARY KEY",
+        "counted_id": "INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT" if is_sqlite else "SERIAL PRIMARY KEY",
+        "bytes": "BLOB" if is_sqlite else "BYTEA",
+        "wide": "INTEGER" if is_sqlite else "BIGINT",
+        "without_rowid": " WITHOUT ROWID" if is_sqlite else "",
+    }
+    script = (LOCATION / "versions" / name).read_text(encoding="utf-8").format(**words)
+    for statement in filter(str.strip, script.split(";\n")):
+        connection.exec_driver_sql(statement)
 
 
 def upgrade(connection: Connection) -> None:

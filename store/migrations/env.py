@@ -1,13 +1,13 @@
-"""Alembic's entry: runs the revisions on the connection the book hands over, inside the book's own transaction.
+"""Alembic's entry: runs the revisions in the transaction of the store's connection.
 
-Revisions are numbered 0001, 0002, ...; each is frozen once released and knows neither `store.tables` nor records.
+Revisions are numbered 0001, 0002, ...; what a released one does is never changed.
 """
 
 from alembic import context
 
 context.configure(
     connection=context.config.attributes["connection"],
-    transactional_ddl=True,  # true of SQLite when, as in the book, BEGIN is sent by us
+    transactional_ddl=True,  # true of SQLite, because `store.database` sends BEGIN itself
 )
 with context.begin_transaction():
     context.run_migrations()

@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from alembic import op
@@ -19,6 +18,7 @@ from profiles.records.codec import workload_from
 from profiles.records.core import Workload, digest_of
 from profiles.records.evidence import Acceptance, StepTimes
 from store import tables
+from store.migrations import execute_script
 
 revision = "0005"
 down_revision = "0004"
@@ -34,38 +34,24 @@ Workloads = dict[str, Workload]  # of finished and unfinished runs, by sampling 
 
 def upgrade() -> None:
     connection = op.get_bind()
-    is_sqlite = connection.dialect.name == "sqlite"
     for name in OLD:  # copied, not renamed: names of constraints and indexes would be taken
         connection.exec_driver_sql(f"CREATE TABLE old_{name} AS SELECT * FROM {name}")
         op.drop_table(name)
-    words = {
-        "id": "INTEGER NOT NULL PRIMARY KEY" if is_sqlite else "SERIAL PRIMARY KEY",
-        "counted_id": "INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT" if is_sqlite else "SERIAL PRIMARY KEY",
-        "bytes": "BLOB" if is_sqlite else "BYTEA",
-        "wide": "INTEGER" if is_sqlite else "BIGINT",
-        "without_rowid": " WITHOUT ROWID" if is_sqlite else "",
-    }
-    _execute(connection, "0005_columns.sql", words)
+    execute_script(connection, "0005_columns.sql")
     workloads = _workloads(connection)
     _fill(connection, tables.workloads, _old_workloads(connection, workloads))
     _fill(connection, tables.setups, _setups(connection))
-    _execute(connection, "0005_copy.sql", {})
+    execute_script(connection, "0005_copy.sql")
     _copy(connection, tables.runs, _run)
     _copy_policies(connection)
     _copy_traces(connection, workloads)
     _copy_step_times(connection)
     for name in OLD:
         op.drop_table(f"old_{name}")
-    if not is_sqlite:  # these rows came with their ids
+    if connection.dialect.name != "sqlite":  # these rows came with their ids
         for name in ("runs", "policies", "target_traces", "acceptance_traces", "lookup_traces"):
             next_id = f"SELECT coalesce(max(id), 0) + 1 FROM {name}"
             connection.exec_driver_sql(f"SELECT setval('{name}_id_seq', ({next_id}), false)")
-
-
-def _execute(connection: Connection, script: str, words: dict[str, str]) -> None:
-    text = Path(__file__).with_name(script).read_text(encoding="utf-8")
-    for statement in filter(str.strip, text.format(**words).split(";\n")):
-        connection.exec_driver_sql(statement)
 
 
 def _rows(connection: Connection, query: str) -> Iterator[Row]:
