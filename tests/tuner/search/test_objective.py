@@ -83,15 +83,15 @@ def test_draft_names_parse_back() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "draft '': a path, a hub id, ngram[:max=4,min=2], early-exit:LAYERS or ngram+PATH is allowed"),
+        ("", "draft '': allowed are a model directory, .gguf file or hub id"),
         ("ngram:", "draft 'ngram:': '' is not one of max=N and min=N"),
         ("ngram:size=3", "draft 'ngram:size=3': 'size=3' is not one of max=N and min=N"),
         ("ngram:max=3,max=4", "draft 'ngram:max=3,max=4': 'max=4' is not one of max=N and min=N, each at most once"),
         ("ngram:max=many", "draft 'ngram:max=many': 'many' is not a whole number; allowed is max=N"),
         ("ngram:max=2,min=3", "ngram matches max=2,min=3: allowed are 1 <= min <= max"),
         ("ngram:min=0", "ngram matches max=4,min=0: allowed are 1 <= min <= max"),
-        ("ngram+", "draft '': a path, a hub id"),
-        ("ngram+ngram", "draft 'ngram+ngram': behind the + a path or hub id of a draft model is allowed"),
+        ("ngram+", "draft '': allowed are"),
+        ("ngram+ngram", "draft 'ngram+ngram': behind the + a directory, GGUF file or hub id of a model is allowed"),
         ("ngram:size=3+a", "draft 'ngram:size=3+a': 'size=3' is not one of max=N and min=N"),
         ("early-exit", "draft 'early-exit': '' is not a whole number; allowed is early-exit:LAYERS"),
         ("early-exit:half", "draft 'early-exit:half': 'half' is not a whole number"),
