@@ -154,6 +154,8 @@ models = Table(
     *_columns(String, "revision", null=True),
     *_columns(String, "dtype", "digest"),
     *_columns(WIDE, "num_params"),
+    *_columns(Integer, "vocab_size", null=True),
+    *_columns(String, "stored_type", null=True),
 )
 
 environments = Table(

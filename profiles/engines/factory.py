@@ -13,12 +13,13 @@ import platformdirs
 from profiles.engines import rules
 from profiles.engines.base import SERVED_KINDS, Engine
 from profiles.engines.bench import Bench
+from profiles.engines.releases import release_of
 from profiles.hardware import fingerprint, machine
 from profiles.models import loader, sources
 from profiles.models.loader import DescribedModel
 from profiles.records.core import DTYPES, Draft, Setup
 from profiles.records.draft_spec import DraftSpec, RefusedDraft, engine_options
-from profiles.records.errors import InputError
+from profiles.records.errors import InputError, PairError
 
 APP_NAME = "draftpick"  # of the folder for logs
 MIN_ROWS = 8  # vLLM's rows are part of the key of its times, so few different numbers are used
@@ -97,7 +98,7 @@ def open_bench(spec: EngineSpec, models: ModelSpec) -> Bench:
     errors: dict[str, InputError] = {}
     for draft_spec in models.drafts:
         try:
-            draft = _describe_draft(draft_spec, described, models.target)
+            draft = _describe_draft(draft_spec, described, models.target, engine=spec.engine)
             builder.check(draft)
             drafts.setdefault(draft.digest, draft)
         except InputError as error:
@@ -124,7 +125,7 @@ def _default_dtype(spec: EngineSpec, models: ModelSpec) -> str | None:
     return "float32" if reads_gguf or fingerprint.pick_device(spec.device) == "cpu" else "bfloat16"
 
 
-def _describe_draft(spec: DraftSpec, described: dict[str, DescribedModel], target: str) -> Draft:
+def _describe_draft(spec: DraftSpec, described: dict[str, DescribedModel], target: str, *, engine: str) -> Draft:
     """The record of a draft; its model is described first. Raises InputError: a kind or a model that cannot be used."""
     if spec.kind not in SERVED_KINDS:
         raise InputError(f"draft {spec.name!r}: a serving engine drafts with {', '.join(SERVED_KINDS)} only")
@@ -134,7 +135,7 @@ def _describe_draft(spec: DraftSpec, described: dict[str, DescribedModel], targe
     elif spec.path is not None:
         if spec.path not in described:
             model = loader.describe(spec.path, dtype=described[target].record.dtype)
-            loader.check_pair(described[target], model)
+            loader.check_pair(described[target], model, engine=engine)
             described[spec.path] = model
         record = described[spec.path].record
     return Draft(kind=spec.kind, model=record, max_match=spec.max_match, min_match=spec.min_match, method=spec.method)
@@ -149,6 +150,9 @@ def _vllm(spec: EngineSpec, target: DescribedModel) -> EngineBuilder:
             num_positions(sources.find(draft.model.name))
         if draft.method is not None:
             engine_options(draft.method)
+        setup = Setup(draft=draft, length=spec.max_length)
+        if reason := rules.vocabulary_objection(target.record, setup, release_of("vllm", spec.version)):
+            raise PairError(f"draft {draft.name!r}: {reason}")
 
     def build(drafts: tuple[Draft, ...]) -> ServingEngine:
         options = VllmOptions(

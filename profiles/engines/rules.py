@@ -53,13 +53,13 @@ def weights_objection(target: Model, setup: Setup, release: EngineRelease) -> st
 def vocabulary_objection(target: Model, setup: Setup, release: EngineRelease) -> str | None:
     """Engines that compare the rows of the embeddings refuse a draft of other padding, although the tokens are equal.
 
-    A family's models are padded to different sizes (151,936 and 152,064 rows). A size that cannot be read is no
-    objection: a hub id is not downloaded for it.
+    A family's models are padded to different sizes (151,936 and 152,064 rows). Evidence of 0.5.0 does not have them:
+    then a directory's config is read, and a size that cannot be read is no objection.
     """
     draft = setup.draft.model if setup.draft is not None and setup.draft.kind == "model" else None
     if draft is None or release.engine not in EQUAL_VOCABULARIES:
         return None
-    sizes = vocab_size(target), vocab_size(draft)
+    sizes = target.vocab_size or vocab_size(target), draft.vocab_size or vocab_size(draft)
     if None in sizes or sizes[0] == sizes[1]:
         return None
     return f"{release.title} needs equal vocabulary sizes, and the target has {sizes[0]}, the draft {sizes[1]}"

@@ -35,7 +35,7 @@ def workloads_of(
     """
     target = bench.loaded[0]
     max_context = min(loaded.max_positions for loaded in bench.loaded) - max(question.lengths)
-    encoded = encode(requests, target.tokenizer)
+    encoded = encode(requests, target.tokenizer, vocab_size=target.num_tokens)
     prompts_by_context: dict[int, tuple[Prompt, ...]] = {}
     warnings: list[str] = []
     for context in question.contexts or (None,):

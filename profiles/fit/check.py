@@ -111,7 +111,7 @@ def _decode_briefly(bench: Bench, requests: Sequence[Request]) -> tuple[_Outputs
     target = bench.loaded[0]
     chosen = _spread_over_domains(requests or read(ALL_PROMPTS))
     max_tokens = min(MAX_PROMPT_TOKENS, target.max_positions - NEW_TOKENS - LENGTH)
-    prompts, warnings = tokens.tokenize(chosen, target.tokenizer, max_tokens)
+    prompts, warnings = tokens.tokenize(chosen, target.tokenizer, max_tokens, vocab_size=target.num_tokens)
     longest = max(len(prompt.token_ids) for prompt in prompts)
     workload = Workload(
         context_length=longest + NEW_TOKENS, max_new_tokens=NEW_TOKENS, end_token_ids=target.end_token_ids

@@ -5,8 +5,9 @@ Weights come from safetensors or GGUF files only; nothing is printed while loadi
 
 import contextlib
 import io
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,10 +28,11 @@ from profiles.records.errors import InputError, ModelError, PairError
 
 # what a layer may keep per token so that tokens can be taken back; a recurrent state cannot
 _CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-_GPU_SHARE = 0.9  # of a GPU's free memory for weights: caches and activations need the rest
-_NO_ROLLBACK = (
-    "model {name!r}: {layers} keep a running state, which cannot take tokens back; a key/value cache is needed"
+_LLAMACPP_TRAILING = 128  # SPEC_VOCAB_MAX_SIZE_DIFFERENCE
+_HARMLESS = re.compile(  # tensors that models compute themselves, and scales of a quantised key/value cache
+    r"rotary_emb\.inv_freq$|\.(attn|attention|self_attn)\.(masked_)?bias$|\.[kvq]_scale$"
 )
+_GPU_SHARE = 0.9  # of a GPU's free memory for weights: caches and activations need the rest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +41,14 @@ class DescribedModel:
 
     Attributes:
         max_positions: The longest context in tokens.
+        num_tokens: Token ids below it have an embedding.
         note: One line for the user on how the weights are run, if there is something to say.
     """
 
     tokenizer: PreTrainedTokenizerBase
     record: Model
     max_positions: int
+    num_tokens: int
     end_token_ids: tuple[int, ...]
     note: str | None = None
 
@@ -76,20 +80,25 @@ def describe(name: str, *, dtype: str | None) -> DescribedModel:
         generation = None
         if source.files("generation_config.json"):
             generation = GenerationConfig.from_pretrained(source.folder)
+        record = _record(source, config, dtype)
         return DescribedModel(
             tokenizer=tokenizer,
-            record=_record(source, config, dtype),
+            record=record,
+            num_tokens=record.vocab_size or max(tokenizer.get_vocab().values()) + 1,
             max_positions=sources.max_positions(config, source),
             end_token_ids=_end_token_ids(source, generation, config.get_text_config(decoder=True), tokenizer),
         )
 
 
-def load(name: str, *, dtype: str, device: str, several_gpus: bool = True) -> LoadedModel:
+def load(
+    name: str, *, dtype: str, device: str, several_gpus: bool = True, num_tokens: int | None = None
+) -> LoadedModel:
     """Loads a directory, a GGUF file, a hub id or a built-in model on `device`, its float weights as `dtype`.
 
     Args:
         device: `cpu`, `cuda:N`, or `cuda`, on which a model too large for the first GPU is spread over all.
         several_gpus: False keeps it on the first GPU, as drafts need it.
+        num_tokens: Rows of the embedding to keep, a target's for its drafts; None keeps those that have a token.
 
     Raises:
         ModelError: No such model, pickled or broken files, weights missing or not finite, no tokenizer, or an
@@ -104,7 +113,8 @@ def load(name: str, *, dtype: str, device: str, several_gpus: bool = True) -> Lo
         _check_cache(name, config)
         tokenizer = sources.read_tokenizer(source)
         placement = _placement(source, dtype, device) if several_gpus else {}
-        model = _without_padding(name, _load_weights(source, config, dtype, placement), tokenizer)
+        model, weights_note = _load_weights(source, config, dtype, placement)
+        _cut_embedding(model, num_tokens or max(tokenizer.get_vocab().values()) + 1)
         if placement:
             _check_spread(model, name, dtype)
         else:
@@ -116,18 +126,15 @@ def load(name: str, *, dtype: str, device: str, several_gpus: bool = True) -> Lo
         return LoadedModel(
             model=model,
             tokenizer=tokenizer,
-            record=Model(
-                name=name,
-                revision=source.revision,
-                dtype=dtype,
-                digest=sources.digest(source),
-                num_params=sum(parameter.numel() for parameter in model.parameters()),
+            record=replace(
+                _record(source, config, dtype), num_params=sum(weight.numel() for weight in model.parameters())
             ),
+            num_tokens=model.get_input_embeddings().weight.shape[0],
             max_positions=sources.max_positions(config, source),
             end_token_ids=_end_token_ids(
                 source, model.generation_config, model.config.get_text_config(decoder=True), tokenizer
             ),
-            note=_note(source, dtype, is_spread=bool(placement)),
+            note="; ".join(filter(None, (_note(source, dtype, is_spread=bool(placement)), weights_note))) or None,
         )
 
 
@@ -148,14 +155,31 @@ def _record(source: Source, config: PreTrainedConfig, dtype: str | None) -> Mode
         dtype=dtype or (stored if stored in DTYPES else "float32"),
         digest=sources.digest(source),
         num_params=sources.num_values(source),
+        vocab_size=getattr(config.get_text_config(decoder=True), "vocab_size", None),
+        stored_type=None if source.gguf is None else source.gguf.float_type,
     )
 
 
-def check_pair(target: DescribedModel, draft: DescribedModel) -> None:
-    """Refuses a draft whose token map is not the target's; padded embeddings are fine. Raises PairError."""
+def check_pair(target: DescribedModel, draft: DescribedModel, *, engine: str = "torch") -> None:
+    """Refuses a draft with another token map.
+
+    Tokens that only one of the two has at the end of its map are fine: such a draft never proposes them, or has them
+    refused. Padded embeddings are fine here; engines that compare their rows have a rule of their own.
+
+    Raises:
+        PairError: Other tokens under the same ids, more tokens at the end than llama.cpp allows, or fewer embedding
+            rows than the torch engine needs.
+    """
+    pair = f"draft {draft.record.name!r} and target {target.record.name!r}"
     target_ids, draft_ids = target.tokenizer.get_vocab(), draft.tokenizer.get_vocab()
+    num_common = min(max(target_ids.values()), max(draft_ids.values())) + 1
     differing = sorted(
-        (token for token in target_ids.keys() | draft_ids.keys() if target_ids.get(token) != draft_ids.get(token)),
+        (
+            token
+            for token in target_ids.keys() | draft_ids.keys()
+            if target_ids.get(token) != draft_ids.get(token)
+            and min(target_ids.get(token, num_common), draft_ids.get(token, num_common)) < num_common
+        ),
         key=lambda token: (target_ids.get(token, draft_ids.get(token)), token),
     )
     if differing:
@@ -164,10 +188,14 @@ def check_pair(target: DescribedModel, draft: DescribedModel) -> None:
             for token in differing[:3]
         )
         raise PairError(
-            f"draft {draft.record.name!r} and target {target.record.name!r} have different token maps "
-            f"({len(draft_ids)} and {len(target_ids)} tokens): {len(differing)} tokens differ, "
-            f"first, with the ids in each: {first}; use a draft with the target's tokenizer"
+            f"{pair} have different token maps ({len(draft_ids)} and {len(target_ids)} tokens): {len(differing)} "
+            f"tokens differ, first, with the ids in each: {first}; use a draft with the target's tokenizer"
         )
+    num_behind = abs(len(target_ids) - len(draft_ids))
+    if engine == "llamacpp" and num_behind > _LLAMACPP_TRAILING:
+        raise PairError(f"{pair}: {num_behind} tokens at the end of one map only; llama.cpp takes {_LLAMACPP_TRAILING}")
+    if isinstance(draft, LoadedModel) and draft.num_tokens != target.num_tokens:
+        raise PairError(f"{pair} embed {draft.num_tokens} and {target.num_tokens} tokens; the draft needs as many")
 
 
 def check_context(loaded: DescribedModel, *, context_length: int, max_length: int) -> None:
@@ -209,7 +237,7 @@ def _check_cache(name: str, config: PreTrainedConfig) -> None:
     """Refuses layers that keep a state instead of keys and values."""
     kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ()) - _CACHED_LAYERS
     if kinds:
-        raise ModelError(_NO_ROLLBACK.format(name=name, layers=f"{min(kinds)} layers"))
+        raise ModelError(sources.NO_ROLLBACK.format(name=name, layers=f"{min(kinds)} layers"))
 
 
 def _placement(source: Source, dtype: str, device: str) -> dict[str, object]:
@@ -235,8 +263,8 @@ def _check_spread(model: PreTrainedModel, name: str, dtype: str) -> None:
 
 def _load_weights(
     source: Source, config: PreTrainedConfig, dtype: str, placement: dict[str, object]
-) -> PreTrainedModel:
-    """The model in evaluation mode, with fused attention where the architecture has it."""
+) -> tuple[PreTrainedModel, str | None]:
+    """The model in evaluation mode and a note on its files, with fused attention where the architecture has it."""
     options = {
         "config": config,
         "dtype": getattr(torch, dtype),
@@ -252,42 +280,74 @@ def _load_weights(
             model, info = AutoModelForCausalLM.from_pretrained(source.folder, attn_implementation="sdpa", **options)
         except ValueError:  # what an architecture without it raises; any other fault is raised again below
             model, info = AutoModelForCausalLM.from_pretrained(source.folder, attn_implementation="eager", **options)
-    _check_complete(source, info)
+    note = _check_complete(source, model, info)
     if model._is_stateful:  # what transformers' own assisted decoding checks
-        raise ModelError(_NO_ROLLBACK.format(name=source.name, layers=f"{type(model).__name__}'s layers"))
+        raise ModelError(sources.NO_ROLLBACK.format(name=source.name, layers=f"{type(model).__name__}'s layers"))
     if source.gguf is not None:
         gguf.scale_rotary(model, source.gguf)
     model.eval()
     model.requires_grad_(False)
-    return model
+    return model, note
 
 
-def _check_complete(source: Source, info: dict[str, Any]) -> None:
-    """Refuses a model of which transformers has made up weights."""
+def _check_complete(source: Source, model: PreTrainedModel, info: dict[str, Any]) -> str | None:
+    """Refuses a model that is not what its files hold; returns a note on tensors of other parts that stay unread."""
+    prefix = f"model {source.name!r}: "
     description = "the header" if source.gguf is not None else "its config.json"
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
-            f"model {source.name!r}: {len(missing)} weights are not in its files, first {missing[0]}; "
+            f"{prefix}{len(missing)} weights are not in its files, first {missing[0]}; "
             f"{description} must describe the weights"
         )
     if mismatched := sorted(info["mismatched_keys"]):
         name, stored, expected = mismatched[0]
         raise ModelError(
-            f"model {source.name!r}: {len(mismatched)} weights are of another size than {description} says, first "
+            f"{prefix}{len(mismatched)} weights are of another size than {description} says, first "
             f"{name} ({list(stored)} instead of {list(expected)}); {description} must describe the weights"
         )
+    if faults := info.get("error_msgs"):
+        raise ModelError(f"{prefix}{' '.join(str(faults[0]).split())[:300]}")
+    unread = [key for key in sorted(info["unexpected_keys"]) if not _HARMLESS.search(key)]
+    if model.config.get_text_config(decoder=True).tie_word_embeddings:
+        unread = [key for key in unread if key != "lm_head.weight"]
+    modules = {name for name, _ in model.named_modules()}
+    if left_over := [key for key in unread if _is_inside(key, modules)]:
+        cause = f"{description} must describe the weights"
+        if any("scale" in key.rpartition(".")[2] for key in left_over):
+            cause = "they are scales of quantised weights, and its config.json has no quantization_config"
+            if source.files("hf_quant_config.json"):
+                cause = "they are scales of weights quantised by ModelOpt (hf_quant_config.json), read by vLLM only"
+        raise ModelError(
+            f"{prefix}{len(left_over)} tensors in its files have no place in {type(model).__name__}, first "
+            f"{left_over[0]}; {cause}"
+        )
+    if not unread:
+        return None
+    parts = ", ".join(dict.fromkeys(key.partition(".")[0] for key in unread))
+    return f"{prefix}{len(unread)} tensors beside the language model are not read ({parts})"
 
 
-def _without_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Cuts embedding rows without a token, so that target and draft probabilities have one width."""
-    num_tokens = max(tokenizer.get_vocab().values()) + 1
-    num_rows = model.get_input_embeddings().weight.shape[0]
-    if num_rows < num_tokens:
-        raise ModelError(f"model {name!r} embeds {num_rows} tokens; its tokenizer needs at least {num_tokens}")
-    if num_rows > num_tokens:
+def _is_inside(key: str, modules: set[str]) -> bool:
+    """Whether a tensor belongs to the language model: to one of its modules, or to a layer that it lacks."""
+    parent, _, _ = key.rpartition(".")
+    if parent in modules:
+        return True
+    names = parent.split(".")
+    for end in range(len(names) - 1, 0, -1):
+        prefix = ".".join(names[:end])
+        if prefix in modules:
+            return names[end].isdecimal() or any(name.isdecimal() for name in names[:end])
+    return False
+
+
+def _cut_embedding(model: PreTrainedModel, num_tokens: int) -> None:
+    """Cuts the embedding to `num_tokens` rows, so that target and draft probabilities have one width.
+
+    Fewer rows stay: a tokenizer may name tokens that the model does not have.
+    """
+    if model.get_input_embeddings().weight.shape[0] > num_tokens:
         model.resize_token_embeddings(num_tokens)
         model.requires_grad_(False)
-    return model
 
 
 def _end_token_ids(source: Source, *configs: Any) -> tuple[int, ...]:

@@ -24,9 +24,12 @@ def footprint(source: Source, dtype: str) -> Footprint:
     check_dtype(dtype)
     item_bytes = getattr(torch, dtype).itemsize
     with sources.library_errors(f"model {source.name!r}"):
+        config = sources.read_config(source)
+        if not isinstance(getattr(config.get_text_config(decoder=True), "num_attention_heads", None), int):
+            raise ModelError(sources.NO_ROLLBACK.format(name=source.name, layers=f"{config.model_type} layers"))
         return Footprint(
             weight_bytes=item_bytes * sources.num_values(source),
-            cache_bytes_per_token=item_bytes * cached_values_per_token(sources.read_config(source)),
+            cache_bytes_per_token=item_bytes * cached_values_per_token(config),
         )
 
 

@@ -5,6 +5,7 @@ Errors of the libraries underneath become one-line `ModelError`s.
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import logging
 import math
@@ -16,7 +17,8 @@ from pathlib import Path
 import huggingface_hub
 import safetensors
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from profiles.builtin import BUILTIN, BUILTIN_FOLDER
@@ -29,6 +31,10 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "*.model", "*.tiktoken", "vocab.*")
 _HUB_FILES = ("model*.safetensors", "*.json", "*.jinja", "*.txt", *_TOKENIZER_FILES)
+_LFS = b"version https://git-lfs"  # how a pointer of Git LFS begins
+NO_ROLLBACK = "model {name!r}: {layers} keep a running state, which cannot take tokens back; they need a key/value cache"
+    "model {name!r}: {layers} keep a running state, which cannot take tokens back, instead of a key/value cache"
+)
 _ALLOWED = "allowed are a model directory, a .gguf file and a hub id like owner/name"
 
 
@@ -89,28 +95,71 @@ def _gguf_source(name: str, path: Path) -> Source:
 
 
 def weight_files(source: Source) -> list[Path]:
-    """The weight files that transformers loads: one, or the shards of the index. Raises ModelError."""
+    """The weight files that engines load: one, or the shards of the index. Raises ModelError."""
     if source.gguf is not None:
         return [source.gguf.path]
+    shards = _indexed_files(source)
     if source.files(_WEIGHTS):
-        return [source.folder / _WEIGHTS]
-    if not source.files(_INDEX):
-        pickled = ", ".join(source.files(*_PICKLED)[:3])
-        refused = f"; pickled weights ({pickled}) can run code and are refused" if pickled else ""
-        raise ModelError(
-            f"model {source.name!r}: has no {_WEIGHTS} or {_INDEX}{refused}; convert it to safetensors, "
-            "or name a .gguf file"
-        )
-    with library_errors(f"model {source.name!r}: {_INDEX}"):
-        index = json.loads((source.folder / _INDEX).read_text(encoding="utf-8"))
-        shards = [source.folder / shard for shard in sorted(set(index["weight_map"].values()))]
-    missing = [shard.name for shard in shards if not shard.is_file()]
+        if shards and source.folder / _WEIGHTS not in shards:
+            raise ModelError(
+                f"model {source.name!r}: has {_WEIGHTS} and an index of other files; engines disagree on which to "
+                "load, remove the stale ones"
+            )
+        shards = [source.folder / _WEIGHTS]
+    if not shards:
+        raise ModelError(f"model {source.name!r}: {_missing_weights(source)}")
+    missing = [shard.name for shard in shards if not shard.exists()]
     if missing:
         raise ModelError(
             f"model {source.name!r}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}; "
             "download it again"
         )
+    for shard in shards:
+        _check_file(source, shard)
     return shards
+
+
+def _indexed_files(source: Source) -> list[Path]:
+    """The files of the index, none without one. Raises ModelError."""
+    if not source.files(_INDEX):
+        return []
+    path = source.folder / _INDEX
+    _check_file(source, path)
+    with library_errors(f"model {source.name!r}: {_INDEX}"):
+        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(
+                f"model {source.name!r}: {_INDEX} names {name!r}; allowed are .safetensors files beside it"
+            )
+    return [source.folder / name for name in names]
+
+
+def _missing_weights(source: Source) -> str:
+    """Why a folder has no weights, in words of what it is."""
+    if source.files("adapter_config.json"):
+        return (
+            "a LoRA adapter (adapter_config.json), not a model; merge it into its base model (merge_and_unload of "
+            "peft, then save_pretrained) and name that folder"
+        )
+    if others := source.files("*.safetensors"):
+        return f"has {others[0]}, but no {_WEIGHTS} or {_INDEX}; download the index, or rename a single file"
+    pickled = ", ".join(source.files(*_PICKLED)[:3])
+    refused = f"; pickled weights ({pickled}) can run code and are refused" if pickled else ""
+    return f"has no {_WEIGHTS} or {_INDEX}{refused}; convert it to safetensors, or name a .gguf file"
+
+
+def _check_file(source: Source, path: Path) -> None:
+    """Refuses a file that cannot be read or whose content was not downloaded. Raises ModelError."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS))
+    except OSError as error:
+        raise ModelError(f"model {source.name!r}: {path.name} cannot be read: {error.strerror or error}") from error
+    if start == _LFS:
+        raise ModelError(
+            f"model {source.name!r}: {path.name} is a Git LFS pointer, not the file; run `git lfs pull` in its folder"
+        )
 
 
 def read_config(source: Source) -> PreTrainedConfig:
@@ -118,16 +167,52 @@ def read_config(source: Source) -> PreTrainedConfig:
     if source.gguf is not None:
         return gguf_file.read_config(source.gguf)
     if not source.files("config.json"):
-        raise ModelError(f"model {source.name!r}: has no config.json; a transformers model directory is needed")
+        adapter = "; it is a LoRA adapter: merge it into its base model" if source.files("adapter_config.json") else ""
+        raise ModelError(
+            f"model {source.name!r}: has no config.json; a transformers model directory is needed{adapter}"
+        )
+    path = source.folder / "config.json"
+    _check_file(source, path)
+    _check_config(source.name, path)
     return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+
+
+def _check_config(name: str, path: Path) -> None:
+    """Refuses what transformers would refuse in words of its own insides, or misread."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return  # transformers names the fault
+    if not isinstance(raw, dict):
+        return
+    model_type = raw.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        own_code = "; its own code (auto_map) is not run" if raw.get("auto_map") else ""
+        if model_type is not None or own_code:
+            raise ModelError(
+                f"model {name!r}: its model_type {model_type!r} is unknown to transformers {transformers.__version__}"
+                f"{own_code}"
+            )
+    quantization = raw.get("quantization_config", raw.get("quantization"))
+    if isinstance(quantization, dict) and "bits" in quantization and "quant_method" not in quantization:
+        raise ModelError(f"model {name!r}: quantised by MLX, which only mlx reads; use the original weights")
 
 
 def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer. Raises ModelError where there is none; call it within `library_errors`."""
     if source.gguf is not None:
         return gguf_file.read_tokenizer(source.gguf)
-    if not source.files(*_TOKENIZER_FILES):  # some tokenizer classes load as an empty map instead of failing
+    names = source.files(*_TOKENIZER_FILES)
+    if not names:  # some tokenizer classes load as an empty map instead of failing
         raise ModelError(f"model {source.name!r}: has no tokenizer; one of {', '.join(_TOKENIZER_FILES)} is needed")
+    for name in {*names, *source.files("tokenizer_config.json", "special_tokens_map.json", "*.jinja")}:
+        _check_file(source, source.folder / name)
+    only_sentencepiece = all(name.endswith(".model") for name in names)
+    if only_sentencepiece and importlib.util.find_spec("sentencepiece") is None:
+        raise ModelError(
+            f"model {source.name!r}: {names[0]} is a sentencepiece tokenizer; `pip install sentencepiece protobuf` to "
+            "read it, or add a tokenizer.json"
+        )
     return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
 
 

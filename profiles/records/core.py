@@ -53,10 +53,17 @@ class Model:
     dtype: str
     digest: str
     num_params: int
+    vocab_size: int | None = None  # rows of the embedding, padding included
+    stored_type: str | None = None  # of a GGUF, as llama.cpp names it: Q4_K_M
 
     def __post_init__(self) -> None:
         require(self.dtype in DTYPES, f"dtype {self.dtype!r}: allowed are {', '.join(DTYPES)}")
         require(self.num_params > 0, f"model {self.name!r} has {self.num_params} parameters")
+
+    @property
+    def weights_type(self) -> str:
+        """The type of the weights as people know it: a GGUF's own, else the float type."""
+        return self.stored_type or self.dtype
 
     @cached_property
     def run_digest(self) -> str:

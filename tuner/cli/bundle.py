@@ -99,7 +99,7 @@ def _told(contents: "Contents") -> Iterator[str]:
     yield f"content SHA-256 {contents.sha256}: as packed"
     yield from (f"{_spaced(table)}: {count}" for table, count in contents.rows.items())
     for target in contents.targets:
-        yield f"target {target.name}, {target.dtype}, digest {target.digest[:8]}"
+        yield f"target {target.name}, {target.weights_type}, digest {target.digest[:8]}"
     for machine in contents.environments:
         software = f"torch {machine.torch}, {machine.engine} {machine.engine_version}"
         yield f"machine {machine.device}, {machine.threads} threads, {software}, digest {machine.digest[:8]}"

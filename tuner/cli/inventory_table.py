@@ -21,7 +21,7 @@ def inventory_table(entries: Sequence[Entry], now: datetime) -> Table:
         table.add_row(
             Text.assemble(
                 (target.name, "bold"),
-                f"\n{target.dtype}, digest {target.digest[:8]}",
+                f"\n{target.weights_type}, digest {target.digest[:8]}",
                 f"\n{machine.device}, {machine.threads} threads",
                 f"\ntorch {machine.torch}",
                 f"\n{machine.engine} {machine.engine_version}",

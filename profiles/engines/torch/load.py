@@ -46,7 +46,13 @@ def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str
         try:
             if spec.path is not None and spec.path not in by_name:
                 memory.check_memory([spec.path], dtype=chosen, device=device_name, num_tokens=num_tokens)
-                loaded = loader.load(spec.path, dtype=chosen, device=device_name, several_gpus=False)
+                loaded = loader.load(
+                    spec.path,
+                    dtype=chosen,
+                    device=device_name,
+                    several_gpus=False,
+                    num_tokens=by_name[target].num_tokens,
+                )
                 loader.check_pair(by_name[target], loaded)
                 by_name[spec.path] = loaded
             source = _source(spec, by_name, by_name[target])

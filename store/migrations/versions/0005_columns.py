@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 from alembic import op
-from sqlalchemy import Connection, Table, insert
+from sqlalchemy import Column, Connection, Integer, String, Table, insert
 
 from profiles.records.codec import workload_from
 from profiles.records.core import Workload, digest_of
@@ -34,6 +34,8 @@ Workloads = dict[str, Workload]  # of finished and unfinished runs, by sampling 
 
 def upgrade() -> None:
     connection = op.get_bind()
+    op.add_column("models", Column("vocab_size", Integer))
+    op.add_column("models", Column("stored_type", String))
     for name in OLD:  # copied, not renamed: names of constraints and indexes would be taken
         connection.exec_driver_sql(f"CREATE TABLE old_{name} AS SELECT * FROM {name}")
         op.drop_table(name)
