@@ -32,9 +32,7 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "*.model", "*.tiktoken", "vocab.*")
 _HUB_FILES = ("model*.safetensors", "*.json", "*.jinja", "*.txt", *_TOKENIZER_FILES)
 _LFS = b"version https://git-lfs"  # how a pointer of Git LFS begins
-NO_ROLLBACK = "model {name!r}: {layers} keep a running state, which cannot take tokens back; they need a key/value cache"
-    "model {name!r}: {layers} keep a running state, which cannot take tokens back, instead of a key/value cache"
-)
+NO_ROLLBACK = "model {name!r}: {layers} keep a running state, which cannot take tokens back"
 _ALLOWED = "allowed are a model directory, a .gguf file and a hub id like owner/name"
 
 

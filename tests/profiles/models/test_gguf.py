@@ -53,6 +53,8 @@ def test_logits_equal_those_of_the_safetensors_twin(
     assert loaded.note is not None
     assert f"a GGUF of {float_type} weights, dequantised and run as float32;" in loaded.note
     assert twin.note is None
+    assert (loaded.record.stored_type, twin.record.stored_type) == (float_type, None)
+    assert loaded.record.weights_type == float_type
 
 
 def test_the_tokenizer_is_the_files_own(folder: Path, tmp_path: Path) -> None:

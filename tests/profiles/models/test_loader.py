@@ -284,19 +284,154 @@ def test_another_token_map_of_the_same_size_is_refused(llama: LoadedModel) -> No
     assert "\n" not in message
 
 
-def test_an_added_token_makes_another_map(llama: LoadedModel) -> None:
-    """Tokens added after training count too."""
+def test_tokens_at_the_end_of_one_map_are_fine(llama: LoadedModel) -> None:
+    """A draft never proposes a token that it lacks, and one that the target lacks is refused in its round."""
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens(["<|tool|>\n"])
-    with pytest.raises(PairError, match=r"1 tokens differ, .*: '<\|tool\|>\\n' \(300 and absent\)"):
-        loader.check_pair(llama, dataclasses.replace(llama, tokenizer=tokenizer))
+    longer = dataclasses.replace(llama, tokenizer=tokenizer)
+    loader.check_pair(llama, longer)
+    loader.check_pair(longer, llama)
+    tokenizer.add_tokens([f"<{number}>" for number in range(128)])
+    loader.check_pair(llama, longer)
+    with pytest.raises(PairError, match=r"129 tokens at the end of one map only; llama.cpp takes 128"):
+        loader.check_pair(llama, longer, engine="llamacpp")
 
 
-def test_a_model_that_cannot_embed_every_token_is_refused(tmp_path: Path) -> None:
-    """An embedding of 299 rows under a map of 300 tokens would fail in the middle of a run."""
+def test_a_draft_with_fewer_rows_than_the_target_is_refused(llama: LoadedModel) -> None:
+    """The torch engine compares probabilities over one width."""
+    with pytest.raises(PairError, match="embed 299 and 300 tokens"):
+        loader.check_pair(llama, dataclasses.replace(llama, num_tokens=299))
+
+
+def test_a_tokenizer_may_name_tokens_that_the_model_lacks(tmp_path: Path) -> None:
+    """As gemma-3's does; only prompts with such a token cannot be used."""
     folder = tiny.write_model(tmp_path / "small", "gpt2", vocab_size=299)
-    with pytest.raises(ModelError, match="embeds 299 tokens; its tokenizer needs at least 300"):
-        load(folder)
+    loaded = load(folder)
+    assert (loaded.num_tokens, loaded.record.vocab_size) == (299, 299)
+    assert loader.describe(str(folder), dtype=None).num_tokens == 299
+
+
+def spoil(folder: Path, **tensors: torch.Tensor) -> None:
+    """Adds tensors to a model's weights; `__` in a name stands for a dot."""
+    weights = load_file(folder / "model.safetensors")
+    weights |= {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model__layers__0__self_attn__q_proj__weight_scale", "they are scales of quantised weights"),
+        ("model__layers__0__self_attn__q_norm__weight", "its config.json must describe the weights"),
+        ("model__layers__7__mlp__up_proj__weight", "its config.json must describe the weights"),
+        ("model__layers__0__self_attn__q_proj__bias", "its config.json must describe the weights"),
+        ("model__embed_shift", "its config.json must describe the weights"),
+    ],
+)
+def test_left_over_tensors_are_refused(broken: Path, name: str, words: str) -> None:
+    """transformers drops tensors that it has no place for: the model would be another one."""
+    spoil(broken, **{name: torch.ones(4)})
+    message = refusal(broken)
+    assert f"1 tensors in its files have no place in LlamaForCausalLM, first {name.replace('__', '.')}" in message
+    assert words in message
+
+
+def test_tensors_of_other_parts_are_noted(broken: Path) -> None:
+    """A vision tower or a value head is no part of the language model; computed buffers are not even noted."""
+    spoil(
+        broken,
+        visual__blocks__0__weight=torch.ones(4),
+        v_head__summary__bias=torch.ones(1),
+        model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4),
+        model__layers__0__self_attn__k_scale=torch.ones(1),
+    )
+    note = load(broken).note
+    assert note is not None
+    assert "2 tensors beside the language model are not read (v_head, visual)" in note
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_git_lfs_pointer_is_named(broken: Path, file: str) -> None:
+    """A clone without LFS has pointers in place of files."""
+    (broken / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert f"{file} is a Git LFS pointer, not the file; run `git lfs pull`" in refusal(broken)
+    with pytest.raises(ModelError, match="Git LFS pointer"):
+        loader.describe(str(broken), dtype=None)
+
+
+def test_an_unreadable_file_is_named(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Permission is not absence."""
+    real = Path.open
+
+    def open_(path: Path, *options: str, **more: object) -> object:
+        if path.name == "model.safetensors":
+            raise PermissionError(13, "Permission denied")
+        return real(path, *options, **more)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", open_)
+    assert "model.safetensors cannot be read: Permission denied" in refusal(broken)
+
+
+def test_a_lora_adapter_is_named(broken: Path) -> None:
+    """It is safetensors already; what it lacks is its base model."""
+    (broken / "model.safetensors").rename(broken / "adapter_model.safetensors")
+    (broken / "adapter_config.json").write_text("{}")
+    assert "a LoRA adapter (adapter_config.json), not a model; merge it" in refusal(broken)
+    (broken / "config.json").unlink()
+    assert "a LoRA adapter" in refusal(broken)
+
+
+@pytest.mark.parametrize("name", ["shard.bin", "../model.safetensors", "/etc/model.safetensors", "sub/a.safetensors"])
+def test_an_index_names_safetensors_beside_it_only(broken: Path, name: str) -> None:
+    """Pickles are not opened, and no path is followed out of the folder."""
+    (broken / "model.safetensors").rename(broken / "a.safetensors")
+    index = {"weight_map": {"model.norm.weight": name}}
+    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert f"model.safetensors.index.json names {name!r}; allowed are .safetensors files beside it" in refusal(broken)
+
+
+def test_weights_beside_an_index_of_others_are_refused(broken: Path) -> None:
+    """transformers would load the one, vLLM the others; an index that names the file itself is fine."""
+    index = broken / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model.safetensors"}}))
+    load(broken)
+    shutil.copy(broken / "model.safetensors", broken / "part.safetensors")
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "part.safetensors"}}))
+    assert "engines disagree on which to load" in refusal(broken)
+
+
+def test_shards_without_their_index_are_named(broken: Path) -> None:
+    """They are safetensors already."""
+    (broken / "model.safetensors").rename(broken / "model-00001-of-00001.safetensors")
+    assert "has model-00001-of-00001.safetensors, but no model.safetensors or" in refusal(broken)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model_type": "mymodel", "auto_map": {"AutoConfig": "a.B"}}, "its own code (auto_map) is not run"),
+        ({"quantization": {"bits": 4, "group_size": 64}}, "quantised by MLX"),
+    ],
+)
+def test_a_config_that_only_others_read_is_named(broken: Path, fields: dict[str, object], words: str) -> None:
+    """Own code and MLX's quantisation, in words of the cause."""
+    change_config(broken, **fields)
+    assert words in refusal(broken)
+
+
+def test_a_sentencepiece_tokenizer_is_named(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would ask for tiktoken."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (broken / "tokenizer.json").unlink()
+    (broken / "tokenizer.model").write_bytes(b"\n\x05")
+    assert "tokenizer.model is a sentencepiece tokenizer; `pip install sentencepiece protobuf`" in refusal(broken)
+
+
+def test_a_model_with_a_running_state_is_refused_before_loading(tmp_path: Path) -> None:
+    """Mamba has no attention heads to compute a cache from."""
+    MambaConfig(num_hidden_layers=2).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="mamba layers keep a running state"):
+        memory.footprint(sources.find(str(tmp_path)), "float32")
 
 
 def test_room_ends_where_the_positions_end(llama: LoadedModel) -> None:

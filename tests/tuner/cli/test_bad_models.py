@@ -32,7 +32,6 @@ BAD_TARGETS = {
     "{models}/index-without-map": "models/index-without-map': model.safetensors.index.json: KeyError",
     "{models}/no-tokenizer": "models/no-tokenizer': has no tokenizer; one of tokenizer.json",
     "{models}/tokenizer-not-json": "models/tokenizer-not-json': ",
-    "{models}/more-tokens": "embeds 300 tokens; its tokenizer needs at least",
     "{models}/other-shape": "weights are of another size than its config.json says",
     "{models}/more-layers": "weights are not in its files, first model.layers.3",
     "{models}/missing.gguf": "missing.gguf': no such directory or file",
@@ -98,12 +97,6 @@ def nan(folder: Path) -> None:
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
-def more_tokens(folder: Path) -> None:
-    larger = tiny.tokenizer()
-    larger.add_tokens(["<another>"])
-    larger.save_pretrained(folder)
-
-
 def other_tokens(folder: Path) -> None:
     tiny.tokenizer(tiny.OTHER_TEXT).save_pretrained(folder)
 
@@ -157,7 +150,6 @@ CHANGES: dict[str, Callable[[Path], None]] = {
     "index-without-map": indexed("{}"),
     "no-tokenizer": without("tokenizer.json", "tokenizer_config.json"),
     "tokenizer-not-json": written("tokenizer.json", "{"),
-    "more-tokens": more_tokens,
     "other-tokens": other_tokens,
     "other-shape": configured(intermediate_size=96),
     "more-layers": configured(num_hidden_layers=5, layer_types=None),
