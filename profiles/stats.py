@@ -8,6 +8,8 @@ import numpy
 from profiles.records.core import Interval
 from profiles.records.errors import InputError
 
+Z_95 = 1.959963984540054  # normal quantile of a two-sided 95 % interval
+
 
 def rate_interval(seconds: Sequence[float], tokens: Sequence[int]) -> Interval:
     """Tokens per second over prompts: ratio of totals, 95 % t interval of the linearised ratio (Cochran 1977, 6.3).
@@ -71,3 +73,25 @@ def median(values: Iterable[float]) -> float:
         raise InputError("the median of no values")
     middle = len(ordered) // 2
     return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def share_interval(count: int, total: int) -> Interval:
+    """A share with Wilson's 95 % interval (1927)."""
+    share, square = count / total, Z_95 * Z_95
+    centre = (count + square / 2.0) / (total + square)
+    reach = Z_95 * math.sqrt(count * (1.0 - share) + square / 4.0) / (total + square)
+    return Interval(estimate=share, low=min(share, max(0.0, centre - reach)), high=max(share, min(1.0, centre + reach)))
+
+
+def calibration_error(confidences: numpy.ndarray, right: numpy.ndarray) -> float:
+    """Expected calibration error: |share right - mean confidence| over ten equal bins, weighted by their sizes."""
+    bins = numpy.minimum((confidences * 10).astype(int), 9)
+    return float(numpy.abs(numpy.bincount(bins, weights=right - confidences)).sum() / len(right))
+
+
+def calibration_interval(confidences: numpy.ndarray, right: numpy.ndarray, seed: int = 0) -> Interval:
+    """The calibration error, which is above 0 by chance alone, with 95 % percentiles over resampled predictions."""
+    draws = numpy.random.default_rng(seed).integers(0, len(right), (1000, len(right)))
+    errors = [calibration_error(confidences[draw], right[draw]) for draw in draws]
+    estimate, (low, high) = calibration_error(confidences, right), numpy.percentile(errors, [2.5, 97.5]).tolist()
+    return Interval(estimate=estimate, low=min(low, estimate), high=max(high, estimate))

@@ -26,14 +26,14 @@ from profiles import builtin
 from profiles import prompts as files
 from profiles.records.core import Interval
 from profiles.records.errors import InputError
-from profiles.stats import speedup_interval
+from profiles.stats import calibration_interval, share_interval, speedup_interval
 from store.cached_engine import CachedEngine
 from store.evidence_store import EvidenceStore
 from tests.benchmarks.common import LENGTHS, family, finish
 from tuner.forecast.evidence import gather
 from tuner.forecast.forecaster import Forecaster
 from tuner.policy.policy import MIN_DOMAIN_PROMPTS
-from tuner.router.router import calibration_interval, share_interval, train
+from tuner.router.router import train
 from tuner.search.objective import candidates
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "spec_bench_odd.jsonl"

@@ -8,13 +8,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy
 from scipy.optimize import minimize_scalar
 from scipy.sparse import csr_array, hstack
 from scipy.special import log_softmax, softmax
-from scipy.stats import binomtest, bootstrap
 from sklearn import config_context
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -26,14 +24,15 @@ from profiles.records import codec
 from profiles.records.core import Interval, digest_of
 from profiles.records.errors import InputError, PolicyError, require
 from profiles.records.files import write_atomically
+from profiles.stats import calibration_interval, share_interval
 from tuner.policy.policy import MIN_DOMAIN_PROMPTS
 
 ROUTER_VERSION = 1  # of the file and of the features: other n-grams are another version
 # Only the beginning of a text is read: the cost does not grow with its length, and the request mostly stands there.
 READ_CHARACTERS, SPELLING_CHARACTERS = 1000, 100
 NUM_HASHES = 1 << 13  # of either kind of n-gram
-# whether an n-gram occurs, not how often: a long quotation would outweigh what is asked about it
 _WORD = r"\w+|[^\w\s]"
+# binary: counts would let a long quotation outweigh what is asked about it
 _WORDS = HashingVectorizer(token_pattern=_WORD, ngram_range=(1, 2), binary=True, n_features=NUM_HASHES)
 _SPELLING = HashingVectorizer(analyzer="char", ngram_range=(2, 4), binary=True, n_features=NUM_HASHES)
 # A router answers where at most 5 % of its answers are wrong, and leaves unsure what is less clear than all but 5 % of
@@ -56,9 +55,8 @@ class HeldOut:
 class Router:
     """A trained router and its file's content. Immutable, so threads may share it. Raises InputError.
 
-    A domain's score is the sum of its weights over a text's n-grams. The softmax of scores over `temperature` gives
-    probabilities; from `threshold` on the most probable domain is the answer. `weights`: base64 of little-endian
-    float32, (2 * NUM_HASHES, domains).
+    A score sums a domain's `weights` (2 * NUM_HASHES, domains; base64 of little-endian float32) over a text's n-grams.
+    The softmax of scores over `temperature` gives probabilities; from `threshold` on the most probable domain answers.
     """
 
     version: int = ROUTER_VERSION
@@ -70,17 +68,15 @@ class Router:
     digest: str = ""
 
     def __post_init__(self) -> None:
-        content = {name: value for name, value in asdict(self).items() if name != "digest"}
-        digest = digest_of(content)
+        digest = digest_of({name: value for name, value in asdict(self).items() if name != "digest"})
         require(self.digest in ("", digest), "it was damaged: its digest does not match; run `tune.py run` again")
         object.__setattr__(self, "digest", digest)
         distinct = len(set(self.domains)) == len(self.domains) >= 2 and all(self.domains)
         require(distinct, f"domains {list(self.domains)}: two or more names that differ are needed")
         shape, needed = self._matrix.shape, (2 * NUM_HASHES, len(self.domains))
-        fits = shape == needed and bool(numpy.isfinite(self._matrix).all())
-        require(fits, f"weights of shape {shape}: finite ones of {needed} are needed")
-        positive = math.isfinite(self.temperature) and self.temperature > 0.0
-        require(positive, f"temperature {self.temperature}: a number above 0 is needed")
+        finite = bool(numpy.isfinite(self._matrix).all())
+        require(shape == needed and finite, f"weights of shape {shape}: finite ones of {needed} are needed")
+        require(0.0 < self.temperature < math.inf, f"temperature {self.temperature}: a number above 0 is needed")
         require(0.5 < self.threshold <= 1.0, f"threshold {self.threshold}: allowed are fractions above 0.5, up to 1")
 
     @cached_property
@@ -90,8 +86,7 @@ class Router:
     def domain(self, text: str) -> str | None:
         """The domain to ask a selector with; None when the text does not tell, so that `mixed` answers.
 
-        Args:
-            text: what the user wrote last, without chat template, system prompt or earlier turns.
+        `text` is what the user wrote last, without chat template, system prompt or earlier turns.
         """
         probabilities = self.probabilities(text)
         best = max(probabilities, key=lambda domain: probabilities[domain])
@@ -134,8 +129,8 @@ def train(labelled: Iterable[tuple[str, str]], seed: int = 0) -> Router:
     sizes = Counter(by_text.values())
     domains = tuple(domain for domain, size in sizes.items() if size >= MIN_DOMAIN_PROMPTS)
     counts = ", ".join(f"{domain} {size}" for domain, size in sizes.items()) or "no texts"
-    needed = f"two domains of {MIN_DOMAIN_PROMPTS} different texts or more"
-    require(len(domains) >= 2, f"a router needs {needed}; there are: {counts}")
+    needed = f"a router needs two domains of {MIN_DOMAIN_PROMPTS} different texts or more"
+    require(len(domains) >= 2, f"{needed}; there are: {counts}")
     texts = [text for text, domain in by_text.items() if domain in domains]
     truth = numpy.array([domains.index(by_text[text]) for text in texts])
     # No intercept: an empty text shall have equal probabilities; how often domains are requested is not known.
@@ -144,8 +139,7 @@ def train(labelled: Iterable[tuple[str, str]], seed: int = 0) -> Router:
     folds = StratifiedKFold(5, shuffle=True, random_state=seed)
     scores = _per_domain(cross_val_predict(pipeline, texts, truth, cv=folds, method="decision_function"))
     temperature = _fit_temperature(scores, truth)
-    probabilities = softmax(scores / temperature, axis=1)
-    confidences, right = probabilities.max(1), probabilities.argmax(1) == truth
+    confidences, right = softmax(scores / temperature, axis=1).max(1), scores.argmax(1) == truth
     order = numpy.argsort(-confidences, kind="stable")
     wrong_share = numpy.cumsum(~right[order]) / numpy.arange(1, len(order) + 1)
     allowed = confidences[order][wrong_share <= MAX_WRONG]
@@ -169,7 +163,7 @@ def train(labelled: Iterable[tuple[str, str]], seed: int = 0) -> Router:
     )
 
 
-def train_and_save(labelled: Iterable[tuple[str, str]], path: Path, seed: int) -> dict[str, Any]:
+def train_and_save(labelled: Iterable[tuple[str, str]], path: Path, seed: int) -> dict[str, object]:
     """Writes a trained router; its figures as a JSON document. `path` is None and `why_none` says why there is none.
 
     An earlier file stays where no router can be trained. Raises PolicyError: the file cannot be written.
@@ -179,8 +173,8 @@ def train_and_save(labelled: Iterable[tuple[str, str]], path: Path, seed: int) -
     except InputError as error:
         return {"path": None, "why_none": str(error)}
     router.save(path)
-    figures = {"threshold": router.threshold, "temperature": router.temperature, **asdict(router.held_out)}
-    return {"path": str(path), "domains": router.domains, **figures}
+    figures = {"domains": router.domains, "threshold": router.threshold, "temperature": router.temperature}
+    return {"path": str(path), **figures, **asdict(router.held_out)}
 
 
 def _features(texts: list[str]) -> csr_array:
@@ -192,16 +186,12 @@ def _features(texts: list[str]) -> csr_array:
 
 def _per_domain(scores: numpy.ndarray) -> numpy.ndarray:
     """Scores or weights with a column per domain: of two domains scikit-learn has one, second less first."""
-    if scores.ndim == 2 and scores.shape[1] > 1:
-        return scores
-    return numpy.column_stack((-scores / 2, scores / 2))
+    return scores if scores.ndim == 2 and scores.shape[1] > 1 else numpy.column_stack((-scores / 2, scores / 2))
 
 
 def _fit_temperature(scores: numpy.ndarray, truth: numpy.ndarray) -> float:
-    """The number that scores are divided by to make the truth most likely (Guo et al. 2017).
-
-    A text that could be of any domain is added: no error among n texts does not mean no error ever (Platt 1999).
-    """
+    """The number that scores are divided by to make the truth most likely (Guo et al. 2017), smoothed as by Platt."""
+    # one text of any domain is added: no error among n texts does not mean no error ever
     targets = numpy.full(scores.shape, 1.0 / scores.shape[1])
     targets[numpy.arange(len(truth)), truth] += len(truth)
 
@@ -209,23 +199,3 @@ def _fit_temperature(scores: numpy.ndarray, truth: numpy.ndarray) -> float:
         return -float((targets * log_softmax(scores / math.exp(log_temperature), axis=1)).sum())
 
     return math.exp(minimize_scalar(cross_entropy, bounds=(-6.0, 6.0), method="bounded").x)
-
-
-def share_interval(count: int, total: int) -> Interval:
-    """A share with Wilson's 95 % interval."""
-    interval, share = binomtest(count, total).proportion_ci(method="wilson"), count / total
-    return Interval(estimate=share, low=min(share, float(interval.low)), high=max(share, float(interval.high)))
-
-
-def calibration_error(confidences: numpy.ndarray, right: numpy.ndarray) -> float:
-    """Expected calibration error: |share right - mean confidence| over ten equal bins, weighted by their sizes."""
-    bins = numpy.minimum((confidences * 10).astype(int), 9)
-    return float(numpy.abs(numpy.bincount(bins, weights=right - confidences)).sum() / len(right))
-
-
-def calibration_interval(confidences: numpy.ndarray, right: numpy.ndarray, seed: int = 0) -> Interval:
-    """The calibration error, which is above 0 by chance alone, with 95 % percentiles over resampled texts."""
-    estimate, data = calibration_error(confidences, right), (confidences, right)
-    options = {"paired": True, "vectorized": False, "n_resamples": 1000, "method": "percentile", "rng": seed}
-    interval = bootstrap(data, calibration_error, **options).confidence_interval
-    return Interval(estimate=estimate, low=min(interval.low, estimate), high=max(interval.high, estimate))

@@ -14,6 +14,7 @@ import pytest
 from profiles.prompts.reader import Request, user_text
 from profiles.records.core import digest_of
 from profiles.records.errors import InputError, PolicyError
+from profiles.stats import calibration_error, share_interval
 from tests import ROOT
 from tests.support.cli import DECIDED, call, small_run, write_prompts
 from tuner.cli.messages import router_line
@@ -21,9 +22,7 @@ from tuner.policy.policy import MIN_DOMAIN_PROMPTS
 from tuner.router.router import (
     READ_CHARACTERS,
     Router,
-    calibration_error,
     load,
-    share_interval,
     train,
     train_and_save,
 )
@@ -201,7 +200,7 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a flipped weight": (_flipped, "it was damaged: its digest does not match"),
     "a changed threshold": (lambda raw: re.sub(rb'"threshold":[0-9.]+', b'"threshold":0.8', raw), "it was damaged"),
     "newer": (lambda raw: raw.replace(b'"version":1', b'"version":2'), "router version 2 is newer than version 1"),
-    "an unknown key": (edited("more", 1), "router: unknown key 'more'"),
+    "an unknown key": (edited("more", 1), "it was damaged: its digest does not match"),
     "no base64": (edited("weights", "é"), "string argument should contain only ASCII"),
     "too few weights": (edited("weights", "AAAAAAAAAAAAAAAA"), "weights of shape (1, 3): finite ones of (16384, 3)"),
     "half a weight": (edited("weights", "AAAA"), "buffer size must be a multiple"),
