@@ -64,6 +64,7 @@ class Bench:
     footprints: Mapping[Draft | None, Footprint] = field(default_factory=dict)
     refused: tuple[RefusedDraft, ...] = ()
     close: Callable[[], None] = lambda: None
+    notes: tuple[str, ...] = ()
 
     def needed_bytes(self, setup: Setup, workload: Workload) -> int | None:
         """Bytes of weights and caches of the target and the setup's draft, without activations; None if not known."""

@@ -14,6 +14,7 @@ from profiles.engines import rules
 from profiles.engines.base import SERVED_KINDS, Engine
 from profiles.engines.bench import Bench
 from profiles.engines.releases import release_of
+from profiles.engines.serving.redaction import removed_variables
 from profiles.hardware import fingerprint, machine
 from profiles.models import loader, sources
 from profiles.models.loader import DescribedModel
@@ -106,6 +107,7 @@ def open_bench(spec: EngineSpec, models: ModelSpec) -> Bench:
     if errors and not drafts:
         raise next(iter(errors.values()))
     engine = builder.build(tuple(drafts.values()))
+    removed = removed_variables(os.environ)
     draft_models = {draft.model for draft in drafts.values()}
     return Bench(
         engine=engine,
@@ -114,6 +116,7 @@ def open_bench(spec: EngineSpec, models: ModelSpec) -> Bench:
         ),
         refused=tuple(RefusedDraft.from_error(name, error) for name, error in errors.items()),
         close=engine.close,
+        notes=(f"not passed on to servers: {', '.join(removed)}",) if removed else (),
     )
 
 

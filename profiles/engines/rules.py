@@ -96,9 +96,14 @@ def gguf_path(name: str) -> str | None:
 
 
 def vocab_size(model: Model) -> int | None:
-    """`vocab_size` in the directory's config.json, or in its text part; None where it cannot be read."""
+    """`vocab_size` in the model's config.json, or in its text part; None where it cannot be read."""
+    path = Path(model_path(model)) / "config.json"
     try:
-        config = json.loads((Path(model_path(model)) / "config.json").read_text(encoding="utf-8"))
+        if not path.is_file():
+            from huggingface_hub import try_to_load_from_cache
+
+            path = Path(str(try_to_load_from_cache(model.name, "config.json", revision=model.revision)))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     parts = (config, config.get("text_config")) if isinstance(config, dict) else ()

@@ -218,6 +218,7 @@ def main() -> None:
     parser.add_argument("--enable-per-request-metrics", action="store_true")
     parser.add_argument("--step-s", type=float, default=0.001)
     parser.add_argument("--skewed", action="store_true", help="other log-probabilities with a draft than without")
+    parser.add_argument("--api-key")
     parser.add_argument("--no-records", dest="records", action="store_false")
     parser.add_argument("--no-token-ids", dest="token_ids", action="store_false")
     Handler.options = parser.parse_args()

@@ -51,6 +51,10 @@ MORE_ARCHITECTURES = {  # written by the tests that need them
     "gemma2": (Gemma2Config, Gemma2ForCausalLM),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
 }
+LLAMA_CPP_READS: dict[str, object] = {  # what llama.cpp's own reader needs of `write_gguf`
+    "tokenizer__ggml__pre": "gpt-2",
+    "tokenizer__ggml__token_type": None,
+}
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"

@@ -180,7 +180,7 @@ def _load(asked: flags.RunFlags) -> "tuple[Bench, Loads, list[tuple[str, str]], 
         opened.pop_all()
     notes = [loaded.note for loaded in bench.loaded if loaded.note is not None]
     labelled = [(files.user_text(request), request.domain) for request in requests]
-    return bench, loads, labelled, [*notes, *warnings]
+    return bench, loads, labelled, [*notes, *bench.notes, *warnings]
 
 
 @app.command()

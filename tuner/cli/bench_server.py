@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from profiles import builtin
+from profiles.engines.serving.redaction import redacted
 from profiles.records.core import Draft, Interval, Setup
 from profiles.records.errors import InputError
 from profiles.records.evidence import RoundCount, Sample
@@ -90,7 +91,7 @@ def load(asked: LoadFlags) -> int:
             found.append(_figures(workload.batch_size, samples))
             if not asked.json_only:
                 say(_line(found[-1]))
-    print_json({"url": asked.url, "warnings": warnings, "loads": [asdict(one) for one in found]})
+    print_json({"url": redacted(asked.url), "warnings": warnings, "loads": [asdict(one) for one in found]})
     return 0
 
 

@@ -108,6 +108,10 @@ def gather(
     return _Collector(engine, workload, prompts, progress).collect(lengths)
 
 
+def _digests(draft: Draft) -> set[str]:
+    return {component.digest for component in draft.components}
+
+
 class _Collector:
     """The evidence collected so far, and the drafts that failed."""
 
@@ -139,6 +143,11 @@ class _Collector:
         context = typical_context(self._workload, self._prompts)
         steps = self._engine.time_steps(self._workload, context, max(lengths))
         capabilities = self._engine.capabilities
+        untimed = [draft for draft in capabilities.timed(drafts) if not steps.keys() >= _digests(draft)]
+        for draft in untimed:
+            if self._try(0, (PLAIN, Setup(draft=draft, length=max(lengths)))):  # running it gives the reason
+                self._leave_out(Setup(draft=draft, length=max(lengths)), EngineError("its steps could not be timed"))
+        drafts = [draft for draft in drafts if draft not in untimed]
         self._run_traced(capabilities.timed(drafts), lengths)
         self._run_untraced([draft for draft in drafts if not capabilities.traces(draft)], lengths)
         failed = {infeasible.setup for infeasible in self._infeasible[num_untraceable:]}

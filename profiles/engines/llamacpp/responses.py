@@ -18,6 +18,7 @@ from profiles.engines.serving import metrics
 from profiles.engines.serving.completion import Completion, expected_shape
 from profiles.engines.serving.http_load import TIMEOUT_S, Answer, Body
 from profiles.engines.serving.logs import one_line
+from profiles.engines.serving.redaction import redacted
 from profiles.engines.serving.server_kind import ServerKind
 from profiles.records.core import Workload
 from profiles.records.errors import EngineError
@@ -168,7 +169,9 @@ def tokens_again(url: str, body: Body) -> list[int]:
         response.raise_for_status()
         return [int(token) for token in response.json()["tokens"]]
     except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
-        raise EngineError(f"{url}{PATH} did not answer: {one_line(str(error)) or type(error).__name__}") from error
+        raise EngineError(
+            f"{redacted(url)}{PATH} did not answer: {one_line(str(error)) or type(error).__name__}"
+        ) from error
 
 
 SERVER = ServerKind(

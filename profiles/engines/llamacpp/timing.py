@@ -108,20 +108,21 @@ def _rounds_within(run: LlamaCompletion, start_s: float, end_s: float, width: in
 def time_plan(plan: Sequence[Visit], shape: Shape, measure: Callable[[Visit], list[float]]) -> dict[str, StepTimes]:
     """The step times of all components, from passes over the plan and back, in which a drift of the machine cancels.
 
-    The rounds of a visit may all fall into one slow moment: medians are over several passes.
-    Raises EngineError: a width without enough rounds.
+    The rounds of a visit may all fall into one slow moment: medians are over several passes. A draft that fails is left
+    out. Raises EngineError: plain decoding fails.
     """
     samples: dict[str, dict[int, tuple[float, ...]]] = {}
+    failed: set[str] = set()
     for visit in PASSES * (*plan, *reversed(plan)):
-        seconds: list[float] = []
-        for _ in range(MAX_TRIES):
-            if len(seconds) < MIN_SAMPLES or sum(seconds) < MIN_S:
-                seconds += measure(visit)
-        if len(seconds) < MIN_SAMPLES:
-            raise EngineError(
-                f"{visit.setup.name}: of {MIN_SAMPLES} full rounds of {visit.width} tokens at batch "
-                f"{shape.batch_size} llama.cpp ran {len(seconds)}"
-            )
+        if failed.issuperset(visit.components):
+            continue
+        try:
+            seconds = _time_visit(visit, shape, measure)
+        except EngineError:
+            if visit.setup == PLAIN:
+                raise
+            failed.update(visit.components)
+            continue
         for component in visit.components:
             by_width = samples.setdefault(component, {})
             by_width[visit.width] = by_width.get(visit.width, ()) + tuple(seconds)
@@ -133,4 +134,19 @@ def time_plan(plan: Sequence[Visit], shape: Shape, measure: Callable[[Visit], li
             samples_s=by_width,
         )
         for component, by_width in samples.items()
+        if component not in failed
     }
+
+
+def _time_visit(visit: Visit, shape: Shape, measure: Callable[[Visit], list[float]]) -> list[float]:
+    """Seconds of a visit's rounds. Raises EngineError: too few of them."""
+    seconds: list[float] = []
+    for _ in range(MAX_TRIES):
+        if len(seconds) < MIN_SAMPLES or sum(seconds) < MIN_S:
+            seconds += measure(visit)
+    if len(seconds) < MIN_SAMPLES:
+        raise EngineError(
+            f"{visit.setup.name}: of {MIN_SAMPLES} full rounds of {visit.width} tokens at batch "
+            f"{shape.batch_size} llama.cpp ran {len(seconds)}"
+        )
+    return seconds

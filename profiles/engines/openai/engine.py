@@ -6,6 +6,7 @@ server's scheduling, as its users see them.
 
 import itertools
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from profiles.engines.serving.completion import Completion, Encode, rounds_betwe
 from profiles.engines.serving.http_load import Body, drive, fetch
 from profiles.engines.serving.pool import ServerPool
 from profiles.engines.serving.process import RunningServer, Server
+from profiles.engines.serving.redaction import keyed_variables, redacted
 from profiles.engines.serving.sampling_check import texts_of
 from profiles.hardware.fingerprint import fingerprint
 from profiles.models import loader
@@ -63,7 +65,9 @@ class ServerEngine(ServedEngine[Setup, StartedServer]):
     def environment(self) -> Environment:
         """This machine with the server's version, which a plain server reports; where a URL is, is not known."""
         if self._environment is None:
-            options = {"served by": self._launch.template or self._launch.url}
+            options: dict[str, object] = {"served by": self._launch.shown}
+            if variables := keyed_variables(os.environ):
+                options["environment"] = variables
             self._environment = replace(
                 fingerprint(self._device),
                 engine=self._launch.kind,
@@ -116,7 +120,7 @@ class ServerEngine(ServedEngine[Setup, StartedServer]):
         launch = self._launch
         if launch.url is not None:
             if setup != launch.running:
-                raise InputError(f"{setup.name}: the server {launch.url} runs {launch.running.name}, and only that")
+                raise InputError(f"{setup.name}: the server {launch.shown} runs {launch.running.name}, and only that")
             running = RunningServer(launch.url)
             running.wait_ready(launch.silent_s)
             return running
@@ -250,7 +254,7 @@ def _model_name(url: str) -> str:
     try:
         return str(json.loads(fetch(f"{url}/v1/models"))["data"][0]["id"])
     except (ValueError, LookupError, TypeError) as error:
-        raise EngineError(f"{url}/v1/models names no model") from error
+        raise EngineError(f"{redacted(url)}/v1/models names no model") from error
 
 
 def _version(url: str) -> str:

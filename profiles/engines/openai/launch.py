@@ -9,6 +9,7 @@ from pathlib import Path
 
 from profiles.engines.openai.kinds import server_kind
 from profiles.engines.serving.http_load import TIMEOUT_S
+from profiles.engines.serving.redaction import redacted
 from profiles.engines.serving.server_kind import ServerKind
 from profiles.records.core import PLAIN, Setup, digest_of
 from profiles.records.errors import InputError
@@ -49,26 +50,31 @@ class Launch:
     def server_kind(self) -> ServerKind:
         return server_kind(self.kind)
 
+    @property
+    def shown(self) -> str:
+        """The template or the URL without secrets; it may change what the server computes."""
+        return redacted(self.template or self.url or "")
+
     def command(self, setup: Setup) -> tuple[dict[str, str], list[str]]:
         """The variables and the command that start the server of a setup. Raises InputError: a bad template."""
         try:
             words = shlex.split(self.template)
         except ValueError as error:
-            raise InputError(f"launch template {self.template!r}: {error}") from error
+            raise InputError(f"launch template {self.shown!r}: {error}") from error
         assignments = list(itertools.takewhile(_VARIABLE.match, words))
         words = words[len(assignments) :]
         if not any("{port}" in word for word in words):
-            raise InputError(f"launch template {self.template!r}: {{port}} is needed, where the server's port goes")
+            raise InputError(f"launch template {self.shown!r}: {{port}} is needed, where the server's port goes")
         if setup.draft is not None and SPECULATIVE not in words:
-            raise InputError(f"launch template {self.template!r}: {SPECULATIVE} is needed, where a draft's flags go")
+            raise InputError(f"launch template {self.shown!r}: {SPECULATIVE} is needed, where a draft's flags go")
         flags = list(self.flags_of(setup)) if setup.draft is not None else []
         command = [part for word in words for part in (flags if word == SPECULATIVE else [word])]
         return dict(assignment.split("=", 1) for assignment in assignments), command
 
     @property
     def digest(self) -> str:
-        """Of the template or the URL, which may change what the server computes."""
-        return digest_of(self.template or self.url)[:12]
+        """Of what is shown: another key is the same server."""
+        return digest_of(self.shown)[:12]
 
     def log_path(self, setup: Setup) -> Path:
         """The log of a setup's server."""

@@ -10,6 +10,7 @@ from typing import Any
 import httpx2
 
 from profiles.engines.serving.logs import one_line
+from profiles.engines.serving.redaction import redacted
 from profiles.records.errors import EngineError
 from profiles.timing.clock import Clock
 
@@ -145,7 +146,7 @@ async def _read(client: httpx2.AsyncClient, url: str, stream: _Stream, clock: Cl
                 ended = ended or _is_last(event)
                 stream.chunks.append((arrived_s, event))
     if not ended or not stream.chunks:
-        raise EngineError(f"{url} ended its answer in the middle, after {len(stream.chunks)} events")
+        raise EngineError(f"{redacted(url)} ended its answer in the middle, after {len(stream.chunks)} events")
     stream.ended = True
 
 
@@ -155,9 +156,9 @@ def _decoded(url: str, data: str) -> Mapping[str, Any]:
     except (ValueError, RecursionError):
         event = None
     if not isinstance(event, dict):
-        raise EngineError(f"{url} sent {one_line(data)[:80]!r}: a JSON object is needed")
+        raise EngineError(f"{redacted(url)} sent {one_line(data)[:80]!r}: a JSON object is needed")
     if event.get("error"):
-        raise EngineError(f"{url} says: {_message(event)}")
+        raise EngineError(f"{redacted(url)} says: {_message(event)}")
     return event
 
 
@@ -175,7 +176,7 @@ def _status_error(url: str, response: httpx2.Response) -> EngineError:
         message = _message(response.json())
     except (ValueError, RecursionError):
         message = one_line(response.text)
-    return EngineError(f"{url} answers {response.status_code}: {message or 'no message'}")
+    return EngineError(f"{redacted(url)} answers {response.status_code}: {message or 'no message'}")
 
 
 def _message(value: Any) -> str:
@@ -188,5 +189,5 @@ def _message(value: Any) -> str:
 
 def _connection_error(url: str, error: httpx2.HTTPError, timeout_s: float) -> EngineError:
     if isinstance(error, httpx2.TimeoutException):
-        return EngineError(f"{url} was silent for {timeout_s:g} s")
-    return EngineError(f"{url} cannot be reached: {one_line(str(error)) or type(error).__name__}")
+        return EngineError(f"{redacted(url)} was silent for {timeout_s:g} s")
+    return EngineError(f"{redacted(url)} cannot be reached: {one_line(str(error)) or type(error).__name__}")

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from profiles.engines.serving.redaction import redacted
 from profiles.records.errors import EngineError, OutOfMemoryError
 
 MOST_READ_BYTES = 262_144
@@ -65,6 +66,7 @@ def one_line(text: str) -> str:
 
 
 def _printable(text: str) -> str:
+    text = redacted(text)
     printable = "".join(char if char.isprintable() else " " for char in _COLOURS.sub("", text))
     return " ".join(printable.split())
 

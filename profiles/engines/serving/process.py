@@ -22,6 +22,7 @@ import psutil
 
 from profiles.engines.serving import supervisor
 from profiles.engines.serving.logs import error_of, is_port_taken, last_error_line
+from profiles.engines.serving.redaction import redacted, server_environment
 from profiles.records.errors import EngineError, InputError
 
 GRACES_S = (10.0, 5.0)  # after SIGINT and after SIGTERM
@@ -35,9 +36,9 @@ OK, NOT_FOUND = 200, 404
 class Process:
     """One running command; a context manager.
 
-    `environment` is added to this process's own. Output goes to the log; with `piped` only stderr does, and `pipes`
-    are the command's stdin and stdout, bytes. `graces_s`: seconds to end after SIGINT, and after SIGTERM. Raises
-    InputError: no such command, or a log that cannot be written.
+    `environment` is added to this process's own, without what `server_environment` removes. Output goes to the log;
+    with `piped` only stderr does, and `pipes` are the command's stdin and stdout, bytes. `graces_s`: seconds to end
+    after SIGINT, and after SIGTERM. Raises InputError: no such command, or a log that cannot be written.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Process:
         piped: bool = False,
         graces_s: tuple[float, float] = GRACES_S,
     ) -> None:
-        variables = {**os.environ, **(environment or {})}
+        variables = {**server_environment(os.environ), **(environment or {})}
         if shutil.which(command[0], path=variables.get("PATH")) is None:
             raise InputError(f"command {command[0]!r}: there is no such program, or it may not be run")
         self.name, self.log_path = _name(command), log_path
@@ -166,7 +167,7 @@ class Server:
 
     def __init__(self, command: Sequence[str], log_path: Path, **options: Any) -> None:
         if not any("{port}" in word for word in command):
-            raise InputError(f"command {' '.join(command)!r}: a {{port}} to fill in is needed")
+            raise InputError(f"command {redacted(' '.join(command))!r}: a {{port}} to fill in is needed")
         self._command, self._log_path, self._options = tuple(command), log_path, options
         self.warm: set[int] = set()
         self._start()
@@ -267,7 +268,7 @@ class RunningServer:
 
     def __init__(self, url: str) -> None:
         if not url.startswith(("http://", "https://")):
-            raise InputError(f"server {url!r}: a URL that starts with http:// or https:// is needed")
+            raise InputError(f"server {redacted(url)!r}: a URL that starts with http:// or https:// is needed")
         self.url = url.rstrip("/").removesuffix("/v1")
         self.warm: set[int] = set()
 
@@ -276,7 +277,7 @@ class RunningServer:
         status = _health(self.url, timeout_s)
         if status != OK:
             detail = "no answer" if status is None else f"status {status}"
-            raise EngineError(f"server {self.url} is not healthy: {detail}")
+            raise EngineError(f"server {redacted(self.url)} is not healthy: {detail}")
 
     def watched(self) -> contextlib.AbstractContextManager[None]:
         """Only its answers are known."""

@@ -4,8 +4,10 @@ A plain engine, one for every draft model, one for all n-gram drafts, and one fo
 speculation length and the n-gram window change within an engine. Whole rounds are timed, in vLLM's own scheduler.
 """
 
+import contextlib
 import json
 import math
+import os
 import statistics
 import tempfile
 from collections import Counter
@@ -20,6 +22,7 @@ from profiles.acceptance import ngram
 from profiles.engines.base import EngineCapabilities
 from profiles.engines.serving.base import Run, ServedEngine
 from profiles.engines.serving.pool import ServerPool
+from profiles.engines.serving.redaction import keyed_variables
 from profiles.engines.serving.sampling_check import texts_of
 from profiles.engines.vllm.client import WorkerClient, find_python
 from profiles.engines.vllm.config import (
@@ -36,7 +39,7 @@ from profiles.engines.vllm.flags import SERVER
 from profiles.engines.vllm.timing import Visit, in_turn, rounds_request, visits
 from profiles.models import loader, sources
 from profiles.records.core import PLAIN, Draft, Environment, Model, Prompt, Setup, Workload
-from profiles.records.errors import BadNumbersError, InputError
+from profiles.records.errors import BadNumbersError, EngineError, InputError
 from profiles.records.evidence import Acceptance, AcceptanceTrace, RoundCount, StepShape, StepTimes, TargetTrace
 
 NAME = "vllm"
@@ -84,11 +87,13 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         """As reported by the plain engine, which is started for it."""
         if self._environment is None:
             worker = self._engine(EngineKey(model=self.target.name), self._options.context_length)
-            options = {
+            options: dict[str, object] = {
                 "eager": self._device.on_cpu,
                 "max_num_seqs": self._options.max_batch_size,
                 "prefix_caching": False,
             }
+            if variables := keyed_variables(os.environ):
+                options["environment"] = variables
             self._environment = replace(
                 self._device.fingerprint(),
                 threads=int(worker.facts["threads"]),
@@ -138,9 +143,20 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         )
 
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
-        """Whole rounds: of plain decoding, and of every traced draft at every length."""
-        all_visits = visits(self.target, self.capabilities.timed(self.drafts), max_length)
+        """Whole rounds: of plain decoding, and of every traced draft at every length.
+
+        A draft whose engine does not start is left out.
+        """
         at_context = replace(workload, context_length=context_length)
+        all_visits = visits(self.target, (), max_length)
+        self._rounds(at_context, all_visits[0])
+        for draft in self.capabilities.timed(self.drafts):
+            draft_visits = visits(self.target, (draft,), max_length)[1:]
+            with contextlib.suppress(EngineError):
+                for visit in draft_visits:
+                    if visit.setup.length <= 1:
+                        self._rounds(at_context, visit)  # starts and warms up the engine
+                all_visits += draft_visits
 
         def visit_all() -> dict[str, dict[int, list[float]]]:
             times: dict[str, dict[int, list[float]]] = {}
@@ -149,9 +165,6 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
                 times.setdefault(visit.component, {}).setdefault(1 + visit.num_drafted, []).extend(seconds)
             return times
 
-        for visit in all_visits:
-            if visit.setup.length <= 1:
-                self._rounds(at_context, visit)  # starts and warms up the engines
         times, disturbed = self._quietest(visit_all)
         return {
             component: StepTimes(

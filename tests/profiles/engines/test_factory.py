@@ -13,6 +13,7 @@ from profiles.engines.vllm.client import WorkerClient
 from profiles.records import draft_spec
 from profiles.records.errors import InputError, ModelError
 from tests import ROOT
+from tests.support.tiny import write_model
 
 LAUNCH = f"{sys.executable} tests/support/fake_server.py --port {{port}} {{speculative}}"
 FAKE = functools.partial(WorkerClient, worker=ROOT / "tests/support/fake_vllm_worker.py")
@@ -78,3 +79,22 @@ def test_options_of_a_native_draft() -> None:
         "eagle3",
         {"draft_tensor_parallel_size": 1, "quantization": "fp8"},
     )
+
+
+def test_a_padded_vocabulary_is_refused_before_vllm_starts_with_it(
+    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exporter's rule holds where the engine is run too; the look-up goes on."""
+    monkeypatch.setattr(vllm_engine, "WorkerClient", FAKE)
+    padded = str(write_model(tmp_path / "padded", num_layers=1, vocab_size=320))
+    spec = EngineSpec(engine="vllm", command=sys.executable)
+    reasons = refused(opened(spec, tiny_folders["llama"], padded, "ngram"))
+    assert "needs equal vocabulary sizes, and the target has 300, the draft 320" in reasons[padded]
+
+
+def test_removed_variables_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for a bench."""
+    monkeypatch.setenv("LLAMA_ARG_UBATCH", "1")
+    bench = opened(EngineSpec(engine="server", kind="llamacpp", launch=LAUNCH), "builtin:target", "ngram:max=4,min=4")
+    bench.close()
+    assert any("LLAMA_ARG_UBATCH" in note for note in bench.notes)

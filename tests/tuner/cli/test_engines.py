@@ -15,6 +15,7 @@ from profiles.engines.vllm.client import WorkerClient
 from profiles.hardware import software
 from tests import ROOT
 from tests.support.cli import DECIDED, Said, assert_refused, call, small_run, write_prompts
+from tests.support.tiny import LLAMA_CPP_READS, write_gguf
 
 TEMPLATE = f"{shlex.quote(sys.executable)} tests/support/fake_server.py --port {{port}} --step-s 0.002 {{speculative}}"
 FAKE = functools.partial(WorkerClient, worker=ROOT / "tests/support/fake_vllm_worker.py")
@@ -36,10 +37,17 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", 48)
 
 
+@pytest.fixture(scope="module")
+def packed(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama as llama.cpp reads it."""
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "llama.gguf", tiny_folders["llama"], **LLAMA_CPP_READS)
+
+
 @pytest.fixture(scope="module", params=["vllm", "server", "llamacpp"])
 def ran(
     request: pytest.FixtureRequest,
     tiny_folders: dict[str, Path],
+    packed: Path,
     prompts: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Ran:
@@ -49,6 +57,7 @@ def ran(
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "llamacpp":
             pytest.importorskip("xllamacpp", reason="pip install draftpick[llamacpp]")
+            words = small_run(packed, prompts, "--domain", "one")
             words = [*words, "--engine", "llamacpp", "--draft", "ngram:max=1,min=1", "--draft", "ngram:max=3,min=1"]
         elif request.param == "vllm":
             patch.setattr(vllm_engine, "WorkerClient", FAKE)
@@ -99,10 +108,10 @@ def test_the_emitted_command_is_verified(ran: Ran, prompts: Path) -> None:
         assert_refused(said, 3, "nothing to start")
 
 
-def test_a_rehearsal_runs_at_a_length_that_drafts(tiny_folders: dict[str, Path], prompts: Path, tmp_path: Path) -> None:
+def test_a_dry_run_runs_at_a_length_that_drafts(packed: Path, prompts: Path, tmp_path: Path) -> None:
     """A look-up of three tokens drafts nothing at the middle of 1 to 3, two."""
     pytest.importorskip("xllamacpp", reason="pip install draftpick[llamacpp]")
-    words = small_run(tiny_folders["llama"], prompts, "--lengths", "1-3", "--engine", "llamacpp", "--dry-run")
+    words = small_run(packed, prompts, "--lengths", "1-3", "--engine", "llamacpp", "--dry-run")
     said = call(tmp_path, *words, "--draft", "ngram:max=3,min=3")
     assert said.code == 0, said.stderr
 

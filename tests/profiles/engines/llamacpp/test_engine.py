@@ -28,8 +28,7 @@ from profiles.prompts import read, tokenize
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload, digest_of
 from profiles.records.errors import EngineError, InputError
 from profiles.records.evidence import Acceptance, TargetTrace
-from tests.profiles.engines.llamacpp.test_files import LLAMA_CPP_READS
-from tests.support.tiny import write_gguf
+from tests.support.tiny import LLAMA_CPP_READS, write_gguf
 
 pytest.importorskip("xllamacpp")
 

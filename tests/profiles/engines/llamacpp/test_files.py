@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -37,13 +36,11 @@ def test_safetensors_need_converting(tiny_folders: dict[str, Path]) -> None:
         weights_of(record)
 
 
-# what llama.cpp's own reader needs of a tiny file
-LLAMA_CPP_READS: dict[str, Any] = {"tokenizer__ggml__pre": "gpt-2", "tokenizer__ggml__token_type": None}
-
-
 def test_half_floats(tmp_path: Path) -> None:
     """A 16-bit file is run with llama.cpp's own caches."""
-    path = tiny.write_gguf(tmp_path / "model.gguf", tiny.write_model(tmp_path / "model"), "BF16", **LLAMA_CPP_READS)
+    path = tiny.write_gguf(
+        tmp_path / "model.gguf", tiny.write_model(tmp_path / "model"), "BF16", **tiny.LLAMA_CPP_READS
+    )
     described = loader.describe(str(path), dtype=None)
     with LlamaCppEngine(described, (), find_program(), Options(threads=1, log_folder=tmp_path)) as engine:
         trace = engine.trace_target(

@@ -11,6 +11,7 @@ import pytest
 
 from profiles.engines.base import Engine
 from profiles.engines.serving.sampling_check import check_means
+from profiles.engines.vllm.client import WorkerClient
 from profiles.engines.vllm.config import EngineKey, VllmOptions, start_arguments
 from profiles.engines.vllm.engine import VllmEngine
 from profiles.models.loader import describe
@@ -85,12 +86,35 @@ def test_rounds_are_timed_whole(vllm: VllmEngine) -> None:
     assert times[MODEL.digest].context_length == 48
 
 
-def test_environment_says_how_it_was_started(vllm: VllmEngine) -> None:
-    """Threads are the engine's own; its options are part of the key."""
+def test_environment_says_how_it_was_started(vllm: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads are the engine's own; its options and the variables that it depends on are part of the key."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     found = vllm.environment
     assert (found.engine, found.engine_version, found.threads, found.torch) == ("vllm", "0.32.0+cpu", 3, "2.13.0+cpu")
     assert found.engine_options == '{"eager":true,"max_num_seqs":4,"prefix_caching":false}'
     assert vllm.capabilities.origin == "vllm 0.32.0+cpu float32"
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
+    monkeypatch.setenv("VLLM_API_KEY", "not recorded")
+    with VllmEngine(TARGET, (), OPTIONS) as other:
+        options = json.loads(other.environment.engine_options or "")
+    assert options["environment"] == {"VLLM_CPU_KVCACHE_SPACE": "4"}
+
+
+def test_a_draft_that_does_not_start_is_left_out(vllm: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step times of the others are measured; plain decoding that fails is an error."""
+    start = vllm._start
+
+    def failing(key: EngineKey) -> WorkerClient:
+        if key.draft == MODEL:
+            raise EngineError("the draft has another vocabulary")
+        return start(key)
+
+    monkeypatch.setattr(vllm._pool, "_start", failing)
+    assert set(vllm.time_steps(WORKLOAD, 48, 2)) == {TARGET.run_digest, NGRAM.digest}
+    monkeypatch.setenv("FAKE_VLLM", "error:start")
+    vllm.close()
+    with pytest.raises(EngineError):
+        vllm.time_steps(WORKLOAD, 48, 2)
 
 
 def test_a_gpu_that_only_vllm_knows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -119,7 +143,7 @@ def test_an_older_version_is_restarted_per_length(vllm: VllmEngine, monkeypatch:
     for length in (1, 2):
         [sample, _] = vllm.run_together(WORKLOAD, PROMPTS, (Setup(draft=MODEL, length=length),), "test 0")
         assert dict(sample.rounds) == {(length, 1): 4}
-    assert vllm.num_starts == 2
+    assert vllm.num_starts == 3  # the first finds out
 
 
 def test_few_engines_are_kept(tmp_path: Path) -> None:
