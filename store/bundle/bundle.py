@@ -1,335 +1,409 @@
-"""One file that carries evidence, runs and policies between stores: packed, looked into, merged.
+"""Bundles: small SQLite files of the store's own schema that carry evidence, runs and policies between stores.
 
-Rows keep their digests as identity and lose what only their own store or machine knows: row numbers, runs that never
-finished, and paths (a model that was named by a path is called by its last part, marked). The same content gives the
-same bytes. A bundle may come from a stranger: it is checked whole before a store is touched, and a merge is one
-transaction. How the file is made up (`bundle_file`) and what a row may hold (`bundle_rows`) is told elsewhere.
+A bundle may come from a stranger: it is opened read-only and checked whole before a store is touched, then merged in
+short transactions. Rows that cannot travel (a path in a machine's engine options) are left out and counted.
 """
 
+import hashlib
 import itertools
-import json
-import re
+import sqlite3
 import tempfile
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+from urllib.parse import quote
 
-from sqlalchemy import Connection, Table, insert, select
+import msgspec
+import sqlalchemy
+from sqlalchemy import URL, Connection, Table, insert, select
 
-from profiles.hardware.software import draftpick_version
-from profiles.records.codec import decode, environment_from, model_from
 from profiles.records.core import Environment, Model
 from profiles.records.errors import InputError, NotMeasuredError
+from profiles.records.files import open_file, write_atomically
 from store import migrations, tables
-from store.bundle.compare import UnlikeError, is_known
-from store.bundle.file import FORMAT, MOST_LINE_BYTES, MOST_ROWS, VERSION, Reading, line_of, reading, write
-from store.bundle.rows import (
-    TABLES,
-    TRACES,
-    UNITS,
-    Values,
-    check_unit,
-    checked,
-    from_store,
-    names_of,
-    place_of,
-    time_of,
-    to_store,
-    unit_of,
-)
+from store.bundle.rows import CHILDREN, TRACES, Documents, Item, items, links, primary_key, trace_key
 from store.evidence_store import EvidenceStore
+from store.tables import Values
 
-MOST_UNIT_ROWS = 100_000
-HELD_BYTES = 2**24  # of checked units in memory; the rest on disk
-SCHEMA = re.compile(r"[0-9]{4}")
+APPLICATION_ID = 0x64707462  # "dptb" in the file's header
+MOST_BYTES, MOST_VALUE_BYTES = 2**28, 2**24
+BATCH = 100  # items merged in one transaction
+MOST_SHOWN = 5
+SAME_FIGURE = 1e-3  # devices round probabilities of the same tokens otherwise
+# columns that describe or are derived, and tables of which an equal key is all that can be compared
+_LABELS = {
+    "id",
+    "name",
+    "revision",
+    "draft_name",
+    "component",
+    "temperature",
+    "num_accepted",
+    "median_s",
+    "measured_at",
+}
+_FOUND_BY_KEY = frozenset({"prompts", "workloads", "setups", "runs", "sweeps", "units", "infeasible", "policies"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
-    """What a bundle holds. `created` is the time of its newest row, so that the same content gives the same file."""
+    """What a bundle holds; `left_out`: rows of the packed store that could not travel, by table."""
 
     path: str
-    version: int
     schema: str
     created: str
-    draftpick: str
     sha256: str
-    packed_bytes: int
-    unpacked_bytes: int
+    num_bytes: int
     rows: dict[str, int]
     targets: tuple[Model, ...]
+    drafts: tuple[str, ...]
     environments: tuple[Environment, ...]
+    left_out: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Merged:
-    """Rows by table that a merge added, that the store had already, and that it left out for the store's own."""
+    """Items by table that a merge added, that the store had, and that contradict it and were not merged.
+
+    `conflicts` describes the first few of the latter.
+    """
 
     added: dict[str, int]
     known: dict[str, int]
-    unlike: dict[str, int] = field(default_factory=dict)
+    unlike: dict[str, int]
+    conflicts: tuple[str, ...]
 
 
 def pack(
     evidence_store: EvidenceStore,
     path: Path,
+    documents: Documents,
     *,
     targets: Sequence[str] | None = None,
     environments: Sequence[str] | None = None,
 ) -> Contents:
-    """Writes a bundle, replacing the file in one step.
+    """Write a bundle, replacing the file in one step.
 
-    `targets`: names, digests or run digests; None: all. `environments`: digests or device names that timings, runs and
-    policies are taken of; traces are true on every machine and always come along.
-    Raises: NotMeasuredError: there is nothing of that kind. StoreError: a row is damaged. InputError: it is too large,
-    or the file cannot be written.
+    Args:
+        targets: names, digests or run digests; None: all.
+        environments: digests or device names of the machines to pack timings, runs and policies of; None: all. Traces
+            hold on every machine and are always packed.
+
+    Raises: NotMeasuredError: nothing was asked for that the store has. InputError: the file cannot be written.
     """
-    with evidence_store.reading() as connection:
-        models = chosen(connection, tables.models, targets)
-        machines = chosen(connection, tables.environments, environments)
-        found = {table.name: _rows_of(connection, table, models, machines) for table in tables.ABOUT_TARGETS}
-        about = [row for rows in found.values() for row in rows]
-        for table, column in ((tables.models, "target_key"), (tables.environments, "environment_digest")):
-            [key] = names_of(table)
-            used = {row[column] for row in about}
-            stored = connection.execute(select(table)).mappings()
-            found[table.name] = [from_store(table, dict(row)) for row in stored if row[key] in used]
-    if not about:
-        raise NotMeasuredError("the store has nothing to pack of what was asked")
-    lines: list[bytes] = []
-    for table in TABLES.values():
-        placed = {place_of(table, row): row for row in found[table.name]}
-        lines.extend(line_of([table.name, placed[place]]) for place in sorted(placed))
-    if len(lines) > MOST_ROWS or max(map(len, lines)) > MOST_LINE_BYTES:
-        raise InputError(f"{len(lines)} rows, or one of them, are too much for a bundle: pack fewer targets")
-    header = {
-        "format": FORMAT,
-        "version": VERSION,
-        "schema": migrations.HEAD,
-        "created": max(time_of(tables.metadata.tables[name], row) for name, rows in found.items() for row in rows),
-        "draftpick": draftpick_version(),
-        "rows": dict(Counter(json.loads(line)[0] for line in lines)),
-    }
-    write(path, header, lines)
-    return inspect(path)
+    left_out: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "bundle"
+        with evidence_store.reading() as connection, _new_file(file) as packed:
+            conditions = _conditions(connection, targets, environments)
+            _copy(items(connection, documents, lambda table, _: left_out.update([table.name]), *conditions), packed)
+        data = file.read_bytes()
+    if len(data) > MOST_BYTES:
+        raise InputError(f"{path} would have {len(data)} bytes: {MOST_BYTES} are allowed; pack fewer targets")
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+    return inspect(path, documents, left_out=dict(left_out))
 
 
-def inspect(path: Path, take: Callable[[Table, list[Values]], None] | None = None) -> Contents:
-    """Checks a whole bundle, every row of it, and tells what it holds; touches no store. Raises InputError.
-
-    `take` gets the checked units one by one, before it is known that what follows them is right too.
-    """
+def inspect(path: Path, documents: Documents, *, left_out: dict[str, int] | None = None) -> Contents:
+    """Check a whole bundle, every row of it, and describe it; no store is touched. Raises InputError."""
     rows: Counter[str] = Counter()
-    named: dict[str, list[Values]] = {"models": [], "environments": []}
-    with reading(path) as file:
-        header = _header(file)
-        for table, unit in _units(file):
-            rows[table.name] += len(unit)
-            if table.name in named:
-                named[table.name].extend(unit)
-            if take is not None:
-                take(table, unit)
-        if rows != Counter(header["rows"]):
-            raise InputError(f"it says {header['rows']} of its rows and holds {dict(rows)}")
-        return Contents(
-            path=str(path),
-            version=VERSION,
-            schema=header["schema"],
-            created=header["created"],
-            draftpick=header["draftpick"],
-            sha256=file.sha256,
-            packed_bytes=file.packed_bytes,
-            unpacked_bytes=file.unpacked_bytes,
-            rows=dict(rows),
-            targets=tuple(model_from(_without(row, "key")) for row in named["models"]),
-            environments=tuple(environment_from(_without(row, "digest")) for row in named["environments"]),
-        )
+    targets: list[Model] = []
+    machines: list[Environment] = []
+    drafts: set[str] = set()
+    created = ""
+    for item in _checked_items(path, documents):
+        name, row = item.table.name, item.row
+        rows[name] += 1
+        if item.children:
+            rows[CHILDREN[name].name] += len(item.children)
+        if item.table is tables.models:
+            targets.append(tables.model_record(row))
+        elif item.table is tables.environments:
+            machines.append(tables.environment_record(row))
+        elif item.table is tables.policies:
+            drafts.update(str(choice["draft"] or "") for choice in tables.choice_rows(0, row["policy"]))
+        drafts.add(row.get("draft_name") or row.get("draft") or "")
+        created = max(created, row.get(tables.time_name(name)) or "")
+    return Contents(
+        path=str(path),
+        schema=migrations.HEAD,
+        created=created,
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        num_bytes=path.stat().st_size,
+        rows=dict(rows),
+        targets=tuple(targets),
+        drafts=tuple(sorted(filter(None, drafts))),
+        environments=tuple(machines),
+        left_out=left_out or {},
+    )
 
 
-def merge(evidence_store: EvidenceStore, path: Path, *, keep_mine: bool = False) -> Merged:
-    """Adds what the store does not have, all of it or, on any refusal, nothing; the second time nothing is new.
+def merge(evidence_store: EvidenceStore, path: Path, documents: Documents) -> Merged:
+    """Add what the store does not have, a hundred items in a transaction; merging again changes nothing.
 
-    Equal evidence keeps the time and machine under which this store has it; traces of equal tokens are equal when their
-    figures are within 0.001, because devices round otherwise. `keep_mine`: where the bundle holds other evidence, the
-    store's stays and the rest is merged; acceptance over a trace of other tokens is left out with the trace.
-    Raises: InputError: the file is damaged, newer or not allowed. StoreError: it holds other evidence under a key that
-    the store has; both values are named.
+    The store's own evidence always stays. Acceptance over a target trace of other tokens is not merged either.
+    Raises: InputError: the bundle is damaged, newer or not allowed; the store is as it was. StoreError.
     """
-    merging = _Merging(keep_mine)
-    with tempfile.SpooledTemporaryFile(max_size=HELD_BYTES) as file:
-        units = _Checked(file)  # before the lock, which keeps all others out and is for comparing and inserting
-        inspect(path, units.add)
-        with evidence_store.reading() as connection:
-            units.keep(lambda table, unit: merging.is_new(connection, table, unit))
-        if len(units):
-            with evidence_store.writing() as connection:
-                for table, unit in units:
-                    if merging.is_new(connection, table, unit):
-                        merging.added[table.name] += len(unit)
-                        connection.execute(insert(table), [to_store(table, row) for row in unit])
-                connection.commit()
-    return Merged(added=dict(merging.added), known=dict(merging.known), unlike=dict(merging.unlike))
+    for _ in _checked_items(path, documents):
+        pass
+    merging = _Merging()
+    checked = _checked_items(path, documents)
+    while batch := list(itertools.islice(checked, BATCH)):
+        with evidence_store.writing() as connection:
+            for item in batch:
+                merging.merge(connection, item)
+            connection.commit()
+    return Merged(
+        added=dict(merging.added),
+        known=dict(merging.known),
+        unlike=dict(merging.unlike),
+        conflicts=tuple(merging.conflicts[:MOST_SHOWN]),
+    )
 
 
 class _Merging:
-    """What a merge did so far, and what is to be done with a unit."""
+    """What was merged so far, and the store's keys of the bundle's rows."""
 
-    def __init__(self, keep_mine: bool) -> None:
+    def __init__(self) -> None:
         self.added: Counter[str] = Counter()
         self.known: Counter[str] = Counter()
         self.unlike: Counter[str] = Counter()
-        self._keep_mine = keep_mine
-        self._parted: set[tuple[Any, ...]] = set()  # traces of which the store has other tokens
+        self.conflicts: list[str] = []
+        self._keys: dict[tuple[str, Any], Any] = {}
+        self._other_traces: set[tuple[str, ...]] = set()
 
-    def is_new(self, connection: Connection, table: Table, unit: list[Values]) -> bool:
-        """Counts a unit that is not. Raises StoreError: the store has another value, and its own was not preferred."""
-        trace = tuple(unit[0].get(name) for name in names_of(tables.target_traces))
-        try:
-            if trace not in self._parted:
-                if not is_known(connection, table, unit):
-                    return True
-                self.known[table.name] += len(unit)
-                return False
-        except UnlikeError:
-            if not self._keep_mine:
-                raise
-            self._parted |= {trace} if table is tables.target_traces else set()
-        self.unlike[table.name] += len(unit)
-        return False
+    def merge(self, connection: Connection, item: Item) -> None:
+        table, name = item.table, item.table.name
+        row = self._linked(table, item.row)
+        stored = connection.execute(select(table).filter_by(**_identity(table, row))).mappings().first()
+        if stored is None and not (name in TRACES and trace_key(row) in self._other_traces):
+            self._keys[name, item.id] = self._insert(connection, item, row)
+            self.added[name] += 1
+            return
+        difference = "its target trace has other tokens"
+        if stored is not None:
+            self._keys[name, item.id] = stored[primary_key(table)]
+            difference = _difference(table, dict(stored), row) or self._child_difference(connection, item)
+        if not difference:
+            self.known[name] += 1
+            return
+        self.unlike[name] += 1
+        if table is tables.target_traces:
+            self._other_traces.add(trace_key(row))
+        key = ", ".join(f"{column} {value}" for column, value in _identity(table, row).items())
+        self.conflicts.append(f"{name} {key}: {difference}")
+
+    def _insert(self, connection: Connection, item: Item, row: Values) -> Any:
+        table = item.table
+        key = primary_key(table)
+        values = {name: value for name, value in row.items() if name != key or name in _identity(table, row)}
+        [row_id] = connection.execute(insert(table).values(values)).inserted_primary_key or (0,)
+        if item.children:
+            child = CHILDREN[table.name]
+            parent = next(name for name, other in links(child).items() if other is table)
+            children = [{**self._linked(child, each), parent: row_id} for each in item.children]
+            connection.execute(insert(child), children)
+        if table is tables.policies and (choices := tables.choice_rows(row_id, row["policy"])):
+            connection.execute(insert(tables.choices), choices)
+        return row_id
+
+    def _linked(self, table: Table, row: Values) -> Values:
+        """The row with the store's keys in place of the bundle's."""
+        keys = {name: self._keys.get((other.name, row[name])) for name, other in links(table).items()}
+        return {**row, **keys}
+
+    def _child_difference(self, connection: Connection, item: Item) -> str:
+        if not item.children:
+            return ""
+        child = CHILDREN[item.table.name]
+        parent = next(name for name, other in links(child).items() if other is item.table)
+        query = select(child).where(child.c[parent] == self._keys[item.table.name, item.id])
+        stored = connection.execute(query.order_by(*child.primary_key.columns)).mappings().all()
+        if len(stored) != len(item.children):
+            return f"{len(stored)} rows in the store, {len(item.children)} in the bundle"
+        pairs = zip(stored, item.children, strict=True)
+        return next(filter(None, (_difference(child, dict(old), new) for old, new in pairs)), "")
 
 
-class _Checked:
-    """Units of a bundle that were checked, in a file of their own as long as a merge takes."""
+def _identity(table: Table, row: Values) -> Values:
+    """The columns that a row is found by in any store, and their values."""
+    unique = [c for c in table.constraints if isinstance(c, sqlalchemy.UniqueConstraint)]
+    if unique:
+        names = [column.name for column in unique[0].columns]
+    elif "target_key" in table.c:
+        names = ["target_key", "environment_digest", tables.time_name(table.name)]
+        names += ["setup_id"] if table is tables.infeasible else []
+    else:
+        names = [primary_key(table)]
+    return {name: row[name] for name in names}
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._places = array("q")
 
-    def __len__(self) -> int:
-        return len(self._places)
+def _difference(table: Table, old: Values, new: Values) -> str:
+    """What two rows under one key measured differently; empty where nothing."""
+    if table.name in _FOUND_BY_KEY:
+        return ""
+    for name in {column.name for column in table.c} - _LABELS - links(table).keys():
+        is_known = None not in (old[name], new[name])
+        if is_known and not _is_alike(old[name], new[name], rounded=table.name in TRACES):
+            return f"{name} is {_short(old[name])} in the store, {_short(new[name])} in the bundle"
+    return ""
 
-    def add(self, table: Table, unit: list[Values]) -> None:
-        self._places.append(self._file.tell())
-        self._file.write(json.dumps([table.name, unit]).encode() + b"\n")
 
-    def __iter__(self) -> Iterator[tuple[Table, list[Values]]]:
-        for place in self._places:
-            yield self._at(place)
+def _is_alike(old: Any, new: Any, *, rounded: bool) -> bool:
+    if not rounded or not isinstance(old, tuple) or not isinstance(old[0], float):
+        return bool(old == new)
+    return len(old) == len(new) and all(abs(a - b) <= SAME_FIGURE for a, b in zip(old, new, strict=True))
 
-    def keep(self, wanted: Callable[[Table, list[Values]], bool]) -> None:
-        self._places = array("q", (place for place in self._places if wanted(*self._at(place))))
 
-    def _at(self, place: int) -> tuple[Table, list[Values]]:
-        self._file.seek(place)
-        name, unit = json.loads(self._file.readline())
-        return TABLES[name], unit
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # --- out of a store ---
 
 
-def chosen(connection: Connection, table: Table, asked: Sequence[str] | None) -> set[str]:
-    """The keys of the models or machines that were asked for. Raises NotMeasuredError: one is not there."""
+def chosen(connection: Connection, table: Table, names: Sequence[str] | None) -> set[str]:
+    """The keys of the models or machines that `names` are of. Raises NotMeasuredError: there is none of a name."""
     by = ("key", "digest", "name") if table is tables.models else ("digest", "device")
-    rows = [dict(row) for row in connection.execute(select(table)).mappings()]
-    for one in asked or ():
-        if not any(one == row[name] for row in rows for name in by):
-            raise NotMeasuredError(f"the store knows nothing of {one!r}, which was to be packed")
-    return {row[by[0]] for row in rows if asked is None or any(row[name] in asked for name in by)}
+    rows = connection.execute(select(table)).mappings().all()
+    for name in names or ():
+        if not any(name == row[column] for row in rows for column in by):
+            raise NotMeasuredError(f"the store knows nothing of {name!r}, which was to be packed")
+    return {row[by[0]] for row in rows if names is None or any(row[column] in names for column in by)}
 
 
-def _rows_of(connection: Connection, table: Table, models: set[str], machines: set[str]) -> list[Values]:
-    stored = connection.execute(select(table).order_by(table.c.id)).mappings()
-    return [
-        from_store(table, dict(row))
-        for row in stored
-        if row["target_key"] in models
-        and (table.name in TRACES or row["environment_digest"] in machines)
-        and (table is not tables.runs or row["finished_at"] is not None)
-    ]
+def _conditions(
+    connection: Connection, targets: Sequence[str] | None, environments: Sequence[str] | None
+) -> Iterator[Any]:
+    models = chosen(connection, tables.models, targets)
+    machines = chosen(connection, tables.environments, environments)
+    yield tables.models.c.key.in_(models)
+    for table in tables.ABOUT_TARGETS:
+        yield table.c.target_key.in_(models)
+        if table.name not in TRACES:
+            yield table.c.environment_digest.in_(machines)
+    yield tables.runs.c.finished_at.is_not(None)
+
+
+def _copy(found: Iterator[Item], packed: Connection) -> None:
+    """Inserts items, and of models, machines, prompts, workloads and setups those that the others refer to."""
+    subjects: dict[tuple[str, Any], Item] = {}
+    used: set[tuple[str, Any]] = set()
+    for item in found:
+        if "target_key" not in item.table.c:
+            subjects[item.table.name, item.row["digest"] if item.table is tables.prompts else item.id] = item
+            subjects[item.table.name, item.id] = item
+            continue
+        for row, table in ((item.row, item.table), *((each, CHILDREN[item.table.name]) for each in item.children)):
+            used.update((other.name, row[name]) for name, other in links(table).items())
+            used.update(("prompts", row[name]) for name in ("prompt_digest",) if name in row)
+        _insert_as_is(packed, item)
+    if not used:
+        raise NotMeasuredError("the store has nothing to pack of what was asked")
+    inserted = {id(subjects[key]): subjects[key] for key in subjects if key in used}
+    for item in inserted.values():
+        _insert_as_is(packed, item)
+
+
+def _insert_as_is(packed: Connection, item: Item) -> None:
+    packed.execute(insert(item.table).values(item.row))
+    if item.children:
+        packed.execute(insert(CHILDREN[item.table.name]), list(item.children))
+    if item.table is tables.policies and (choices := tables.choice_rows(item.id, item.row["policy"])):
+        packed.execute(insert(tables.choices), choices)
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[Connection]:
+    """A new bundle with its tables; committed and closed on leaving."""
+    engine = sqlalchemy.create_engine(URL.create("sqlite", database=str(path)))
+    try:
+        with engine.begin() as connection:
+            connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.exec_driver_sql(f"PRAGMA user_version = {int(migrations.HEAD)}")
+            tables.metadata.create_all(connection)
+            yield connection
+    finally:
+        engine.dispose()
 
 
 # --- out of a file ---
 
 
-def _header(file: Reading) -> dict[str, Any]:
-    header = file.header
-    kinds = {"format": str, "version": int, "schema": str, "created": str, "draftpick": str}
-    if set(header) != {*kinds, "rows"}:
-        raise InputError(f"its header has the keys {', '.join(header)[:200]}")
-    for name, kind in kinds.items():
-        decode(kind, header[name], name)
-    if header["format"] != FORMAT or header["version"] != VERSION:
-        raise InputError(f"its header is of {header['format']!r} version {header['version']}")
-    schema, newest = header["schema"], migrations.HEAD
-    if not SCHEMA.fullmatch(schema):
-        raise InputError(f"schema {schema[:60]!r}: four digits are needed")
-    if schema > newest:
-        raise InputError(f"it has schema {schema}, this draftpick reads up to {newest}: upgrade draftpick")
-    if not isinstance(header["rows"], dict) or not set(header["rows"]) <= set(TABLES):
-        raise InputError("its header counts the rows of tables that are not known")
-    for name, count in header["rows"].items():
-        decode(int, count, f"rows of {name}")
-    return header
+def _checked_items(path: Path, documents: Documents) -> Iterator[Item]:
+    """The items of a bundle. Raises InputError, naming the file: one is not allowed."""
+
+    def refuse(_: Table, error: InputError) -> None:
+        raise error
+
+    try:
+        with _opened(path) as connection:
+            yield from items(connection, documents, refuse)
+    except OSError as error:
+        raise InputError(f"bundle {path} cannot be read: {error.strerror}") from error
+    except InputError as error:
+        raise InputError(f"bundle {path}: {error}") from error
+    except (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error) as error:
+        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+        raise InputError(f"bundle {path}: it is damaged: {reason}") from error
 
 
-def _units(file: Reading) -> Iterator[tuple[Table, list[Values]]]:
-    """The checked rows, those of a unit together; what a row refers to came before it."""
-    refer = _References()
-    for _, placed in itertools.groupby(_placed_rows(file), key=lambda item: unit_of(*item)):
-        rows = []
-        for table, row in placed:
-            rows.append(row)
-            refer.check(table, row)
-            if len(rows) > MOST_UNIT_ROWS:
-                raise InputError(f"{table.name}: a unit has more than the {MOST_UNIT_ROWS} rows that are allowed")
-        if table.name in UNITS:
-            check_unit(table, rows)
-        yield table, rows
+@contextmanager
+def _opened(path: Path) -> Iterator[Connection]:
+    """A stranger's file: read-only, without its journal, with nothing but the tables of this schema in it."""
+    with open_file(path) as file:
+        first = file.read(100)
+        size = path.stat().st_size
+    if first.startswith(b"draftpick-bundle "):
+        raise InputError("it is of draftpick 0.5 or older: merge it there, and pack that store with this draftpick")
+    if not first.startswith(b"SQLite format 3\0") or int.from_bytes(first[68:72]) != APPLICATION_ID:
+        raise InputError("it is not a bundle: `tune.py bundle pack` makes one")
+    if size > MOST_BYTES:
+        raise InputError(f"it has {size} bytes: {MOST_BYTES} are allowed")
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1", uri=True)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MOST_VALUE_BYTES)
+        for setting in ("trusted_schema = OFF", "query_only = ON", "cell_size_check = ON", "mmap_size = 0"):
+            connection.execute(f"PRAGMA {setting}")
+        return connection
+
+    engine = sqlalchemy.create_engine("sqlite://", creator=connect, json_deserializer=msgspec.json.decode)
+    try:
+        with engine.connect() as connection:
+            _require_schema(connection)
+            yield connection
+    finally:
+        engine.dispose()
 
 
-def _placed_rows(file: Reading) -> Iterator[tuple[Table, Values]]:
-    last: tuple[Any, ...] = ()
-    for item in file.rows():
-        if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) and item[0] in TABLES):
-            raise InputError("a line is not a table's name and a row")
-        table = TABLES[item[0]]
-        row = checked(table, item[1])
-        place = place_of(table, row)
-        if not last < place:
-            raise InputError(f"{table.name}: a row is there twice or out of order")
-        last = place
-        yield table, row
+def _require_schema(connection: Connection) -> None:
+    schema = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
+    if schema > int(migrations.HEAD):
+        raise InputError(f"it has schema {schema:04}, this draftpick reads up to {migrations.HEAD}: upgrade draftpick")
+    empty = sqlalchemy.create_engine("sqlite://")
+    with empty.begin() as own:
+        tables.metadata.create_all(own)
+        wanted = _schema(own)
+    empty.dispose()
+    if strange := _schema(connection) ^ wanted:
+        kind, name, *_ = min(strange)
+        raise InputError(f"its {kind} {name[:60]!r} is not of schema {migrations.HEAD}")
+    for check in ("quick_check", "foreign_key_check"):
+        found = connection.exec_driver_sql(f"PRAGMA {check}").fetchmany(1)
+        if found and found[0][0] != "ok":
+            raise InputError(f"it is damaged: {' '.join(map(str, found[0]))[:100]}")
 
 
-class _References:
-    """The models, machines and target traces that were seen, which later rows are about."""
-
-    def __init__(self) -> None:
-        self._keys: dict[str, set[str]] = {"models": set(), "environments": set()}
-        self._tokens: dict[tuple[str, ...], int] = {}
-
-    def check(self, table: Table, row: Values) -> None:
-        """Raises InputError: the row is about something that the bundle does not hold, or about its other length."""
-        if table.name in self._keys:
-            self._keys[table.name].add(row[names_of(table)[0]])
-            return
-        for name, column in (("models", "target_key"), ("environments", "environment_digest")):
-            if row[column] not in self._keys[name]:
-                raise InputError(f"{table.name}: {column} {row[column]} is not among the bundle's {name}")
-        if table.name in TRACES:
-            trace = tuple(row[name] for name in names_of(tables.target_traces))
-            size = len(row[{"target_traces": "token_ids", "acceptance_traces": "keep_probs"}.get(table.name, "kept")])
-            if table is tables.target_traces:
-                self._tokens[trace] = size
-            elif self._tokens.get(trace) != size:
-                raise InputError(
-                    f"{table.name}: {size} positions over a target trace of {self._tokens.get(trace, 'no')} tokens"
-                )
-
-
-def _without(row: Values, key: str) -> Values:
-    return {name: value for name, value in row.items() if name != key}
+def _schema(connection: Connection) -> set[tuple[str, str, str, str]]:
+    """Everything that is defined in a database, without white space."""
+    master = sqlalchemy.table("sqlite_master", *map(sqlalchemy.column, ("type", "name", "tbl_name", "sql")))
+    rows = connection.execute(select(master.c.type, master.c.name, master.c.tbl_name, master.c.sql))
+    return {(str(kind), str(name), str(table), " ".join(str(sql).split())) for kind, name, table, sql in rows}

@@ -1,288 +1,267 @@
-"""Rows as a bundle carries them: every column's type and every digest checked, every row through its record.
+"""Rows as a bundle may hold them: every value of its column's type, no path, every row through its record."""
 
-A checked row is in its one form, cleaned of paths, so that equal rows are equal values. Written over the columns of
-`store.tables`: what a later schema adds comes along. How a bundle is kept in a file it must not know.
-"""
-
-import itertools
 import json
+import math
 import re
-from collections.abc import Callable, Mapping
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import JSON, Boolean, Column, Float, Integer, Table, UniqueConstraint
+from sqlalchemy import JSON, Boolean, Column, Connection, Float, Table, select
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from profiles.records.codec import decode, plain, sample_from, step_times_from
-from profiles.records.core import Environment, Model, Workload, digest_of
+from profiles.records.codec import from_builtins
+from profiles.records.core import Environment, Model, Workload
 from profiles.records.draft_spec import RefusedDraft
-from profiles.records.errors import InputError
-from profiles.records.evidence import AcceptanceTrace, Infeasible, LookupTrace, Sample, StepTimes, TargetTrace
+from profiles.records.errors import InputError, require
+from profiles.records.evidence import AcceptanceTrace, Infeasible, LookupTrace, Sample, TargetTrace
 from store import tables
 from store.bundle.sanitize import clean
-from store.tables import Row
-from tuner.policy import policy as policies
-from tuner.report.data import ReportData
+from store.tables import Row, Values
 
-Values = dict[str, Any]
-
-TABLES = {table.name: table for table in (tables.models, tables.environments, *tables.ABOUT_TARGETS)}
+# in this order, what a row refers to comes before it
+TABLES = (
+    tables.models,
+    tables.environments,
+    tables.prompts,
+    tables.workloads,
+    tables.setups,
+    tables.runs,
+    tables.target_traces,
+    tables.acceptance_traces,
+    tables.lookup_traces,
+    tables.sweeps,
+    tables.units,
+    tables.infeasible,
+    tables.policies,
+)
+CHILDREN = {"sweeps": tables.step_times, "units": tables.samples}
 TRACES = ("target_traces", "acceptance_traces", "lookup_traces")
-# rows that are one unit, by the columns that name it and those that all its rows share
-UNITS = {
-    "step_times": ("sweep", ("target_key", "environment_digest", "batch_size", "context_length", "max_length")),
-    "samples": ("unit", ("target_key", "environment_digest", "anchor_digest", "occasion")),
-}
 HEX = re.compile(r"[0-9a-f]{16,128}")
 UTC_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{6})?\+00:00")
-CLOCKS_DIFFER = timedelta(days=1)
-LARGEST_SIZE = 2**24
+MOST_CHILDREN, LARGEST_SIZE, LARGEST_GENERATION = 100_000, 2**24, 10**6
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Documents:
+    """The checks of JSON documents that belong to layers above the store.
+
+    `policy` returns a policy's text in its one form, and the digests of its target and machine; `report_data` returns
+    a run's report data. Both raise InputError.
+    """
+
+    policy: Callable[[str], tuple[str, str, str]]
+    report_data: Callable[[Any], Any]
 
 
-def columns_of(table: Table) -> list[Column[Any]]:
-    """The columns a bundle carries: all but the number a row has in its own store."""
-    return [column for column in table.columns if column.name != "id"]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """A row with the rows that belong to it (the samples of a unit, the widths of a sweep), checked and cleaned."""
+
+    table: Table
+    row: Values
+    children: tuple[Values, ...] = ()
+
+    @property
+    def id(self) -> Any:
+        """The primary key."""
+        return self.row[primary_key(self.table)]
 
 
-def time_of(table: Table, row: Row) -> str:
-    """When a row was made; empty for a model or a machine, which have no time."""
-    return str(row[tables.time_name(table.name)]) if "target_key" in table.c else ""
+def primary_key(table: Table) -> str:
+    [column] = table.primary_key.columns
+    return column.name
 
 
-def names_of(table: Table) -> tuple[str, ...]:
-    """The columns that identify evidence; none for what has nothing but its whole content."""
-    if "target_key" not in table.c:
-        return tuple(column.name for column in table.primary_key)
-    unique = [constraint for constraint in table.constraints if isinstance(constraint, UniqueConstraint)]
-    return tuple(column.name for constraint in unique for column in constraint.columns)
+def links(table: Table) -> dict[str, Table]:
+    """The columns that refer to a row of another table."""
+    return {column.name: key.column.table for column in table.c for key in column.foreign_keys}
 
 
-def place_of(table: Table, row: Row) -> tuple[Any, ...]:
-    """Where a row stands in a bundle: by table, by time, and what came first in its unit."""
-    own = [row[name] for name in names_of(table)]
-    content = "" if own else json.dumps(row, sort_keys=True)
-    return (list(TABLES).index(table.name), time_of(table, row), *own, content)
+def items(
+    connection: Connection, documents: Documents, refuse: Callable[[Table, InputError], None], *conditions: Any
+) -> Iterator[Item]:
+    """Every row of a database as a checked item; those that are not allowed are passed to `refuse`.
+
+    A row that refers to a refused row is refused too. `conditions` select rows, of the tables they are about.
+    """
+    accepted: dict[str, set[Any]] = {table.name: set() for table in TABLES}
+    lengths: dict[tuple[str, ...], int] = {}  # of the target traces
+    for table in TABLES:
+        key = table.c[primary_key(table)]
+        own = [condition for condition in conditions if condition.left.table is table]
+        for row_id in connection.scalars(select(key).where(*own).order_by(key)).all():
+            try:
+                item = _item(connection, table, row_id, documents)
+                if item.row.get("run_id") not in accepted["runs"]:
+                    item.row.update(dict.fromkeys({"run_id"} & item.row.keys()))  # of a run that has not ended
+                for row in (item.row, *item.children):
+                    for name, other in links(table if row is item.row else CHILDREN[table.name]).items():
+                        known = row[name] is None or other is table or row[name] in accepted[other.name]
+                        require(known, f"{name} {row[name]} refers to a row that is not there")
+                _check_length(item, lengths)
+            except InputError as error:
+                refuse(table, InputError(f"{table.name}: {error}"))
+                continue
+            accepted[table.name].add(row_id)
+            yield item
 
 
-def unit_of(table: Table, row: Row) -> tuple[Any, ...]:
-    """What rows of one unit share; a row without a unit is alone."""
-    place = place_of(table, row)
-    return (*place[:2], row[UNITS[table.name][0]]) if table.name in UNITS else place
+def _item(connection: Connection, table: Table, row_id: Any, documents: Documents) -> Item:
+    """One row and its children. Raises InputError."""
+    try:
+        query = select(table).where(table.c[primary_key(table)] == row_id)
+        row = _checked(table, connection.execute(query).mappings().one())
+        child = CHILDREN.get(table.name)
+        children: tuple[Values, ...] = ()
+        if child is not None:
+            parent = next(name for name, other in links(child).items() if other is table)
+            query = select(child).where(child.c[parent] == row_id).order_by(*child.primary_key.columns)
+            found = connection.execute(query.limit(MOST_CHILDREN + 1)).mappings().all()
+            require(0 < len(found) <= MOST_CHILDREN, f"it has {len(found)} rows: 1 to {MOST_CHILDREN} are allowed")
+            children = tuple({**_checked(child, each), parent: row_id} for each in found)
+        return Item(table=table, row=_CHECKS[table.name](row, children, documents), children=children)
+    except DBAPIError:
+        raise
+    except (SQLAlchemyError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise InputError(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
 
 
-def from_store(table: Table, stored: Row) -> Values:
-    """A stored row as a bundle carries it. Raises InputError: it is damaged, or larger than a bundle may carry."""
-    row = {column.name: stored[column.name] for column in columns_of(table)}
+# --- the columns ---
+
+
+def _checked(table: Table, row: Row) -> Values:
+    """The columns of a table, each of its type, their text cleaned."""
+    values = {column.name: row[column] for column in table.columns}
+    for column in table.columns:
+        if values[column.name] is None:
+            require(column.nullable is True, f"{column.name} is null")
+        else:
+            _check_value(column, values[column.name])
     if table is tables.policies:
-        _require(isinstance(row["policy"], str), "a policy is no text")
-        row["policy"] = json.loads(policies.to_json(policies.from_json(row["policy"])))
-    return checked(table, row)
+        values["policy"] = json.dumps(clean(json.loads(values["policy"])))
+    return {name: value if name == "policy" else clean(value, name) for name, value in values.items()}
 
 
-def to_store(table: Table, row: Row) -> Values:
-    """A checked row as the store keeps it."""
-    return {**row, "policy": policies.to_json(_policy(row))} if table is tables.policies else dict(row)
-
-
-def checked(table: Table, raw: object) -> Values:
-    """A row from anywhere in its one form. Raises InputError, naming the table, the column and what is allowed."""
-    _require(isinstance(raw, dict), f"{table.name}: a row is {type(raw).__name__}: an object is needed")
-    assert isinstance(raw, dict)
-    try:
-        row = _filled(table, raw)
-        for column in columns_of(table):
-            _check_column(column, row[column.name])
-        row = clean(row)
-        return {**row, **CHECKS[table.name](row)}
-    except (InputError, RecursionError) as error:
-        raise InputError(f"{table.name}: {error}") from error
-
-
-def _filled(table: Table, raw: Values) -> Values:
-    """With the defaults of columns that an older schema did not have."""
-    known = {column.name: column for column in columns_of(table)}
-    for name in raw:
-        _require(name in known, f"the unknown column {name[:60]!r}")
-    return {name: raw[name] if name in raw else _default(column) for name, column in known.items()}
-
-
-def _default(column: Column[Any]) -> Any:
-    if column.server_default is not None:
-        return json.loads(str(getattr(column.server_default, "arg", "null")))
-    _require(column.nullable is True, f"it lacks the column {column.name!r}")
-    return None
-
-
-def _check_column(column: Column[Any], value: object) -> None:
-    if value is None:
-        _require(column.nullable is True, f"{column.name} is null")
+def _check_value(column: Column[Any], value: Any) -> None:
+    name, kind = column.name, column.type
+    if isinstance(kind, tables.Numbers):
+        require(all(map(math.isfinite, value)), f"{name} holds a number that is not finite")
         return
-    kind = column.type
-    allowed: tuple[type, ...] = (str,)
-    if column.name == "policy":
-        allowed = (dict,)
-    elif isinstance(kind, JSON):
-        allowed = (list, dict)
-    elif isinstance(kind, Boolean):
-        allowed = (bool,)
-    elif isinstance(kind, Integer):
-        allowed = (int,)
-    elif isinstance(kind, Float):
-        allowed = (int, float)
+    allowed = (list, dict) if isinstance(kind, JSON) else (int, float) if isinstance(kind, Float) else kind.python_type
     good = isinstance(value, allowed) and isinstance(value, bool) == isinstance(kind, Boolean)
-    _require(good, f"{column.name} is {type(value).__name__}: {' or '.join(one.__name__ for one in allowed)} is needed")
-    if isinstance(value, int):
-        bits = 63 if kind is tables.WIDE else 31
-        _require(abs(value) < 2**bits, f"{column.name} is {value}: less than 2**{bits} is needed")
-    if column.name.endswith("_digest") or column.name in ("key", "digest", "target_key", "unit", "sweep"):
-        _require(HEX.fullmatch(str(value)) is not None, f"{column.name} is {str(value)[:60]!r}: a digest is needed")
-    if column.name.endswith("_at"):
-        _check_time(column.name, str(value))
+    require(good, f"{name} is {type(value).__name__}: {kind} is needed")
+    if isinstance(value, float):
+        require(math.isfinite(value), f"{name} is {value}: a finite number is needed")
+    elif isinstance(value, int) and name not in ("num_params", "memory_bytes", "memory_bandwidth_bytes_s", "seed"):
+        require(abs(value) < 2**31, f"{name} is {value}: less than 2**31 is needed")
+    elif name in ("key", "digest", "target_key") or name.endswith("_digest"):
+        require(HEX.fullmatch(value) is not None, f"{name} is {value[:60]!r}: a digest is needed")
+    elif name.endswith("_at"):
+        require(UTC_TIME.fullmatch(value) is not None, f"{name} is {value[:60]!r}: a UTC time is needed")
 
 
-def _check_time(name: str, value: str) -> None:
-    allowed = "a UTC time like 2026-01-31T12:00:00.000000+00:00 is needed"
-    _require(UTC_TIME.fullmatch(value) is not None, f"{name} is {value[:60]!r}: {allowed}")
-    try:
-        then = datetime.fromisoformat(value)
-    except ValueError as error:
-        raise InputError(f"{name} is {value!r}: {allowed}") from error
-    _require(then < datetime.now(UTC) + CLOCKS_DIFFER, f"{name} is {value}, in the future: a clock was wrong")
+# --- the records ---
 
 
-# --- what each table's record says of a row: the fields in their one form ---
+def _record(kind: type[Any], row: Mapping[str, Any]) -> Any:
+    return from_builtins(kind, {item.name: row[item.name] for item in fields(kind) if item.name in row}, kind.__name__)
 
 
-def _fields(record: type[Any], row: Row) -> Values:
-    return {name: row[tables.column_name(name)] for name in record.__dataclass_fields__}  # type: ignore
+def _require_same(name: str, given: object, computed: str) -> None:
+    require(given == computed, f"{name} is {given}, but the row's content has {computed}")
 
 
-def _same(name: str, stated: object, computed: str) -> None:
-    _require(stated == computed, f"{name} is {stated}, but what the row holds has {computed}")
+def _no_check(row: Values, *_: Any) -> Values:
+    return row
 
 
-def _model(row: Row) -> Values:
-    model: Model = decode(Model, _fields(Model, row), "model")
-    _same("key", row["key"], model.run_digest)
-    return plain(model)  # type: ignore[no-any-return]
+def _model(row: Values, *_: Any) -> Values:
+    _require_same("key", row["key"], _record(Model, row).run_digest)
+    return row
 
 
-def _environment(row: Row) -> Values:
-    environment: Environment = decode(Environment, _fields(Environment, row), "environment")
-    _same("digest", row["digest"], environment.digest)
-    return plain(environment)  # type: ignore[no-any-return]
+def _environment(row: Values, *_: Any) -> Values:
+    """A machine whose description holds a path has another digest without it, and cannot be packed."""
+    _require_same("digest", row["digest"], _record(Environment, row).digest)
+    return row
 
 
-def _trace(record: type[Any]) -> Callable[[Row], Values]:
-    def check(row: Row) -> Values:
-        return tables.columns_from(decode(record, _fields(record, row), "trace"))  # type: ignore
+def _trace(kind: type[Any]) -> Callable[..., Values]:
+    def check(row: Values, *_: Any) -> Values:
+        _record(kind, row)
+        return row
 
     return check
 
 
-def _counts(raw: object, size: int, name: str) -> list[list[int]]:
-    """`[key parts..., value]` entries of whole numbers, no key twice."""
-    entries: tuple[tuple[int, ...], ...] = decode(tuple[tuple[int, ...], ...], raw, name)
-    _require(all(len(entry) == size for entry in entries), f"{name} has entries that are not of {size} numbers")
-    _require(len({entry[:-1] for entry in entries}) == len(entries), f"{name} counts something twice")
-    return [list(entry) for entry in entries]
-
-
-def _step_times(row: Row) -> Values:
-    entries = row["samples_s"]
-    good = isinstance(entries, list) and all(isinstance(entry, list) and len(entry) == 2 for entry in entries)
-    _require(good, "samples_s has entries that are not of a width and its seconds")
-    samples = [
-        [decode(int, width, "width"), decode(tuple[float, ...], seconds, "samples_s")] for width, seconds in entries
-    ]
-    _require(len({width for width, _ in samples}) == len(samples), "samples_s has a width twice")
+def _sweep(row: Values, children: Sequence[Values], _: Documents) -> Values:
     sizes = [row[name] for name in ("batch_size", "context_length", "max_length")]
-    _require(min(sizes) >= 0 and max(sizes) <= LARGEST_SIZE, f"sizes {sizes}: allowed are 0 to {LARGEST_SIZE}")
-    return tables.columns_from(step_times_from({**_fields(StepTimes, row), "samples_s": samples}))  # type: ignore
+    require(min(sizes) >= 0 and max(sizes) <= LARGEST_SIZE, f"sizes {sizes}: allowed are 0 to {LARGEST_SIZE}")
+    tables.step_times_records({**row, **child} for child in children)
+    return row
 
 
-def _sample(row: Row) -> Values:
-    counted = {"rounds": _counts(row["rounds"], 3, "rounds"), "shapes": _counts(row["shapes"], 4, "shapes")}
-    seconds = {name: float(row[name]) for name in ("ttft_s", "decode_s")}
-    return plain(sample_from({**_fields(Sample, row), **counted, **seconds}))  # type: ignore[no-any-return]
+def _unit(row: Values, children: Sequence[Values], _: Documents) -> Values:
+    require([child["position"] for child in children] == list(range(len(children))), "a position is missing")
+    for child in children:
+        _record(Sample, {**child, "setup_digest": row["digest"], "prompt_digest": row["digest"]})
+    return row
 
 
-def _infeasible(row: Row) -> Values:
-    found: Infeasible = decode(Infeasible, _fields(Infeasible, row), "infeasible")
-    _same("setup_digest", row["setup_digest"], found.setup.digest)
-    return plain(found)  # type: ignore[no-any-return]
+def _infeasible(row: Values, *_: Any) -> Values:
+    _record(Infeasible, row)
+    return row
 
 
-def _run(row: Row) -> Values:
-    workload: Workload = decode(Workload, row["workload"], "workload")
+def _run(row: Values, _: Any, documents: Documents) -> Values:
+    from_builtins(Workload, row["workload"], "workload")
     outcome = row["outcome"] or {}
-    _require(row["finished_at"] is not None, "it is not finished")
-    _require(row["started_at"] <= row["finished_at"], "it finished before it started")
-    _require(isinstance(outcome, dict), "its outcome is a list: an object is needed")
-    found = dict(outcome)
-    if "left_out" in found:
-        found["left_out"] = plain(decode(tuple[RefusedDraft, ...], found["left_out"], "left_out"))
-    if "cost" in found:
-        _require(isinstance(found["cost"], dict), "its cost is no object")
-        numbers = all(value is None or isinstance(value, int | float) for value in found["cost"].values())
-        _require(numbers, "its cost is no object of numbers")
-    if "dossier" in found:
-        found["dossier"] = ReportData.from_json(found["dossier"]).to_json()
-    return {"workload": plain(workload), "outcome": found}
+    require(isinstance(outcome, dict), "its outcome is a list: an object is needed")
+    from_builtins(tuple[RefusedDraft, ...], outcome.get("left_out", []), "left_out")
+    from_builtins(dict[str, float | None], outcome.get("cost", {}), "cost")
+    if "dossier" in outcome:
+        outcome = {**outcome, "dossier": documents.report_data(outcome["dossier"])}
+    return {**row, "outcome": outcome}
 
 
-def _policy(row: Row) -> policies.Policy:
-    return policies.from_json(json.dumps(row["policy"]))
+def _policy(row: Values, _: Any, documents: Documents) -> Values:
+    text, target_key, environment_digest = documents.policy(row["policy"])
+    _require_same("target_key", row["target_key"], target_key)
+    _require_same("environment_digest", row["environment_digest"], environment_digest)
+    in_range = 0 <= row["generation"] <= LARGEST_GENERATION
+    require(in_range, f"generation {row['generation']}: allowed are 0 to {LARGEST_GENERATION}")
+    return {**row, "policy": text}
 
 
-def _policy_row(row: Row) -> Values:
-    policy = _policy(row)
-    _same("target_key", row["target_key"], policy.target.run_digest)
-    _same("environment_digest", row["environment_digest"], policy.environment.digest)
-    return {"policy": json.loads(policies.to_json(policy))}
+def _check_length(item: Item, lengths: dict[tuple[str, ...], int]) -> None:
+    """Raises InputError: acceptance without its target trace, or of another length."""
+    if item.table.name not in TRACES:
+        return
+    trace = trace_key(item.row)
+    column = {"target_traces": "token_ids", "acceptance_traces": "accept_probs"}.get(item.table.name, "accepted")
+    size = len(item.row[column])
+    if item.table is tables.target_traces:
+        lengths[trace] = size
+    require(lengths.get(trace) == size, f"{size} positions over a target trace of {lengths.get(trace, 0)} tokens")
 
 
-CHECKS: Mapping[str, Callable[[Row], Values]] = {
+def trace_key(row: Row) -> tuple[str, ...]:
+    return row["target_key"], row["sampling_digest"], row["prompt_digest"]
+
+
+_CHECKS: Mapping[str, Callable[..., Values]] = {
     "models": _model,
     "environments": _environment,
+    "prompts": _no_check,
+    "workloads": _no_check,
+    "setups": _no_check,
+    "runs": _run,
     "target_traces": _trace(TargetTrace),
     "acceptance_traces": _trace(AcceptanceTrace),
     "lookup_traces": _trace(LookupTrace),
-    "step_times": _step_times,
-    "samples": _sample,
+    "sweeps": _sweep,
+    "units": _unit,
     "infeasible": _infeasible,
-    "runs": _run,
-    "policies": _policy_row,
+    "policies": _policy,
 }
-
-
-def check_unit(table: Table, rows: list[Values]) -> None:
-    """Raises InputError: rows of a unit that do not belong together, or whose unit's digest is another's."""
-    name, shared = UNITS[table.name]
-    for column in shared:
-        _require(all(row[column] == rows[0][column] for row in rows), f"{table.name}: {name} with two of {column}")
-    if table is tables.samples:
-        _require(
-            [row["position"] for row in rows] == list(range(len(rows))), f"samples: {name} with a position missing"
-        )
-        _require(rows[0]["unit"] in _unit_digests(rows), f"samples: {name} {rows[0]['unit']} is not what its rows say")
-
-
-def _unit_digests(rows: list[Values]) -> set[str]:
-    """What the unit of these rows may be called: setups by prompts in order, as `profiles.records.keys` does."""
-    asked = [(row["setup_digest"], row["prompt_digest"]) for row in rows]
-    found = set()
-    for size in (
-        size for size in range(1, len(asked) + 1) if len(asked) % size == 0
-    ):  # of prompts per setup; one that is asked twice leaves more than one reading
-        setups, prompts = [setup for setup, _ in asked[::size]], [prompt for _, prompt in asked[:size]]
-        if asked == list(itertools.product(setups, prompts)):
-            queue = prompts[0] if size == 1 else digest_of(prompts)
-            about = [rows[0][name] for name in ("target_key", "environment_digest", "anchor_digest")]
-            found.add(digest_of([*about, queue, rows[0]["occasion"], *setups]))
-    return found

@@ -10,11 +10,11 @@ from typing import Any
 
 from profiles.builtin import IMPORTED, IMPORTED_MARKS
 from profiles.records.errors import InputError
+from profiles.records.text import printable
 
 MOST_CHARACTERS, MOST_KEY_CHARACTERS = 65_536, 200
 MOST_PASSES = 4  # what is left of one path may begin another; text that goes on so was made to
-# controls, marks that turn the writing direction or cannot be seen, halves of characters
-UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+NAMES = ("component", "draft")  # keys of names that do not end with it
 # A path in a sentence: a root that no word touches, folders (which may hold spaces, but then no
 # equals sign: `/models/a k=4 reaches 9 tok/s` is a path and words), a last part (which may not).
 PATH = re.compile(
@@ -35,12 +35,12 @@ def clean(value: Any, key: str = "") -> Any:
     Raises InputError: a text is longer than allowed.
     """
     if isinstance(value, str):
-        return clean_text(value, is_name=key.endswith("name"))
+        return printable(value) if key == "domain" else clean_text(value, is_name=key.endswith("name") or key in NAMES)
     if isinstance(value, list):
         return [clean(item, key) if isinstance(item, str | list | dict) else item for item in value]
     if isinstance(value, dict):
         for name in value:
-            if len(name) > MOST_KEY_CHARACTERS or UNSHOWN.search(name):
+            if len(name) > MOST_KEY_CHARACTERS or printable(name) != name:
                 raise InputError(f"the key {name[:60]!r} is longer than {MOST_KEY_CHARACTERS} or cannot be shown")
         return {name: clean(item, name) for name, item in value.items()}
     return value
@@ -50,7 +50,7 @@ def clean_text(text: str, *, is_name: bool = False) -> str:
     """One text, cleaned; raises InputError when it is longer than allowed."""
     if len(text) > MOST_CHARACTERS:
         raise InputError(f"the text {text[:30]!r}... has {len(text)} characters: {MOST_CHARACTERS} are allowed")
-    text = UNSHOWN.sub(" ", text)
+    text = printable(text)
     if is_name:
         text = _marked(text)
     for _ in range(MOST_PASSES):

@@ -1,7 +1,4 @@
-"""The verbs of `tune.py bundle`: pack what a store knows into one file, tell what a file holds, merge it.
-
-The rooms below do the work; nothing here loads torch.
-"""
+"""The commands `bundle pack`, `bundle inspect` and `bundle merge`; none loads torch."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -27,10 +24,6 @@ Environments = Annotated[
     typer.Option("--environment", help="Device name or digest of a machine; repeatable; default: all."),
 ]
 Policies = Annotated[Path | None, typer.Option(help="A folder that also gets the latest policies, a file each.")]
-KeepMine = Annotated[
-    bool, typer.Option("--keep-mine", help="Where the store has other evidence, keep that and merge the rest.")
-]
-
 app = typer.Typer(rich_markup_mode=None, help="Carry evidence, runs and policies between machines in one file.")
 
 
@@ -43,66 +36,66 @@ def pack(
     store: options.Store = None,
     json_only: options.JsonOnly = False,
 ) -> None:
-    """Write what the store knows into one file, without paths and with a checksum."""
+    """Write the store's evidence, runs and policies into one file, without paths."""
     from store.bundle import bundle
-    from tuner.deploy import policy_files
+    from tuner.deploy.policy_files import DOCUMENTS, export_policies
 
+    selected: dict[str, list[str] | None] = {"targets": target, "environments": environment}
     with EvidenceStore.open(location.existing_store(store)) as evidence_store:
-        contents = bundle.pack(evidence_store, path, targets=target, environments=environment)
-        written = (
-            ()
-            if policies is None
-            else policy_files.export_policies(evidence_store, policies, targets=target, environments=environment)
-        )
+        contents = bundle.pack(evidence_store, path, DOCUMENTS, **selected)
+        paths = () if policies is None else export_policies(evidence_store, policies, **selected)
     if json_only:
-        print_json({**asdict(contents), "policy_paths": [str(one) for one in written]})
+        print_json({**asdict(contents), "policy_paths": [str(policy_path) for policy_path in paths]})
     else:
-        say(f"wrote {path}", *_told(contents), *(f"policy: {one}" for one in written))
+        say(f"wrote {path}", *_description(contents), *(f"policy: {policy_path}" for policy_path in paths))
 
 
 @app.command()
 def inspect(path: File, json_only: options.JsonOnly = False) -> None:
-    """Check a bundle and tell what it holds; no store is touched."""
+    """Check a bundle and describe its content; no store is touched."""
     from store.bundle import bundle
+    from tuner.deploy.policy_files import DOCUMENTS
 
-    contents = bundle.inspect(path)
+    contents = bundle.inspect(path, DOCUMENTS)
     if json_only:
         print_json(asdict(contents))
     else:
-        say(*_told(contents))
+        say(*_description(contents))
 
 
 @app.command()
-def merge(
-    path: File, keep_mine: KeepMine = False, store: options.Store = None, json_only: options.JsonOnly = False
-) -> None:
-    """Add what a bundle holds to the store, all of it or nothing; again it changes nothing."""
+def merge(path: File, store: options.Store = None, json_only: options.JsonOnly = False) -> None:
+    """Add a bundle's new evidence, runs and policies to the store, whose own evidence stays."""
     from store.bundle import bundle
+    from tuner.deploy.policy_files import DOCUMENTS
 
-    bundle.inspect(path)  # a file that is refused makes no store
+    bundle.inspect(path, DOCUMENTS)  # a refused file makes no store
     place = location.store_location(store)
     with EvidenceStore.open(place) as evidence_store:
-        merged = bundle.merge(evidence_store, path, keep_mine=keep_mine)
+        merged = bundle.merge(evidence_store, path, DOCUMENTS)
     if json_only:
         print_json({**asdict(merged), "store": location.store_name(place)})
         return
     say(f"store {location.store_name(place)}")
     for table in dict.fromkeys([*merged.added, *merged.known, *merged.unlike]):
-        said = f"{_spaced(table)}: {merged.added.get(table, 0)} new, {merged.known.get(table, 0)} known"
-        left_out = merged.unlike.get(table, 0)
-        say(f"{said}, {left_out} unlike the store's and left out" if left_out else said)
+        counts = f"{_spaced(table)}: {merged.added.get(table, 0)} new, {merged.known.get(table, 0)} known"
+        conflicts = merged.unlike.get(table, 0)
+        say(f"{counts}, {conflicts} unlike the store's and left out" if conflicts else counts)
+    say(*(f"left out: {conflict}" for conflict in merged.conflicts))
 
 
-def _told(contents: "Contents") -> Iterator[str]:
-    yield f"bundle version {contents.version}, schema {contents.schema}, of draftpick {contents.draftpick}"
-    yield f"newest row {contents.created}; {contents.packed_bytes} bytes, {contents.unpacked_bytes} unpacked"
-    yield f"content SHA-256 {contents.sha256}: as packed"
+def _description(contents: "Contents") -> Iterator[str]:
+    yield f"bundle of schema {contents.schema}, {contents.num_bytes} bytes, newest row {contents.created}"
+    yield f"SHA-256 {contents.sha256}"
     yield from (f"{_spaced(table)}: {count}" for table, count in contents.rows.items())
     for target in contents.targets:
         yield f"target {target.name}, {target.weights_type}, digest {target.digest[:8]}"
+    yield from (f"draft {draft}" for draft in contents.drafts)
     for machine in contents.environments:
         software = f"torch {machine.torch}, {machine.engine} {machine.engine_version}"
         yield f"machine {machine.device}, {machine.threads} threads, {software}, digest {machine.digest[:8]}"
+    for table, count in contents.left_out.items():
+        yield f"left out, because of a path or a damaged value: {count} of {_spaced(table)}"
 
 
 def _spaced(table: str) -> str:

@@ -1,7 +1,4 @@
-"""Policies as files to ship, each named by target, device and engine, as vLLM names its files per device.
-
-A file is a policy as serving code reads it, without paths. What a policy says it must not know.
-"""
+"""Policies as files to ship, without paths, each named by target, device and engine; checks of documents in bundles."""
 
 import json
 import re
@@ -15,12 +12,21 @@ from profiles.builtin import replace_mark
 from profiles.records.errors import InputError, NotMeasuredError
 from store import tables
 from store.bundle.bundle import chosen
-from store.bundle.file import replace
+from store.bundle.rows import Documents
 from store.bundle.sanitize import clean
 from store.evidence_store import EvidenceStore
 from tuner.policy import policy as policies
+from tuner.report.data import ReportData
 
 MOST_NAME_CHARACTERS = 60
+
+
+def _check_policy(text: str) -> tuple[str, str, str]:
+    policy = policies.from_json(text)
+    return policies.to_json(policy), policy.target.run_digest, policy.environment.digest
+
+
+DOCUMENTS = Documents(policy=_check_policy, report_data=lambda raw: ReportData.from_json(raw).to_json())
 
 
 def export_policies(
@@ -53,7 +59,7 @@ def export_policies(
         path = folder / file_name(policy)
         if shared[path.name.lower()] > 1 or not _may_replace(path, policy):
             path = folder / file_name(policy, with_digests=True)
-        replace(path, policies.to_json(policy).encode())
+        policies.write(path, policy)
         written.append(path)
     return tuple(written)
 
