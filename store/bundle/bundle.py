@@ -6,6 +6,7 @@ short transactions. Rows that cannot travel (a path in a machine's engine option
 
 import hashlib
 import itertools
+import os
 import sqlite3
 import tempfile
 from collections import Counter
@@ -101,6 +102,7 @@ def pack(
             conditions = _conditions(connection, targets, environments)
             _copy(items(connection, documents, lambda table, _: left_out.update([table.name]), *conditions), packed)
         data = file.read_bytes()
+    data += hashlib.sha256(data).digest()  # SQLite reads what its header counts, and not this
     if len(data) > MOST_BYTES:
         raise InputError(f"{path} would have {len(data)} bytes: {MOST_BYTES} are allowed; pack fewer targets")
     try:
@@ -134,7 +136,7 @@ def inspect(path: Path, documents: Documents, *, left_out: dict[str, int] | None
         path=str(path),
         schema=migrations.HEAD,
         created=created,
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        sha256=path.read_bytes()[-32:].hex(),
         num_bytes=path.stat().st_size,
         rows=dict(rows),
         targets=tuple(targets),
@@ -360,13 +362,16 @@ def _opened(path: Path) -> Iterator[Connection]:
     """A stranger's file: read-only, without its journal, with nothing but the tables of this schema in it."""
     with open_file(path) as file:
         first = file.read(100)
-        size = path.stat().st_size
+        size = os.fstat(file.fileno()).st_size
+        content = first + file.read(MOST_BYTES) if size <= MOST_BYTES else b""
     if first.startswith(b"draftpick-bundle "):
         raise InputError("it is of draftpick 0.5 or older: merge it there, and pack that store with this draftpick")
     if not first.startswith(b"SQLite format 3\0") or int.from_bytes(first[68:72]) != APPLICATION_ID:
         raise InputError("it is not a bundle: `tune.py bundle pack` makes one")
     if size > MOST_BYTES:
         raise InputError(f"it has {size} bytes: {MOST_BYTES} are allowed")
+    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+        raise InputError("it is damaged: its content does not have its checksum")
 
     def connect() -> sqlite3.Connection:
         connection = sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1", uri=True)

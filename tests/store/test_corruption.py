@@ -16,15 +16,20 @@ import pytest
 
 from profiles.records.errors import DraftpickError, InputError, PolicyError
 from store.bundle import bundle
+from store.bundle.rows import CHILDREN
+from store.bundle.rows import TABLES as ROOTS
 from store.evidence_store import EvidenceStore
-from tests.support.bundles import ELSEWHERE, Rows, fill, resealed, save_sample
+from tests.support.bundles import ELSEWHERE, fill, resealed, save_sample, sealed
 from tests.support.cli import assert_refused, call, content, database
 from tests.support.fakes import sql
+from tuner.deploy.policy_files import DOCUMENTS
 from tuner.policy import policy as policies
 
 SEED = 77
-NUM_BUNDLES, NUM_SEALED, NUM_DATABASES, NUM_POLICIES = 120, 120, 100, 120
+TABLES = (*ROOTS, *CHILDREN.values())
+NUM_BUNDLES, NUM_SEALED, NUM_DATABASES, NUM_POLICIES = 120, 80, 100, 120
 STRANGE = (None, True, -1, 0, 7, 1.5, 1e200, 2**50, "", "x", "../x", [], {}, [[]], [1, "a"], "\ud800")
+STRANGE_VALUES = (None, -1, 0, 7, 1.5, 1e200, 2**50, "", "x", "../x", "[]", "{}", "[[]]", b"", b"x", b"i\0\0\0\1")
 Damage = Callable[[random.Random, bytes], bytes]
 
 
@@ -110,25 +115,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sound")
     with EvidenceStore.open(database(folder)) as evidence_store:
         fill(evidence_store)
-        bundle.pack(evidence_store, folder / "all.bundle")
+        bundle.pack(evidence_store, folder / "all.bundle", DOCUMENTS)
     sql(database(folder), "PRAGMA wal_checkpoint(TRUNCATE)")
     return folder
-
-
-@pytest.fixture(scope="module")
-def small(sound: Path) -> Path:
-    """A bundle with a few rows of every table of that store, which is checked fast."""
-
-    def keep_few(_: dict[str, Any], rows: Rows) -> None:
-        traced = [row["prompt_digest"] for name, row in rows if name == "target_traces"][:2]
-        [unit, *_] = [row["unit"] for name, row in rows if name == "samples" and row["position"] == 1]
-        rows[:] = [
-            [name, row]
-            for name, row in rows
-            if (row["prompt_digest"] in traced if name.endswith("_traces") else row.get("unit", unit) == unit)
-        ]
-
-    return resealed(sound / "all.bundle", sound / "small.bundle", keep_few)
 
 
 @pytest.fixture
@@ -158,38 +147,38 @@ def test_damaged_bundles(sound: Path, target: Path, tmp_path: Path) -> None:
     with EvidenceStore.open(database(target)) as evidence_store:
         for number in range(NUM_BUNDLES):
             path.write_bytes(ANYWHERE[number % len(ANYWHERE)](random.Random(f"{SEED} bundle {number}"), whole))
-            assert said_by(lambda: bundle.inspect(path), InputError), number
-            assert said_by(lambda: bundle.merge(evidence_store, path), InputError), number
+            assert said_by(lambda: bundle.inspect(path, DOCUMENTS), InputError), number
+            assert said_by(lambda: bundle.merge(evidence_store, path, DOCUMENTS), InputError), number
     for words in (("inspect", path), ("merge", path), ("merge", path, "--json")):
         assert_refused(call(target, "bundle", *words), 2, f"bundle {path}: ")
     assert content(target) == before
-    assert bundle.inspect(sound / "all.bundle").rows["policies"] == 1
+    assert bundle.inspect(sound / "all.bundle", DOCUMENTS).rows["policies"] == 1
 
 
-def test_bundles_changed_and_sealed_again(small: Path, target: Path, tmp_path: Path) -> None:
-    """A changed value under a right checksum is refused in a line, or allowed, and then merged and packed."""
-    path, before, outcomes = tmp_path / "changed", content(target), Counter[str]()
+def test_bundles_changed_and_sealed_again(sound: Path, target: Path, tmp_path: Path) -> None:
+    """A changed value or page under a right checksum is refused in a line, or allowed, and then merged and packed."""
+    whole, before, outcomes = sound / "all.bundle", content(target), Counter[str]()
+    path, columns = tmp_path / "changed", [(table, column.name) for table in TABLES for column in table.columns]
     for number in range(NUM_SEALED):
         rng = random.Random(f"{SEED} sealed {number}")
-
-        def change(header: dict[str, Any], rows: Rows, rng: random.Random = rng) -> None:
-            by_table = dict(rng.sample(rows, len(rows)))
-            change_json(rng, rng.choice([header, *by_table.values()]))
-
-        resealed(small, path, change)
-        if said_by(lambda: bundle.inspect(path), InputError):
+        if number % 2:
+            sealed(path, IN_PAGES[number % len(IN_PAGES)](rng, whole.read_bytes()[:-32]))
+        else:
+            table, column = rng.choice(columns)
+            first = f"(SELECT {column} FROM {table.name} LIMIT 1)"
+            statement = f"UPDATE OR IGNORE {table.name} SET {column} = ? WHERE {column} = {first}"
+            resealed(whole, path, (statement, (rng.choice(STRANGE_VALUES),)))
+        if said_by(lambda: bundle.inspect(path, DOCUMENTS), InputError):
             with EvidenceStore.open(database(target)) as evidence_store:
-                assert said_by(lambda evidence_store=evidence_store: bundle.merge(evidence_store, path), InputError), (
-                    number
-                )
+                assert said_by(lambda store=evidence_store: bundle.merge(store, path, DOCUMENTS), InputError), number
             assert content(target) == before, number
             outcomes["refused"] += 1
         else:
             with EvidenceStore.open(tmp_path / f"{number}.db") as evidence_store:
-                bundle.merge(evidence_store, path)
-                bundle.pack(evidence_store, tmp_path / "packed")
+                bundle.merge(evidence_store, path, DOCUMENTS)
+                bundle.pack(evidence_store, tmp_path / "packed", DOCUMENTS)
             outcomes["allowed"] += 1
-    assert outcomes["refused"] >= 100, outcomes
+    assert outcomes["refused"] >= NUM_SEALED // 3, outcomes
 
 
 def test_damaged_databases(sound: Path, tmp_path: Path) -> None:

@@ -1,30 +1,27 @@
 """Stores to pack and bundles to break, for the tests of bundles and of damage."""
 
-import gzip
+import contextlib
 import hashlib
-import json
-from collections.abc import Callable
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from profiles.records.core import PLAIN, Environment, Model, Setup
 from profiles.records.errors import DraftpickError
 from profiles.records.evidence import Infeasible
-from store.bundle import bundle, file
+from store.bundle import bundle
 from store.evidence_store import EvidenceStore, Scope
 from tests.support.cli import content
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, TARGET, FakeEngine, prompts
+from tuner.deploy.policy_files import DOCUMENTS
 from tuner.pipeline.pipeline import Options, Watch
 from tuner.run import TuningSession
 from tuner.run import tune as run
 
 ELSEWHERE = replace(MACHINE, device="other cpu", threads=8)
 SCOPE = Scope(target=TARGET, environment=MACHINE, workload=GREEDY)
-Rows = list[Any]
-Change = Callable[[dict[str, Any], Rows], None]
 
 
 def named(path: str) -> Model:
@@ -49,41 +46,26 @@ def save_sample(evidence_store: EvidenceStore, seed: int, environment: Environme
     evidence_store.save_samples(scope, (prompt,), (PLAIN,), "proof 0", samples)
 
 
-def opened(path: Path) -> tuple[dict[str, Any], Rows]:
-    """Header and rows, read without the code under test."""
-    content = path.read_bytes().split(b"\n", 1)[1]
-    header, *rows = [json.loads(line) for line in gzip.decompress(content).splitlines()]
-    return header, rows
-
-
 def sealed(path: Path, content: bytes) -> Path:
-    """A file with a right checksum over any content."""
-    path.write_bytes(f"draftpick-bundle 1 {hashlib.sha256(content).hexdigest()}\n".encode() + content)
+    """A file with the right checksum behind any content."""
+    path.write_bytes(content + hashlib.sha256(content).digest())
     return path
 
 
-def resealed(source: Path, path: Path, change: Change) -> Path:
-    """A copy with something changed in its header or rows, counted (but for a changed header) and sealed again."""
-    header, rows = opened(source)
-    before = json.dumps(header)
-    change(header, rows)
-    if json.dumps(header) == before:
-        header["rows"] = {name: sum(row[0] == name for row in rows) for name in {row[0] for row in rows}}
-    file.write(path, header, [file.line_of(row) for row in rows])
-    return path
-
-
-def row_of(rows: Rows, table: str) -> dict[str, Any]:
-    """The first row of a table."""
-    found: dict[str, Any] = next(row for name, row in rows if name == table)
-    return found
+def resealed(source: Path, path: Path, *statements: str | tuple[str, tuple[object, ...]]) -> Path:
+    """A copy of a bundle after SQL statements, with a right checksum again."""
+    path.write_bytes(source.read_bytes()[:-32])
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        for statement in statements:
+            connection.execute(*((statement,) if isinstance(statement, str) else statement))
+    return sealed(path, path.read_bytes())
 
 
 def refused(evidence_store: EvidenceStore, path: Path) -> str:
     """What a merge says that must fail, leaving the store as it was."""
     before = content(evidence_store.path.parent) if evidence_store.path.name == "evidence.db" else None
     with pytest.raises(DraftpickError) as caught:
-        bundle.merge(evidence_store, path)
+        bundle.merge(evidence_store, path, DOCUMENTS)
     assert before is None or content(evidence_store.path.parent) == before
     assert "\n" not in str(caught.value)
     return str(caught.value)
