@@ -6,10 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from profiles.engines.torch.batch_model import RowModel
-from profiles.engines.torch.step_times import Parts, time_steps
+from profiles.engines.torch.step_times import time_steps
 from profiles.models.footprint import GIB
 from profiles.models.memory import cached_values_per_token
-from profiles.records.core import Workload
 from profiles.stats import median
 from profiles.timing.clock import Clock, quietest
 
@@ -61,9 +60,10 @@ def step_s(name: str, device: str) -> float:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPE, attn_implementation="sdpa")
     model.eval().requires_grad_(False)
-    workload = Workload(batch_size=1, context_length=CONTEXT_LENGTH + 3, max_new_tokens=2)
-    parts = Parts(target=(name, RowModel(model, 1, workload.context_length)), models={}, lookups={})
-    times, _ = quietest(lambda: time_steps(parts, workload, (CONTEXT_LENGTH, 1), Clock(device)), [device])
+    rows = {name: RowModel(model, 1, CONTEXT_LENGTH + 3)}
+    times, _ = quietest(
+        lambda: time_steps(rows, Clock(device), target=name, context_length=CONTEXT_LENGTH, max_length=1), [device]
+    )
     return median(times[name].samples_s[1])
 
 
