@@ -150,7 +150,7 @@ def warm_up(target: RowStepper, drafts: Sequence[RowStepper], *, context_length:
     reaches, verify_widths, draft_widths = [longest], [1], [1]
     if target.device.type == "cuda":
         by_view = {graph_view(reach): reach for reach in (*range(SMALLEST_VIEW, longest, SMALLEST_VIEW), longest)}
-        reaches, verify_widths = list(by_view.values()), list(range(1, max_length + 2))
+        reaches, verify_widths = list(by_view.values()), list(range(max_length + 1, 0, -1))
         draft_widths = [1, *CATCH_UP_WIDTHS]
     with torch.inference_mode():
         for reach in reaches:

@@ -3,9 +3,11 @@
 Runs any architecture through its transformers class, or through a leaner forward where one fits.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
-from typing import Any, Protocol
+import logging
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -18,6 +20,7 @@ from profiles.records.errors import ModelError
 SMALLEST_VIEW = 256  # slots
 WIDEST_GRAPH = MAX_LENGTH + 1  # tokens a row: a round of the longest speculation length
 _WARM_UPS = 3
+_LOG = logging.getLogger(__name__)
 _TOLERANCE = 2e-3  # of the largest logit, in float32; wrong masks or positions are off by far more
 
 Forward = Callable[[torch.Tensor, RowCache, int], torch.Tensor]
@@ -57,7 +60,10 @@ class RowModel:
         devices = {parameter.device for parameter in model.parameters()}
         on_one_gpu = len(devices) == 1 and model.device.type == "cuda"
         self._graphs: dict[tuple[int, int, int], _Graph] | None = {} if on_one_gpu else None
-        self._pool = torch.cuda.graph_pool_handle() if on_one_gpu else None
+        self._resources = _GraphResources(model.device) if on_one_gpu else None
+        if model.device.type == "cuda":
+            # cuDNN builds a plan for every new shape, 0.4 s each: in every prompt's time to first token
+            torch.backends.cuda.enable_cudnn_sdp(False)
 
     def step(
         self, tokens: torch.Tensor, positions: torch.Tensor, reach: int, keep: int = 1, row: int | None = None
@@ -69,13 +75,15 @@ class RowModel:
         view = min(graph_view(reach), self._cache.width)
         key = (tokens.shape[1], keep, view)
         if key not in self._graphs:
+            assert self._resources is not None
             stream = torch.cuda.current_stream(self.device)
             try:
                 step = functools.partial(self.step_in_view, view, keep)
-                self._graphs[key] = _Graph(step, tokens, positions, self._pool)
+                self._graphs[key] = _Graph(step, tokens, positions, self._resources)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError:  # a forward that waits for the device cannot be captured; it can still be run
+            except RuntimeError as error:  # a forward that waits for the device cannot be captured, but can be run
+                _LOG.warning("steps run without CUDA graphs and are slower: %s", str(error).splitlines()[0][:200])
                 torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
                 self._graphs = None
                 return self.step(tokens, positions, reach, keep)
@@ -92,10 +100,26 @@ def graph_view(reach: int) -> int:
     return max(SMALLEST_VIEW, 1 << (reach - 1).bit_length())
 
 
-class _Graph:
-    """A step captured once and replayed on its own inputs and outputs (torch.cuda.CUDAGraph).
+class _GraphResources:
+    """What the graphs of one model share: a stream on its device, a memory pool and the buffer of their logits."""
 
-    Graphs of one model share a memory pool: what one returns is overwritten by the next replay of any of them.
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.pool = torch.cuda.graph_pool_handle()
+        self._buffer = torch.empty(0, device=device)
+
+    def output_like(self, logits: torch.Tensor) -> torch.Tensor:
+        """A view of the buffer in the shape of `logits`; a larger one replaces it when needed."""
+        if self._buffer.numel() < logits.numel() or self._buffer.dtype != logits.dtype:
+            self._buffer = torch.empty(logits.numel(), dtype=logits.dtype, device=logits.device)
+        return self._buffer[: logits.numel()].view(logits.shape)
+
+
+class _Graph:
+    """A step captured once and replayed on its own inputs (torch.cuda.CUDAGraph).
+
+    What a replay returns is overwritten by the next replay of any graph of the model. The capture is on the model's
+    own device, whichever is the current one.
     """
 
     def __init__(
@@ -103,25 +127,37 @@ class _Graph:
         step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        pool: Any,
+        resources: _GraphResources,
     ) -> None:
         self._tokens, self._positions = tokens.clone(), positions.clone()
-        current = torch.cuda.current_stream(tokens.device)
-        side = torch.cuda.Stream(tokens.device)  # type: ignore[no-untyped-call]
-        side.wait_stream(current)
-        with torch.cuda.stream(side):  # allocations and libraries settle before anything is captured
-            for _ in range(_WARM_UPS):
+        current, stream = torch.cuda.current_stream(tokens.device), resources.stream
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):  # allocations and libraries settle before anything is captured
+            for _ in range(_WARM_UPS - 1):
                 step(self._tokens, self._positions)
-        current.wait_stream(side)
+            with _no_host_syncs():
+                self._logits = resources.output_like(step(self._tokens, self._positions))
+        current.wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self._logits = step(self._tokens, self._positions)
+        with torch.cuda.graph(self._graph, pool=resources.pool, stream=stream):
+            self._logits.copy_(step(self._tokens, self._positions))
 
     def replay(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         self._tokens.copy_(tokens)
         self._positions.copy_(positions)
         self._graph.replay()
         return self._logits
+
+
+@contextlib.contextmanager
+def _no_host_syncs() -> Iterator[None]:
+    """Raises RuntimeError where the host waits for the device: refused here, a failing capture would corrupt state."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 class _TransformersForward:
@@ -189,10 +225,10 @@ def _logits_both_ways(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tenso
     """Last logits (2, V) of two short texts by the model's own forward, and stepped together in rows."""
     device, vocabulary = model.device, model.get_input_embeddings().num_embeddings
     texts = [[(7 * index + 3) % vocabulary for index in range(length)] for length in (5, 9)]
+    rows = RowModel(model, len(texts), capacity=16)
     reference = torch.stack(
         [model(torch.tensor([text], device=device), use_cache=False).logits[0, -1] for text in texts]
     )
-    rows = RowModel(model, len(texts), capacity=16)
     for number, text in enumerate(texts):
         prompt = torch.tensor([text[:-2]], device=device)
         rows.step(prompt, torch.arange(len(text) - 2, device=device)[None], len(text) - 2, row=number)

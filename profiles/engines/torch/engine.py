@@ -6,7 +6,7 @@ Every method measures one unit. Timed units are repeated while other processes d
 import contextlib
 import functools
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -154,15 +154,7 @@ class TorchEngine:
         with self._guarded():
             target = self._row_model(self.target.run_digest, workload)
             if (sizes, workload.batch_size) not in self._warm:
-                models = [
-                    self._row_model(digest, workload) for digest, model in self._models.items() if model is not None
-                ]
-                warm_up(
-                    target,
-                    [model for model in models if model is not target],
-                    context_length=workload.context_length,
-                    max_length=max_length,
-                )
+                self._run_all_steps(self._models, workload, max_length)
                 self._warm.add((sizes, workload.batch_size))
             decoder = Decoder(target, drafter, rng, length=max_length)
             return AdaptiveLoop(decoder, drafter, controller).run(prompts, self._clock)
@@ -220,10 +212,23 @@ class TorchEngine:
         self._warm = {(setup, size) for setup, size in self._warm if size not in sizes}
 
     def _warm_up(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
-        """The first runs of a setup pay for allocation and lazy set-up: one is thrown away."""
+        """The first runs of a setup pay for allocation and lazy set-up, on a GPU for captures: one is thrown away."""
         if (setup, workload.batch_size) not in self._warm:
+            if self._gpus:
+                components = () if setup.draft is None else setup.draft.components
+                self._run_all_steps([component.digest for component in components], workload, setup.length)
             self._generate(workload, prompts[: workload.batch_size], setup)
             self._warm.add((setup, workload.batch_size))
+
+    def _run_all_steps(self, components: Iterable[str], workload: Workload, max_length: int) -> None:
+        """Runs every step that rounds of these components can take, so that none is new in a timed round."""
+        target = self._row_model(self.target.run_digest, workload)
+        drafts = [
+            self._row_model(digest, workload)
+            for digest in components
+            if digest != self.target.run_digest and self._models[digest] is not None
+        ]
+        warm_up(target, drafts, context_length=workload.context_length, max_length=max_length)
 
     def _model(self, draft: Draft) -> PreTrainedModel | None:
         if draft.digest not in self._models:

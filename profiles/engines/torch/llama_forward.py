@@ -103,7 +103,8 @@ class LlamaForward:
         mixed = functional.scaled_dot_product_attention(
             grouped.flatten(2, 3), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask
         )
-        return mixed.view(rows, self._heads, width, self._head_size).transpose(1, 2).flatten(2)
+        # only the third dimension is split: the layout in memory depends on the kernel
+        return mixed.view(rows, self._key_heads, -1, width, self._head_size).permute(0, 3, 1, 2, 4).flatten(2)
 
 
 def _joined(layer: Any) -> _Weights:
