@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 from urllib.parse import quote
 
-import platformdirs
 import sqlalchemy
 from sqlalchemy import URL, Connection, Engine, func, select
 from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateSchema
 
 from profiles.records.errors import NotMeasuredError, PolicyError, StoreError
+from profiles.records.files import user_folder
 from store import driver_errors
 
 Location: TypeAlias = Path | str  # a SQLite file, or the URL of a PostgreSQL database
@@ -157,7 +157,7 @@ class Database:
         if self.path is not None:
             return self.path.parent
         named = os.environ.get("DRAFTPICK_STORE", "")
-        home = Path(named) if named and not is_url(named) else platformdirs.user_data_path("draftpick")
+        home = Path(named) if named and not is_url(named) else user_folder("data")
         url = self.engine.url
         parts = [url.host or "", str(url.port or 5432), url.database or "", _option(url, "options")]
         return home / "servers" / re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(filter(None, parts)))

@@ -5,6 +5,8 @@ loads neither torch, optuna nor alembic.
 """
 
 import itertools
+import os
+import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -419,13 +421,23 @@ def _register_subjects(connection: Connection, target: Model, environment: Envir
     _register(connection, tables.environments, [tables.environment_row(environment)])
 
 
+def like_last_part(name: str) -> str:
+    """A LIKE pattern, escaped by a backslash, of the paths whose last part is `name`; a path itself fits none."""
+    name = name.strip("/")
+    if not name or "/" in name:
+        return ""
+    return "%/" + re.sub(r"([%_\\])", r"\\\1", name)
+
+
 def _newest_policies(target: str | None, environment: Environment | None) -> Select[Any]:
     """The newest policy of each target and machine, or of those named; the one saved last comes first."""
     policies = tables.policies.c
     query = select(policies.policy).where(tables.IS_NEWEST_POLICY).order_by(policies.id.desc())
     if target is not None:
         models = tables.models.c
-        query = query.join(tables.models).where(literal(target).in_([models.key, models.digest, models.name]))
+        named = literal(target).in_([models.key, models.digest, models.name])
+        by_path = (models.name == os.path.abspath(target)) | models.name.like(like_last_part(target), escape="\\")
+        query = query.join(tables.models).where(named | by_path)
     if environment is not None:
         query = query.where(policies.environment_digest == environment.digest)
     return query.limit(1)

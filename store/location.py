@@ -3,10 +3,10 @@
 import os
 from pathlib import Path
 
-import platformdirs
 from sqlalchemy import make_url
 
 from profiles.records.errors import NotMeasuredError, StoreError
+from profiles.records.files import user_folder
 from store.database import Location, is_url, name_of
 
 FILE_NAME = "evidence.db"
@@ -23,7 +23,7 @@ def store_location(option: str | None) -> Location:
         return _sqlite_file(named)
     if named and is_url(named):
         return named
-    path = Path(named) if named else platformdirs.user_data_path("draftpick")
+    path = Path(named) if named else user_folder("data")
     is_file = path.is_file() or (path.suffix in FILE_SUFFIXES and not path.is_dir())
     return path if is_file else path / FILE_NAME
 

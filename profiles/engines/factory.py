@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import platformdirs
-
 from profiles.engines import rules
 from profiles.engines.base import SERVED_KINDS, Engine
 from profiles.engines.bench import Bench
@@ -21,6 +19,7 @@ from profiles.models.loader import DescribedModel
 from profiles.records.core import DTYPES, Draft, Setup
 from profiles.records.draft_spec import DraftSpec, RefusedDraft, engine_options
 from profiles.records.errors import InputError, PairError
+from profiles.records.files import user_folder
 
 APP_NAME = "draftpick"  # of the folder for logs
 MIN_ROWS = 8  # vLLM's rows are part of the key of its times, so few different numbers are used
@@ -59,7 +58,7 @@ class EngineSpec:
     @property
     def log_folder(self) -> Path:
         name = self.kind if self.engine == "server" else self.engine
-        return platformdirs.user_log_path(APP_NAME) / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        return user_folder("log") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

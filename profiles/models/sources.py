@@ -26,6 +26,7 @@ from profiles.models import gguf as gguf_file
 from profiles.models.gguf import GgufFile
 from profiles.records.core import digest_of
 from profiles.records.errors import ModelError, OutOfMemoryError
+from profiles.records.files import absolute_name
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -62,6 +63,7 @@ def find(name: str) -> Source:
     """
     if not name.strip():
         raise ModelError(f"model {name!r}: {_ALLOWED}")  # as a path it would be the working directory
+    name = absolute_name(name)
     path = Path(name)
     if name.startswith(BUILTIN):
         path = BUILTIN_FOLDER / name.removeprefix(BUILTIN)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from profiles.records.core import Draft, DraftKind
 from profiles.records.errors import InputError
+from profiles.records.files import absolute_name
 
 MAX_LENGTH = 64
 MAX_BATCH = 64  # rows that the torch engine decodes at a time
@@ -101,13 +102,13 @@ def parse_draft(text: str) -> DraftSpec:
         if not method or (plus and not path):
             raise InputError(f"draft {text!r}: native:METHOD or native:METHOD+MODEL is allowed")
         method_options(method)
-        return DraftSpec(kind="native", method=method, path=path or None)
+        return DraftSpec(kind="native", method=method, path=absolute_name(path) or None)
     lookup, plus, path = stripped.partition("+")
     if plus and lookup.partition(":")[0] == "ngram":
         ngram = _parse_ngram(text, lookup)
         if parse_draft(path).kind != "model":
             raise InputError(f"draft {text!r}: behind the + a directory, GGUF file or hub id of a model is allowed")
-        return replace(ngram, kind="composite", path=path.strip())
+        return replace(ngram, kind="composite", path=absolute_name(path.strip()))
     kind, _, rest = stripped.partition(":")
     if kind == "ngram":
         return _parse_ngram(text, stripped)
@@ -116,7 +117,7 @@ def parse_draft(text: str) -> DraftSpec:
         return DraftSpec(kind="early_exit", num_layers=Draft(kind="early_exit", num_layers=num_layers).num_layers)
     if not stripped:
         raise InputError(f"draft {text!r}: allowed are {_ALLOWED}")
-    return DraftSpec(kind="model", path=stripped)
+    return DraftSpec(kind="model", path=absolute_name(stripped))
 
 
 def with_composites(specs: Sequence[DraftSpec]) -> list[DraftSpec]:

@@ -3,15 +3,34 @@
 import contextlib
 import errno
 import os
+import shutil
 import stat
+import tempfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
+
+from profiles.records.errors import InputError
 
 NOT_A_FILE = "Not a regular file"
 
 
+def absolute_name(name: str) -> str:
+    """A model's name as it is stored: the absolute path of a file or directory, else (a hub id) the name itself."""
+    return os.path.abspath(name) if name.strip() and os.path.exists(name) else name
+
+
+def user_folder(kind: Literal["data", "cache", "log"]) -> Path:
+    """draftpick's folder of that kind in the user's home. Raises InputError where there is no home."""
+    import platformdirs
+
+    try:
+        return Path(getattr(platformdirs, f"user_{kind}_path")("draftpick"))
+    except RuntimeError as error:
+        raise InputError(f"no home directory for the {kind} folder ({error}); set HOME, or name a --store") from error
+
+
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces the file in one step: readers see the old or the new content.
+    """Replaces the file in one step: readers see the old or the new content. Mode and symbolic links stay.
 
     Raises:
         OSError: Also for an empty path, a directory, or something else that is no regular file.
@@ -20,17 +39,32 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, NOT_A_FILE, str(path))
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("wb") as file:
+    path = path.resolve()
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
+        try:
             file.write(data)
             file.flush()
+            if path.exists():
+                shutil.copymode(path, file.name)
+            else:
+                os.chmod(file.name, 0o666 & ~_umask())
             os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException:
+            os.replace(file.name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(file.name)
+            raise
+    if os.name == "posix":  # the new name is on disk too
+        descriptor = os.open(path.parent, os.O_RDONLY)
         with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise
+            os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def open_file(path: Path) -> BinaryIO:

@@ -5,6 +5,7 @@ carries the level. It only reads, and loads no torch.
 """
 
 import functools
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from profiles.records.core import Draft, Model
 from profiles.records.draft_spec import MAX_BATCH, MAX_REQUESTS
 from profiles.records.errors import NotMeasuredError, PolicyError
 from store import tables
-from store.evidence_store import EvidenceStore
+from store.evidence_store import EvidenceStore, like_last_part
 from tuner.deploy.match import LEVELS, MEANINGS, Level, Match, match
 from tuner.policy.policy import Answer, Choice, Policy, from_json, plain_answer
 from tuner.policy.query import check_query
@@ -231,14 +232,20 @@ def _targets_query() -> Select[Any]:
     models = tables.models
     tuned = select(func.max(tables.policies.c.id)).where(tables.policies.c.target_key == models.c.key)
     named = bindparam("name").in_([models.c.key, models.c.digest, models.c.name])
-    asked = bindparam("any_name") | named | models.c.name.in_([bindparam("imported"), bindparam("imported_before")])
-    return select(models).where(asked).order_by(tuned.scalar_subquery().desc().nulls_last())
+    marked = models.c.name.in_([bindparam("imported"), bindparam("imported_before"), bindparam("path")])
+    last_part = models.c.name.like(bindparam("last_part"), escape="\\")
+    return (
+        select(models)
+        .where(bindparam("any_name") | named | marked | last_part)
+        .order_by(tuned.scalar_subquery().desc().nulls_last())
+    )
 
 
 def _targets(evidence_store: EvidenceStore, name: str | None) -> list[Model]:
     """The targets of this name, digest or run digest, the one tuned last first; without a name only that one."""
     imported, imported_before = (f"{mark}{Path(name or '').name}" for mark in IMPORTED_MARKS)
     given = {"name": name, "any_name": name is None, "imported": imported, "imported_before": imported_before}
+    given |= {"path": os.path.abspath(name or ""), "last_part": like_last_part(name or "")}
     with evidence_store.reading() as connection:
         rows = connection.execute(_targets_query(), given).mappings().all()
     if not rows:

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from profiles.records.files import open_file, write_atomically
+from profiles.records.draft_spec import parse_draft
+from profiles.records.errors import InputError
+from profiles.records.files import absolute_name, open_file, user_folder, write_atomically
 
 
 def test_a_file_is_replaced(tmp_path: Path) -> None:
@@ -46,3 +48,51 @@ def test_only_files_are_written_and_read(tmp_path: Path) -> None:
             open_file(path)
     assert (tmp_path / "pipe").is_fifo()
     assert not Path("/dev/null").is_file()
+
+
+def test_mode_and_link_stay(tmp_path: Path) -> None:
+    """A private file stays private, and a link still leads to the file."""
+    (tmp_path / "a").write_bytes(b"old")
+    (tmp_path / "a").chmod(0o600)
+    (tmp_path / "link").symlink_to("a")
+    write_atomically(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600
+    umask = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "b", b"new")
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "b").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+    """The name of the temporary file cannot be foreseen."""
+    (tmp_path / "victim").write_bytes(b"mine")
+    (tmp_path / f".a.{os.getpid()}.tmp").symlink_to("victim")
+    write_atomically(tmp_path / "a", b"new")
+    assert (tmp_path / "victim").read_bytes() == b"mine"
+
+
+def test_what_lies_on_disk_is_named_absolutely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One model has one name, however it is spelled; hub ids stay."""
+    (tmp_path / "thin").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for spelling in ("thin", "thin/", "./thin", f"{tmp_path}/thin", "../" + tmp_path.name + "/thin"):
+        assert absolute_name(spelling) == str(tmp_path / "thin")
+        assert parse_draft(spelling).name == str(tmp_path / "thin")
+        assert parse_draft(f"ngram+{spelling}").path == str(tmp_path / "thin")
+    assert absolute_name("owner/name") == "owner/name"
+    assert absolute_name("") == ""
+
+
+def test_a_user_without_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's arbitrary user has no line in the password file."""
+
+    def fail() -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("platformdirs.user_data_path", lambda name: fail())
+    with pytest.raises(InputError, match=r"no home directory for the data folder .*; set HOME, or name a --store"):
+        user_folder("data")
