@@ -21,7 +21,6 @@ from profiles.records.draft_spec import DraftSpec, RefusedDraft, engine_options
 from profiles.records.errors import InputError, PairError
 from profiles.records.files import user_folder
 
-APP_NAME = "draftpick"  # of the folder for logs
 MIN_ROWS = 8  # vLLM's rows are part of the key of its times, so few different numbers are used
 
 

@@ -12,11 +12,10 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from platformdirs import user_cache_dir
-
 from profiles.engines.serving.logs import one_line
 from profiles.engines.serving.process import DEATH_S, Process
 from profiles.records.errors import EngineError, OutOfMemoryError
+from profiles.records.files import user_folder
 
 WORKER = Path(__file__).with_name("worker.py")
 HELLO_TIMEOUT_S = 60.0
@@ -38,7 +37,7 @@ class WorkerClient:
     def __init__(self, python: str, log_path: Path, *, worker: Path = WORKER) -> None:
         scratch = tempfile.mkdtemp(prefix="draftpick-vllm-")  # an engine leaves a file behind
         self._clean_up = weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
-        compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{user_cache_dir('draftpick')}/torchinductor")
+        compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{user_folder('cache')}/torchinductor")
         variables = {**ENVIRONMENT, "TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": compiled}
         self._process = Process([python, "-P", str(worker)], log_path, environment=variables, piped=True)
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
