@@ -285,7 +285,7 @@ step_times = Table(
     sqlite_with_rowid=False,
 )
 
-# `digest` is that of the whole key: target, environment, anchor, prompts and setups in order, purpose.
+# `digest` is that of the whole key: target, environment, sampling, batch size, prompts and setups in order, purpose.
 units = Table(
     "units",
     metadata,

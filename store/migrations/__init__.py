@@ -29,23 +29,23 @@ def require_current(connection: Connection) -> None:
     """Raises StoreError, as `is_current` does and for an older or empty store: who only reads cannot upgrade it."""
     revision = _revision(connection)
     if revision != HEAD:
-        found = "no tables yet" if revision is None else f"the older schema {revision}"
+        schema = "no tables yet" if revision is None else f"the older schema {revision}"
         raise StoreError(
-            f"it has {found}, this draftpick reads {HEAD}: `tune.py show` on a host that may write upgrades it"
+            f"it has {schema}, this draftpick reads {HEAD}: `tune.py show` on a host that may write upgrades it"
         )
 
 
 def execute_script(connection: Connection, name: str) -> None:
-    """Execute a SQL script of `versions/`; {words} in braces stand for what differs between SQLite and PostgreSQL."""
+    """Execute a SQL script of `versions/`; names in braces stand for what differs between SQLite and PostgreSQL."""
     is_sqlite = connection.dialect.name == "sqlite"
-    words = {
+    types = {
         "id": "INTEGER NOT NULL PRIMARY KEY" if is_sqlite else "SERIAL PRIMARY KEY",
         "counted_id": "INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT" if is_sqlite else "SERIAL PRIMARY KEY",
         "bytes": "BLOB" if is_sqlite else "BYTEA",
         "wide": "INTEGER" if is_sqlite else "BIGINT",
         "without_rowid": " WITHOUT ROWID" if is_sqlite else "",
     }
-    script = (LOCATION / "versions" / name).read_text(encoding="utf-8").format(**words)
+    script = (LOCATION / "versions" / name).read_text(encoding="utf-8").format(**types)
     for statement in filter(str.strip, script.split(";\n")):
         connection.exec_driver_sql(statement)
 
@@ -62,7 +62,7 @@ def upgrade(connection: Connection) -> None:
 
 
 def _revision(connection: Connection) -> str | None:
-    """The store's revision, one of those known here; None: it is empty."""
+    """The store's revision, None: the store is empty."""
     names = sqlalchemy.inspect(connection).get_table_names()
     revision = connection.scalar(select(_VERSION.c.version_num)) if _VERSION.name in names else None
     if names and (revision is None or "target_traces" not in names):
