@@ -35,23 +35,22 @@ class TuningSession:
     """
 
     evidence_store: EvidenceStore
-    studies: search.Storage
+    studies: search.Storage | None
     folder: Path
     since: str = ""
 
     @classmethod
     def of(cls, evidence_store: EvidenceStore, since: str = "") -> "TuningSession":
-        """Studies and folder are made where they are missing. Raises StoreError when they cannot be opened or made."""
+        """Studies and folder are made where they are missing. Raises StoreError when the folder cannot be made."""
         folder = evidence_store.folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"store {evidence_store.name}: policy folder {folder}: {error.strerror}") from error
-        place = evidence_store.database.studies_location()
-        name = "" if isinstance(place, Path) else f"of {evidence_store.name}"
+        location = evidence_store.database.studies_location()
         with evidence_store.writing():  # Optuna makes its tables unguarded
             # without a pool no connection is held while measuring, nor left open at the end
-            studies = search.open_storage(place, name, {"poolclass": NullPool})
+            studies = search.open_storage(location, {"poolclass": NullPool})
         return cls(evidence_store=evidence_store, studies=studies, folder=folder, since=since)
 
     @property

@@ -6,6 +6,7 @@ Needs a server: `.ci/postgres COMMAND` starts one.
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,15 @@ from pathlib import Path
 import psycopg
 import pytest
 import sqlalchemy
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection
 
 from profiles.records.errors import StoreError
 from store import database as connections
-from store import tables
+from store import migrations, tables
 from store.evidence_store import EvidenceStore
 from tests import ROOT
 from tests.store.test_evidence_store import SCOPE
@@ -70,11 +73,11 @@ class TestTheServer:
     @pytest.mark.parametrize(
         ("changes", "wanted"),
         [
-            ({"password": SECRET}, "password authentication failed for user .*: check the user and the password"),
-            ({"password": None}, "no password supplied: check the user and the password in the URL"),
-            ({"database": "nowhere"}, 'database "nowhere" does not exist: make the database first'),
-            ({"port": 1}, "Connection refused: no server answers there: start it, or correct host and port"),
-            ({"host": "nowhere.invalid", "password": SECRET}, "nowhere.invalid.*: no server answers there"),
+            ({"password": SECRET}, "password authentication failed for user .*: .* correct host, port, user, password"),
+            ({"password": None}, "no password supplied: .* correct host, port, user, password and database in the URL"),
+            ({"database": "nowhere"}, 'database "nowhere" does not exist: .* correct .* database in the URL'),
+            ({"port": 1}, "Connection refused: start the server, or correct host, port"),
+            ({"host": "nowhere.invalid", "password": SECRET}, "nowhere.invalid.*: start the server, or correct host"),
         ],
     )
     def test_a_server_that_does_not_let_us_in_is_told(self, changes: dict[str, object], wanted: str, url: str) -> None:
@@ -109,6 +112,47 @@ class TestTheServer:
         with EvidenceStore.open(url) as evidence_store:
             save_policy(evidence_store, "one", model, MACHINE)
         assert ask(url, "SELECT num_params FROM models") == [(2_000_000_000_000,)]
+
+    def test_rows_of_an_older_schema_are_upgraded(self, url: str) -> None:
+        """As in a file: samples find their units, the newest policy stays the newest, and ids go on."""
+        database = connections.connect(url, 30.0)
+        with database.transaction("write") as connection:
+            config = Config()
+            config.set_main_option("script_location", str(migrations.LOCATION))
+            config.attributes["connection"] = connection
+            command.upgrade(config, "0004")
+            connection.execute(sqlalchemy.insert(tables.models).values(tables.model_row(TARGET)))
+            connection.execute(sqlalchemy.insert(tables.environments).values(tables.environment_row(MACHINE)))
+            connection.commit()
+        database.close()
+        about = f"'{TARGET.run_digest}', '{MACHINE.digest}'"
+        now, before = "'2026-01-02T00:00:00+00:00'", "'2026-01-01T00:00:00+00:00'"
+        for number, made, text in ((7, now, "newer"), (8, before, "older")):
+            ask(url, f"INSERT INTO policies VALUES ({number}, {about}, {made}, '{text}')")
+        for number, setup, name in ((0, "p", "plain"), (1, "a", "draft-a k=4")):
+            values = f"{about}, {now}, 'unit', {number}, '{GREEDY.timing_digest}', 'race 0', '{setup}', '{name}'"
+            ask(
+                url,
+                "INSERT INTO samples (target_key, environment_digest, measured_at, unit, position, anchor_digest, "
+                "occasion, setup_digest, setup_name, prompt_digest, ttft_s, decode_s, output_tokens, rounds, "
+                f"output_digest, disturbed) VALUES ({values}, 'x', 0.1, 1.0, 11, '[[4, 2, 20]]', 'o', false)",
+            )
+        ask(
+            url,
+            "INSERT INTO target_traces (target_key, environment_digest, measured_at, sampling_digest, prompt_digest, "
+            f"token_ids, target_probs, logit_gaps, ended) VALUES ({about}, {now}, '{GREEDY.sampling_digest}', "
+            f"'{PROMPT.digest}', '[5, 6]', '[0.5, 0.25]', '[1.0, 2.0]', false)",
+        )
+        with EvidenceStore.open(url) as evidence_store:
+            trace = evidence_store.find_target_trace(SCOPE, PROMPT)
+            assert trace is not None
+            assert (trace.token_ids, trace.target_probs) == ((5, 6), (0.5, 0.25))
+            assert evidence_store.latest_policy() == "newer"
+            evidence_store.replace_policy(TARGET, MACHINE, lambda latest: f"after {latest}")
+            assert evidence_store.latest_policy() == "after newer"
+        query = "SELECT batch_size, setup, draft, k, tok_per_s FROM timed_runs ORDER BY k"
+        assert ask(url, query) == [(1, "plain", None, 0, 10.0), (1, "draft-a k=4", "draft-a", 4, 10.0)]
+        assert ask(url, "SELECT id, generation FROM policies ORDER BY id") == [(7, 2), (8, 1), (9, 3)]
 
     def test_another_programs_schema_is_refused(self, url: str) -> None:
         """It gets no tables of ours."""
@@ -170,8 +214,8 @@ class TestMishaps:
 
     def test_a_role_that_may_not_make_tables(self, role: str, url: str) -> None:
         """A store that would have to be made is refused."""
-        ask(url, "DROP TABLE policies, runs, infeasible, samples, step_times, lookup_traces, acceptance_traces")
-        ask(url, "DROP TABLE target_traces, environments, models, alembic_version")
+        tables = "SELECT string_agg(tablename, ', ') FROM pg_tables WHERE schemaname = current_schema()"
+        ask(url, f"DROP TABLE {ask(url, tables)[0][0]} CASCADE")
         with pytest.raises(StoreError, match=r"permission denied for schema .*: the role may not do that"):
             EvidenceStore.open(role)
 
@@ -192,7 +236,7 @@ class TestMishaps:
             monkeypatch.setattr(evidence_store.database.engine.dialect, "connect", self._refuse)
             for ask_book in (evidence_store.latest_policy, lambda: save_policy(evidence_store, "one", TARGET, MACHINE)):
                 started = time.monotonic()
-                with pytest.raises(StoreError, match="Connection refused: no server answers there") as caught:
+                with pytest.raises(StoreError, match="Connection refused: start the server") as caught:
                     ask_book()
                 assert 0.2 < time.monotonic() - started < 5.0
                 assert "\n" not in str(caught.value)
@@ -235,6 +279,42 @@ class TestMishaps:
         ):
             save_policy(evidence_store, "one", model, MACHINE)
         assert "\n" not in str(caught.value)
+
+
+def stop_and_start(url: str, down_s: float) -> None:
+    """Kills the server, as a crash does, and starts it again after some seconds."""
+    [(folder,)] = run_sql(url, "SHOW data_directory")
+    binaries = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+    options = (Path(folder) / "postmaster.opts").read_text().split(" ", 1)[1].replace('"', "").strip()
+    user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    pg_ctl = [*user, str(binaries / "pg_ctl"), "-D", folder, "-s"]
+    log = ["-l", f"{folder}/log"]
+    subprocess.run([*pg_ctl, "-m", "immediate", "stop"], check=True, cwd="/")
+    time.sleep(down_s)
+    subprocess.run([*pg_ctl, *log, "-o", options, "-w", "start"], check=True, cwd="/")
+
+
+@pytest.mark.slow
+def test_a_run_survives_a_server_that_is_down_for_eight_seconds(url: str) -> None:
+    """Killed in the middle of a run: the run waits, goes on and ends with a policy."""
+
+    class Stopping(FakeEngine):
+        units = 0
+
+        def run_together(self, workload, prompts, setups, purpose):  # type: ignore[no-untyped-def]
+            self.units += 1
+            if self.units == 5:
+                stopped.start()
+                time.sleep(0.5)
+            return super().run_together(workload, prompts, setups, purpose)
+
+    stopped = threading.Thread(target=stop_and_start, args=(url, 8.0))
+    with EvidenceStore.open(url) as evidence_store:
+        session = TuningSession.of(evidence_store)
+        done = tune(Stopping(keep=0.9), TestRuns.LOADS, session, TestRuns.OPTIONS, Watch())
+        stopped.join()
+        assert done.cost["measured_units"] > 5
+        assert evidence_store.latest_policy() is not None
 
 
 class TestRuns:

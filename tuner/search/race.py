@@ -11,7 +11,7 @@ from profiles.records.core import PLAIN, Setup
 from profiles.records.errors import EngineError
 from profiles.records.evidence import Infeasible
 from tuner.search.pairs import Pair, Queue, columns, timed_pairs
-from tuner.search.studies import Storage, storage_errors
+from tuner.search.studies import Storage, store_study
 
 PRUNE_P = 0.1
 PRUNE_AFTER_QUEUES = 4
@@ -32,7 +32,6 @@ class RaceResult:
     failed: tuple[Infeasible, ...]
 
 
-@storage_errors("Optuna's studies", "run again")
 def race(
     run: Callable[[Queue, Setup], Sequence[Pair]],
     queues: Sequence[Queue],
@@ -46,7 +45,7 @@ def race(
     A trial reports the log ratio of seconds per token of each queue, by which `WilcoxonPruner` stops a finalist that
     loses, queue by queue, to the best that finished. Finishers are ranked by the ratio over all queues together.
     """
-    study = _create_study(study_name, storage)
+    study = _create_study()  # in memory: a lost database never ends a race
     setup_names = optuna.distributions.CategoricalDistribution([setup.name for setup in (PLAIN, *finalists)])
     log_ratios: dict[Setup, float] = {}
     pruned: list[Setup] = []
@@ -66,17 +65,18 @@ def race(
         else:
             study.tell(trial, log_ratio)
             log_ratios[setup] = log_ratio
+    store_study(study_name, "minimize", study.trials, storage)
     noise = log_ratios.pop(PLAIN, None)
     speedups = {setup: math.exp(-log_ratio) for setup, log_ratio in log_ratios.items()}
     return RaceResult(speedups=speedups, noise=noise, pruned=tuple(pruned), failed=tuple(failed))
 
 
-def _create_study(name: str, storage: Storage | None) -> optuna.Study:
+def _create_study() -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         pruner = optuna.pruners.WilcoxonPruner(p_threshold=PRUNE_P, n_startup_steps=PRUNE_AFTER_QUEUES)
-    return optuna.create_study(study_name=name, storage=storage, direction="minimize", pruner=pruner)
+    return optuna.create_study(direction="minimize", pruner=pruner)
 
 
 def _run_trial(

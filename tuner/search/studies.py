@@ -4,15 +4,16 @@ Evidence is never read back from studies.
 """
 
 import contextlib
+import logging
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import optuna
+import sqlalchemy
 
 from profiles.records.core import PLAIN, Setup
-from profiles.records.errors import StoreError
 from tuner.policy.estimates import Forecast
 from tuner.search.objective import score
 
@@ -20,60 +21,61 @@ STORED_TRIALS = 100
 BUSY_TIMEOUT_S = 30.0  # other runs may write to the same studies
 
 Storage: TypeAlias = optuna.storages.BaseStorage
+FAILURES = (sqlite3.Error, sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, OSError, RuntimeError)
 
 
-@contextlib.contextmanager
-def storage_errors(name: str, advice: str) -> Iterator[None]:
-    """Turns the errors of Optuna's database into a StoreError of one line."""
-    try:
-        yield
-    except (sqlite3.Error, optuna.exceptions.StorageInternalError, optuna.exceptions.DuplicatedStudyError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise StoreError(f"{name}: {reason}; {advice}, no evidence is in it") from error
-
-
-def open_storage(location: Path | str, name: str = "", engine_options: Mapping[str, Any] | None = None) -> Storage:
-    """Opens Optuna's own database, made where there is none.
+def open_storage(location: Path | str, engine_options: Mapping[str, Any] | None = None) -> Storage | None:
+    """Opens Optuna's own database, made where there is none; None, with a warning, when that cannot be done.
 
     Optuna creates its tables without a lock, so the caller must keep other processes out.
 
     Args:
         location: a SQLite file, or a database URL.
-        name: what errors call it, because a URL may hold a password.
         engine_options: SQLAlchemy's.
-
-    Raises:
-        StoreError: it is not Optuna's, it is of a newer version, or it cannot be opened.
     """
-    title = f"studies {name or location}"
-    with storage_errors(title, "move the file away" if isinstance(location, Path) else "drop its schema"):
-        options = dict(engine_options or {})
+    options = dict(engine_options or {})
+    url = location
+    if isinstance(location, Path):
+        options["connect_args"] = {"timeout": BUSY_TIMEOUT_S}
+        url = sqlalchemy.URL.create("sqlite", database=str(location)).render_as_string()
+    try:
         if isinstance(location, Path):
             with contextlib.closing(sqlite3.connect(location)) as connection:
-                connection.execute("PRAGMA schema_version")  # Optuna lets SQLAlchemy's errors through at opening
-            options["connect_args"] = {"timeout": BUSY_TIMEOUT_S}
-        try:
-            url = f"sqlite:///{location}" if isinstance(location, Path) else location
-            storage = optuna.storages.RDBStorage(url, engine_kwargs=options)
-        except RuntimeError as error:
-            raise StoreError(f"{title}: {error}") from error
+                connection.execute("PRAGMA schema_version")  # no file of another kind is changed
+        storage = optuna.storages.RDBStorage(url, engine_kwargs=options)
         storage.get_all_studies()
+    except FAILURES as error:
+        _warn(error)
+        return None
     return storage
 
 
-@storage_errors("Optuna's studies", "run again")
+def store_study(name: str, direction: str, trials: Iterable[optuna.trial.FrozenTrial], storage: Storage | None) -> None:
+    """Copies trials to `storage`; when that fails a warning is logged, because no evidence is in a study."""
+    if storage is None:
+        return
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        optuna.create_study(study_name=name, storage=storage, direction=direction).add_trials(trials)
+    except FAILURES as error:
+        _warn(error)
+
+
+def _warn(error: Exception) -> None:
+    reason = str(error.__cause__ or error).splitlines()[0]
+    logging.getLogger(__name__).warning("Optuna's studies are not stored: %s; no evidence is in them", reason)
+
+
 def search_forecasts(
     candidates: Sequence[Setup], forecast: Callable[[Setup], Forecast], *, study_name: str, storage: Storage | None
 ) -> list[Forecast]:
     """Forecasts every candidate, best score first; the best 100 are stored as trials of `study_name`."""
     forecasts = sorted((forecast(setup) for setup in candidates), key=score, reverse=True)
     if storage is not None:
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         names = optuna.distributions.CategoricalDistribution([setup.name for setup in candidates])
         stored = [each for each in forecasts if each.setup == PLAIN]
         stored += [each for each in forecasts if each.setup != PLAIN][: STORED_TRIALS - 1]
-        study = optuna.create_study(study_name=study_name, storage=storage, direction="maximize")
-        study.add_trials(
+        trials = [
             optuna.trial.create_trial(
                 params={"setup": each.setup.name},
                 distributions={"setup": names},
@@ -81,5 +83,6 @@ def search_forecasts(
                 user_attrs={"speedup": each.speedup.estimate},
             )
             for each in stored
-        )
+        ]
+        store_study(study_name, "maximize", trials, storage)
     return forecasts

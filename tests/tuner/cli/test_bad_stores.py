@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cli import assert_refused, call, database
+from tests.support.cli import DECIDED, assert_refused, call, database
 from tests.support.fakes import sql
 
 Maker = Callable[[Path, Path], None]
@@ -100,9 +100,6 @@ BAD_STORES = [
     *((verb, no_dossier, 3, "no finished run of ") for verb in READERS[2:]),
     *((verb, damaged_outcome, 2, "broken/evidence.db: a row cannot be read") for verb in READERS[1:]),
     *((verb, outcome_is_list, 2, "broken/evidence.db: ") for verb in READERS[1:]),
-    ("run", damaged_studies, 2, "optuna.db: file is not a database; move the file away"),
-    ("run", newer_studies, 2, "no longer compatible with the table schema"),
-    ("run", foreign_studies, 2, "no such column"),
     ("run", a_file, 2, "its folder cannot be made: File exists"),
     *((verb, a_file, 3, "no store in") for verb in READERS),
     *((verb, an_empty_file, 3, "no policy in store") for verb in READERS[2:]),
@@ -131,3 +128,13 @@ def test_a_store_is_refused(
     assert_refused(said, code, wanted)
     if make is not an_empty_file:  # which is a store without tables yet, and gets them
         assert (file.read_bytes() if file.is_file() else None) == before
+
+
+@pytest.mark.parametrize("make", [damaged_studies, newer_studies, foreign_studies])
+def test_a_run_goes_on_without_its_studies(
+    make: Maker, sound_store: Path, sound_words: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No evidence is in Optuna's database: where it is damaged, newer or another program's, a warning is logged."""
+    make(tmp_path / "broken", sound_store)
+    assert call(tmp_path / "broken", *sound_words).code in DECIDED
+    assert "Optuna's studies are not stored: " in caplog.text
