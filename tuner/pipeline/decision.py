@@ -11,11 +11,13 @@ from tuner.search.objective import score
 
 
 def judge(points: Sequence[PointDecision]) -> list[Choice]:
-    """A choice per operating point, in their order; Holm's step-down looks at all of them together."""
-    verdicts = iter(proof.prove([point.measured for point in points if point.measured is not None]))
+    """A choice per operating point, in their order; Holm's step-down looks at every proof of all of them together."""
+    rejected = [measured for point in points for measured in point.rejected]
+    last = [point.measured for point in points if point.measured is not None and point.measured not in rejected]
+    verdicts = iter(proof.prove([*last, *rejected]))
     choices = []
     for point in points:
-        passes = point.measured is not None and next(verdicts)
+        passes = point.measured in last and next(verdicts)
         choices.append(_choice(point, passes and point.ruled_out(point.candidate or PLAIN) is None))
     return choices
 
@@ -51,9 +53,12 @@ def _reason(point: PointDecision, subject: Setup | None, proven: bool) -> str:
     measured = point.measured
     if proven and measured is not None:
         speedup = measured.speedup
+        prompts = f"{measured.num_prompts} other prompts"
+        if not point.plan.is_fresh:
+            prompts = f"the {measured.num_prompts} prompts it was chosen on (corrected for the setups compared)"
         return (
             f"{measured.setup.name} decodes {speedup.estimate:.2f} [{speedup.low:.2f}, {speedup.high:.2f}] times as "
-            f"fast as plain decoding on {measured.num_prompts} other prompts, "
+            f"fast as plain decoding on {prompts}, "
             f"{measured.end_to_end.estimate:.2f} end to end."
         )
     if (plain := point.ruled_out(PLAIN)) is not None:

@@ -21,6 +21,7 @@ from tuner.pipeline.build_prior import build_prior
 from tuner.pipeline.decision import judge
 from tuner.pipeline.points import PointDecision, PointPlan, plan_points
 from tuner.pipeline.standings import LiveStandings, Show
+from tuner.policy.estimates import Measured
 from tuner.policy.policy import Choice
 from tuner.policy.prior import Prior
 from tuner.search import proof, race
@@ -166,12 +167,13 @@ class _PointTrial:
         self._progress = progress
         self._infeasible: dict[Setup, Infeasible] = {}
         self._plain_samples: Sequence[Sample] = ()  # of the latest stage
+        self._rejected: list[Measured] = []
 
     def decide(self, point: PointDecision, evidence: Evidence, name: str) -> PointDecision:
         """Attempts race and proof until an attempt rules out nothing new.
 
-        A setup that turns out infeasible may have beaten feasible ones, so these are tried again without it. Runs that
-        were made before are recalled, so that only new finalists cost time.
+        A setup that turns out infeasible, or a draft that makes requests slower end to end, may have beaten others, so
+        these are tried again without it. Runs that were made before are recalled, so that only new finalists cost time.
         """
         limits = self._options.limits
         for forecast in point.forecasts:
@@ -190,7 +192,7 @@ class _PointTrial:
                 break
         if PLAIN not in self._infeasible:
             self._rule_out(limits.latency_breach(PLAIN, self._plain_samples))
-        return replace(decided, infeasible=tuple(self._infeasible.values()))
+        return replace(decided, infeasible=tuple(self._infeasible.values()), rejected=tuple(self._rejected))
 
     def _attempt(self, point: PointDecision, hopeful: Sequence[Setup], name: str) -> PointDecision:
         """One race and one proof; whatever was reached when the budget ends is kept."""
@@ -271,8 +273,21 @@ class _PointTrial:
         if (num_timed := proof.num_timed_prompts(pairs, queue_size)) < 2:
             return replace(point, stopped=f"only {num_timed} outputs had a second token to time")
         greedy = self._workload.temperature == 0.0
-        measured = proof.measure(setup, pairs, greedy=greedy, queue_size=queue_size)
+        measured = proof.measure(
+            setup,
+            pairs,
+            greedy=greedy,
+            queue_size=queue_size,
+            domains={prompt.digest: prompt.domain for prompt in self._plan.proof_prompts},
+            num_compared=1 if self._plan.is_fresh else sum(each.setup != PLAIN for each in point.forecasts),
+        )
         self._standings.note(setup, "measured", measured.speedup)
+        if measured.end_to_end.estimate < 1.0:
+            self._rejected.append(measured)
+            detail = f"with {setup.name} it is slower end to end ({measured.end_to_end.estimate:.3f}), prefill included"
+            for forecast in point.forecasts:
+                if forecast.setup.draft == setup.draft:
+                    self._rule_out(Infeasible(setup=forecast.setup, reason="end to end", detail=detail))
         return replace(point, measured=measured, units=tuple(units))
 
     def _rule_out(self, infeasible: Infeasible | None) -> None:

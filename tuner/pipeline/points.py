@@ -26,13 +26,20 @@ class PointPlan:
     race_prompts: tuple[Prompt, ...] = ()
     proof_prompts: tuple[Prompt, ...] = ()
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the proof uses prompts that had no part in the choice."""
+        return not {prompt.digest for prompt in self.forecast_prompts} & {
+            prompt.digest for prompt in self.proof_prompts
+        }
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PointDecision:
     """What every stage of an operating point came to; a stage that was not reached has None or nothing.
 
-    `candidate` is the setup that went to the proof, `units` the digests of the proof's runs as stored. `stopped` tells
-    why the decision ended early.
+    `candidate` is the setup that went to the proof, `units` the digests of the proof's runs as stored. `rejected` are
+    proofs of setups that were ruled out by them. `stopped` tells why the decision ended early.
     """
 
     plan: PointPlan
@@ -43,6 +50,7 @@ class PointDecision:
     candidate: Setup | None = None
     measured: Measured | None = None
     units: tuple[str, ...] = ()
+    rejected: tuple[Measured, ...] = ()
     infeasible: tuple[Infeasible, ...] = ()
     stopped: str | None = None
     out_of_time: bool = False
@@ -69,8 +77,9 @@ class PointDecision:
 def plan_points(workload: Workload, prompts: Sequence[Prompt]) -> list[PointPlan]:
     """Plans the points of a workload: over all domains (`mixed`) first, then one per domain with 24 prompts or more.
 
-    24 prompts are reserved for the proof before any go to the race, which gets at most half. Forecasts use the race's
-    prompts, or all where these are fewer than 12. A single domain is `mixed`.
+    24 prompts are reserved for the proof before any go to forecasts and race, which get at most half. Where fewer than
+    12 are left for these, there is no race, and forecasts and proof both use all prompts: such a proof is not fresh
+    and is corrected for the setups that were compared. A single domain is `mixed`.
 
     Raises:
         InputError: there are no prompts, or a domain is called `mixed`.
@@ -96,15 +105,18 @@ def plan_points(workload: Workload, prompts: Sequence[Prompt]) -> list[PointPlan
         groups |= {domain: [domain] for domain, members in by_domain.items() if len(members) >= MIN_DOMAIN_PROMPTS}
     plans = []
     for name, domains in groups.items():
-        race_pool = tuple(prompt for domain in domains for prompt in race_prompts[domain])
-        everything = tuple(prompts) if name == MIXED else tuple(by_domain[name])
-        plans.append(
-            PointPlan(
+        selection = tuple(prompt for domain in domains for prompt in race_prompts[domain])
+        if len(selection) >= MIN_FORECAST_PROMPTS:
+            proof = tuple(prompt for domain in domains for prompt in proof_prompts[domain])
+            plan = PointPlan(
                 workload=workload,
                 domain=name,
-                forecast_prompts=race_pool if len(race_pool) >= MIN_FORECAST_PROMPTS else everything,
-                race_prompts=race_pool,
-                proof_prompts=tuple(prompt for domain in domains for prompt in proof_prompts[domain]),
+                forecast_prompts=selection,
+                race_prompts=selection,
+                proof_prompts=proof,
             )
-        )
+        else:
+            everything = tuple(prompts) if name == MIXED else tuple(by_domain[name])
+            plan = PointPlan(workload=workload, domain=name, forecast_prompts=everything, proof_prompts=everything)
+        plans.append(plan)
     return plans

@@ -1,9 +1,9 @@
-"""Proves a winner: paired runs on prompts that the race never saw, a confidence interval, and Holm's step-down.
+"""Proves a winner: paired runs, a confidence interval, and Holm's step-down over everything that was tried.
 
 `speedup` is plain seconds per output token over the setup's, decoding only; the end-to-end ratio includes prefill.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 from profiles.records.core import Setup
 from profiles.stats import holm, rate_interval, speedup_interval
@@ -11,17 +11,31 @@ from tuner.policy.estimates import Measured
 from tuner.search.objective import MIN_SPEEDUP
 from tuner.search.pairs import Pair, columns, timed_pairs
 
-MIN_PROOF_PROMPTS = 24
+MIN_PROOF_PROMPTS = 12
 MIN_QUEUES = 4
 MAX_DISTURBED = 0.1  # share of the pairs
 
 
-def measure(setup: Setup, pairs: Sequence[Pair], *, greedy: bool, queue_size: int = 1) -> Measured:
-    """Speed-ups and rates from pairs, of which `queue_size` in a row were run as one queue.
+def measure(
+    setup: Setup,
+    pairs: Sequence[Pair],
+    *,
+    greedy: bool,
+    queue_size: int = 1,
+    domains: Mapping[str, str] | None = None,
+    num_compared: int = 1,
+) -> Measured:
+    """Speed-ups and rates of a setup from pairs.
 
     Decoding is compared on the pairs with a time per token, end to end on all. In a batch, prompts repeat and share the
     noise of their queue, so the interval is the wider of those over prompts and over queues, and disturbed queues are
     left out where at least four others remain. Greedy outputs that differ are counted.
+
+    Args:
+        queue_size: so many pairs in a row were run as one queue.
+        domains: by prompt digest; what differs between domains is no uncertainty, because their shares are fixed.
+        num_compared: how many setups were compared on these very prompts before this one was chosen; interval and
+            p-value hold for all of them together (Bonferroni).
 
     Raises:
         InputError: fewer than two prompts have a time per token.
@@ -32,23 +46,35 @@ def measure(setup: Setup, pairs: Sequence[Pair], *, greedy: bool, queue_size: in
     if queue_size > 1:
         queues = [pairs[start : start + queue_size] for start in range(0, len(pairs), queue_size)]
         groupings.append([timed for queue in queues if (timed := timed_pairs(queue))])
+    level = 0.05 / num_compared
     speedup, p_value = max(
-        (speedup_interval(*columns(groups)) for groups in groupings),
+        (
+            speedup_interval(
+                *columns(groups), strata=_strata(groups, domains) if groups is by_prompt else None, level=level
+            )
+            for groups in groupings
+        ),
         key=lambda interval_and_p: interval_and_p[0].high - interval_and_p[0].low,
     )
-    decoding = columns(by_prompt)
-    end_to_end, _ = speedup_interval(*columns(_by_prompt(pairs, queue_size), end_to_end=True))
+    decoding, requests = columns(by_prompt), _by_prompt(pairs, queue_size)
+    end_to_end, _ = speedup_interval(
+        *columns(requests, end_to_end=True), strata=_strata(requests, domains), level=level
+    )
     return Measured(
         setup=setup,
         speedup=speedup,
         end_to_end=end_to_end,
         plain_tok_per_s=rate_interval(decoding.plain_s, decoding.plain_tokens),
         tok_per_s=rate_interval(decoding.chosen_s, decoding.chosen_tokens),
-        p_value=p_value,
+        p_value=min(1.0, p_value * num_compared),
         num_prompts=len(by_prompt),
         num_divergences=sum(pair.plain.output_digest != pair.chosen.output_digest for pair in pairs) if greedy else 0,
         num_disturbed=sum(any(_is_disturbed(pair) for pair in group) for group in by_prompt),
     )
+
+
+def _strata(by_prompt: Sequence[Sequence[Pair]], domains: Mapping[str, str] | None) -> list[str] | None:
+    return None if domains is None else [domains[group[0].plain.prompt_digest] for group in by_prompt]
 
 
 def num_timed_prompts(pairs: Sequence[Pair], queue_size: int) -> int:
@@ -57,7 +83,7 @@ def num_timed_prompts(pairs: Sequence[Pair], queue_size: int) -> int:
 
 
 def prove(measured: Sequence[Measured]) -> list[bool]:
-    """Which winners are proven, in the order given; Holm's step-down at 5 % over all of them together."""
+    """Which setups are proven, in the order given; Holm's step-down at 5 % over all of them together."""
     rejected = holm([winner.p_value for winner in measured])
     return [passes and _unmet_condition(winner) is None for passes, winner in zip(rejected, measured, strict=True)]
 
