@@ -96,7 +96,7 @@ def plan_points(workload: Workload, prompts: Sequence[Prompt]) -> list[PointPlan
     proof_prompts: dict[str, list[Prompt]] = {}
     for domain, members in by_domain.items():
         num_race = int(len(members) * race_share)
-        if len(members) >= MIN_DOMAIN_PROMPTS:
+        if len(members) >= MIN_DOMAIN_PROMPTS + MIN_FORECAST_PROMPTS:
             num_race = min(num_race, len(members) - MIN_DOMAIN_PROMPTS)
         ordered = sorted(members, key=lambda prompt: prompt.digest)
         race_prompts[domain], proof_prompts[domain] = ordered[:num_race], ordered[num_race:]
@@ -106,8 +106,8 @@ def plan_points(workload: Workload, prompts: Sequence[Prompt]) -> list[PointPlan
     plans = []
     for name, domains in groups.items():
         selection = tuple(prompt for domain in domains for prompt in race_prompts[domain])
-        if len(selection) >= MIN_FORECAST_PROMPTS:
-            proof = tuple(prompt for domain in domains for prompt in proof_prompts[domain])
+        proof = tuple(prompt for domain in domains for prompt in proof_prompts[domain])
+        if len(selection) >= MIN_FORECAST_PROMPTS and len(proof) >= MIN_DOMAIN_PROMPTS:
             plan = PointPlan(
                 workload=workload,
                 domain=name,

@@ -93,6 +93,12 @@ def test_a_fresh_proof_shares_no_prompt_with_the_forecasts(count: int) -> None:
     assert len(plan.proof_prompts) >= min(count, 24)
 
 
+def test_small_domains_leave_the_row_over_all_domains_fresh() -> None:
+    """Two domains of 24: `mixed` has 24 prompts for the proof alone, each domain has all of its own, corrected."""
+    plans = plan_points(GREEDY, (*prompts(24, "code"), *prompts(24, "prose")))
+    assert [(plan.is_fresh, len(plan.proof_prompts)) for plan in plans] == [(True, 24), (False, 24), (False, 24)]
+
+
 def test_few_prompts_are_proven_with_a_correction() -> None:
     """With 20 prompts a large gain is proven, and the reason says on which prompts; with 11 nothing is."""
     (choice,) = _tune(FakeEngine(keep=0.9), prompts(20)).choices

@@ -122,10 +122,10 @@ def test_a_failed_draft_is_listed_with_its_reason() -> None:
 
 def test_a_winner_that_is_not_proven() -> None:
     """The candidate of too small a proof is `not proven`, with the shortfall as its reason."""
-    outcome = Tuner(FakeEngine(keep=0.9), Options(lengths=LENGTHS)).tune([(GREEDY, prompts(20))])
+    outcome = Tuner(FakeEngine(keep=0.9), Options(lengths=LENGTHS)).tune([(GREEDY, prompts(11))])
     made = report_data(outcome, policy_of(outcome))
     (one,) = [one for one in made.anchors[0].candidates if one.state == "not proven"]
-    assert one.reason == "only 20 prompts were left to prove it, 24 are needed"
+    assert one.reason == "only 11 prompts were left to prove it, 12 are needed"
     assert one.measured_speedup is not None
 
 
