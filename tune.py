@@ -1,4 +1,4 @@
-"""Starts draftpick's command line."""
+"""Starts draftpick's command line from a checkout."""
 
 from tuner.cli.app import main
 

@@ -4,9 +4,9 @@
 
 The store is made with the book's own tables: 100 targets, each tuned on 100 machines (20 families of cards with five
 software versions each), every policy with 12 anchors; the rows of evidence are spread over targets and machines. In
-process, `store.lookup` is asked random questions of every match level on an open store; the first ask of each kind is
-not counted. As a process, `python tune.py lookup` is timed against `python -c "import sqlalchemy"`, turn about, and the
-ratio of the medians is reported. Last line: p50_ms, p99_ms, process_ratio, imports_torch.
+process, `tuner.deploy.lookup.lookup` is asked random questions of every match level on an open store; the first of each
+kind is not counted. As a process, `python tune.py lookup` is timed against `python -c "import sqlalchemy"`, turn
+about, and the ratio of the medians is reported. Last line: p50_ms, p99_ms, process_ratio, imports_torch.
 """
 
 import argparse
@@ -27,7 +27,6 @@ import sqlalchemy
 from rich.console import Console
 from rich.table import Table
 
-import store
 from profiles.hardware.device import Machine, drop_unknown
 from profiles.hardware.machine import this_machine
 from profiles.records.core import PLAIN, Draft, Environment, Model, Setup, digest_of
@@ -36,7 +35,7 @@ from store.evidence_store import EvidenceStore
 from tests import ROOT
 from tests.benchmarks.common import finish
 from tests.support.policies import forecast, measured
-from tuner.deploy.lookup import Question
+from tuner.deploy.lookup import Query, lookup
 from tuner.policy.policy import Choice, Policy, to_json
 from tuner.policy.query import MIXED
 
@@ -150,7 +149,7 @@ def make(path: Path, num_rows: int, num_policies: int) -> list[Environment]:
     return everywhere
 
 
-def asked(everywhere: Sequence[Environment], rng: random.Random) -> tuple[Question, Machine]:
+def asked(everywhere: Sequence[Environment], rng: random.Random) -> tuple[Query, Machine]:
     """A question about any target from a machine that is known, upgraded, of a known family, or only like one."""
     there = rng.choice(everywhere[:-1])
     kind = rng.choice(("exact", "version", "family", "capability"))
@@ -160,13 +159,13 @@ def asked(everywhere: Sequence[Environment], rng: random.Random) -> tuple[Questi
         "family": replace(there, device=there.device.replace("80GB HBM3", "PCIe")),
         "capability": replace(there, device="NVIDIA NEW1"),
     }[kind]
-    question = Question(
+    query = Query(
         target=f"org/target-{rng.randrange(NUM_TARGETS)}",
         batch_size=rng.choice((1, 2, 4, 9, 16, 64)),
         context_length=rng.choice((None, 512, 4096)),
         domain=rng.choice((None, "code", "other")),
     )
-    return question, drop_unknown(asdict(here))
+    return query, drop_unknown(asdict(here))
 
 
 def in_process(path: Path, everywhere: Sequence[Environment], num_asks: int) -> dict[str, list[float]]:
@@ -175,9 +174,9 @@ def in_process(path: Path, everywhere: Sequence[Environment], num_asks: int) -> 
     found: dict[str, list[float]] = defaultdict(list)
     with EvidenceStore.open_read_only(path) as evidence_store:
         for number in range(num_asks + 50):
-            question, here = asked(everywhere, rng)
+            query, here = asked(everywhere, rng)
             started = time.perf_counter()
-            level = store.lookup(evidence_store, question, here).level
+            level = lookup(evidence_store, query, here).level
             if number >= 50:
                 found[level].append(1e3 * (time.perf_counter() - started))
     return found

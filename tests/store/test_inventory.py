@@ -17,7 +17,7 @@ from tests import ROOT
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts
 from tests.support.policies import save_policy
 from tests.support.servers import ask
-from tuner.cli.inventory_table import age, inventory_table
+from tuner.cli.show import age, inventory_table
 
 FIRST, SECOND = prompts(2)
 A4 = Setup(draft=DRAFT_A, length=4)

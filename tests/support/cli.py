@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support.fakes import sql
-from tuner.cli import app as tune
+from tuner.cli.app import main
 
 EVIDENCE = ("target_traces", "acceptance_traces", "lookup_traces", "step_times", "samples", "infeasible")
 DECIDED = (0, 5)  # a run's exit codes when it chose: a proven win, or plain decoding
@@ -46,7 +46,7 @@ def call(store: Path, *words: str | Path, stdin: bytes = b"") -> Said:
         patch.setattr(sys, "stdout", stdout)
         patch.setattr(sys, "stderr", stderr)
         with pytest.raises(SystemExit) as ended:
-            tune.main()
+            main()
     return Said(code=int(ended.value.code or 0), stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
 

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from store import location
-from store.evidence_store import EvidenceStore
 from tuner.cli import options
-from tuner.cli.output import print_json, say
+from tuner.cli.output import print_json, print_lines
 
 if TYPE_CHECKING:
     from store.bundle.bundle import Contents
@@ -24,7 +22,7 @@ Environments = Annotated[
     typer.Option("--environment", help="Device name or digest of a machine; repeatable; default: all."),
 ]
 Policies = Annotated[Path | None, typer.Option(help="A folder that also gets the latest policies, a file each.")]
-app = typer.Typer(rich_markup_mode=None, help="Carry evidence, runs and policies between machines in one file.")
+app = typer.Typer(help="Carry evidence, runs and policies between machines in one file.")
 
 
 @app.command()
@@ -37,7 +35,9 @@ def pack(
     json_only: options.JsonOnly = False,
 ) -> None:
     """Write the store's evidence, runs and policies into one file, without paths."""
+    from store import location
     from store.bundle import bundle
+    from store.evidence_store import EvidenceStore
     from tuner.deploy.policy_files import DOCUMENTS, export_policies
 
     selected: dict[str, list[str] | None] = {"targets": target, "environments": environment}
@@ -47,7 +47,7 @@ def pack(
     if json_only:
         print_json({**asdict(contents), "policy_paths": [str(policy_path) for policy_path in paths]})
     else:
-        say(f"wrote {path}", *_description(contents), *(f"policy: {policy_path}" for policy_path in paths))
+        print_lines(f"wrote {path}", *_description(contents), *(f"policy: {policy_path}" for policy_path in paths))
 
 
 @app.command()
@@ -60,13 +60,15 @@ def inspect(path: File, json_only: options.JsonOnly = False) -> None:
     if json_only:
         print_json(asdict(contents))
     else:
-        say(*_description(contents))
+        print_lines(*_description(contents))
 
 
 @app.command()
 def merge(path: File, store: options.Store = None, json_only: options.JsonOnly = False) -> None:
     """Add a bundle's new evidence, runs and policies to the store, whose own evidence stays."""
+    from store import location
     from store.bundle import bundle
+    from store.evidence_store import EvidenceStore
     from tuner.deploy.policy_files import DOCUMENTS
 
     bundle.inspect(path, DOCUMENTS)  # a refused file makes no store
@@ -76,12 +78,12 @@ def merge(path: File, store: options.Store = None, json_only: options.JsonOnly =
     if json_only:
         print_json({**asdict(merged), "store": location.store_name(place)})
         return
-    say(f"store {location.store_name(place)}")
+    print_lines(f"store {location.store_name(place)}")
     for table in dict.fromkeys([*merged.added, *merged.known, *merged.unlike]):
         counts = f"{_spaced(table)}: {merged.added.get(table, 0)} new, {merged.known.get(table, 0)} known"
         conflicts = merged.unlike.get(table, 0)
-        say(f"{counts}, {conflicts} unlike the store's and left out" if conflicts else counts)
-    say(*(f"left out: {conflict}" for conflict in merged.conflicts))
+        print_lines(f"{counts}, {conflicts} unlike the store's and left out" if conflicts else counts)
+    print_lines(*(f"left out: {conflict}" for conflict in merged.conflicts))
 
 
 def _description(contents: "Contents") -> Iterator[str]:

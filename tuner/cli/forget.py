@@ -8,13 +8,10 @@ import typer
 
 from profiles.records import draft_spec
 from profiles.records.errors import InputError
-from profiles.records.text import printable
-from store import location
-from store.evidence_store import EvidenceStore
 from tuner.cli import options
-from tuner.cli.output import print_json
+from tuner.cli.output import print_json, print_lines
 
-Target = Annotated[str | None, typer.Option(help="Name or digest of the target; default: all, with --before.")]
+Target = Annotated[str | None, typer.Option(help="Name or digest of the target; the default is all, with --before.")]
 Before = Annotated[
     str | None, typer.Option(metavar="DATE|AGE", help="Only what is older: 2026-01-31, or 30d, 12h, 30m, 90s.")
 ]
@@ -29,6 +26,8 @@ def forget(
     json_only: options.JsonOnly = False,
 ) -> None:
     """Delete evidence, runs and policies of a target, or those before a date."""
+    from store import location
+    from store.evidence_store import EvidenceStore
     from store.forget import forget as delete_rows
 
     if target is None and before is None:
@@ -44,9 +43,7 @@ def forget(
     rows = ", ".join(f"{count} {table.replace('_', ' ')}" for table, count in forgotten.rows.items())
     names = ", ".join(dict.fromkeys(model.name for model in forgotten.targets))
     age = "" if before is None else f" older than {before}"
-    typer.echo(
-        printable(f"{verb} {rows or 'nothing'} of {names or 'no target'}{age} in store {location.store_name(place)}")
-    )
+    print_lines(f"{verb} {rows or 'nothing'} of {names or 'no target'}{age} in store {location.store_name(place)}")
 
 
 def _utc(before: str) -> str:

@@ -1,92 +1,56 @@
-"""What the verbs print of a finished run and of a look-up, as lines and as one JSON document.
-
-How anything was found it must not know, and it prints nothing itself.
-"""
+"""What commands say of a finished run, the exit codes that are no errors, and the extras that commands need."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
-
-from profiles.hardware.device import ENGINE
-from profiles.records.errors import InputError
-from store.evidence_store import EvidenceStore
-from tuner.deploy.lookup import SERVING, Found
-from tuner.deploy.match import MEANINGS
 
 if TYPE_CHECKING:
     from tuner.run import FinishedRun
 
+EXIT_NOT_PROVEN, EXIT_NOTHING_FEASIBLE, EXIT_INTERRUPTED = 5, 6, 130
+EXTRA_MODULES = {  # by extra: the modules that come with it alone
+    "report": ("jinja2", "markupsafe", "matplotlib"),
+    "postgres": ("psycopg",),
+    "vllm": ("vllm",),
+    "llamacpp": ("xllamacpp",),
+    "tune": (
+        "accelerate", "alembic", "gguf", "httpx2", "huggingface_hub", "numpy", "optuna", "prometheus_client", "psutil",
+        "pynvml", "safetensors", "scipy", "sklearn", "tokenizers", "torch", "transformers",
+    ),
+}  # fmt: skip
 
-def outcome_lines(done: "FinishedRun") -> Iterator[str]:
+
+def missing_extra(command: str, error: ModuleNotFoundError) -> str | None:
+    """One line that says which extra `command` needs; None where the module comes with none."""
+    module = (error.name or "").split(".")[0]
+    extra = next((extra for extra, modules in EXTRA_MODULES.items() if module in modules), None)
+    return extra and f"`{command}` needs the extra: pip install 'draftpick[{extra}]'"
+
+
+def run_summary(finished: "FinishedRun") -> Iterator[str]:
     """What was left out and why, what the run cost, and how quiet the machine was."""
-    yield from (f"infeasible: {one.name} ({one.reason}): {one.detail}" for one in done.left_out)
-    yield from (f"{point.domain}: {point.stopped}" for point in done.outcome.points if point.stopped)
-    measured = [choice.measured for choice in done.outcome.choices if choice.measured is not None]
-    grid = done.outcome.grid_seconds_estimate
-    text = f"measured {done.cost['measured_seconds']:.0f} s, reused {done.cost['reused_units']} known units"
-    if grid is not None:
-        text += f"; really running all {len(done.outcome.points[0].forecasts)} setups would take about {grid:.0f} s"
+    outcome, cost = finished.outcome, finished.cost
+    yield from (f"infeasible: {refused.name} ({refused.reason}): {refused.detail}" for refused in finished.left_out)
+    yield from (f"{point.domain}: {point.stopped}" for point in outcome.points if point.stopped)
+    text = f"measured {cost['measured_seconds']:.0f} s, reused {cost['reused_units']} stored units"
+    if outcome.grid_seconds_estimate is not None:
+        num_setups = len(outcome.points[0].forecasts)
+        text += f"; running all {num_setups} setups would take about {outcome.grid_seconds_estimate:.0f} s"
     yield text
-    if starts := done.cost.get("engine_starts"):
-        each_s, cells = done.cost["starting_seconds"] / starts, done.cost["grid_starts"]
-        yield f"engine started {starts} times, {each_s:.1f} s each; a grid with a start for every cell: {cells} times"
-    divergences, disturbed = sum(one.num_divergences for one in measured), sum(one.num_disturbed for one in measured)
+    if starts := cost.get("engine_starts"):
+        each_s, grid_starts = cost["starting_seconds"] / starts, cost["grid_starts"]
+        yield f"engine started {starts} times, {each_s:.1f} s each; running all setups would take {grid_starts} starts"
+    measured = [choice.measured for choice in outcome.choices if choice.measured is not None]
+    divergences = sum(proof.num_divergences for proof in measured)
+    disturbed = sum(proof.num_disturbed for proof in measured)
     yield f"outputs that diverged at near-ties: {divergences}; pairs of runs disturbed by other programs: {disturbed}"
-    noises = [f"{point.race.noise:+.1%}" for point in done.outcome.points if point.race and point.race.noise]
+    noises = [f"{point.race.noise:+.1%}" for point in outcome.points if point.race and point.race.noise]
     if noises:
-        yield f"plain against plain, the races' noise floor: {', '.join(noises)}"
-    yield f"policy: {done.policy_path}"
-
-
-def engine_asked(form: str | None) -> str:
-    """The engine whose measurements are asked for by what is to be printed. Raises InputError: an unknown form."""
-    if form is None:
-        return ENGINE
-    from tuner import export
-
-    if form not in export.FORMS:
-        raise InputError(f"format {form!r}: allowed are {', '.join(export.FORMS)}")
-    return form if form in SERVING else ENGINE
-
-
-def lookup_text(found: Found, form: str | None, version: str | None) -> tuple[str, list[str]]:
-    """What a look-up prints, for an engine or for people, and what is said beside it on standard error.
-
-    Raises InputError: an engine version that is none.
-    """
-    asides = [] if found.caveat is None else [f"warning: {found.caveat}"]
-    choice = found.answer.choice
-    if form is None:
-        lines = [f"{choice.setup.name}: {found.answer.rule}", choice.reason]
-        lines.append(f"match: {found.level}, {MEANINGS[found.level]}")
-        return "\n".join([*lines, ""]), asides
-    from tuner import export
-
-    made = export.emit(found.deployment(), form, version)
-    if made.text and made.setup is not None:
-        asides.append(f"{made.setup.name}: {made.label}")
-    return made.text, [*asides, *([] if made.note is None else [made.note])]
-
-
-def lookup_document(found: Found, evidence_store: EvidenceStore, store: str) -> dict[str, Any]:
-    """The policy that answered as `run` printed it (without one: the target), the answer, and how well it matches."""
-    from tuner import report
-
-    outcome: dict[str, Any] = {}
-    known: dict[str, Any] = {"target": asdict(found.target), "store": store}
-    if found.policy is not None:
-        outcome = evidence_store.latest_outcome(found.target, found.policy.environment)
-        path = evidence_store.folder / found.policy.file_name
-        known = report.document(found.policy, cost=outcome.get("cost", {}), store=store, policy_path=str(path))
-        known |= {} if path.exists() else {"policy": None}  # a merged one has no file here
-        if found.level != "exact":
-            known["proven"] = False  # here, where it was not
-    answer = {**report.answer(found.answer), "match": found.to_json()}
-    return {**known, "left_out": outcome.get("left_out", []), "answer": answer}
+        yield f"noise of the races, plain decoding against itself: {', '.join(noises)}"
+    yield f"policy: {finished.policy_path}"
 
 
 def router_line(router: Mapping[str, Any]) -> str:
-    """How a run's router came out, by its document (`tuner.router.router.train_and_save`)."""
+    """How a run's router came out, from its document (`tuner.router.router.train_and_save`)."""
     if router["path"] is None:
         return f"no router: {router['why_none']}"
     right = router["accuracy"]

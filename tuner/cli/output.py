@@ -1,29 +1,36 @@
-"""How the verbs print: lines for people and for scripts, and the one JSON document.
-
-What is printed it must not know. It does without rich, which look-ups do not need.
-"""
+"""What commands write: lines for people, tables, and one JSON document for programs."""
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from profiles.records.text import printable
 
+if TYPE_CHECKING:
+    from rich.console import Console
 
-def say(*lines: str) -> None:
-    """On standard output; a line break in a name cannot pass for another line."""
+
+def print_lines(*lines: str) -> None:
+    """Writes to standard output; a line break in a name cannot pass for another line."""
     for line in lines:
         typer.echo(printable(line))
 
 
-def say_aside(*lines: str) -> None:
-    """On standard error, which a script does not read."""
+def print_notes(*lines: str) -> None:
+    """Writes to standard error, which a script does not read."""
     for line in lines:
         typer.echo(printable(line), err=True)
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """One line; flushed, so that a full disk is told; fine where standard output is closed."""
+    """Writes one line, flushed, so that a full disk is an error."""
     typer.echo(json.dumps(document, allow_nan=False))
+
+
+def console(*, stderr: bool = False) -> "Console":
+    """A console for tables; rich is imported where one is printed, because a look-up has no time for it."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)

@@ -1,23 +1,17 @@
-"""The verb that proves an emitted command again: it starts exactly that, beside a plain server, and loads both.
-
-Joins the look-up, the exporter and the server engine; how any of them works it must not know.
-"""
+"""`verify`: prove an emitted command under load, with a server that is started with it and a plain one."""
 
 import shlex
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from profiles import builtin
 from profiles.hardware import machine
-from profiles.records.errors import InputError, NotMeasuredError
-from store import location
-from store.evidence_store import EvidenceStore
-from tuner.cli import messages, options
-from tuner.cli.output import print_json, say, say_aside
+from profiles.records.errors import NotMeasuredError
+from tuner.cli import options
+from tuner.cli.messages import EXIT_NOT_PROVEN
+from tuner.cli.output import print_json, print_lines, print_notes
 from tuner.deploy import lookup
 from tuner.policy.query import MIXED
 
@@ -25,104 +19,92 @@ if TYPE_CHECKING:
     from tuner.deploy.verify import Verified
     from tuner.export import Deployment, Export
 
-EXIT_NOT_CONFIRMED = 5
-Launch = Annotated[
-    str,
-    typer.Option(
-        help="The server's command, with {port} and {speculative} in it; {model} is the target's folder or file."
-    ),
-]
-ServedForm = Annotated[str, typer.Option("--format", help="The engine that is started: vllm, sglang or llamacpp.")]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyFlags:
-    """The options of `tune.py verify`."""
-
-    launch: Launch
-    form: ServedForm = "vllm"
-    target: options.TunedTarget = None
-    batch_size: options.AskedBatch = 1
-    context: options.AskedContext = None
-    domain: options.AskedDomain = None
-    prompts: options.Prompts = None
-    max_new_tokens: options.MaxNewTokens = 64
-    engine_version: options.EngineVersion = None
-    store: options.Store = None
-    json_only: options.JsonOnly = False
-
-    def __post_init__(self) -> None:
-        """Raises InputError: a format that starts no server."""
-        if self.form not in options.SERVER_KINDS:
-            raise InputError(f"format {self.form!r}: allowed are {', '.join(options.SERVER_KINDS)}")
-
-
-@options.of_record(VerifyFlags)
-def verify(asked: VerifyFlags) -> int:
-    """Start the command that `lookup --format` prints, beside a plain one, and prove the choice again under load."""
+def verify(
+    launch: options.VerifyLaunch,
+    output_format: options.ServerFormat = "vllm",
+    target: options.TunedTarget = None,
+    batch_size: options.QueryBatchSize = 1,
+    context: options.QueryContext = None,
+    domain: options.QueryDomain = None,
+    prompts: options.Prompts = None,
+    max_new_tokens: options.MaxNewTokens = 64,
+    engine_version: options.EngineVersion = None,
+    store: options.Store = None,
+    json_only: options.JsonOnly = False,
+) -> int:
+    """Verify the command that `lookup --format` prints: start it beside a plain one and prove the choice under load."""
+    from store import location
+    from store.evidence_store import EvidenceStore
     from tuner import export
 
-    question = lookup.Question(
-        target=asked.target, batch_size=asked.batch_size, context_length=asked.context, domain=asked.domain
+    query = lookup.Query(target=target, batch_size=batch_size, context_length=context, domain=domain)
+    with EvidenceStore.open_read_only(location.existing_store(store)) as evidence_store:
+        result = lookup.lookup(evidence_store, query, machine.this_machine(output_format))
+    deployment = result.deployment()
+    emitted = export.emit(deployment, output_format, engine_version)
+    command = emitted.text.strip()
+    if emitted.setup is None or not command:
+        raise NotMeasuredError(f"there is nothing to start: {emitted.note}")
+    print_notes(f"emitted for {output_format}: {command}", *([emitted.note] if emitted.note else []))
+    rows = _measure(
+        deployment, emitted, launch=launch, kind=output_format, sources=prompts, max_new_tokens=max_new_tokens
     )
-    with EvidenceStore.open_read_only(location.existing_store(asked.store)) as evidence_store:
-        found = lookup.lookup(evidence_store, question, machine.this_machine(messages.engine_asked(asked.form)))
-    deployment = found.deployment()
-    made = export.emit(deployment, asked.form, asked.engine_version)
-    if made.setup is None or not made.text:
-        raise NotMeasuredError(f"there is nothing to start: {made.note}")
-    say_aside(f"emitted for {asked.form}: {made.text.strip()}", *([made.note] if made.note else []))
-    rows = _measure(deployment, made, asked)
-    others = [row.batch_size for row in deployment.batches if row.batch_size not in made.claims]
-    if not asked.json_only:
-        say(*(_line(row) for row in rows))
-        say(*(f"{size} in flight: not covered, the emitted command is for other numbers" for size in others))
+    not_covered = [row.batch_size for row in deployment.batches if row.batch_size not in emitted.claims]
+    if not json_only:
+        print_lines(*(_line(row) for row in rows))
+        print_lines(*(f"{size} in flight: not covered by the emitted command" for size in not_covered))
     confirmed = all(row.verdict == "confirmed" for row in rows)
-    told = {"emitted": made.text.strip(), "confirmed": confirmed, "not_covered": others}
-    print_json({**told, "concurrencies": [asdict(row) for row in rows]})
-    return 0 if confirmed else EXIT_NOT_CONFIRMED
+    document = {"emitted": command, "confirmed": confirmed, "not_covered": not_covered}
+    print_json({**document, "concurrencies": [asdict(row) for row in rows]})
+    return 0 if confirmed else EXIT_NOT_PROVEN
 
 
-def _measure(deployment: "Deployment", made: "Export", asked: VerifyFlags) -> "Sequence[Verified]":
-    """The emitted words against none, at the concurrencies that they are for, on the choice's domain's prompts."""
+def _measure(
+    deployment: "Deployment",
+    emitted: "Export",
+    *,
+    launch: str,
+    kind: str,
+    sources: list[str] | None,
+    max_new_tokens: int,
+) -> "Sequence[Verified]":
+    """The emitted command against a plain one, at the concurrencies it is for, on prompts of the choice's domain."""
     from profiles.engines import bench as bench_module
     from profiles.engines import factory, workloads
-    from tuner.deploy import verify as verifying
+    from tuner.deploy.verify import verify as verify_claims
 
-    choice, setup = deployment.choice, made.setup
+    choice, setup = deployment.choice, emitted.setup
     assert setup is not None  # plain decoding is never emitted
     assert setup.draft is not None
     spec = factory.EngineSpec(
         engine="server",
-        kind=asked.form,
-        launch=asked.launch,
-        draft_args=tuple(shlex.split(made.text)),
-        max_requests=max(made.claims),
+        kind=kind,
+        launch=launch,
+        draft_args=tuple(shlex.split(emitted.text)),
+        max_requests=max(emitted.claims),
     )
-    target = deployment.target
-    models = factory.ModelSpec(target=target.name, dtype=target.dtype, described=(setup.draft,))
+    models = factory.ModelSpec(target=deployment.target.name, dtype=deployment.target.dtype, described=(setup.draft,))
     question = bench_module.Question(
         lengths=(setup.length,),
         contexts=(choice.context_length,),
-        max_new_tokens=asked.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         temperature=choice.temperature,
         top_p=choice.top_p,
         top_k=choice.top_k,
         engine=spec.engine,
     )
     with closing(factory.open_bench(spec, models)) as bench:
-        sources = asked.prompts or [builtin.ALL_PROMPTS]
-        ((workload, prompts),), warnings = workloads.workloads(bench, question, sources)
-        say_aside(*warnings)
-        own = [prompt for prompt in prompts if choice.domain in (MIXED, prompt.domain)]
-        return verifying.verify(bench.engine, setup, made.claims, own, workload)
+        ((workload, prompts),), warnings = workloads.workloads(bench, question, sources or [builtin.ALL_PROMPTS])
+        print_notes(*warnings)
+        of_domain = [prompt for prompt in prompts if choice.domain in (MIXED, prompt.domain)]
+        return verify_claims(bench.engine, setup, emitted.claims, of_domain, workload)
 
 
 def _line(row: "Verified") -> str:
-    """A concurrency in one line."""
-    speedup, end_to_end = row.measured.speedup, row.measured.end_to_end
+    measured = row.measured
     return (
-        f"{row.concurrency} in flight: {row.verdict}; {row.claimed.name} there, the emitted command is "
-        f"{speedup.estimate:.2f} [{speedup.low:.2f}, {speedup.high:.2f}] times plain decoding, "
-        f"{end_to_end.estimate:.2f} end to end, {row.measured.num_prompts} prompts"
+        f"{row.concurrency} in flight: {row.verdict}; the choice is {row.claimed.name}, the emitted command is "
+        f"{measured.speedup.estimate:.2f} [{measured.speedup.low:.2f}, {measured.speedup.high:.2f}] times as fast as "
+        f"plain decoding, {measured.end_to_end.estimate:.2f} end to end, {measured.num_prompts} prompts"
     )

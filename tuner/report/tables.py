@@ -71,7 +71,9 @@ def _cells(choice: Choice) -> tuple[str, str, str]:
     )
 
 
-def document(policy: Policy, *, cost: Mapping[str, object], store: str, policy_path: str) -> dict[str, Any]:
+def document(
+    policy: Policy, *, cost: Mapping[str, object], store: str | None, policy_path: str | None
+) -> dict[str, Any]:
     """The policy as the one JSON document a program reads: the headline choice's figures, then every anchor's.
 
     Rates are output tokens per second of one row of the batch, decode only; `end_to_end` is the ratio with prefill. A

@@ -17,7 +17,7 @@ from profiles.prompts.reader import Request
 from profiles.records.draft_spec import parse_draft
 from profiles.records.errors import InputError, ModelError
 from tests.support import tiny
-from tuner.cli.check_table import check_table, format_bytes
+from tuner.cli.check import check_table, format_bytes
 
 REQUESTS = [
     Request(messages=(("user", "the old garden"),), domain="garden"),

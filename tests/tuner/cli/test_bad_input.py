@@ -46,10 +46,10 @@ BAD_RUNS = {
     "--top-p nan": "top-p nan",
     "--top-k -1": "top-k -1",
     "--seed -1": "seed -1",
-    "--dtype int8": "dtype 'int8'",
+    "--dtype int8": "'--dtype': 'int8' is not one of 'float32', 'bfloat16', 'float16'",
     "--device tpu": "device 'tpu'",
     "--device cuda:99": "device 'cuda:99'",
-    "--objective foo": "objective 'foo'",
+    "--objective foo": "'--objective': 'foo' is not one of 'tpot', 'throughput'",
     "--budget 0": "budget 0 seconds",
     "--budget -1": "budget -1 seconds",
     "--budget nan": "budget nan seconds",
@@ -93,7 +93,7 @@ BAD_RUNS = {
     "--domain ''": "domain '': a name is needed",
     "--domain ' '": "domain '': a name is needed",
     "--domain mixed": "domain 'mixed': that name means all domains together",
-    # a rehearsal refuses what the run would
+    # a dry run refuses what the run would
     "--dry-run --target {files}/missing": "files/missing': no such directory",
     "--dry-run --draft {files}/missing": "files/missing': no such directory",
     "--dry-run --draft early-exit:3": "allowed are 1 to 2",
@@ -103,13 +103,13 @@ BAD_RUNS = {
     "--dry-run --domain mixed": "domain 'mixed'",
     "--dry-run --max-age 5": "age '5'",
     # serving engines
-    "--engine foo": "engine 'foo': allowed are torch, vllm, llamacpp, server",
+    "--engine foo": "'--engine': 'foo' is not one of 'torch', 'vllm', 'llamacpp', 'server'",
     "--engine server": "engine server: --launch COMMAND is needed, with {port} and {speculative} in it",
     "--engine server --launch 'vllm serve {{model}} {{speculative}}'": "{port} is needed, where the server",
     "--engine server --launch 'vllm serve {{port}}'": "{speculative} is needed, where a draft's flags go",
     "--engine server --launch 'vllm {{port}} \"'": "No closing quotation",
-    "--engine server --launch '{{port}}' --kind nonsense": "kind of server 'nonsense': allowed are vllm, sglang",
-    "--engine server --launch '{{port}}' --kind openai": "kind of server 'openai': allowed are vllm, sglang, llamacpp",
+    "--engine server --launch '{{port}}' --kind nonsense": "'--kind': 'nonsense' is not one of 'vllm', 'sglang'",
+    "--engine server --launch '{{port}}' --kind openai": "'--kind': 'openai' is not one of 'vllm', 'sglang'",
     "--engine server --launch '{{port}} {{speculative}}' --kind sglang --engine-version 0.1": "not known to have NGRAM",
     "--engine server --launch '{{port}} {{speculative}}' --engine-version new": "engine version 'new'",
     "--engine server --launch '{{port}}' --threads 2": "threads 2: it is for --engine llamacpp, not server",
@@ -140,12 +140,18 @@ BAD_OTHERS = {
     "show --foo": (2, "--foo"),
     "lookup --foo": (2, "--foo"),
     "lookup --target nosuch": (3, "target 'nosuch'"),
-    "lookup --format foo": (2, "format 'foo': allowed are json, llamacpp, sglang, transformers, trtllm, vllm"),
+    "lookup --format foo": (
+        2,
+        "'--format': 'foo' is not one of 'vllm', 'sglang', 'trtllm', 'llamacpp', 'transformers'",
+    ),
+    "lookup --engine foo": (2, "'--engine': 'foo' is not one of 'torch', 'vllm', 'llamacpp', 'sglang'"),
+    "lookup --policy nosuch.json": (2, "policy file nosuch.json cannot be read: No such file"),
+    "lookup --policy nosuch.json --store here": (2, "policy nosuch.json: --store names another source"),
     "lookup --format vllm --engine-version new": (2, "engine version 'new'"),
-    "lookup --require best": (2, "required match 'best': allowed are exact, version"),
+    "lookup --require best": (2, "'--require': 'best' is not one of 'exact', 'version'"),
     "lookup --environment nosuch.json": (2, "environment nosuch.json cannot be read"),
     "lookup --device tpu": (2, "device 'tpu': allowed are cpu and cuda"),
-    "lookup --format foo --json": (2, "format 'foo'"),
+    "lookup --format foo --json": (2, "'--format': 'foo'"),
     "lookup --batch-size 0": (2, "batch size 0"),
     "lookup --context 0": (2, "context 0"),
     "lookup --temperature nan": (2, "temperature nan"),
@@ -155,7 +161,7 @@ BAD_OTHERS = {
     "check --target {llama} --batch-size x": (2, "unable to parse string as an integer, not 'x'"),
     "check --target {llama} --context 0": (2, "context 0"),
     "check --target {llama} --context 100000": (2, "context 100000: model"),
-    "check --target {llama} --dtype int8": (2, "dtype 'int8'"),
+    "check --target {llama} --dtype int8": (2, "'--dtype': 'int8'"),
     "check --target {llama} --device tpu": (2, "device 'tpu'"),
     "check --target {llama} --draft ''": (2, "draft ''"),
     "check --target {llama} --draft ngram:foo=1": (2, "'foo=1' is not one of max=N and min=N"),
@@ -164,9 +170,9 @@ BAD_OTHERS = {
     "check --target {llama} --prompts {files}/malformed.jsonl": (2, "malformed.jsonl' line 2: not JSON"),
     "check --target {llama} --prompts -": (2, "prompts from standard input: it holds no prompts"),
     "verify": (2, "'--launch'"),
-    "verify --launch '{{port}}' --format json": (2, "format 'json': allowed are vllm, sglang, llamacpp"),
-    "verify --launch '{{port}}' --format transformers": (2, "format 'transformers': allowed are vllm"),
-    "verify --launch '{{port}}' --format trtllm": (2, "format 'trtllm': allowed are vllm"),
+    "verify --launch '{{port}}' --format json": (2, "'--format': 'json' is not one of 'vllm', 'sglang', 'llamacpp'"),
+    "verify --launch '{{port}}' --format transformers": (2, "'--format': 'transformers' is not one of 'vllm'"),
+    "verify --launch '{{port}}' --format trtllm": (2, "'--format': 'trtllm' is not one of 'vllm'"),
     "verify --launch '{{port}}'": (
         3,
         "there is nothing to start: nothing to set for vLLM: plain decoding is the choice",
@@ -250,8 +256,8 @@ def test_standard_input_is_refused(piped: bytes, sound_store: Path, sound_words:
 
 
 @pytest.mark.parametrize("words", BAD_OTHERS)
-def test_another_verb_is_refused(words: str, files: Path, tiny_folders: dict[str, Path], sound_store: Path) -> None:
-    """The verbs beside `run` refuse what they cannot answer."""
+def test_another_command_is_refused(words: str, files: Path, tiny_folders: dict[str, Path], sound_store: Path) -> None:
+    """The commands beside `run` refuse what they cannot answer."""
     before = content(sound_store)
     code, wanted = BAD_OTHERS[words]
     said = call(sound_store, *shlex.split(words.format(files=files, llama=tiny_folders["llama"])))
@@ -259,7 +265,7 @@ def test_another_verb_is_refused(words: str, files: Path, tiny_folders: dict[str
     assert content(sound_store) == before
 
 
-def test_without_a_verb_the_help_is_shown(tmp_path: Path) -> None:
+def test_without_a_command_the_help_is_shown(tmp_path: Path) -> None:
     """`tune.py` alone is a question, not a mistake."""
     said = call(tmp_path)
     assert said.code == 0

@@ -8,6 +8,7 @@ import typer
 from profiles.records import errors
 from tests import ROOT
 from tuner.cli import app as tune
+from tuner.cli import messages
 
 # without the commands of other programs that are told to `--launch`
 README = re.sub(r"(--launch) '[^']*'", r"\1", (ROOT / "README.md").read_text(encoding="utf-8"))
@@ -53,7 +54,7 @@ def test_every_exit_code_has_a_row() -> None:
     """The codes of the errors and of the ways a run can end."""
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     codes = {kind.exit_code for kind in kinds} - {1}  # 1 is the base class's, raised by nothing
-    codes |= {0, tune.EXIT_NOT_PROVEN, tune.EXIT_NOTHING_FEASIBLE, tune.EXIT_INTERRUPTED}
+    codes |= {0, messages.EXIT_NOT_PROVEN, messages.EXIT_NOTHING_FEASIBLE, messages.EXIT_INTERRUPTED}
     rows = {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.MULTILINE)}
     assert rows == codes
 

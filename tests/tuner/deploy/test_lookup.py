@@ -5,14 +5,13 @@ from dataclasses import asdict, replace
 
 import pytest
 
-import store
 from profiles.hardware.device import Machine, drop_unknown
 from profiles.records.core import PLAIN, Environment, Setup
 from profiles.records.errors import NotMeasuredError, PolicyError
 from store.evidence_store import EvidenceStore
 from tests.support.fakes import DRAFT_A, MACHINE, NGRAM, TARGET
 from tests.support.policies import choice, save_policy
-from tuner.deploy.lookup import Found, Question
+from tuner.deploy.lookup import LookupResult, Query, lookup
 from tuner.policy.policy import Policy, to_json
 
 A4 = Setup(draft=DRAFT_A, length=4)
@@ -44,9 +43,9 @@ def keep(evidence_store: EvidenceStore, environment: Environment, setup: Setup =
     save_policy(evidence_store, to_json(made), TARGET, environment)
 
 
-def ask(evidence_store: EvidenceStore, here: Environment | Machine, **question: object) -> Found:
+def ask(evidence_store: EvidenceStore, here: Environment | Machine, **query: object) -> LookupResult:
     machine = drop_unknown(asdict(here)) if isinstance(here, Environment) else here
-    return store.lookup(evidence_store, Question(**question), machine)  # type: ignore[arg-type]
+    return lookup(evidence_store, Query(**query), machine)  # type: ignore[arg-type]
 
 
 class TestLevels:

@@ -20,7 +20,7 @@ from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, TARGET, FakeEngine, prom
 from tests.support.recorded_engine import RecordedEngine, Recorder
 from tests.support.serving import NATIVE, SERVING, FakeServer
 from tuner import dry_run
-from tuner.deploy.latest import find_policy, find_report_data
+from tuner.deploy.stored_policies import find_policy, find_report_data
 from tuner.forecast.cost_model import RoundCostModel
 from tuner.forecast.evidence import Evidence, gather
 from tuner.forecast.forecaster import Forecaster

@@ -1,0 +1,116 @@
+"""`check`: whether drafts fit a target, in seconds."""
+
+from typing import TYPE_CHECKING
+
+from profiles import builtin
+from profiles.records import draft_spec
+from profiles.records.errors import InputError
+from tuner.cli import options
+from tuner.cli.output import console, print_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+    from profiles.fit.report import DraftCheck, FitReport
+
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+UNKNOWN = "-"
+
+
+def check(
+    target: options.Target = builtin.TARGET,
+    draft: options.Drafts = None,
+    batch_size: options.QueryBatchSize = 1,
+    context: options.QueryContext = None,
+    prompts: options.Prompts = None,
+    dtype: options.DType = None,
+    device: options.Device = None,
+    json_only: options.JsonOnly = False,
+) -> int:
+    """Check in seconds whether drafts fit a target: tokens, positions, memory and a first look at acceptance."""
+    specs = drafts_for(target, draft)
+    with console(stderr=True).status("loading"):
+        from profiles.fit import check as fit
+        from profiles.prompts import reader
+
+        shape = fit.Shape(batch_size=batch_size, context_length=context, dtype=dtype, device=device)
+        requests = [request for source in prompts or [] for request in reader.read(source)]
+        report = fit.check(target, specs, shape, requests)
+    if json_only:
+        print_json(report.to_json())
+    else:
+        console().print(check_table(report))
+    return InputError.exit_code if any(draft.problem is not None for draft in report.drafts) else 0
+
+
+def drafts_for(
+    target: str,
+    drafts: list[str] | None,
+    lookup_draft: str = "ngram",
+    builtin_drafts: tuple[str, ...] = builtin.DRAFTS,
+) -> list[draft_spec.DraftSpec]:
+    """The drafts that were given; by default prompt look-up, and for the builtin target the builtin drafts."""
+    default = [*(builtin_drafts if target == builtin.TARGET else ()), lookup_draft]
+    return [draft_spec.parse_draft(text) for text in drafts or default]
+
+
+def check_table(report: "FitReport") -> "Table":
+    """One row per draft; the target's needs and the free memory above, reasons and notes below.
+
+    `total added` is what a draft needs beside the target: weights, and caches at the batch and context of the title.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    need, shape = report.need, f"at batch {report.batch_size}, context {report.context_length}"
+    title = (
+        f"{report.target}, {report.dtype} on {report.device}\n"
+        f"{report.max_positions} positions; weights {format_bytes(need.weight_bytes)}, "
+        f"cache {format_bytes(need.cache_bytes_per_token)} per token\n"
+        f"{format_bytes(need.total_bytes(report.num_tokens))} {shape}; {format_bytes(report.free_bytes)} free"
+    )
+    reasons = [f"cannot be used: {draft.problem}" for draft in report.drafts if draft.problem is not None]
+    table = Table(
+        title=Text(title),
+        title_justify="left",
+        caption=Text("\n".join([*reasons, *report.notes])),
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # so that names fit on 80 columns
+    )
+    table.add_column("draft", overflow="fold")
+    table.add_column("same\ntokens", no_wrap=True)
+    for name in ("longest\ncontext", "weights", "cache\n/token", "total\nadded", "accept\nrate", "accept\nlength"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for draft in report.drafts:
+        table.add_row(*_cells(draft, report.num_tokens))
+    return table
+
+
+def _cells(draft: "DraftCheck", num_tokens: int) -> "tuple[Text, ...]":
+    from rich.text import Text
+
+    same_tokens = {True: "yes", False: "no", None: UNKNOWN}[draft.same_tokens]
+    cells = [draft.name, same_tokens, UNKNOWN if draft.max_positions is None else str(draft.max_positions)]
+    if draft.need is None:
+        cells += [UNKNOWN] * 3
+    else:
+        sizes = (draft.need.weight_bytes, draft.need.cache_bytes_per_token, draft.need.total_bytes(num_tokens))
+        cells += map(format_bytes, sizes)
+    if draft.quick_acceptance is None:
+        cells += [UNKNOWN] * 2
+    else:
+        figures = (draft.quick_acceptance.acceptance_rate, draft.quick_acceptance.acceptance_length)
+        cells += [UNKNOWN if figure is None else f"{figure:.2f}" for figure in figures]
+    style = "" if draft.problem is None else "dim"
+    return tuple(Text(cell, style=style) for cell in cells)
+
+
+def format_bytes(count: int) -> str:
+    """Three digits and a binary unit: `16.2 MiB`."""
+    value, unit = float(count), 0
+    while value >= 1000.0 and unit < len(UNITS) - 1:
+        value, unit = value / 1024.0, unit + 1
+    return f"{value:.3g} {UNITS[unit]}"

@@ -1,0 +1,134 @@
+"""`lookup`: which setup to use on this machine. Loads no torch, and of a policy file no database either."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from profiles.hardware import machine
+from profiles.hardware.device import ENGINE, Machine
+from profiles.records.errors import InputError, MatchError
+from tuner.cli import options
+from tuner.cli.output import print_json, print_notes
+from tuner.deploy.lookup import SERVING_ARGUMENTS, LookupResult, Query, lookup_policy
+from tuner.deploy.lookup import lookup as lookup_stored
+from tuner.deploy.match import MEANINGS
+from tuner.policy import policy as policies
+
+if TYPE_CHECKING:
+    from store.evidence_store import EvidenceStore
+
+
+def lookup(
+    target: options.TunedTarget = None,
+    batch_size: options.QueryBatchSize = 1,
+    context: options.QueryContext = None,
+    domain: options.QueryDomain = None,
+    temperature: options.QueryTemperature = None,
+    engine: options.MeasuredEngine = None,
+    output_format: options.Format = None,
+    engine_version: options.EngineVersion = None,
+    require: options.Require = None,
+    environment: options.MachineFile = None,
+    device: options.QueryDevice = None,
+    policy: options.PolicyFile = None,
+    store: options.Store = None,
+    json_only: options.JsonOnly = False,
+) -> None:
+    """Look up the setup to use on this machine, and how well that is known; changes nothing."""
+    if engine_version is not None and output_format is None:
+        raise InputError(f"engine version {engine_version!r}: name the engine with --format")
+    if device is not None and environment is not None:
+        raise InputError(f"device {device!r}: --environment says which device it is")
+    if policy is not None and store is not None:
+        raise InputError(f"policy {policy}: --store names another source; give one of them")
+    query = Query(target=target, batch_size=batch_size, context_length=context, domain=domain, temperature=temperature)
+    engine_name = measured_engine(engine, output_format)
+    if policy is not None:
+        file_policy = policies.read(policy)
+        here = _machine(engine_name or file_policy.environment.engine, environment, device)
+        result = lookup_policy(file_policy, query, here)
+        document = _document(result, policy_path=policy) if json_only else {}
+    else:
+        from store import location
+        from store.evidence_store import EvidenceStore
+        from tuner.deploy.stored_policies import only_engine
+
+        place = location.existing_store(store)
+        with EvidenceStore.open_read_only(place) as evidence_store:
+            here = _machine(engine_name or only_engine(evidence_store, target), environment, device)
+            result = lookup_stored(evidence_store, query, here)
+            document = _stored_document(result, evidence_store, location.store_name(place)) if json_only else {}
+    if json_only:
+        print_json(document)
+    if not result.reaches(require or "none"):
+        raise MatchError(f"{result.caveat}; required was {require}")
+    if not json_only:
+        text, notes = _text(result, output_format, engine_version)
+        print_notes(*notes)
+        typer.echo(text, nl=False)
+
+
+def measured_engine(engine: str | None, output_format: str | None) -> str | None:
+    """The engine that is named by --engine, or by a --format that is a serving engine's; None: neither names one."""
+    if engine is not None:
+        return ENGINE if engine == "torch" else engine
+    if output_format == "transformers":
+        return ENGINE
+    return output_format if output_format in SERVING_ARGUMENTS else None
+
+
+def _machine(engine: str, environment: Path | None, device: str | None) -> Machine:
+    if environment is None:
+        return machine.this_machine(engine, device)
+    return machine.read_machine(environment, engine)
+
+
+def _text(result: LookupResult, output_format: str | None, engine_version: str | None) -> tuple[str, list[str]]:
+    """What goes to standard output, for an engine or for people, and the notes beside it.
+
+    Raises InputError: not a version of the engine.
+    """
+    notes = [] if result.caveat is None else [f"warning: {result.caveat}"]
+    choice = result.answer.choice
+    if output_format is None:
+        lines = [f"{choice.setup.name}: {result.answer.rule}", choice.reason]
+        lines.append(f"match: {result.level}, {MEANINGS[result.level]}")
+        return "\n".join([*lines, ""]), notes
+    from tuner import export
+
+    made = export.emit(result.deployment(), output_format, engine_version)
+    if made.text and made.setup is not None:
+        notes.append(f"{made.setup.name}: {made.label}")
+    return made.text, [*notes, *([] if made.note is None else [made.note])]
+
+
+def _stored_document(result: LookupResult, evidence_store: "EvidenceStore", store: str) -> dict[str, Any]:
+    """With what the store has of the run that made the policy."""
+    if result.policy is None:
+        return _document(result, store=store)
+    outcome = evidence_store.latest_outcome(result.target, result.policy.environment)
+    path = evidence_store.folder / result.policy.file_name
+    return _document(result, store=store, policy_path=path if path.exists() else None, outcome=outcome)
+
+
+def _document(
+    result: LookupResult,
+    *,
+    store: str | None = None,
+    policy_path: Path | None = None,
+    outcome: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """The policy that answered, as `run` printed it (without one: the target), the answer, and its match."""
+    from tuner import report
+
+    document: dict[str, Any] = {"target": asdict(result.target), "store": store}
+    if result.policy is not None:
+        path = None if policy_path is None else str(policy_path)  # a merged policy has no file
+        document = report.document(result.policy, cost=outcome.get("cost", {}), store=store, policy_path=path)
+        document["proven"] = document["proven"] and result.level == "exact"  # elsewhere it was not proven
+    answer = {**report.answer(result.answer), "match": result.to_json()}
+    return {**document, "left_out": outcome.get("left_out", []), "answer": answer}

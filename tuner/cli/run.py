@@ -1,0 +1,281 @@
+"""`run`: measure, decide, prove, and write the policy."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from profiles import builtin
+from profiles.hardware.device import ENGINE
+from profiles.records.core import PLAIN, Environment
+from profiles.records.draft_spec import parse_age, parse_lengths, with_composites
+from profiles.records.errors import InputError
+from tuner.cli import options
+from tuner.cli.check import drafts_for
+from tuner.cli.messages import EXIT_NOT_PROVEN, EXIT_NOTHING_FEASIBLE, router_line, run_summary
+from tuner.cli.output import console, print_json, print_lines, print_notes
+
+if TYPE_CHECKING:
+    from profiles.engines.bench import Bench, Question
+    from profiles.prompts.reader import Request
+    from store.database import Location
+    from tuner.dry_run import Loads
+    from tuner.pipeline.pipeline import Options
+    from tuner.run import FinishedRun
+    from tuner.search.limits import Limits
+
+
+def run(
+    target: options.Target = builtin.TARGET,
+    draft: options.Drafts = None,
+    engine: options.Engine = "torch",
+    engine_command: options.EngineCommand = None,
+    launch: options.Launch = None,
+    kind: options.Kind = None,
+    engine_version: options.EngineVersion = None,
+    threads: options.Threads = None,
+    lengths: options.Lengths = "1-8",
+    batch_size: options.BatchSizes = None,
+    context: options.Contexts = None,
+    prompts: options.Prompts = None,
+    domain: options.Domain = None,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    dtype: options.DType = None,
+    device: options.Device = None,
+    max_new_tokens: options.MaxNewTokens = 64,
+    store: options.Store = None,
+    objective: options.Objective = "tpot",  # noqa: ARG001  both are optimal where the batch size is fixed
+    max_memory: options.MaxMemory = None,
+    max_ttft: options.MaxTtft = None,
+    max_p95_tpot: options.MaxP95Tpot = None,
+    budget: options.Budget = None,
+    max_age: options.MaxAge = None,
+    dry_run: options.DryRun = False,
+    seed: options.Seed = 0,
+    json_only: options.JsonOnly = False,
+) -> int:
+    """Measure every draft at every length, choose, prove the choice, and write the policy."""
+    options.check_engine_options(
+        engine,
+        engine_command=engine_command,
+        launch=launch,
+        kind=kind,
+        engine_version=engine_version,
+        threads=threads,
+    )
+    out_of_time = _deadline(budget)
+    max_age_s = None if max_age is None else parse_age(max_age)
+    with console(stderr=True).status("loading"):
+        from profiles.engines.bench import Question
+        from store import location
+        from tuner.search.limits import Limits
+
+        limits = Limits(max_memory_gib=max_memory, max_ttft_ms=max_ttft, max_p95_tpot_ms=max_p95_tpot)
+        place = location.store_location(store)
+        if not dry_run:
+            _check_store(place)  # before models are loaded
+        question = Question(
+            lengths=parse_lengths(lengths),
+            batch_sizes=tuple(dict.fromkeys(batch_size or [1])),
+            contexts=tuple(dict.fromkeys(context or [])),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            engine=engine,
+        )
+        bench = _open_bench(
+            question,
+            target=target,
+            drafts=draft,
+            dtype=dtype,
+            device=device,
+            engine_command=engine_command,
+            launch=launch,
+            kind=kind or "vllm",
+            engine_version=engine_version,
+            threads=threads,
+        )
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(bench.close)
+            loads, requests = _read_loads(bench, question, prompts or [builtin.ALL_PROMPTS], domain)
+            on_failure.pop_all()
+    with contextlib.closing(bench):  # ends the servers that it started
+        print_notes(f"target {target} on {_describe(bench.engine.environment)}; store {location.store_name(place)}")
+        print_notes(*(f"left out: {refused.name}: {refused.detail}" for refused in bench.refused))
+        if dry_run:
+            return _dry_run(bench, loads, question, limits, place=place, max_age_s=max_age_s, json_only=json_only)
+        finished = _tune(bench, loads, question, limits, place=place, max_age_s=max_age_s, out_of_time=out_of_time)
+    return _print_finished(finished, requests, place=place, seed=seed, json_only=json_only)
+
+
+def _deadline(budget: float | None) -> Callable[[], bool]:
+    """Whether `budget` seconds from now are over; never without a budget."""
+    if budget is not None and not budget > 0.0:
+        raise InputError(f"budget {budget:g} seconds: more than 0 is needed")
+    deadline = math.inf if budget is None else time.monotonic() + budget
+    return lambda: time.monotonic() > deadline
+
+
+def _check_store(place: "Location") -> None:
+    """Opens store and studies once. Raises StoreError when they cannot be used."""
+    from store.evidence_store import EvidenceStore
+    from tuner.run import TuningSession
+
+    with EvidenceStore.open(place) as evidence_store:
+        TuningSession.of(evidence_store)
+
+
+def _open_bench(
+    question: "Question",
+    *,
+    target: str,
+    drafts: list[str] | None,
+    dtype: str | None,
+    device: str | None,
+    engine_command: str | None,
+    launch: str | None,
+    kind: str,
+    engine_version: str | None,
+    threads: int | None,
+) -> "Bench":
+    """The engine with target and drafts."""
+    from profiles.engines import factory
+    from profiles.engines.openai.kinds import server_kind
+    from profiles.engines.torch import load
+
+    longest_context = max(question.contexts, default=question.max_new_tokens)
+    if question.engine == "torch":
+        specs = with_composites(drafts_for(target, drafts))
+        return load.load(target, specs, dtype, device, longest_context * max(question.batch_sizes))
+    engine_kind = server_kind(kind if question.engine == "server" else question.engine)
+    builtin_drafts = builtin.GGUF_MODELS[1:] if engine_kind.reads_gguf else builtin.DRAFTS
+    specs = drafts_for(target, drafts, engine_kind.look_up, builtin_drafts)
+    return factory.open_bench(
+        factory.EngineSpec(
+            engine=question.engine,
+            command=engine_command,
+            launch=launch,
+            kind=kind,
+            version=engine_version,
+            threads=threads,
+            device=device,
+            max_requests=max(question.batch_sizes),
+            min_length=min(question.lengths),
+            max_length=max(question.lengths),
+        ),
+        factory.ModelSpec(target=target, drafts=tuple(specs), dtype=dtype),
+    )
+
+
+def _read_loads(
+    bench: "Bench", question: "Question", sources: list[str], domain: str | None
+) -> "tuple[Loads, list[Request]]":
+    """Every workload with its prompts, and the requests they are from; whatever cannot be run is refused here."""
+    from profiles.engines import workloads
+    from profiles.prompts import reader
+    from tuner.pipeline.points import plan_points
+
+    requests = [request for source in sources for request in reader.read(source, domain=domain)]
+    loads, warnings = workloads.workloads_of(bench, question, requests)
+    for workload, prompts in loads:
+        plan_points(workload, prompts)  # refuses a domain's name before anything is measured
+    print_notes(*(loaded.note for loaded in bench.loaded if loaded.note is not None), *bench.notes, *warnings)
+    return loads, requests
+
+
+def _describe(environment: Environment) -> str:
+    """The device, and the engine where it is not draftpick's own."""
+    if environment.engine == ENGINE:
+        return environment.device
+    return f"{environment.device}, {environment.engine} {environment.engine_version}"
+
+
+def _options_of(bench: "Bench", question: "Question", limits: "Limits") -> "Options":
+    from tuner.pipeline.pipeline import Options
+
+    return Options(lengths=question.lengths, limits=limits, needed_bytes=bench.needed_bytes, refused=bench.refused)
+
+
+def _tune(
+    bench: "Bench",
+    loads: "Loads",
+    question: "Question",
+    limits: "Limits",
+    *,
+    place: "Location",
+    max_age_s: float | None,
+    out_of_time: Callable[[], bool],
+) -> "FinishedRun":
+    """The run itself, with its stages on standard error."""
+    from store.evidence_store import EvidenceStore
+    from tuner import run as runs
+    from tuner.cli.progress import StageProgress
+    from tuner.pipeline.pipeline import Watch
+
+    with EvidenceStore.open(place) as evidence_store, StageProgress(console(stderr=True)) as progress:
+        session = runs.TuningSession.of(evidence_store, runs.utc_ago(max_age_s))
+        watch = Watch(progress=progress.update, out_of_time=out_of_time, show=progress.standings)
+        return runs.tune(bench.engine, loads, session, _options_of(bench, question, limits), watch)
+
+
+def _dry_run(
+    bench: "Bench",
+    loads: "Loads",
+    question: "Question",
+    limits: "Limits",
+    *,
+    place: "Location",
+    max_age_s: float | None,
+    json_only: bool,
+) -> int:
+    """Prints what a run would measure."""
+    from tuner import dry_run as dry_runs
+    from tuner.run import utc_ago
+
+    plan = dry_runs.dry_run(bench.engine, loads, place, _options_of(bench, question, limits), utc_ago(max_age_s))
+    if not json_only:
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
+        table = Table("stage", "units to measure", box=SIMPLE_HEAD)
+        for stage, count in plan.new_units.items():
+            table.add_row(stage, str(count))
+        console().print(table)
+        print_lines(f"{plan.known_units} units are stored; measuring the rest takes about {plan.seconds:.0f} s")
+    print_json(asdict(plan))
+    return 0
+
+
+def _print_finished(
+    finished: "FinishedRun", requests: "list[Request]", *, place: "Location", seed: int, json_only: bool
+) -> int:
+    """Prints the outcome, trains the router, and returns the exit code.
+
+    0: a draft is proven. 5: none is, and plain decoding is the choice. 6: plain decoding itself breaks a limit.
+    """
+    from profiles.prompts import reader
+    from store import location
+    from tuner import report
+    from tuner.router.router import train_and_save
+
+    policy = finished.policy
+    labelled = [(reader.user_text(request), request.domain) for request in requests]
+    router = train_and_save(labelled, finished.policy_path.with_name(policy.router_name), seed)
+    if not json_only:
+        console().print(report.table(policy))
+        print_lines(*run_summary(finished), router_line(router))
+    document = report.document(
+        policy, cost=finished.cost, store=location.store_name(place), policy_path=str(finished.policy_path)
+    )
+    left_out = [asdict(refused) for refused in finished.left_out]
+    print_json({**document, "router": router, "left_out": left_out})
+    choices_of_run = policy.choices[: len(finished.outcome.choices)]  # then come those of earlier runs
+    if any(choice.proven for choice in choices_of_run):
+        return 0
+    return EXIT_NOTHING_FEASIBLE if finished.outcome.points[0].ruled_out(PLAIN) else EXIT_NOT_PROVEN

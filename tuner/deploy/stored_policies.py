@@ -1,0 +1,188 @@
+"""The policies of a store: of which targets, from which machines, and what the last run of each left."""
+
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Select, bindparam, func, select
+
+from profiles.builtin import IMPORTED_MARKS
+from profiles.hardware.device import ENGINE, Machine, drop_unknown, on_gpu
+from profiles.records.codec import model_from
+from profiles.records.core import Model
+from profiles.records.errors import InputError, NotMeasuredError, PolicyError, StoreError
+from profiles.records.text import command
+from store import tables
+from store.database import Location
+from store.evidence_store import EvidenceStore, like_last_part
+from tuner.deploy.match import Match, match
+from tuner.policy.policy import Policy, from_json
+
+if TYPE_CHECKING:
+    from tuner.report.data import ReportData
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredPolicy:
+    """The latest policy of a target on one machine, not read yet, and how well that machine matches."""
+
+    target: Model
+    match: Match
+    policy_id: int
+
+
+def open_for_reading(location: Location) -> EvidenceStore:
+    """A store that is there, without changing it; one with an older schema is upgraded where that is allowed.
+
+    Raises StoreError: it cannot be read, or has an older schema and cannot be written.
+    """
+    try:
+        return EvidenceStore.open_read_only(location)
+    except StoreError:
+        return EvidenceStore.open(location)
+
+
+@functools.cache
+def _targets_query() -> Select[Any]:
+    """Targets by name or digest, the one tuned last first; made once, because that takes a look-up's time."""
+    models = tables.models
+    tuned = select(func.max(tables.policies.c.id)).where(tables.policies.c.target_key == models.c.key)
+    named = bindparam("name").in_([models.c.key, models.c.digest, models.c.name])
+    marked = models.c.name.in_([bindparam("imported"), bindparam("imported_before"), bindparam("path")])
+    last_part = models.c.name.like(bindparam("last_part"), escape="\\")
+    condition = bindparam("any_name") | named | marked | last_part
+    return select(models).where(condition).order_by(tuned.scalar_subquery().desc().nulls_last())
+
+
+def find_targets(evidence_store: EvidenceStore, name: str | None) -> list[Model]:
+    """The targets of this name, digest or run digest, the one tuned last first; without a name only that one.
+
+    Raises NotMeasuredError: there is none.
+    """
+    imported, imported_before = (f"{mark}{Path(name or '').name}" for mark in IMPORTED_MARKS)
+    values = {"name": name, "any_name": name is None, "imported": imported, "imported_before": imported_before}
+    values |= {"path": os.path.abspath(name or ""), "last_part": like_last_part(name or "")}
+    with evidence_store.reading() as connection:
+        rows = connection.execute(_targets_query(), values).mappings().all()
+    if not rows:
+        target = "any target" if name is None else f"target {name!r}"
+        raise NotMeasuredError(f"the store {evidence_store.name} does not know {target}: run `{command('run')}` first")
+    targets = [model_from({column: value for column, value in row.items() if column != "key"}) for row in rows]
+    return targets if name is not None else targets[:1]
+
+
+@functools.cache
+def _latest_query() -> Select[Any]:
+    """The latest policy of every target in `keys` on every machine of a device, or of a compute capability, or all."""
+    policies, machines = tables.policies.c, tables.environments.c
+    capability = machines.compute_capability
+    return (
+        select(policies.target_key, policies.id, *machines)
+        .join_from(tables.policies, tables.environments)
+        .where(
+            tables.IS_NEWEST_POLICY,
+            policies.target_key.in_(bindparam("keys", expanding=True)),
+            (machines.device == bindparam("device"))
+            | bindparam("every")
+            | (bindparam("on_gpu") & ((capability == bindparam("capability")) | capability.is_(None))),
+        )
+    )
+
+
+def rank(evidence_store: EvidenceStore, targets: Sequence[Model], here: Machine) -> list[StoredPolicy]:
+    """The latest policy of every machine that matches `here`, the best match first.
+
+    Of many machines only those are read that may match: of this device, and on a GPU of its compute capability.
+    """
+    by_key = {target.run_digest: target for target in targets}
+    names = [column.name for column in tables.environments.c]
+    capability = here.get("compute_capability")
+    values = {
+        "keys": list(by_key),
+        "device": str(here.get("device")),
+        "on_gpu": capability is not None,
+        "every": capability is None and on_gpu(here),
+        "capability": str(capability),
+    }
+    ranked = []
+    with evidence_store.reading() as connection:
+        for key, policy_id, *columns in connection.execute(_latest_query(), values):
+            fit = match(here, drop_unknown(dict(zip(names, columns, strict=True))))
+            if fit.level != "none":
+                ranked.append(StoredPolicy(target=by_key[key], match=fit, policy_id=policy_id))
+    ranked.sort(key=lambda policy: policy.policy_id, reverse=True)
+    return sorted(ranked, key=lambda policy: policy.match.order)
+
+
+def tuned_devices(evidence_store: EvidenceStore, targets: Sequence[Model]) -> list[str]:
+    """The devices on which the targets were tuned."""
+    return _tuned_on(evidence_store, targets, "device")
+
+
+def only_engine(evidence_store: EvidenceStore, target: str | None) -> str:
+    """The engine with which the target was tuned; draftpick's own where it was tuned with none.
+
+    Raises: NotMeasuredError: no such target. InputError: it was tuned with several engines.
+    """
+    targets = find_targets(evidence_store, target)
+    engines = _tuned_on(evidence_store, targets, "engine")
+    if len(engines) > 1:
+        names = ", ".join(engine.removeprefix("draftpick-") for engine in engines)
+        raise InputError(f"target {targets[0].name!r} was tuned with several engines: name one with --engine: {names}")
+    return engines[0] if engines else ENGINE
+
+
+def _tuned_on(evidence_store: EvidenceStore, targets: Sequence[Model], column: str) -> list[str]:
+    keys = [target.run_digest for target in targets]
+    values = tables.environments.c[column]
+    query = select(values).join(tables.policies).where(tables.policies.c.target_key.in_(keys)).distinct()
+    with evidence_store.reading() as connection:
+        return list(connection.scalars(query.order_by(values)))
+
+
+def read_stored(evidence_store: EvidenceStore, stored: StoredPolicy) -> Policy:
+    """Raises PolicyError: it is damaged."""
+    policies = tables.policies.c
+    with evidence_store.reading() as connection:
+        text = str(connection.scalar(select(policies.policy).where(policies.id == stored.policy_id)))
+    return read_policy(evidence_store, text)
+
+
+def read_policy(evidence_store: EvidenceStore, text: str) -> Policy:
+    """A policy from the store's JSON. Raises PolicyError, naming the store."""
+    try:
+        return from_json(text)
+    except PolicyError as error:
+        raise PolicyError(f"the policy in store {evidence_store.name}: {error}") from error
+
+
+def find_policy(evidence_store: EvidenceStore, target: str | None) -> Policy:
+    """The latest policy of the target, of any when None. Raises NotMeasuredError: there is none."""
+    text = evidence_store.latest_policy(target)
+    if text is None:
+        subject = f"no policy of target {target!r}" if target else "no policy"
+        raise NotMeasuredError(f"{subject} in store {evidence_store.name}: run `{command('run')}` first")
+    return read_policy(evidence_store, text)
+
+
+def find_report_data(evidence_store: EvidenceStore, policy: Policy) -> "ReportData":
+    """What the target's last finished run left to report.
+
+    Raises: NotMeasuredError: no run finished, or it ended before a forecast. InputError: the data are damaged.
+    """
+    from tuner.report import ReportData
+
+    raw = evidence_store.latest_outcome(policy.target, policy.environment).get("dossier")
+    name = policy.target.name
+    if raw is None:
+        raise NotMeasuredError(f"no finished run of {name} is in the store: run `{command('run')}` first")
+    try:
+        report_data = ReportData.from_json(raw)
+    except InputError as error:
+        raise InputError(f"the last run in store {evidence_store.name}: {error}") from error
+    if not any(anchor.candidates for anchor in report_data.anchors):
+        raise NotMeasuredError(f"the last run of {name} ended before a forecast: run it again, for longer")
+    return report_data
