@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Self, TypeVar
 
 import psutil
-import torch
 
 from profiles.timing.gpu_monitor import GpuWatch
 
@@ -30,6 +29,8 @@ class Clock:
         self._now = now
         self._wait = wait
         if wait is None and device.startswith("cuda"):
+            import torch  # only where there is a GPU: what reads the times of a server needs no torch
+
             self._wait = lambda: torch.cuda.synchronize(device)
 
     def read(self) -> float:

@@ -6,15 +6,17 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from profiles.engines.serving.base import Run
-from profiles.engines.serving.http_load import Answer
 from profiles.engines.serving.logs import one_line
-from profiles.engines.serving.metrics import Counters
 from profiles.records.core import Prompt
 from profiles.records.errors import EngineError
 from profiles.records.evidence import RoundCount, Rounds, StepShape, TargetTrace
+
+if TYPE_CHECKING:
+    from profiles.engines.serving.http_load import Answer
+    from profiles.engines.serving.metrics import Counters
 
 Encode = Callable[[str], Sequence[int]]
 CountedRounds = Sequence[tuple[RoundCount, int]]  # rounds, and how often each
@@ -102,7 +104,7 @@ def expected_shape() -> Iterator[None]:
 
 
 @expected_shape()
-def read_completion(answer: Answer, encode: Encode) -> Completion:
+def read_completion(answer: "Answer", encode: Encode) -> Completion:
     """Reads an answer of `/v1/completions`: token ids where the server gives them, else its text tokenized by `encode`.
 
     Raises EngineError: no token, or another number of tokens than the server counted.
@@ -141,7 +143,7 @@ def read_completion(answer: Answer, encode: Encode) -> Completion:
     )
 
 
-def last_events(answer: Answer, name: str) -> list[Mapping[str, Any]]:
+def last_events(answer: "Answer", name: str) -> list[Mapping[str, Any]]:
     """The objects that events have under a name, the last first."""
     return [event[name] for event in reversed(answer.events) if isinstance(event.get(name), dict)]
 
@@ -170,7 +172,7 @@ def rounds_of(completion: Completion, counted: CountedRounds, *, past_end: bool)
     return {pair: count for pair, count in rounds.items() if count}
 
 
-def rounds_between(completion: Completion, counted: Counters, *, past_end: bool) -> Rounds | None:
+def rounds_between(completion: Completion, counted: "Counters", *, past_end: bool) -> Rounds | None:
     """The rounds of a request that had the server for itself, from the difference of the server's counters.
 
     None where rounds drafted different numbers of tokens: the counters do not say which accepted how many.

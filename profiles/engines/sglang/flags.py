@@ -4,12 +4,16 @@ Flags and versions are those of `sglang/srt/server_args.py` in the released 0.5.
 lane in `tests/lanes` runs the last one's own parser on them.
 """
 
+from typing import TYPE_CHECKING
+
 from profiles.engines import rules
 from profiles.engines.releases import EngineRelease
 from profiles.engines.serving.completion import CountedRounds, last_events
-from profiles.engines.serving.http_load import Answer
 from profiles.engines.serving.server_kind import ServerKind, rounds_in_histogram, salted_body
 from profiles.records.core import Model, Setup
+
+if TYPE_CHECKING:
+    from profiles.engines.serving.http_load import Answer
 
 ALGORITHMS = {"STANDALONE": "0.5.2", "NGRAM": "0.5.3"}  # the first version checked that has it
 FLAGS = {  # the first version checked that has the flag
@@ -60,7 +64,7 @@ def _flag(name: str, value: object) -> list[str]:
     return [f"{name}={text}"] if text.startswith("-") else [name, text]
 
 
-def _counted_in(answer: Answer) -> CountedRounds | None:
+def _counted_in(answer: "Answer") -> CountedRounds | None:
     records = [event.get("spec_tokens_details") for event in last_events(answer, "sglext")]
     record = next((record for record in records if record), None)
     if record is None:

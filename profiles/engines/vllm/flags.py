@@ -5,16 +5,19 @@ refuses unknown keys, and the lane in `tests/lanes` runs it on what is written h
 """
 
 import json
+from typing import TYPE_CHECKING
 
 from profiles.engines import rules
 from profiles.engines.releases import EngineRelease
 from profiles.engines.serving import metrics
 from profiles.engines.serving.completion import CountedRounds, last_events
-from profiles.engines.serving.http_load import Answer
 from profiles.engines.serving.server_kind import ServerKind, rounds_in_histogram, salted_body
 from profiles.records.core import Draft, Model, Setup
 from profiles.records.draft_spec import engine_options
 from profiles.records.evidence import RoundCount
+
+if TYPE_CHECKING:
+    from profiles.engines.serving.http_load import Answer
 
 SCHEDULE = "num_speculative_tokens_per_batch_size"
 FIRST = "0.10.0"  # older ones have another engine and other names
@@ -78,7 +81,7 @@ def _args_for(setup: Setup, release: EngineRelease) -> list[str]:  # noqa: ARG00
     return config_args(speculative_config(setup.draft, setup.length))
 
 
-def _counted_in(answer: Answer) -> CountedRounds | None:
+def _counted_in(answer: "Answer") -> CountedRounds | None:
     records = [event.get("speculative_decoding") for event in last_events(answer, "metrics")]
     record = next((record for record in records if record), None)
     if record is None:
