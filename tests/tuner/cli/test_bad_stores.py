@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cli import assert_refused, call, database
+from tests.support.cli import DECIDED, assert_refused, call, database
 from tests.support.fakes import sql
 
 Maker = Callable[[Path, Path], None]
@@ -95,20 +95,11 @@ BAD_STORES = [
     *((verb, damaged_policy, 2, "broken/evidence.db: policy: Object missing required field") for verb in READERS),
     *((verb, policy_not_json, 2, "broken/evidence.db: policy is not a JSON document") for verb in READERS),
     *((verb, newer_policy, 2, "version 99 is newer than version ") for verb in READERS),
-    *(
-        (verb, damaged_report_data, 2, "broken/evidence.db: report data: Object missing required field")
-        for verb in READERS[2:]
-    ),
-    *(
-        (verb, newer_report_data, 2, "broken/evidence.db: report data version 99 is newer than ")
-        for verb in READERS[2:]
-    ),
+    *((verb, damaged_report_data, 2, "report data: Object missing required field") for verb in READERS[2:]),
+    *((verb, newer_report_data, 2, "report data version 99 is newer than ") for verb in READERS[2:]),
     *((verb, no_report_data, 3, "no finished run of ") for verb in READERS[2:]),
     *((verb, damaged_outcome, 2, "broken/evidence.db: a row cannot be read") for verb in READERS[1:]),
     *((verb, outcome_is_list, 2, "broken/evidence.db: ") for verb in READERS[1:]),
-    ("run", damaged_studies, 2, "optuna.db: file is not a database; move the file away"),
-    ("run", newer_studies, 2, "no longer compatible with the table schema"),
-    ("run", foreign_studies, 2, "no such column"),
     *((verb, a_file, 2, "broken: file is not a database") for verb in VERBS),
     *((verb, an_empty_file, 3, "no policy in store") for verb in READERS[2:]),
     ("lookup", an_empty_file, 2, "broken/evidence.db: "),
@@ -136,3 +127,13 @@ def test_a_store_is_refused(
     assert_refused(said, code, wanted)
     if make is not an_empty_file:  # which is a store without tables yet, and gets them
         assert (file.read_bytes() if file.is_file() else None) == before
+
+
+@pytest.mark.parametrize("make", [damaged_studies, newer_studies, foreign_studies])
+def test_a_run_goes_on_without_its_studies(
+    make: Maker, sound_store: Path, sound_words: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No evidence is in Optuna's database: where it is damaged, newer or another program's, a warning is logged."""
+    make(tmp_path / "broken", sound_store)
+    assert call(tmp_path / "broken", *sound_words).code in DECIDED
+    assert "Optuna's studies are not stored: " in caplog.text
