@@ -5,7 +5,7 @@ import re
 import psutil
 import torch
 
-from profiles.hardware import machine, nvml
+from profiles.hardware import container, machine, nvml
 from profiles.hardware.device import ENGINE
 from profiles.records.core import Environment
 from profiles.records.errors import InputError
@@ -27,11 +27,20 @@ def pick_device(name: str | None) -> str:
     raise InputError(f"device {name!r}: {reason}; allowed are {', '.join(allowed)}")
 
 
+def limit_threads() -> None:
+    """Lowers torch's threads to a container's CPU quota, which torch does not read."""
+    threads = machine.num_threads()
+    if threads is not None and threads < torch.get_num_threads():
+        torch.set_num_threads(threads)
+
+
 def free_bytes(device: str) -> int:
     """Memory that can still be allocated on `device`, in bytes."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    available = int(psutil.virtual_memory().available)
+    in_container = container.free_memory()
+    return available if in_container is None else min(available, in_container)
 
 
 def total_free_bytes(device: str) -> int:
@@ -52,7 +61,7 @@ def fingerprint(device: str) -> Environment:
         driver = nvml.driver_version()  # initialises NVML, which the handle needs
         bandwidth = nvml.memory_bandwidth(nvml.device_handle(device))
     else:
-        name, count, memory_bytes = machine.processor_name(), 1, psutil.virtual_memory().total
+        name, count, memory_bytes = machine.processor_name(), 1, machine.total_memory()
     version = machine.torch_engine_version()
     assert version is not None  # transformers is a dependency
     return Environment(

@@ -11,11 +11,13 @@ import os
 import platform
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from profiles.hardware import container
 from profiles.hardware.device import ENGINE, Machine, drop_unknown, parse_machine
 from profiles.hardware.nvml import first_gpu, round_to_gib
 from profiles.hardware.software import (
@@ -115,7 +117,7 @@ def _cpu() -> dict[str, Any]:
     return {
         "device": processor_name(),
         "device_count": 1,
-        "memory_bytes": round_to_gib(psutil.virtual_memory().total),
+        "memory_bytes": round_to_gib(total_memory()),
         "driver": None,
         "cuda": None,
     }
@@ -133,13 +135,19 @@ def _torch_versions(*, on_gpu: bool) -> dict[str, str]:
     return {name: match[1] for name, match in matches.items() if match}
 
 
+def total_memory() -> int:
+    """Bytes of memory, or what a container may use of it."""
+    return min(int(psutil.virtual_memory().total), container.memory_limit() or sys.maxsize)
+
+
 def num_threads() -> int | None:
-    """Threads that torch uses by default: $MKL_NUM_THREADS or $OMP_NUM_THREADS, else the usable physical cores."""
+    """Threads to compute with: $MKL_NUM_THREADS or $OMP_NUM_THREADS, else the usable physical cores or CPU quota."""
     for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS"):
         value = os.environ.get(name, "")
         if value.isdecimal() and int(value) > 0:
             return int(value)
     cores: int | None = psutil.cpu_count(logical=False)
-    if cores is None or not hasattr(os, "sched_getaffinity"):
-        return cores
-    return min(cores, len(os.sched_getaffinity(0)))
+    if cores is None:
+        return None
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    return min(cores, usable, container.cpu_quota() or cores)

@@ -33,6 +33,7 @@ def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str
         raise InputError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
     device_name = fingerprint.pick_device(device)
     chosen = dtype or ("float32" if device_name == "cpu" else "bfloat16")
+    fingerprint.limit_threads()
     free = fingerprint.total_free_bytes(device_name)  # a target may be spread over several GPUs
     memory.check_memory([target], dtype=chosen, device=device_name, num_tokens=num_tokens, num_free_bytes=free)
     by_name = {target: loader.load(target, dtype=chosen, device=device_name)}

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from profiles.hardware import fingerprint, machine, nvml
+from profiles.hardware import container, fingerprint, machine, nvml
 from profiles.records.errors import InputError
 from profiles.timing.clock import Clock, Disturbance, OtherLoad
 from profiles.timing.gpu_monitor import GpuWatch
@@ -72,6 +72,64 @@ def test_the_processor_name_comes_from_the_kernel(tmp_path: Path) -> None:
     assert machine.processor_name(known) == "Example CPU @ 2.00GHz"
     assert machine.processor_name(unknown)
     assert machine.processor_name(tmp_path / "absent")
+
+
+@pytest.fixture
+def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A made-up control group of version 2, two levels deep, without limits."""
+    monkeypatch.setattr(container, "ROOT", tmp_path)
+    monkeypatch.setattr(container, "MEMBERSHIP", tmp_path / "membership")
+    (tmp_path / "membership").write_text("0::/slice/box\n")
+    (tmp_path / "slice" / "box").mkdir(parents=True)
+    for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "slice" / "box"
+
+
+def test_a_container_s_limits_count_as_the_machine_s(group: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the groups around the process the tightest counts; file cache can be reclaimed."""
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    assert (container.cpu_quota(), container.memory_limit(), container.free_memory()) == (None, None, None)
+    assert machine.num_threads() == 64
+    (group / "cpu.max").write_text("max 100000")
+    (group.parent / "cpu.max").write_text("250000 100000")
+    (group / "memory.max").write_text(str(2 * 2**30))
+    (group / "memory.current").write_text(str(2**30 + 500))
+    (group / "memory.stat").write_text("anon 5\ninactive_file 500\n")
+    assert (container.cpu_quota(), container.memory_limit(), container.free_memory()) == (3, 2 * 2**30, 2**30)
+    assert machine.num_threads() == 3
+    assert (
+        fingerprint.fingerprint("cpu").memory_bytes == machine.this_machine(device="cpu")["memory_bytes"] == 2 * 2**30
+    )
+    assert fingerprint.free_bytes("cpu") <= 2**30
+
+
+def test_control_groups_of_version_1(group: Path) -> None:
+    """A folder for each controller; no quota is -1, no limit a huge number."""
+    container.MEMBERSHIP.write_text("5:cpu,cpuacct:/box\n6:memory:/box\n")
+    for folder, files in {
+        "cpu,cpuacct/box": {"cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000"},
+        "cpu,cpuacct": {"cpu.cfs_quota_us": "50000", "cpu.cfs_period_us": "100000"},
+        "memory": {"memory.limit_in_bytes": str(2**63 - 4096)},
+        "memory/box": {"memory.limit_in_bytes": str(2**30), "memory.usage_in_bytes": "4096"},
+    }.items():
+        (container.ROOT / folder).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (container.ROOT / folder / name).write_text(text)
+    assert (container.cpu_quota(), container.memory_limit(), container.free_memory()) == (1, 2**30, 2**30 - 4096)
+
+
+def test_torch_keeps_to_the_quota(group: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixty-four threads on two cores' worth of time would take turns."""
+    threads = [64]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    (group / "cpu.max").write_text("200000 100000")
+    fingerprint.limit_threads()
+    assert threads == [64, 2]
 
 
 @pytest.mark.parametrize("asked", [None, "auto"])
