@@ -12,6 +12,7 @@ from profiles.timing.gpu_monitor import GpuWatch
 
 _SHORTEST_S = 0.2  # the kernel counts processor time in ticks of 10 ms: a shorter block cannot be judged
 _MAX_CORES = 0.35
+_MAX_HOST_SHARE = 0.25  # of a GPU's host, which needs a core only to launch work: large hosts are never idle
 MAX_REPEATS = 2
 
 Measurement = TypeVar("Measurement")
@@ -69,7 +70,9 @@ class OtherLoad:
         now: Callable[[], float] = time.perf_counter,
         machine_s: Callable[[], float] = _machine_s,
         process_s: Callable[[], float] = _process_s,
+        max_cores: float = _MAX_CORES,
     ) -> None:
+        self._max_cores = max_cores
         self._readers = (now, machine_s, process_s)
         self._wall_s = self._others_s = 0.0
 
@@ -88,15 +91,21 @@ class OtherLoad:
 
     @property
     def disturbed(self) -> bool:
-        """Whether others used more than 0.35 cores."""
-        return self.cores is not None and self.cores > _MAX_CORES
+        """Whether others used more than `max_cores`."""
+        return self.cores is not None and self.cores > self._max_cores
+
+
+def max_other_cores(devices: Iterable[str]) -> float:
+    """Cores that other processes may use beside a timing: 0.35, and where a GPU computes a quarter of the host's."""
+    on_gpu = any(device.startswith("cuda") for device in devices)
+    return max(_MAX_CORES, _MAX_HOST_SHARE * (psutil.cpu_count() or 1)) if on_gpu else _MAX_CORES
 
 
 class Disturbance:
     """Watches the processor and every GPU among `devices` inside a `with` block. Reusable, one block at a time."""
 
     def __init__(self, *devices: str, load: OtherLoad | None = None) -> None:
-        self._load = load or OtherLoad()
+        self._load = load or OtherLoad(max_cores=max_other_cores(devices))
         self._gpus = [GpuWatch(device) for device in devices]
 
     def __enter__(self) -> Self:

@@ -44,10 +44,10 @@ class TorchEngine:
             for component in source.draft.components
         }
         self._models[target.record.run_digest] = target.model
-        self._clock = Clock(device)
         self._device = device
         devices = {parameter.device for parameter in target.model.parameters()}
         self._gpus = sorted(str(device) for device in devices if device.type == "cuda")
+        self._clock = Clock(device, wait=self._synchronize if self._gpus else None)
         self._environment = fingerprint(device)
         self._warm: set[tuple[object, int]] = set()  # (a setup, or an adaptive run's sizes; batch size)
         self._rows: dict[int, dict[str, RowModel]] = {}  # by batch size and component: caches are kept between runs
@@ -167,6 +167,11 @@ class TorchEngine:
         target = self._row_model(self.target.run_digest, workload)
         decoder = Decoder(target, drafter, rng, length=setup.length, watch=watch)
         return decoder.run(prompts, self._clock)
+
+    def _synchronize(self) -> None:
+        """Waits for every GPU that holds layers of the target."""
+        for gpu in self._gpus:
+            torch.cuda.synchronize(gpu)
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
