@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 
 from sqlalchemy import Connection, Select, Table, insert, literal, select, update
 
-from profiles.records.codec import plain
+from profiles.records.codec import to_builtins
 from profiles.records.core import Draft, Environment, Model, Prompt, Setup, Workload
 from profiles.records.errors import StoreError
 from profiles.records.evidence import Acceptance, Infeasible, LookupTrace, Sample, StepTimes, TargetTrace, covers
@@ -250,7 +250,7 @@ class EvidenceStore:
 
         def save(connection: Connection) -> int:
             _register(connection, tables.prompts, map(tables.prompt_row, prompts))
-            return self._insert(connection, tables.runs, scope, {"workload": plain(scope.workload)})
+            return self._insert(connection, tables.runs, scope, {"workload": to_builtins(scope.workload)})
 
         self._run_id = self.database.write(save)
         return self._run_id

@@ -35,7 +35,7 @@ from sqlalchemy import (
     tuple_,
 )
 
-from profiles.records.codec import draft_from, plain
+from profiles.records.codec import from_builtins, to_builtins
 from profiles.records.core import PLAIN, Environment, Model, Prompt, Setup, Workload, digest_of
 from profiles.records.evidence import (
     Acceptance,
@@ -438,12 +438,12 @@ def step_times_rows(sweep_id: int, times: StepTimes, component: str) -> Iterator
 def sample_row(sample: Sample) -> Values:
     """Without the ids of unit, setup and prompt."""
     names = ("ttft_s", "decode_s", "output_tokens", "refills", "output_digest", "disturbed")
-    counts = {"rounds": plain(sample.rounds), "shapes": plain(sample.shapes)}
+    counts = {"rounds": to_builtins(sample.rounds), "shapes": to_builtins(sample.shapes)}
     return {**{name: getattr(sample, name) for name in names}, **counts}
 
 
 def infeasible_row(infeasible: Infeasible) -> Values:
-    return {"setup": plain(infeasible.setup), "reason": infeasible.reason, "detail": infeasible.detail}
+    return {"setup": to_builtins(infeasible.setup), "reason": infeasible.reason, "detail": infeasible.detail}
 
 
 def run_costs(outcome: object) -> Values:
@@ -533,6 +533,5 @@ def infeasible_record(row: Row) -> Infeasible:
 
 
 def setup_from(raw: Row) -> Setup:
-    """A setup from its JSON."""
-    draft = None if raw["draft"] is None else draft_from(raw["draft"])
-    return Setup(draft=draft, length=raw["length"], stop_below=raw.get("stop_below"))
+    """A setup from its JSON. Raises InputError."""
+    return from_builtins(Setup, raw, "setup")

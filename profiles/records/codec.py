@@ -5,15 +5,13 @@ A mapping, whose keys may be tuples, is a list of `[key parts..., value]` in JSO
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar, get_origin, get_type_hints
 
 import msgspec
 
-from profiles.records.core import Draft, Environment, Model, Workload
 from profiles.records.errors import InputError
-from profiles.records.evidence import AcceptanceTrace, LookupTrace, Sample, StepTimes, TargetTrace
 
 Record = TypeVar("Record")
 
@@ -129,25 +127,3 @@ def _refuse_unknown_keys(raw: Any, decoded: Any, where: str) -> None:
     elif isinstance(raw, list | tuple) and raw and isinstance(raw[0], dict | list):
         for index, (item, other) in enumerate(zip(raw, decoded, strict=True)):
             _refuse_unknown_keys(item, other, f"{where}[{index}]")
-
-
-# --- names that other modules still use; they go when their callers have moved ---
-
-
-def plain(value: Any) -> Any:
-    """`to_builtins` with lists instead of tuples."""
-    return json.loads(json.dumps(to_builtins(value)))
-
-
-def _reader(kind: type[Record]) -> Callable[[Any], Record]:
-    return lambda raw: from_builtins(kind, raw, kind.__name__)
-
-
-model_from, environment_from = _reader(Model), _reader(Environment)
-workload_from, draft_from = _reader(Workload), _reader(Draft)
-target_trace_from, acceptance_trace_from = _reader(TargetTrace), _reader(AcceptanceTrace)
-lookup_trace_from, step_times_from, sample_from = _reader(LookupTrace), _reader(StepTimes), _reader(Sample)
-
-
-def decode(kind: Any, raw: Any, where: str) -> Any:
-    return from_builtins(kind, raw, where)

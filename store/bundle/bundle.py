@@ -352,7 +352,7 @@ def _checked_items(path: Path, documents: Documents) -> Iterator[Item]:
         raise InputError(f"bundle {path} cannot be read: {error.strerror}") from error
     except InputError as error:
         raise InputError(f"bundle {path}: {error}") from error
-    except (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error) as error:
+    except (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, ValueError) as error:  # ValueError: not UTF-8
         reason = str(getattr(error, "orig", None) or error).splitlines()[0]
         raise InputError(f"bundle {path}: it is damaged: {reason}") from error
 

@@ -14,7 +14,7 @@ from typing import Any
 from alembic import op
 from sqlalchemy import Column, Connection, Integer, String, Table, insert
 
-from profiles.records.codec import workload_from
+from profiles.records.codec import from_builtins
 from profiles.records.core import Workload, digest_of
 from profiles.records.evidence import Acceptance, StepTimes
 from store import tables
@@ -109,7 +109,7 @@ def _workloads(connection: Connection) -> Workloads:
     workloads = {}
     for row in _rows(connection, "SELECT workload FROM old_runs"):
         with contextlib.suppress(*DAMAGES):
-            workload = workload_from(_json(row["workload"]))
+            workload = from_builtins(Workload, _json(row["workload"]), "workload")
             workloads[workload.sampling_digest] = workload
     return workloads
 
