@@ -11,7 +11,6 @@ from sqlalchemy import Select, bindparam, func, select
 
 from profiles.builtin import IMPORTED_MARKS
 from profiles.hardware.device import ENGINE, Machine, drop_unknown, on_gpu
-from profiles.records.codec import model_from
 from profiles.records.core import Model
 from profiles.records.errors import InputError, NotMeasuredError, PolicyError, StoreError
 from profiles.records.text import command
@@ -70,7 +69,7 @@ def find_targets(evidence_store: EvidenceStore, name: str | None) -> list[Model]
     if not rows:
         target = "any target" if name is None else f"target {name!r}"
         raise NotMeasuredError(f"the store {evidence_store.name} does not know {target}: run `{command('run')}` first")
-    targets = [model_from({column: value for column, value in row.items() if column != "key"}) for row in rows]
+    targets = [tables.model_record(row) for row in rows]
     return targets if name is not None else targets[:1]
 
 
