@@ -8,7 +8,7 @@ from typing import Any
 
 from profiles.records import codec
 from profiles.records.core import PLAIN, Environment, Model, Setup
-from profiles.records.errors import InputError, PolicyError
+from profiles.records.errors import InputError, PolicyError, require
 from profiles.records.files import write_atomically
 from tuner.policy.estimates import Forecast, Measured
 from tuner.policy.prior import Prior
@@ -25,11 +25,6 @@ _PRIOR_NAMES = {
     "keep": "accept_probs",
     "per_round": "mean_tokens",
 }
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise PolicyError(message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,13 +57,13 @@ class Choice:
 
     def __post_init__(self) -> None:
         check_query(self.batch_size, self.context_length, self.temperature)
-        _require(0.0 < self.top_p <= 1.0, f"top-p {self.top_p}: allowed are fractions above 0, up to 1")
-        _require(self.top_k >= 0, f"top-k {self.top_k}: allowed are 0 (off) and up")
-        _require(bool(self.domain), f"a choice without a domain: name one, or {MIXED!r} for all")
-        _require(bool(self.reason), "a choice without a reason: one sentence is needed")
+        require(0.0 < self.top_p <= 1.0, f"top-p {self.top_p}: allowed are fractions above 0, up to 1")
+        require(self.top_k >= 0, f"top-k {self.top_k}: allowed are 0 (off) and up")
+        require(bool(self.domain), f"a choice without a domain: name one, or {MIXED!r} for all")
+        require(bool(self.reason), "a choice without a reason: one sentence is needed")
         if self.proven:
             has_proof = self.measured is not None and self.measured.setup == self.setup
-            _require(
+            require(
                 self.setup.draft is not None and has_proof,
                 f"setup {self.setup.name!r} is called proven: only a drafting setup with its own measurement can be",
             )
@@ -107,7 +102,7 @@ class Policy:
     no draft was forecast. All choices of one temperature share top-p and top-k, so that a query need not name them.
 
     Raises:
-        PolicyError: two choices for one point, none over all domains, or another value not allowed.
+        InputError: two choices for one point, none over all domains, or another value not allowed.
     """
 
     version: int = POLICY_VERSION
@@ -118,19 +113,17 @@ class Policy:
     prior: Prior | None = None
 
     def __post_init__(self) -> None:
-        _require(self.version == POLICY_VERSION, f"version {self.version}: this draftpick reads {POLICY_VERSION}")
-        _require(
-            _is_utc(self.created), f"created {self.created!r}: a UTC time like 2026-01-31T12:00:00+00:00 is needed"
-        )
-        _require(any(choice.domain == MIXED for choice in self.choices), f"no choice of domain {MIXED!r}")
+        require(self.version == POLICY_VERSION, f"version {self.version}: this draftpick reads {POLICY_VERSION}")
+        require(_is_utc(self.created), f"created {self.created!r}: a UTC time like 2026-01-31T12:00:00+00:00 is needed")
+        require(any(choice.domain == MIXED for choice in self.choices), f"no choice of domain {MIXED!r}")
         points: set[OperatingPoint] = set()
         filters: dict[float, tuple[float, int]] = {}
         for choice in self.choices:
             point, *filter_ = choice.filtered_point
-            _require(point not in points, f"two choices for (batch, context, domain, temperature) = {tuple(point)}")
+            require(point not in points, f"two choices for (batch, context, domain, temperature) = {tuple(point)}")
             points.add(point)
             shared = filters.setdefault(choice.temperature, (choice.top_p, choice.top_k))
-            _require(
+            require(
                 tuple(filter_) == shared,
                 f"temperature {choice.temperature:g} with (top-p, top-k) = {tuple(filter_)} and {shared}",
             )

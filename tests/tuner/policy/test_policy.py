@@ -227,11 +227,11 @@ def test_plain_keeps_the_losers_figures() -> None:
 
 def test_policy_validates() -> None:
     """One choice per operating point, and one top-p and top-k per temperature."""
-    with pytest.raises(PolicyError, match=re.escape("(1, 512, 'mixed', 0.0)")):
+    with pytest.raises(InputError, match=re.escape("(1, 512, 'mixed', 0.0)")):
         policy(choice(), choice(CODE4))
-    with pytest.raises(PolicyError, match=re.escape("temperature 0 with (top-p, top-k) = (0.9, 0) and (1.0, 0)")):
+    with pytest.raises(InputError, match=re.escape("temperature 0 with (top-p, top-k) = (0.9, 0) and (1.0, 0)")):
         policy(choice(), choice(batch_size=2, top_p=0.9))
-    with pytest.raises(PolicyError, match="version 3: this draftpick reads 4"):
+    with pytest.raises(InputError, match="version 3: this draftpick reads 4"):
         Policy(version=3, created=CREATED, target=TARGET, environment=ENVIRONMENT, choices=(choice(),))
 
 
