@@ -35,7 +35,7 @@ def check(
         from profiles.prompts import reader
 
         shape = fit.Shape(batch_size=batch_size, context_length=context, dtype=dtype, device=device)
-        requests = [request for source in prompts or [] for request in reader.read(source)]
+        requests = reader.read_all(prompts or [])
         report = fit.check(target, specs, shape, requests)
     if json_only:
         print_json(report.to_json())

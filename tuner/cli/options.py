@@ -82,6 +82,9 @@ Prompts = Annotated[
         "--prompts", default="the prompts that ship",
     ),
 ]  # fmt: skip
+NumPrompts = Annotated[
+    int | None, _option(LOAD, "Prompts to use, drawn evenly over the domains with --seed.", default="all of them")
+]
 Domain = Annotated[str | None, _option(LOAD, "Domain of all prompts.", default="what their rows or files say")]
 QueryDomain = Annotated[str | None, _option(LOAD, "Domain of the prompts.", "--domain", default="all domains")]
 BatchSizes = Annotated[

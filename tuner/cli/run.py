@@ -40,6 +40,7 @@ def run(
     batch_size: options.BatchSizes = None,
     context: options.Contexts = None,
     prompts: options.Prompts = None,
+    num_prompts: options.NumPrompts = None,
     domain: options.Domain = None,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
@@ -103,7 +104,8 @@ def run(
         )
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(bench.close)
-            loads, requests = _read_loads(bench, question, prompts or [builtin.ALL_PROMPTS], domain)
+            sources = prompts or [builtin.ALL_PROMPTS]
+            loads, requests = _read_loads(bench, question, sources, domain=domain, num_prompts=num_prompts)
             on_failure.pop_all()
     with contextlib.closing(bench):  # ends the servers that it started
         print_notes(f"target {target} on {_describe(bench.engine.environment)}; store {location.store_name(place)}")
@@ -174,14 +176,16 @@ def _open_bench(
 
 
 def _read_loads(
-    bench: "Bench", question: "Question", sources: list[str], domain: str | None
+    bench: "Bench", question: "Question", sources: list[str], *, domain: str | None, num_prompts: int | None
 ) -> "tuple[Loads, list[Request]]":
     """Every workload with its prompts, and the requests they are from; whatever cannot be run is refused here."""
     from profiles.engines import workloads
     from profiles.prompts import reader
     from tuner.pipeline.points import plan_points
 
-    requests = [request for source in sources for request in reader.read(source, domain=domain)]
+    requests = reader.read_all(sources, domain=domain)
+    if num_prompts is not None:
+        requests = reader.sample(requests, num_prompts, question.seed)
     loads, warnings = workloads.workloads_of(bench, question, requests)
     for workload, prompts in loads:
         plan_points(workload, prompts)  # refuses a domain's name before anything is measured
