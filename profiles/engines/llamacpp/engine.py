@@ -160,8 +160,8 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], Server]):
         """The first requests of a server pay for its buffers: one for each row is dropped."""
         if not server.warm:
             short = replace(workload, max_new_tokens=min(WARM_UP_TOKENS, workload.max_new_tokens), end_token_ids=())
-            room = workload.context_length - short.max_new_tokens
-            body = body_of(short, timing.pattern(2, min(room, WARM_UP_TOKENS)))
+            num_prompt = min(workload.context_length - short.max_new_tokens, WARM_UP_TOKENS)
+            body = body_of(short, timing.pattern(2, num_prompt))
             complete(server, [body] * workload.batch_size, workload.batch_size)
             server.warm.add(workload.batch_size)
 

@@ -1,7 +1,7 @@
 """Speculative flags of llama.cpp's `llama-server` by build; they were renamed twice in 2026.
 
 llama.cpp's own parser read every flag set below, in the xllamacpp packages built from b8672, b8929, b9093, b9294 and
-b11549 (`tests/lanes`). At which builds between those the names changed is not known.
+b11549 (`tests/lanes`). The builds between those are not told apart.
 """
 
 import re
@@ -84,8 +84,8 @@ def flags_of_build(build: str) -> FlagSet | None:
 
 
 def flags_of_help(text: str) -> FlagSet | None:
-    words = set(re.findall(r"[\w-]+", text))
-    matching = (flags for flags in FLAG_SETS if words.issuperset(flags.has) and not words.intersection(flags.lacks))
+    listed = set(re.findall(r"[\w-]+", text))
+    matching = (flags for flags in FLAG_SETS if listed.issuperset(flags.has) and not listed.intersection(flags.lacks))
     return next(matching, None)
 
 

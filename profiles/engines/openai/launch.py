@@ -58,17 +58,17 @@ class Launch:
     def command(self, setup: Setup) -> tuple[dict[str, str], list[str]]:
         """The variables and the command that start the server of a setup. Raises InputError: a bad template."""
         try:
-            words = shlex.split(self.template)
+            parts = shlex.split(self.template)
         except ValueError as error:
             raise InputError(f"launch template {self.shown!r}: {error}") from error
-        assignments = list(itertools.takewhile(_VARIABLE.match, words))
-        words = words[len(assignments) :]
-        if not any("{port}" in word for word in words):
+        assignments = list(itertools.takewhile(_VARIABLE.match, parts))
+        parts = parts[len(assignments) :]
+        if not any("{port}" in part for part in parts):
             raise InputError(f"launch template {self.shown!r}: {{port}} is needed, where the server's port goes")
-        if setup.draft is not None and SPECULATIVE not in words:
+        if setup.draft is not None and SPECULATIVE not in parts:
             raise InputError(f"launch template {self.shown!r}: {SPECULATIVE} is needed, where a draft's flags go")
         flags = list(self.flags_of(setup)) if setup.draft is not None else []
-        command = [part for word in words for part in (flags if word == SPECULATIVE else [word])]
+        command = [argument for part in parts for argument in (flags if part == SPECULATIVE else [part])]
         return dict(assignment.split("=", 1) for assignment in assignments), command
 
     @property

@@ -121,8 +121,8 @@ class Process:
 
 def _name(command: Sequence[str]) -> str:
     """The program, or the module or script that Python runs."""
-    words = [word for word in command if word not in ("-P", "-m", "-u")]
-    program = words[1] if len(words) > 1 and Path(words[0]).name.startswith("python") else words[0]
+    first, *others = [argument for argument in command if argument not in ("-P", "-m", "-u")]
+    program = others[0] if others and Path(first).name.startswith("python") else first
     return Path(program).name.rpartition("profiles.engines.")[2]
 
 

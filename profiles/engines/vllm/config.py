@@ -61,7 +61,7 @@ def engine_key(setup: Setup, target: Model, length: int) -> EngineKey:
 def start_arguments(
     key: EngineKey, dtype: str, num_tokens: int, options: VllmOptions, *, on_cpu: bool
 ) -> dict[str, Any]:
-    """Arguments of the worker's `start`, with room for `num_tokens` a sequence or as many as the models have positions.
+    """Arguments of the worker's `start`, for `num_tokens` a sequence or as many as the models have positions.
 
     Raises ModelError: a model that vLLM does not read. InputError: a native draft's options.
     """

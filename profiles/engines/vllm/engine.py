@@ -58,7 +58,7 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         super().__init__(target, drafts, ServerPool(self._start, self._options.max_alive))
         self._python = find_python(self._options.python)
         self._logs = self._options.log_folder or Path(tempfile.mkdtemp(prefix="draftpick-vllm-"))
-        self._num_tokens = 0  # of a sequence, for which the running engines have room
+        self._num_tokens = 0  # that a sequence may have in the running engines
         self._in_place = True
         self._environment: Environment | None = None
         with self._worker() as worker:
@@ -204,7 +204,7 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         return WorkerClient(self._python, path, **({} if worker is None else {"worker": worker}))
 
     def _engine(self, key: EngineKey, context_length: int) -> WorkerClient:
-        """The engine for a key, with room for such contexts and a round past their end."""
+        """The engine for a key, which takes such contexts and a round past their end."""
         needed = max(context_length, self._options.context_length) + 2 * (self._options.max_length + 1)
         if needed > self._num_tokens:
             self.close()

@@ -52,7 +52,7 @@ def in_turn(target: Model, all_visits: Sequence[Visit]) -> Iterator[Visit]:
 
 
 def rounds_request(visit: Visit, workload: Workload, num_tokens: int) -> dict[str, Any]:
-    """Arguments of the worker's `rounds`, about the workload's context; a sequence has room for `num_tokens`.
+    """Arguments of the worker's `rounds`, about the workload's context; a sequence may have `num_tokens`.
 
     Rows of a look-up have one text, so that all of them find a draft: soon with a window from 1 token on, never with
     one as long as the prompt.
