@@ -105,7 +105,9 @@ TopK = Annotated[int, _option(LOAD, "Number of tokens to sample among; 0 is off.
 
 # search and limits
 Lengths = Annotated[str, _option(SEARCH, "Speculation lengths: 1-8, 1,2,4 or 3.")]
-Objective = Annotated[ObjectiveName, _option(SEARCH, "What is optimized; at one batch size the two agree.")]
+Objective = Annotated[
+    ObjectiveName, _option(SEARCH, "What is compared: seconds of decoding (tpot) or of whole requests (throughput).")
+]
 MaxMemory = Annotated[float | None, _option(SEARCH, "Most GiB of a setup's weights and caches.", default="no limit")]
 MaxTtft = Annotated[
     float | None, _option(SEARCH, "Most milliseconds to the first token, at the 95th percentile.", default="no limit")

@@ -49,7 +49,7 @@ def run(
     device: options.Device = None,
     max_new_tokens: options.MaxNewTokens = 64,
     store: options.Store = None,
-    objective: options.Objective = "tpot",  # noqa: ARG001  both are optimal where the batch size is fixed
+    objective: options.Objective = "tpot",
     max_memory: options.MaxMemory = None,
     max_ttft: options.MaxTtft = None,
     max_p95_tpot: options.MaxP95Tpot = None,
@@ -110,9 +110,10 @@ def run(
     with contextlib.closing(bench):  # ends the servers that it started
         print_notes(f"target {target} on {_describe(bench.engine.environment)}; store {location.store_name(place)}")
         print_notes(*(f"left out: {refused.name}: {refused.detail}" for refused in bench.refused))
+        tuner_options = _tuner_options(bench, question, limits, objective)
         if dry_run:
-            return _dry_run(bench, loads, question, limits, place=place, max_age_s=max_age_s, json_only=json_only)
-        finished = _tune(bench, loads, question, limits, place=place, max_age_s=max_age_s, out_of_time=out_of_time)
+            return _dry_run(bench, loads, tuner_options, place=place, max_age_s=max_age_s, json_only=json_only)
+        finished = _tune(bench, loads, tuner_options, place=place, max_age_s=max_age_s, out_of_time=out_of_time)
     return _print_finished(finished, requests, place=place, seed=seed, json_only=json_only)
 
 
@@ -200,17 +201,24 @@ def _describe(environment: Environment) -> str:
     return f"{environment.device}, {environment.engine} {environment.engine_version}"
 
 
-def _options_of(bench: "Bench", question: "Question", limits: "Limits") -> "Options":
+def _tuner_options(
+    bench: "Bench", question: "Question", limits: "Limits", objective: options.ObjectiveName
+) -> "Options":
     from tuner.pipeline.pipeline import Options
 
-    return Options(lengths=question.lengths, limits=limits, needed_bytes=bench.needed_bytes, refused=bench.refused)
+    return Options(
+        lengths=question.lengths,
+        objective=objective,
+        limits=limits,
+        needed_bytes=bench.needed_bytes,
+        refused=bench.refused,
+    )
 
 
 def _tune(
     bench: "Bench",
     loads: "Loads",
-    question: "Question",
-    limits: "Limits",
+    tuner_options: "Options",
     *,
     place: "Location",
     max_age_s: float | None,
@@ -225,14 +233,13 @@ def _tune(
     with EvidenceStore.open(place) as evidence_store, StageProgress(console(stderr=True)) as progress:
         session = runs.TuningSession.of(evidence_store, runs.utc_ago(max_age_s))
         watch = Watch(progress=progress.update, out_of_time=out_of_time, show=progress.standings)
-        return runs.tune(bench.engine, loads, session, _options_of(bench, question, limits), watch)
+        return runs.tune(bench.engine, loads, session, tuner_options, watch)
 
 
 def _dry_run(
     bench: "Bench",
     loads: "Loads",
-    question: "Question",
-    limits: "Limits",
+    tuner_options: "Options",
     *,
     place: "Location",
     max_age_s: float | None,
@@ -242,7 +249,7 @@ def _dry_run(
     from tuner import dry_run as dry_runs
     from tuner.run import utc_ago
 
-    plan = dry_runs.dry_run(bench.engine, loads, place, _options_of(bench, question, limits), utc_ago(max_age_s))
+    plan = dry_runs.dry_run(bench.engine, loads, place, tuner_options, utc_ago(max_age_s))
     if not json_only:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table

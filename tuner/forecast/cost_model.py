@@ -47,7 +47,7 @@ class Usage:
 class Overhead(NamedTuple):
     """Seconds beyond the steps: per round without a proposal, round with one, draft step, and prefill of another row.
 
-    `factor` multiplies the time that steps were measured at.
+    `factor` multiplies the time that steps were measured at. `ttft_s` is the time to the first token of a request.
     """
 
     idle_s: Seconds = 0.0
@@ -55,6 +55,7 @@ class Overhead(NamedTuple):
     draft_step_s: Seconds = 0.0
     refill_s: Seconds = 0.0
     factor: Seconds = 1.0
+    ttft_s: Seconds = 0.0
 
     def beyond_steps_s(self, usage: Usage) -> Seconds:
         """Seconds that rounds with this usage take in addition to their steps."""
@@ -94,7 +95,11 @@ class CostModel(ABC):
             usage = self.usage(setup, sample.shapes, sample.refills)
             stepped_s = sum(count * median(step_samples(steps, *step)) for step, count in usage.steps.items())
             by_draft.setdefault(setup.draft, []).append(Run(sample, usage, stepped_s))
-        return self._overheads(steps, by_draft)
+        overheads = self._overheads(steps, by_draft)
+        for draft, of_draft in by_draft.items():
+            ttft_s = median(run.sample.ttft_s for run in of_draft)
+            overheads[draft] = overheads[draft]._replace(ttft_s=ttft_s)
+        return overheads
 
     def complete(self, steps: Steps) -> Steps:
         """Adds the step times that the engine cannot measure but forecasts need."""

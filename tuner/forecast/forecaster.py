@@ -20,7 +20,7 @@ from profiles.records.evidence import RoundCount, Sample, StepShape
 from profiles.stats import median, rate_interval, speedup_interval
 from tuner.forecast.cost_model import Overhead, Usage, cost_model_of, step_samples
 from tuner.forecast.evidence import MIN_PROMPTS, Evidence, HasDigest
-from tuner.policy.estimates import Forecast, RoundSplit
+from tuner.policy.estimates import Forecast, Objective, RoundSplit
 
 RESAMPLES = 400
 CALIBRATION_RESAMPLES = 40
@@ -31,18 +31,29 @@ MIN_STEP_SHARE = 0.1  # calibration on a few runs may claim that a round takes l
 class Forecaster:
     """Forecasts for one workload from its evidence; expected rounds are cached, so repeated questions are cheap."""
 
-    def __init__(self, evidence: Evidence, workload: Workload, target_component: str, seed: int = 0) -> None:
+    def __init__(
+        self,
+        evidence: Evidence,
+        workload: Workload,
+        target_component: str,
+        seed: int = 0,
+        *,
+        objective: Objective = "tpot",
+    ) -> None:
         self._evidence = evidence
         self._workload = workload
         self._target_component = target_component
         self._seed = seed
+        self._end_to_end = objective == "throughput"
         self._cost_model = cost_model_of(evidence.capabilities, target_component)
         self._rounds: dict[tuple[Setup, str], RoundCounts] = {}
         self._replays: dict[tuple[Setup, tuple[str, ...]], list[Usage]] = {}
         self._overheads, self._overhead_draws = self._calibrated()
 
     def forecast(self, setup: Setup, prompts: Sequence[HasDigest]) -> Forecast:
-        """Tokens per second of a row and speed-up over plain decoding, with 95 % intervals.
+        """Tokens per second of a row while it decodes, and speed-up over plain decoding, with 95 % intervals.
+
+        The speed-up is of decoding, or of whole requests where the objective is throughput.
 
         Percentile intervals of 400 joint resamplings of prompts, step-time samples and calibration runs. The same draws
         serve the setup and plain decoding, so what they share cancels in the speed-up. Outputs of one token are left
@@ -62,10 +73,11 @@ class Forecaster:
         tokens = weights @ numpy.array([len(self._evidence.traces[prompt.digest].token_ids) - 1 for prompt in prompts])
         plain_s = self._seconds(PLAIN, prompts, weights)
         seconds = plain_s if setup == PLAIN else self._seconds(setup, prompts, weights)
+        prefill_s, plain_prefill_s = (self._prefill_s(draft, weights) for draft in (setup.draft, None))
         return Forecast(
             setup=setup,
             tok_per_s=_percentiles(tokens / seconds),
-            speedup=_percentiles(plain_s / seconds),
+            speedup=_percentiles((plain_s + plain_prefill_s) / (seconds + prefill_s)),
             acceptance_length=acceptance_length(self.rounds(setup, prompts).rounds) or 1.0,
         )
 
@@ -77,7 +89,10 @@ class Forecaster:
                 f"{setup.name} was run on {len(shared)} prompts that have a second token: {MIN_PROMPTS} are needed"
             )
         plain_columns, columns = (self._columns_by_prompt(wanted, shared) for wanted in (PLAIN, setup))
-        speedup, _ = speedup_interval(*plain_columns, *columns)
+        compared = [plain_columns, columns]
+        if self._end_to_end:
+            compared = [self._columns_by_prompt(wanted, shared, end_to_end=True) for wanted in (PLAIN, setup)]
+        speedup, _ = speedup_interval(*compared[0], *compared[1])
         rounds: Counter[RoundCount] = Counter()
         for run in self._runs(setup):
             rounds.update(run.rounds)
@@ -91,11 +106,19 @@ class Forecaster:
     def _runs(self, setup: Setup) -> list[Sample]:
         return [run for other, run in self._evidence.calibration if other == setup and run.output_tokens > 1]
 
-    def _columns_by_prompt(self, setup: Setup, prompts: Sequence[str]) -> tuple[list[float], list[int]]:
-        """Decode seconds and tokens after the first, over all runs of each prompt."""
+    def _columns_by_prompt(
+        self, setup: Setup, prompts: Sequence[str], *, end_to_end: bool = False
+    ) -> tuple[list[float], list[int]]:
+        """Decode seconds and tokens after the first, or all of them, over all runs of each prompt."""
         by_prompt = [[run for run in self._runs(setup) if run.prompt_digest == prompt] for prompt in prompts]
-        seconds = [sum(run.decode_s for run in runs) for runs in by_prompt]
-        return seconds, [sum(run.output_tokens - 1 for run in runs) for runs in by_prompt]
+        seconds = [sum(run.decode_s + (run.ttft_s if end_to_end else 0.0) for run in runs) for runs in by_prompt]
+        return seconds, [sum(run.output_tokens - (not end_to_end) for run in runs) for runs in by_prompt]
+
+    def _prefill_s(self, draft: Draft | None, weights: numpy.ndarray) -> numpy.ndarray:
+        """Seconds before the first tokens per resampling; 0 where only decoding is compared."""
+        ttft_s = self._overhead_draws[draft].ttft_s if self._end_to_end else 0.0
+        prefill_s: numpy.ndarray = weights.sum(axis=1) * ttft_s
+        return prefill_s
 
     def round_s(self, setup: Setup, shape: StepShape) -> float:
         """Seconds of one round of this shape (see `Sample.shapes`), overhead included.

@@ -14,7 +14,8 @@ def judge(points: Sequence[PointDecision]) -> list[Choice]:
     """A choice per operating point, in their order; Holm's step-down looks at every proof of all of them together."""
     rejected = [measured for point in points for measured in point.rejected]
     last = [point.measured for point in points if point.measured is not None and point.measured not in rejected]
-    verdicts = iter(proof.prove([*last, *rejected]))
+    objective = points[0].plan.objective if points else "tpot"
+    verdicts = iter(proof.prove([*last, *rejected], objective))
     choices = []
     for point in points:
         passes = point.measured in last and next(verdicts)
@@ -56,6 +57,12 @@ def _reason(point: PointDecision, subject: Setup | None, proven: bool) -> str:
         prompts = f"{measured.num_prompts} other prompts"
         if not point.plan.is_fresh:
             prompts = f"the {measured.num_prompts} prompts it was chosen on (corrected for the setups compared)"
+        if point.plan.objective == "throughput":
+            whole = measured.end_to_end
+            return (
+                f"{measured.setup.name} answers requests {whole.estimate:.2f} [{whole.low:.2f}, {whole.high:.2f}] "
+                f"times as fast as plain decoding on {prompts}, {speedup.estimate:.2f} while decoding."
+            )
         return (
             f"{measured.setup.name} decodes {speedup.estimate:.2f} [{speedup.low:.2f}, {speedup.high:.2f}] times as "
             f"fast as plain decoding on {prompts}, "
@@ -73,7 +80,7 @@ def _why_plain(point: PointDecision, subject: Setup | None) -> str:
     if (infeasible := point.ruled_out(subject)) is not None:
         return f"{subject.name} is infeasible ({infeasible.reason}): {infeasible.detail}"
     if point.measured is not None:
-        return f"{subject.name} is not proven, because {proof.shortfall(point.measured)}"
+        return f"{subject.name} is not proven, because {proof.shortfall(point.measured, point.plan.objective)}"
     if point.stopped is not None:
         return f"{subject.name} was not proven, because {point.stopped}"
     if point.race is not None:

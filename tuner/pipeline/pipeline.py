@@ -21,7 +21,7 @@ from tuner.pipeline.build_prior import build_prior
 from tuner.pipeline.decision import judge
 from tuner.pipeline.points import PointDecision, PointPlan, plan_points
 from tuner.pipeline.standings import LiveStandings, Show
-from tuner.policy.estimates import Measured
+from tuner.policy.estimates import Measured, Objective
 from tuner.policy.policy import Choice
 from tuner.policy.prior import Prior
 from tuner.search import proof, race
@@ -48,6 +48,7 @@ class Options:
         num_finalists: setups raced at each point.
         race_prompts: prompts of a race, at most.
         proof_prompts: prompts of a proof at batch 1, at most.
+        objective: `tpot` compares seconds of decoding, `throughput` seconds of whole requests.
         limits: what a setup must not exceed.
         needed_bytes: memory of a setup's weights and caches; None is unknown.
         refused: drafts that were asked for and cannot be used.
@@ -59,6 +60,7 @@ class Options:
     num_finalists: int = 3
     race_prompts: int = 12
     proof_prompts: int = 30
+    objective: Objective = "tpot"
     limits: Limits = field(default_factory=Limits)
     needed_bytes: Callable[[Setup, Workload], int | None] = lambda *_: None
     refused: tuple[RefusedDraft, ...] = ()
@@ -109,7 +111,7 @@ class Tuner:
         infeasible: list[Infeasible] = []
         grid_seconds: float | None = None
         for workload, prompts in loads:
-            plans = plan_points(workload, prompts)
+            plans = plan_points(workload, prompts, self._options.objective)
             traced = tuple({prompt.digest: prompt for plan in plans for prompt in plan.forecast_prompts}.values())
             try:
                 evidence = gather(self._engine, workload, traced, self._options.lengths, progress=self._progress)
@@ -117,7 +119,13 @@ class Tuner:
                 stopped = "the budget ended before the evidence was complete"
                 points += [PointDecision(plan=plan, stopped=stopped, out_of_time=True) for plan in plans]
                 continue
-            forecaster = Forecaster(evidence, workload, self._engine.target.run_digest, workload.seed)
+            forecaster = Forecaster(
+                evidence,
+                workload,
+                self._engine.target.run_digest,
+                workload.seed,
+                objective=self._options.objective,
+            )
             decided = [self._decide(plan, evidence, forecaster) for plan in plans]
             points += decided
             infeasible += (*evidence.infeasible, *(one for point in decided for one in point.infeasible))
@@ -220,6 +228,7 @@ class _PointTrial:
             num_queues=RACE_QUEUES,
             batches_per_queue=RACE_BATCHES,
         )
+        objective = self._options.objective
         num_units = len(planned) * len(hopeful) + min(len(planned), race.NOISE_QUEUES)
         units = itertools.count()
         pairs: dict[Setup, list[Pair]] = {}
@@ -231,10 +240,12 @@ class _PointTrial:
             more = run_pairs(self._engine, self._workload, queue, setup, purpose)
             ran += more
             if setup != PLAIN:
-                self._standings.note(setup, f"racing {len(ran)}/{sum(map(len, planned))}", speedup_so_far(ran))
+                self._standings.note(
+                    setup, f"racing {len(ran)}/{sum(map(len, planned))}", speedup_so_far(ran, objective)
+                )
             return more
 
-        result = race.race(run, planned, hopeful, study_name=name, storage=self._options.storage)
+        result = race.race(run, planned, hopeful, study_name=name, storage=self._options.storage, objective=objective)
         self._plain_samples = [pair.plain for ran in pairs.values() for pair in ran]
         for failure in result.failed:
             if failure.setup != PLAIN:  # plain against plain only shows the noise
@@ -267,7 +278,9 @@ class _PointTrial:
             order = pair_order(self._workload, queue, setup)
             key = run_point(self._workload, queue, order, purpose)
             units.append(unit_digest(self._engine.target, self._engine.environment, key))
-            self._standings.note(setup, f"proving {number + 1}/{len(planned)}", speedup_so_far(pairs))
+            self._standings.note(
+                setup, f"proving {number + 1}/{len(planned)}", speedup_so_far(pairs, self._options.objective)
+            )
         self._plain_samples = [pair.plain for pair in pairs]
         self._rule_out(self._options.limits.latency_breach(setup, [pair.chosen for pair in pairs]))
         if (num_timed := proof.num_timed_prompts(pairs, queue_size)) < 2:
@@ -279,6 +292,7 @@ class _PointTrial:
             greedy=greedy,
             queue_size=queue_size,
             domains={prompt.digest: prompt.domain for prompt in self._plan.proof_prompts},
+            objective=self._options.objective,
             num_compared=1 if self._plan.is_fresh else sum(each.setup != PLAIN for each in point.forecasts),
         )
         self._standings.note(setup, "measured", measured.speedup)

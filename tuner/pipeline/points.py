@@ -8,7 +8,7 @@ from profiles.records.errors import InputError
 from profiles.records.evidence import Infeasible
 from tuner.forecast.evidence import Evidence
 from tuner.forecast.forecaster import Forecaster
-from tuner.policy.estimates import Forecast, Measured
+from tuner.policy.estimates import Forecast, Measured, Objective
 from tuner.policy.policy import MIN_DOMAIN_PROMPTS
 from tuner.policy.query import MIXED
 from tuner.search.race import RaceResult
@@ -25,6 +25,7 @@ class PointPlan:
     forecast_prompts: tuple[Prompt, ...]
     race_prompts: tuple[Prompt, ...] = ()
     proof_prompts: tuple[Prompt, ...] = ()
+    objective: Objective = "tpot"
 
     @property
     def is_fresh(self) -> bool:
@@ -74,7 +75,7 @@ class PointDecision:
         return self.measured.plain_tok_per_s if setup == PLAIN else self.measured.tok_per_s
 
 
-def plan_points(workload: Workload, prompts: Sequence[Prompt]) -> list[PointPlan]:
+def plan_points(workload: Workload, prompts: Sequence[Prompt], objective: Objective = "tpot") -> list[PointPlan]:
     """Plans the points of a workload: over all domains (`mixed`) first, then one per domain with 24 prompts or more.
 
     24 prompts are reserved for the proof before any go to forecasts and race, which get at most half. Where fewer than
@@ -107,16 +108,15 @@ def plan_points(workload: Workload, prompts: Sequence[Prompt]) -> list[PointPlan
     for name, domains in groups.items():
         selection = tuple(prompt for domain in domains for prompt in race_prompts[domain])
         proof = tuple(prompt for domain in domains for prompt in proof_prompts[domain])
-        if len(selection) >= MIN_FORECAST_PROMPTS and len(proof) >= MIN_DOMAIN_PROMPTS:
-            plan = PointPlan(
-                workload=workload,
-                domain=name,
-                forecast_prompts=selection,
-                race_prompts=selection,
-                proof_prompts=proof,
-            )
-        else:
-            everything = tuple(prompts) if name == MIXED else tuple(by_domain[name])
-            plan = PointPlan(workload=workload, domain=name, forecast_prompts=everything, proof_prompts=everything)
+        if len(selection) < MIN_FORECAST_PROMPTS or len(proof) < MIN_DOMAIN_PROMPTS:
+            selection, proof = (), tuple(prompts) if name == MIXED else tuple(by_domain[name])
+        plan = PointPlan(
+            workload=workload,
+            domain=name,
+            forecast_prompts=selection or proof,
+            race_prompts=selection,
+            proof_prompts=proof,
+            objective=objective,
+        )
         plans.append(plan)
     return plans

@@ -1,8 +1,11 @@
 """What is known about a setup: a forecast, and a measurement against plain decoding."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from profiles.records.core import Interval, Setup
+
+Objective = Literal["tpot", "throughput"]  # what is compared: seconds of decoding, or of whole requests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -131,7 +131,7 @@ def _state(point: PointDecision, forecast: Forecast, proven: bool) -> tuple[str,
         return "not proven", point.stopped or "it was not measured"
     if proven:
         return "proven", f"faster than plain decoding on {point.measured.num_prompts} prompts the race did not use"
-    return "not proven", shortfall(point.measured)
+    return "not proven", shortfall(point.measured, point.plan.objective)
 
 
 def _raced(point: PointDecision, setup: Setup) -> tuple[str, str] | None:

@@ -9,6 +9,7 @@ from profiles.records.core import PLAIN, Interval, Prompt, Setup, Workload
 from profiles.records.evidence import Sample
 from profiles.records.keys import queue_digest
 from profiles.stats import speedup_interval
+from tuner.policy.estimates import Objective
 
 Queue = tuple[Prompt, ...]
 
@@ -51,8 +52,9 @@ def timed_pairs(pairs: Sequence[Pair]) -> list[Pair]:
     return [pair for pair in pairs if min(sample.output_tokens for sample in pair) > 1]
 
 
-def columns(groups: Sequence[Sequence[Pair]], *, end_to_end: bool = False) -> Columns:
-    """Decode seconds, and tokens after the first, of every group; end to end: seconds from the request, all tokens."""
+def columns(groups: Sequence[Sequence[Pair]], objective: Objective = "tpot") -> Columns:
+    """What is compared: decode seconds and tokens after the first; for throughput request seconds and all tokens."""
+    end_to_end = objective == "throughput"
 
     def seconds(sample: Sample) -> float:
         return sample.decode_s + (sample.ttft_s if end_to_end else 0.0)
@@ -66,7 +68,7 @@ def columns(groups: Sequence[Sequence[Pair]], *, end_to_end: bool = False) -> Co
     )
 
 
-def speedup_so_far(pairs: Sequence[Pair]) -> Interval | None:
-    """Decode speed-up over the pairs so far; None under two pairs with a time per token. Only for display."""
+def speedup_so_far(pairs: Sequence[Pair], objective: Objective) -> Interval | None:
+    """Speed-up over the pairs so far; None under two pairs with a time per token. Only for display."""
     timed = timed_pairs(pairs)
-    return speedup_interval(*columns([[pair] for pair in timed]))[0] if len(timed) > 1 else None
+    return speedup_interval(*columns([[pair] for pair in timed], objective))[0] if len(timed) > 1 else None

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 from profiles.records.core import Setup
 from profiles.stats import holm, rate_interval, speedup_interval
-from tuner.policy.estimates import Measured
+from tuner.policy.estimates import Measured, Objective
 from tuner.search.objective import MIN_SPEEDUP
 from tuner.search.pairs import Pair, columns, timed_pairs
 
@@ -24,6 +24,7 @@ def measure(
     queue_size: int = 1,
     domains: Mapping[str, str] | None = None,
     num_compared: int = 1,
+    objective: Objective = "tpot",
 ) -> Measured:
     """Speed-ups and rates of a setup from pairs.
 
@@ -36,6 +37,7 @@ def measure(
         domains: by prompt digest; what differs between domains is no uncertainty, because their shares are fixed.
         num_compared: how many setups were compared on these very prompts before this one was chosen; interval and
             p-value hold for all of them together (Bonferroni).
+        objective: which of the two speed-ups the p-value is of.
 
     Raises:
         InputError: fewer than two prompts have a time per token.
@@ -57,9 +59,11 @@ def measure(
         key=lambda interval_and_p: interval_and_p[0].high - interval_and_p[0].low,
     )
     decoding, requests = columns(by_prompt), _by_prompt(pairs, queue_size)
-    end_to_end, _ = speedup_interval(
-        *columns(requests, end_to_end=True), strata=_strata(requests, domains), level=level
+    end_to_end, request_p_value = speedup_interval(
+        *columns(requests, "throughput"), strata=_strata(requests, domains), level=level
     )
+    if objective == "throughput":
+        p_value = request_p_value
     return Measured(
         setup=setup,
         speedup=speedup,
@@ -82,20 +86,22 @@ def num_timed_prompts(pairs: Sequence[Pair], queue_size: int) -> int:
     return len(_by_prompt(timed_pairs(pairs), queue_size))
 
 
-def prove(measured: Sequence[Measured]) -> list[bool]:
+def prove(measured: Sequence[Measured], objective: Objective = "tpot") -> list[bool]:
     """Which setups are proven, in the order given; Holm's step-down at 5 % over all of them together."""
-    rejected = holm([winner.p_value for winner in measured])
-    return [passes and _unmet_condition(winner) is None for passes, winner in zip(rejected, measured, strict=True)]
+    rejected = holm([each.p_value for each in measured])
+    return [
+        passes and _unmet_condition(each, objective) is None for passes, each in zip(rejected, measured, strict=True)
+    ]
 
 
-def shortfall(measured: Measured) -> str:
+def shortfall(measured: Measured, objective: Objective = "tpot") -> str:
     """Why a winner is not proven."""
     holm_reason = f"its p-value {measured.p_value:.2g} does not pass Holm's step-down over all operating points"
-    return _unmet_condition(measured) or holm_reason
+    return _unmet_condition(measured, objective) or holm_reason
 
 
-def _unmet_condition(measured: Measured) -> str | None:
-    speedup = measured.speedup
+def _unmet_condition(measured: Measured, objective: Objective) -> str | None:
+    speedup = measured.speedup if objective == "tpot" else measured.end_to_end
     figure = f"its speed-up {speedup.estimate:.3f} [{speedup.low:.3f}, {speedup.high:.3f}]"
     if measured.num_prompts < MIN_PROOF_PROMPTS:
         return f"only {measured.num_prompts} prompts were left to prove it, {MIN_PROOF_PROMPTS} are needed"

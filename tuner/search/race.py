@@ -10,6 +10,7 @@ import optuna
 from profiles.records.core import PLAIN, Setup
 from profiles.records.errors import EngineError
 from profiles.records.evidence import Infeasible
+from tuner.policy.estimates import Objective
 from tuner.search.pairs import Pair, Queue, columns, timed_pairs
 from tuner.search.studies import Storage, store_study
 
@@ -39,6 +40,7 @@ def race(
     *,
     study_name: str,
     storage: Storage | None,
+    objective: Objective = "tpot",
 ) -> RaceResult:
     """Runs plain against plain, then every finalist against plain, on the same queues, as one Optuna study.
 
@@ -54,7 +56,8 @@ def race(
         study.enqueue_trial({"setup": setup.name})
         trial = study.ask({"setup": setup_names})
         try:
-            log_ratio = _run_trial(trial, run, queues[:NOISE_QUEUES] if setup == PLAIN else queues, setup)
+            planned = queues[:NOISE_QUEUES] if setup == PLAIN else queues
+            log_ratio = _run_trial(trial, run, planned, setup, objective=objective)
         except EngineError as error:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             failed.append(Infeasible(setup=setup, reason=type(error).__name__, detail=str(error)))
@@ -80,7 +83,12 @@ def _create_study() -> optuna.Study:
 
 
 def _run_trial(
-    trial: optuna.Trial, run: Callable[[Queue, Setup], Sequence[Pair]], queues: Sequence[Queue], setup: Setup
+    trial: optuna.Trial,
+    run: Callable[[Queue, Setup], Sequence[Pair]],
+    queues: Sequence[Queue],
+    setup: Setup,
+    *,
+    objective: Objective,
 ) -> float | None:
     """Log ratio over all queues; None when the trial was pruned or no run had a time per token."""
     pairs: list[Pair] = []
@@ -89,15 +97,15 @@ def _run_trial(
         if not timed:
             continue
         pairs += timed
-        trial.report(_log_ratio(timed), step)
+        trial.report(_log_ratio(timed, objective), step)
         if setup != PLAIN and _should_prune(trial):
             return None
-    return _log_ratio(pairs) if pairs else None
+    return _log_ratio(pairs, objective) if pairs else None
 
 
-def _log_ratio(pairs: Sequence[Pair]) -> float:
+def _log_ratio(pairs: Sequence[Pair], objective: Objective) -> float:
     """Log of the setup's over plain seconds per token, over all pairs: negative when the setup is faster."""
-    (plain_s,), (plain_tokens,), (chosen_s,), (chosen_tokens,) = columns([pairs])
+    (plain_s,), (plain_tokens,), (chosen_s,), (chosen_tokens,) = columns([pairs], objective)
     return math.log((chosen_s / chosen_tokens) / (plain_s / plain_tokens))
 
 

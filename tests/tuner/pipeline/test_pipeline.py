@@ -130,11 +130,13 @@ def test_what_differs_between_domains_is_no_uncertainty() -> None:
 
 
 class SlowPrefill(FakeEngine):
-    """Long prompts: plain decoding waits 0.5 s for its first token, the draft model half as long again."""
+    """Long prompts: plain decoding waits 0.5 s for its first token, the draft model `draft_wait_s`."""
+
+    draft_wait_s = 0.75
 
     def run_together(self, workload, prompts, setups, purpose):  # type: ignore[no-untyped-def]
         samples = super().run_together(workload, prompts, setups, purpose)
-        wait_s = {setup.digest: 0.75 if setup.draft == DRAFT_A else 0.5 for setup in setups}
+        wait_s = {setup.digest: self.draft_wait_s if setup.draft == DRAFT_A else 0.5 for setup in setups}
         return tuple(replace(sample, ttft_s=wait_s[sample.setup_digest]) for sample in samples)
 
 
@@ -149,6 +151,23 @@ def test_a_winner_that_is_slower_end_to_end_is_ruled_out() -> None:
     assert {(failed.setup.draft, failed.reason) for failed in outcome.infeasible} == {(DRAFT_A, "end to end")}
     (rejected,) = outcome.points[0].rejected
     assert rejected.speedup.low > 1.0 > rejected.end_to_end.estimate
+
+
+@pytest.mark.parametrize(("objective", "draft"), [("tpot", DRAFT_A), ("throughput", NGRAM)])
+def test_the_objective_decides_what_is_compared(objective: Any, draft: Any) -> None:
+    """With a prefill a tenth longer the draft model decodes fastest; requests are faster with the look-up."""
+    engine = SlowPrefill(keep=0.95)
+    engine.draft_wait_s = 0.55
+    outcome = _tune(engine, prompts(72), objective=objective)
+    (choice,) = outcome.choices
+    assert choice.proven
+    assert choice.setup.draft == draft
+    assert choice.measured is not None
+    best = outcome.points[0].forecasts[0]
+    figure = choice.measured.speedup if objective == "tpot" else choice.measured.end_to_end
+    assert best.setup == choice.setup
+    assert best.speedup.estimate == pytest.approx(figure.estimate, rel=0.1)
+    assert f"{figure.estimate:.2f} [" in choice.reason
 
 
 def test_a_failing_draft_is_left_out_and_the_rest_goes_on() -> None:
