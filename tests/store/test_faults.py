@@ -15,6 +15,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from optuna.study import StudyDirection
 
 from profiles.records.errors import StoreError
 from store import migrations
@@ -23,6 +24,7 @@ from tests import ROOT
 from tests.store.test_file import SCOPE, save_traces
 from tests.support.fakes import MACHINE, TARGET, FakeEngine, prompts, sql
 from tests.support.policies import save_policy
+from tuner.run import TuningSession
 
 PROMPT = prompts(1)[0]
 FIND = """
@@ -196,3 +198,45 @@ def test_a_damaged_row_is_told_whatever_its_damage(sound: Path) -> None:
             evidence_store.find_target_trace(SCOPE, PROMPT)
         assert "\n" not in str(caught.value)
         assert str(caught.value).startswith(f"store {sound}: ")
+
+
+def test_a_reader_leaves_no_file_behind(sound: Path) -> None:
+    """Neither a log nor shared memory, which would lock out the owner where another user made them."""
+    before = {file.name: file.read_bytes() for file in sound.parent.iterdir()}
+    with EvidenceStore.open_read_only(sound) as evidence_store:
+        assert evidence_store.latest_policy() == "kept"
+        assert {file.name: file.read_bytes() for file in sound.parent.iterdir()} == before
+    assert {file.name: file.read_bytes() for file in sound.parent.iterdir()} == before
+
+
+def test_a_reader_without_the_right_to_write_leaves_no_file_behind(sound: Path) -> None:
+    """A file of another user, in a folder where everybody may make files."""
+    sound.chmod(0o444)
+    assert child(sound, "read", powerless=True) == "kept"
+    assert [file.name for file in sound.parent.iterdir()] == [sound.name]
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_file_that_is_moved_while_it_is_open_is_noticed(is_replaced: bool, sound: Path) -> None:
+    """Before a row is saved where nobody finds it, also when another store has its name by then."""
+    trace = FakeEngine().trace_target(SCOPE.workload, prompts(30)[29])
+    with EvidenceStore.open(sound) as evidence_store:
+        sound.rename(sound.with_name("moved.sqlite"))
+        if is_replaced:
+            shutil.copy(ROOT / "tests" / "assets" / "store-0003.sqlite", sound)
+        with pytest.raises(StoreError, match=r"the file was (deleted or moved|replaced by another) while it was open"):
+            evidence_store.save_target_trace(SCOPE, prompts(30)[29], trace)
+        sound.with_name("moved.sqlite").rename(sound)
+        assert evidence_store.save_target_trace(SCOPE, prompts(30)[29], trace) == trace
+    assert sql(sound, "SELECT count(*) FROM target_traces") == [(21,)]
+
+
+def test_a_folder_with_signs_of_a_url_has_its_own_studies(tmp_path: Path) -> None:
+    """A question mark in the store's name is part of the name for Optuna too."""
+    folder = tmp_path / "what?now=1"
+    with EvidenceStore.open(folder / "evidence.db") as evidence_store:
+        studies = TuningSession.of(evidence_store).studies
+        assert studies is not None
+        studies.create_new_study([StudyDirection.MAXIMIZE], "one")
+    assert sql(folder / "optuna.db", "SELECT study_name FROM studies") == [("one",)]
+    assert [file.name for file in tmp_path.iterdir()] == ["what?now=1"]
