@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 CHECKOUT_SCRIPT = "tune.py"
 
@@ -9,6 +10,15 @@ CHECKOUT_SCRIPT = "tune.py"
 def printable(text: str) -> str:
     """`text` as one line that cannot steer a terminal: each character that cannot be shown becomes a space."""
     return "".join(character if character.isprintable() else " " for character in text)
+
+
+def printable_values(raw: Any) -> Any:
+    """JSON values with all text printable."""
+    if isinstance(raw, dict):
+        return {name: printable_values(value) for name, value in raw.items()}
+    if isinstance(raw, list):
+        return [printable_values(value) for value in raw]
+    return printable(raw) if isinstance(raw, str) else raw
 
 
 def command(arguments: str = "") -> str:

@@ -1,14 +1,14 @@
-"""Text of a bundle as it may be shown anywhere: no path of the machine it comes from, nothing a terminal would obey.
+"""Text as a bundle may hold it: without paths, secrets and what a terminal would obey.
 
-A model that was named by a path is called by the path's last part with a mark before it, so that nobody takes it for a
-hub id; its digest is its identity. Cleaning twice changes nothing. What the text is about it must not know. Standard
-library only.
+A model named by a path gets the path's last part behind a mark, so that nobody takes it for a hub id; its digest is its
+identity. Cleaning twice changes nothing.
 """
 
 import re
 from typing import Any
 
 from profiles.builtin import IMPORTED, IMPORTED_MARKS
+from profiles.engines.serving.redaction import redacted
 from profiles.records.errors import InputError
 from profiles.records.text import printable
 
@@ -50,7 +50,7 @@ def clean_text(text: str, *, is_name: bool = False) -> str:
     """One text, cleaned; raises InputError when it is longer than allowed."""
     if len(text) > MOST_CHARACTERS:
         raise InputError(f"the text {text[:30]!r}... has {len(text)} characters: {MOST_CHARACTERS} are allowed")
-    text = printable(text)
+    text = redacted(printable(text))
     if is_name:
         text = _marked(text)
     for _ in range(MOST_PASSES):
@@ -62,19 +62,19 @@ def clean_text(text: str, *, is_name: bool = False) -> str:
 
 
 def _marked(name: str) -> str:
-    """A name that is a path, or that a bundle brought before, as its last part behind one mark; others as they are."""
-    found = NAME.fullmatch(name)
-    assert found is not None  # it takes any text
-    rest = found["rest"]
+    """A name that is a path, or has a mark, as its last part behind one mark; others as they are."""
+    match = NAME.fullmatch(name)
+    assert match is not None  # it takes any text
+    rest = match["rest"]
     is_path = WHOLE.match(rest) is not None
     if is_path:
         rest = re.split(r"[/\\]", rest.rstrip("/\\ "))[-1] or "unnamed"
-    return f"{found['ngram']}{IMPORTED if is_path or found['marks'] else ''}{rest}"
+    return f"{match['ngram']}{IMPORTED if is_path or match['marks'] else ''}{rest}"
 
 
-def _last_part(found: re.Match[str]) -> str:
+def _last_part(match: re.Match[str]) -> str:
     """What is left of a path; a slash alone, or before one or two letters, is no path."""
-    folders, last = found["folders"].rstrip("/\\"), found["last"]
-    if not folders and len(last) < 3 and found["root"].startswith(("/", "\\")):
-        return found[0]
+    folders, last = match["folders"].rstrip("/\\"), match["last"]
+    if not folders and len(last) < 3 and match["root"].startswith(("/", "\\")):
+        return match[0]
     return last or re.split(r"[/\\]", folders)[-1]

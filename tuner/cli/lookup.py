@@ -6,13 +6,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from profiles.hardware import machine
 from profiles.hardware.device import ENGINE, Machine
 from profiles.records.errors import InputError, MatchError
 from tuner.cli import options
-from tuner.cli.output import print_json, print_notes
+from tuner.cli.output import print_json, print_notes, print_text
 from tuner.deploy.lookup import SERVING_ARGUMENTS, LookupResult, Query, lookup_policy
 from tuner.deploy.lookup import lookup as lookup_stored
 from tuner.deploy.match import MEANINGS
@@ -69,7 +67,7 @@ def lookup(
     if not json_only:
         text, notes = _text(result, output_format, engine_version)
         print_notes(*notes)
-        typer.echo(text, nl=False)
+        print_text(text)
 
 
 def measured_engine(engine: str | None, output_format: str | None) -> str | None:

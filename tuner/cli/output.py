@@ -1,7 +1,7 @@
 """What commands write: lines for people, tables, and one JSON document for programs."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -29,8 +29,22 @@ def print_json(document: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(document, allow_nan=False))
 
 
+def print_text(text: str) -> None:
+    """Writes text of several lines to standard output."""
+    typer.echo("\n".join(map(printable, text.split("\n"))), nl=False)
+
+
 def console(*, stderr: bool = False) -> "Console":
     """A console for tables; rich is imported where one is printed, because a look-up has no time for it."""
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
 
-    return Console(stderr=stderr, highlight=False)
+    class PrintableConsole(Console):
+        """Shows names, domains and devices from strangers without what would steer the terminal."""
+
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+            for segment in super().render(renderable, options):
+                text = "\n".join(map(printable, segment.text.split("\n")))
+                yield segment if segment.control else Segment(text, segment.style)
+
+    return PrintableConsole(stderr=stderr, highlight=False)

@@ -10,6 +10,7 @@ import pytest
 
 from profiles.records.core import PLAIN, Setup
 from profiles.records.errors import NotMeasuredError
+from profiles.records.evidence import Infeasible
 from store.bundle import bundle
 from store.evidence_store import EvidenceStore
 from tests import ROOT
@@ -121,11 +122,11 @@ class TestThereAndBack:
 
     def test_runs_that_never_ended_stay(self, tmp_path: Path, packed: Path, empty: EvidenceStore) -> None:
         """A run that is under way or was killed is not packed; its evidence is."""
-        bundle.merge(empty, packed, DOCUMENTS)
+        num_units = bundle.merge(empty, packed, DOCUMENTS).added["units"]
         empty.save_run(SCOPE)
         save_sample(empty, 0)
         contents = bundle.pack(empty, tmp_path / "b", DOCUMENTS)
-        assert (contents.rows["runs"], contents.rows["units"]) == (1, 28)
+        assert (contents.rows["runs"], contents.rows["units"]) == (1, num_units + 1)
         assert contents.left_out == {}
 
     def test_an_older_store_packs(self, tmp_path: Path) -> None:
@@ -162,7 +163,8 @@ class TestOddRows:
         sql(tmp_path / "copy" / "evidence.db", change)
         with EvidenceStore.open(tmp_path / "copy" / "evidence.db") as evidence_store:
             assert bundle.pack(evidence_store, tmp_path / "b", DOCUMENTS).left_out == {}
-        assert bundle.merge(empty, tmp_path / "b", DOCUMENTS).added["units"] == 27
+        [(num_units,)] = sql(store / "evidence.db", "SELECT count(*) FROM units")
+        assert bundle.merge(empty, tmp_path / "b", DOCUMENTS).added["units"] == num_units
         kept = sql(empty.path, "SELECT DISTINCT domain FROM prompts")
         assert ("/r/python" in change) == (kept == [("/r/python",)])
 
@@ -182,14 +184,27 @@ class TestOddRows:
         assert contents.rows["units"] == 1
         assert b"/opt" not in (tmp_path / "b").read_bytes()
 
+    def test_a_secret_never_travels(self, empty: EvidenceStore, tmp_path: Path) -> None:
+        """A key in an old launch template, a password in a URL, a token in a reason: none is in the file."""
+        template = "HF_TOKEN=hf_planted12345 vllm serve --api-key sk-planted12345"
+        save_sample(empty, 0, replace(MACHINE, engine_options=template))
+        save_sample(empty, 0)
+        detail = "http://user:planted-pw@host/v1 refused --api-key sk-planted12345"
+        setup = Setup(draft=DRAFT_A, length=64)
+        empty.save_infeasible(SCOPE, Infeasible(setup=setup, reason="EngineError", detail=detail))
+        contents = bundle.pack(empty, tmp_path / "b", DOCUMENTS)
+        assert contents.left_out == {"environments": 1, "units": 1}
+        assert contents.rows["infeasible"] == 1
+        assert b"planted" not in (tmp_path / "b").read_bytes()
+
     def test_a_damaged_row_is_left_out(self, packed: Path, empty: EvidenceStore, tmp_path: Path) -> None:
         """With the acceptance over a trace that is no trace any more."""
-        bundle.merge(empty, packed, DOCUMENTS)
+        num_units = bundle.merge(empty, packed, DOCUMENTS).added["units"]
         sql(empty.path, "UPDATE samples SET output_tokens = 0 WHERE unit_id = 1")
         sql(empty.path, "UPDATE target_traces SET token_ids = 'x' WHERE id = 1")
         contents = bundle.pack(empty, tmp_path / "b", DOCUMENTS)
         assert contents.left_out == {"units": 1, "target_traces": 1, "acceptance_traces": 1}
-        assert contents.rows["units"] == 26
+        assert contents.rows["units"] == num_units - 1
 
 
 class TestConflicts:
@@ -198,12 +213,12 @@ class TestConflicts:
         with EvidenceStore.open(tmp_path / "theirs.db") as evidence_store:
             fill(evidence_store)
             save_sample(evidence_store, 1)
-            bundle.pack(evidence_store, tmp_path / "theirs", DOCUMENTS)
+            num_units = bundle.pack(evidence_store, tmp_path / "theirs", DOCUMENTS).rows["units"]
         save_sample(empty, 0)
         [(ours,)] = sql(empty.path, "SELECT ttft_s FROM samples")
         merged = bundle.merge(empty, tmp_path / "theirs", DOCUMENTS)
         assert merged.unlike == {"units": 1}
-        assert merged.added["units"] == 27
+        assert merged.added["units"] == num_units - 1
         [conflict] = merged.conflicts
         assert conflict.startswith("units digest ")
         assert f"{ours} in the store" in conflict or "in the bundle" in conflict

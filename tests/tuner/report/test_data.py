@@ -236,6 +236,13 @@ def test_a_stored_timeline_is_ignored(made: ReportData) -> None:
     assert ReportData.from_json(made.to_json() | {"timeline": timeline}) == made
 
 
+def test_control_characters_are_not_shown(made: ReportData) -> None:
+    """A domain with a control character, U+FFFE or half a surrogate pair, which no SVG may hold."""
+    text = json.dumps(made.to_json()).replace('"code"', '"co\\u000bd\\ufffe\\ud800"')
+    domains = {curve.domain for curve in ReportData.from_json(json.loads(text)).loads[0].curves}
+    assert domains == {"mixed", "co d  ", "prose"}
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
