@@ -1,7 +1,4 @@
-"""One tuning run over a book: evidence is recalled or measured and saved, the decision is made and kept.
-
-Joins the remembering engine, the tuner and the book; how any of them works it must not know.
-"""
+"""One tuning run over a store: evidence is read or measured and saved, the decision is made and written."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +16,6 @@ from profiles.records.errors import RunInterruptedError, StoreError
 from store.cached_engine import CachedEngine
 from store.evidence_store import EvidenceStore, Scope
 from tuner.pipeline.pipeline import Options, Outcome, Tuner, Watch
-from tuner.pipeline.points import PointDecision
 from tuner.policy import policy as policies
 from tuner.policy import prior
 from tuner.report import build
@@ -29,9 +25,9 @@ from tuner.search.limits import Limits
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuningSession:
-    """An open book, Optuna's studies beside it, and the folder on this host that policy files go to.
+    """An open store, Optuna's studies beside it, and the folder on this host for policy files.
 
-    `since` is the UTC time before which timings are too old to answer; empty: none is.
+    `since` is the UTC time before which timings are too old to answer; empty accepts all.
     """
 
     evidence_store: EvidenceStore
@@ -41,27 +37,27 @@ class TuningSession:
 
     @classmethod
     def of(cls, evidence_store: EvidenceStore, since: str = "") -> "TuningSession":
-        """Studies and folder are made where they are missing. Raises StoreError when the folder cannot be made."""
+        """Creates studies and folder where they are missing. Raises StoreError when the folder cannot be made."""
         folder = evidence_store.folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"store {evidence_store.name}: policy folder {folder}: {error.strerror}") from error
         location = evidence_store.database.studies_location()
-        with evidence_store.writing():  # Optuna makes its tables unguarded
+        with evidence_store.writing():  # Optuna creates its tables without a lock
             # without a pool no connection is held while measuring, nor left open at the end
             studies = search.open_storage(location, {"poolclass": NullPool})
         return cls(evidence_store=evidence_store, studies=studies, folder=folder, since=since)
 
     @property
     def name(self) -> str:
-        """Where evidence is kept, as people know it: the folder, or the server's database."""
+        """What messages call the store: its folder, or the server's database."""
         return str(self.folder) if self.evidence_store.database.path is not None else self.evidence_store.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedRun:
-    """What a run decided, where the policy is, what was left out and why, and what it cost."""
+    """What a run decided, where its policy is, which setups were left out and why, and its cost."""
 
     policy: policies.Policy
     policy_path: Path
@@ -77,9 +73,13 @@ def tune(
     options: Options,
     watch: Watch,
 ) -> FinishedRun:
-    """Measures or recalls, decides, and keeps the policy; timings older than the shelf's `since` are taken again.
+    """Measures what the store lacks, decides, and writes the policy.
 
-    Raises: RunInterruptedError: Ctrl-C; what was measured is kept. EngineError: the target itself failed.
+    Timings older than `session.since` are measured again.
+
+    Raises:
+        RunInterruptedError: Ctrl-C; finished measurements are in the store.
+        EngineError: The target itself failed.
     """
     evidence_store = session.evidence_store
     cached_engine = CachedEngine(engine, evidence_store, session.since)
@@ -88,75 +88,68 @@ def tune(
     options = replace(options, storage=session.studies, run_name=f"run {run_id} of {_utc_now()}")
     with _interruptible(cached_engine, session.name):
         outcome = Tuner(cached_engine, options, watch).tune(loads)
-    outcome = _with_kept_ids(outcome, cached_engine)
-    policy, path = _keep_policy(session, engine, outcome, options)
+    outcome = _with_stored_units(outcome, cached_engine)
+    policy, path = _write_policy(session, engine, outcome, options)
     cost = {
         "measured_seconds": round(cached_engine.measured_seconds, 2),
         "measured_units": cached_engine.measured_units,
         "reused_units": cached_engine.reused_units,
         "grid_seconds_estimate": outcome.grid_seconds_estimate,
     }
-    cost |= _starts(engine, outcome)
-    left_out = (*options.refused, *_left_out(outcome))
+    cost |= _engine_starts(engine, outcome)
+    left_out = (*options.refused, *_setups_left_out(outcome))
     report_data = build.report_data(outcome, policy).to_json()
     evidence_store.finish_run(
-        run_id, {"cost": cost, "left_out": [asdict(one) for one in left_out], "dossier": report_data}
+        run_id, {"cost": cost, "left_out": [asdict(draft) for draft in left_out], "dossier": report_data}
     )
     return FinishedRun(policy=policy, policy_path=path, outcome=outcome, left_out=left_out, cost=cost)
 
 
-def _starts(engine: Engine, outcome: Outcome) -> dict[str, Any]:
-    """Of an engine that starts others: how often and how long that took, and how often a grid would, once a cell."""
+def _engine_starts(engine: Engine, outcome: Outcome) -> dict[str, Any]:
+    """Starts of servers, their seconds, and the starts of a full grid (one per setup); empty for the torch engine."""
     num_starts: int | None = getattr(engine, "num_starts", None)
     if num_starts is None:
         return {}
     starting_s: float = getattr(engine, "starting_s", 0.0)
-    cells = sum(len(points[0].forecasts) for points in _by_load(outcome))
+    first_points = {point.workload: point for point in reversed(outcome.points)}  # of each workload: all domains
+    cells = sum(len(point.forecasts) for point in first_points.values())
     return {"engine_starts": num_starts, "starting_seconds": round(starting_s, 2), "grid_starts": cells}
 
 
-def _by_load(outcome: Outcome) -> list[list[PointDecision]]:
-    """The operating points of each workload; the first is over all domains."""
-    loads: dict[Workload, list[PointDecision]] = {}
-    for point in outcome.points:
-        loads.setdefault(point.workload, []).append(point)
-    return list(loads.values())
-
-
-def _with_kept_ids(outcome: Outcome, cached_engine: CachedEngine) -> Outcome:
-    """The choices with the ids under which their evidence is kept: a unit measured again has one of its own."""
-    kept = [
+def _with_stored_units(outcome: Outcome, cached_engine: CachedEngine) -> Outcome:
+    """The choices with the stored ids of their evidence: a unit that was measured again has an id of its own."""
+    choices = [
         replace(choice, evidence=tuple(cached_engine.answered_by[unit] for unit in choice.evidence))
         for choice in outcome.choices
     ]
-    return replace(outcome, choices=tuple(kept))
+    return replace(outcome, choices=tuple(choices))
 
 
-def _left_out(outcome: Outcome) -> tuple[RefusedDraft, ...]:
-    """What failed while evidence was gathered, and what is infeasible at an operating point, by its domain."""
+def _setups_left_out(outcome: Outcome) -> tuple[RefusedDraft, ...]:
+    """Setups that failed while evidence was gathered, and those that are infeasible at an operating point."""
     failed = [
-        RefusedDraft(name=one.setup.name, reason=one.reason, detail=one.detail)
+        RefusedDraft(name=failure.setup.name, reason=failure.reason, detail=failure.detail)
         for point in outcome.points
         if point.evidence is not None
-        for one in point.evidence.infeasible
+        for failure in point.evidence.infeasible
     ]
     ruled_out = [
-        RefusedDraft(name=one.setup.name, reason=one.reason, detail=f"{point.domain}: {one.detail}")
+        RefusedDraft(name=failure.setup.name, reason=failure.reason, detail=f"{point.domain}: {failure.detail}")
         for point in outcome.points
-        for one in point.infeasible
+        for failure in point.infeasible
     ]
     return tuple(dict.fromkeys([*failed, *ruled_out]))
 
 
-def _keep_policy(
+def _write_policy(
     session: TuningSession, engine: Engine, outcome: Outcome, options: Options
 ) -> tuple[policies.Policy, Path]:
-    """Replaces row and file together: of runs that end at once, the later one joins what the earlier one left."""
-    made: list[policies.Policy] = []
+    """Replaces row and file in one transaction, so that runs that end at once join their choices."""
+    written: list[policies.Policy] = []
 
-    def made_from(latest: str | None) -> str:
+    def next_policy(latest: str | None) -> str:
         earlier = None if latest is None else policies.from_json(latest)
-        choices = _joined(() if earlier is None else earlier.choices, outcome, options)
+        choices = _join_choices(() if earlier is None else earlier.choices, outcome, options)
         standing = [choice.point for choice in choices if choice not in outcome.choices]
         policy = policies.Policy(
             created=_utc_now(),
@@ -166,26 +159,26 @@ def _keep_policy(
             prior=prior.join_priors(outcome.prior, None if earlier is None else earlier.prior, standing),
         )
         policies.write(session.folder / policy.file_name, policy)
-        made.append(policy)
+        written.append(policy)
         return policies.to_json(policy)
 
-    session.evidence_store.replace_policy(engine.target, engine.environment, made_from)
-    return made[-1], session.folder / made[-1].file_name
+    session.evidence_store.replace_policy(engine.target, engine.environment, next_policy)
+    return written[-1], session.folder / written[-1].file_name
 
 
-def _joined(latest: Iterable[policies.Choice], outcome: Outcome, options: Options) -> tuple[policies.Choice, ...]:
-    """The run's choices, then those of the latest policy of this target and machine that they leave standing.
+def _join_choices(latest: Iterable[policies.Choice], outcome: Outcome, options: Options) -> tuple[policies.Choice, ...]:
+    """The run's choices, then those of the latest policy for operating points that the run did not decide.
 
-    An anchor for which the budget ended first keeps its earlier proven choice, but not in a run with limits, which
-    that choice was not held to. An earlier choice falls when the run decided its anchor, or used its temperature with
-    another top-p or top-k: a policy holds one of each.
+    Where the budget ended before a decision, an earlier proven choice stays, unless the run has limits, which that
+    choice was not checked against. An earlier choice is dropped when the run used its temperature with another top-p
+    or top-k: a policy holds one of each.
     """
     earlier = {choice.filtered_point: choice for choice in latest}
     chosen = []
     for point, choice in zip(outcome.points, outcome.choices, strict=True):
-        known = earlier.pop(choice.filtered_point, None)
-        keeps = point.out_of_time and options.limits == Limits()
-        chosen.append(known if keeps and known is not None and known.proven else choice)
+        previous = earlier.pop(choice.filtered_point, None)
+        may_stay = point.out_of_time and options.limits == Limits()
+        chosen.append(previous if may_stay and previous is not None and previous.proven else choice)
     filters = {choice.temperature: (choice.top_p, choice.top_k) for choice in chosen}
     standing = [
         choice for choice in earlier.values() if filters.get(choice.temperature) in (None, (choice.top_p, choice.top_k))
@@ -199,8 +192,8 @@ def _interruptible(cached_engine: CachedEngine, store: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise RunInterruptedError(
-            f"interrupted: {cached_engine.measured_units} units measured in this run are kept in {store}; "
-            "run the same command again to go on from there"
+            f"interrupted: {cached_engine.measured_units} units of this run are saved in {store}; "
+            "run the same command again to continue"
         ) from None
 
 
