@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-export DRAFTPICK_STORE ?= $(CURDIR)/.draftpick
 
 .PHONY: tune test test-vllm check clean
 
 tune: $(VENV)/.installed
+	mkdir -p .draftpick # where it exists, it is the store of this checkout's commands
 	$(BIN)/python tune.py run
 
 test: $(VENV)/.installed

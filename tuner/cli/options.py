@@ -145,9 +145,9 @@ Store = Annotated[
     str | None,  # a Path would make one slash of a URL's two
     _option(
         OUTPUT,
-        "Folder of the store, or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE.",
+        "Store: a folder, sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE.",
         "--store",
-        default="$DRAFTPICK_STORE, else ./.draftpick where it exists, else the user's data folder",
+        default="$DRAFTPICK_STORE, else a checkout's .draftpick, else the user's data folder",
     ),
 ]
 PolicyFile = Annotated[

@@ -8,7 +8,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Self
 
-from profiles.engines.serving.http_load import fetch
 from profiles.engines.serving.logs import one_line
 from profiles.records.errors import EngineError
 
@@ -38,6 +37,8 @@ class Counters:
 
 def read_counters(base_url: str, prefix: str, timeout_s: float = 10.0) -> Counters:
     """The counters that a server publishes now. Raises EngineError: no such page, or as `counters_of`."""
+    from profiles.engines.serving.http_load import fetch
+
     return counters_of(fetch(f"{base_url}/metrics", timeout_s), prefix)
 
 

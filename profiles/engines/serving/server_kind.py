@@ -1,9 +1,11 @@
 """What differs between kinds of OpenAI-compatible servers, as a record; each engine's folder has its own."""
 
+from __future__ import annotations  # a look-up reads the flags of servers where no HTTP client is installed
+
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from profiles.engines.releases import EngineRelease
 from profiles.engines.serving.completion import (
@@ -14,10 +16,12 @@ from profiles.engines.serving.completion import (
     read_completion,
     rounds_of,
 )
-from profiles.engines.serving.http_load import Answer, Body
 from profiles.records.core import Model, Prompt, Setup, Workload
 from profiles.records.errors import EngineError
 from profiles.records.evidence import RoundCount
+
+if TYPE_CHECKING:
+    from profiles.engines.serving.http_load import Answer, Body
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from profiles.hardware import container, fingerprint, machine, nvml
+from profiles.hardware.software import draftpick_version
 from profiles.records.errors import InputError
 from profiles.timing.clock import Clock, Disturbance, OtherLoad
 from profiles.timing.gpu_monitor import GpuWatch
@@ -36,7 +37,7 @@ def test_the_fingerprint_describes_this_machine() -> None:
     assert found.threads == torch.get_num_threads()
     assert found.torch == torch.__version__
     assert found.engine == "draftpick-torch"
-    assert found.engine_version == f"0.5.0+transformers-{importlib.metadata.version('transformers')}"
+    assert found.engine_version == f"{draftpick_version()}+transformers-{importlib.metadata.version('transformers')}"
 
 
 def test_nvml_is_started_before_a_handle_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
