@@ -25,7 +25,7 @@ from profiles.records.core import Environment, Model
 from profiles.records.errors import InputError, NotMeasuredError
 from profiles.records.files import open_file, write_atomically
 from store import migrations, tables
-from store.bundle.rows import CHILDREN, TRACES, Documents, Item, items, links, primary_key, trace_key
+from store.bundle.rows import CHILDREN, PARENTS, TRACES, Documents, Item, items, links, primary_key, trace_key
 from store.evidence_store import EvidenceStore
 from store.tables import Values
 
@@ -185,7 +185,10 @@ class _Merging:
         row = self._linked(table, item.row)
         stored = connection.execute(select(table).filter_by(**_identity(table, row))).mappings().first()
         if stored is None and not (name in TRACES and trace_key(row) in self._other_traces):
-            self._keys[name, item.id] = self._insert(connection, item, row)
+            child = CHILDREN.get(name)
+            children = [self._linked(child, each) for each in item.children] if child is not None else []
+            new = {column: value for column, value in row.items() if column != "id"}
+            self._keys[name, item.id] = _insert(connection, table, new, children)
             self.added[name] += 1
             return
         difference = "its target trace has other tokens"
@@ -201,20 +204,6 @@ class _Merging:
         key = ", ".join(f"{column} {value}" for column, value in _identity(table, row).items())
         self.conflicts.append(f"{name} {key}: {difference}")
 
-    def _insert(self, connection: Connection, item: Item, row: Values) -> Any:
-        table = item.table
-        key = primary_key(table)
-        values = {name: value for name, value in row.items() if name != key or name in _identity(table, row)}
-        [row_id] = connection.execute(insert(table).values(values)).inserted_primary_key or (0,)
-        if item.children:
-            child = CHILDREN[table.name]
-            parent = next(name for name, other in links(child).items() if other is table)
-            children = [{**self._linked(child, each), parent: row_id} for each in item.children]
-            connection.execute(insert(child), children)
-        if table is tables.policies and (choices := tables.choice_rows(row_id, row["policy"])):
-            connection.execute(insert(tables.choices), choices)
-        return row_id
-
     def _linked(self, table: Table, row: Values) -> Values:
         """The row with the store's keys in place of the bundle's."""
         keys = {name: self._keys.get((other.name, row[name])) for name, other in links(table).items()}
@@ -224,8 +213,7 @@ class _Merging:
         if not item.children:
             return ""
         child = CHILDREN[item.table.name]
-        parent = next(name for name, other in links(child).items() if other is item.table)
-        query = select(child).where(child.c[parent] == self._keys[item.table.name, item.id])
+        query = select(child).where(child.c[PARENTS[child.name]] == self._keys[item.table.name, item.id])
         stored = connection.execute(query.order_by(*child.primary_key.columns)).mappings().all()
         if len(stored) != len(item.children):
             return f"{len(stored)} rows in the store, {len(item.children)} in the bundle"
@@ -294,32 +282,34 @@ def _conditions(
     yield tables.runs.c.finished_at.is_not(None)
 
 
-def _copy(found: Iterator[Item], packed: Connection) -> None:
+def _copy(source: Iterator[Item], packed: Connection) -> None:
     """Inserts items, and of models, machines, prompts, workloads and setups those that the others refer to."""
-    subjects: dict[tuple[str, Any], Item] = {}
-    used: set[tuple[str, Any]] = set()
-    for item in found:
+    subjects: list[Item] = []
+    used: set[tuple[str, Any]] = set()  # by primary key, prompts by digest too
+    for item in source:
         if "target_key" not in item.table.c:
-            subjects[item.table.name, item.row["digest"] if item.table is tables.prompts else item.id] = item
-            subjects[item.table.name, item.id] = item
+            subjects.append(item)
             continue
         for row, table in ((item.row, item.table), *((each, CHILDREN[item.table.name]) for each in item.children)):
             used.update((other.name, row[name]) for name, other in links(table).items())
-            used.update(("prompts", row[name]) for name in ("prompt_digest",) if name in row)
-        _insert_as_is(packed, item)
+            used.add(("prompts", row.get("prompt_digest")))
+        _insert(packed, item.table, item.row, item.children)
     if not used:
         raise NotMeasuredError("the store has nothing to pack of what was asked")
-    inserted = {id(subjects[key]): subjects[key] for key in subjects if key in used}
-    for item in inserted.values():
-        _insert_as_is(packed, item)
+    for item in subjects:
+        if {(item.table.name, item.id), (item.table.name, item.row.get("digest"))} & used:
+            _insert(packed, item.table, item.row, ())
 
 
-def _insert_as_is(packed: Connection, item: Item) -> None:
-    packed.execute(insert(item.table).values(item.row))
-    if item.children:
-        packed.execute(insert(CHILDREN[item.table.name]), list(item.children))
-    if item.table is tables.policies and (choices := tables.choice_rows(item.id, item.row["policy"])):
-        packed.execute(insert(tables.choices), choices)
+def _insert(connection: Connection, table: Table, row: Values, children: Sequence[Values]) -> Any:
+    """Inserts a row with its children, and of a policy its choices; returns the primary key."""
+    [key] = connection.execute(insert(table).values(row)).inserted_primary_key or (None,)
+    if children:
+        child = CHILDREN[table.name]
+        connection.execute(insert(child), [{**each, PARENTS[child.name]: key} for each in children])
+    if table is tables.policies and (choices := tables.choice_rows(int(key or 0), row["policy"])):
+        connection.execute(insert(tables.choices), choices)
+    return key
 
 
 @contextmanager

@@ -36,6 +36,7 @@ TABLES = (
     tables.policies,
 )
 CHILDREN = {"sweeps": tables.step_times, "units": tables.samples}
+PARENTS = {"step_times": "sweep_id", "samples": "unit_id"}  # the columns with the row that they belong to
 TRACES = ("target_traces", "acceptance_traces", "lookup_traces")
 HEX = re.compile(r"[0-9a-f]{16,128}")
 UTC_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{6})?\+00:00")
@@ -115,12 +116,14 @@ def _item(connection: Connection, table: Table, row_id: Any, documents: Document
         child = CHILDREN.get(table.name)
         children: tuple[Values, ...] = ()
         if child is not None:
-            parent = next(name for name, other in links(child).items() if other is table)
+            parent = PARENTS[child.name]
             query = select(child).where(child.c[parent] == row_id).order_by(*child.primary_key.columns)
             found = connection.execute(query.limit(MOST_CHILDREN + 1)).mappings().all()
             require(0 < len(found) <= MOST_CHILDREN, f"it has {len(found)} rows: 1 to {MOST_CHILDREN} are allowed")
             children = tuple({**_checked(child, each), parent: row_id} for each in found)
-        return Item(table=table, row=_CHECKS[table.name](row, children, documents), children=children)
+        if check := _CHECKS.get(table.name):
+            row = check(row, children, documents)
+        return Item(table=table, row=row, children=children)
     except DBAPIError:
         raise
     except (SQLAlchemyError, ValueError, TypeError, LookupError, RecursionError) as error:
@@ -170,10 +173,6 @@ def _record(kind: type[Any], row: Mapping[str, Any]) -> Any:
 
 def _require_same(name: str, given: object, computed: str) -> None:
     require(given == computed, f"{name} is {given}, but the row's content has {computed}")
-
-
-def _no_check(row: Values, *_: Any) -> Values:
-    return row
 
 
 def _model(row: Values, *_: Any) -> Values:
@@ -253,9 +252,6 @@ def trace_key(row: Row) -> tuple[str, ...]:
 _CHECKS: Mapping[str, Callable[..., Values]] = {
     "models": _model,
     "environments": _environment,
-    "prompts": _no_check,
-    "workloads": _no_check,
-    "setups": _no_check,
     "runs": _run,
     "target_traces": _trace(TargetTrace),
     "acceptance_traces": _trace(AcceptanceTrace),
