@@ -1,7 +1,6 @@
 """Turns requests into the token ids that a target reads. Loads no torch: the tokenizer is given."""
 
 import contextlib
-import datetime
 import json
 import signal
 import threading
@@ -17,7 +16,17 @@ from profiles.records.errors import PromptError
 # repeats more than twice as much, whatever the vocabulary. A small vocabulary hides random tokens: decoded and read
 # again they fall into short pieces that repeat.
 _JUDGED_FROM, _JUDGED_UP_TO, _LEAST_REPEATS = 96, 256, 0.06
-_TODAY = datetime.datetime(2025, 1, 1, 12)
+# Templates that print the date get this macro in place of the clock: a prompt is the same tomorrow.
+_DATE_PARTS = {
+    "%Y": "2025", "%y": "25", "%m": "01", "%d": "01", "%e": "1", "%B": "January", "%b": "Jan", "%A": "Wednesday",
+    "%a": "Wed", "%j": "001", "%H": "12", "%I": "12", "%p": "PM", "%M": "00", "%S": "00", "%Z": "UTC", "%z": "+0000",
+    "%F": "2025-01-01", "%T": "12:00:00",
+}  # fmt: skip
+_FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace({part!r}, {text!r})" for part, text in _DATE_PARTS.items())
+    + " }}{% endmacro %}\n"
+)
 _TEMPLATE_TIMEOUT_S = 20
 
 
@@ -140,6 +149,11 @@ def _render(tokenizer: Tokenizer, conversation: list[dict[str, Any]], request: R
 
 def _apply(tokenizer: Tokenizer, conversation: list[dict[str, Any]], request: Request, *, tokenize: bool) -> Any:
     options: dict[str, Any] = {"tools": list(request.tools)} if request.tools else {}
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several, by use
+        template = template.get("tool_use" if request.tools else "default", template.get("default"))
+    if isinstance(template, str) and "strftime_now" in template:
+        options["chat_template"] = _FIXED_DATE + template
     try:
         with _time_limit(_TEMPLATE_TIMEOUT_S):
             return tokenizer.apply_chat_template(
@@ -147,7 +161,6 @@ def _apply(tokenizer: Tokenizer, conversation: list[dict[str, Any]], request: Re
                 add_generation_prompt=True,
                 return_dict=False,
                 tokenize=tokenize,
-                strftime_now=_TODAY.strftime,
                 **options,
             )
     except Exception as error:  # a template is a program that came with the model
