@@ -1,6 +1,7 @@
 """What a selector holds of one policy: its operating points, with the acceptance and times that they share."""
 
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any
 
 from profiles.engines.base import RoundDecision
@@ -12,6 +13,8 @@ from tuner.selector.acceptance_model import AcceptanceModel
 from tuner.selector.index import PolicyIndex
 from tuner.selector.operating_point import DraftOption, PointState
 from tuner.selector.round_time import RoundTimeModel
+
+CACHED_QUERIES = 4096
 
 
 class SelectorState:
@@ -30,6 +33,7 @@ class SelectorState:
         self.digest = digest_of(to_json(policy))
         self.uncovered = RoundDecision(PLAIN, False, 1, 1, MIXED, 0.0)
         self._index = PolicyIndex(policy)
+        self.find = lru_cache(CACHED_QUERIES)(self._find)
         self._draft_digests: tuple[str, ...] = ()
         self._acceptance: dict[tuple[str, str, float], AcceptanceModel] = {}
         self._times: dict[tuple[str | None, int, int, float], RoundTimeModel] = {}
@@ -39,7 +43,7 @@ class SelectorState:
             choice.point: self._point_state(choice) for choice in policy.choices
         }
 
-    def find(
+    def _find(
         self, batch_size: int, context_length: int | None, domain: str | None, temperature: float
     ) -> PointState | None:
         """The point that covers a query; None: plain decoding. Raises InputError."""
