@@ -26,7 +26,7 @@ from tuner.policy.policy import Choice
 from tuner.policy.prior import Prior
 from tuner.search import proof, race
 from tuner.search.limits import Limits
-from tuner.search.objective import among_equals, candidates, finalists
+from tuner.search.objective import among_equals, candidates, worth_racing
 from tuner.search.pairs import Pair, Queue, pair_order, run_pairs, speedup_so_far
 from tuner.search.studies import Storage, search_forecasts
 
@@ -45,7 +45,7 @@ class Options:
 
     Args:
         lengths: speculation lengths.
-        num_finalists: setups raced at each point.
+        num_finalists: drafts raced at each point.
         race_prompts: prompts of a race, at most.
         proof_prompts: prompts of a proof at batch 1, at most.
         objective: `tpot` compares seconds of decoding, `throughput` seconds of whole requests.
@@ -192,7 +192,7 @@ class _PointTrial:
         for number in itertools.count(1):
             num_infeasible = len(self._infeasible)
             feasible = [forecast for forecast in point.forecasts if forecast.setup not in self._infeasible]
-            hopeful = finalists(feasible, self._options.num_finalists)
+            hopeful = worth_racing(feasible)
             if not hopeful:
                 break
             decided = self._attempt(point, hopeful, name if number == 1 else f"{name}, again {number}")
@@ -229,7 +229,8 @@ class _PointTrial:
             batches_per_queue=RACE_BATCHES,
         )
         objective = self._options.objective
-        num_units = len(planned) * len(hopeful) + min(len(planned), race.NOISE_QUEUES)
+        num_setups = min(len(hopeful), self._options.num_finalists + race.MORE_LENGTHS)
+        num_units = len(planned) * num_setups + min(len(planned), race.NOISE_QUEUES)
         units = itertools.count()
         pairs: dict[Setup, list[Pair]] = {}
 
@@ -245,7 +246,15 @@ class _PointTrial:
                 )
             return more
 
-        result = race.race(run, planned, hopeful, study_name=name, storage=self._options.storage, objective=objective)
+        result = race.race(
+            run,
+            planned,
+            hopeful,
+            num_finalists=self._options.num_finalists,
+            study_name=name,
+            storage=self._options.storage,
+            objective=objective,
+        )
         self._plain_samples = [pair.plain for ran in pairs.values() for pair in ran]
         for failure in result.failed:
             if failure.setup != PLAIN:  # plain against plain only shows the noise

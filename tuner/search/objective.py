@@ -14,13 +14,13 @@ def score(forecast: Forecast) -> float:
     return forecast.speedup.low if forecast.setup.draft is not None else 1.0
 
 
-def finalists(forecasts: Sequence[Forecast], count: int) -> tuple[Setup, ...]:
-    """At most `count` drafting setups worth racing, best first: their interval reaches the best score and over 1."""
+def worth_racing(forecasts: Sequence[Forecast]) -> tuple[Setup, ...]:
+    """The drafting setups whose interval reaches the best score and over 1, best estimate first."""
     drafting = [forecast for forecast in forecasts if forecast.setup.draft is not None]
     ordered = sorted(drafting, key=lambda forecast: -forecast.speedup.estimate)
     best = max((score(forecast) for forecast in drafting), default=0.0)
     hopeful = [forecast for forecast in ordered if forecast.speedup.high >= best and forecast.speedup.high > 1.0]
-    return tuple(forecast.setup for forecast in hopeful[:count])
+    return tuple(forecast.setup for forecast in hopeful)
 
 
 def among_equals(speedups: Mapping[Setup, float]) -> Setup | None:

@@ -16,6 +16,7 @@ from tuner.search.studies import Storage, store_study
 
 PRUNE_P = 0.1
 PRUNE_AFTER_QUEUES = 4
+MORE_LENGTHS = 2  # of the fastest draft, that are raced once it is known
 NOISE_QUEUES = 6  # plain against plain needs no more to show the noise
 
 
@@ -36,23 +37,32 @@ class RaceResult:
 def race(
     run: Callable[[Queue, Setup], Sequence[Pair]],
     queues: Sequence[Queue],
-    finalists: Sequence[Setup],
+    hopeful: Sequence[Setup],
     *,
+    num_finalists: int,
     study_name: str,
     storage: Storage | None,
     objective: Objective = "tpot",
 ) -> RaceResult:
-    """Runs plain against plain, then every finalist against plain, on the same queues, as one Optuna study.
+    """Races setups against plain decoding on the same queues, as one Optuna study.
 
-    A trial reports the log ratio of seconds per token of each queue, by which `WilcoxonPruner` stops a finalist that
-    loses, queue by queue, to the best that finished. Finishers are ranked by the ratio over all queues together.
+    Plain against plain comes first; then the best forecast of each draft, because forecasts of one draft err alike;
+    then further lengths of the fastest draft. A trial reports the log ratio of seconds per token of each queue, by
+    which `WilcoxonPruner` stops a setup that loses, queue by queue, to the best that finished. Finishers are ranked by
+    the ratio over all queues together.
+
+    Args:
+        run: runs a queue with plain decoding and a setup.
+        hopeful: the setups to choose from, the best forecast first.
+        num_finalists: how many drafts are raced.
     """
     study = _create_study()  # in memory: a lost database never ends a race
-    setup_names = optuna.distributions.CategoricalDistribution([setup.name for setup in (PLAIN, *finalists)])
+    setup_names = optuna.distributions.CategoricalDistribution([setup.name for setup in (PLAIN, *hopeful)])
     log_ratios: dict[Setup, float] = {}
     pruned: list[Setup] = []
     failed: list[Infeasible] = []
-    for setup in (PLAIN, *finalists):
+
+    def enter(setup: Setup) -> None:
         study.enqueue_trial({"setup": setup.name})
         trial = study.ask({"setup": setup_names})
         try:
@@ -61,15 +71,26 @@ def race(
         except EngineError as error:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             failed.append(Infeasible(setup=setup, reason=type(error).__name__, detail=str(error)))
-            continue
+            return
         if log_ratio is None:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             pruned.append(setup)
         else:
             study.tell(trial, log_ratio)
             log_ratios[setup] = log_ratio
-    store_study(study_name, "minimize", study.trials, storage)
+
+    enter(PLAIN)
     noise = log_ratios.pop(PLAIN, None)
+    best_of_draft = {setup.draft: setup for setup in reversed(hopeful)}
+    finalists = [setup for setup in hopeful if best_of_draft[setup.draft] == setup][:num_finalists]
+    for setup in finalists:
+        enter(setup)
+    if log_ratios:
+        fastest = min(log_ratios, key=lambda setup: log_ratios[setup])
+        others = [setup for setup in hopeful if setup.draft == fastest.draft and setup not in finalists]
+        for setup in others[:MORE_LENGTHS]:
+            enter(setup)
+    store_study(study_name, "minimize", study.trials, storage)
     speedups = {setup: math.exp(-log_ratio) for setup, log_ratio in log_ratios.items()}
     return RaceResult(speedups=speedups, noise=noise, pruned=tuple(pruned), failed=tuple(failed))
 

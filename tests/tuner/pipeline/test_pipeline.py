@@ -19,7 +19,7 @@ from tuner.policy.query import MIXED
 from tuner.run import TuningSession, tune
 from tuner.search import proof
 from tuner.search.limits import Limits
-from tuner.search.objective import among_equals, finalists
+from tuner.search.objective import among_equals, worth_racing
 from tuner.search.pairs import Pair, pair_order
 
 TWO_DOMAINS = (*prompts(48, "code"), *prompts(48, "prose"))
@@ -281,9 +281,9 @@ def test_finalists_reach_the_best_score() -> None:
             setup=Setup(draft=DRAFT_A, length=length), tok_per_s=interval, speedup=interval, acceptance_length=2
         )
 
-    chosen = finalists([forecast(1, 1.2, 1.3, 1.4), forecast(2, 1.1, 1.25, 1.35), forecast(3, 0.8, 0.9, 1.1)], 3)
+    chosen = worth_racing([forecast(1, 1.2, 1.3, 1.4), forecast(2, 1.1, 1.25, 1.35), forecast(3, 0.8, 0.9, 1.1)])
     assert [setup.length for setup in chosen] == [1, 2]
-    assert finalists([forecast(1, 0.7, 0.8, 0.9)], 3) == ()
+    assert worth_racing([forecast(1, 0.7, 0.8, 0.9)]) == ()
 
 
 def test_pairs_run_in_a_drawn_order_that_repeats() -> None:

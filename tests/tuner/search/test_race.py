@@ -36,10 +36,29 @@ def test_finishers_are_ranked_by_the_ratio_of_totals() -> None:
         speedup = {MODEL: speedups[queue[0].domain], LOOKUP: 1.25, PLAIN: 1.0}[setup]
         return [Pair(_sample(PLAIN, prompt, 1.0), _sample(setup, prompt, 1.0 / speedup)) for prompt in queue]
 
-    result = race(run, [(prompt,) for prompt in load], [MODEL, LOOKUP], study_name="race", storage=None)
+    result = race(
+        run, [(prompt,) for prompt in load], [MODEL, LOOKUP], num_finalists=3, study_name="race", storage=None
+    )
     assert result.speedups[LOOKUP] == pytest.approx(1.25)
     assert result.speedups[MODEL] == pytest.approx(3.0 / (1 / 2.5 + 2 / 0.95))
     assert among_equals(result.speedups) == LOOKUP
+
+
+def test_drafts_first_then_lengths_of_the_fastest() -> None:
+    """Three lengths of the model are forecast best, but the look-up is raced, wins, and then its other lengths are."""
+    model = [Setup(draft=DRAFT_A, length=length) for length in (4, 3, 2)]
+    lookup = [Setup(draft=NGRAM, length=length) for length in (6, 8, 4, 2)]
+    order: list[Setup] = []
+
+    def run(queue: Queue, setup: Setup) -> list[Pair]:
+        order.append(setup)
+        speedup = 1.0 if setup == PLAIN else 1.2 if setup.draft == DRAFT_A else 1.3 + 0.01 * setup.length
+        return [Pair(_sample(PLAIN, prompt, 1.0), _sample(setup, prompt, 1.0 / speedup)) for prompt in queue]
+
+    load = [(prompt,) for prompt in prompts(12)]
+    result = race(run, load, [*model, *lookup], num_finalists=3, study_name="race", storage=None)
+    assert list(dict.fromkeys(order)) == [PLAIN, model[0], lookup[0], lookup[1], lookup[2]]
+    assert max(result.speedups, key=lambda setup: result.speedups[setup]) == lookup[1]
 
 
 def test_a_tie_never_goes_to_a_setup_that_cannot_be_claimed() -> None:
