@@ -44,9 +44,8 @@ class TuningSession:
         except OSError as error:
             raise StoreError(f"store {evidence_store.name}: policy folder {folder}: {error.strerror}") from error
         location = evidence_store.database.studies_location()
-        with evidence_store.writing():  # Optuna creates its tables without a lock
-            # without a pool no connection is held while measuring, nor left open at the end
-            studies = search.open_storage(location, {"poolclass": NullPool})
+        # without a pool no connection is held while measuring, nor left open at the end
+        studies = search.open_storage(location, {"poolclass": NullPool}, lock=evidence_store.writing)
         return cls(evidence_store=evidence_store, studies=studies, folder=folder, since=since)
 
     @property

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.lookup [--rows 1000000] [--policies 10000] [--asks 2000]
 
-The store is made with the book's own tables: 100 targets, each tuned on 100 machines (20 families of cards with five
+The store is made with its own tables: 100 targets, each tuned on 100 machines (20 families of cards with five
 software versions each), every policy with 12 anchors; the rows of evidence are spread over targets and machines. In
 process, `tuner.deploy.lookup.lookup` is asked random questions of every match level on an open store; the first of each
 kind is not counted. As a process, `python tune.py lookup` is timed against `python -c "import sqlalchemy"`, turn
@@ -18,10 +18,9 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import sqlalchemy
 from rich.console import Console
@@ -29,7 +28,7 @@ from rich.table import Table
 
 from profiles.hardware.device import Machine, drop_unknown
 from profiles.hardware.machine import this_machine
-from profiles.records.core import PLAIN, Draft, Environment, Model, Setup, digest_of
+from profiles.records.core import PLAIN, Draft, Environment, Model, Setup, Workload, digest_of
 from store import tables
 from store.evidence_store import EvidenceStore
 from tests import ROOT
@@ -39,7 +38,7 @@ from tuner.deploy.lookup import Query, lookup
 from tuner.policy.policy import Choice, Policy, to_json
 from tuner.policy.query import MIXED
 
-NUM_TARGETS, NUM_FAMILIES, NUM_VERSIONS = 100, 20, 5
+NUM_TARGETS, NUM_FAMILIES, NUM_VERSIONS, NUM_PROMPTS = 100, 20, 5, 997
 DOMAINS, BATCHES = (MIXED, "code", "prose", "copy"), (1, 4, 16)
 NGRAM = Draft(kind="ngram", max_match=4, min_match=2)
 DRAFT = Draft(kind="model", model=Model(name="draft", dtype="float32", digest="d" * 32, num_params=1))
@@ -98,33 +97,51 @@ def policy(model: Model, machine: Environment) -> Policy:
     return Policy(created=MADE, target=model, environment=machine, choices=tuple(choices))
 
 
-def samples(count: int, everywhere: Sequence[Environment]) -> Iterator[dict[str, Any]]:
-    """Rows of timed runs, a prompt each."""
-    for number in range(count):
-        yield {
-            "target_key": target(number % NUM_TARGETS).run_digest,
-            "environment_digest": everywhere[number % len(everywhere)].digest,
-            "measured_at": MADE,
-            "unit": f"{number:032x}",
-            "position": 0,
-            "anchor_digest": "a" * 32,
-            "occasion": "proof 0",
-            "setup_digest": "b" * 32,
-            "setup_name": "ngram:max=4,min=2 k=4",
-            "prompt_digest": f"{number % 997:032x}",
-            "ttft_s": 0.1,
-            "decode_s": 1.0,
-            "output_tokens": 64,
-            "rounds": [[4, 2, 20], [4, 4, 5]],
-            "shapes": [[5, 4, 1, 25]],
-            "refills": 0,
-            "output_digest": "c" * 32,
-            "disturbed": False,
-        }
+def insert_units(connection: sqlalchemy.Connection, count: int, everywhere: Sequence[Environment]) -> None:
+    """Units of timed runs of one sample each, in chunks."""
+    setup = Setup(draft=NGRAM, length=4)
+    workload = Workload(context_length=4096, max_new_tokens=64)
+    prompts = [{"digest": f"{number:032x}", "domain": "code", "num_tokens": 100} for number in range(NUM_PROMPTS)]
+    connection.execute(sqlalchemy.insert(tables.setups), [tables.setup_row(setup)])
+    connection.execute(sqlalchemy.insert(tables.workloads), [tables.workload_row(workload)])
+    connection.execute(sqlalchemy.insert(tables.prompts), prompts)
+    for start in range(0, count, CHUNK):
+        numbers = range(start, min(count, start + CHUNK))
+        units = [
+            {
+                "id": number + 1,
+                "target_key": target(number % NUM_TARGETS).run_digest,
+                "environment_digest": everywhere[number % len(everywhere)].digest,
+                "measured_at": MADE,
+                "workload_id": 1,
+                "digest": f"{number:032x}",
+                "purpose": "proof 0",
+            }
+            for number in numbers
+        ]
+        samples = [
+            {
+                "unit_id": number + 1,
+                "position": 0,
+                "setup_id": 1,
+                "prompt_id": number % NUM_PROMPTS + 1,
+                "ttft_s": 0.1,
+                "decode_s": 1.0,
+                "output_tokens": 64,
+                "rounds": [[4, 2, 20], [4, 4, 5]],
+                "shapes": [[5, 4, 1, 25]],
+                "refills": 0,
+                "output_digest": "c" * 32,
+                "disturbed": False,
+            }
+            for number in numbers
+        ]
+        connection.execute(sqlalchemy.insert(tables.units), units)
+        connection.execute(sqlalchemy.insert(tables.samples), samples)
 
 
 def make(path: Path, num_rows: int, num_policies: int) -> list[Environment]:
-    """Fills a store; goes past the book's one row per transaction, which would take hours."""
+    """Fills a store; goes past the store's one unit per transaction, which would take hours."""
     everywhere = machines()
     EvidenceStore.open(path).close()
     engine = sqlalchemy.create_engine(f"sqlite:///{path}")
@@ -134,17 +151,20 @@ def make(path: Path, num_rows: int, num_policies: int) -> list[Environment]:
         rows = [tables.environment_row(machine) for machine in everywhere]
         connection.execute(sqlalchemy.insert(tables.environments), rows)
         pairs = [(model, machine) for model in models for machine in everywhere]
-        for model, machine in (pairs * (1 + num_policies // len(pairs)))[:num_policies]:
-            row = {"target_key": model.run_digest, "environment_digest": machine.digest, "created_at": MADE}
-            connection.execute(sqlalchemy.insert(tables.policies).values(policy=to_json(policy(model, machine)), **row))
-        chunk: list[dict[str, Any]] = []
-        for row in samples(num_rows, everywhere):
-            chunk.append(row)
-            if len(chunk) == CHUNK:
-                connection.execute(sqlalchemy.insert(tables.samples), chunk)
-                chunk = []
-        if chunk:
-            connection.execute(sqlalchemy.insert(tables.samples), chunk)
+        for number in range(num_policies):
+            model, machine = pairs[number % len(pairs)]
+            text = to_json(policy(model, machine))
+            row = {
+                "id": number + 1,
+                "target_key": model.run_digest,
+                "environment_digest": machine.digest,
+                "created_at": MADE,
+                "generation": 1 + number // len(pairs),
+                "policy": tables.policy_text(text),
+            }
+            connection.execute(sqlalchemy.insert(tables.policies), [row])
+            connection.execute(sqlalchemy.insert(tables.choices), tables.choice_rows(number + 1, text))
+        insert_units(connection, num_rows, everywhere)
     engine.dispose()
     return everywhere
 

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,6 +15,7 @@ import optuna
 import sqlalchemy
 
 from profiles.records.core import PLAIN, Setup
+from profiles.records.errors import StoreError
 from tuner.policy.estimates import Forecast
 from tuner.search.objective import score
 
@@ -21,7 +23,14 @@ STORED_TRIALS = 100
 BUSY_TIMEOUT_S = 30.0  # other runs may write to the same studies
 
 Storage: TypeAlias = optuna.storages.BaseStorage
-FAILURES = (sqlite3.Error, sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, OSError, RuntimeError)
+FAILURES = (
+    sqlite3.Error,
+    sqlalchemy.exc.SQLAlchemyError,
+    optuna.exceptions.OptunaError,
+    StoreError,
+    OSError,
+    RuntimeError,
+)
 
 
 class _UnsyncedConnection(sqlite3.Connection):
@@ -32,17 +41,20 @@ class _UnsyncedConnection(sqlite3.Connection):
         self.execute("PRAGMA synchronous = OFF")
 
 
-def open_storage(location: Path | str, engine_options: Mapping[str, Any] | None = None) -> Storage | None:
+def open_storage(
+    location: Path | str,
+    engine_options: Mapping[str, Any] | None = None,
+    lock: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+) -> Storage | None:
     """Opens Optuna's own database, made where there is none; None, with a warning, when that cannot be done.
-
-    Optuna creates its tables without a lock, so the caller must keep other processes out.
 
     Args:
         location: a SQLite file, or a database URL.
         engine_options: SQLAlchemy's.
+        lock: keeps other processes out while Optuna makes its tables, which it does without a lock.
     """
     options = dict(engine_options or {})
-    url = location
+    url = str(location)
     if isinstance(location, Path):
         options["connect_args"] = {"timeout": BUSY_TIMEOUT_S, "factory": _UnsyncedConnection}
         url = sqlalchemy.URL.create("sqlite", database=str(location)).render_as_string()
@@ -50,12 +62,24 @@ def open_storage(location: Path | str, engine_options: Mapping[str, Any] | None 
         if isinstance(location, Path):
             with contextlib.closing(sqlite3.connect(location)) as connection:
                 connection.execute("PRAGMA schema_version")  # no file of another kind is changed
+        if not _has_tables(url, options):
+            with lock():
+                if not _has_tables(url, options):
+                    optuna.storages.RDBStorage(url, engine_kwargs=options)
         storage = optuna.storages.RDBStorage(url, engine_kwargs=options)
         storage.get_all_studies()
     except FAILURES as error:
         _warn(error)
         return None
     return storage
+
+
+def _has_tables(url: str, options: Mapping[str, Any]) -> bool:
+    engine = sqlalchemy.create_engine(url, **options)
+    try:
+        return sqlalchemy.inspect(engine).has_table("alembic_version")  # which Optuna makes last
+    finally:
+        engine.dispose()
 
 
 def store_study(name: str, direction: str, trials: Iterable[optuna.trial.FrozenTrial], storage: Storage | None) -> None:
