@@ -72,13 +72,13 @@ def merge(path: File, store: options.Store = None, json_only: options.JsonOnly =
     from tuner.deploy.policy_files import DOCUMENTS
 
     bundle.inspect(path, DOCUMENTS)  # a refused file makes no store
-    place = location.store_location(store)
-    with EvidenceStore.open(place) as evidence_store:
+    store_location = location.store_location(store)
+    with EvidenceStore.open(store_location) as evidence_store:
         merged = bundle.merge(evidence_store, path, DOCUMENTS)
     if json_only:
-        print_json({**asdict(merged), "store": location.store_name(place)})
+        print_json({**asdict(merged), "store": location.store_name(store_location)})
         return
-    print_lines(f"store {location.store_name(place)}")
+    print_lines(f"store {location.store_name(store_location)}")
     for table in dict.fromkeys([*merged.added, *merged.known, *merged.unlike]):
         counts = f"{_spaced(table)}: {merged.added.get(table, 0)} new, {merged.known.get(table, 0)} known"
         conflicts = merged.unlike.get(table, 0)

@@ -32,18 +32,20 @@ def forget(
 
     if target is None and before is None:
         raise InputError("nothing to forget: name a --target, a date with --before, or both")
-    place = location.existing_store(store)
-    with EvidenceStore.open(place) as evidence_store:
+    store_location = location.existing_store(store)
+    with EvidenceStore.open(store_location) as evidence_store:
         time = None if before is None else _utc(before)
         forgotten = delete_rows(evidence_store, target=target, before=time, dry_run=dry_run)
     if json_only:
-        print_json({**asdict(forgotten), "dry_run": dry_run, "store": location.store_name(place)})
+        print_json({**asdict(forgotten), "dry_run": dry_run, "store": location.store_name(store_location)})
         return
-    verb = "would delete" if dry_run else "deleted"
+    action = "would delete" if dry_run else "deleted"
     rows = ", ".join(f"{count} {table.replace('_', ' ')}" for table, count in forgotten.rows.items())
     names = ", ".join(dict.fromkeys(model.name for model in forgotten.targets))
     age = "" if before is None else f" older than {before}"
-    print_lines(f"{verb} {rows or 'nothing'} of {names or 'no target'}{age} in store {location.store_name(place)}")
+    print_lines(
+        f"{action} {rows or 'nothing'} of {names or 'no target'}{age} in store {location.store_name(store_location)}"
+    )
 
 
 def _utc(before: str) -> str:

@@ -55,11 +55,13 @@ def lookup(
         from store.evidence_store import EvidenceStore
         from tuner.deploy.stored_policies import only_engine
 
-        place = location.existing_store(store)
-        with EvidenceStore.open_read_only(place) as evidence_store:
+        store_location = location.existing_store(store)
+        with EvidenceStore.open_read_only(store_location) as evidence_store:
             here = _machine(engine_name or only_engine(evidence_store, target), environment, device)
             result = lookup_stored(evidence_store, query, here)
-            document = _stored_document(result, evidence_store, location.store_name(place)) if json_only else {}
+            document = (
+                _stored_document(result, evidence_store, location.store_name(store_location)) if json_only else {}
+            )
     if json_only:
         print_json(document)
     if not result.reaches(require or "none"):

@@ -68,7 +68,7 @@ class StageProgress:
         self._draw(at_once=begins)  # a stage may be one long unit, for which nothing is drawn again
 
     def standings(self, rows: Sequence[Standing]) -> None:
-        """The candidates of the anchor under way, all of one domain; they replace those shown before."""
+        """The candidates of the operating point under way, all of one domain; they replace those shown before."""
         self._rows = tuple(rows)
         self._draw()
 
@@ -128,10 +128,10 @@ def _rank(row: Standing) -> tuple[float, str]:
     return -(row.forecast.estimate if row.forecast is not None else unknown), row.setup_name
 
 
-def _figure(known: Interval | None, wide: bool) -> str:
-    if known is None:
+def _figure(ratio: Interval | None, wide: bool) -> str:
+    if ratio is None:
         return ""
-    if known.low == known.high:
-        return f"{known.estimate:.2f}"
-    low, high = f"{known.low:.2f}", f"{known.high:.2f}"
-    return f"{known.estimate:.2f} ({low} to {high})" if wide else f"{known.estimate:.2f} {low}-{high}"
+    if ratio.low == ratio.high:
+        return f"{ratio.estimate:.2f}"
+    low, high = f"{ratio.low:.2f}", f"{ratio.high:.2f}"
+    return f"{ratio.estimate:.2f} ({low} to {high})" if wide else f"{ratio.estimate:.2f} {low}-{high}"

@@ -61,12 +61,7 @@ def run(
 ) -> int:
     """Measure every draft at every length, choose, prove the choice, and write the policy."""
     options.check_engine_options(
-        engine,
-        engine_command=engine_command,
-        launch=launch,
-        kind=kind,
-        engine_version=engine_version,
-        threads=threads,
+        engine, engine_command=engine_command, launch=launch, kind=kind, engine_version=engine_version, threads=threads
     )
     out_of_time = _deadline(budget)
     max_age_s = None if max_age is None else parse_age(max_age)
@@ -76,9 +71,9 @@ def run(
         from tuner.search.limits import Limits
 
         limits = Limits(max_memory_gib=max_memory, max_ttft_ms=max_ttft, max_p95_tpot_ms=max_p95_tpot)
-        place = location.store_location(store)
+        store_location = location.store_location(store)
         if not dry_run:
-            _check_store(place)  # before models are loaded
+            _check_store(store_location)  # before models are loaded
         question = Question(
             lengths=parse_lengths(lengths),
             batch_sizes=tuple(dict.fromkeys(batch_size or [1])),
@@ -102,19 +97,22 @@ def run(
             engine_version=engine_version,
             threads=threads,
         )
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(bench.close)
-            sources = prompts or [builtin.ALL_PROMPTS]
-            loads, requests = _read_loads(bench, question, sources, domain=domain, num_prompts=num_prompts)
-            on_failure.pop_all()
     with contextlib.closing(bench):  # ends the servers that it started
-        print_notes(f"target {target} on {_describe(bench.engine.environment)}; store {location.store_name(place)}")
+        sources = prompts or [builtin.ALL_PROMPTS]
+        loads, requests = _read_loads(bench, question, sources, domain=domain, num_prompts=num_prompts)
+        print_notes(
+            f"target {target} on {_describe(bench.engine.environment)}; store {location.store_name(store_location)}"
+        )
         print_notes(*(f"left out: {refused.name}: {refused.detail}" for refused in bench.refused))
         tuner_options = _tuner_options(bench, question, limits, objective)
         if dry_run:
-            return _dry_run(bench, loads, tuner_options, place=place, max_age_s=max_age_s, json_only=json_only)
-        finished = _tune(bench, loads, tuner_options, place=place, max_age_s=max_age_s, out_of_time=out_of_time)
-    return _print_finished(finished, requests, place=place, seed=seed, json_only=json_only)
+            return _dry_run(
+                bench, loads, tuner_options, store_location=store_location, max_age_s=max_age_s, json_only=json_only
+            )
+        finished = _tune(
+            bench, loads, tuner_options, store_location=store_location, max_age_s=max_age_s, out_of_time=out_of_time
+        )
+    return _print_finished(finished, requests, store_location=store_location, seed=seed, json_only=json_only)
 
 
 def _deadline(budget: float | None) -> Callable[[], bool]:
@@ -125,12 +123,12 @@ def _deadline(budget: float | None) -> Callable[[], bool]:
     return lambda: time.monotonic() > deadline
 
 
-def _check_store(place: "Location") -> None:
+def _check_store(store_location: "Location") -> None:
     """Opens store and studies once. Raises StoreError when they cannot be used."""
     from store.evidence_store import EvidenceStore
     from tuner.run import TuningSession
 
-    with EvidenceStore.open(place) as evidence_store:
+    with EvidenceStore.open(store_location) as evidence_store:
         TuningSession.of(evidence_store)
 
 
@@ -220,7 +218,7 @@ def _tune(
     loads: "Loads",
     tuner_options: "Options",
     *,
-    place: "Location",
+    store_location: "Location",
     max_age_s: float | None,
     out_of_time: Callable[[], bool],
 ) -> "FinishedRun":
@@ -230,7 +228,7 @@ def _tune(
     from tuner.cli.progress import StageProgress
     from tuner.pipeline.pipeline import Watch
 
-    with EvidenceStore.open(place) as evidence_store, StageProgress(console(stderr=True)) as progress:
+    with EvidenceStore.open(store_location) as evidence_store, StageProgress(console(stderr=True)) as progress:
         session = runs.TuningSession.of(evidence_store, runs.utc_ago(max_age_s))
         watch = Watch(progress=progress.update, out_of_time=out_of_time, show=progress.standings)
         return runs.tune(bench.engine, loads, session, tuner_options, watch)
@@ -241,7 +239,7 @@ def _dry_run(
     loads: "Loads",
     tuner_options: "Options",
     *,
-    place: "Location",
+    store_location: "Location",
     max_age_s: float | None,
     json_only: bool,
 ) -> int:
@@ -249,7 +247,7 @@ def _dry_run(
     from tuner import dry_run as dry_runs
     from tuner.run import utc_ago
 
-    plan = dry_runs.dry_run(bench.engine, loads, place, tuner_options, utc_ago(max_age_s))
+    plan = dry_runs.dry_run(bench.engine, loads, store_location, tuner_options, utc_ago(max_age_s))
     if not json_only:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
@@ -264,7 +262,7 @@ def _dry_run(
 
 
 def _print_finished(
-    finished: "FinishedRun", requests: "list[Request]", *, place: "Location", seed: int, json_only: bool
+    finished: "FinishedRun", requests: "list[Request]", *, store_location: "Location", seed: int, json_only: bool
 ) -> int:
     """Prints the outcome, trains the router, and returns the exit code.
 
@@ -282,7 +280,7 @@ def _print_finished(
         console().print(report.table(policy))
         print_lines(*run_summary(finished), router_line(router))
     document = report.document(
-        policy, cost=finished.cost, store=location.store_name(place), policy_path=str(finished.policy_path)
+        policy, cost=finished.cost, store=location.store_name(store_location), policy_path=str(finished.policy_path)
     )
     left_out = [asdict(refused) for refused in finished.left_out]
     print_json({**document, "router": router, "left_out": left_out})

@@ -52,10 +52,10 @@ def verify(
         Verified(
             concurrency=size,
             claimed=claims[size],
-            measured=found,
-            verdict=_of_drafting(found, proven[size]) if size in proven else _of_plain(found),
+            measured=estimate,
+            verdict=_of_drafting(estimate, proven[size]) if size in proven else _of_plain(estimate),
         )
-        for size, found in measured.items()
+        for size, estimate in measured.items()
     )
 
 
