@@ -24,6 +24,7 @@ from sqlalchemy import URL, Connection, Table, insert, select
 from profiles.records.core import Environment, Model
 from profiles.records.errors import InputError, NotMeasuredError
 from profiles.records.files import open_file, write_atomically
+from profiles.records.text import command
 from store import migrations, tables
 from store.bundle.rows import CHILDREN, PARENTS, TRACES, Documents, Item, items, links, primary_key, trace_key
 from store.evidence_store import EvidenceStore
@@ -357,7 +358,7 @@ def _opened(path: Path) -> Iterator[Connection]:
     if first.startswith(b"draftpick-bundle "):
         raise InputError("it is of draftpick 0.5 or older: merge it there, and pack that store with this draftpick")
     if not first.startswith(b"SQLite format 3\0") or int.from_bytes(first[68:72]) != APPLICATION_ID:
-        raise InputError("it is not a bundle: `tune.py bundle pack` makes one")
+        raise InputError(f"it is not a bundle: `{command('bundle pack')}` makes one")
     if size > MOST_BYTES:
         raise InputError(f"it has {size} bytes: {MOST_BYTES} are allowed")
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
@@ -384,17 +385,17 @@ def _require_schema(connection: Connection) -> None:
     if schema > int(migrations.HEAD):
         raise InputError(f"it has schema {schema:04}, this draftpick reads up to {migrations.HEAD}: upgrade draftpick")
     empty = sqlalchemy.create_engine("sqlite://")
-    with empty.begin() as own:
-        tables.metadata.create_all(own)
-        wanted = _schema(own)
+    with empty.begin() as reference:
+        tables.metadata.create_all(reference)
+        expected = _schema(reference)
     empty.dispose()
-    if strange := _schema(connection) ^ wanted:
+    if strange := _schema(connection) ^ expected:
         kind, name, *_ = min(strange)
         raise InputError(f"its {kind} {name[:60]!r} is not of schema {migrations.HEAD}")
     for check in ("quick_check", "foreign_key_check"):
-        found = connection.exec_driver_sql(f"PRAGMA {check}").fetchmany(1)
-        if found and found[0][0] != "ok":
-            raise InputError(f"it is damaged: {' '.join(map(str, found[0]))[:100]}")
+        result = connection.exec_driver_sql(f"PRAGMA {check}").fetchmany(1)
+        if result and result[0][0] != "ok":
+            raise InputError(f"it is damaged: {' '.join(map(str, result[0]))[:100]}")
 
 
 def _schema(connection: Connection) -> set[tuple[str, str, str, str]]:

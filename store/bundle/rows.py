@@ -47,7 +47,7 @@ MOST_CHILDREN, LARGEST_SIZE, LARGEST_GENERATION = 100_000, 2**24, 10**6
 class Documents:
     """The checks of JSON documents that belong to layers above the store.
 
-    `policy` returns a policy's text in its one form, and the digests of its target and machine; `report_data` returns
+    `policy` returns a policy's text normalised, and the digests of its target and machine; `report_data` returns
     a run's report data. Both raise InputError.
     """
 
@@ -90,16 +90,16 @@ def items(
     lengths: dict[tuple[str, ...], int] = {}  # of the target traces
     for table in TABLES:
         key = table.c[primary_key(table)]
-        own = [condition for condition in conditions if condition.left.table is table]
-        for row_id in connection.scalars(select(key).where(*own).order_by(key)).all():
+        selected = [condition for condition in conditions if condition.left.table is table]
+        for row_id in connection.scalars(select(key).where(*selected).order_by(key)).all():
             try:
                 item = _item(connection, table, row_id, documents)
                 if item.row.get("run_id") not in accepted["runs"]:
                     item.row.update(dict.fromkeys({"run_id"} & item.row.keys()))  # of a run that has not ended
                 for row in (item.row, *item.children):
                     for name, other in links(table if row is item.row else CHILDREN[table.name]).items():
-                        known = row[name] is None or other is table or row[name] in accepted[other.name]
-                        require(known, f"{name} {row[name]} refers to a row that is not there")
+                        is_there = row[name] is None or other is table or row[name] in accepted[other.name]
+                        require(is_there, f"{name} {row[name]} refers to a row that is not there")
                 _check_length(item, lengths)
             except InputError as error:
                 refuse(table, InputError(f"{table.name}: {error}"))
@@ -118,9 +118,9 @@ def _item(connection: Connection, table: Table, row_id: Any, documents: Document
         if child is not None:
             parent = PARENTS[child.name]
             query = select(child).where(child.c[parent] == row_id).order_by(*child.primary_key.columns)
-            found = connection.execute(query.limit(MOST_CHILDREN + 1)).mappings().all()
-            require(0 < len(found) <= MOST_CHILDREN, f"it has {len(found)} rows: 1 to {MOST_CHILDREN} are allowed")
-            children = tuple({**_checked(child, each), parent: row_id} for each in found)
+            rows = connection.execute(query.limit(MOST_CHILDREN + 1)).mappings().all()
+            require(0 < len(rows) <= MOST_CHILDREN, f"it has {len(rows)} rows: 1 to {MOST_CHILDREN} are allowed")
+            children = tuple({**_checked(child, each), parent: row_id} for each in rows)
         if check := _CHECKS.get(table.name):
             row = check(row, children, documents)
         return Item(table=table, row=row, children=children)
