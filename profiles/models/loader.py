@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
@@ -110,6 +111,11 @@ def load(
     sources.weight_files(source)
     with library_errors(f"model {name!r}"):
         config = sources.read_config(source)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ModelError(
+                f"model {name!r}: {config.model_type} has no language model of its own in transformers, which the "
+                "torch engine needs; use an engine that runs it, such as vLLM"
+            )
         _check_cache(name, config)
         tokenizer = sources.read_tokenizer(source)
         placement = _placement(source, dtype, device) if several_gpus else {}

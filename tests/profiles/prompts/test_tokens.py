@@ -97,7 +97,7 @@ def test_a_line_of_a_batch_file_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["set.json", "set.jsonl", "set.txt", "set"])
 def test_formats_are_recognised_by_content(tmp_path: Path, content: str, texts: list[str], name: str) -> None:
     """Whatever the file is called."""
-    if name == "set.txt" and content.endswith('{"pro'):
+    if name in ("set", "set.txt") and content.endswith('{"pro'):
         return  # text that only begins like JSON
     (tmp_path / name).write_text(content)
     requests = read(str(tmp_path / name))
