@@ -62,7 +62,7 @@ def sql(path: Path, query: str) -> list[Any]:
 
 
 class FakeEngine:
-    """Fits `Engine`: plain steps take 5 ms, draft-a's tokens are kept with probability `keep` (by domain if given).
+    """Fits `Engine`: plain steps take 5 ms, draft-a's tokens are accepted with probability `keep` (by domain if given).
 
     Real runs follow the walk exactly and take the sum of their step times with 1.5 % noise. While `failure` is set,
     every question raises it; while `disturbed` is, timings say that other programs used the machine.
@@ -146,14 +146,14 @@ class FakeEngine:
         size = len(trace.token_ids)
         names = {"prompt_digest": prompt.digest, "draft_digest": draft.digest}
         if draft.kind == "ngram":
-            found = [rng.random() < 0.5 for _ in range(size)]
+            matches = [rng.random() < 0.5 for _ in range(size)]
             matching = [sum(rng.random() < 0.6 for _ in range(8)) for _ in range(size)]
-            proposed = tuple(max_length if hit else 0 for hit in found)
-            kept = tuple(
+            proposed = tuple(max_length if hit else 0 for hit in matches)
+            accepted = tuple(
                 min(wanted, match, size - start)
                 for start, (wanted, match) in enumerate(zip(proposed, matching, strict=True))
             )
-            return LookupTrace(**names, max_length=max_length, proposed=proposed, accepted=kept)
+            return LookupTrace(**names, max_length=max_length, proposed=proposed, accepted=accepted)
         draws = [rng.random() for _ in range(size)]
         if workload.temperature == 0.0:
             accept_probs = tuple(float(draw < keep) for draw in draws)
@@ -181,7 +181,7 @@ class FakeEngine:
                     ttft_s=_noisy(prefill_s, rng),
                     decode_s=_noisy(decode_s, rng),
                     output_tokens=len(trace.token_ids),
-                    rounds=Counter((one.proposed, one.accepted) for one in run.rounds),
+                    rounds=Counter((each.proposed, each.accepted) for each in run.rounds),
                     shapes=run.shapes,
                     refills=run.refills,
                     output_digest=digest_of(list(trace.token_ids)),
@@ -192,16 +192,16 @@ class FakeEngine:
 
     def _rounds(self, workload: Workload, prompt: Prompt, setup: Setup) -> list[RoundOutcome]:
         trace = self._trace(workload, prompt)
-        found = [
-            self._lucky(workload, prompt, self._acceptance(workload, prompt, trace, part, setup.length))
+        components = [
+            self._drawn(workload, prompt, self._acceptance(workload, prompt, trace, part, setup.length))
             for part in (setup.draft.components if setup.draft is not None else ())
         ]
-        acceptance = combine(found) if found else None
+        acceptance = combine(components) if components else None
         most = NO_END if self.capabilities.past_end else workload.max_new_tokens
         return draw_rounds(trace, acceptance, setup.length, most, rng=random.Random(0))
 
-    def _lucky(self, workload: Workload, prompt: Prompt, acceptance: Acceptance) -> Acceptance:
-        """The acceptance of one run: every keep probability drawn to 0 or 1 (greedy ones are already)."""
+    def _drawn(self, workload: Workload, prompt: Prompt, acceptance: Acceptance) -> Acceptance:
+        """The acceptance of one run: every accept probability drawn to 0 or 1 (greedy ones are already)."""
         if isinstance(acceptance, LookupTrace):
             return acceptance
         rng = self._random("luck", workload.sampling_digest, prompt.digest, acceptance.draft_digest)

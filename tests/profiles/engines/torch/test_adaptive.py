@@ -100,15 +100,15 @@ def replayed(
         for number, row in enumerate(rows):
             if row is None:
                 continue
-            prompt, place = row
-            proposed = kept = 0
+            prompt, position = row
+            proposed = num_accepted = 0
             size = len(traces[prompt].token_ids)
             if setup.draft is not None:
-                asked = min(setup.length, workload.max_new_tokens - place - 1)
-                [outcome] = round_outcomes(accepted[prompt][setup.draft], place, asked, size)
-                proposed, kept = outcome.proposed, outcome.accepted
-            played.append((proposed, kept))
-            rows[number] = (prompt, place + kept + 1) if place + kept + 1 < size else None
+                limit = min(setup.length, workload.max_new_tokens - position - 1)
+                [outcome] = round_outcomes(accepted[prompt][setup.draft], position, limit, size)
+                proposed, num_accepted = outcome.proposed, outcome.accepted
+            played.append((proposed, num_accepted))
+            rows[number] = (prompt, position + num_accepted + 1) if position + num_accepted + 1 < size else None
         rounds.append(played)
         for number, row in enumerate(rows):
             if row is None:
@@ -116,12 +116,12 @@ def replayed(
     return rounds
 
 
-def check_lossless(found: AdaptiveRun, traces: Sequence[TargetTrace]) -> None:
+def check_lossless(result: AdaptiveRun, traces: Sequence[TargetTrace]) -> None:
     """Outputs are the traces', and the rounds tell of every token."""
-    assert [tuple(run.token_ids) for run in found.generations] == [trace.token_ids for trace in traces]
+    assert [tuple(run.token_ids) for run in result.generations] == [trace.token_ids for trace in traces]
     emitted = sum(len(trace.token_ids) - 1 for trace in traces)  # a first token is the prefill's
-    assert sum(each.tokens for each in found.rounds) == emitted
-    assert all(each.seconds > 0.0 for each in found.rounds)
+    assert sum(each.tokens for each in result.rounds) == emitted
+    assert all(each.seconds > 0.0 for each in result.rounds)
 
 
 @pytest.mark.parametrize("ends", [False, True], ids=["to the limit", "to an end token"])
@@ -137,11 +137,11 @@ def test_no_switch_costs_a_token_or_an_acceptance(
     accepted = accepting(engine, workload, traces)
     for seed in range(6):
         controller = ScriptedController(wandering(every_setup(engine), seed, longest))
-        found = engine.run_adaptive(workload, PROMPTS, controller, 8)
-        check_lossless(found, traces)
-        assert [each.setup for each in found.rounds] == [report.decision.setup for report in controller.reports]
-        assert [each.rows for each in found.rounds] == [len(report.rows) for report in controller.reports]
-        setups = iter([each.setup for each in found.rounds])
+        result = engine.run_adaptive(workload, PROMPTS, controller, 8)
+        check_lossless(result, traces)
+        assert [each.setup for each in result.rounds] == [report.decision.setup for report in controller.reports]
+        assert [each.rows for each in result.rounds] == [len(report.rows) for report in controller.reports]
+        setups = iter([each.setup for each in result.rounds])
         assert [list(report.rows) for report in controller.reports] == replayed(workload, traces, accepted, setups)
 
 
@@ -149,12 +149,12 @@ def test_stopping_early_belongs_to_the_setup(engine: TorchEngine) -> None:
     """Setups that share a draft stop each as it says."""
     [never, always] = [Setup(draft=engine.drafts[OTHER], length=4, stop_below=stop) for stop in (1e-9, 1.0 - 1e-9)]
     controller = ScriptedController(itertools.cycle([always, never, PLAIN]))
-    found = engine.run_adaptive(WORKLOAD, PROMPTS[:3], controller, 4)
-    check_lossless(found, traces_of(engine, WORKLOAD)[:3])
+    result = engine.run_adaptive(WORKLOAD, PROMPTS[:3], controller, 4)
+    check_lossless(result, traces_of(engine, WORKLOAD)[:3])
     proposed = {setup: [] for setup in (always, never)}
     for report in controller.reports:
         if report.decision.setup != PLAIN:
-            proposed[report.decision.setup] += [asked for asked, _ in report.rows]
+            proposed[report.decision.setup] += [limit for limit, _ in report.rows]
     assert max(proposed[always]) == 0
     assert max(proposed[never]) == 4
 
@@ -162,22 +162,22 @@ def test_stopping_early_belongs_to_the_setup(engine: TorchEngine) -> None:
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_a_draft_comes_back_after_a_long_time(engine: TorchEngine, batch_size: int) -> None:
     """Its first round takes in all it missed, several steps of 64 tokens; then everything is accepted again."""
-    own = Setup(draft=engine.drafts[SELF], length=4)
+    self_setup = Setup(draft=engine.drafts[SELF], length=4)
     workload = Workload(context_length=240, max_new_tokens=180, batch_size=batch_size)
     prompts = (PROMPTS[3], PROMPTS[5])
-    for first in (PLAIN, own):
-        setups = itertools.chain([first] * 3, [PLAIN] * 140, itertools.repeat(own))
-        found = engine.run_adaptive(workload, prompts[:batch_size], ScriptedController(setups), 8)
-        assert max(width for run in found.generations for _, _, width in run.shapes) == 192
-        for run, prompt in zip(found.generations, prompts, strict=False):
+    for first in (PLAIN, self_setup):
+        setups = itertools.chain([first] * 3, [PLAIN] * 140, itertools.repeat(self_setup))
+        result = engine.run_adaptive(workload, prompts[:batch_size], ScriptedController(setups), 8)
+        assert max(width for run in result.generations for _, _, width in run.shapes) == 192
+        for run, prompt in zip(result.generations, prompts, strict=False):
             assert tuple(run.token_ids) == engine.trace_target(workload, prompt).token_ids
-            assert all(kept == proposed for proposed, kept in run.rounds)
+            assert all(num_accepted == proposed for proposed, num_accepted in run.rounds)
 
 
 def test_only_the_draft_in_use_is_started_with_a_prompt(engine: TorchEngine) -> None:
     """The first pick's own is caught up in its first round; one that was not picked takes in the whole text."""
-    own, other = (Setup(draft=engine.drafts[kind], length=1) for kind in (SELF, EXIT))
-    for setups, width in (([own], 2), ([PLAIN, own], 64), ([other, own], 64)):
+    self_setup, other = (Setup(draft=engine.drafts[kind], length=1) for kind in (SELF, EXIT))
+    for setups, width in (([self_setup], 2), ([PLAIN, self_setup], 64), ([other, self_setup], 64)):
         controller = ScriptedController(itertools.chain(setups, itertools.repeat(PLAIN)))
         [run] = engine.run_adaptive(WORKLOAD, (PROMPTS[3],), controller, 1).generations
         assert max(first for _, _, first in run.shapes) == width
@@ -199,8 +199,8 @@ def test_an_output_of_one_token_is_no_round(engine: TorchEngine) -> None:
     workload = replace(WORKLOAD, batch_size=2, end_token_ids=(first,))
     assert first not in engine.trace_target(WORKLOAD, PROMPTS[1]).token_ids
     controller = ScriptedController(itertools.repeat(PLAIN))
-    found = engine.run_adaptive(workload, PROMPTS[:2], controller, 4)
-    assert [len(run.token_ids) for run in found.generations] == [1, 24]
+    result = engine.run_adaptive(workload, PROMPTS[:2], controller, 4)
+    assert [len(run.token_ids) for run in result.generations] == [1, 24]
     assert [size for size, *_ in controller.questions] == [2] * 24
     controller = ScriptedController(itertools.repeat(PLAIN))
     assert engine.run_adaptive(workload, PROMPTS[:1], controller, 4).rounds == ()
@@ -223,13 +223,13 @@ def test_bad_numbers_spoil_no_later_run(tiny_folders: dict[str, Path]) -> None:
     engine = TorchEngine(target, (), "cpu")
     good = engine.trace_target(WORKLOAD, PROMPTS[0])
     weight = target.model.lm_head.weight
-    kept = weight.detach().clone()
+    num_accepted = weight.detach().clone()
     with torch.no_grad():
         weight.fill_(float("nan"))
     with pytest.raises(BadNumbersError):
         engine.run_adaptive(WORKLOAD, PROMPTS[:1], ScriptedController(itertools.repeat(PLAIN)), 0)
     with torch.no_grad():
-        weight.copy_(kept)
+        weight.copy_(num_accepted)
     [run] = engine.run_adaptive(WORKLOAD, PROMPTS[:1], ScriptedController(itertools.repeat(PLAIN)), 0).generations
     assert tuple(run.token_ids) == good.token_ids
 
@@ -264,8 +264,8 @@ def _sampled(batch_size: int) -> float:
     outputs: list[tuple[int, ...]] = []
     for seed in range(RUNS // len(prompts)):
         controller = ScriptedController(wandering([PLAIN, *drafting], seed))
-        found = run_toy_adaptive(TARGET, TOYS, replace(workload, seed=seed), prompts, controller)
-        outputs += [tuple(run.token_ids) for run in found.generations]
+        result = run_toy_adaptive(TARGET, TOYS, replace(workload, seed=seed), prompts, controller)
+        outputs += [tuple(run.token_ids) for run in result.generations]
     return p_value(sequence_law(TARGET, workload, 1), outputs)
 
 

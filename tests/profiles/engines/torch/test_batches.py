@@ -91,14 +91,14 @@ def test_every_row_is_lossless(engine: TorchEngine, kind: int, batch_size: int, 
     else:
         samples = list(engine.run_together(workload, PROMPTS, setups, "test"))
     for number, setup in enumerate(setups):
-        own = samples[number * len(PROMPTS) : (number + 1) * len(PROMPTS)]
-        known = accepted if setup.draft is not None else [None] * len(PROMPTS)
+        queue_samples = samples[number * len(PROMPTS) : (number + 1) * len(PROMPTS)]
+        acceptances = accepted if setup.draft is not None else [None] * len(PROMPTS)
         paths = [
             draw_rounds(trace, acceptance, setup.length, workload.max_new_tokens, rng=random.Random(0))
-            for trace, acceptance in zip(traces, known, strict=True)
+            for trace, acceptance in zip(traces, acceptances, strict=True)
         ]
         replayed = replay(paths, batch_size) if batch_size > 1 else [replay([path], 1)[0] for path in paths]
-        for sample, trace, acceptance, turn in zip(own, traces, known, replayed, strict=True):
+        for sample, trace, acceptance, turn in zip(queue_samples, traces, acceptances, replayed, strict=True):
             walked = expected_rounds(trace, acceptance, setup.length, workload.max_new_tokens)
             assert sample.output_digest == digest_of(list(trace.token_ids))
             assert dict(sample.rounds) == dict(walked.rounds)
@@ -148,8 +148,8 @@ def test_the_walk_of_a_composite_is_the_mean_of_its_replays() -> None:
     turns = [replay([path], 1)[0] for path in paths]
     assert sum(map(len, paths)) / ways == pytest.approx(walked.num_rounds, rel=0.01)
     for shape, expected in walked.shapes.items():
-        found = sum(turn.shapes[shape] for turn in turns) / ways
-        assert found == pytest.approx(expected, abs=0.05), shape
+        output = sum(turn.shapes[shape] for turn in turns) / ways
+        assert output == pytest.approx(expected, abs=0.05), shape
     assert {shape for turn in turns for shape in turn.shapes} <= walked.shapes.keys()
     assert max(width for _, _, width in walked.shapes) > 4
 

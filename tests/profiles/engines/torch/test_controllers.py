@@ -8,13 +8,13 @@ from tests.support.fakes import DRAFT_A, NGRAM
 FAST, SLOW = Setup(draft=NGRAM, length=4), Setup(draft=DRAFT_A, length=4)
 
 
-def play(controller: RoundController, num_rounds: int, seconds: dict[Setup, float], kept: int = 0) -> list[Setup]:
+def play(controller: RoundController, num_rounds: int, seconds: dict[Setup, float], accepted: int = 0) -> list[Setup]:
     """What it picks where a round of a setup takes so long and keeps `kept` tokens, or as many as it proposes."""
     picked = []
     for _ in range(num_rounds):
         pick = controller.choose()
         picked.append(pick.setup)
-        row = pick.setup.length, min(kept, pick.setup.length)
+        row = pick.setup.length, min(accepted, pick.setup.length)
         assert controller.observe(RoundReport(pick, (row,), seconds.get(pick.setup, 1.0)))
     return picked
 
@@ -23,9 +23,9 @@ def test_the_average_moves_the_step_count() -> None:
     """All kept: up to the most steps; nothing kept: down to the fewest; in between it rests one above the average."""
     ema = Ema(DRAFT_A, 3)
     assert play(ema, 11, {})[-1].length == 3
-    assert play(ema, 60, {}, kept=7)[-1].length == 7
-    assert play(ema, 60, {}, kept=0)[-1].length == 1
-    assert play(ema, 60, {}, kept=2)[-1].length == 3
+    assert play(ema, 60, {}, accepted=7)[-1].length == 7
+    assert play(ema, 60, {}, accepted=0)[-1].length == 1
+    assert play(ema, 60, {}, accepted=2)[-1].length == 3
 
 
 def test_zero_steps_are_tried_again() -> None:
@@ -47,7 +47,7 @@ def test_bandits_find_the_faster_arm() -> None:
 def test_the_oracle_goes_from_request_to_request() -> None:
     """It counts the tokens of every request; one without rounds is passed over."""
     oracle = Oracle([(FAST, 6), (PLAIN, 0), (SLOW, 2)])
-    assert play(oracle, 3, {}, kept=2) == [FAST, FAST, SLOW]
+    assert play(oracle, 3, {}, accepted=2) == [FAST, FAST, SLOW]
 
 
 def test_a_table_is_asked_rows_and_domain() -> None:

@@ -130,7 +130,7 @@ def test_sampled_rounds_in_expectation(kind: str, length: int) -> None:
     draft_model = near(target, 6, 0.6)
     draft = Draft(kind="ngram", max_match=2, min_match=1) if kind == "ngram" else Draft(kind="early_exit", num_layers=1)
     # the first token, out of the vocabulary, tells the prompts apart: each has random numbers of its own
-    prompts = [Prompt(domain="toy", token_ids=(12 + place, 1, 2, 3, 4, 5, 1)) for place in range(2000)]
+    prompts = [Prompt(domain="toy", token_ids=(12 + position, 1, 2, 3, 4, 5, 1)) for position in range(2000)]
     workload = Workload(batch_size=100, context_length=256, max_new_tokens=128, temperature=0.9, top_p=0.95, seed=0)
     walked = []
     for prompt, plain in zip(prompts, run_queue(target, None, 0, workload, prompts, watch=True), strict=True):

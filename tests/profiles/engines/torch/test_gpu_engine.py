@@ -34,8 +34,10 @@ def test_graphs_equal_eager_steps(tiny_folders: dict[str, Path], architecture: s
         for start, width in ((0, 8), (8, 1), (9, 5), (14, 1), (12, 5)):
             tokens = torch.arange(3 * width, device="cuda").view(3, width) + 20
             positions = torch.arange(start, start + width, device="cuda").expand(3, -1)
-            found, wanted = (one.step(tokens, positions, start + width, keep=width).clone() for one in (graphed, eager))
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+            logits, expected = (
+                rows.step(tokens, positions, start + width, keep=width).clone() for rows in (graphed, eager)
+            )
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert graphed._graphs
 
 
@@ -76,6 +78,6 @@ def test_a_controller_decides_on_a_gpu(engine: TorchEngine, batch_size: int) -> 
     setups = [PLAIN, *(Setup(draft=draft, length=length) for draft in engine.drafts for length in range(1, 9))]
     for seed in range(3):
         controller = ScriptedController(wandering(setups, seed))
-        found = engine.run_adaptive(workload, PROMPTS, controller, 8)
-        for run, prompt in zip(found.generations, PROMPTS, strict=True):
+        logits = engine.run_adaptive(workload, PROMPTS, controller, 8)
+        for run, prompt in zip(logits.generations, PROMPTS, strict=True):
             assert tuple(run.token_ids) == engine.trace_target(workload, prompt).token_ids
