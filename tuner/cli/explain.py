@@ -31,7 +31,7 @@ def explain(
         temperature=policy.headline.temperature if temperature is None else temperature,
     )
     figures = next(
-        (row for row in report_data.anchors if row.choice.filtered_point == answer.choice.filtered_point), None
+        (row for row in report_data.points if row.choice.filtered_point == answer.choice.filtered_point), None
     )
     if figures is None:
         raise NotMeasuredError(f"the last run did not decide this: {answer.rule}; run `{command('run')}` for it")

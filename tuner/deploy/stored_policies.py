@@ -182,6 +182,6 @@ def find_report_data(evidence_store: EvidenceStore, policy: Policy) -> "ReportDa
         report_data = ReportData.from_json(raw)
     except InputError as error:
         raise InputError(f"the last run in store {evidence_store.name}: {error}") from error
-    if not any(anchor.candidates for anchor in report_data.anchors):
+    if not any(anchor.candidates for anchor in report_data.points):
         raise NotMeasuredError(f"the last run of {name} ended before a forecast: run it again, for longer")
     return report_data

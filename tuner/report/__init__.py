@@ -1,6 +1,6 @@
 """Says what was decided and measured: tables, JSON, pictures, a page.
 
-The names here are light; `assemble` (fills a dossier from a run) and `page` (writes it) are imported by who needs them.
+`build` fills report data from a run, `page` writes the page; both are imported where they are needed.
 """
 
 from tuner.report.charts import ChartRow, bar_chart

@@ -1,7 +1,4 @@
-"""Fills the dossier of a run from its outcome: every candidate with how far it came and why no further.
-
-It only reads what a run has left; what it makes is drawn elsewhere.
-"""
+"""Builds the report data of a run: every candidate, how far it came, and why it went no further."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,8 +10,8 @@ from tuner.pipeline.pipeline import Outcome
 from tuner.pipeline.points import PointDecision
 from tuner.policy.estimates import Forecast, RoundSplit
 from tuner.policy.policy import Choice, Policy
-from tuner.report.curves import acceptance_curves, staircases
-from tuner.report.data import AnchorFigures, Candidate, LoadFigures, ReportData
+from tuner.report.curves import acceptance_curves, step_time_curves
+from tuner.report.data import Candidate, LoadFigures, PointFigures, ReportData
 from tuner.search.objective import score
 from tuner.search.proof import shortfall
 
@@ -22,23 +19,23 @@ from tuner.search.proof import shortfall
 def report_data(outcome: Outcome, policy: Policy) -> ReportData:
     """What a report shows of a run and of the policy it left, which may keep choices of earlier runs.
 
-    Raises InputError when the policy lacks one of the outcome's anchors.
+    Raises InputError when the policy lacks an operating point of the outcome.
     """
     held = {choice.filtered_point: choice for choice in policy.choices}
-    loads: dict[Workload, list[tuple[PointDecision, AnchorFigures]]] = {}
-    for point, own in zip(outcome.points, outcome.choices, strict=True):
-        kept = held.pop(own.filtered_point, None)
-        if kept is None:
+    loads: dict[Workload, list[tuple[PointDecision, PointFigures]]] = {}
+    for point, choice in zip(outcome.points, outcome.choices, strict=True):
+        stored = held.pop(choice.filtered_point, None)
+        if stored is None:
             raise InputError(
-                f"the policy has no choice for {own.domain!r} at {own.filtered_point}: it is of another run"
+                f"the policy has no choice for {choice.domain!r} at {choice.filtered_point}: it is of another run"
             )
-        figures = AnchorFigures(
-            choice=replace(kept, evidence=()),
-            from_earlier=kept != own,
+        figures = PointFigures(
+            choice=replace(stored, evidence=()),
+            from_earlier=stored != choice,
             stopped=point.stopped,
             noise=None if point.race is None else point.race.noise,
             num_forecast_prompts=len(point.plan.forecast_prompts),
-            candidates=_candidates(point, own),
+            candidates=_candidates(point, choice),
         )
         loads.setdefault(point.workload, []).append((point, figures))
     return ReportData(
@@ -54,29 +51,29 @@ def report_data(outcome: Outcome, policy: Policy) -> ReportData:
 def _drafts(outcome: Outcome) -> tuple[Draft, ...]:
     """Every draft of the run once, those that failed last."""
     used = [draft for point in outcome.points if point.evidence for draft in point.evidence.drafts]
-    failed = [one.setup.draft for one in outcome.infeasible if one.setup.draft is not None]
+    failed = [failure.setup.draft for failure in outcome.infeasible if failure.setup.draft is not None]
     return tuple({draft.digest: draft for draft in (*used, *failed)}.values())
 
 
-def _load(workload: Workload, rows: Sequence[tuple[PointDecision, AnchorFigures]], policy: Policy) -> LoadFigures:
+def _load(workload: Workload, rows: Sequence[tuple[PointDecision, PointFigures]], policy: Policy) -> LoadFigures:
     figures = tuple(figures for _, figures in rows)
     evidence = rows[0][0].evidence
     if evidence is None:
-        return LoadFigures(anchors=figures, curves=(), staircases=())
+        return LoadFigures(points=figures, curves=(), step_time_curves=())
     return LoadFigures(
-        anchors=figures,
+        points=figures,
         curves=acceptance_curves(evidence, workload, policy.target.run_digest),
-        staircases=staircases(evidence, policy.target),
+        step_time_curves=step_time_curves(evidence, policy.target),
     )
 
 
-def _candidates(point: PointDecision, own: Choice) -> tuple[Candidate, ...]:
+def _candidates(point: PointDecision, choice: Choice) -> tuple[Candidate, ...]:
     """Those with a forecast in their order, then the drafts that failed before there was one."""
-    known = {forecast.setup for forecast in point.forecasts}
+    forecast_setups = {forecast.setup for forecast in point.forecasts}
     failed: tuple[Infeasible, ...] = () if point.evidence is None else point.evidence.infeasible
     return (
-        *(_candidate(point, forecast, own.proven) for forecast in point.forecasts),
-        *(_failed(one) for one in failed if one.setup not in known),
+        *(_candidate(point, forecast, choice.proven) for forecast in point.forecasts),
+        *(_failed(failure) for failure in failed if failure.setup not in forecast_setups),
     )
 
 
@@ -99,13 +96,13 @@ def _candidate(point: PointDecision, forecast: Forecast, proven: bool) -> Candid
     )
 
 
-def _failed(one: Infeasible) -> Candidate:
+def _failed(failure: Infeasible) -> Candidate:
     return Candidate(
-        setup_name=one.setup.name,
-        draft_name=one.setup.draft.name if one.setup.draft else PLAIN.name,
-        length=one.setup.length,
+        setup_name=failure.setup.name,
+        draft_name=failure.setup.draft.name if failure.setup.draft else PLAIN.name,
+        length=failure.setup.length,
         state="infeasible",
-        reason=one.detail,
+        reason=failure.detail,
     )
 
 
@@ -141,19 +138,23 @@ def _raced(point: PointDecision, setup: Setup) -> tuple[str, str] | None:
         return None
     if setup in race.pruned:
         return "pruned in the race", "it was losing, prompt by prompt, to the best so far"
-    own = race.speedups[setup]
+    speedup = race.speedups[setup]
     if point.candidate is None:
-        return "raced", f"{own:.2f} in the race, where no setup to choose was faster than plain decoding"
+        return "raced", f"{speedup:.2f} in the race, where no setup to choose was faster than plain decoding"
     taken = race.speedups[point.candidate]
-    text = f"{point.candidate.name} was taken with {taken:.2f} in the race against {own:.2f}"
-    return "raced", f"{text}: near-equals go to fewer weights, then to the shorter" if own >= taken else text
+    text = f"{point.candidate.name} was taken with {taken:.2f} in the race against {speedup:.2f}"
+    return "raced", f"{text}: near-equals go to fewer weights, then to the shorter" if speedup >= taken else text
 
 
 def _why_not_raced(point: PointDecision, forecast: Forecast) -> str:
     high = forecast.speedup.high
     if high <= 1.0:
         return f"its forecast interval ends at {high:.2f}, not above plain decoding"
-    best = max(score(one) for one in point.forecasts if one.setup != PLAIN and point.ruled_out(one.setup) is None)
+    best = max(
+        score(forecast_)
+        for forecast_ in point.forecasts
+        if forecast_.setup != PLAIN and point.ruled_out(forecast_.setup) is None
+    )
     if high < best:
         return f"its forecast interval ends at {high:.2f}, below the low end of the best, {best:.2f}"
     if point.race is not None:

@@ -1,6 +1,6 @@
 """The bar chart: output tokens per second of every setup beside plain decoding, as a PNG or SVG file.
 
-It draws rows of figures and knows nothing of where they came from. matplotlib is imported when something is drawn.
+matplotlib is imported when something is drawn.
 """
 
 from collections.abc import Mapping, Sequence
@@ -74,9 +74,9 @@ class ChartRow:
     @property
     def best_known(self) -> Interval:
         """Measured where there is a measurement, else the forecast."""
-        known = self.measured or self.forecast
-        assert known is not None  # checked on creation
-        return known
+        interval = self.measured or self.forecast
+        assert interval is not None  # checked on creation
+        return interval
 
     @property
     def size(self) -> float:
@@ -162,15 +162,15 @@ def draw_rows(axes: Any, rows: Sequence[ChartRow], top: float, colours: tuple[st
     ticks = []
     for row in rows:
         figures = ((row.forecast, FORECAST_ALPHA), (row.measured, 1.0))
-        bars = [(known, alpha) for known, alpha in figures if known is not None]
-        for index, (known, alpha) in enumerate(bars):
+        bars = [(interval, alpha) for interval, alpha in figures if interval is not None]
+        for index, (interval, alpha) in enumerate(bars):
             at = top + 0.5 + index * BAR_HEIGHT
-            axes.barh(at, known.estimate, height=BAR_HEIGHT, color=hue, alpha=alpha, linewidth=0.0, zorder=2)
-            spread = [[known.estimate - known.low], [known.high - known.estimate]]
+            axes.barh(at, interval.estimate, height=BAR_HEIGHT, color=hue, alpha=alpha, linewidth=0.0, zorder=2)
+            spread = [[interval.estimate - interval.low], [interval.high - interval.estimate]]
             style = {"ecolor": palette.ink, "elinewidth": 0.9, "capsize": 2.0, "capthick": 0.9, "zorder": 4}
-            axes.errorbar(known.estimate, at, xerr=spread, fmt="none", **style)
+            axes.errorbar(interval.estimate, at, xerr=spread, fmt="none", **style)
         middle = top + 0.5 + (len(bars) - 1) * BAR_HEIGHT / 2
-        _label(axes, (max(known.high for known, _ in bars), middle), row, palette)
+        _label(axes, (max(interval.high for interval, _ in bars), middle), row, palette)
         ticks.append((middle, row.setup_name.removeprefix(row.group).strip() or "k=0"))
         top += row.size
     return ticks
@@ -196,7 +196,7 @@ def _plain_rate(rows: Sequence[ChartRow]) -> float | None:
 
 def dress_rate_axes(axes: Any, rows: Sequence[ChartRow], num_rows: float, palette: Palette) -> None:
     """Limits that fit `rows` (all of the chart's), the dashed line at plain decoding, grid and spines."""
-    reach = max(known.high for row in rows for known in (row.forecast, row.measured) if known is not None)
+    reach = max(interval.high for row in rows for interval in (row.forecast, row.measured) if interval is not None)
     axes.set_xlim(0.0, reach * 1.1)
     axes.set_ylim(num_rows, 0.0)
     plain = _plain_rate(rows)

@@ -1,7 +1,4 @@
-"""Figures that only a report shows: acceptance by position with intervals, and staircases in quantiles.
-
-Arithmetic on evidence; nothing here is measured, drawn or spelled out.
-"""
+"""Figures that only a report shows: acceptance by position with intervals, and step times in quantiles."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,13 +11,13 @@ from profiles.acceptance.rates import acceptance_by_position
 from profiles.records.core import Draft, Interval, Model, Prompt, Workload
 from tuner.forecast.evidence import Evidence
 from tuner.policy.query import MIXED
-from tuner.report.data import AcceptanceCurve, Position, Stair, Staircase
+from tuner.report.data import AcceptanceCurve, Position, StepTimeCurve, WidthTime
 
 
 def acceptance_curves(evidence: Evidence, workload: Workload, target_part: str) -> tuple[AcceptanceCurve, ...]:
-    """Of every draft on the prompts of every domain, and on all where there are several: walks at the largest length.
+    """Acceptance by position of every draft, by domain and over all domains, at the largest length.
 
-    Positions count as in `formulas.acceptance_by_position`. Prompts without a round are left out.
+    Prompts without a round are left out.
     """
     length = _longest_length(evidence, target_part)
     domains: dict[str, list[Prompt]] = {}
@@ -49,10 +46,10 @@ def _longest_length(evidence: Evidence, target_part: str) -> int:
 
 
 def _positions(
-    evidence: Evidence, workload: Workload, asked: tuple[Draft, Prompt], length: int
+    evidence: Evidence, workload: Workload, pair: tuple[Draft, Prompt], length: int
 ) -> dict[int, tuple[float, float]]:
     """Position -> (rounds that proposed that far, those that kept that far) of one draft on one prompt."""
-    draft, prompt = asked
+    draft, prompt = pair
     acceptance = evidence.acceptances[draft.digest, prompt.digest]
     past_end = evidence.capabilities.past_end
     walked = expected_rounds(
@@ -63,25 +60,25 @@ def _positions(
 
 def _pooled(tables: Sequence[Mapping[int, tuple[float, float]]]) -> tuple[Position, ...]:
     """The positions over prompts; where a share of 0 or 1 hides how alike rounds are, the position before tells."""
-    found = []
+    pooled = []
     alike: float | None = None
-    for position in sorted({one for table in tables for one in table}):
+    for position in sorted({number for table in tables for number in table}):
         pairs = [table[position] for table in tables if position in table]
-        tried, kept = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        alike = design_effect(kept, tried) or alike
-        interval = share_interval(kept, tried, alike or sum(tried) / len(tried))
-        found.append(Position(position=position, num_rounds=sum(tried), kept=interval))
-    return tuple(found)
+        tried, accepted = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        alike = design_effect(accepted, tried) or alike
+        interval = share_interval(accepted, tried, alike or sum(tried) / len(tried))
+        pooled.append(Position(position=position, num_rounds=sum(tried), accepted=interval))
+    return tuple(pooled)
 
 
-def design_effect(kept: Sequence[float], tried: Sequence[float]) -> float | None:
+def design_effect(accepted: Sequence[float], tried: Sequence[float]) -> float | None:
     """How many rounds tell as much as one independent round would, at least 1; None where prompts do not differ.
 
     The variance of the ratio sum(kept) / sum(tried) between prompts (Cochran 1977, 6.3) over the binomial one.
     """
     num_prompts, total = len(tried), sum(tried)
-    share = sum(kept) / total
-    excess = numpy.asarray(kept, float) - share * numpy.asarray(tried, float)
+    share = sum(accepted) / total
+    excess = numpy.asarray(accepted, float) - share * numpy.asarray(tried, float)
     spread = float(excess @ excess)
     if num_prompts < 2 or spread < 1e-12 or not 0.0 < share < 1.0:
         return None
@@ -89,14 +86,14 @@ def design_effect(kept: Sequence[float], tried: Sequence[float]) -> float | None
     return max(1.0, variance * total / (share * (1.0 - share)))
 
 
-def share_interval(kept: Sequence[float], tried: Sequence[float], design: float) -> Interval:
-    """sum(kept) / sum(tried) over prompts, with a 95 % interval that knows that rounds of a prompt are alike.
+def share_interval(accepted: Sequence[float], tried: Sequence[float], design: float) -> Interval:
+    """sum(kept) / sum(tried) over prompts, with a 95 % interval that accounts for the similarity of rounds of a prompt.
 
     Wilson's interval (1927) at the effective sample size of Korn and Graubard (1998): rounds / `design`, times
     (z / t)^2 for few prompts. A single prompt counts as one round. `tried` is above 0 for every prompt.
     """
     num_prompts, total = len(tried), sum(tried)
-    share = min(1.0, max(0.0, sum(kept) / total))
+    share = min(1.0, max(0.0, sum(accepted) / total))
     z = float(stats.norm.ppf(0.975))
     size = total / design * (z / float(stats.t.ppf(0.975, num_prompts - 1))) ** 2 if num_prompts > 1 else 1.0
     middle = (share + z**2 / (2.0 * size)) / (1.0 + z**2 / size)
@@ -104,18 +101,18 @@ def share_interval(kept: Sequence[float], tried: Sequence[float], design: float)
     return Interval(estimate=share, low=max(0.0, min(middle - reach, share)), high=min(1.0, max(middle + reach, share)))
 
 
-def staircases(evidence: Evidence, target: Model) -> tuple[Staircase, ...]:
-    """The target's staircase, then those of the drafts' parts, by name."""
+def step_time_curves(evidence: Evidence, target: Model) -> tuple[StepTimeCurve, ...]:
+    """Step times of the target, then of the drafts' components."""
     parts = {target.run_digest: (target.name, "target")}
     parts |= {part.digest: (part.name, part.kind) for part in evidence.components}
     whole = evidence.capabilities.times == "rounds"
-    found = []
+    curves = []
     for digest, (name, kind) in parts.items():
         times = evidence.steps[digest]
-        stairs = []
+        widths = []
         for width, samples in times.samples_s.items():
             low, median, high = (float(value) for value in numpy.quantile(samples, (0.1, 0.5, 0.9)))
-            stairs.append(Stair(width=width, median_s=median, low_s=low, high_s=high))
+            widths.append(WidthTime(width=width, median_s=median, low_s=low, high_s=high))
         shown = "round" if whole and kind != "target" else kind
-        found.append(Staircase(name=name, kind=shown, disturbed=times.disturbed, stairs=tuple(stairs)))
-    return tuple(found)
+        curves.append(StepTimeCurve(name=name, kind=shown, disturbed=times.disturbed, widths=tuple(widths)))
+    return tuple(curves)

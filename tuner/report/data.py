@@ -1,7 +1,6 @@
 """What a report shows of one run, as plain records that go to JSON and back.
 
-A run keeps its dossier in the store, so that every page and picture is drawn from it alone: without a model, without
-torch. How the figures came about it must not know. Standard library only.
+A run saves its report data in the store; every page and picture is drawn from it, without a model or torch.
 """
 
 import json
@@ -16,12 +15,20 @@ from tuner.policy.estimates import RoundSplit
 from tuner.policy.policy import MEASURED_NAMES, Choice, rename_keys
 
 REPORT_DATA_VERSION = 3  # 2 added what policies of version 2 did; data of version 3 may hold a timeline
+# keys of reports before 0.6
+EARLIER_NAMES = {
+    **MEASURED_NAMES,
+    "anchors": "points",
+    "staircases": "step_time_curves",
+    "stairs": "widths",
+    "kept": "accepted",
+}
 STATES = ("baseline", "forecast only", "raced", "pruned in the race", "not proven", "proven", "infeasible")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A setup at one anchor: how far it came (`state`, one of STATES), why no further, and what is known of it.
+    """A setup at one operating point: how far it came (`state`, one of STATES), why no further, and its figures.
 
     `draft_name` is `plain` for plain decoding, whose state is `baseline`. Rates are output tokens per second, decode
     only; `measured_*` come from the proof; `race_speedup` is a geometric mean over the race's prompts and only selects.
@@ -46,8 +53,8 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AnchorFigures:
-    """One anchor: what the policy says there, and every candidate, the best forecast first.
+class PointFigures:
+    """One operating point: its choice, and every candidate, the best forecast first.
 
     `from_earlier`: this run ended before it could decide, and the policy keeps an earlier run's choice. `noise` is the
     mean log ratio of plain decoding against itself in the race; `stopped` says what ended the run early.
@@ -63,11 +70,11 @@ class AnchorFigures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Position:
-    """Of the rounds that proposed as far as `position` (from 1), the share that kept that far."""
+    """Of the rounds that proposed as far as `position` (from 1), the share that accepts that far."""
 
     position: int
     num_rounds: float
-    kept: Interval
+    accepted: Interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +88,7 @@ class AcceptanceCurve:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stair:
+class WidthTime:
     """Seconds of one forward at one width: the median sample, and the 10 and 90 % quantiles of the samples."""
 
     width: int
@@ -91,32 +98,32 @@ class Stair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Staircase:
-    """Step times of one part; `kind` is `target` or the draft's kind (of a look-up, width is the tokens asked for)."""
+class StepTimeCurve:
+    """Step times of one component; `kind` is `target` or the draft's kind (a look-up's width is tokens asked for)."""
 
     name: str
     kind: str
     disturbed: bool
-    stairs: tuple[Stair, ...]
+    widths: tuple[WidthTime, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadFigures:
-    """All anchors that share a batch, a context and a sampling law, and the evidence under them (none if it stopped).
+    """The operating points of a batch size, context and sampling, and their evidence (none if the run stopped).
 
-    The first anchor is the one over all domains.
+    The first point covers all domains.
     """
 
-    anchors: tuple[AnchorFigures, ...]
+    points: tuple[PointFigures, ...]
     curves: tuple[AcceptanceCurve, ...]
-    staircases: tuple[Staircase, ...]
+    step_time_curves: tuple[StepTimeCurve, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportData:
     """One run: its models and machine, its loads, and the policy's choices of earlier runs that it left standing.
 
-    `created` is the policy's. Raises InputError: another version, no load, or a load without an anchor.
+    `created` is the policy's. Raises InputError: another version, no load, or a load without an operating point.
     """
 
     version: int = REPORT_DATA_VERSION
@@ -130,13 +137,13 @@ class ReportData:
     def __post_init__(self) -> None:
         if self.version != REPORT_DATA_VERSION:
             raise InputError(f"version {self.version}: this draftpick knows {REPORT_DATA_VERSION}")
-        if not self.loads or not all(load.anchors for load in self.loads):
-            raise InputError("a dossier needs a load, and every load an anchor")
+        if not self.loads or not all(load.points for load in self.loads):
+            raise InputError("report data needs a load, and every load an operating point")
 
     @property
-    def anchors(self) -> tuple[AnchorFigures, ...]:
+    def points(self) -> tuple[PointFigures, ...]:
         """Of all loads, in their order; the first is the headline."""
-        return tuple(anchor for load in self.loads for anchor in load.anchors)
+        return tuple(point for load in self.loads for point in load.points)
 
     def to_json(self) -> dict[str, Any]:
         """Lists, objects, strings, numbers and None only. Raises InputError when a number is not finite."""
@@ -144,8 +151,8 @@ class ReportData:
 
     @classmethod
     def from_json(cls, raw: object) -> "ReportData":
-        """The dossier that `to_json` made. Raises InputError, naming field, value and what is allowed."""
+        """The report data that `to_json` wrote. Raises InputError, naming field, value and what is allowed."""
         if isinstance(raw, dict):
             raw = {name: value for name, value in raw.items() if name != "timeline"}  # earlier draftpicks drew one
-        raw = rename_keys(raw, MEASURED_NAMES)  # of runs before policies of version 4
+        raw = rename_keys(raw, EARLIER_NAMES)
         return codec.from_builtins(cls, printable_values(raw), "report data", newest_version=REPORT_DATA_VERSION)

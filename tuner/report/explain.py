@@ -1,7 +1,4 @@
-"""Why this setup and not that one, at one anchor: where a round's time goes, what it must yield, and who lost by what.
-
-Arithmetic and words over a dossier's figures; how they were measured or kept it must not know.
-"""
+"""Why this setup and not another, at one operating point: where a round's time goes and what it must yield."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,10 +11,10 @@ from scipy.optimize import brentq
 
 from profiles.records.core import PLAIN, Interval
 from profiles.records.errors import InputError
-from tuner.report.data import AnchorFigures, Candidate
+from tuner.report.data import Candidate, PointFigures
 from tuner.search.objective import TIE
 
-INFEASIBLE, PRUNED = "infeasible", "pruned in the race"  # of the dossier's states; the others are for people only
+INFEASIBLE, PRUNED = "infeasible", "pruned in the race"  # states of report data that are decided on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +53,7 @@ class Account:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """The answer for one anchor; `accounts` hold the choice first, then the rival, then the rest, fastest first.
+    """The answer for one operating point; `accounts`: the choice, the rival, then the rest, fastest first.
 
     `rival` is the setup asked about, else the runner-up; None where plain decoding is the only candidate.
     """
@@ -77,28 +74,31 @@ class Explanation:
         return {**asdict(self), "accounts": [asdict(account) for account in self.accounts]}
 
 
-def explain(figures: AnchorFigures, instead: str | None = None) -> Explanation:
-    """Why the anchor's choice and not `instead`, or when None, not the runner-up.
+def explain(figures: PointFigures, instead: str | None = None) -> Explanation:
+    """Why the choice of an operating point and not `instead` (None: the runner-up).
 
     The runner-up has the best known speed-up of those that could have been chosen. Candidates that failed before they
     had a forecast have no round to explain. Raises InputError for a setup that is no candidate, or is the choice
     itself, where nothing was forecast, and for an earlier run's choice, which this run's figures do not explain.
     """
-    choice, known = figures.choice, _forecast_candidates(figures)
+    choice, candidates = figures.choice, _forecast_candidates(figures)
     chosen_name = choice.setup.name
     for name in (PLAIN.name, chosen_name, instead):
-        if name is not None and name not in known:
-            allowed = ", ".join(known)
+        if name is not None and name not in candidates:
+            allowed = ", ".join(candidates)
             raise InputError(f"setup {name!r} is no candidate for domain {choice.domain!r}; allowed are {allowed}")
     if instead == chosen_name:
         raise InputError(f"setup {instead!r} is what was chosen for domain {choice.domain!r}; name another one")
-    plain_s = _token_s(known[PLAIN.name])
-    accounts = {name: _account(one, plain_s) for name, one in known.items()}
+    plain_s = _token_s(candidates[PLAIN.name])
+    accounts = {name: _account(candidate, plain_s) for name, candidate in candidates.items()}
     chosen = accounts.pop(chosen_name)
     others = [
-        replace(account, why_not=_why_not(account, chosen, known[name].reason)) for name, account in accounts.items()
+        replace(account, why_not=_why_not(account, chosen, candidates[name].reason))
+        for name, account in accounts.items()
     ]
-    others.sort(key=lambda one: (one.setup_name != instead, one.state == INFEASIBLE, -one.best_known))
+    others.sort(
+        key=lambda candidate: (candidate.setup_name != instead, candidate.state == INFEASIBLE, -candidate.best_known)
+    )
     return Explanation(
         domain=choice.domain,
         batch_size=choice.batch_size,
@@ -113,21 +113,21 @@ def explain(figures: AnchorFigures, instead: str | None = None) -> Explanation:
     )
 
 
-def _forecast_candidates(figures: AnchorFigures) -> dict[str, Candidate]:
+def _forecast_candidates(figures: PointFigures) -> dict[str, Candidate]:
     domain = figures.choice.domain
     if figures.from_earlier:
         raise InputError(
             f"domain {domain!r}: {figures.choice.setup.name} was chosen by an earlier run than the last, which ended "
             "before it could decide; run again to have it explained"
         )
-    known = {
-        one.setup_name: one
-        for one in figures.candidates
-        if one.forecast_speedup and one.forecast_tok_per_s and one.acceptance_length
+    candidates = {
+        candidate.setup_name: candidate
+        for candidate in figures.candidates
+        if candidate.forecast_speedup and candidate.forecast_tok_per_s and candidate.acceptance_length
     }
-    if not known:
+    if not candidates:
         raise InputError(f"domain {domain!r}: {figures.stopped or 'nothing was forecast'}; run again")
-    return known
+    return candidates
 
 
 def needed_acceptance(acceptance_length: float, length: int) -> float | None:
@@ -150,102 +150,111 @@ def _token_s(plain: Candidate) -> float:
     return 1.0 / plain.forecast_tok_per_s.estimate if round_s is None else round_s
 
 
-def _round_s(one: Candidate) -> float | None:
-    if one.round_split is None:
+def _round_s(candidate: Candidate) -> float | None:
+    if candidate.round_split is None:
         return None
-    round_s = one.round_split.total_s
+    round_s = candidate.round_split.total_s
     if not round_s > 0.0:
-        raise InputError(f"{one.setup_name}: a round of {round_s} s; more than 0 is needed")
+        raise InputError(f"{candidate.setup_name}: a round of {round_s} s; more than 0 is needed")
     return round_s
 
 
-def _account(one: Candidate, plain_s: float) -> Account:
-    assert one.forecast_speedup  # else it would have been left out, here and below
-    assert one.forecast_tok_per_s
-    assert one.acceptance_length
-    split, round_s = one.round_split, _round_s(one)
+def _account(candidate: Candidate, plain_s: float) -> Account:
+    assert candidate.forecast_speedup  # else it would have been left out, here and below
+    assert candidate.forecast_tok_per_s
+    assert candidate.acceptance_length
+    split, round_s = candidate.round_split, _round_s(candidate)
     break_even_length = None if round_s is None else round_s / plain_s
-    drafts = one.length > 0
+    drafts = candidate.length > 0
     return Account(
-        setup_name=one.setup_name,
-        state=one.state,
-        speedup=one.forecast_speedup,
-        measured=one.measured_speedup,
-        race_speedup=one.race_speedup,
-        tok_per_s=one.forecast_tok_per_s,
-        acceptance_length=one.acceptance_length,
-        acceptance=needed_acceptance(one.acceptance_length, one.length) if drafts else None,
+        setup_name=candidate.setup_name,
+        state=candidate.state,
+        speedup=candidate.forecast_speedup,
+        measured=candidate.measured_speedup,
+        race_speedup=candidate.race_speedup,
+        tok_per_s=candidate.forecast_tok_per_s,
+        acceptance_length=candidate.acceptance_length,
+        acceptance=needed_acceptance(candidate.acceptance_length, candidate.length) if drafts else None,
         draft_s=None if split is None else split.draft_s,
         verify_s=None if split is None else split.verify_s,
         overhead_s=None if split is None else split.overhead_s,
         round_s=round_s,
         break_even_length=break_even_length,
-        break_even_acceptance=needed_acceptance(break_even_length, one.length)
+        break_even_acceptance=needed_acceptance(break_even_length, candidate.length)
         if drafts and break_even_length
         else None,
     )
 
 
-def _why_not(one: Account, chosen: Account, reason: str) -> str:
+def _why_not(account: Account, chosen: Account, reason: str) -> str:
     """By the strongest evidence there is: it could not run, the proof, the race, the forecast."""
-    if one.state in (INFEASIBLE, PRUNED):
-        return f"{one.state}: {reason}"
-    if one.setup_name == PLAIN.name:
-        known = chosen.measured or chosen.speedup
-        return f"{chosen.setup_name} is {'measured' if chosen.measured else 'forecast'} at {_figure(known)} times it"
-    if one.measured is not None:
-        return f"not proven: measured at {_figure(one.measured)}; {reason}"
-    if one.race_speedup is not None:
-        return _lost_race(one.race_speedup, chosen.race_speedup, reason)
-    if one.speedup.estimate < chosen.speedup.estimate:
+    if account.state in (INFEASIBLE, PRUNED):
+        return f"{account.state}: {reason}"
+    if account.setup_name == PLAIN.name:
+        interval = chosen.measured or chosen.speedup
+        return f"{chosen.setup_name} is {'measured' if chosen.measured else 'forecast'} at {_figure(interval)} times it"
+    if account.measured is not None:
+        return f"not proven: measured at {_figure(account.measured)}; {reason}"
+    if account.race_speedup is not None:
+        return _lost_race(account.race_speedup, chosen.race_speedup, reason)
+    if account.speedup.estimate < chosen.speedup.estimate:
         plain = chosen.setup_name == PLAIN.name
         than = "plain decoding" if plain else f"{_figure(chosen.speedup)} for {chosen.setup_name}"
-        return f"forecast lower: {_figure(one.speedup)} against {than}"
-    return f"forecast at {_figure(one.speedup)}, but {one.state}: {reason}"
+        return f"forecast lower: {_figure(account.speedup)} against {than}"
+    return f"forecast at {_figure(account.speedup)}, but {account.state}: {reason}"
 
 
-def _lost_race(own: float, best: float | None, reason: str) -> str:
+def _lost_race(speedup: float, best: float | None, reason: str) -> str:
     """`best` is the race's speed-up of what was chosen; None where that did not race."""
     if best is None:
-        return f"{own:.2f} times plain decoding in the race; {reason}"
-    if own * (1.0 + TIE) >= best:
+        return f"{speedup:.2f} times plain decoding in the race; {reason}"
+    if speedup * (1.0 + TIE) >= best:
         return (
-            f"within {TIE:.1%} of it in the race, {own:.2f} against {best:.2f}: of equals the one without weights of "
-            "its own is taken, then the shortest"
+            f"within {TIE:.1%} of it in the race, {speedup:.2f} against {best:.2f}: ties go to the setup without draft "
+            "weights, then to the shorter"
         )
-    return f"slower in the race: {own:.2f} against {best:.2f} times plain decoding"
+    return f"slower in the race: {speedup:.2f} against {best:.2f} times plain decoding"
 
 
-def sentences(found: Explanation) -> list[str]:
+def sentences(explanation: Explanation) -> list[str]:
     """The answer in a few lines for a terminal: the choice, what k = 0 costs, the rounds, and why the rival lost."""
-    where = f"batch {found.batch_size}, context {found.context_length}, temperature {found.temperature:g}"
+    where = (
+        f"batch {explanation.batch_size}, context {explanation.context_length}, temperature {explanation.temperature:g}"
+    )
     lines = [
-        f"{found.domain}, {where}: {found.chosen}, {'proven' if found.proven else 'not proven'}",
-        found.reason,
-        f"Plain decoding (k = 0) takes {_ms(found.plain_s_per_token)} ms a token.",
+        f"{explanation.domain}, {where}: {explanation.chosen}, {'proven' if explanation.proven else 'not proven'}",
+        explanation.reason,
+        f"Plain decoding (k = 0) takes {_ms(explanation.plain_s_per_token)} ms per token.",
     ]
-    drafting = [one for one in found.accounts if one.setup_name in (found.chosen, found.rival)]
-    lines += [_round_sentence(one) for one in drafting if one.setup_name != PLAIN.name]
-    lines += [f"Not {one.setup_name}: {one.why_not}." for one in drafting if one.setup_name == found.rival]
+    drafting = [
+        account for account in explanation.accounts if account.setup_name in (explanation.chosen, explanation.rival)
+    ]
+    lines += [_round_sentence(account) for account in drafting if account.setup_name != PLAIN.name]
+    lines += [
+        f"Not {account.setup_name}: {account.why_not}."
+        for account in drafting
+        if account.setup_name == explanation.rival
+    ]
     return lines
 
 
-def _round_sentence(one: Account) -> str:
-    if one.round_s is None or one.break_even_length is None:
+def _round_sentence(account: Account) -> str:
+    if account.round_s is None or account.break_even_length is None:
         return (
-            f"{one.setup_name} was only run: it yields {one.acceptance_length:.2f} tokens a round, and where a round's "
-            f"time goes is not known; its runs came to {one.best_known:.2f} times plain decoding."
+            f"{account.setup_name} was run, not traced: it yields {account.acceptance_length:.2f} tokens per round and "
+            f"decodes {account.best_known:.2f} times as fast as plain decoding; how a round's time splits is unknown."
         )
-    drafted = "draft and verify" if one.draft_s is None else f"draft {_ms(one.draft_s)}, verify"
-    split = f"{drafted} {_ms(one.verify_s)}, overhead {_ms(one.overhead_s)}"
-    if one.break_even_acceptance is None:
+    drafted = "draft and verify" if account.draft_s is None else f"draft {_ms(account.draft_s)}, verify"
+    split = f"{drafted} {_ms(account.verify_s)}, overhead {_ms(account.overhead_s)}"
+    if account.break_even_acceptance is None:
         needed = "which no acceptance yields"
     else:
-        has = "" if one.acceptance is None else f" (it has {one.acceptance:.2f})"
-        needed = f"an acceptance of {one.break_even_acceptance:.2f} of each token{has}"
+        has = "" if account.acceptance is None else f" (it has {account.acceptance:.2f})"
+        needed = f"an acceptance of {account.break_even_acceptance:.2f} of each token{has}"
     return (
-        f"A round of {one.setup_name} takes {_ms(one.round_s)} ms ({split}) and yields {one.acceptance_length:.2f} "
-        f"tokens; it breaks even with plain decoding at {one.break_even_length:.2f} tokens, {needed}."
+        f"A round of {account.setup_name} takes {_ms(account.round_s)} ms ({split}) and yields "
+        f"{account.acceptance_length:.2f} tokens; it breaks even with plain decoding at "
+        f"{account.break_even_length:.2f} tokens, {needed}."
     )
 
 
@@ -256,17 +265,17 @@ def comparison(accounts: Sequence[Account], most_rows: int = 12) -> Table:
     table.add_column("setup", overflow="fold")
     for name in ("tokens", "needed", "draft", "verify", "overhead", "speed-up"):
         table.add_column(name, justify="right", no_wrap=True)
-    for one in accounts[:most_rows]:
-        times = (_ms(one.draft_s), _ms(one.verify_s), _ms(one.overhead_s))
-        needed = "-" if one.break_even_length is None else f"{one.break_even_length:.2f}"
-        tokens = f"{one.acceptance_length:.2f}", needed
-        style = "bold" if not one.why_not else "dim" if one.state == INFEASIBLE else ""
-        table.add_row(Text(one.setup_name), *tokens, *times, f"{one.speedup.estimate:.2f}", style=style)
+    for account in accounts[:most_rows]:
+        times = (_ms(account.draft_s), _ms(account.verify_s), _ms(account.overhead_s))
+        needed = "-" if account.break_even_length is None else f"{account.break_even_length:.2f}"
+        tokens = f"{account.acceptance_length:.2f}", needed
+        style = "bold" if not account.why_not else "dim" if account.state == INFEASIBLE else ""
+        table.add_row(Text(account.setup_name), *tokens, *times, f"{account.speedup.estimate:.2f}", style=style)
     return table
 
 
-def _figure(known: Interval) -> str:
-    return f"{known.estimate:.2f} ({known.low:.2f} to {known.high:.2f})"
+def _figure(interval: Interval) -> str:
+    return f"{interval.estimate:.2f} ({interval.low:.2f} to {interval.high:.2f})"
 
 
 def _ms(seconds: float | None) -> str:

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from profiles.records.core import Interval
 from tuner.report.charts import ROW_INCHES, ChartRow, Palette, draw_rows, dress_axes, dress_rate_axes
-from tuner.report.data import AcceptanceCurve, Staircase
+from tuner.report.data import AcceptanceCurve, StepTimeCurve
 
 WIDTH_INCHES = 3.6
 WIDTHS = {"ngram": "tokens asked for", "round": "tokens checked in one round"}  # by kind; others: a forward's width
@@ -71,12 +71,12 @@ def speedups(name: str, rows: Sequence[tuple[str, Interval, bool, str]]) -> str:
     with rc_context(RC):
         figure, axes = _panel(len(rows) * 0.5 + 0.55, left=0.12)
         _ratio_scale(axes, "x", [row[1] for row in rows] + [Interval(estimate=1.0, low=1.0, high=1.0)])
-        for index, (label, known, measured, hue) in enumerate(rows):
-            _draw_point(axes, (known, index + 0.62), measured, hue)
+        for index, (label, interval, measured, hue) in enumerate(rows):
+            _draw_point(axes, (interval, index + 0.62), measured, hue)
             style = {"fontsize": 9, "color": PAGE.ink, "transform": axes.get_yaxis_transform(), "va": "center"}
             box = {"boxstyle": "square,pad=0.1", "facecolor": PAGE.surface, "edgecolor": "none"}  # the line ends at it
             axes.text(0.0, index + 0.2, label, ha="left", bbox=box, **style)
-            axes.text(1.0, index + 0.2, f"{known.estimate:.2f}", ha="right", fontweight="bold", **style)
+            axes.text(1.0, index + 0.2, f"{interval.estimate:.2f}", ha="right", fontweight="bold", **style)
         axes.axvline(1.0, zorder=1, **PAGE.plain_line)
         axes.set_ylim(len(rows), 0.0)
         axes.set_yticks([])
@@ -89,7 +89,7 @@ def forecast_against_measured(name: str, points: Sequence[tuple[Interval, Interv
     """(forecast, measured, hue) speed-ups with a line where they agree; no interval: the race's, drawn hollow."""
     with rc_context(RC):
         figure, axes = _panel(3.5, left=0.55)
-        both = [known for point in points for known in point[:2]]
+        both = [interval for point in points for interval in point[:2]]
         for side in ("x", "y"):
             _ratio_scale(axes, side, both)
         axes.plot(axes.get_xlim(), axes.get_xlim(), zorder=1, **PAGE.plain_line)
@@ -114,11 +114,16 @@ def acceptance(name: str, curves: Sequence[AcceptanceCurve], hues: Mapping[str, 
         for index, curve in enumerate(curves):
             aside = 0.5 * ((index + 0.5) / len(curves) - 0.5)  # so that the intervals stand beside each other
             places = [position.position + aside for position in curve.positions]
-            kept = [position.kept for position in curve.positions]
-            spread = [[one.estimate - one.low for one in kept], [one.high - one.estimate for one in kept]]
+            accepted = [position.accepted for position in curve.positions]
+            spread = [
+                [point.estimate - point.low for point in accepted],
+                [point.high - point.estimate for point in accepted],
+            ]
             hue = hues[curve.draft_name]
             style = {"fmt": f"{MARKERS[PAGE.series.index(hue)]}-", "markersize": 4, "linewidth": 1.2, "elinewidth": 0.9}
-            axes.errorbar(places, [one.estimate for one in kept], yerr=spread, color=hue, clip_on=False, **style)
+            axes.errorbar(
+                places, [point.estimate for point in accepted], yerr=spread, color=hue, clip_on=False, **style
+            )
         axes.set(xlim=(0.5, longest + 0.5), ylim=(0.0, 1.0))
         axes.set_xticks(
             range(1, longest + 1) if longest <= 12 else MaxNLocator(8, integer=True).tick_values(1, longest)
@@ -130,15 +135,15 @@ def acceptance(name: str, curves: Sequence[AcceptanceCurve], hues: Mapping[str, 
         return inline(figure, name, "lines: acceptance by position, one line for each draft")
 
 
-def staircase(name: str, part: Staircase, hue: str) -> str:
+def step_time_curve(name: str, part: StepTimeCurve, hue: str) -> str:
     """Median step time against width, with the 10 and 90 % quantiles; from 0, so that heights compare."""
-    most = max(stair.high_s for stair in part.stairs)
+    most = max(stair.high_s for stair in part.widths)
     unit, scale = ("ms", 1e3) if most >= 1e-3 else ("µs", 1e6)
-    widths = [stair.width for stair in part.stairs]
-    middles = [stair.median_s * scale for stair in part.stairs]
+    widths = [stair.width for stair in part.widths]
+    middles = [stair.median_s * scale for stair in part.widths]
     spread = [
-        [(stair.median_s - stair.low_s) * scale for stair in part.stairs],
-        [(stair.high_s - stair.median_s) * scale for stair in part.stairs],
+        [(stair.median_s - stair.low_s) * scale for stair in part.widths],
+        [(stair.high_s - stair.median_s) * scale for stair in part.widths],
     ]
     with rc_context(RC):
         figure, axes = _panel(2.2, left=0.6)
@@ -166,9 +171,9 @@ def round_numbers(most: int) -> Any:
     return MaxNLocator(most, steps=[1, 2, 5, 10])
 
 
-def _ratio_scale(axes: Any, side: str, known: Sequence[Interval]) -> None:
+def _ratio_scale(axes: Any, side: str, interval: Sequence[Interval]) -> None:
     """A logarithmic axis that shows every interval, with ticks at round numbers, one of them 1 where that is seen."""
-    low, high = min(one.low for one in known) / 1.06, max(one.high for one in known) * 1.06
+    low, high = min(point.low for point in interval) / 1.06, max(point.high for point in interval) * 1.06
     ticks = {round(float(tick), 6) for tick in (*round_numbers(6).tick_values(low, high), 1.0) if low < tick < high}
     axis = {"x": axes.xaxis, "y": axes.yaxis}[side]
     axes.set(**{f"{side}scale": "log", f"{side}lim": (low, high)})
@@ -177,11 +182,11 @@ def _ratio_scale(axes: Any, side: str, known: Sequence[Interval]) -> None:
 
 
 def _draw_point(axes: Any, at: tuple[Interval, float], measured: bool, hue: str) -> None:
-    known, height = at
-    spread = [[known.estimate - known.low], [known.high - known.estimate]]
+    interval, height = at
+    spread = [[interval.estimate - interval.low], [interval.high - interval.estimate]]
     face = hue if measured else PAGE.surface
     style = {"fmt": "s", "markersize": 6, "elinewidth": 1.6, "capsize": 3.0, "zorder": 3}
-    axes.errorbar(known.estimate, height, xerr=spread, color=hue, markerfacecolor=face, **style)
+    axes.errorbar(interval.estimate, height, xerr=spread, color=hue, markerfacecolor=face, **style)
 
 
 def inline(figure: Figure, name: str, label: str) -> str:
@@ -215,5 +220,5 @@ def _localised(value: str, key: str, name: str) -> str:
     for colour, variable in VARIABLES.items():
         value = value.replace(colour, f"var(--{variable})")
     if key in ("d", "x", "y", "transform", "width", "height"):
-        value = re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found.group()):.2f}", value)
+        value = re.sub(r"-?\d+\.\d{3,}", lambda match: f"{float(match.group()):.2f}", value)
     return value

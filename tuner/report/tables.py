@@ -1,7 +1,4 @@
-"""Says what was decided: a table for the terminal, and a JSON document for programs.
-
-It reads policies and changes nothing. How the figures were measured it must not know.
-"""
+"""Says what was decided: a table for the terminal, and a JSON document for programs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,18 +13,18 @@ from profiles.records.core import Interval
 from profiles.records.errors import InputError
 from tuner.policy.policy import Answer, Choice, Policy, crossover_of
 
-ONE = Interval(estimate=1.0, low=1.0, high=1.0)
+UNCHANGED = Interval(estimate=1.0, low=1.0, high=1.0)
 
 
 def table(policy: Policy) -> Group:
-    """The choices, one row per anchor, and the reasons below; what all anchors share stands in the title."""
-    anchors = {
+    """The choices, one row per operating point, and the reasons below; what all rows share is in the title."""
+    points = {
         "batch": [str(choice.batch_size) for choice in policy.choices],
         "context": [str(choice.context_length) for choice in policy.choices],
         "temperature": [f"{choice.temperature:g}" for choice in policy.choices],
     }
-    varied = {name: cells for name, cells in anchors.items() if len(set(cells)) > 1}
-    shared = ", ".join(f"{name} {cells[0]}" for name, cells in anchors.items() if name not in varied)
+    varied = {name: cells for name, cells in points.items() if len(set(cells)) > 1}
+    shared = ", ".join(f"{name} {cells[0]}" for name, cells in points.items() if name not in varied)
     title = f"{policy.target.name} on {policy.environment.device}, {policy.created[:10]}"
     shown = Table(title=Text(f"{title}\n{shared}" if shared else title), title_justify="left", box=SIMPLE_HEAD)
     for name in varied:
@@ -38,12 +35,12 @@ def table(policy: Policy) -> Group:
         shown.add_column(name, no_wrap=True)
     reasons = Text(overflow="fold")
     for index, choice in enumerate(policy.choices):
-        anchor = {name: cells[index] for name, cells in varied.items()}
+        point_cells = {name: cells[index] for name, cells in varied.items()}
         shown.add_row(
-            *map(Text, anchor.values()), Text(choice.domain), Text(choice.setup.name, "bold"), *_cells(choice)
+            *map(Text, point_cells.values()), Text(choice.domain), Text(choice.setup.name, "bold"), *_cells(choice)
         )
-        place = ", ".join([choice.domain, *(f"{name} {value}" for name, value in anchor.items())])
-        reasons.append(f"{place}: ", "bold").append(f"{choice.reason}\n")
+        point_name = ", ".join([choice.domain, *(f"{name} {value}" for name, value in point_cells.items())])
+        reasons.append(f"{point_name}: ", "bold").append(f"{choice.reason}\n")
     if (crossover := crossover_sentence(policy.choices)) is not None:
         reasons.append(f"{crossover}\n")
     return Group(shown, reasons)
@@ -51,7 +48,7 @@ def table(policy: Policy) -> Group:
 
 def crossover_sentence(choices: Sequence[Choice]) -> str | None:
     """From which batch on plain decoding is the choice, at the first choice's temperature; None with one batch size."""
-    rows = [one for one in choices if one.temperature == choices[0].temperature and one.is_decided]
+    rows = [choice for choice in choices if choice.temperature == choices[0].temperature and choice.is_decided]
     if len({choice.batch_size for choice in rows}) < 2:
         return None
     crossover = crossover_of(rows)
@@ -74,7 +71,7 @@ def _cells(choice: Choice) -> tuple[str, str, str]:
 def document(
     policy: Policy, *, cost: Mapping[str, object], store: str | None, policy_path: str | None
 ) -> dict[str, Any]:
-    """The policy as the one JSON document a program reads: the headline choice's figures, then every anchor's.
+    """The policy as the one JSON document a program reads: the headline choice's figures, then every operating point's.
 
     Rates are output tokens per second of one row of the batch, decode only; `end_to_end` is the ratio with prefill. A
     figure that is not known is None. `cost` is passed through.
@@ -100,9 +97,9 @@ def document(
     }
 
 
-def answer(found: Answer) -> dict[str, Any]:
+def answer(answer_: Answer) -> dict[str, Any]:
     """What a look-up found, for the same document: how, and the figures of its choice."""
-    return {"matched": found.matched, "rule": found.rule, **_figures(found.choice)}
+    return {"matched": answer_.matched, "rule": answer_.rule, **_figures(answer_.choice)}
 
 
 def _figures(choice: Choice) -> dict[str, Any]:
@@ -125,10 +122,10 @@ def _figures(choice: Choice) -> dict[str, Any]:
 def _speedup(choice: Choice) -> Interval:
     """Of the chosen setup: beside plain decoding the record may hold the figures of the setup that lost to it."""
     if choice.setup.draft is None:
-        return ONE
-    for known in (choice.measured, choice.forecast):
-        if known is not None and known.setup == choice.setup:
-            return known.speedup
+        return UNCHANGED
+    for estimate in (choice.measured, choice.forecast):
+        if estimate is not None and estimate.setup == choice.setup:
+            return estimate.speedup
     raise InputError(f"the choice {choice.setup.name!r} has neither a measurement nor a forecast of its own")
 
 

@@ -1,4 +1,4 @@
-"""The dossier of a run: candidates with state and reason, acceptance with intervals, staircases, its JSON form."""
+"""The report data of a run: candidates with state and reason, acceptance with intervals, staircases, its JSON form."""
 
 import json
 import random
@@ -19,7 +19,7 @@ from tuner.pipeline.pipeline import Options, Outcome, Tuner, Watch
 from tuner.policy.policy import Policy
 from tuner.report.build import report_data
 from tuner.report.curves import design_effect, share_interval
-from tuner.report.data import AnchorFigures, Candidate, ReportData
+from tuner.report.data import Candidate, PointFigures, ReportData
 
 TWO_DOMAINS = (*prompts(48, "code"), *prompts(48, "prose"))
 LENGTHS = (1, 2, 3, 4)
@@ -44,7 +44,7 @@ def policy_of(outcome: Outcome) -> Policy:
     return Policy(created=CREATED, target=TARGET, environment=MACHINE, choices=outcome.choices)
 
 
-def dossier_of(engine: FakeEngine, watch: Watch | None = None) -> ReportData:
+def report_data_of(engine: FakeEngine, watch: Watch | None = None) -> ReportData:
     outcome = outcome_of(engine, watch)
     return report_data(outcome, policy_of(outcome))
 
@@ -54,24 +54,24 @@ def made() -> ReportData:
     """Code keeps the draft model's tokens often, prose never does."""
     engine = FakeEngine(keep_by_domain={"code": 0.9, "prose": 0.0})
     engine.drafts = (DRAFT_A,)
-    return dossier_of(engine)
+    return report_data_of(engine)
 
 
-def by_name(anchor: AnchorFigures) -> dict[str, Candidate]:
-    return {one.setup_name: one for one in anchor.candidates}
+def by_name(point: PointFigures) -> dict[str, Candidate]:
+    return {one.setup_name: one for one in point.candidates}
 
 
 def test_every_candidate_stands_in_it(made: ReportData) -> None:
     """Plain decoding and each draft at each length, at every anchor, with a forecast, a round split and a reason."""
-    assert [anchor.choice.domain for anchor in made.anchors] == ["mixed", "code", "prose"]
-    for anchor in made.anchors:
-        assert set(by_name(anchor)) == {"plain", "draft-a k=1", "draft-a k=2", "draft-a k=3", "draft-a k=4"}
-        for one in anchor.candidates:
+    assert [point.choice.domain for point in made.points] == ["mixed", "code", "prose"]
+    for point in made.points:
+        assert set(by_name(point)) == {"plain", "draft-a k=1", "draft-a k=2", "draft-a k=3", "draft-a k=4"}
+        for one in point.candidates:
             assert one.forecast_speedup is not None
             assert one.round_split is not None
             assert one.round_split.verify_s == pytest.approx(0.005, rel=0.2)
             assert one.reason
-    plain = by_name(made.anchors[0])["plain"]
+    plain = by_name(made.points[0])["plain"]
     assert (plain.draft_name, plain.length, plain.state, plain.acceptance_length) == ("plain", 0, "baseline", 1.0)
 
 
@@ -81,27 +81,27 @@ def test_states_follow_the_run() -> None:
     engine.drafts = (DRAFT_A,)
     outcome = outcome_of(engine)
     made = report_data(outcome, policy_of(outcome))
-    for anchor, figures, choice in zip(outcome.points, made.anchors, outcome.choices, strict=True):
-        assert anchor.race is not None
+    for point, figures, choice in zip(outcome.points, made.points, outcome.choices, strict=True):
+        assert point.race is not None
         states = {name: one.state for name, one in by_name(figures).items()}
         assert choice.proven
         assert states[choice.setup.name] == "proven"
         assert {name for name, state in states.items() if state == "pruned in the race"} == {
-            setup.name for setup in anchor.race.pruned
+            setup.name for setup in point.race.pruned
         }
-        raced = {setup.name for setup in anchor.race.speedups} - {choice.setup.name}
+        raced = {setup.name for setup in point.race.speedups} - {choice.setup.name}
         assert {name for name, state in states.items() if state == "raced"} == raced
         won = by_name(figures)[choice.setup.name]
-        assert anchor.measured is not None
-        assert won.measured_speedup == anchor.measured.speedup
-        assert won.measured_tok_per_s == anchor.measured.tok_per_s
-        assert won.race_speedup == anchor.race.speedups[choice.setup]
-        assert by_name(figures)["plain"].measured_tok_per_s == anchor.measured.plain_tok_per_s
+        assert point.measured is not None
+        assert won.measured_speedup == point.measured.speedup
+        assert won.measured_tok_per_s == point.measured.tok_per_s
+        assert won.race_speedup == point.race.speedups[choice.setup]
+        assert by_name(figures)["plain"].measured_tok_per_s == point.measured.plain_tok_per_s
 
 
 def test_a_draft_not_worth_a_race(made: ReportData) -> None:
     """Where the forecast is below plain decoding, the reason says so, and the choice is plain."""
-    prose = made.anchors[2]
+    prose = made.points[2]
     assert prose.choice.setup == PLAIN
     for name, one in by_name(prose).items():
         if name != "plain":
@@ -112,29 +112,29 @@ def test_a_draft_not_worth_a_race(made: ReportData) -> None:
 
 def test_a_failed_draft_is_listed_with_its_reason() -> None:
     """Its candidate is infeasible and has no figure; the other draft goes on."""
-    made = dossier_of(FailingLookups(keep=0.9))
-    (failed,) = [one for one in made.anchors[0].candidates if one.draft_name == NGRAM.name]
+    made = report_data_of(FailingLookups(keep=0.9))
+    (failed,) = [one for one in made.points[0].candidates if one.draft_name == NGRAM.name]
     assert (failed.state, failed.reason) == ("infeasible", "the logits of the draft are not finite")
     assert failed.forecast_speedup is failed.round_split is None
     assert [draft.name for draft in made.drafts] == ["draft-a", NGRAM.name]
-    assert made.anchors[0].choice.proven
+    assert made.points[0].choice.proven
 
 
 def test_a_winner_that_is_not_proven() -> None:
     """The candidate of too small a proof is `not proven`, with the shortfall as its reason."""
     outcome = Tuner(FakeEngine(keep=0.9), Options(lengths=LENGTHS)).tune([(GREEDY, prompts(11))])
     made = report_data(outcome, policy_of(outcome))
-    (one,) = [one for one in made.anchors[0].candidates if one.state == "not proven"]
+    (one,) = [one for one in made.points[0].candidates if one.state == "not proven"]
     assert one.reason == "only 11 prompts were left to prove it, 12 are needed"
     assert one.measured_speedup is not None
 
 
 def test_a_budget_that_ends_early() -> None:
     """Without evidence there are no candidates, curves or staircases; the reason is kept."""
-    made = dossier_of(FakeEngine(), Watch(out_of_time=lambda: True))
-    assert made.anchors[0].candidates == ()
-    assert made.loads[0].curves == made.loads[0].staircases == ()
-    assert made.anchors[0].stopped == "the budget ended before the evidence was complete"
+    made = report_data_of(FakeEngine(), Watch(out_of_time=lambda: True))
+    assert made.points[0].candidates == ()
+    assert made.loads[0].curves == made.loads[0].step_time_curves == ()
+    assert made.points[0].stopped == "the budget ended before the evidence was complete"
     assert ReportData.from_json(made.to_json()) == made
 
 
@@ -147,10 +147,10 @@ def test_choices_of_earlier_runs(made: ReportData) -> None:
         created=CREATED, target=TARGET, environment=MACHINE, choices=(earlier, *outcome.choices[1:], elsewhere)
     )
     kept = report_data(outcome, policy)
-    assert [anchor.from_earlier for anchor in kept.anchors] == [True, False, False]
-    assert kept.anchors[0].choice.reason == "Plain decoding: so it was last week."
+    assert [point.from_earlier for point in kept.points] == [True, False, False]
+    assert kept.points[0].choice.reason == "Plain decoding: so it was last week."
     assert [choice.batch_size for choice in kept.standing] == [8]
-    assert not any(anchor.from_earlier for anchor in made.anchors)
+    assert not any(point.from_earlier for point in made.points)
     with pytest.raises(InputError, match="no choice for 'mixed'"):
         report_data(outcome, Policy(created=CREATED, target=TARGET, environment=MACHINE, choices=(elsewhere,)))
 
@@ -159,7 +159,7 @@ def test_loads_are_kept_apart() -> None:
     """Two temperatures are two loads, each with its own curves."""
     outcome = outcome_of(FakeEngine(keep=0.9), None, GREEDY, replace(GREEDY, temperature=0.7))
     made = report_data(outcome, policy_of(outcome))
-    assert [len(load.anchors) for load in made.loads] == [3, 3]
+    assert [len(load.points) for load in made.loads] == [3, 3]
     assert made.loads[0].curves != made.loads[1].curves
 
 
@@ -169,10 +169,10 @@ def test_acceptance_by_position(made: ReportData) -> None:
     assert list(curves) == ["mixed", "code", "prose"]
     assert [position.position for position in curves["code"].positions] == [1, 2, 3, 4]
     for position in curves["code"].positions:
-        assert position.kept.estimate == pytest.approx(0.9**position.position, abs=0.06)
-        assert position.kept.low < position.kept.estimate < position.kept.high
-    assert [position.kept.estimate for position in curves["prose"].positions] == [0.0, 0.0, 0.0, 0.0]
-    assert all(0.0 < position.kept.high < 0.2 for position in curves["prose"].positions)
+        assert position.accepted.estimate == pytest.approx(0.9**position.position, abs=0.06)
+        assert position.accepted.low < position.accepted.estimate < position.accepted.high
+    assert [position.accepted.estimate for position in curves["prose"].positions] == [0.0, 0.0, 0.0, 0.0]
+    assert all(0.0 < position.accepted.high < 0.2 for position in curves["prose"].positions)
     assert curves["mixed"].num_prompts == curves["code"].num_prompts + curves["prose"].num_prompts
 
 
@@ -210,15 +210,15 @@ def test_share_interval_covers() -> None:
 
 def test_staircases_have_names_and_quantiles(made: ReportData) -> None:
     """The target at widths 1 to 5 and the draft at 1 and 2, by name, quantiles in order."""
-    target, draft = made.loads[0].staircases
-    assert (target.name, target.kind, [stair.width for stair in target.stairs]) == (
+    target, draft = made.loads[0].step_time_curves
+    assert (target.name, target.kind, [stair.width for stair in target.widths]) == (
         "fake-target",
         "target",
         [1, 2, 3, 4, 5],
     )
-    assert (draft.name, draft.kind, [stair.width for stair in draft.stairs]) == ("draft-a", "model", [1, 2])
-    assert target.stairs[0].median_s == pytest.approx(0.005, rel=0.05)
-    for stair in (*target.stairs, *draft.stairs):
+    assert (draft.name, draft.kind, [stair.width for stair in draft.widths]) == ("draft-a", "model", [1, 2])
+    assert target.widths[0].median_s == pytest.approx(0.005, rel=0.05)
+    for stair in (*target.widths, *draft.widths):
         assert 0.0 < stair.low_s < stair.median_s < stair.high_s
 
 
@@ -248,14 +248,14 @@ def test_control_characters_are_not_shown(made: ReportData) -> None:
     [
         ({"version": 4}, "report data version 4 is newer than version 3"),
         ({"version": 0}, "version 0: this draftpick knows 3"),
-        ({"loads": []}, "a dossier needs a load"),
+        ({"loads": []}, "report data needs a load"),
         ({"loads": "none"}, 'report data.loads is "none": Expected `array`'),
         ({"created": 5}, "report data.created is 5: Expected `str`"),
         ({"colour": "red"}, "unknown key 'colour'"),
     ],
 )
 def test_json_refusals(made: ReportData, change: dict[str, object], says: str) -> None:
-    """What is not a dossier is refused in one line that names the value."""
+    """What is not a report data is refused in one line that names the value."""
     with pytest.raises(InputError, match=says) as refused:
         ReportData.from_json(made.to_json() | change)
     assert "\n" not in str(refused.value)
@@ -264,7 +264,7 @@ def test_json_refusals(made: ReportData, change: dict[str, object], says: str) -
 def test_json_refuses_what_is_deeper(made: ReportData) -> None:
     """An unknown state and a missing key are named with their place."""
     raw = made.to_json()
-    raw["loads"][0]["anchors"][0]["candidates"][1]["state"] = "winning"
+    raw["loads"][0]["points"][0]["candidates"][1]["state"] = "winning"
     with pytest.raises(InputError, match=r"candidates\[1\]: state 'winning': allowed are baseline, forecast only"):
         ReportData.from_json(raw)
     raw = made.to_json()

@@ -12,7 +12,7 @@ from profiles.records.core import Draft, Interval, Model, Setup
 from profiles.records.errors import InputError
 from tests.support.policies import choice
 from tuner.policy.estimates import RoundSplit
-from tuner.report.data import AnchorFigures, Candidate
+from tuner.report.data import Candidate, PointFigures
 from tuner.report.explain import comparison, explain, needed_acceptance, sentences
 
 
@@ -74,10 +74,10 @@ def setup_of(one: Candidate) -> Setup:
     return Setup(draft=Draft(kind="model", model=model), length=one.length)
 
 
-def facts(*candidates: Candidate, chosen: Candidate = CHOSEN) -> AnchorFigures:
+def facts(*candidates: Candidate, chosen: Candidate = CHOSEN) -> PointFigures:
     """An anchor with the choice, plain decoding and `candidates`."""
     own = () if chosen is PLAIN else (chosen,)
-    return AnchorFigures(
+    return PointFigures(
         choice=choice(
             setup_of(chosen), domain="code", context_length=384, reason="It decodes 1.55 times as fast.", evidence=()
         ),
@@ -179,8 +179,8 @@ SLOW_FORECAST = replace(FORECAST_ONLY, forecast_speedup=interval(0.9))
         (
             EQUAL,
             CHOSEN,
-            "within 1.5% of it in the race, 1.60 against 1.58: of equals the one without weights of its own is taken, "
-            "then the shortest",
+            "within 1.5% of it in the race, 1.60 against 1.58: ties go to the setup without draft weights, "
+            "then to the shorter",
         ),
         (
             FORECAST_ONLY,
@@ -209,7 +209,7 @@ def test_what_the_terminal_says() -> None:
     assert sentences(explain(facts(RACED))) == [
         "code, batch 1, context 384, temperature 0: draft-a k=2, proven",
         "It decodes 1.55 times as fast.",
-        "Plain decoding (k = 0) takes 5.00 ms a token.",
+        "Plain decoding (k = 0) takes 5.00 ms per token.",
         "A round of draft-a k=2 takes 7.50 ms (draft 1.50, verify 5.50, overhead 0.50) and yields 2.40 tokens; it "
         "breaks even with plain decoding at 1.50 tokens, an acceptance of 0.37 of each token (it has 0.78).",
         "A round of draft-b k=3 takes 7.50 ms (draft 1.50, verify 5.50, overhead 0.50) and yields 2.40 tokens; it "
@@ -281,8 +281,8 @@ def test_what_the_last_run_did_not_decide_is_refused() -> None:
 def test_a_choice_that_was_only_run() -> None:
     """What is known of it is told, and that no more is; where plain rounds were not timed, its rate stands in."""
     found = explain(facts(RACED, chosen=replace(CHOSEN, round_split=None)))
-    [said] = [one for one in sentences(found) if one.startswith("draft-a k=2 was only run")]
-    assert said.endswith("where a round's time goes is not known; its runs came to 1.55 times plain decoding.")
+    [said] = [one for one in sentences(found) if one.startswith("draft-a k=2 was run, not traced")]
+    assert said.endswith("decodes 1.55 times as fast as plain decoding; how a round's time splits is unknown.")
     assert (found.plain_s_per_token, found.accounts[0].round_s) == (0.005, None)
     json.dumps(found.to_json(), allow_nan=False)
     untimed = replace(facts(), candidates=(replace(PLAIN, round_split=None), replace(CHOSEN, round_split=None)))

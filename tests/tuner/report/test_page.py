@@ -1,4 +1,4 @@
-"""The report page: complete, self-contained, escaped, light and dark; and the picture drawn from the same dossier."""
+"""The report page: complete, self-contained, escaped, light and dark; and the picture drawn from it."""
 
 import re
 from dataclasses import replace
@@ -51,7 +51,7 @@ class Reader(HTMLParser):
         self.words.append(" ".join(data.split()))
 
 
-def dossier_of(engine: FakeEngine, *, domain: str = "prose", watch: Watch | None = None) -> ReportData:
+def report_data_of(engine: FakeEngine, *, domain: str = "prose", watch: Watch | None = None) -> ReportData:
     load = (*prompts(48, "code"), *prompts(48, domain))
     outcome = Tuner(engine, Options(lengths=(1, 2, 3)), watch).tune([(GREEDY, load)])
     return report_data(outcome, Policy(created=CREATED, target=TARGET, environment=MACHINE, choices=outcome.choices))
@@ -64,7 +64,7 @@ def written(made: ReportData, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def made() -> ReportData:
-    return dossier_of(FakeEngine(keep=0.9))
+    return report_data_of(FakeEngine(keep=0.9))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def page(made: ReportData, tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_decision_comes_first(made: ReportData, page: str) -> None:
     """The first heading names the setup, and its speed-up with the interval stands under it."""
     words = [word for word in Reader(page).words if word]
-    choice = made.anchors[0].choice
+    choice = made.points[0].choice
     assert choice.measured is not None
     speedup = choice.measured.speedup
     at = words.index(f"Decode with {choice.setup.name}")
@@ -89,7 +89,7 @@ def test_every_section_is_there(made: ReportData, page: str) -> None:
     """Choices, pictures, candidates with states and reasons, the environment and the limits."""
     reader = Reader(page)
     for heading in (
-        "What was chosen, and why",
+        "Choices and reasons",
         "Speed-up by domain",
         "Forecast against measured",
         "Tokens per second of every setup",
@@ -97,12 +97,12 @@ def test_every_section_is_there(made: ReportData, page: str) -> None:
         "Step times",
         "Every candidate",
         "Models and machine",
-        "What the intervals hold, and what they do not",
+        "What the intervals cover",
     ):
         assert heading in reader.words
-    for anchor in made.anchors:
-        assert anchor.choice.reason in reader.words
-        for one in anchor.candidates:
+    for point in made.points:
+        assert point.choice.reason in reader.words
+        for one in point.candidates:
             assert {one.setup_name, one.reason, one.state} <= set(reader.words)
     assert {"fake cpu", "2.13.0", "8,589,934,592", "fake-target, 8,000,000 parameters, float32"} <= set(reader.words)
 
@@ -143,7 +143,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert named.digest == DRAFT_A.digest
     engine = FakeEngine(keep=0.9)
     engine.drafts = (named,)
-    text = written(dossier_of(engine, domain=NASTY_DOMAIN), tmp_path)
+    text = written(report_data_of(engine, domain=NASTY_DOMAIN), tmp_path)
     reader = Reader(text)
     assert not {"script", "b"} & {tag for tag, _ in reader.elements}
     assert {NASTY, f"{NASTY} k=1"} <= set(reader.words)
@@ -154,17 +154,17 @@ def test_plain_decoding_is_said_plainly(tmp_path: Path) -> None:
     """Where nothing is proven the heading says so and no speed-up is claimed."""
     engine = FakeEngine(keep=0.0)
     engine.drafts = (DRAFT_A,)
-    made = dossier_of(engine)
+    made = report_data_of(engine)
     words = [word for word in Reader(written(made, tmp_path)).words if word]
     at = words.index("Decode plainly")
     assert words[at + 1] == "no draft is proven"
-    assert words[at + 2] == made.anchors[0].choice.reason
-    assert made.anchors[0].choice.setup == PLAIN
+    assert words[at + 2] == made.points[0].choice.reason
+    assert made.points[0].choice.setup == PLAIN
 
 
 def test_a_run_without_evidence(tmp_path: Path) -> None:
     """A budget that ended at once leaves a page without pictures that says why; there is no bar chart to draw."""
-    made = dossier_of(FakeEngine(), watch=Watch(out_of_time=lambda: True))
+    made = report_data_of(FakeEngine(), watch=Watch(out_of_time=lambda: True))
     text = written(made, tmp_path)
     assert "<svg" not in text
     assert "Nothing was forecast: the budget ended before the evidence was complete." in text
@@ -176,22 +176,22 @@ def test_several_loads_and_earlier_choices(made: ReportData, tmp_path: Path) -> 
     """Each load has its own pictures, titles tell what differs, and choices of earlier runs are marked."""
     warm = replace(
         made.loads[0],
-        anchors=tuple(
-            replace(anchor, choice=replace(anchor.choice, temperature=0.7), from_earlier=True)
-            for anchor in made.loads[0].anchors
+        points=tuple(
+            replace(point, choice=replace(point.choice, temperature=0.7), from_earlier=True)
+            for point in made.loads[0].points
         ),
     )
     standing = (a_choice(temperature=1.0, context_length=256),)
     reader = Reader(written(replace(made, loads=(made.loads[0], warm), standing=standing), tmp_path))
     assert {"code, temperature 0", "code, temperature 0.7", "all domains, temperature 1"} <= set(reader.words)
     said = " ".join(reader.words)
-    assert said.count("Kept from an earlier run") == 3
-    assert said.count("Left standing from an earlier run") == 1
+    assert said.count("From an earlier run: this run ended before it could decide.") == 3
+    assert said.count("From an earlier run.") == 1
     assert len([tag for tag, _ in reader.elements if tag == "svg"]) == 2 + 2 * 8
 
 
 def test_pages_repeat(made: ReportData, page: str, tmp_path: Path) -> None:
-    """The same dossier, also after its JSON form, gives the same bytes: no time of drawing, no random ids."""
+    """The same report data, also after its JSON form, gives the same bytes: no time of drawing, no random ids."""
     assert written(ReportData.from_json(made.to_json()), tmp_path) == page
 
 
@@ -202,7 +202,7 @@ def test_the_page_stays_small(page: str) -> None:
 
 def test_the_picture_is_the_bar_chart(made: ReportData, tmp_path: Path) -> None:
     """Rows by draft and length with the measured figures of the proof; .png and .svg are written."""
-    rows = chart_rows(made.anchors[0])
+    rows = chart_rows(made.points[0])
     for group in ("draft-a", "ngram:max=4,min=2"):
         assert [row.setup_name for row in rows if row.group == group] == [f"{group} k={length}" for length in (1, 2, 3)]
     assert sum(row.measured is not None for row in rows) == 2

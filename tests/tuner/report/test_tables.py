@@ -68,7 +68,7 @@ def test_document_of_a_win() -> None:
     assert whole["speedup"] == {"estimate": 1.6, "low": 1.55, "high": 1.6500000000000001}
     assert (whole["end_to_end"], whole["plain_tok_per_s"], whole["chosen_tok_per_s"]) == (1.5, 100.0, 160.0)
     assert whole["proven"] is True
-    assert [anchor["domain"] for anchor in whole["anchors"]] == ["code", "mixed"]
+    assert [point["domain"] for point in whole["anchors"]] == ["code", "mixed"]
     assert whole["crossover_batch"] is None
     about_the_policy = {"target", "environment", "anchors", "crossover_batch", "store", "policy"}
     assert {**whole["anchors"][1], "cost": COST} == {
