@@ -13,9 +13,9 @@ def cpu_quota() -> int | None:
     """Whole cores' worth of processor time, rounded up; None without a quota."""
     quotas = []
     for folder in _folders("cpu"):
-        quota, period = ([*_words(folder / "cpu.max"), "", ""])[:2]  # version 2
+        quota, period = ([*_fields(folder / "cpu.max"), "", ""])[:2]  # version 2
         if not quota:
-            quota, period = _word(folder / "cpu.cfs_quota_us"), _word(folder / "cpu.cfs_period_us")
+            quota, period = _first_field(folder / "cpu.cfs_quota_us"), _first_field(folder / "cpu.cfs_period_us")
         if quota.isdecimal() and period.isdecimal() and int(period) > 0:
             quotas.append(max(1, math.ceil(int(quota) / int(period))))
     return min(quotas, default=None)
@@ -34,10 +34,10 @@ def free_memory() -> int | None:
 def _memory() -> Iterator[tuple[int, int]]:
     """(limit, used) of every group around this process that has a limit."""
     for folder in _folders("memory"):
-        limit = _word(folder / "memory.max") or _word(folder / "memory.limit_in_bytes")
-        used = _word(folder / "memory.current") or _word(folder / "memory.usage_in_bytes")
+        limit = _first_field(folder / "memory.max") or _first_field(folder / "memory.limit_in_bytes")
+        used = _first_field(folder / "memory.current") or _first_field(folder / "memory.usage_in_bytes")
         if limit.isdecimal() and int(limit) < _NO_LIMIT:
-            statistics = _words(folder / "memory.stat")
+            statistics = _fields(folder / "memory.stat")
             pairs = dict(zip(statistics[::2], statistics[1::2], strict=False))
             cached = pairs.get("total_inactive_file", pairs.get("inactive_file", "0"))
             yield int(limit), int(used or 0) - int(cached)
@@ -58,12 +58,12 @@ def _folders(controller: str) -> Iterator[Path]:
         yield from (folder for folder in (path, *path.parents) if folder == root or root in folder.parents)
 
 
-def _words(path: Path) -> list[str]:
+def _fields(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").split()
     except OSError:
         return []
 
 
-def _word(path: Path) -> str:
-    return next(iter(_words(path)), "")
+def _first_field(path: Path) -> str:
+    return next(iter(_fields(path)), "")

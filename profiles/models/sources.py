@@ -187,11 +187,11 @@ def _check_config(name: str, path: Path) -> None:
         return
     model_type = raw.get("model_type")
     if model_type not in CONFIG_MAPPING:
-        own_code = "; its own code (auto_map) is not run" if raw.get("auto_map") else ""
-        if model_type is not None or own_code:
+        auto_map_note = "; its own code (auto_map) is not run" if raw.get("auto_map") else ""
+        if model_type is not None or auto_map_note:
             raise ModelError(
                 f"model {name!r}: its model_type {model_type!r} is unknown to transformers {transformers.__version__}"
-                f"{own_code}"
+                f"{auto_map_note}"
             )
     quantization = raw.get("quantization_config", raw.get("quantization"))
     if isinstance(quantization, dict) and "bits" in quantization and "quant_method" not in quantization:
