@@ -68,8 +68,13 @@ def find(name: str) -> Source:
     if name.startswith(BUILTIN):
         path = BUILTIN_FOLDER / name.removeprefix(BUILTIN)
         names = sorted(f"{BUILTIN}{config.parent.name}" for config in BUILTIN_FOLDER.glob("*/config.json"))
+        if not names:
+            raise ModelError(
+                f"model {name!r}: built-in models come with a source checkout, not with the installed package; "
+                "name a model directory, a .gguf file or a hub id with --target"
+            )
         if f"{BUILTIN}{path.name}" not in names:
-            raise ModelError(f"model {name!r}: not a built-in model; allowed are {', '.join(names) or 'none'}")
+            raise ModelError(f"model {name!r}: not a built-in model; allowed are {', '.join(names)}")
     if path.is_file() and path.suffix.lower() == ".gguf":
         return _gguf_source(name, path)
     if path.is_dir():

@@ -522,3 +522,10 @@ def test_early_exit_refuses_layers_it_cannot_tell(tiny_folders: dict[str, Path])
     target.model.model.others = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
     with pytest.raises(PairError, match="LlamaForCausalLM has no single list of 3 layers to cut"):
         early_exit(target, 1)
+
+
+def test_an_installed_package_has_no_builtin_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The wheel leaves the weights out; the error says where they are."""
+    monkeypatch.setattr("profiles.models.sources.BUILTIN_FOLDER", tmp_path)
+    with pytest.raises(ModelError, match="come with a source checkout"):
+        sources.find("builtin:target")
