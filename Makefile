@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: tune test test-vllm check clean
+.PHONY: tune test test-vllm check docs clean
 
 tune: $(VENV)/.installed
 	mkdir -p .draftpick # where it exists, it is the store of this checkout's commands
 	$(BIN)/python tune.py run
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
 
 test-vllm: $(VENV)/.installed
 	$(BIN)/python -m tests.lanes.vllm_env
@@ -21,7 +21,10 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not vllm"
+
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict --quiet --site-dir $(VENV)/site
 
 $(VENV)/.installed: requirements.lock
 	$(PYTHON) -m venv $(VENV)
