@@ -528,10 +528,6 @@ def sample_record(row: Row) -> Sample:
     return from_row(Sample, {**row, "rounds": rounds, "shapes": shapes})
 
 
-def infeasible_record(row: Row) -> Infeasible:
-    return Infeasible(setup=setup_from(row["setup"]), reason=row["reason"], detail=row["detail"])
-
-
 def setup_from(raw: Row) -> Setup:
     """A setup from its JSON. Raises InputError."""
     return from_builtins(Setup, raw, "setup")

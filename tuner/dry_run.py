@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sqlalchemy import insert, select
 
@@ -38,9 +37,6 @@ from tuner.forecast.evidence import typical_context
 from tuner.forecast.queues import queues, spread_over_domains
 from tuner.pipeline.pipeline import Options, Tuner
 from tuner.search.limits import Limits
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 SAMPLE_PROMPTS = 3
 # Predictions let drafting win, with other setups in other domains and wide intervals, so that every stage is reached
@@ -119,17 +115,6 @@ def _copy(location: Location, copy: Path, target: Model) -> None:
             if rows:
                 duplicate.execute(insert(table), rows)
         duplicate.commit()
-
-
-def units_table(result: DryRun) -> "Table":
-    """How many units of each stage would be measured."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table("stage", "units to measure", box=SIMPLE_HEAD)
-    for stage, count in result.new_units.items():
-        table.add_row(stage, str(count))
-    return table
 
 
 def time_units(engine: CachedEngine, load: tuple[Workload, tuple[Prompt, ...]], max_length: int) -> UnitSeconds:

@@ -85,7 +85,7 @@ def _refill(active: list[PromptReplay], waiting: Iterator[PromptReplay], batch_s
     while len(active) < batch_size and (run := next(waiting, None)) is not None:
         for other in before if continuous else active:
             other.refills += 1
-        if not run.is_done:  # an output of one token makes room at once
+        if not run.is_done:  # an output of one token frees its row at once
             active.append(run)
 
 

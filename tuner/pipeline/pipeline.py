@@ -128,7 +128,7 @@ class Tuner:
             )
             decided = [self._decide(plan, evidence, forecaster) for plan in plans]
             points += decided
-            infeasible += (*evidence.infeasible, *(one for point in decided for one in point.infeasible))
+            infeasible += (*evidence.infeasible, *(failure for point in decided for failure in point.infeasible))
             if decided[0].forecasts:
                 grid_seconds = (grid_seconds or 0.0) + _grid_seconds(decided[0], evidence, len(prompts))
         return Outcome(

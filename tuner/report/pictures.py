@@ -57,7 +57,7 @@ def rate_bars(name: str, rows: Sequence[ChartRow], hue: str, every: Sequence[Cha
         ticks = draw_rows(axes, rows, 0.15, (hue, PAGE))
         axes.set_yticks([at for at, _ in ticks], [text for _, text in ticks])
         dress_rate_axes(axes, every, num_rows, PAGE)
-        axes.set_xlim(right=axes.get_xlim()[1] * 1.12)  # a narrow panel needs more room for its numbers
+        axes.set_xlim(right=axes.get_xlim()[1] * 1.12)  # a narrow panel needs more space for its numbers
         axes.xaxis.set_major_locator(round_numbers(5))
         axes.set_xlabel("output tokens per second", fontsize=9, color=PAGE.ink)
         return inline(figure, name, "bars: tokens per second of each length, forecast above measured")
@@ -160,11 +160,11 @@ def step_time_curve(name: str, part: StepTimeCurve, hue: str) -> str:
 
 
 def _panel(height: float, left: float = 0.42) -> tuple[Figure, Any]:
-    """A figure and its axes, in inches; `left` is the room for the ticks and the name of the y axis."""
+    """A figure and its axes, in inches; `left` is the space for the ticks and the name of the y axis."""
     figure = Figure(figsize=(WIDTH_INCHES, height))
     width = WIDTH_INCHES - left - 0.12
-    place = (left / WIDTH_INCHES, 0.45 / height, width / WIDTH_INCHES, (height - 0.55) / height)
-    return figure, figure.add_axes(place, facecolor="none")
+    position = (left / WIDTH_INCHES, 0.45 / height, width / WIDTH_INCHES, (height - 0.55) / height)
+    return figure, figure.add_axes(position, facecolor="none")
 
 
 def round_numbers(most: int) -> Any:

@@ -33,7 +33,7 @@ READ_CHARACTERS, SPELLING_CHARACTERS = 1000, 100
 NUM_HASHES = 1 << 13  # of either kind of n-gram
 _WORD = r"\w+|[^\w\s]"
 # binary: counts would let a long quotation outweigh what is asked about it
-_WORDS = HashingVectorizer(token_pattern=_WORD, ngram_range=(1, 2), binary=True, n_features=NUM_HASHES)
+_WORD_HASHES = HashingVectorizer(token_pattern=_WORD, ngram_range=(1, 2), binary=True, n_features=NUM_HASHES)
 _SPELLING = HashingVectorizer(analyzer="char", ngram_range=(2, 4), binary=True, n_features=NUM_HASHES)
 # A router answers where at most 5 % of its answers are wrong, and leaves unsure what is less clear than all but 5 % of
 # the texts it gets right: mostly text unlike any it knows. Never where the others together are half as probable.
@@ -181,7 +181,7 @@ def _features(texts: list[str]) -> csr_array:
     """Hashed n-grams of words and of spelling: (texts, 2 * NUM_HASHES)."""
     beginnings = [text[:READ_CHARACTERS].encode(errors="replace").decode() for text in texts]  # lone surrogates
     spelling = _SPELLING.transform([text[:SPELLING_CHARACTERS] for text in beginnings])
-    return hstack((_WORDS.transform(beginnings), spelling), format="csr")
+    return hstack((_WORD_HASHES.transform(beginnings), spelling), format="csr")
 
 
 def _per_domain(scores: numpy.ndarray) -> numpy.ndarray:

@@ -181,7 +181,7 @@ class Decoder:
         return [number for number, _ in done]
 
     def _refill(self, number: int, waiting: deque[tuple[Prompt, Generation]], clock: Clock) -> None:
-        """Puts the next prompt into a row and emits its first token; an output that ends there makes room again."""
+        """Puts the next prompt into a row and emits its first token; an output that ends there frees the row again."""
         while waiting and self.rows[number] is None:
             prompt, run = waiting.popleft()
             for other in self.rows:
