@@ -231,6 +231,7 @@ target_traces = Table(
     *_columns(Numbers(float), "target_probs", "logit_gaps"),
     *_columns(Boolean, "ended"),
     UniqueConstraint("target_key", "sampling_digest", "prompt_digest"),
+    Index("ix_target_traces_environment", "environment_digest", "target_key", "measured_at"),
 )
 
 # `num_proposed`: tokens that the draft was asked about or proposed; `num_accepted`: how many of them are accepted.
@@ -244,6 +245,7 @@ acceptance_traces = Table(
     *_columns(Integer, "num_proposed"),
     *_columns(Float, "num_accepted"),
     UniqueConstraint("target_key", "sampling_digest", "prompt_digest", "draft_digest"),
+    Index("ix_acceptance_traces_environment", "environment_digest", "target_key", "measured_at"),
 )
 
 lookup_traces = Table(
@@ -257,6 +259,7 @@ lookup_traces = Table(
     *_columns(Integer, "num_proposed"),
     *_columns(Float, "num_accepted"),
     UniqueConstraint("target_key", "sampling_digest", "prompt_digest", "draft_digest", "max_length"),
+    Index("ix_lookup_traces_environment", "environment_digest", "target_key", "measured_at"),
 )
 
 # No constraint on the operating point: it may be measured again, and the newest sweep answers. The digest of an
@@ -294,7 +297,7 @@ units = Table(
     _link("workload_id", "workloads.id"),
     *_columns(String, "digest", "purpose"),
     UniqueConstraint("digest"),
-    Index("ix_units_target", "target_key", "environment_digest"),
+    Index("ix_units_target", "target_key", "environment_digest", "measured_at"),
 )
 
 samples = Table(

@@ -15,7 +15,7 @@ from profiles.records.core import PLAIN, Setup
 from store.evidence_store import EvidenceStore, Scope
 from tests import ROOT
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, TARGET, prompts, sql
-from tuner.deploy.lookup import Question, lookup
+from tuner.deploy.lookup import Query, lookup
 
 ASSETS = ROOT / "tests" / "assets"
 TUNED = replace(MACHINE, device="tuned cpu")
@@ -40,10 +40,10 @@ def test_look_ups_answer_as_before(upgraded: Path) -> None:
     """Setup, proof, match and reason of every question are those of the version that wrote the store."""
     with EvidenceStore.open_read_only(upgraded) as evidence_store:
         for wanted in json.loads((ASSETS / "store-0004-lookups.json").read_text()):
-            question = Question(
+            query = Query(
                 target="fake-target", batch_size=wanted["batch_size"], domain=wanted["domain"], temperature=0.0
             )
-            found = lookup(evidence_store, question, drop_unknown(asdict(TUNED)))
+            found = lookup(evidence_store, query, drop_unknown(asdict(TUNED)))
             choice = found.answer.choice
             answer = {
                 "setup": choice.setup.name,

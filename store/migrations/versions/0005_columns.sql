@@ -66,6 +66,7 @@ CREATE TABLE target_traces (
     ended BOOLEAN NOT NULL,
     CONSTRAINT uq_target_traces UNIQUE (target_key, sampling_digest, prompt_digest)
 );
+CREATE INDEX ix_target_traces_environment ON target_traces (environment_digest, target_key, measured_at);
 
 CREATE TABLE acceptance_traces (
     id {id},
@@ -84,6 +85,7 @@ CREATE TABLE acceptance_traces (
     num_accepted FLOAT NOT NULL,
     CONSTRAINT uq_acceptance_traces UNIQUE (target_key, sampling_digest, prompt_digest, draft_digest)
 );
+CREATE INDEX ix_acceptance_traces_environment ON acceptance_traces (environment_digest, target_key, measured_at);
 
 CREATE TABLE lookup_traces (
     id {id},
@@ -103,6 +105,7 @@ CREATE TABLE lookup_traces (
     num_accepted FLOAT NOT NULL,
     CONSTRAINT uq_lookup_traces UNIQUE (target_key, sampling_digest, prompt_digest, draft_digest, max_length)
 );
+CREATE INDEX ix_lookup_traces_environment ON lookup_traces (environment_digest, target_key, measured_at);
 
 CREATE TABLE sweeps (
     id {id},
@@ -143,7 +146,7 @@ CREATE TABLE units (
     CONSTRAINT uq_units UNIQUE (digest),
     CONSTRAINT fk_units_run_id FOREIGN KEY (run_id) REFERENCES runs (id) ON DELETE SET NULL
 );
-CREATE INDEX ix_units_target ON units (target_key, environment_digest);
+CREATE INDEX ix_units_target ON units (target_key, environment_digest, measured_at);
 
 CREATE TABLE samples (
     unit_id INTEGER NOT NULL,
