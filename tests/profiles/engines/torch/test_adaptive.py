@@ -4,7 +4,7 @@ import itertools
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,11 +19,13 @@ from profiles.models.early_exit import early_exit
 from profiles.records.core import CATCH_UP_WIDTHS, PLAIN, Draft, Model, Prompt, Setup, Workload
 from profiles.records.errors import BadNumbersError, InputError
 from profiles.records.evidence import TargetTrace
+from tests.support import tiny
 from tests.support.toys import ScriptedController, TableModel, near, p_value, run_toy_adaptive, sequence_law, wandering
 
 NGRAM = {"max_match": 3, "min_match": 1}
 SELF, OTHER, EXIT, LOOKUP, COMPOSITE = range(5)
 WORKLOAD = Workload(context_length=96, max_new_tokens=24)
+NUM_SWITCHED = 7  # prompts of the test of switches, more than rows
 PROMPTS = tuple(
     Prompt(domain="a", token_ids=tuple(random.Random(size).choices(range(20, 20 + 3 * size), k=size)))
     for size in (3, 24, 1, 40, 8, 17, 2, 30, 12, 5, 21)
@@ -32,16 +34,19 @@ FALSE_ALARM = 1e-4  # each chi-square test fails a correct engine once in ten th
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_folders: dict[str, Path]) -> TorchEngine:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> TorchEngine:
     """A tiny random target with a draft of every kind; the composite shares the model of another draft."""
-    target = loader.load(str(tiny_folders["llama"]), dtype="float32", device="cpu")
-    other = loader.load(str(tiny_folders["qwen2"]), dtype="float32", device="cpu")
+    root = tmp_path_factory.mktemp("adaptive")
+    target, other = (
+        loader.load(str(tiny.write_model(root / name, name, num_layers=layers)), dtype="float32", device="cpu")
+        for name, layers in (("llama", 2), ("qwen2", 1))
+    )
     return TorchEngine(
         target,
         (
             DraftSource(draft=Draft(kind="model", model=target.record), model=target.model),
             DraftSource(draft=Draft(kind="model", model=other.record), model=other.model),
-            DraftSource(draft=Draft(kind="early_exit", num_layers=2), model=early_exit(target, 2)),
+            DraftSource(draft=Draft(kind="early_exit", num_layers=1), model=early_exit(target, 1)),
             DraftSource(draft=Draft(kind="ngram", **NGRAM), model=None),
             DraftSource(draft=Draft(kind="composite", model=other.record, **NGRAM), model=other.model),
         ),
@@ -54,27 +59,41 @@ def every_setup(engine: TorchEngine) -> list[Setup]:
     return [PLAIN] * 8 + [Setup(draft=draft, length=length) for draft in engine.drafts for length in range(1, 9)]
 
 
-def ending(engine: TorchEngine) -> Workload:
-    """Tokens that some outputs hold midway, some at once and some nowhere are end tokens."""
-    emitted = [engine.trace_target(WORKLOAD, prompt).token_ids for prompt in PROMPTS]
-    return replace(WORKLOAD, end_token_ids=(emitted[1][len(emitted[1]) // 2], emitted[4][0], emitted[7][-2]))
+@dataclass(frozen=True)
+class Plain:
+    """Plain decoding's output of every prompt, and what each draft gets accepted of it: no adaptive run made them."""
+
+    workload: Workload
+    prompts: tuple[Prompt, ...]
+    traces: list[TargetTrace]
+    accepted: list[dict[Draft | None, DraftAcceptance]]
 
 
-def traces_of(engine: TorchEngine, workload: Workload) -> list[TargetTrace]:
-    return [engine.trace_target(workload, prompt) for prompt in PROMPTS]
+@pytest.fixture(scope="module")
+def plain(engine: TorchEngine) -> dict[bool, Plain]:
+    """To the limit (False) and to an end token (True); traced once, for every batch size and order of setups."""
+    to_limit = _plain(engine, WORKLOAD)
+    emitted = [trace.token_ids for trace in to_limit.traces]
+    # tokens that some outputs hold midway, some at once and some nowhere
+    ends = (emitted[1][len(emitted[1]) // 2], emitted[4][0], emitted[6][-2])
+    return {False: to_limit, True: _plain(engine, replace(WORKLOAD, end_token_ids=ends))}
 
 
-def accepting(
-    engine: TorchEngine, workload: Workload, traces: Sequence[TargetTrace]
-) -> list[dict[Draft | None, DraftAcceptance]]:
-    """By prompt and draft, what would be kept from where, on evidence that no adaptive run made."""
-    return [
+def _plain(engine: TorchEngine, workload: Workload) -> Plain:
+    prompts = PROMPTS[:NUM_SWITCHED]
+    traces = traces_of(engine, workload)[:NUM_SWITCHED]
+    accepted: list[dict[Draft | None, DraftAcceptance]] = [
         {
             draft: combine([engine.trace_draft(workload, prompt, trace, part, 8) for part in draft.components])
             for draft in engine.drafts
         }
-        for prompt, trace in zip(PROMPTS, traces, strict=True)
+        for prompt, trace in zip(prompts, traces, strict=True)
     ]
+    return Plain(workload=workload, prompts=prompts, traces=traces, accepted=accepted)
+
+
+def traces_of(engine: TorchEngine, workload: Workload) -> list[TargetTrace]:
+    return [engine.trace_target(workload, prompt) for prompt in PROMPTS]
 
 
 def replayed(
@@ -125,19 +144,18 @@ def check_lossless(result: AdaptiveRun, traces: Sequence[TargetTrace]) -> None:
 
 
 @pytest.mark.parametrize("ends", [False, True], ids=["to the limit", "to an end token"])
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 3, 6])
 @pytest.mark.parametrize("longest", [1, 12], ids=["every round", "in bursts"])
 def test_no_switch_costs_a_token_or_an_acceptance(
-    engine: TorchEngine, longest: int, batch_size: int, ends: bool
+    engine: TorchEngine, plain: dict[bool, Plain], longest: int, batch_size: int, ends: bool
 ) -> None:
     """Under random picks outputs are plain decoding's, and every round of every row is that of an unbroken draft."""
-    workload = replace(ending(engine) if ends else WORKLOAD, batch_size=batch_size)
-    traces = traces_of(engine, workload)
+    prompts, traces, accepted = plain[ends].prompts, plain[ends].traces, plain[ends].accepted
+    workload = replace(plain[ends].workload, batch_size=batch_size)
     assert not ends or min(len(trace.token_ids) for trace in traces) == 1
-    accepted = accepting(engine, workload, traces)
-    for seed in range(6):
+    for seed in range(3):
         controller = ScriptedController(wandering(every_setup(engine), seed, longest))
-        result = engine.run_adaptive(workload, PROMPTS, controller, 8)
+        result = engine.run_adaptive(workload, prompts, controller, 8)
         check_lossless(result, traces)
         assert [each.setup for each in result.rounds] == [report.decision.setup for report in controller.reports]
         assert [each.rows for each in result.rounds] == [len(report.rows) for report in controller.reports]
@@ -210,7 +228,7 @@ def test_decisions_that_cannot_be_run_are_named(engine: TorchEngine) -> None:
     """A draft that is not loaded, and a length beyond what the run was made for."""
     missing = Setup(draft=Draft(kind="ngram", max_match=9, min_match=9), length=1)
     longer = Setup(draft=engine.drafts[EXIT], length=5)
-    for setup, reason in ((missing, "ngram:max=9,min=9 is not loaded"), (longer, "early-exit:2 k=5: .*up to 4")):
+    for setup, reason in ((missing, "ngram:max=9,min=9 is not loaded"), (longer, "early-exit:1 k=5: .*up to 4")):
         with pytest.raises(InputError, match=reason):
             engine.run_adaptive(WORKLOAD, PROMPTS[:1], ScriptedController([PLAIN, setup]), 4)
     with pytest.raises(InputError, match="speculation length 65"):
