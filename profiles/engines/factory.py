@@ -1,7 +1,6 @@
 """Opens a serving engine: models are described, and drafts that the engine cannot run are refused one by one."""
 
 import os
-import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -212,7 +211,8 @@ def _server(spec: EngineSpec, target: DescribedModel) -> EngineBuilder:
     launch = Launch(
         kind=spec.kind,
         log_folder=spec.log_folder,
-        template=(spec.launch or "").replace("{model}", shlex.quote(path)),
+        template=spec.launch or "",
+        model_path=path,
         flags_of=flags_of,
     )
 

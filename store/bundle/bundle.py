@@ -1,7 +1,8 @@
 """Bundles: small SQLite files of the store's own schema that carry evidence, runs and policies between stores.
 
 A bundle may come from a stranger: it is opened read-only and checked whole before a store is touched, then merged in
-short transactions. Rows that cannot travel (a path in a machine's engine options) are left out and counted.
+short transactions. A machine with a path or a secret in its engine options is packed without it, under the digest that
+it then has. Rows that cannot travel (damaged ones) are left out and counted.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from sqlalchemy import URL, Connection, Table, insert, select
 from profiles.records.core import Environment, Model
 from profiles.records.errors import InputError, NotMeasuredError
 from profiles.records.files import open_file, write_atomically
-from profiles.records.text import command
+from profiles.records.text import command, printable
 from store import migrations, tables
 from store.bundle.rows import CHILDREN, PARENTS, TRACES, Documents, Item, items, links, primary_key, trace_key
 from store.evidence_store import EvidenceStore
@@ -101,7 +102,11 @@ def pack(
         file = Path(folder) / "bundle"
         with evidence_store.reading() as connection, _new_file(file) as packed:
             conditions = _conditions(connection, targets, environments)
-            _copy(items(connection, documents, lambda table, _: left_out.update([table.name]), *conditions), packed)
+
+            def leave_out(table: Table, _: InputError) -> None:
+                left_out[table.name] += 1
+
+            _copy(items(connection, documents, leave_out, *conditions, digests={}), packed)
         data = file.read_bytes()
     data += hashlib.sha256(data).digest()  # SQLite reads what its header counts, and not this
     if len(data) > MOST_BYTES:
@@ -395,7 +400,7 @@ def _require_schema(connection: Connection) -> None:
     for check in ("quick_check", "foreign_key_check"):
         result = connection.exec_driver_sql(f"PRAGMA {check}").fetchmany(1)
         if result and result[0][0] != "ok":
-            raise InputError(f"it is damaged: {' '.join(map(str, result[0]))[:100]}")
+            raise InputError(f"it is damaged: {printable(' '.join(map(str, result[0])))[:100]}")
 
 
 def _schema(connection: Connection) -> set[tuple[str, str, str, str]]:

@@ -80,11 +80,20 @@ def links(table: Table) -> dict[str, Table]:
 
 
 def items(
-    connection: Connection, documents: Documents, refuse: Callable[[Table, InputError], None], *conditions: Any
+    connection: Connection,
+    documents: Documents,
+    refuse: Callable[[Table, InputError], None],
+    *conditions: Any,
+    digests: dict[str, str] | None = None,
 ) -> Iterator[Item]:
     """Every row of a database as a checked item; those that are not allowed are passed to `refuse`.
 
-    A row that refers to a refused row is refused too. `conditions` select rows, of the tables they are about.
+    A row that refers to a refused row is refused too.
+
+    Args:
+        conditions: select rows, of the tables they are about.
+        digests: filled with the new digest of each machine that has another one without the paths and secrets in its
+            engine options; its rows get that digest. None: such a machine is not allowed.
     """
     accepted: dict[str, set[Any]] = {table.name: set() for table in TABLES}
     lengths: dict[tuple[str, ...], int] = {}  # of the target traces
@@ -93,7 +102,7 @@ def items(
         selected = [condition for condition in conditions if condition.left.table is table]
         for row_id in connection.scalars(select(key).where(*selected).order_by(key)).all():
             try:
-                item = _item(connection, table, row_id, documents)
+                item = _item(connection, table, row_id, documents, digests=digests)
                 if item.row.get("run_id") not in accepted["runs"]:
                     item.row.update(dict.fromkeys({"run_id"} & item.row.keys()))  # of a run that has not ended
                 for row in (item.row, *item.children):
@@ -104,15 +113,21 @@ def items(
             except InputError as error:
                 refuse(table, InputError(f"{table.name}: {error}"))
                 continue
-            accepted[table.name].add(row_id)
-            yield item
+            if item.id not in accepted[table.name]:  # two machines can be one without their paths
+                accepted[table.name].add(item.id)
+                yield item
 
 
-def _item(connection: Connection, table: Table, row_id: Any, documents: Documents) -> Item:
+def _item(
+    connection: Connection, table: Table, row_id: Any, documents: Documents, *, digests: dict[str, str] | None
+) -> Item:
     """One row and its children. Raises InputError."""
     try:
         query = select(table).where(table.c[primary_key(table)] == row_id)
-        row = _checked(table, connection.execute(query).mappings().one())
+        stored = connection.execute(query).mappings().one()
+        row = _checked(table, stored)
+        if digests is not None:
+            row = _with_digests(table, stored, row, digests)
         child = CHILDREN.get(table.name)
         children: tuple[Values, ...] = ()
         if child is not None:
@@ -180,8 +195,15 @@ def _model(row: Values, *_: Any) -> Values:
     return row
 
 
+def _with_digests(table: Table, stored: Row, row: Values, digests: dict[str, str]) -> Values:
+    """The cleaned row with the digest that its machine has after cleaning."""
+    if table is tables.environments and _record(Environment, stored).digest == stored["digest"]:
+        digests[row["digest"]] = _record(Environment, row).digest
+    names = {"digest"} if table is tables.environments else {"environment_digest"} & row.keys()
+    return row | {name: digests.get(row[name], row[name]) for name in names}
+
+
 def _environment(row: Values, *_: Any) -> Values:
-    """A machine whose description holds a path has another digest without it, and cannot be packed."""
     _require_same("digest", row["digest"], _record(Environment, row).digest)
     return row
 

@@ -4,11 +4,12 @@ A model named by a path gets the path's last part behind a mark, so that nobody 
 identity. Cleaning twice changes nothing.
 """
 
+import json
 import re
 from typing import Any
 
 from profiles.builtin import IMPORTED, IMPORTED_MARKS
-from profiles.engines.serving.redaction import redacted
+from profiles.engines.serving.redaction import redacted, without_paths
 from profiles.records.errors import InputError
 from profiles.records.text import printable
 
@@ -34,6 +35,8 @@ def clean(value: Any, key: str = "") -> Any:
 
     Raises InputError: a text is longer than allowed.
     """
+    if isinstance(value, str) and key == "engine_options":
+        return clean_options(value)
     if isinstance(value, str):
         return printable(value) if key == "domain" else clean_text(value, is_name=key.endswith("name") or key in NAMES)
     if isinstance(value, list):
@@ -43,6 +46,31 @@ def clean(value: Any, key: str = "") -> Any:
             if len(name) > MOST_KEY_CHARACTERS or printable(name) != name:
                 raise InputError(f"the key {name[:60]!r} is longer than {MOST_KEY_CHARACTERS} or cannot be shown")
         return {name: clean(item, name) for name, item in value.items()}
+    return value
+
+
+def clean_options(text: str) -> str:
+    """A machine's engine options as an engine of today records them; those without paths and secrets stay as they are.
+
+    Raises InputError: the text is longer than allowed.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise InputError(f"engine_options has {len(text)} characters: {MOST_CHARACTERS} are allowed")
+    try:
+        options = json.loads(text)
+    except ValueError:
+        return printable(without_paths(redacted(text)))
+    cleaned = _clean_values(options)
+    return printable(text if cleaned == options else json.dumps(cleaned, sort_keys=True))
+
+
+def _clean_values(value: Any) -> Any:
+    if isinstance(value, str):
+        return without_paths(redacted(value))
+    if isinstance(value, list):
+        return [_clean_values(item) for item in value]
+    if isinstance(value, dict):
+        return {_clean_values(name): _clean_values(item) for name, item in value.items()}
     return value
 
 

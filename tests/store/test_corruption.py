@@ -7,6 +7,7 @@ may leave something that is still valid, and then it must be answered; both are 
 import json
 import random
 import shutil
+import sqlite3
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -167,7 +168,10 @@ def test_bundles_changed_and_sealed_again(sound: Path, target: Path, tmp_path: P
             table, column = rng.choice(columns)
             first = f"(SELECT {column} FROM {table.name} LIMIT 1)"
             statement = f"UPDATE OR IGNORE {table.name} SET {column} = ? WHERE {column} = {first}"
-            resealed(whole, path, (statement, (rng.choice(STRANGE_VALUES),)))
+            try:
+                resealed(whole, path, (statement, (rng.choice(STRANGE_VALUES),)))
+            except sqlite3.IntegrityError:  # SQLite itself refuses it, as a key that is no integer
+                continue
         if said_by(lambda: bundle.inspect(path, DOCUMENTS), InputError):
             with EvidenceStore.open(database(target)) as evidence_store:
                 assert said_by(lambda store=evidence_store: bundle.merge(store, path, DOCUMENTS), InputError), number

@@ -13,6 +13,7 @@ from profiles.engines.llamacpp.responses import LlamaCompletion
 from profiles.engines.serving.http_load import drive
 from profiles.engines.serving.pool import ServerPool
 from profiles.engines.serving.process import Server
+from profiles.engines.serving.redaction import redacted, without_paths
 from profiles.hardware import software
 from profiles.hardware.software import XLLAMACPP
 from profiles.models import sources
@@ -146,7 +147,7 @@ class LlamaServers:
     def engine_options(self) -> dict[str, Any]:
         """What times depend on beside threads: the arguments of every server, and the type of the weights."""
         more = [*self._device_args, *self._exact_args, *self._options.more]
-        return {"more": more, "weights": self._target.float_type}
+        return {"more": [without_paths(redacted(argument)) for argument in more], "weights": self._target.float_type}
 
     def get(self, setup: Setup, workload: Workload, more: Sequence[str] = ()) -> Server:
         """The server of a setup and batch size; other `more` arguments are another server."""

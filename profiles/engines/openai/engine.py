@@ -65,7 +65,7 @@ class ServerEngine(ServedEngine[Setup, StartedServer]):
     def environment(self) -> Environment:
         """This machine with the server's version, which a plain server reports; where a URL is, is not known."""
         if self._environment is None:
-            options: dict[str, object] = {"served by": self._launch.shown}
+            options: dict[str, object] = {"served by": self._launch.identity}
             if variables := keyed_variables(os.environ):
                 options["environment"] = variables
             self._environment = replace(

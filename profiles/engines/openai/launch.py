@@ -9,12 +9,13 @@ from pathlib import Path
 
 from profiles.engines.openai.kinds import server_kind
 from profiles.engines.serving.http_load import TIMEOUT_S
-from profiles.engines.serving.redaction import redacted
+from profiles.engines.serving.redaction import redacted, without_paths
 from profiles.engines.serving.server_kind import ServerKind
 from profiles.records.core import PLAIN, Setup, digest_of
 from profiles.records.errors import InputError
 
 SPECULATIVE = "{speculative}"
+MODEL = "{model}"
 READY_S = 900.0
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 
@@ -23,15 +24,17 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 class Launch:
     """How a setup's server is started.
 
-    `template`: a command as in a shell, variables before it allowed, with `{port}` and, where `flags_of(setup)` goes,
-    `{speculative}`. Or `url` of a running server, and `running`, the setup it was started with. `ready_s`: how long a
-    start may take; `silent_s`: how long a server may be silent under load. `max_alive`: servers kept at a time, by
-    default one on a GPU, which a server takes for itself, else two: plain decoding and a draft then need no restarts.
+    `template`: a command as in a shell, variables before it allowed, with `{port}`, where `flags_of(setup)` goes
+    `{speculative}`, and `{model}` for `model_path`. Or `url` of a running server, and `running`, the setup it was
+    started with. `ready_s`: how long a start may take; `silent_s`: how long a server may be silent under load.
+    `max_alive`: servers kept at a time, by default one on a GPU, which a server takes for itself, else two: plain
+    decoding and a draft then need no restarts.
     """
 
     kind: str
     log_folder: Path
     template: str = ""
+    model_path: str = ""
     flags_of: Callable[[Setup], Sequence[str]] = lambda _: ()
     url: str | None = None
     running: Setup = PLAIN
@@ -53,12 +56,22 @@ class Launch:
     @property
     def shown(self) -> str:
         """The template or the URL without secrets; it may change what the server computes."""
-        return redacted(self.template or self.url or "")
+        return redacted(self._filled or self.url or "")
+
+    @property
+    def identity(self) -> str:
+        """What of the start is part of a machine's identity: without secrets and paths, the model still `{model}`."""
+        return without_paths(redacted(self.template or self.url or ""))
+
+    @property
+    def _filled(self) -> str:
+        """The template with the model's path."""
+        return self.template.replace(MODEL, shlex.quote(self.model_path)) if self.model_path else self.template
 
     def command(self, setup: Setup) -> tuple[dict[str, str], list[str]]:
         """The variables and the command that start the server of a setup. Raises InputError: a bad template."""
         try:
-            parts = shlex.split(self.template)
+            parts = shlex.split(self._filled)
         except ValueError as error:
             raise InputError(f"launch template {self.shown!r}: {error}") from error
         assignments = list(itertools.takewhile(_VARIABLE.match, parts))

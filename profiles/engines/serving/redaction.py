@@ -3,6 +3,8 @@
 import re
 from collections.abc import Mapping
 
+from profiles.records.core import digest_of
+
 HIDDEN = "***"
 _NAME = r"(?:api[-_]?key|access[-_]?key|secret|password|passwd|credential|token|[-_]key)s?"
 _VALUE = r"""(?:"[^"]*"|'[^']*'|[^\s"',}\]]+)"""
@@ -15,6 +17,12 @@ _PATTERNS = (
     re.compile(r"()\b(?:hf_|sk-)[A-Za-z0-9_-]{8,}"),
 )
 _NOT_SECRET = re.compile(r"(?i)tokens['\"=\s]")  # --max-num-batched-tokens 512
+_ROOT = r"(?:file:)?(?:(?:~|\.{1,2})?/|[A-Za-z]:[/\\])"
+_QUOTED_PATH = re.compile(rf"""(?P<quote>["'])(?P<path>{_ROOT}[^"'{{}}\n]*)(?P=quote)""")
+# no slash of a URL or of a relative name, as `https://host:{{port}}/v1` and `org/model` have them
+_BARE_PATH = re.compile(
+    rf"""(?<![\w.~/\\\]}}-])(?!(?<=:)//)(?P<path>{_ROOT}(?:\\.|[^\s"'`:;,=|<>(){{}}\\])*)""", re.DOTALL
+)
 
 # of VLLM_*: what says how the CPU is bound, how much memory and which runner is used; part of the key of times
 KEYED = (
@@ -37,6 +45,22 @@ def redacted(text: str) -> str:
 
 def _hide(match: re.Match[str]) -> str:
     return match[0] if _NOT_SECRET.search(match[1]) else f"{match[1]}{HIDDEN}"
+
+
+def without_paths(text: str) -> str:
+    """A command's text with the last part and a digest in place of each absolute path; unchanged where it has none.
+
+    Such a text tells nobody where files lie, and still differs where a path differs. Doing it twice changes nothing.
+    """
+    text = _QUOTED_PATH.sub(lambda match: f"{match['quote']}{_last_part(match['path'])}{match['quote']}", text)
+    return _BARE_PATH.sub(lambda match: _last_part(match["path"]), text)
+
+
+def _last_part(path: str) -> str:
+    parts = [part for part in re.split(r"[/\\]+", path) if part]
+    if not parts or (len(parts) == 1 and len(parts[0]) < 3):  # a slash, or `/v1`
+        return path
+    return f"{parts[-1]}#{digest_of(path)[:8]}"
 
 
 def removed_variables(variables: Mapping[str, str]) -> list[str]:

@@ -1,5 +1,6 @@
 """A bundle carries a store whole, merging it twice changes nothing, and the store's own evidence always stays."""
 
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -174,15 +175,32 @@ class TestOddRows:
         save_policy(empty, policies.to_json(policy), policy.target, policy.environment)
         assert bundle.pack(empty, tmp_path / "b", DOCUMENTS).rows["policies"] == 1
 
-    def test_a_machine_with_a_path_is_left_out(self, empty: EvidenceStore, tmp_path: Path) -> None:
-        """Its digest is of the path, which cannot travel: it and its timings are counted, the rest is packed."""
-        server = replace(MACHINE, engine_options="/opt/vllm/bin/python -m vllm", threads=3)
+    @pytest.mark.parametrize("as_json", [False, True])
+    def test_a_machine_is_packed_without_its_path(self, empty: EvidenceStore, tmp_path: Path, as_json: bool) -> None:
+        """With its timings, failures and policy, under the digest that it has without the path."""
+        launch = 'PYTHONPATH=/opt/a:/opt/b/lib /opt/vllm/bin/python -m vllm \\\n--port {port} --c "/srv/a b/c.yaml"'
+        options = json.dumps({"served by": launch}) if as_json else launch
+        server = replace(MACHINE, engine_options=options, threads=3)
         save_sample(empty, 0)
         save_sample(empty, 0, server)
+        policy = replace(made.policy(), environment=server)
+        save_policy(empty, policies.to_json(policy), policy.target, server)
         contents = bundle.pack(empty, tmp_path / "b", DOCUMENTS)
-        assert contents.left_out == {"environments": 1, "units": 1}
-        assert contents.rows["units"] == 1
-        assert b"/opt" not in (tmp_path / "b").read_bytes()
+        assert contents.left_out == {}
+        assert (contents.rows["environments"], contents.rows["units"], contents.rows["policies"]) == (2, 2, 1)
+        data = (tmp_path / "b").read_bytes()
+        assert not [part for part in (b"/opt", b"/srv", b"a b/") if part in data]
+        with EvidenceStore.open(tmp_path / "other.db") as other:
+            assert bundle.merge(other, tmp_path / "b", DOCUMENTS).added["units"] == 2
+            assert bundle.merge(other, tmp_path / "b", DOCUMENTS).added == {}
+
+    def test_machines_that_are_one_without_their_secret(self, empty: EvidenceStore, tmp_path: Path) -> None:
+        """A rotated key made two machines of one: both evidences are packed, with one machine."""
+        for number, key in enumerate(("sk-planted12345", "sk-planted67890")):
+            save_sample(empty, number, replace(MACHINE, engine_options=f"vllm serve --api-key {key}"))
+        contents = bundle.pack(empty, tmp_path / "b", DOCUMENTS)
+        assert contents.left_out == {}
+        assert (contents.rows["environments"], contents.rows["units"]) == (1, 2)
 
     def test_a_secret_never_travels(self, empty: EvidenceStore, tmp_path: Path) -> None:
         """A key in an old launch template, a password in a URL, a token in a reason: none is in the file."""
@@ -193,8 +211,8 @@ class TestOddRows:
         setup = Setup(draft=DRAFT_A, length=64)
         empty.save_infeasible(SCOPE, Infeasible(setup=setup, reason="EngineError", detail=detail))
         contents = bundle.pack(empty, tmp_path / "b", DOCUMENTS)
-        assert contents.left_out == {"environments": 1, "units": 1}
-        assert contents.rows["infeasible"] == 1
+        assert contents.left_out == {}
+        assert (contents.rows["infeasible"], contents.rows["units"]) == (1, 2)
         assert b"planted" not in (tmp_path / "b").read_bytes()
 
     def test_a_damaged_row_is_left_out(self, packed: Path, empty: EvidenceStore, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_another_file_is_never_replaced(evidence_store: EvidenceStore, tmp_path:
 
 def test_without_a_policy(evidence_store: EvidenceStore, tmp_path: Path) -> None:
     """Nothing is made."""
-    with pytest.raises(NotMeasuredError, match="no policy to ship"):
+    with pytest.raises(NotMeasuredError, match="no policy of these targets and machines to ship"):
         policy_files.export_policies(evidence_store, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -1,5 +1,6 @@
 """Secrets in a launch template, the environment and a URL: none is in any file of a run."""
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from tests.support.cli import DECIDED, call, small_run, write_prompts
 
 TEMPLATE = (
-    "HF_TOKEN=hf_PLANTEDSECRET "
+    "HF_TOKEN=hf_PLANTEDSECRET MODEL={model} "
     f"{shlex.quote(sys.executable)} tests/support/fake_server.py --port {{port}} --api-key sk-PLANTEDSECRET "
     "--step-s 0.002 {speculative}"
 )
@@ -29,8 +30,15 @@ def test_no_secret_is_kept(tiny_folders: dict[str, Path], tmp_path: Path, monkey
     outputs = [ran]
     for verb in (("lookup", "--json"), ("explain",), ("report", "--out", str(tmp_path / "page.html"))):
         outputs.append(call(store, *verb))
-    outputs.append(call(store, "bundle", "pack", str(tmp_path / "x.draftpick")))
-    assert [output.code for output in outputs[1:4]] == [0] * 3
+    packed = tmp_path / "x.draftpick"
+    outputs.append(call(store, "bundle", "pack", "--json", str(packed)))
+    assert [output.code for output in outputs[1:]] == [0] * 4
+    assert json.loads(outputs[-1].stdout)["left_out"] == {}
+    assert not [
+        path
+        for path in (sys.executable, str(tmp_path), str(tiny_folders["llama"]))
+        if path.encode() in packed.read_bytes()
+    ]
     outputs.append(call(store, "load", "--url", "http://me:PLANTEDSECRET@127.0.0.1:9", "--target", "builtin:target"))
     assert not [text for output in outputs for text in (output.stdout, output.stderr) if "PLANTEDSECRET" in text]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
