@@ -59,7 +59,7 @@ def test_a_second_run_adds_its_anchors(session: TuningSession) -> None:
     assert all(choice.proven for choice in policy.choices)
     for temperature in (0.0, 0.8):
         assert policy.look_up(temperature=temperature, context_length=200).matched
-    assert session.evidence_store.latest_policy() == policies.to_json(policy)
+    assert f"{session.evidence_store.latest_policy()}\n" == policies.to_json(policy)
 
 
 def test_a_run_replaces_its_own_anchor(session: TuningSession) -> None:
@@ -103,7 +103,9 @@ def test_evidence_ids_are_those_in_the_store(session: TuningSession) -> None:
     """Also when old runs were measured again: the policy names the new ones."""
     first = run(session, GREEDY)
     again = run(replace(session, since="2999-01-01T00:00:00+00:00"), GREEDY)
-    kept = {unit for (unit,) in ask(session.evidence_store, "SELECT unit FROM samples")}
+    kept = {
+        unit for (unit,) in ask(session.evidence_store, "SELECT digest FROM units JOIN samples ON unit_id = units.id")
+    }
     old, new = set(first.policy.headline.evidence), set(again.policy.headline.evidence)
     assert old <= kept
     assert new <= kept
@@ -149,8 +151,9 @@ def test_runs_may_share_a_store(location: Location, tmp_path: Path) -> None:
     assert text is not None
     assert {choice.temperature for choice in policies.from_json(text).choices} == {0.0, 0.8}
     assert ask(location, "SELECT count(*) FROM runs WHERE outcome IS NOT NULL") == [(3,)]
-    twice = "SELECT unit, position FROM samples GROUP BY unit, position HAVING count(*) > 1"
-    assert ask(location, twice) == []
+    timed = "FROM samples JOIN units ON units.id = unit_id"
+    assert ask(location, f"SELECT digest, position {timed} GROUP BY digest, position HAVING count(*) > 1") == []
+    assert ask(location, f"SELECT count(*) {timed}")[0][0] > 0
 
 
 TOGETHER = """
@@ -160,7 +163,7 @@ from store.evidence_store import EvidenceStore
 from store.database import Location
 from store.database import is_url
 from tuner.run import TuningSession
-from tests import test_runs as t
+from tests.tuner import test_run as t
 print("ready", flush=True)
 input()
 workload = t.Workload(context_length=256, max_new_tokens=64, temperature=float(sys.argv[2]))

@@ -18,7 +18,8 @@ from tests.support.cli import assert_refused, call, content
 BAD_TARGETS = {
     "{models}/missing": "models/missing': no such directory or file; allowed are a model directory, a .gguf file",
     "{models}/notes.txt": "notes.txt': a file; allowed are",
-    "{models}/empty": "models/empty': has no model.safetensors or model.safetensors.index.json",
+    "{models}/empty": "models/empty': has no config.json; a transformers model directory is needed",
+    "{models}/no-weights": "models/no-weights': has no model.safetensors or model.safetensors.index.json",
     "{models}/pickled": "pickled weights (pytorch_model.bin) can run code and are refused; convert it to safetensors",
     "{models}/truncated": "models/truncated': SafetensorError",
     "{models}/not-weights": "models/not-weights': SafetensorError",
@@ -47,7 +48,8 @@ BAD_TARGETS = {
 BAD_DRAFTS = {
     "{models}/missing": "models/missing': no such directory or file",
     "{models}/notes.txt": "notes.txt': a file",
-    "{models}/empty": "models/empty': has no model.safetensors",
+    "{models}/empty": "models/empty': has no config.json; a transformers model directory is needed",
+    "{models}/no-weights": "models/no-weights': has no model.safetensors or model.safetensors.index.json",
     "{models}/pickled": "pickled weights (pytorch_model.bin)",
     "{models}/truncated": "models/truncated': ",
     "{models}/nan": "models/nan': lm_head.weight holds NaN",
@@ -141,6 +143,7 @@ CHANGES: dict[str, Callable[[Path], None]] = {
     "truncated": truncated,
     "not-weights": not_weights,
     "nan": nan,
+    "no-weights": without(WEIGHTS),
     "no-config": without("config.json"),
     "config-not-json": written("config.json", "{"),
     "config-is-list": written("config.json", "[]"),

@@ -29,6 +29,7 @@ KEYS = {
     "target", "environment", "choice", "speedup", "end_to_end", "plain_tok_per_s", "chosen_tok_per_s", "proven",
     "anchors", "crossover_batch", "cost", "store", "policy",
 }  # fmt: skip
+NUM_RACED_PROMPTS = 40  # 24 are left to the proof, which is enough for a race on the others
 UNITS_BEFORE_CALIBRATION = NUM_PROMPTS * 3 + 1  # a target trace and two drafts' traces a prompt, and the step times
 
 
@@ -61,7 +62,7 @@ def tuned(
 
 
 @pytest.fixture(scope="module")
-def won(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
+def won(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     """A run that drafting wins: layers after the first add nothing, so early exits are always right and far cheaper."""
     folder = tiny.write_model(tmp_path_factory.mktemp("deep"), num_layers=10)
     tensors = load_file(folder / "model.safetensors")
@@ -69,6 +70,7 @@ def won(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
         if name.endswith(("o_proj.weight", "down_proj.weight")) and ".layers.0." not in name:
             tensor.zero_()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    prompts = write_prompts(folder.parent / "prompts.jsonl", NUM_RACED_PROMPTS)
     words = small_run(folder, prompts, "--draft", "early-exit:1", "--draft", "early-exit:2", "--lengths", "2-4")
     store = tmp_path_factory.mktemp("store")
     said = call(store, *words)
@@ -98,7 +100,9 @@ class TestARun:
         """A trace per prompt, of each draft too, a sweep of three parts, and no failure."""
         rows = evidence(tuned.store)
         assert rows["target_traces"] == rows["acceptance_traces"] == rows["lookup_traces"] == NUM_PROMPTS
-        assert (rows["step_times"], rows["infeasible"]) == (3, 0)
+        timed = "SELECT count(DISTINCT sweep_id), count(DISTINCT component_digest) FROM step_times"
+        assert sql(database(tuned.store), timed) == [(1, 3)]
+        assert rows["infeasible"] == 0
         assert rows["samples"] >= 3 * 6  # prompts, by plain decoding and two lengths of each draft
 
     def test_the_second_run_measures_nothing(self, tuned: Tuned) -> None:
@@ -110,7 +114,7 @@ class TestARun:
         assert cost["measured_units"] == 0
         assert cost["measured_seconds"] == 0.0
         assert cost["reused_units"] == tuned.said.document["cost"]["measured_units"] > UNITS_BEFORE_CALIBRATION
-        assert f"reused {cost['reused_units']} known units" in said.stdout
+        assert f"reused {cost['reused_units']} stored units" in said.stdout
         assert said.document["choice"] == tuned.said.document["choice"]
         assert evidence(tuned.store) == before
 
@@ -121,11 +125,16 @@ class TestARun:
         assert policy.headline.reason == tuned.said.document["reason"]
 
     def test_its_studies_open_in_optuna(self, tuned: Tuned) -> None:
-        """The forecasts are a study of their own database, plain decoding its first trial."""
+        """The forecasts are a study of their own database: plain decoding first, then every setup, the best first."""
         study = load_study(tuned.store, "forecasts")
         assert len(study.trials) == 5
-        assert study.trials[0].params == {"draft": "plain"}
-        assert study.trials[0].user_attrs["setup"] == "plain"
+        assert study.trials[0].params == {"setup": "plain"}
+        assert study.trials[0].user_attrs["speedup"] == 1.0
+        names = {trial.params["setup"] for trial in study.trials[1:]}
+        assert len(names) == 4
+        assert {name.split(" ")[0].split(":")[0] for name in names} == {"ngram", "early-exit"}
+        scores = [trial.value for trial in study.trials[1:]]
+        assert scores == sorted(scores, reverse=True)
 
     def test_show_tells_what_is_known(self, tuned: Tuned) -> None:
         """Rows per kind of evidence, then the policy."""
@@ -222,7 +231,7 @@ class TestInterruptions:
         assert said.code == 130
         assert said.stdout == ""
         last = said.stderr.splitlines()[-1]
-        assert last.startswith("error: interrupted: 35 units measured in this run are kept in ")
+        assert last.startswith("error: interrupted: 35 units of this run are saved in ")
         assert sum(evidence(tmp_path).values()) == 35
         assert_completes(words, tmp_path, 35)
 
@@ -303,7 +312,7 @@ def test_lookup_loads_nothing_heavy(tuned: Tuned) -> None:
     code = (
         "import sys, tune\n"
         "sys.argv = ['tune.py', 'lookup']\n"
-        "try: tuner.cli.app.main()\n"
+        "try: tune.main()\n"
         "except SystemExit as end: assert end.code == 0, end.code\n"
         "print({'torch', 'transformers', 'optuna', 'sklearn', 'scipy', 'matplotlib'} & sys.modules.keys())\n"
     )
@@ -327,12 +336,12 @@ def test_a_run_over_batches(tiny_folders: dict[str, Path], tmp_path: Path) -> No
     assert said.document["crossover_batch"] in (None, 1, 3)
     assert "batch" in said.stdout
     stored = tmp_path / "store" / "evidence.db"
-    assert sql(stored, "SELECT DISTINCT batch_size FROM step_times ORDER BY batch_size") == [(1,), (3,)]
+    assert sql(stored, "SELECT DISTINCT batch_size FROM step_ms ORDER BY batch_size") == [(1,), (3,)]
     [(most,)] = sql(stored, "SELECT max(refills) FROM samples")
     assert most > 0
     [(num_traces, num_prompts)] = sql(stored, "SELECT count(*), count(DISTINCT prompt_digest) FROM target_traces")
     assert num_traces == num_prompts
-    [(composites,)] = sql(stored, "SELECT count(*) FROM samples WHERE setup_name LIKE 'ngram:max=4,min=2+%'")
+    [(composites,)] = sql(stored, "SELECT count(*) FROM timed_runs WHERE setup LIKE 'ngram:max=4,min=2+%'")
     assert composites > 0
     again = call(tmp_path / "store", *words)
     assert again.document["cost"]["measured_units"] == 0
