@@ -132,5 +132,5 @@ def ship(
         rows = [{"domain": domain, "messages": [{"role": "user", "content": example.request}]} for example in examples]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (FAMILY / "prompts" / f"{domain}.jsonl").write_text(lines, encoding="utf-8")
-    (FAMILY / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (FAMILY / "training" / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
