@@ -292,7 +292,7 @@ def test_old_timings_are_taken_again_and_traces_are_not(evidence_store: Evidence
     assert later.calls == {"time_steps": 1, "run_together": 3}
     ask(
         evidence_store,
-        "UPDATE samples SET decode_s = decode_s * 2 WHERE unit_id = "
+        "UPDATE samples SET decode_s = decode_s * 2 WHERE unit_id IN "
         "(SELECT id FROM units WHERE purpose LIKE '%again 1')",
     )
     latest = CachedEngine(FakeEngine(), evidence_store)
