@@ -204,9 +204,9 @@ def test_prompts_are_of_as_many_domains_as_there_are(
     asked: list[Request] = []
     tokenize = tokens.tokenize
 
-    def watched(requests: list[Request], *rest: object) -> object:
+    def watched(requests: list[Request], *rest: object, **options: object) -> object:
         asked.extend(requests)
-        return tokenize(requests, *rest)  # type: ignore[arg-type]
+        return tokenize(requests, *rest, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr("profiles.prompts.tokens.tokenize", watched)
     run(tiny_folders["llama"])

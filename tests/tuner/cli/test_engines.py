@@ -73,7 +73,7 @@ def test_a_run_leaves_out_what_the_engine_does_not_have(ran: Ran) -> None:
     assert ran.said.code in DECIDED, ran.said.stderr
     assert "left out: " in ran.said.stderr
     assert ran.said.document["environment"]["engine"] == ran.form
-    assert len(ran.said.document["left_out"]) == 1
+    assert len(ran.said.not_measured) == 1
 
 
 def test_the_verbs_tell(ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
