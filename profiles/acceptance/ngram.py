@@ -1,31 +1,19 @@
 """Prompt look-up (an n-gram draft): what it proposes, and its acceptance over a target trace."""
 
+from profiles.acceptance.proposals import acceptance_of
 from profiles.records.core import Draft, Prompt
 from profiles.records.evidence import LookupTrace, TargetTrace
 
 
 def trace_lookup(draft: Draft, prompt: Prompt, trace: TargetTrace, max_length: int) -> LookupTrace:
-    """What prompt look-up proposes for a round at every position of the trace, and how much of it is accepted.
-
-    A proposal is certain, so it is accepted exactly when it equals the emitted token, greedy or sampled.
-    """
+    """What prompt look-up proposes for a round at every position of the trace, and how much of it is accepted."""
     assert draft.max_match is not None
     assert draft.min_match is not None
-    index = NgramIndex(draft.max_match, draft.min_match)
-    proposed, accepted = [0], [0]
-    for start in range(1, len(trace.token_ids)):
-        tokens = index.look_up([*prompt.token_ids, *trace.token_ids[:start]], max_length)
-        emitted = trace.token_ids[start : start + len(tokens)]
-        agrees = (token == target for token, target in zip(tokens, emitted, strict=False))
-        proposed.append(len(tokens))
-        accepted.append(next((index for index, agreed in enumerate(agrees) if not agreed), len(emitted)))
-    return LookupTrace(
-        prompt_digest=prompt.digest,
-        draft_digest=draft.digest,
-        max_length=max_length,
-        proposed=tuple(proposed),
-        accepted=tuple(accepted),
-    )
+    index, size = NgramIndex(draft.max_match, draft.min_match), len(trace.token_ids)
+    proposals = {
+        start: index.look_up([*prompt.token_ids, *trace.token_ids[:start]], max_length) for start in range(1, size)
+    }
+    return acceptance_of(draft, prompt, trace.token_ids, proposals, size=size, max_length=max_length)
 
 
 class NgramIndex:

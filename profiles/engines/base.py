@@ -23,6 +23,7 @@ class EngineCapabilities:
             prefilled one after another. `continuous`: a row costs its own tokens, and new rows share one prefill; more
             requests than asked for keep the load constant until the last measured one is done.
         traced_kinds: Drafts whose acceptance the engine computes over a trace; others are run at every length.
+        untraced: Digests of drafts of these kinds that are run at every length all the same.
         sampling_objection: Why sampled speculation is not lossless in this version; None where it is.
         drops_short: A look-up drafts nothing when it may draft fewer tokens than its shortest match.
         origin: Whose arithmetic the traces are; empty for the torch engine.
@@ -33,13 +34,14 @@ class EngineCapabilities:
     past_end: bool
     batching: Batching
     traced_kinds: tuple[DraftKind, ...]
+    untraced: frozenset[str] = frozenset()
     sampling_objection: str | None = None
     drops_short: bool = False
     origin: str = ""
 
     def traces(self, draft: Draft) -> bool:
         """Whether a draft is traced and timed; others are only run."""
-        return draft.kind in self.traced_kinds
+        return draft.kind in self.traced_kinds and draft.digest not in self.untraced
 
     def timed(self, drafts: Sequence[Draft]) -> tuple[Draft, ...]:
         """The drafts among these that are traced and timed."""

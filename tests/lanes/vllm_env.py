@@ -1,7 +1,8 @@
 """Makes the environment that runs vLLM on the processor: `python -m tests.lanes.vllm_env`.
 
 A virtual environment beside the other lanes: the CPU build asks for packages for sound and pictures, which
-text needs none of, so its needs are installed from its own list without these.
+text needs none of, so its needs are installed from its own list without these. In a folder of its own Triton, with the
+backend `cpu` of `triton_cpu/`: its interpreter then runs the kernels of Model Runner V2, which GPUs use.
 """
 
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from tests.lanes.install import call_it_for_cpus
-from tests.lanes.places import RUNNING, Lane
+from tests.lanes.places import HERE, RUNNING, TRITON, Lane
 
 LEFT_OUT = {"torch", "torchaudio", "torchvision", "torchcodec"}
 
@@ -51,9 +52,24 @@ def make(lane: Lane) -> float:
     return time.perf_counter() - began
 
 
+def make_triton(lane: Lane) -> float:
+    """As `make`, for Triton."""
+    began = time.perf_counter()
+    shutil.rmtree(lane.folder, ignore_errors=True)
+    pip = [str(RUNNING.python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--target", str(lane.folder), lane.package], check=True)
+    shutil.copytree(HERE / "triton_cpu", lane.folder / "triton/backends/cpu", ignore=shutil.ignore_patterns("__pyc*"))
+    interpreter = lane.folder / "triton/runtime/interpreter.py"
+    source = interpreter.read_text(encoding="utf-8")  # np.nanargmax raises on a row of NaN, which vLLM's dummy run has
+    interpreter.write_text(source.replace("np.nanarg", "np.arg"), encoding="utf-8")
+    lane.mark()
+    return time.perf_counter() - began
+
+
 def main() -> None:
-    done = "there already" if RUNNING.is_whole else f"{make(RUNNING):.0f} s"
-    sys.stdout.write(f"vLLM {RUNNING.version}: {done}; python: {RUNNING.python}\n")
+    for name, lane, make_lane in (("vLLM", RUNNING, make), ("Triton", TRITON, make_triton)):
+        done = "there already" if lane.is_whole else f"{make_lane(lane):.0f} s"
+        sys.stdout.write(f"{name} {lane.version}: {done}; {lane.folder}\n")
 
 
 if __name__ == "__main__":

@@ -23,12 +23,14 @@ def main() -> None:
             say(json.loads(os.environ.get("FAKE_VLLM_DEVICE", '{"kind": "cpu"}')))
         elif command == "start":
             length = (question["speculative"] or {}).get("num_speculative_tokens", 0)
-            say({"in_place": fault != "fixed", "threads": 3})
+            say({"in_place": fault != "fixed", "threads": int(os.environ.get("NUMBA_NUM_THREADS", "3")), "runner": 1})
         elif command == "use":
             length = question.get("length") or length
             say({})
         elif command == "run":
             say({"runs": [run(prompt, length, question["sampling"], fault) for prompt in question["prompts"]]})
+        elif command == "trace":
+            say({"runs": [trace(prompt, length, question["sampling"], fault) for prompt in question["prompts"]]})
         elif command == "rounds":
             say({"seconds": [0.01 + 0.001 * length] * question["count"]})
 
@@ -53,9 +55,23 @@ def run(prompt: list[int], length: int, sampling: dict[str, int], fault: str) ->
     }
 
 
+def trace(prompt: list[int], length: int, sampling: dict[str, int], fault: str) -> dict[str, object]:
+    """Plain decoding; of every proposal the first token is right, or none with the fault `block`."""
+    record = run(prompt, 0, sampling, fault)
+    tokens: list[int] = record["token_ids"]  # type: ignore[assignment]
+    right = [] if fault == "block" else [0]
+    proposals = [
+        (start, [token + (place not in right) for place, token in enumerate(tokens[start : start + length])])
+        for start in range(1, len(tokens))
+    ]
+    return record | {"proposals": proposals}
+
+
 def go_wrong(fault: str) -> None:
     if fault == "error":
         say({"error": "ValueError: the draft has another vocabulary\nthan the target"})
+    elif fault == "full":
+        say({"error": "ValueError: Free memory on device cuda:0 (9/79 GiB) on startup is less than desired GPU memory"})
     elif fault == "memory":
         say({"error": "OutOfMemoryError: no more", "memory": True})
     elif fault == "death":

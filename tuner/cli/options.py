@@ -44,7 +44,10 @@ DType = Annotated[DTypeName | None, _option(MODELS, "Data type.", default="float
 Device = Annotated[str | None, _option(ENGINE, "Device: cpu, cuda or cuda:N.", default="a GPU where there is one")]
 
 # the engine
-Engine = Annotated[EngineName, _option(ENGINE, "Engine that decodes.", "--engine")]
+Engine = Annotated[
+    EngineName | None,
+    _option(ENGINE, "Engine that decodes.", "--engine", default="vllm where it is installed beside a GPU, else torch"),
+]
 EngineCommand = Annotated[
     str | None,
     _option(ENGINE, "The llama-server to start, or the Python that has vLLM.", default="what is installed"),

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def run(
     target: options.Target = builtin.TARGET,
     draft: options.Drafts = None,
-    engine: options.Engine = "torch",
+    engine: options.Engine = None,
     engine_command: options.EngineCommand = None,
     launch: options.Launch = None,
     kind: options.Kind = None,
@@ -60,6 +60,11 @@ def run(
     json_only: options.JsonOnly = False,
 ) -> int:
     """Measure every draft at every length, choose, prove the choice, and write the policy."""
+    if engine is None:
+        from profiles.engines.factory import default_engine
+
+        engine, reason = default_engine(target, drafts_for(target, draft), device)
+        print_notes(*([] if reason is None else [reason]))
     options.check_engine_options(
         engine, engine_command=engine_command, launch=launch, kind=kind, engine_version=engine_version, threads=threads
     )
@@ -193,9 +198,11 @@ def _read_loads(
 
 
 def _describe(environment: Environment) -> str:
-    """The device, and the engine where it is not draftpick's own."""
-    if environment.engine == ENGINE:
+    """The device, and the engine where it is not draftpick's own or its times are not to be served by."""
+    if environment.engine == ENGINE and environment.compute_capability is None:
         return environment.device
+    if environment.engine == ENGINE:
+        return f"{environment.device}, torch engine: a reference, its times on a GPU are not a serving engine's"
     return f"{environment.device}, {environment.engine} {environment.engine_version}"
 
 

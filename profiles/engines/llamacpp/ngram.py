@@ -4,6 +4,7 @@ The rule is `common_ngram_simple_draft` of llama.cpp (common/ngram-map.cpp): the
 occurrence of the last n; nothing where fewer than n follow, nor in a text of at most n + 2 tokens beside the draft.
 """
 
+from profiles.acceptance.proposals import acceptance_of
 from profiles.records.core import Draft, Prompt
 from profiles.records.errors import EngineError, InputError
 from profiles.records.evidence import LookupTrace, TargetTrace
@@ -26,7 +27,7 @@ def trace_lookup(draft: Draft, prompt: Prompt, trace: TargetTrace, max_length: i
     text = [*prompt.token_ids, *trace.token_ids]
     latest: dict[tuple[int, ...], int] = {}
     indexed = 1  # n-grams before it are in `latest`; llama.cpp never finds the one at 0
-    proposed, accepted = [0], [0]
+    proposals: dict[int, list[int]] = {}
     for start in range(1, len(trace.token_ids)):
         num_known = len(prompt.token_ids) + start - 1  # the last token is looked up but not yet in the text
         while indexed < num_known - size:
@@ -42,14 +43,5 @@ def trace_lookup(draft: Draft, prompt: Prompt, trace: TargetTrace, max_length: i
                 f"draft {draft.name}: in a text of {num_known + 1} tokens llama.cpp drafts for lengths up to {longest} "
                 f"alone; for lengths up to {max_length} prompts of {size + max_length + 2} tokens are needed"
             )
-        emitted = trace.token_ids[start : start + len(tokens)]
-        pairs = enumerate(zip(tokens, emitted, strict=False))
-        proposed.append(len(tokens))
-        accepted.append(next((index for index, (drafted, token) in pairs if drafted != token), len(emitted)))
-    return LookupTrace(
-        prompt_digest=prompt.digest,
-        draft_digest=draft.digest,
-        max_length=max_length,
-        proposed=tuple(proposed),
-        accepted=tuple(accepted),
-    )
+        proposals[start] = tokens
+    return acceptance_of(draft, prompt, trace.token_ids, proposals, size=len(trace.token_ids), max_length=max_length)

@@ -33,7 +33,12 @@ class Run:
 
 
 class ServedEngine(ABC, Generic[Key, Member]):
-    """An engine whose setups run in processes of a pool; a context manager, which ends them."""
+    """An engine whose setups run in processes of a pool; a context manager, which ends them.
+
+    `notes`: lines about this engine that the user is told.
+    """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, target: Model, drafts: Sequence[Draft], pool: ServerPool[Key, Member]) -> None:
         self._model, self._drafts, self._pool = target, tuple(drafts), pool

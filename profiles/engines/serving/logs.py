@@ -24,7 +24,8 @@ _POINTER = re.compile(
 _EXCEPTION = re.compile(r"^[\w.]*(Error|Exception): ")
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|OutOfMemory|MemoryError|bad_alloc|cannot allocate memory|failed to allocate|unable to allocate"
-    r"|no available memory|not enough memory|less than desired (CPU|GPU) memory|memory allocation .*fail",
+    r"|no available memory|not enough memory|less than (desired (CPU|GPU)|requested) memory|memory allocation .*fail"
+    r"|larger than the available KV cache memory",
     re.IGNORECASE,
 )
 _PORT_TAKEN = re.compile(r"address (is )?already in use|EADDRINUSE|errno 98|couldn't bind", re.IGNORECASE)
@@ -49,10 +50,15 @@ def last_error_line(log_path: Path, start: int = 0) -> str:
 
 def error_of(what: str, log_path: Path, start: int = 0) -> EngineError:
     """The error for `what` went wrong, with the last error line; OutOfMemoryError where the log says memory ran out."""
-    memory_lines = [line for line in _lines(log_path, start) if _OUT_OF_MEMORY.search(line)]
+    memory_lines = [line for line in _lines(log_path, start) if is_out_of_memory(line)]
     line = _without_prefix(memory_lines[-1]) if memory_lines else last_error_line(log_path, start)
     kind = OutOfMemoryError if memory_lines else EngineError
     return kind(f"{what}: {line or 'its log is empty'} (log: {log_path})")
+
+
+def is_out_of_memory(error_line: str) -> bool:
+    """Whether an error line says that memory ran out."""
+    return _OUT_OF_MEMORY.search(error_line) is not None
 
 
 def is_port_taken(error_line: str) -> bool:

@@ -29,7 +29,7 @@ class ServerPool(Generic[Key, Member]):
     """
 
     def __init__(self, start: Callable[[Key], Member], max_alive: int) -> None:
-        self._start, self._max_alive = start, max_alive
+        self._start, self.max_alive = start, max_alive
         self._members: dict[Key, Member] = {}  # the most recently used last
         self.num_starts = 0
         self.starting_s = 0.0
@@ -40,7 +40,7 @@ class ServerPool(Generic[Key, Member]):
         if member is None or not member.alive:
             if member is not None:
                 member.stop()
-            while len(self._members) >= self._max_alive:
+            while len(self._members) >= self.max_alive:
                 self.stop(next(iter(self._members)))
             self.num_starts += 1
             began = time.monotonic()

@@ -12,7 +12,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from profiles.engines.serving.logs import one_line
+from profiles.engines.serving.logs import is_out_of_memory, one_line
 from profiles.engines.serving.process import DEATH_S, Process
 from profiles.records.errors import EngineError, OutOfMemoryError
 from profiles.records.files import user_folder
@@ -39,6 +39,8 @@ class WorkerClient:
         self._clean_up = weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
         compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{user_folder('cache')}/torchinductor")
         variables = {**ENVIRONMENT, "TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": compiled}
+        if threads := os.environ.get("OMP_NUM_THREADS"):
+            variables["NUMBA_NUM_THREADS"] = threads  # else the n-gram drafter's numba raises torch's threads
         self._process = Process([python, "-P", str(worker)], log_path, environment=variables, piped=True)
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         threading.Thread(target=self._read_lines, args=(self._process.pipes[1],), daemon=True).start()
@@ -101,8 +103,9 @@ class WorkerClient:
             raise EngineError(f"vLLM's worker answered {command!r} with what is no answer: {one_line(str(line))}")
         if "error" in answer:
             self.stop()
-            kind = OutOfMemoryError if answer.get("memory") else EngineError
-            raise kind(f"vLLM failed at {command!r}: {one_line(str(answer['error']))} (log: {self._process.log_path})")
+            message = one_line(str(answer["error"]))
+            kind = OutOfMemoryError if answer.get("memory") or is_out_of_memory(message) else EngineError
+            raise kind(f"vLLM failed at {command!r}: {message} (log: {self._process.log_path})")
         return answer
 
     def __enter__(self) -> "WorkerClient":

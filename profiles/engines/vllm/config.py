@@ -22,7 +22,8 @@ class VllmOptions:
     """How vLLM is run: by `python`, else $DRAFTPICK_VLLM_PYTHON, else this one.
 
     Engines are started for `max_batch_size` requests in flight, `max_length` drafted tokens and contexts of at least
-    `context_length` tokens; `max_alive` of them are kept at a time. `timeout_s`: the longest wait for an answer.
+    `context_length` tokens; on a CPU `max_alive` of them are kept at a time, on a GPU one: each has the target's
+    weights. `timeout_s`: the longest wait for an answer.
     `log_folder`: by default a temporary one, which is kept. `worker` replaces the worker script in tests.
     """
 
@@ -79,14 +80,15 @@ def start_arguments(
         "model": str(models[0].folder),
         "dtype": dtype,
         "max_model_len": longest,
-        "max_num_seqs": options.max_batch_size,
+        "max_num_seqs": max(options.max_batch_size, key.length),  # vLLM's table of lengths ends there
         "seed": 0,
         "enforce_eager": on_cpu,
+        "async_scheduling": False,  # a round's proposals and outputs would belong to different steps
         "distributed_executor_backend": "uni",
         "disable_log_stats": False,
         "enable_prefix_caching": False,
         "generation_config": "vllm",
-        "gpu_memory_utilization": MEMORY_SHARE / options.max_alive,
+        "gpu_memory_utilization": MEMORY_SHARE / (options.max_alive if on_cpu else 1),
         "kv_cache_memory_bytes": SPARE_BYTES + options.max_batch_size * (longest + CONTEXT_STEP) * bytes_per_token,
         "logprobs_mode": "processed_logprobs" if key.is_processed else "raw_logprobs",
     }

@@ -11,7 +11,7 @@ import os
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from profiles.acceptance import ngram
+from profiles.acceptance.proposals import acceptance_of
 from profiles.engines.base import EngineCapabilities
 from profiles.engines.serving.base import Run, ServedEngine
 from profiles.engines.serving.pool import ServerPool
@@ -35,12 +36,20 @@ from profiles.engines.vllm.config import (
     sampling_of,
     start_arguments,
 )
-from profiles.engines.vllm.flags import SERVER
+from profiles.engines.vllm.flags import SERVER, TRACED, is_traceable
 from profiles.engines.vllm.timing import Visit, in_turn, rounds_request, visits
 from profiles.models import loader, sources
-from profiles.records.core import PLAIN, Draft, Environment, Model, Prompt, Setup, Workload
+from profiles.records.core import PLAIN, Draft, DraftKind, Environment, Model, Prompt, Setup, Workload
 from profiles.records.errors import BadNumbersError, EngineError, InputError
-from profiles.records.evidence import Acceptance, AcceptanceTrace, RoundCount, StepShape, StepTimes, TargetTrace
+from profiles.records.evidence import (
+    Acceptance,
+    AcceptanceTrace,
+    LookupTrace,
+    RoundCount,
+    StepShape,
+    StepTimes,
+    TargetTrace,
+)
 
 NAME = "vllm"
 LAST_WRONG_ON_CPU = Version("0.33.0")  # the last CPU build whose sampling kernel was read; 0.32.0 was seen to be wrong
@@ -59,7 +68,8 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         self._python = find_python(self._options.python)
         self._logs = self._options.log_folder or Path(tempfile.mkdtemp(prefix="draftpick-vllm-"))
         self._num_tokens = 0  # that a sequence may have in the running engines
-        self._in_place = True
+        self._fixed: set[str] = set()  # digests of drafts whose length needs an engine of its own
+        self._compared: set[str] = set()  # digests of drafts whose trace was compared with real rounds
         self._environment: Environment | None = None
         with self._worker() as worker:
             version, self._torch = worker.facts.get("vllm"), str(worker.facts.get("torch"))
@@ -69,6 +79,15 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
                 )
             self._version = str(version)
             self._device = VllmDevice.reported(worker.call("about", self._options.timeout_s))
+        first, last = map(Version, TRACED)
+        version = parsed(self._version)
+        self._records = version is not None and first <= version <= last
+        if not self._records:
+            self.notes += (
+                f"{self._label}: proposals are recorded in {first} to {last}; heads are run at every length here",
+            )
+        if not self._device.on_cpu:
+            self._pool.max_alive = 1
 
     @property
     def capabilities(self) -> EngineCapabilities:
@@ -77,9 +96,10 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
             times="rounds",
             past_end=SERVER.past_end,
             batching="continuous",
-            traced_kinds=("model", "ngram"),
+            traced_kinds=self._traced_kinds(),
+            untraced=frozenset(draft.digest for draft in self.drafts if not is_traceable(draft)),
             sampling_objection=self._sampled_objection(),
-            origin=f"{NAME} {self._version} {self.target.dtype}",
+            origin=" ".join([NAME, self._version, *self._variant(), self.target.dtype]),
         )
 
     @property
@@ -92,6 +112,8 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
                 "max_num_seqs": self._options.max_batch_size,
                 "prefix_caching": False,
             }
+            if not self._device.on_cpu:
+                options |= {"async_scheduling": False, "runner": worker.facts["runner"]}
             if variables := keyed_variables(os.environ):
                 options["environment"] = variables
             self._environment = replace(
@@ -125,8 +147,14 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
     def trace_draft(
         self, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft, max_length: int
     ) -> Acceptance:
-        """One prefill of the draft over the trace, or a look-up at every position: vLLM drafts greedily either way."""
+        """What the draft proposes at every position of the target's text; vLLM drafts greedily.
+
+        By a plain run beside which it drafts. In versions without `TraceScheduler`: by one prefill of a draft model
+        over the trace, or by look-ups in it.
+        """
         self._check_draft(draft)
+        if self._records:
+            return self._record(workload, prompt, trace, Setup(draft=draft, length=max_length))
         if draft.kind == "ngram":
             return ngram.trace_lookup(draft, prompt, trace, max_length)
         if draft.kind != "model" or draft.model is None:
@@ -160,7 +188,7 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
 
         def visit_all() -> dict[str, dict[int, list[float]]]:
             times: dict[str, dict[int, list[float]]] = {}
-            for visit in in_turn(self.target, all_visits):
+            for visit in in_turn(all_visits, self._key, alone=not self._device.on_cpu):
                 seconds = self._rounds(at_context, visit)
                 times.setdefault(visit.component, {}).setdefault(1 + visit.num_drafted, []).extend(seconds)
             return times
@@ -190,13 +218,23 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         return self._device.gpus
 
     def _sampled_objection(self) -> str | None:
-        try:
-            version = Version(Version(self._version).public)
-        except InvalidVersion:
-            return None  # a local build: what it samples is checked before it is measured, as that of any other
-        if not self._device.on_cpu or version > LAST_WRONG_ON_CPU:
+        version = parsed(self._version)  # None: what a local build samples is checked before it is measured
+        if not self._device.on_cpu or version is None or version > LAST_WRONG_ON_CPU:
             return None
         return f"{self._label} draws from another distribution when it drafts on the CPU; 0 is allowed"
+
+    def _traced_kinds(self) -> tuple[DraftKind, ...]:
+        """Without recording heads are run at every length, and on GPUs look-ups: what they match there is not known."""
+        if self._records:
+            return "model", "ngram", "native"
+        return ("model", "ngram") if self._device.on_cpu else ("model",)
+
+    def _variant(self) -> Iterator[str]:
+        """What acceptance depends on beside version and type; nothing on a CPU with the model runner of its builds."""
+        if not self._device.on_cpu:
+            yield self._device.kind
+        if runner := os.environ.get("VLLM_USE_V2_MODEL_RUNNER"):
+            yield f"v2={runner}"
 
     def _worker(self) -> WorkerClient:
         path = self._logs / f"vllm-{self._pool.num_starts}.log"
@@ -214,24 +252,50 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
     def _start(self, key: EngineKey) -> WorkerClient:
         arguments = start_arguments(key, self.target.dtype, self._num_tokens, self._options, on_cpu=self._device.on_cpu)
         worker = self._worker()
-        worker.facts |= worker.call("start", self._options.timeout_s, **arguments)
+        worker.facts |= worker.call("start", self._options.timeout_s, **arguments, traces=self._records)
         worker.facts["num_tokens"] = arguments["options"]["max_model_len"]
         return worker
 
+    def _key(self, setup: Setup) -> EngineKey:
+        """The engine that runs a setup, as far as is known: one for this length where it cannot be changed."""
+        is_fixed = setup.draft is not None and setup.draft.digest in self._fixed
+        return engine_key(setup, self.target, setup.length if is_fixed else self._options.max_length)
+
     def _drafting(self, workload: Workload, setup: Setup) -> WorkerClient:
-        """The engine for a setup, set to it; where its version cannot change the length, one for this length."""
-        length = self._options.max_length if self._in_place else setup.length
-        worker = self._engine(engine_key(setup, self.target, length), workload.context_length)
+        """The engine for a setup, set to it."""
+        worker = self._engine(self._key(setup), workload.context_length)
         draft = setup.draft
         if draft is None:
             return worker
-        if self._in_place and not worker.facts["in_place"]:
-            self._in_place = False
+        in_place = worker.facts["in_place"]
+        if not in_place and draft.digest not in self._fixed:
+            self._fixed.add(draft.digest)
             return self._drafting(workload, setup)
         window = [draft.min_match, draft.max_match] if draft.kind == "ngram" else None
-        new_length = setup.length if self._in_place else None
-        worker.call("use", self._options.timeout_s, length=new_length, window=window)
+        worker.call("use", self._options.timeout_s, length=setup.length if in_place else None, window=window)
         return worker
+
+    def _record(self, workload: Workload, prompt: Prompt, trace: TargetTrace, setup: Setup) -> LookupTrace:
+        """The proposals of a setup at every position, and the accepted ones; the first is compared with real rounds.
+
+        Raises EngineError: float32 greedy decoding emitted another text than the trace's, or real rounds differ.
+        """
+        assert setup.draft is not None
+        worker = self._drafting(workload, setup)
+        [run] = self._run(worker, [prompt.token_ids], 1, sampling_of(workload), command="trace")
+        emitted = tuple(run["token_ids"])
+        if emitted != trace.token_ids and workload.temperature == 0.0 and self.target.dtype == "float32":
+            raise EngineError(f"{self._label} with {setup.name} diverges from plain decoding while it verifies nothing")
+        proposals = dict(run["proposals"])
+        acceptance = acceptance_of(
+            setup.draft, prompt, emitted, proposals, size=len(trace.token_ids), max_length=setup.length
+        )
+        if setup.draft.digest not in self._compared and setup.length > 1 and workload.temperature == 0.0:
+            shorter = replace(setup, length=setup.length // 2)
+            [real] = self._run(self._drafting(workload, shorter), [prompt.token_ids], 1, sampling_of(workload))
+            check_rounds(acceptance, shorter, emitted, real)
+            self._compared.add(setup.draft.digest)
+        return acceptance
 
     def _prepare(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
         """The first run of a setup on an engine pays for lazy initialisation and is dropped."""
@@ -257,10 +321,16 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         ]
 
     def _run(
-        self, worker: WorkerClient, queue: Sequence[Sequence[int]], concurrency: int, sampling: dict[str, Any]
+        self,
+        worker: WorkerClient,
+        queue: Sequence[Sequence[int]],
+        concurrency: int,
+        sampling: dict[str, Any],
+        *,
+        command: str = "run",
     ) -> list[dict[str, Any]]:
         arguments = {"prompts": queue, "concurrency": concurrency, "sampling": sampling}
-        return list(worker.call("run", self._options.timeout_s, **arguments)["runs"])
+        return list(worker.call(command, self._options.timeout_s, **arguments)["runs"])
 
     def _scores(self, worker: WorkerClient, prompt: Prompt, emitted: Sequence[int]) -> list[tuple[float, int, float]]:
         """Of every emitted token its log-probability and rank, and the largest log-probability at its position.
@@ -314,6 +384,34 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
                     context_length=workload.context_length,
                     max_length=setup.length,
                 )
+
+
+def parsed(version: str) -> Version | None:
+    """The released version, without the name of a build; None: a local build without a number."""
+    try:
+        return Version(Version(version).public)
+    except InvalidVersion:
+        return None
+
+
+def check_rounds(acceptance: LookupTrace, setup: Setup, emitted: Sequence[int], real: Mapping[str, Any]) -> None:
+    """Compares the rounds of a real run at a shorter length with those that a trace tells, as far as the texts agree.
+
+    Raises EngineError: a round proposed or accepted another number of tokens.
+    """
+    pairs = zip(emitted, real["token_ids"], strict=False)
+    agreed = next((index for index, (first, second) in enumerate(pairs) if first != second), len(emitted))
+    start = 1
+    for counts in real["rounds"]:
+        if start + setup.length >= agreed:  # the engine counts what it accepts past the end
+            return
+        traced = [min(setup.length, column[start]) for column in (acceptance.proposed, acceptance.accepted)]
+        if list(counts) != traced:
+            raise EngineError(
+                f"{setup.name}: after {start} tokens it proposed and accepted {list(counts)}, its trace at "
+                f"{acceptance.max_length} says {traced}; --engine server measures it at every length"
+            )
+        start += traced[1] + 1
 
 
 def _check_finite(name: str, values: Sequence[float]) -> None:

@@ -35,6 +35,9 @@ KEYS = {
 }
 # never written: `disable_by_batch_size` (parsed but dead from 0.10.0 to 0.16.0, then an error), `tensor_parallel_size`
 # (an error), `draft_tensor_parallel_size` (the target's is the default), `num_speculative_tokens` of 0 (an error)
+# first and last version in which `trace_scheduler.py` was run (0.32.0) or its hooks were read
+TRACED = ("0.32.0", "0.33.0")
+BLOCK_METHODS = ("dflash", "dspark")  # they attend over the whole block: at another length other first tokens
 RECORD_ARGS = ("--per-request-spec-decode-metrics", "detailed", "--enable-per-request-metrics")
 FIRST_RECORDS = "0.32.0"  # in no release from 0.10.2 to 0.24.0
 
@@ -48,6 +51,14 @@ def method_of(draft: Draft) -> str:
     if draft.method is not None:
         return engine_options(draft.method)[0]
     return "ngram" if draft.kind == "ngram" else "draft_model"
+
+
+def is_traceable(draft: Draft) -> bool:
+    """Whether one trace tells the rounds of every length: proposals are certain, and none depends on later ones."""
+    if draft.method is None:
+        return True
+    name, options = engine_options(draft.method)
+    return name not in BLOCK_METHODS and options.get("draft_sample_method") != "probabilistic"
 
 
 def objection(target: Model, setup: Setup, release: EngineRelease) -> str | None:

@@ -1,11 +1,11 @@
 """Which whole rounds of vLLM are timed, in which order and over which texts."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from profiles.engines.vllm.config import engine_key, sampling_of
+from profiles.engines.vllm.config import sampling_of
 from profiles.records.core import PLAIN, Draft, Model, Setup, Workload
 
 CYCLES, ROUNDS = 4, 3  # visits to every draft and length, full rounds of each
@@ -40,15 +40,19 @@ def visits(target: Model, drafts: Sequence[Draft], max_length: int) -> list[Visi
     return all_visits
 
 
-def in_turn(target: Model, all_visits: Sequence[Visit]) -> Iterator[Visit]:
-    """Every visit once per cycle in a shuffled order, those of an engine together."""
+def in_turn(all_visits: Sequence[Visit], engine_of: Callable[[Setup], Hashable], *, alone: bool) -> Iterator[Visit]:
+    """Every visit once per cycle in a shuffled order, those of an engine together.
+
+    Where an engine runs `alone` it runs all its cycles before the next one is started.
+    """
     rng = random.Random(0)
-    by_engine: dict[object, list[Visit]] = {}
+    by_engine: dict[Hashable, list[Visit]] = {}
     for visit in all_visits:
-        by_engine.setdefault(engine_key(visit.setup, target, 1), []).append(visit)
-    for _ in range(CYCLES):
+        by_engine.setdefault(engine_of(visit.setup), []).append(visit)
+    for _ in range(1 if alone else CYCLES):
         for group in rng.sample(list(by_engine.values()), len(by_engine)):
-            yield from rng.sample(group, len(group))
+            for _ in range(CYCLES if alone else 1):
+                yield from rng.sample(group, len(group))
 
 
 def rounds_request(visit: Visit, workload: Workload, num_tokens: int) -> dict[str, Any]:

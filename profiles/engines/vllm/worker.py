@@ -1,13 +1,15 @@
 """One vLLM engine behind JSON lines: a command on stdin, its answer on stdout; everything else goes to stderr.
 
-Run by any Python that has vLLM (`python -P worker.py`), so it imports the standard library and vLLM only. This is the
-one module that uses vLLM's internals: the scheduler's `schedule` and `dynamic_sd_lookup`, and the n-gram drafter's
-window, as in 0.24.0 to 0.33.0. The engine runs in this process: one `step()` is one round of all requests in flight. A
-command that fails is answered with `error`, after which the process is ended: vLLM does not start twice.
+Run by any Python that has vLLM (`python -P worker.py`), so it imports the standard library and vLLM only. This and
+`trace_scheduler.py` are the modules that use vLLM's internals: the scheduler's `schedule` and `dynamic_sd_lookup`, and
+the n-gram drafter's window, as in 0.24.0 to 0.33.0. The engine runs in this process: one `step()` is one round of all
+requests in flight. A command that fails is answered with `error`, after which the process is ended: vLLM does not start
+twice.
 """
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import os
@@ -15,12 +17,14 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # read when vLLM is imported: the engine's core in this process, where steps can be timed one by one
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 DROPPED_ROUNDS = 1  # the first full round after a prefill
+SCHEDULE = "num_speculative_tokens_per_batch_size"  # the versions with it look the length up in a table
 
 
 def version_of(*names: str) -> str | None:
@@ -117,21 +121,30 @@ class Worker:
             "uuid": current_platform.get_device_uuid(0) if kind == "cuda" else None,
         }
 
-    def start(self, options: dict[str, Any], speculative: dict[str, Any] | None) -> dict[str, Any]:
-        """Starts the engine. `in_place`: whether the length can be changed without another start."""
+    def start(
+        self, options: dict[str, Any], speculative: dict[str, Any] | None, *, traces: bool = False
+    ) -> dict[str, Any]:
+        """Starts the engine; `traces`: with the scheduler that `trace` needs.
+
+        `in_place`: whether the length can be changed without another start, and a shorter round then costs what it
+        costs in a server of that length. `runner`: the version of vLLM's model runner.
+        """
         import torch
         from vllm import EngineArgs
-        from vllm.config import SpeculativeConfig
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        schedule_key = "num_speculative_tokens_per_batch_size"  # the versions with it look the length up in a table
-        in_place = speculative is not None and schedule_key in _field_names(SpeculativeConfig)
-        if speculative is not None and in_place:
-            schedule = [[1, options["max_num_seqs"], speculative["num_speculative_tokens"]]]
-            speculative = speculative | {schedule_key: schedule}
+        if traces and speculative is not None:
+            options = options | {"scheduler_cls": trace_scheduler()}
         allowed = _field_names(EngineArgs)  # older versions have fewer
         options = {name: value for name, value in options.items() if name in allowed}
-        self._engine = LLMEngine.from_engine_args(EngineArgs(**options, speculative_config=speculative))
+        arguments = EngineArgs(**options, speculative_config=speculative)
+        in_place = speculative is not None and _drafts_fewer(arguments.create_engine_config())
+        if speculative is not None and in_place:
+            # a batch size for every length, so that each gets its CUDA graph
+            lengths = range(1, speculative["num_speculative_tokens"] + 1)
+            speculative = speculative | {SCHEDULE: [[length, length, length] for length in lengths]}
+            arguments = EngineArgs(**options, speculative_config=speculative)
+        self._engine = LLMEngine.from_engine_args(arguments)
         self._scheduler = self._engine.engine_core.engine_core.scheduler
         schedule_step = self._scheduler.schedule
 
@@ -140,7 +153,8 @@ class Worker:
             return self._scheduled
 
         self._scheduler.schedule = recording_schedule
-        return {"in_place": in_place, "threads": torch.get_num_threads()}
+        runner = 2 if getattr(self._engine.vllm_config, "use_v2_model_runner", False) else 1
+        return {"in_place": in_place, "threads": torch.get_num_threads(), "runner": runner}
 
     def use(self, length: int | None = None, window: list[int] | None = None) -> dict[str, Any]:
         """Drafts `length` tokens a round and matches n-grams of `window` (shortest, longest) tokens from now on."""
@@ -149,7 +163,8 @@ class Worker:
             self._scheduler.dynamic_sd_lookup = [length] * len(table)
         if window is not None:
             core = self._engine.engine_core.engine_core
-            drafter = core.model_executor.driver_worker.worker.model_runner.drafter
+            runner = core.model_executor.driver_worker.worker.model_runner
+            drafter = getattr(runner, "speculator", None) or runner.drafter  # of Model Runner V2, of V1
             drafter.min_n, drafter.max_n = window
         return {}
 
@@ -168,6 +183,18 @@ class Worker:
             self._step(in_flight)
         self._abort(in_flight)
         return {"runs": [dataclasses.asdict(flight) for flight in flights[: len(prompts)]]}
+
+    def trace(self, prompts: list[list[int]], concurrency: int, sampling: dict[str, Any]) -> dict[str, Any]:
+        """As `run`, without verifying; each record has `proposals`: (output tokens before it, tokens) of each round."""
+        proposals: dict[str, dict[int, list[int]]] = {}
+        self._scheduler.proposals = proposals
+        try:
+            answer = self.run(prompts, concurrency, sampling)
+        finally:
+            self._scheduler.proposals = None
+        for record in answer["runs"]:
+            record["proposals"] = sorted(proposals.get(record["inner_name"], {}).items())
+        return answer
 
     def rounds(self, prompts: list[list[int]], count: int, drafted: int, sampling: dict[str, Any]) -> dict[str, Any]:
         """Seconds of `count` rounds in which every prompt's row took part and drafted so many tokens.
@@ -238,10 +265,36 @@ def _field_names(record: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(record)}
 
 
+def _drafts_fewer(config: Any) -> bool:
+    """Whether a smaller length saves drafting too and, on a GPU, runs with the graphs of a server of that length.
+
+    Read in 0.32: Model Runner V1 loses its full graphs to a table of lengths; of V2's drafters only those that share
+    the target's hidden states one token at a time take the length of the step, and what an n-gram costs is no matter.
+    """
+    speculative = config.speculative_config
+    if SCHEDULE not in _field_names(speculative):
+        return False
+    if not getattr(config, "use_v2_model_runner", False):
+        return bool(config.device_config.device_type == "cpu")
+    return speculative.method in ("ngram", "eagle", "eagle3") or (
+        speculative.method == "mtp" and not speculative.use_multi_module_mtp()
+    )
+
+
+def trace_scheduler() -> Any:
+    """The scheduler class of the module beside this one, which is on no path."""
+    spec = importlib.util.spec_from_file_location("trace_scheduler", Path(__file__).with_name("trace_scheduler.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.TraceScheduler
+
+
 def answer_to(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
     """The result of a command, or its error in one line and whether memory ran out."""
     commands: dict[str, Callable[..., dict[str, Any]]] = {
-        name: getattr(worker, name) for name in ("about", "start", "use", "run", "rounds", "counters")
+        name: getattr(worker, name) for name in ("about", "start", "use", "run", "trace", "rounds", "counters")
     }
     try:
         return commands[request.pop("command")](**request)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from profiles.engines.bench import Bench
-from profiles.engines.factory import EngineSpec, ModelSpec, open_bench
+from profiles.engines.factory import EngineSpec, ModelSpec, default_engine, open_bench
 from profiles.engines.vllm import engine as vllm_engine
 from profiles.engines.vllm.client import WorkerClient
 from profiles.records import draft_spec
@@ -60,6 +60,36 @@ def test_vllm(tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest
     assert reasons["native:mtp,model=x"] == "method 'mtp,model=x': option model is set by draftpick itself"
     with pytest.raises(InputError, match="draft 'early-exit:1': a serving engine drafts with model, ngram, native"):
         opened(spec, target, "early-exit:1")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "version", "target", "draft", "device", "engine"),
+    [
+        (1, "0.32.0", "org/model", "ngram", None, "vllm"),
+        (1, "0.32.0", "org/model", "native:mtp", "cuda", "vllm"),
+        (0, "0.32.0", "org/model", "ngram", None, "torch"),
+        (1, None, "org/model", "ngram", None, "torch"),
+        (1, "0.32.0", "org/model", "ngram", "cpu", "torch"),
+        (1, "0.32.0", "model.gguf", "ngram", None, "torch"),
+        (1, "0.32.0", "org/model", "early-exit:4", None, "torch"),
+    ],
+)
+def test_the_engine_of_record_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: int,
+    version: str | None,
+    target: str,
+    draft: str,
+    device: str | None,
+    engine: str,
+) -> None:
+    """vLLM where it is installed and reads what is asked, which is said; else draftpick's own loop."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("profiles.hardware.software.installed_version", lambda _: version)
+    monkeypatch.delenv("DRAFTPICK_VLLM_PYTHON", raising=False)
+    name, reason = default_engine(target, (draft_spec.parse_draft(draft),), device)
+    assert (name, "vLLM 0.32.0" in (reason or "")) == (engine, engine == "vllm")
 
 
 def test_llama_cpp(tiny_folders: dict[str, Path]) -> None:

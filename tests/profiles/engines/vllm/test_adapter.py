@@ -60,27 +60,54 @@ def test_samples_are_the_worker_s(vllm: VllmEngine) -> None:
 
 
 def test_traces_are_the_worker_s(vllm: VllmEngine) -> None:
-    """Probabilities and gaps from log-probabilities, hits from ranks; a look-up needs no engine."""
+    """Probabilities and gaps from log-probabilities; of every draft what it proposes beside plain decoding."""
     trace = vllm.trace_target(WORKLOAD, PROMPTS[0])
     assert trace.token_ids == tuple(range(18, 26))
     assert trace.target_probs == pytest.approx([0.6065] * 8, abs=1e-4)
     assert trace.logit_gaps == (1.5,) * 8
-    accepted = vllm.trace_draft(WORKLOAD, PROMPTS[0], trace, MODEL, 3)
-    assert isinstance(accepted, AcceptanceTrace)
-    assert accepted.accept_probs == (0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
-    assert len(accepted.confidences) == 8
-    starts = vllm.num_starts
-    assert isinstance(vllm.trace_draft(WORKLOAD, PROMPTS[0], trace, NGRAM, 3), LookupTrace)
-    assert vllm.num_starts == starts
+    for draft in vllm.capabilities.timed(vllm.drafts):
+        acceptance = vllm.trace_draft(WORKLOAD, PROMPTS[0], trace, draft, 3)
+        assert isinstance(acceptance, LookupTrace)
+        assert acceptance.proposed == (0, 3, 3, 3, 3, 3, 2, 1)
+        assert acceptance.accepted == (0, 1, 1, 1, 1, 1, 1, 1)
+    assert vllm.num_starts == 4
+
+
+def test_a_block_draft_is_not_traced(vllm: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its method, as one that samples its proposals; one that is not known is caught by its real rounds."""
+    trace = vllm.trace_target(WORKLOAD, PROMPTS[0])
+    monkeypatch.setenv("FAKE_VLLM", "block")
+    vllm.close()
+    with pytest.raises(EngineError, match=r"after 1 tokens it proposed and accepted \[1, 1\], its trace at 3 says"):
+        vllm.trace_draft(WORKLOAD, PROMPTS[0], trace, NATIVE, 3)
+    blocks = tuple(replace(NATIVE, method=method) for method in ("dflash", "eagle,draft-sample-method=probabilistic"))
+    with VllmEngine(TARGET, blocks, OPTIONS) as engine:
+        assert engine.capabilities.timed(blocks) == ()
+
+
+def test_an_unknown_version_is_traced_as_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Said in one line: hits from ranks, look-ups without an engine, heads at every length."""
+    monkeypatch.setenv("FAKE_VLLM_VERSION", "0.31.0+cpu")
+    with VllmEngine(TARGET, (MODEL, NGRAM, NATIVE), replace(OPTIONS, log_folder=tmp_path)) as vllm:
+        assert "recorded in 0.32.0 to 0.33.0" in vllm.notes[0]
+        assert vllm.capabilities.timed(vllm.drafts) == (MODEL, NGRAM)
+        trace = vllm.trace_target(WORKLOAD, PROMPTS[0])
+        accepted = vllm.trace_draft(WORKLOAD, PROMPTS[0], trace, MODEL, 3)
+        assert isinstance(accepted, AcceptanceTrace)
+        assert accepted.accept_probs == (0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
+        assert len(accepted.confidences) == 8
+        assert isinstance(vllm.trace_draft(WORKLOAD, PROMPTS[0], trace, NGRAM, 3), LookupTrace)
+        assert vllm.num_starts == 2
 
 
 def test_rounds_are_timed_whole(vllm: VllmEngine) -> None:
-    """The target has width 1, a traced draft 1 + k, a look-up also the round that found nothing; natives have none."""
+    """The target has width 1, a traced draft 1 + k, a look-up also the round that found nothing."""
     times = vllm.time_steps(WORKLOAD, 48, 3)
     assert {part: set(one.samples_s) for part, one in times.items()} == {
         TARGET.run_digest: {1},
         MODEL.digest: {2, 3, 4},
         NGRAM.digest: {1, 2, 3, 4},
+        NATIVE.digest: {2, 3, 4},
     }
     assert all(len(seconds) >= 7 for one in times.values() for seconds in one.samples_s.values())
     assert times[MODEL.digest].context_length == 48
@@ -88,16 +115,19 @@ def test_rounds_are_timed_whole(vllm: VllmEngine) -> None:
 
 def test_environment_says_how_it_was_started(vllm: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads are the engine's own; its options and the variables that it depends on are part of the key."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
     found = vllm.environment
     assert (found.engine, found.engine_version, found.threads, found.torch) == ("vllm", "0.32.0+cpu", 3, "2.13.0+cpu")
     assert found.engine_options == '{"eager":true,"max_num_seqs":4,"prefix_caching":false}'
     assert vllm.capabilities.origin == "vllm 0.32.0+cpu float32"
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
     monkeypatch.setenv("VLLM_API_KEY", "not recorded")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     with VllmEngine(TARGET, (), OPTIONS) as other:
         options = json.loads(other.environment.engine_options or "")
-    assert options["environment"] == {"VLLM_CPU_KVCACHE_SPACE": "4"}
+        assert other.environment.threads == 2  # numba's are set alike
+    assert options["environment"] == {"OMP_NUM_THREADS": "2", "VLLM_CPU_KVCACHE_SPACE": "4"}
 
 
 def test_a_draft_that_does_not_start_is_left_out(vllm: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +140,7 @@ def test_a_draft_that_does_not_start_is_left_out(vllm: VllmEngine, monkeypatch: 
         return start(key)
 
     monkeypatch.setattr(vllm._pool, "_start", failing)
-    assert set(vllm.time_steps(WORKLOAD, 48, 2)) == {TARGET.run_digest, NGRAM.digest}
+    assert set(vllm.time_steps(WORKLOAD, 48, 2)) == {TARGET.run_digest, NGRAM.digest, NATIVE.digest}
     monkeypatch.setenv("FAKE_VLLM", "error:start")
     vllm.close()
     with pytest.raises(EngineError):
@@ -126,8 +156,20 @@ def test_a_gpu_that_only_vllm_knows(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         found = engine.environment
         assert (found.device, found.device_count, found.compute_capability) == ("NVIDIA H100", 2, "9.0")
         assert (found.memory_bytes, found.cuda, found.torch) == (79 * 2**30, "13.0", "2.13.0+cpu")
-        assert json.loads(found.engine_options or "")["eager"] is False
-        assert len(engine.run_together(WORKLOAD, PROMPTS, (PLAIN,), "test 0")) == 2
+        options = json.loads(found.engine_options or "")
+        assert (options["eager"], options["async_scheduling"], options["runner"]) == (False, False, 1)
+        assert engine.capabilities.origin == "vllm 0.32.0 cuda float32"
+        assert len(engine.run_together(WORKLOAD, PROMPTS, (PLAIN, K3), "test 0")) == 4
+        assert len([pid for pid in engine.pids if "fake" in "".join(psutil.Process(pid).cmdline())]) <= 2
+
+
+def test_engines_take_turns_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each has the target's weights, so one is alive at a time, and it is timed in one go."""
+    monkeypatch.setenv("FAKE_VLLM", "fixed")
+    monkeypatch.setenv("FAKE_VLLM_DEVICE", '{"kind": "cuda"}')
+    with VllmEngine(TARGET, (MODEL,), replace(OPTIONS, log_folder=tmp_path)) as engine:
+        assert set(engine.time_steps(WORKLOAD, 48, 3)[MODEL.digest].samples_s) == {2, 3, 4}
+        assert engine.num_starts <= 7  # plain and one for each length, and what warms up and finds out before
 
 
 def test_length_and_window_change_in_place(vllm: VllmEngine) -> None:
@@ -160,6 +202,7 @@ def test_few_engines_are_kept(tmp_path: Path) -> None:
     [
         ("error:start", EngineError, "the draft has another vocabulary than the target"),
         ("memory:start", OutOfMemoryError, "no more"),
+        ("full:start", OutOfMemoryError, "less than desired GPU memory"),
         ("death:start", EngineError, "the engine core died"),
         ("error:use", EngineError, "another vocabulary"),
         ("death:run", EngineError, "the engine core died"),
@@ -274,7 +317,9 @@ def test_sampling_is_compared_before_it_is_measured(monkeypatch: pytest.MonkeyPa
 def test_a_native_draft_is_started_as_it_is_spelled() -> None:
     """Method and options go to vLLM as they are; a word that is no option is refused."""
     key = EngineKey(model=TARGET.name, draft=NATIVE, length=3)
-    speculative = start_arguments(key, "float32", 128, OPTIONS, on_cpu=False)["speculative"]
+    arguments = start_arguments(key, "float32", 128, OPTIONS, on_cpu=False)
+    assert (arguments["options"]["async_scheduling"], arguments["options"]["gpu_memory_utilization"]) == (False, 0.9)
+    speculative = arguments["speculative"]
     assert speculative.pop("model").endswith("draft-general")
     assert speculative == {"method": "eagle3", "num_speculative_tokens": 3, "draft_tensor_parallel_size": 1}
     wrong = replace(key, draft=replace(NATIVE, method="eagle3,fast"))
