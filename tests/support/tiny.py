@@ -33,6 +33,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from profiles.engines.torch.drafters import DraftSource
+from profiles.engines.torch.engine import TorchEngine
+from profiles.models import loader
+from profiles.models.early_exit import early_exit
+from profiles.records.core import Draft
+
 READS_GGUF = pytest.mark.skipif(
     tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23),
     reason="its GGUF tokenizers need transformers 5.23",
@@ -196,3 +202,27 @@ def _gguf_type(value: object) -> tuple[gguf.GGUFValueType, ...]:
     if isinstance(value, list):
         return gguf.GGUFValueType.ARRAY, kinds[type(value[0])]
     return (kinds[type(value)],)
+
+
+NGRAM = {"max_match": 3, "min_match": 1}
+
+
+def every_draft(root: Path, *, own_composite: bool = False) -> TorchEngine:
+    """An engine of a random target with a draft of every kind; the composite shares the model of another draft.
+
+    `own_composite`: a second composite drafts with the target itself.
+    """
+    target, other = (
+        loader.load(str(write_model(root / name, name, num_layers=layers)), dtype="float32", device="cpu")
+        for name, layers in (("llama", 2), ("qwen2", 1))
+    )
+    sources = [
+        DraftSource(draft=Draft(kind="model", model=target.record), model=target.model),
+        DraftSource(draft=Draft(kind="model", model=other.record), model=other.model),
+        DraftSource(draft=Draft(kind="early_exit", num_layers=1), model=early_exit(target, 1)),
+        DraftSource(draft=Draft(kind="ngram", **NGRAM), model=None),
+        DraftSource(draft=Draft(kind="composite", model=other.record, **NGRAM), model=other.model),
+    ]
+    if own_composite:
+        sources.append(DraftSource(draft=Draft(kind="composite", model=target.record, **NGRAM), model=target.model))
+    return TorchEngine(target, tuple(sources), "cpu")

@@ -45,7 +45,7 @@ def program() -> Program:
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
-    return Options(threads=1, log_folder=tmp_path_factory.mktemp("logs"))
+    return Options(threads=1, log_folder=tmp_path_factory.mktemp("logs"), max_alive=16)  # a start takes seconds
 
 
 @pytest.fixture(scope="module")
@@ -268,9 +268,9 @@ class TestRefusals:
         """Kinds, lengths and sizes of another engine, with one line each."""
         model = engine.drafts[0]
         asked = {
-            "drops look-ups shorter than the match": Setup(draft=LOOK_UP, length=2),
+            "drops look-up drafts shorter than the match": Setup(draft=LOOK_UP, length=2),
             "is not one of this engine's": Setup(draft=Draft(kind="ngram", max_match=2, min_match=2), length=2),
-            "has no such stop": Setup(draft=model, length=2, stop_below=0.5),
+            "has no stop before a proposal": Setup(draft=model, length=2, stop_below=0.5),
             "with speculation length 65": Setup(draft=model, length=65),
         }
         for said, setup in asked.items():

@@ -12,17 +12,15 @@ import torch
 
 from profiles.acceptance.expected_rounds import DraftAcceptance, combine, round_outcomes
 from profiles.engines.torch.adaptive import AdaptiveRun
-from profiles.engines.torch.drafters import Drafted, DraftSource, ModelDrafter, Text
+from profiles.engines.torch.drafters import Drafted, ModelDrafter, Text
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
-from profiles.models.early_exit import early_exit
 from profiles.records.core import CATCH_UP_WIDTHS, PLAIN, Draft, Model, Prompt, Setup, Workload
 from profiles.records.errors import BadNumbersError, InputError
 from profiles.records.evidence import TargetTrace
 from tests.support import tiny
 from tests.support.toys import ScriptedController, TableModel, near, p_value, run_toy_adaptive, sequence_law, wandering
 
-NGRAM = {"max_match": 3, "min_match": 1}
 SELF, OTHER, EXIT, LOOKUP, COMPOSITE = range(5)
 WORKLOAD = Workload(context_length=96, max_new_tokens=24)
 NUM_SWITCHED = 7  # prompts of the test of switches, more than rows
@@ -36,22 +34,7 @@ FALSE_ALARM = 1e-4  # each chi-square test fails a correct engine once in ten th
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> TorchEngine:
     """A tiny random target with a draft of every kind; the composite shares the model of another draft."""
-    root = tmp_path_factory.mktemp("adaptive")
-    target, other = (
-        loader.load(str(tiny.write_model(root / name, name, num_layers=layers)), dtype="float32", device="cpu")
-        for name, layers in (("llama", 2), ("qwen2", 1))
-    )
-    return TorchEngine(
-        target,
-        (
-            DraftSource(draft=Draft(kind="model", model=target.record), model=target.model),
-            DraftSource(draft=Draft(kind="model", model=other.record), model=other.model),
-            DraftSource(draft=Draft(kind="early_exit", num_layers=1), model=early_exit(target, 1)),
-            DraftSource(draft=Draft(kind="ngram", **NGRAM), model=None),
-            DraftSource(draft=Draft(kind="composite", model=other.record, **NGRAM), model=other.model),
-        ),
-        "cpu",
-    )
+    return tiny.every_draft(tmp_path_factory.mktemp("adaptive"))
 
 
 def every_setup(engine: TorchEngine) -> list[Setup]:
@@ -153,7 +136,7 @@ def test_no_switch_costs_a_token_or_an_acceptance(
     prompts, traces, accepted = plain[ends].prompts, plain[ends].traces, plain[ends].accepted
     workload = replace(plain[ends].workload, batch_size=batch_size)
     assert not ends or min(len(trace.token_ids) for trace in traces) == 1
-    for seed in range(3):
+    for seed in range(2):
         controller = ScriptedController(wandering(every_setup(engine), seed, longest))
         result = engine.run_adaptive(workload, prompts, controller, 8)
         check_lossless(result, traces)

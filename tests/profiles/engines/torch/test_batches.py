@@ -13,24 +13,20 @@ from profiles.acceptance.expected_rounds import (
     combine,
     expected_rounds,
 )
-from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
-from profiles.models import loader
-from profiles.models.early_exit import early_exit
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload, digest_of
 from profiles.records.evidence import AcceptanceTrace, LookupTrace, TargetTrace
 from tests.support import tiny
 from tests.support.toys import TableModel, near, run, run_queue
 
-NGRAM = {"max_match": 3, "min_match": 1}
 KINDS = ("self", "other model", "early exit", "ngram", "composite", "composite of itself")
-LENGTHS = {  # by batch size and whether outputs end early; together every k = 1..16, and k = 1..8 in the same cell
-    (1, False): (1, 5, 9),
-    (1, True): (2, 10, 16),
-    (3, False): (1, 2, 3, 4, 5, 6, 7, 8, 16),
-    (3, True): (2, 5, 11, 14),
-    (6, False): (1, 4, 12, 16),
-    (6, True): (2, 7, 13, 15),
+LENGTHS = {  # by batch size and whether outputs end early; together every k = 1..16
+    (1, False): (1, 9),
+    (1, True): (10, 16),
+    (3, False): (2, 3, 5, 8, 16),
+    (3, True): (6, 11, 14),
+    (6, False): (4, 12),
+    (6, True): (7, 13, 15),
 }
 MAX_LENGTH = 16
 WORKLOAD = Workload(context_length=64, max_new_tokens=18)  # a first token, then a round of 16 and one
@@ -53,23 +49,7 @@ class Plain:
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> TorchEngine:
     """A tiny random target with a draft of every kind; of the composites one model is poor and one the target."""
-    root = tmp_path_factory.mktemp("batches")
-    target, other = (
-        loader.load(str(tiny.write_model(root / name, name, num_layers=layers)), dtype="float32", device="cpu")
-        for name, layers in (("llama", 2), ("qwen2", 1))
-    )
-    return TorchEngine(
-        target,
-        (
-            DraftSource(draft=Draft(kind="model", model=target.record), model=target.model),
-            DraftSource(draft=Draft(kind="model", model=other.record), model=other.model),
-            DraftSource(draft=Draft(kind="early_exit", num_layers=1), model=early_exit(target, 1)),
-            DraftSource(draft=Draft(kind="ngram", **NGRAM), model=None),
-            DraftSource(draft=Draft(kind="composite", model=other.record, **NGRAM), model=other.model),
-            DraftSource(draft=Draft(kind="composite", model=target.record, **NGRAM), model=target.model),
-        ),
-        "cpu",
-    )
+    return tiny.every_draft(tmp_path_factory.mktemp("batches"), own_composite=True)
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +81,15 @@ def _plain(engine: TorchEngine, workload: Workload) -> Plain:
 @pytest.mark.parametrize("batch_size", [1, 3, 6])
 @pytest.mark.parametrize("kind", range(len(KINDS)), ids=KINDS)
 def test_every_row_is_lossless(
-    engine: TorchEngine, plain: dict[bool, Plain], kind: int, batch_size: int, ends: bool
+    engine: TorchEngine,
+    plain: dict[bool, Plain],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: int,
+    batch_size: int,
+    ends: bool,
 ) -> None:
     """For k = 1..16: outputs are the traces', rounds the expected, shapes and refills the replayed queue's, exactly."""
+    monkeypatch.setattr(TorchEngine, "_warm_up", lambda *_: None)  # seconds are not looked at
     workload, traces = replace(plain[ends].workload, batch_size=batch_size), plain[ends].traces
     setups = (PLAIN, *(Setup(draft=engine.drafts[kind], length=length) for length in LENGTHS[batch_size, ends]))
     if batch_size == 1:
