@@ -37,15 +37,7 @@ class CachedEngine:
       asks twice gets one answer, whatever other processes save meanwhile.
     * Of a unit that two processes measure at once the first saved answers for both; of step times both are stored.
 
-    Args:
-        engine: measures what the store does not have.
-        since: UTC time; older timings do not answer. Traces are pinned by their digests and do not age.
-
-    Attributes:
-        measured_seconds: time spent in the wrapped engine, failures included.
-        measured_units: units that the wrapped engine measured.
-        reused_units: units answered from the store, each once, without those that this object measured.
-        answered_by: digest of every unit of timed runs that was asked for -> digest under which its answer is stored.
+    `since`: UTC time; older timings do not answer. Traces are pinned by their digests and do not age.
     """
 
     def __init__(self, engine: Engine, evidence_store: EvidenceStore, since: str = "") -> None:
@@ -53,10 +45,10 @@ class CachedEngine:
         self.target = engine.target
         self.drafts = engine.drafts
         self.capabilities = engine.capabilities
-        self.answered_by: dict[str, str] = {}
-        self.measured_units = 0
-        self.measured_seconds = 0.0
-        self.reused_units = 0
+        self.answered_by: dict[str, str] = {}  # digest of a unit asked for -> digest under which its answer is stored
+        self.measured_units = 0  # by the wrapped engine
+        self.measured_seconds = 0.0  # spent in it, failures included
+        self.reused_units = 0  # answered from the store, each once, without those that this object measured
         self._engine = engine
         self._timed = engine.capabilities.timed(engine.drafts)
         self._store = evidence_store

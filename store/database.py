@@ -61,21 +61,15 @@ def _retry(work: Callable[[], Result], timeout_s: float) -> Result:
 
 
 class Database:
-    """A SQLAlchemy engine with the transactions of a store.
-
-    Args:
-        name: for errors, without a password.
-        path: SQLite's file; None for a server.
-        busy_timeout_s: how long locks and, once the database has answered, a lost server are waited for.
-    """
+    """A SQLAlchemy engine with the transactions of a store."""
 
     def __init__(
         self, engine: Engine, *, name: str, path: Path | None, busy_timeout_s: float, read_only: bool = False
     ) -> None:
         self.engine = engine
-        self.name = name
-        self.path = path
-        self.busy_timeout_s = busy_timeout_s
+        self.name = name  # for errors, without a password
+        self.path = path  # SQLite's file; None for a server
+        self.busy_timeout_s = busy_timeout_s  # for locks, and for a lost server once the database has answered
         self._read_only = read_only
         self._has_answered = False
         self._file_id: tuple[int, int] | None = None  # of the file when it was opened
@@ -107,46 +101,39 @@ class Database:
     def read(self, work: Callable[[Connection], Result]) -> Result:
         """Do `work` in a transaction that reads; again when the connection is lost midway."""
 
-        def once() -> Result:
-            with self.transaction("read") as connection:
-                return work(connection)
-
-        return _retry(once, self.busy_timeout_s)
+        return _retry(lambda: self._do_once("read", work), self.busy_timeout_s)
 
     def write(self, work: Callable[[Connection], Result]) -> Result:
         """Do `work` in a transaction that writes, and commit; again when the connection is lost midway.
 
         `work` must bear being done twice: what was lost may have been the answer to the commit.
         """
+        return _retry(lambda: self._do_once("write", work), self.busy_timeout_s)
 
-        def once() -> Result:
-            with self.transaction("write") as connection:
-                result = work(connection)
-                connection.commit()
-            return result
-
-        return _retry(once, self.busy_timeout_s)
+    def _do_once(self, access: Access, work: Callable[[Connection], Result]) -> Result:
+        with self.transaction(access) as connection:
+            result = work(connection)
+            connection.commit()
+        return result
 
     def close(self) -> None:
         self.engine.dispose()
 
     def use_write_ahead_log(self) -> None:
         """SQLite then lets readers read while one writes; stored in the file, so it costs nothing the next time."""
-        if self.path is None:
-            return
-        with self.transaction("read") as connection:
-            connection.rollback()  # the mode cannot be changed inside of a transaction
-            driver: Any = connection.connection.driver_connection  # and SQLAlchemy would begin one
-            # SQLite does not wait by itself when the mode is changed
-            _retry(lambda: driver.execute("PRAGMA journal_mode = WAL"), self.busy_timeout_s)
+        self._execute_outside("PRAGMA journal_mode = WAL")
 
     def vacuum(self) -> None:
         """Give the space of deleted rows back to the disk; a server does that by itself."""
+        self._execute_outside("VACUUM")
+
+    def _execute_outside(self, statement: str) -> None:
+        """Execute a statement of SQLite outside of a transaction, which SQLAlchemy would begin."""
         if self.path is not None:
             with self.transaction("read") as connection:
-                connection.rollback()  # outside of a transaction
+                connection.rollback()
                 driver: Any = connection.connection.driver_connection
-                _retry(lambda: driver.execute("VACUUM"), self.busy_timeout_s)
+                _retry(lambda: driver.execute(statement), self.busy_timeout_s)  # SQLite does not wait by itself here
 
     @property
     def folder(self) -> Path:
@@ -223,14 +210,12 @@ def connect(location: Location, busy_timeout_s: float, *, read_only: bool = Fals
     path = Path(location)
     if path.is_dir():
         raise StoreError(f"store {path}: unable to open database file: it is a folder: name a file")
-    if read_only:
-        if not path.exists():
-            raise StoreError(f"store {path}: it is not there: run `tune.py run` first, or name another store")
-    else:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"store {path}: its folder cannot be made: {error.strerror}") from error
+    if read_only and not path.exists():
+        raise StoreError(f"store {path}: it is not there: run `tune.py run` first, or name another store")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"store {path}: its folder cannot be made: {error.strerror}") from error
     _require_whole(path)
     engine = _file(path, busy_timeout_s, read_only=read_only)
     return Database(engine, name=str(path), path=path, busy_timeout_s=busy_timeout_s, read_only=read_only)
@@ -247,12 +232,9 @@ def _to_json(value: Any) -> str:
 def _file(path: Path, busy_timeout_s: float, *, read_only: bool) -> Engine:
     def open_file() -> sqlite3.Connection:
         # isolation_level None: sqlite3 sends no BEGIN of its own, so that schema changes are in the transaction too
+        uri = _uri(path, read_only=read_only)
         connection = sqlite3.connect(
-            _uri(path, read_only=read_only),
-            uri=True,
-            timeout=busy_timeout_s,
-            isolation_level=None,
-            check_same_thread=False,
+            uri, uri=True, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False
         )
         connection.execute("PRAGMA foreign_keys = ON")
         # with a write-ahead log a killed process loses nothing, and a power failure at most the last commits
@@ -321,15 +303,14 @@ def _has_log(path: Path) -> bool:
 
 def _server_url(text: str) -> URL:
     """Raises StoreError without repeating the text, which may hold a password."""
-    wanted = f"{SERVER_DRIVER}://USER:PASSWORD@HOST/DATABASE is"
+    needed = f"a folder, sqlite:///FILE or {SERVER_DRIVER}://USER:PASSWORD@HOST/DATABASE is needed"
     try:
         url = sqlalchemy.make_url(text)
     except (sqlalchemy.exc.ArgumentError, ValueError) as error:
-        raise StoreError(f"the store's URL cannot be read: {wanted} needed") from error
-    if url.drivername not in (SERVER_DRIVER, "postgresql"):
-        raise StoreError(f"store {_server_name(url)}: a folder, sqlite:///FILE or {wanted} allowed")
-    if not url.database:
-        raise StoreError(f"store {_server_name(url)}: it names no database: {wanted} needed")
+        raise StoreError(f"the store's URL cannot be read: {needed}") from error
+    if url.drivername not in (SERVER_DRIVER, "postgresql") or not url.database:
+        fault = "" if url.database else "it names no database: "
+        raise StoreError(f"store {_server_name(url)}: {fault}{needed}")
     return url.set(drivername=SERVER_DRIVER)
 
 
@@ -345,9 +326,8 @@ def _server(url: URL, busy_timeout_s: float) -> Engine:
             pool_pre_ping=True,  # between two units lie minutes in which the server may have gone and come back
         )
     except ImportError as error:
-        raise StoreError(
-            f"store {_server_name(url)}: the driver is not installed: pip install 'psycopg[binary]'"
-        ) from error
+        name = _server_name(url)
+        raise StoreError(f"store {name}: the driver is not installed: pip install 'psycopg[binary]'") from error
 
 
 def _option(url: URL, name: str) -> str:

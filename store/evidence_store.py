@@ -41,7 +41,7 @@ class Scope:
     origin: str = ""
 
 
-class EvidenceStore:
+class EvidenceStore(AbstractContextManager["EvidenceStore"]):
     """An open store; use it in a `with` block or call `close`. Every method raises StoreError, in one line."""
 
     def __init__(self, database: Database) -> None:
@@ -83,9 +83,6 @@ class EvidenceStore:
 
     def close(self) -> None:
         self.database.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -131,7 +128,8 @@ class EvidenceStore:
         Undisturbed sweeps go first. `since`: only what was measured at that UTC time or later.
         """
         sweeps, steps = tables.sweeps, tables.step_times
-        key = {**_about(scope), "batch_size": scope.workload.batch_size, "context_length": context_length}
+        key = _about(scope.target, scope.environment)
+        key |= {"batch_size": scope.workload.batch_size, "context_length": context_length}
         query = select(sweeps.c.batch_size, sweeps.c.context_length, steps).join(steps).filter_by(**key)
         query = query.where(sweeps.c.max_length >= max_length, sweeps.c.measured_at >= since)
 
@@ -174,16 +172,10 @@ class EvidenceStore:
         self, scope: Scope, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], purpose: str, since: str = ""
     ) -> tuple[Sample, ...] | None:
         """The samples of a unit of timed runs, if it was measured at the UTC time `since` or later."""
-        samples, units = tables.samples, tables.units
-        query = (
-            select(
-                samples, tables.setups.c.digest.label("setup_digest"), tables.prompts.c.digest.label("prompt_digest")
-            )
-            .join(units)
-            .join(tables.setups)
-            .join(tables.prompts)
-            .where(units.c.digest == _unit_digest(scope, prompts, setups, purpose), units.c.measured_at >= since)
-        )
+        samples, units = tables.samples, tables.units.c
+        digests = tables.setups.c.digest.label("setup_digest"), tables.prompts.c.digest.label("prompt_digest")
+        query = select(samples, *digests).join(tables.units).join(tables.setups).join(tables.prompts)
+        query = query.where(units.digest == _unit_digest(scope, prompts, setups, purpose), units.measured_at >= since)
 
         def read(connection: Connection) -> tuple[Sample, ...]:
             rows = connection.execute(query.order_by(samples.c.position)).mappings()
@@ -214,11 +206,11 @@ class EvidenceStore:
             unit_id = self._insert(connection, tables.units, scope, {**row, "workload_id": workload_id})
             rows = [
                 {
+                    **tables.sample_row(sample),
                     "unit_id": unit_id,
                     "position": position,
                     "setup_id": setup_ids[sample.setup_digest],
                     "prompt_id": prompt_ids[sample.prompt_digest],
-                    **tables.sample_row(sample),
                 }
                 for position, sample in enumerate(samples)
             ]
@@ -277,14 +269,8 @@ class EvidenceStore:
             query = _newest_policies(target.run_digest, environment).add_columns(tables.policies.c.generation)
             latest, generation = connection.execute(query).first() or (None, 0)
             text = tables.policy_text(made_from(latest))
+            row = {**_about(target, environment), "generation": generation + 1, "policy": text}
             _register_subjects(connection, target, environment)
-            row = {
-                "target_key": target.run_digest,
-                "environment_digest": environment.digest,
-                "created_at": _utc_now(),
-                "generation": generation + 1,
-                "policy": text,
-            }
             policy_id = _inserted_id(connection, tables.policies, row)
             if choices := tables.choice_rows(policy_id, text):
                 connection.execute(insert(tables.choices), choices)
@@ -293,9 +279,8 @@ class EvidenceStore:
 
     def latest_policy(self, target: str | None = None, environment: Environment | None = None) -> str | None:
         """The newest policy, of any target or of one (its run digest, digest or name), on any machine or on one."""
-        policy: str | None = self.database.read(
-            lambda connection: connection.scalar(_newest_policies(target, environment))
-        )
+        query = _newest_policies(target, environment)
+        policy: str | None = self.database.read(lambda connection: connection.scalar(query))
         return policy
 
     def latest_outcome(self, target: Model, environment: Environment) -> dict[str, Any]:
@@ -306,10 +291,7 @@ class EvidenceStore:
         query = query.order_by(runs.id.desc()).limit(1)
         outcome = self.database.read(lambda connection: connection.scalar(query)) or {}
         if not isinstance(outcome, dict):
-            kind = type(outcome).__name__
-            raise StoreError(
-                f"store {self.name}: the last run of {target.name} is damaged: its outcome is {kind}, not an object"
-            )
+            raise StoreError(f"store {self.name}: the outcome of the last run of {target.name} is damaged")
         return outcome
 
     # --- transactions ---
@@ -342,12 +324,12 @@ class EvidenceStore:
         return self.database.write(save)
 
     def _insert(self, connection: Connection, table: Table, scope: Scope, row: Row) -> int:
-        """Insert a row with what it is about, when it was made and in which run; returns its id."""
+        """Insert a row with what it is about and in which run it was made; returns its id."""
         _register_subjects(connection, scope.target, scope.environment)
-        made = {**_about(scope), tables.time_name(table.name): _utc_now()}
+        about = _about(scope.target, scope.environment)
         if "run_id" in table.c:  # NULL where the run was deleted meanwhile
-            made["run_id"] = select(tables.runs.c.id).where(tables.runs.c.id == self._run_id).scalar_subquery()
-        return _inserted_id(connection, table, {**made, **row})
+            about["run_id"] = select(tables.runs.c.id).where(tables.runs.c.id == self._run_id).scalar_subquery()
+        return _inserted_id(connection, table, {**about, **row})
 
     @staticmethod
     def _workload_id(connection: Connection, scope: Scope) -> int:
@@ -384,7 +366,9 @@ def _is_stored(connection: Connection, table: Table, key: Row) -> bool:
 
 
 def _inserted_id(connection: Connection, table: Table, row: Row) -> int:
-    [row_id] = connection.execute(insert(table).values(row)).inserted_primary_key or (0,)
+    """Insert a row that is made now."""
+    made = {tables.time_name(table.name): _utc_now(), **row}
+    [row_id] = connection.execute(insert(table).values(made)).inserted_primary_key or (0,)
     return int(row_id)
 
 
@@ -443,17 +427,13 @@ def _newest_policies(target: str | None, environment: Environment | None) -> Sel
     return query.limit(1)
 
 
-def _about(scope: Scope) -> Values:
-    return {"target_key": scope.target.run_digest, "environment_digest": scope.environment.digest}
+def _about(target: Model, environment: Environment) -> Values:
+    return {"target_key": target.run_digest, "environment_digest": environment.digest}
 
 
 def _trace_key(scope: Scope, prompt: Prompt) -> Values:
-    sampling_digest, prompt_digest = trace_point(scope.workload, prompt, scope.origin)
-    return {
-        "target_key": scope.target.run_digest,
-        "sampling_digest": sampling_digest,
-        "prompt_digest": prompt_digest,
-    }
+    point = trace_point(scope.workload, prompt, scope.origin)
+    return dict(zip(("target_key", "sampling_digest", "prompt_digest"), (scope.target.run_digest, *point), strict=True))
 
 
 def _unit_digest(scope: Scope, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], purpose: str) -> str:

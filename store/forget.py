@@ -1,9 +1,8 @@
 """Deletes what a store holds about a target, or what is older than a time."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, Table, and_, delete, func, literal, select
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, literal, select
 
 from profiles.records.core import Model
 from profiles.records.errors import NotMeasuredError
@@ -36,16 +35,16 @@ def forget(
         before: UTC time; only what was made earlier. None: whatever its age.
         dry_run: only count.
 
-    Raises:
-        NotMeasuredError: the store does not know the target.
-        StoreError: it cannot be written.
+    Raises: NotMeasuredError: the store does not know the target. StoreError: it cannot be written.
     """
 
     def delete_rows(connection: Connection) -> Forgotten:
         targets = _targets(connection, target)
         rows: dict[str, int] = {}
         for table in tables.ABOUT_TARGETS:
-            old = _is_old(table, [model.run_digest for model in targets], before)
+            old: ColumnElement[bool] = table.c.target_key.in_([model.run_digest for model in targets])
+            if before is not None:
+                old &= table.c[tables.time_name(table.name)] < before
             if count := connection.scalar(select(func.count()).select_from(table).where(old)):
                 rows[table.name] = count
             if not dry_run:
@@ -72,8 +71,3 @@ def _targets(connection: Connection, name: str | None) -> tuple[Model, ...]:
     if name is not None and not targets:
         raise NotMeasuredError(f"the store knows no target {name!r}: `tune.py show` lists them")
     return targets
-
-
-def _is_old(table: Table, target_keys: Sequence[str], before: str | None) -> ColumnElement[bool]:
-    about = table.c.target_key.in_(target_keys)
-    return about if before is None else about & (table.c[tables.time_name(table.name)] < before)

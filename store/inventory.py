@@ -33,31 +33,20 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """Everything the store holds about one target, measured on one machine with one set of software.
-
-    Attributes:
-        rows: table -> number of rows; tables without any are left out.
-        oldest, newest: UTC, ISO 8601.
-        disturbed: share of the timed runs that other programs disturbed; None without a run.
-        is_here: whether the machine is the one that was asked about; None when none was.
-        failures: the latest three different ones, newest first.
-    """
+    """Everything the store holds about one target, measured on one machine with one set of software."""
 
     target: Model
     environment: Environment
-    rows: dict[str, int]
-    oldest: str
+    rows: dict[str, int]  # table -> number of rows; tables without any are left out
+    oldest: str  # UTC, ISO 8601
     newest: str
-    disturbed: float | None
-    is_here: bool | None
-    failures: tuple[Failure, ...]
+    disturbed: float | None  # share of the timed runs that other programs disturbed; None without a run
+    is_here: bool | None  # whether the machine is the one that was asked about; None when none was
+    failures: tuple[Failure, ...]  # the latest three different ones, newest first
 
 
 def inventory(evidence_store: EvidenceStore, here: str | None = None) -> tuple[Entry, ...]:
-    """One entry per target (float type included) and machine, newest first; `here` is this machine's digest.
-
-    Raises StoreError when the store cannot be read.
-    """
+    """One entry per target (float type included) and machine, newest first; `here` is this machine's digest."""
     with evidence_store.reading() as connection:
         models = _records(connection, tables.models, "key", tables.model_record)
         machines = _records(connection, tables.environments, "digest", tables.environment_record)

@@ -22,7 +22,10 @@ def store_location(option: str | None) -> Location:
     """
     named = option or os.environ.get("DRAFTPICK_STORE")
     if named and named.startswith("sqlite:"):
-        return _sqlite_file(named)
+        database = make_url(named).database
+        if not database or database == ":memory:":
+            raise StoreError(f"store {named}: sqlite:///FILE, or sqlite:////FILE from the root, is needed")
+        return Path(database)
     if named and is_url(named):
         return named
     path = Path(named) if named else _default_folder()
@@ -52,10 +55,3 @@ def _default_folder() -> Path:
     checkout = Path(__file__).parents[1]
     folder = checkout / CHECKOUT_FOLDER
     return folder if (checkout / CHECKOUT_SCRIPT).is_file() and folder.is_dir() else user_folder("data")
-
-
-def _sqlite_file(url: str) -> Path:
-    database = make_url(url).database
-    if not database or database == ":memory:":
-        raise StoreError(f"store {url}: it names no file: sqlite:///FILE, or sqlite:////FILE from the root, is needed")
-    return Path(database)

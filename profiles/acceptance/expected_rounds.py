@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from profiles.records.core import CATCH_UP_WIDTHS
-from profiles.records.errors import InputError, NotMeasuredError
+from profiles.records.errors import InputError, NotMeasuredError, require
 from profiles.records.evidence import Acceptance, AcceptanceTrace, LookupTrace, RoundCount, StepShape, TargetTrace
 
 WIDEST_CATCH_UP = CATCH_UP_WIDTHS[-1]
@@ -83,17 +83,9 @@ def expected_rounds(
     the recursion in Leviathan et al. 2023, conditional on the trace: docs/how-it-works.md. Token 0 comes from the
     prefill; a round drafts at most `max_new_tokens - generated - 1`; no bonus token follows an accepted end token.
 
-    Args:
-        trace: What the target emitted.
-        acceptance: The draft's acceptance over it; None for plain decoding.
-        length: Speculation length.
-        max_new_tokens: The output's limit.
-        past_end: Rounds draft their full length whatever the limit and count what they accept beyond it, as far as the
-            trace is longer.
-
-    Raises:
-        NotMeasuredError: The look-up trace is shorter than `length`.
-        InputError: A draft with length 0.
+    `acceptance`: None for plain decoding. `past_end`: rounds draft their full length whatever the limit and count what
+    they accept beyond it, as far as the trace is longer.
+    Raises: NotMeasuredError: the look-up trace is shorter than `length`. InputError: a draft with length 0.
     """
     size = len(trace.token_ids)
     emitted = min(size, max_new_tokens) if past_end else size
@@ -125,8 +117,7 @@ def expected_rounds(
 
 def check_length(acceptance: DraftAcceptance, length: int) -> None:
     """Raises NotMeasuredError: the look-up trace is shorter than `length`. InputError: a draft with length 0."""
-    if length < 1:
-        raise InputError(f"speculation length {length}: at least 1 is needed with a draft")
+    require(length >= 1, f"speculation length {length}: at least 1 is needed with a draft")
     lookup = acceptance.lookup if isinstance(acceptance, CompositeAcceptance) else acceptance
     if isinstance(lookup, LookupTrace) and lookup.max_length < length:
         raise NotMeasuredError(f"look-up measured for lengths up to {lookup.max_length}, not {length}")

@@ -16,28 +16,20 @@ Batching = Literal["padded", "continuous"]
 class EngineCapabilities:
     """What an engine can measure, and how its rounds work.
 
-    Args:
-        times: Steps of the target and of the drafts are timed apart, or only whole rounds are.
-        past_end: A round drafts its full length even where the output needs fewer tokens, and counts them as accepted.
-        batching: `padded`: every row of a round costs what the widest does, finished rows included, and rows are
-            prefilled one after another. `continuous`: a row costs its own tokens, and new rows share one prefill; more
-            requests than asked for keep the load constant until the last measured one is done.
-        traced_kinds: Drafts whose acceptance the engine computes over a trace; others are run at every length.
-        untraced: Digests of drafts of these kinds that are run at every length all the same.
-        sampling_objection: Why sampled speculation is not lossless in this version; None where it is.
-        drops_short: A look-up drafts nothing when it may draft fewer tokens than its shortest match.
-        origin: Whose arithmetic the traces are; empty for the torch engine.
+    A `padded` round costs every row what the widest one does, finished rows included, and rows are prefilled one after
+    another. In a `continuous` batch a row costs its own tokens, and new rows share one prefill; more requests than
+    asked for keep the load constant until the last measured one is done.
     """
 
     name: str
-    times: Times
-    past_end: bool
-    batching: Batching
-    traced_kinds: tuple[DraftKind, ...]
-    untraced: frozenset[str] = frozenset()
-    sampling_objection: str | None = None
-    drops_short: bool = False
-    origin: str = ""
+    times: Times = "rounds"  # steps of the target and of the drafts are timed apart, or only whole rounds are
+    past_end: bool  # a round drafts its full length even where the output needs less, and counts it as accepted
+    batching: Batching = "continuous"
+    traced_kinds: tuple[DraftKind, ...]  # whose acceptance is computed over a trace; others are run at every length
+    untraced: frozenset[str] = frozenset()  # digests of drafts of these kinds that are run at every length all the same
+    sampling_objection: str | None = None  # why sampled speculation is not lossless in this version; None where it is
+    drops_short: bool = False  # a look-up drafts nothing when it may draft fewer tokens than its shortest match
+    origin: str = ""  # whose arithmetic the traces are; empty for the torch engine
 
     def traces(self, draft: Draft) -> bool:
         """Whether a draft is traced and timed; others are only run."""

@@ -8,7 +8,7 @@ from profiles.models import loader
 from profiles.models.footprint import Footprint, cache_slots
 from profiles.records.core import Draft, Setup, Workload
 from profiles.records.draft_spec import MAX_BATCH, MAX_REQUESTS, RefusedDraft
-from profiles.records.errors import InputError
+from profiles.records.errors import InputError, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +30,7 @@ class Question:
         for size in self.batch_sizes:
             if not 1 <= size <= max_batch:
                 raise InputError(f"batch size {size}: the {self.engine} engine takes 1 to {max_batch} rows at a time")
-        if self.seed < 0:
-            raise InputError(f"seed {self.seed}: whole numbers from 0 are allowed")
+        require(self.seed >= 0, f"seed {self.seed}: whole numbers from 0 are allowed")
         for context in self.contexts or (self.max_new_tokens + 1,):
             self.workload(context, ())
 
@@ -53,17 +52,14 @@ class Question:
 class Bench:
     """An engine and the models it runs, the target first.
 
-    Args:
-        footprints: What the target (None) and each draft add to memory; empty where the engine allocates by itself.
-        refused: Drafts that cannot be used, with reasons.
-        close: Ends what the engine started.
+    `footprints`: what the target (None) and each draft add to memory; empty where the engine allocates by itself.
     """
 
     engine: Engine
     loaded: tuple[loader.DescribedModel, ...]
     footprints: Mapping[Draft | None, Footprint] = field(default_factory=dict)
-    refused: tuple[RefusedDraft, ...] = ()
-    close: Callable[[], None] = lambda: None
+    refused: tuple[RefusedDraft, ...] = ()  # drafts that cannot be used, with reasons
+    close: Callable[[], None] = lambda: None  # ends what the engine started
     notes: tuple[str, ...] = ()
 
     def needed_bytes(self, setup: Setup, workload: Workload) -> int | None:

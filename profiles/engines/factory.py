@@ -16,9 +16,10 @@ from profiles.engines.serving.redaction import removed_variables
 from profiles.hardware import fingerprint, machine, software
 from profiles.models import loader, sources
 from profiles.models.loader import DescribedModel
-from profiles.records.core import DTYPES, Draft, Setup
+from profiles.models.memory import check_dtype
+from profiles.records.core import Draft, Setup
 from profiles.records.draft_spec import DraftSpec, RefusedDraft, engine_options
-from profiles.records.errors import InputError, PairError
+from profiles.records.errors import InputError, PairError, require
 from profiles.records.files import user_folder
 
 MIN_ROWS = 8  # vLLM's rows are part of the key of its times, so few different numbers are used
@@ -36,24 +37,18 @@ class ServingEngine(Engine, Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:
-    """Which engine, and how it is started; what is None is looked for.
-
-    `command`: the `llama-server` to start, or the Python that has vLLM. `launch`: a server's command with `{port}` and
-    `{speculative}` in it; `kind` and `version`: of such a server; `draft_args`: replace the arguments of any setup that
-    drafts. `max_requests`: the most that are in flight; `min_length`, `max_length`: the fewest and most tokens drafted
-    a round.
-    """
+    """Which engine, and how it is started; what is None is looked for."""
 
     engine: str
-    command: str | None = None
-    launch: str | None = None
-    kind: str = "vllm"
+    command: str | None = None  # the `llama-server` to start, or the Python that has vLLM
+    launch: str | None = None  # a server's command with `{port}` and `{speculative}` in it
+    kind: str = "vllm"  # of such a server, as its version
     version: str | None = None
-    draft_args: tuple[str, ...] | None = None
+    draft_args: tuple[str, ...] | None = None  # replace the arguments of any setup that drafts
     threads: int | None = None
     device: str | None = None
-    max_requests: int = 1
-    min_length: int = 1
+    max_requests: int = 1  # in flight
+    min_length: int = 1  # tokens drafted a round
     max_length: int = 8
 
     @property
@@ -64,15 +59,12 @@ class EngineSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """Target and drafts as a user names them; `described`: drafts whose records are there already.
-
-    `dtype` None: float32 on a CPU, bfloat16 on a GPU, of a GGUF its own.
-    """
+    """Target and drafts as a user names them."""
 
     target: str
     drafts: tuple[DraftSpec, ...] = ()
-    dtype: str | None = None
-    described: tuple[Draft, ...] = ()
+    dtype: str | None = None  # None: float32 on a CPU, bfloat16 on a GPU, of a GGUF its own
+    described: tuple[Draft, ...] = ()  # drafts whose records are there already
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,10 +81,9 @@ def open_bench(spec: EngineSpec, models: ModelSpec) -> Bench:
     Raises: InputError: an unknown engine or dtype, a program that is not there. ModelError: the target cannot be read.
     The first draft's error, where all drafts are refused.
     """
-    if spec.engine not in BUILDERS:
-        raise InputError(f"engine {spec.engine!r}: allowed are torch, {', '.join(BUILDERS)}")
-    if models.dtype is not None and models.dtype not in DTYPES:
-        raise InputError(f"dtype {models.dtype!r}: allowed are {', '.join(DTYPES)}")
+    require(spec.engine in BUILDERS, f"engine {spec.engine!r}: allowed are torch, {', '.join(BUILDERS)}")
+    if models.dtype is not None:
+        check_dtype(models.dtype)
     described = {models.target: loader.describe(models.target, dtype=models.dtype or _default_dtype(spec, models))}
     builder = BUILDERS[spec.engine](spec, described[models.target])
     drafts = {draft.digest: draft for draft in models.described}
@@ -109,11 +100,10 @@ def open_bench(spec: EngineSpec, models: ModelSpec) -> Bench:
     engine = builder.build(tuple(drafts.values()))
     removed = removed_variables(os.environ)
     draft_models = {draft.model for draft in drafts.values()}
+    loaded = (model for name, model in described.items() if name == models.target or model.record in draft_models)
     return Bench(
         engine=engine,
-        loaded=tuple(
-            model for name, model in described.items() if name == models.target or model.record in draft_models
-        ),
+        loaded=tuple(loaded),
         refused=tuple(RefusedDraft.from_error(name, error) for name, error in errors.items()),
         close=engine.close,
         notes=(*engine.notes, *((f"not passed on to servers: {', '.join(removed)}",) if removed else ())),
@@ -232,11 +222,7 @@ def _server(spec: EngineSpec, target: DescribedModel) -> EngineBuilder:
         return [*kind.args_for(setup, release), *kind.record_args(release)]
 
     launch = Launch(
-        kind=spec.kind,
-        log_folder=spec.log_folder,
-        template=spec.launch or "",
-        model_path=path,
-        flags_of=flags_of,
+        kind=spec.kind, log_folder=spec.log_folder, template=spec.launch or "", model_path=path, flags_of=flags_of
     )
 
     def check(draft: Draft) -> None:

@@ -24,16 +24,13 @@ def check_divergences(
     for setup, output in zip(setups, outputs, strict=True):
         pairs = enumerate(zip(trace.token_ids, output, strict=False))
         divergence = next((index for index, (expected, token) in pairs if expected != token), None)
+        diverged, prompt = f"{setup.name} diverged from plain decoding", f"prompt {trace.prompt_digest}"
         if divergence is None and len(output) != len(trace.token_ids):
-            raise EngineError(
-                f"{setup.name} diverged from plain decoding: {len(output)} tokens of prompt {trace.prompt_digest} "
-                f"where the target has {len(trace.token_ids)}"
-            )
+            size = len(trace.token_ids)
+            raise EngineError(f"{diverged}: {len(output)} tokens of {prompt} where the target has {size}")
         if divergence is not None and trace.logit_gaps[divergence] > NEAR_TIE:
-            raise EngineError(
-                f"{setup.name} diverged from plain decoding at token {divergence} of prompt {trace.prompt_digest} "
-                f"where the two largest logits are {trace.logit_gaps[divergence]:.2g} apart; allowed is {NEAR_TIE:g}"
-            )
+            gap = f"the two largest logits are {trace.logit_gaps[divergence]:.2g} apart; allowed is {NEAR_TIE:g}"
+            raise EngineError(f"{diverged} at token {divergence} of {prompt} where {gap}")
 
 
 def check_queues(
@@ -57,11 +54,9 @@ def check_end(source: str, workload: Workload, token_ids: Sequence[int]) -> None
 
     Raises EngineError: it is longer or shorter, so the engine stops at other tokens than the workload's end tokens.
     """
-    ends, limit = set(workload.end_token_ids), workload.max_new_tokens
+    ends, limit, size = set(workload.end_token_ids), workload.max_new_tokens, len(token_ids)
     allowed = f"the end tokens are {sorted(ends)}" if ends else "no token is an end"
-    if ends.intersection(token_ids[:-1]) or len(token_ids) > limit:
-        raise EngineError(f"{source} went on for {len(token_ids)} tokens; {allowed}, and the limit is {limit}")
-    if len(token_ids) < limit and token_ids[-1] not in ends:
-        raise EngineError(
-            f"{source} ended after {len(token_ids)} of {limit} tokens, at token {token_ids[-1]}; {allowed}"
-        )
+    if ends.intersection(token_ids[:-1]) or size > limit:
+        raise EngineError(f"{source} went on for {size} tokens; {allowed}, and the limit is {limit}")
+    if size < limit and token_ids[-1] not in ends:
+        raise EngineError(f"{source} ended after {size} of {limit} tokens, at token {token_ids[-1]}; {allowed}")

@@ -79,14 +79,12 @@ def _parsed(engine: str, text: str) -> Version:
     try:
         return Version(text.strip().removeprefix("v"))
     except InvalidVersion:
-        raise InputError(
-            f"engine version {text!r}: a version of {TITLES[engine]} is needed, like {NEWEST[engine]}"
-        ) from None
+        needed = f"a version of {TITLES[engine]} is needed, like {NEWEST[engine]}"
+        raise InputError(f"engine version {text!r}: {needed}") from None
 
 
 def _installed(engine: str) -> str | None:
     try:
-        stated = software.installed_version(engine)
-        return None if stated is None else str(Version(stated))
-    except InvalidVersion:
+        return str(Version(software.installed_version(engine) or ""))
+    except InvalidVersion:  # none, or one of a fork that is not a version
         return None

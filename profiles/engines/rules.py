@@ -38,9 +38,8 @@ def weights_objection(target: Model, setup: Setup, release: EngineRelease) -> st
         if model is None:
             continue
         if model.name.startswith(IMPORTED_MARKS) and (role == "draft" or release.engine == "transformers"):
-            return (
-                f"the {role} {replace_mark(model.name)} came in a bundle from a path of another machine: it is not here"
-            )
+            name = replace_mark(model.name)
+            return f"the {role} {name} came in a bundle from a path of another machine: it is not here"
         if release.engine == "transformers":
             continue
         if release.engine == "llamacpp" and gguf_path(model.name) is None:

@@ -26,12 +26,9 @@ def workloads_of(
     """Every batch size and context as a workload with its prompts, and warnings.
 
     Prompts are cut to what the context leaves beside the new tokens; a context they do not fill shrinks to what they
-    do, so that no row claims a length that was never run.
-
-    Raises:
-        ModelError: A model has too few positions for a context and the longest speculation length.
-        PromptError: No prompt can be used.
-        InputError: The engine samples wrongly with drafts.
+    do, so that no row claims a length that was never run. Raises: ModelError: a model has too few positions for a
+    context and the longest speculation length. PromptError: no prompt can be used. InputError: the engine samples
+    wrongly with drafts.
     """
     target = bench.loaded[0]
     max_context = min(loaded.max_positions for loaded in bench.loaded) - max(question.lengths)

@@ -3,7 +3,7 @@
 Loads the models as a run does; nothing is timed or stored.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,10 +18,10 @@ from profiles.models import loader, memory, sources
 from profiles.models.footprint import Footprint
 from profiles.models.loader import DescribedModel
 from profiles.prompts import tokens
-from profiles.prompts.reader import Request, Requests, read
+from profiles.prompts.reader import Request, read, sample
 from profiles.records.core import Draft, Prompt, Workload
 from profiles.records.draft_spec import NGRAM_DEFAULTS, DraftSpec
-from profiles.records.errors import DraftpickError, InputError, ModelError, PairError
+from profiles.records.errors import DraftpickError, ModelError, PairError, require
 from profiles.records.evidence import RoundCount, TargetTrace
 
 NUM_PROMPTS, MAX_PROMPT_TOKENS, NEW_TOKENS, LENGTH = 3, 512, 32, 4
@@ -31,56 +31,38 @@ LOOKUP = DraftSpec(kind="ngram", max_match=NGRAM_DEFAULTS["max"], min_match=NGRA
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """Batch and context that memory is computed for, and how the models are loaded.
-
-    Attributes:
-        context_length: None means 4,096 tokens, or the target's positions if fewer.
-        dtype: None as in `run`, as for `device`.
-
-    Raises:
-        InputError: A number under 1.
-    """
+    """Batch and context, from 1, that memory is computed for, and how the models are loaded."""
 
     batch_size: int = 1
-    context_length: int | None = None
-    dtype: str | None = None
+    context_length: int | None = None  # None means 4,096 tokens, or the target's positions if fewer
+    dtype: str | None = None  # None as in `run`, as for `device`
     device: str | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise InputError(f"batch size {self.batch_size}: at least 1 is needed")
-        if self.context_length is not None and self.context_length < 1:
-            raise InputError(f"context {self.context_length}: at least 1 token is needed")
+        require(self.batch_size >= 1, f"batch size {self.batch_size}: at least 1 is needed")
+        context = self.context_length
+        require(context is None or context >= 1, f"context {context}: at least 1 token is needed")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Outputs:
-    """Short greedy outputs of the target."""
-
-    workload: Workload
-    traces: tuple[tuple[Prompt, TargetTrace], ...]
+Traces = Sequence[tuple[Prompt, TargetTrace]]  # short greedy outputs of the target
 
 
 def check(target: str, specs: Sequence[DraftSpec], shape: Shape, requests: Sequence[Request] = ()) -> FitReport:
     """What fits and what does not; without requests quick acceptance uses built-in prompts.
 
     A draft that cannot be used has its reason in its row. Prompt look-up always gets a row, last unless it is among
-    `specs`: it costs nothing, so a draft should beat it.
-
-    Raises:
-        InputError: An unknown device or dtype.
-        ModelError: The target cannot be loaded, lacks the positions or does not fit in memory.
-        PromptError: Prompts that cannot be used.
-        EngineError: The target fails while it runs.
+    `specs`: it costs nothing, so a draft should beat it. Raises: InputError: an unknown device or dtype. ModelError:
+    the target cannot be loaded, lacks the positions or does not fit in memory. PromptError: prompts that cannot be
+    used. EngineError: the target fails while it runs.
     """
     specs = list(dict.fromkeys([*specs, LOOKUP]))
     context = shape.context_length or min(DEFAULT_CONTEXT, _from_header(target, "float32")[0] or DEFAULT_CONTEXT)
     free = fingerprint.free_bytes(fingerprint.pick_device(shape.device))
     bench = load.load(target, specs, shape.dtype, shape.device, shape.batch_size * context)
     loader.check_context(bench.loaded[0], context_length=context, max_length=0)
-    outputs, warnings = _decode_briefly(bench, requests)
+    workload, traces, warnings = _decode_briefly(bench, requests)
     notes = [loaded.note for loaded in bench.loaded if loaded.note is not None]
-    caveat = f"acceptance at k={LENGTH} over {len(outputs.traces)} prompts says little: `tune.py run` measures it"
+    caveat = f"acceptance at k={LENGTH} over {len(traces)} prompts says little: `tune.py run` measures it"
     return FitReport(
         target=target,
         dtype=bench.engine.target.dtype,
@@ -90,7 +72,7 @@ def check(target: str, specs: Sequence[DraftSpec], shape: Shape, requests: Seque
         max_positions=bench.loaded[0].max_positions,
         need=bench.footprints[None],
         free_bytes=free,
-        drafts=tuple(_check_draft(bench, spec, outputs, shape.context_length) for spec in specs),
+        drafts=tuple(_check_draft(bench, spec, workload, traces, shape.context_length) for spec in specs),
         notes=(*notes, *warnings, caveat),
     )
 
@@ -106,32 +88,22 @@ def _from_header(name: str, dtype: str) -> tuple[int | None, Footprint | None]:
         return None, None
 
 
-def _decode_briefly(bench: Bench, requests: Sequence[Request]) -> tuple[_Outputs, list[str]]:
-    """Short outputs on prompts of as many domains as there are, and warnings."""
+def _decode_briefly(bench: Bench, requests: Sequence[Request]) -> tuple[Workload, Traces, list[str]]:
+    """Short outputs on prompts of as many domains as there are, under which workload, and warnings."""
     target = bench.loaded[0]
-    chosen = _spread_over_domains(requests or read(ALL_PROMPTS))
+    chosen = sample(requests or read(ALL_PROMPTS), NUM_PROMPTS, seed=0)
     max_tokens = min(MAX_PROMPT_TOKENS, target.max_positions - NEW_TOKENS - LENGTH)
     prompts, warnings = tokens.tokenize(chosen, target.tokenizer, max_tokens, vocab_size=target.num_tokens)
     longest = max(len(prompt.token_ids) for prompt in prompts)
     workload = Workload(
         context_length=longest + NEW_TOKENS, max_new_tokens=NEW_TOKENS, end_token_ids=target.end_token_ids
     )
-    traces = tuple((prompt, bench.engine.trace_target(workload, prompt)) for prompt in prompts)
-    return _Outputs(workload=workload, traces=traces), warnings
+    return workload, [(prompt, bench.engine.trace_target(workload, prompt)) for prompt in prompts], warnings
 
 
-def _spread_over_domains(requests: Sequence[Request]) -> Requests:
-    """At most three: the first of each domain, then the second of each."""
-    seen: Counter[str] = Counter()
-    ranked = []
-    for index, request in enumerate(requests):
-        ranked.append((seen[request.domain], index))
-        seen[request.domain] += 1
-    chosen = [requests[index] for _, index in sorted(ranked)[:NUM_PROMPTS]]
-    return Requests(chosen, getattr(requests, "skipped", ()))
-
-
-def _check_draft(bench: Bench, spec: DraftSpec, outputs: _Outputs, context_length: int | None) -> DraftCheck:
+def _check_draft(
+    bench: Bench, spec: DraftSpec, workload: Workload, traces: Traces, context_length: int | None
+) -> DraftCheck:
     """One draft's row, with the first reason against it."""
     # a composite is refused with its model, which is named once
     refused = next((refused for refused in bench.refused if refused.name in (spec.name, spec.path)), None)
@@ -151,8 +123,8 @@ def _check_draft(bench: Bench, spec: DraftSpec, outputs: _Outputs, context_lengt
     try:
         if model is not None:
             loader.check_context(model, context_length=context_length or 1, max_length=0)
-            loader.check_context(model, context_length=outputs.workload.context_length, max_length=LENGTH)
-        acceptance = _quick_acceptance(bench, draft, outputs)
+            loader.check_context(model, context_length=workload.context_length, max_length=LENGTH)
+        acceptance = _quick_acceptance(bench, draft, workload, traces)
     except DraftpickError as error:
         problem = str(error)
     return DraftCheck(
@@ -167,33 +139,28 @@ def _check_draft(bench: Bench, spec: DraftSpec, outputs: _Outputs, context_lengt
 
 def _loaded_draft(bench: Bench, spec: DraftSpec) -> tuple[Draft, DescribedModel | None]:
     """The engine's draft (equal weights under two names are one), and the model that it runs."""
-    model: DescribedModel | None = None
-    if spec.path is not None:
-        model = next(loaded for loaded in bench.loaded if loaded.record.name == spec.path)
-    elif spec.num_layers is not None:
-        model = bench.loaded[0]
+    named = next((loaded for loaded in bench.loaded if loaded.record.name == spec.path), None)
     wanted = Draft(
         kind=spec.kind,
-        model=None if spec.path is None or model is None else model.record,
+        model=None if named is None else named.record,
         max_match=spec.max_match,
         min_match=spec.min_match,
         num_layers=spec.num_layers,
     )
-    return next(draft for draft in bench.engine.drafts if draft.digest == wanted.digest), model
+    draft = next(draft for draft in bench.engine.drafts if draft.digest == wanted.digest)
+    return draft, bench.loaded[0] if spec.num_layers is not None else named
 
 
-def _quick_acceptance(bench: Bench, draft: Draft, outputs: _Outputs) -> QuickAcceptance:
+def _quick_acceptance(bench: Bench, draft: Draft, workload: Workload, traces: Traces) -> QuickAcceptance:
     """Expected rounds over the short outputs; the target is not run again."""
-    rounds: dict[RoundCount, float] = {}
-    for prompt, trace in outputs.traces:
-        acceptance = combine(
-            [bench.engine.trace_draft(outputs.workload, prompt, trace, part, LENGTH) for part in draft.components]
-        )
-        for outcome, count in expected_rounds(trace, acceptance, LENGTH, NEW_TOKENS).rounds.items():
-            rounds[outcome] = rounds.get(outcome, 0.0) + count
+    rounds: defaultdict[RoundCount, float] = defaultdict(float)
+    for prompt, trace in traces:
+        parts = [bench.engine.trace_draft(workload, prompt, trace, part, LENGTH) for part in draft.components]
+        for outcome, count in expected_rounds(trace, combine(parts), LENGTH, NEW_TOKENS).rounds.items():
+            rounds[outcome] += count
     return QuickAcceptance(
-        num_prompts=len(outputs.traces),
-        num_tokens=sum(len(trace.token_ids) for _, trace in outputs.traces),
+        num_prompts=len(traces),
+        num_tokens=sum(len(trace.token_ids) for _, trace in traces),
         length=LENGTH,
         acceptance_rate=acceptance_rate(rounds),
         acceptance_length=acceptance_length(rounds),

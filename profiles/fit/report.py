@@ -8,36 +8,25 @@ from profiles.models.footprint import Footprint
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuickAcceptance:
-    """Acceptance over a few short outputs at one speculation length; None where no round was drafted.
-
-    Attributes:
-        acceptance_rate: Accepted / drafted tokens.
-        acceptance_length: 1 + accepted tokens / rounds.
-    """
+    """Acceptance over a few short outputs at one speculation length; None where no round was drafted."""
 
     num_prompts: int
     num_tokens: int
     length: int
-    acceptance_rate: float | None
-    acceptance_length: float | None
+    acceptance_rate: float | None  # accepted / drafted tokens
+    acceptance_length: float | None  # 1 + accepted tokens / rounds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftCheck:
-    """One draft; what is unknown is None.
-
-    Attributes:
-        max_positions: None for a draft without a model.
-        need: What the draft adds to the target's memory.
-        problem: Why it cannot be used.
-    """
+    """One draft; what is unknown is None."""
 
     name: str
     same_tokens: bool | None
-    max_positions: int | None
-    need: Footprint | None
+    max_positions: int | None  # None for a draft without a model
+    need: Footprint | None  # what the draft adds to the target's memory
     quick_acceptance: QuickAcceptance | None
-    problem: str | None
+    problem: str | None  # why it cannot be used
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from dataclasses import fields
 from functools import cache
 
 from profiles.records.core import Environment
-from profiles.records.errors import InputError
+from profiles.records.errors import InputError, require
 
 Machine = Mapping[str, object]  # fields of `Environment`
 ENGINE = "draftpick-torch"  # the built-in engine
@@ -21,17 +21,12 @@ _NOT_THE_KIND = re.compile(r"(?<![\w.])(NVIDIA|TESLA|PCIE?|SXM\d*|NVL\d*|HBM\w*|
 
 
 def parse_machine(raw: object) -> Machine:
-    """A machine from JSON; null is unknown, except a CPU's driver and CUDA, of which there is none.
-
-    Raises:
-        InputError: Names field, value and what is allowed.
-    """
+    """A machine from JSON; null is unknown, but for a CPU's driver and CUDA (there is none). Raises InputError."""
     allowed = [field.name for field in fields(Environment)]
     if not isinstance(raw, dict):
         raise InputError(f"an object with some of {', '.join(allowed)} is needed")
     for name, value in raw.items():
-        if name not in allowed:
-            raise InputError(f"unknown field {name!r}: allowed are {', '.join(allowed)}")
+        require(name in allowed, f"unknown field {name!r}: allowed are {', '.join(allowed)}")
         if name in _NUMBERS:
             good, needed = type(value) is int and 1 <= value < 2**63, "a whole number from 1"
         else:

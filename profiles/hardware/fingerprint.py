@@ -14,8 +14,7 @@ from profiles.records.errors import InputError
 def pick_device(name: str | None) -> str:
     """The device to run on; None and `auto` take the GPU when there is one.
 
-    Raises:
-        InputError: An unknown device, or a GPU that is not there.
+    Raises InputError: an unknown device, or a GPU that is not there.
     """
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name in (None, "auto"):

@@ -28,7 +28,7 @@ from profiles.hardware.software import (
     llama_server_path,
     server_version,
 )
-from profiles.records.errors import InputError
+from profiles.records.errors import InputError, require
 from profiles.records.files import open_file
 
 ENVIRONMENT_VARIABLE = "DRAFTPICK_ENVIRONMENT"
@@ -38,21 +38,18 @@ _MAX_FILE_BYTES = 1_000_000
 def this_machine(engine: str = ENGINE, device: str | None = None) -> Machine:
     """This machine, and `engine` on it; $DRAFTPICK_ENVIRONMENT may name a file that describes another.
 
-    Args:
-        device: `cpu` describes the processor even beside a GPU.
-
-    Raises:
-        InputError: An unknown device, no GPU, or a bad file.
+    `device`: `cpu` describes the processor even beside a GPU. Raises InputError: an unknown device, no GPU, or a bad
+    file.
     """
-    if device not in (None, "cpu", "cuda"):
-        raise InputError(f"device {device!r}: allowed are cpu and cuda")
+    require(device in (None, "cpu", "cuda"), f"device {device!r}: allowed are cpu and cuda")
     path = os.environ.get(ENVIRONMENT_VARIABLE)
     if path:
         return read_machine(Path(path), engine)
     gpu = first_gpu() if device != "cpu" else None
     if device == "cuda" and gpu is None:
         raise InputError("device 'cuda': this process sees no GPU")
-    fields: dict[str, Any] = {"engine": engine, **(_cpu() if gpu is None else gpu)}
+    cpu = {"device": processor_name(), "device_count": 1, "memory_bytes": round_to_gib(total_memory())}
+    fields: dict[str, Any] = {"engine": engine, **(gpu or {**cpu, "driver": None, "cuda": None})}
     fields |= _torch_versions(on_gpu=gpu is not None)
     if engine == ENGINE:
         return drop_unknown({**fields, "threads": num_threads(), "engine_version": torch_engine_version()})
@@ -63,10 +60,8 @@ def this_machine(engine: str = ENGINE, device: str | None = None) -> Machine:
 def read_machine(path: Path, engine: str = ENGINE) -> Machine:
     """The machine that a JSON file with fields of `Environment` describes, for `engine`.
 
-    The file's engine version is dropped where it is another engine's.
-
-    Raises:
-        InputError: An unreadable file, or a field or value that is not allowed.
+    The file's engine version is dropped where it is another engine's. Raises InputError: an unreadable file, or a field
+    or value that is not allowed.
     """
     try:
         with open_file(path) as file:
@@ -111,16 +106,6 @@ def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, "") or platform.processor() or platform.machine()
-
-
-def _cpu() -> dict[str, Any]:
-    return {
-        "device": processor_name(),
-        "device_count": 1,
-        "memory_bytes": round_to_gib(total_memory()),
-        "driver": None,
-        "cuda": None,
-    }
 
 
 def _torch_versions(*, on_gpu: bool) -> dict[str, str]:

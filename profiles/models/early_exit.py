@@ -15,10 +15,8 @@ def early_exit(target: LoadedModel, num_layers: int) -> PreTrainedModel:
     """The target cut after `num_layers` layers.
 
     Only the modules on the way to the layers are copied: the target stays as it is and no weight is held twice. The
-    config states `num_layers`, so that a cache made from it fits.
-
-    Raises:
-        PairError: Not 1 to one less than all layers, or the architecture has no single list of layers.
+    config states `num_layers`, so that a cache made from it fits. Raises PairError: not 1 to one less than all layers,
+    or the architecture has no single list of layers.
     """
     num_all = target.model.config.get_text_config(decoder=True).num_hidden_layers
     draft = f"early-exit:{num_layers} of target {target.record.name!r}"

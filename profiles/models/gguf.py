@@ -32,29 +32,22 @@ _READS_ROPE_SCALING = ("gpt-oss",)  # architectures whose scaling transformers r
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufFile:
-    """A GGUF file's header.
-
-    Attributes:
-        float_type: llama.cpp's name of the stored type (Q4_K_M, F16).
-        context_length: In tokens.
-        rope_factors: Divisors of the rotary frequencies (Llama 3.1 and later).
-    """
+    """A GGUF file's header."""
 
     path: Path
-    float_type: str
-    context_length: int
+    float_type: str  # llama.cpp's name of the stored type (Q4_K_M, F16)
+    context_length: int  # in tokens
     num_tokens: int
     num_values: int
     end_token_ids: tuple[int, ...]
-    rope_factors: tuple[float, ...] | None
+    rope_factors: tuple[float, ...] | None  # divisors of the rotary frequencies (Llama 3.1 and later)
 
 
 def read(path: Path, name: str) -> GgufFile:
     """The header of the model that the user calls `name`.
 
-    Raises:
-        ModelError: A truncated file, a part of a split model, a header without a needed key, or scaled positions
-            that transformers does not read. Errors of the gguf reader on a broken header pass.
+    Raises ModelError: a truncated file, a part of a split model, a header without a needed key, or scaled positions
+    that transformers does not read. Errors of the gguf reader on a broken header pass.
     """
     metadata, _ = read_gguf_metadata(str(path))  # lists of strings as their lengths: seconds less than gguf's reader
     header = GgufHeader.from_file(str(path))

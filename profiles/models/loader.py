@@ -6,7 +6,7 @@ Weights come from safetensors or GGUF files only; nothing is printed while loadi
 import contextlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,20 +38,14 @@ _GPU_SHARE = 0.9  # of a GPU's free memory for weights: caches and activations n
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DescribedModel:
-    """What is known of a model without running it.
-
-    Attributes:
-        max_positions: The longest context in tokens.
-        num_tokens: Token ids below it have an embedding.
-        note: One line for the user on how the weights are run, if there is something to say.
-    """
+    """What is known of a model without running it."""
 
     tokenizer: PreTrainedTokenizerBase
     record: Model
-    max_positions: int
-    num_tokens: int
+    max_positions: int  # the longest context in tokens
+    num_tokens: int  # token ids below it have an embedding
     end_token_ids: tuple[int, ...]
-    note: str | None = None
+    note: str | None = None  # one line for the user on how the weights are run, if there is something to say
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
@@ -68,19 +62,15 @@ class LoadedModel(DescribedModel):
 def describe(name: str, *, dtype: str | None) -> DescribedModel:
     """A model that another engine will run; weights are not loaded.
 
-    Args:
-        dtype: Float type it is run in; None takes the type of its files (float16 for a quantised GGUF).
-
-    Raises:
-        ModelError: No such model, pickled or broken files, no tokenizer.
+    `dtype`: float type it is run in; None takes the type of its files (float16 for a quantised GGUF). Raises
+    ModelError: no such model, pickled or broken files, no tokenizer.
     """
     source = sources.find(name)
     sources.weight_files(source)
     with library_errors(f"model {name!r}"):
         config, tokenizer = sources.read_config(source), sources.read_tokenizer(source)
-        generation = None
-        if source.files("generation_config.json"):
-            generation = GenerationConfig.from_pretrained(source.folder)
+        has_generation = bool(source.files("generation_config.json"))
+        generation = GenerationConfig.from_pretrained(source.folder) if has_generation else None
         record = _record(source, config, dtype)
         return DescribedModel(
             tokenizer=tokenizer,
@@ -101,10 +91,9 @@ def load(
         several_gpus: False keeps it on the first GPU, as drafts need it.
         num_tokens: Rows of the embedding to keep, a target's for its drafts; None keeps those that have a token.
 
-    Raises:
-        ModelError: No such model, pickled or broken files, weights missing or not finite, no tokenizer, or an
-            architecture that transformers does not know, that cannot take tokens back or cannot run in rows.
-        OutOfMemoryError: The device is full.
+    Raises: ModelError: no such model, pickled or broken files, weights missing or not finite, no tokenizer, or an
+    architecture that transformers does not know, that cannot take tokens back or cannot run in rows. OutOfMemoryError:
+    the device is full.
     """
     check_dtype(dtype)
     source = sources.find(name)
@@ -112,35 +101,31 @@ def load(
     with library_errors(f"model {name!r}"):
         config = sources.read_config(source)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ModelError(
-                f"model {name!r}: {config.model_type} has no language model of its own in transformers, which the "
-                "torch engine needs; use an engine that runs it, such as vLLM"
-            )
-        _check_cache(name, config)
+            lack = f"{config.model_type} has no language model of its own in transformers, which the torch engine needs"
+            raise source.error(f"{lack}; use an engine that runs it, such as vLLM")
+        _check_cache(source, config)
         tokenizer = sources.read_tokenizer(source)
         placement = _placement(source, dtype, device) if several_gpus else {}
-        model, weights_note = _load_weights(source, config, dtype, placement)
+        model, weights_notes = _load_weights(source, config, dtype, placement)
         _cut_embedding(model, num_tokens or max(tokenizer.get_vocab().values()) + 1)
         if placement:
-            _check_spread(model, name, dtype)
+            _check_spread(source, model, dtype)
         else:
             model = model.to(device)
         for weight_name, weight in model.named_parameters():
             if weight.is_floating_point() and not torch.isfinite(weight).all():
-                raise ModelError(f"model {name!r}: {weight_name} holds NaN or infinity as {dtype}")
+                raise source.error(f"{weight_name} holds NaN or infinity as {dtype}")
         batch_model.check_rows(model, name)
         return LoadedModel(
             model=model,
             tokenizer=tokenizer,
-            record=replace(
-                _record(source, config, dtype), num_params=sum(weight.numel() for weight in model.parameters())
-            ),
+            record=replace(_record(source, config, dtype), num_params=model.num_parameters()),
             num_tokens=model.get_input_embeddings().weight.shape[0],
             max_positions=sources.max_positions(config, source),
             end_token_ids=_end_token_ids(
-                source, model.generation_config, model.config.get_text_config(decoder=True), tokenizer
+                source, model.generation_config, config.get_text_config(decoder=True), tokenizer
             ),
-            note="; ".join(filter(None, (_note(source, dtype, is_spread=bool(placement)), weights_note))) or None,
+            note="; ".join([*_notes(source, dtype, is_spread=bool(placement)), *weights_notes]) or None,
         )
 
 
@@ -170,24 +155,15 @@ def check_pair(target: DescribedModel, draft: DescribedModel, *, engine: str = "
     """Refuses a draft with another token map.
 
     Tokens that only one of the two has at the end of its map are fine: such a draft never proposes them, or has them
-    refused. Padded embeddings are fine here; engines that compare their rows have a rule of their own.
-
-    Raises:
-        PairError: Other tokens under the same ids, more tokens at the end than llama.cpp allows, or fewer embedding
-            rows than the torch engine needs.
+    refused. Padded embeddings are fine here; engines that compare their rows have a rule of their own. Raises
+    PairError: other tokens under the same ids, more tokens at the end than llama.cpp allows, or fewer embedding rows
+    than the torch engine needs.
     """
     pair = f"draft {draft.record.name!r} and target {target.record.name!r}"
-    target_ids, draft_ids = target.tokenizer.get_vocab(), draft.tokenizer.get_vocab()
-    num_common = min(max(target_ids.values()), max(draft_ids.values())) + 1
-    differing = sorted(
-        (
-            token
-            for token in target_ids.keys() | draft_ids.keys()
-            if target_ids.get(token) != draft_ids.get(token)
-            and min(target_ids.get(token, num_common), draft_ids.get(token, num_common)) < num_common
-        ),
-        key=lambda token: (target_ids.get(token, draft_ids.get(token)), token),
-    )
+    draft_ids, target_ids = maps = [loaded.tokenizer.get_vocab() for loaded in (draft, target)]
+    num_common = min(max(ids.values()) for ids in maps) + 1
+    entries = [{(number, token) for token, number in ids.items() if number < num_common} for ids in maps]
+    differing = list(dict.fromkeys(token for _, token in sorted(entries[0] ^ entries[1])))
     if differing:
         first = ", ".join(
             f"{token!r} ({draft_ids.get(token, 'absent')} and {target_ids.get(token, 'absent')})"
@@ -212,20 +188,14 @@ def check_context(loaded: DescribedModel, *, context_length: int, max_length: in
 def check_positions(name: str, max_positions: int, *, context_length: int, max_length: int) -> None:
     """Refuses contexts in which a round of `max_length` drafted tokens could pass the model's last position.
 
-    Args:
-        context_length: Prompt plus new tokens.
-
-    Raises:
-        ModelError: The context does not fit; the message names what is allowed.
+    `context_length`: prompt plus new tokens. Raises ModelError: the context does not fit; the message names what is
+    allowed.
     """
-    model = f"model {name!r} has {max_positions} positions"
-    if context_length > max_positions:
-        raise ModelError(f"context {context_length}: {model}; allowed are contexts up to {max_positions - max_length}")
     if context_length + max_length > max_positions:
-        shorter = f", or lengths up to {max_positions - context_length} with that context"
+        length = f" with speculation length {max_length}" if max_length else ""
         raise ModelError(
-            f"context {context_length} with speculation length {max_length}: {model}; allowed are contexts up to "
-            f"{max_positions - max_length} with that length{shorter if context_length < max_positions else ''}"
+            f"context {context_length}{length}: model {name!r} has {max_positions} positions; "
+            f"allowed are contexts up to {max_positions - max_length}{' with that length' if max_length else ''}"
         )
 
 
@@ -233,17 +203,15 @@ def check_prompts(workload: Workload, prompts: Sequence[Prompt]) -> None:
     """Refuses prompts that are too long for the workload's context. Raises InputError."""
     longest = max(len(prompt.token_ids) for prompt in prompts)
     if longest + workload.max_new_tokens > workload.context_length:
-        raise InputError(
-            f"a prompt of {longest} tokens with {workload.max_new_tokens} new ones: "
-            f"allowed are {workload.context_length} together, the workload's context"
-        )
+        tokens = f"a prompt of {longest} tokens with {workload.max_new_tokens} new ones"
+        raise InputError(f"{tokens}: allowed are {workload.context_length} together, the workload's context")
 
 
-def _check_cache(name: str, config: PreTrainedConfig) -> None:
+def _check_cache(source: Source, config: PreTrainedConfig) -> None:
     """Refuses layers that keep a state instead of keys and values."""
     kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ()) - _CACHED_LAYERS
     if kinds:
-        raise ModelError(sources.NO_ROLLBACK.format(name=name, layers=f"{min(kinds)} layers"))
+        raise source.error(sources.NO_ROLLBACK.format(layers=f"{min(kinds)} layers"))
 
 
 def _placement(source: Source, dtype: str, device: str) -> dict[str, object]:
@@ -257,20 +225,18 @@ def _placement(source: Source, dtype: str, device: str) -> dict[str, object]:
     return {"device_map": "auto", "max_memory": usable_bytes}
 
 
-def _check_spread(model: PreTrainedModel, name: str, dtype: str) -> None:
+def _check_spread(source: Source, model: PreTrainedModel, dtype: str) -> None:
     """Refuses a spread model with a part off the GPUs, or none on the first, where tokens go in and drafts are."""
     devices = set(getattr(model, "hf_device_map", {}).values())
     if 0 not in devices or devices & {"cpu", "disk"}:
-        raise ModelError(
-            f"model {name!r}: its {dtype} weights do not fit on {torch.cuda.device_count()} GPUs, filling "
-            f"{_GPU_SHARE:.0%} of their free memory from the first on; use a smaller model or a 16-bit dtype"
-        )
+        needed = f"its {dtype} weights do not fit into {_GPU_SHARE:.0%} of the free memory of all GPUs"
+        raise source.error(f"{needed}; use a smaller model or a 16-bit dtype")
 
 
 def _load_weights(
     source: Source, config: PreTrainedConfig, dtype: str, placement: dict[str, object]
-) -> tuple[PreTrainedModel, str | None]:
-    """The model in evaluation mode and a note on its files, with fused attention where the architecture has it."""
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model in evaluation mode, with fused attention where the architecture has it, and notes on its files."""
     options = {
         "config": config,
         "dtype": getattr(torch, dtype),
@@ -286,51 +252,43 @@ def _load_weights(
             model, info = AutoModelForCausalLM.from_pretrained(source.folder, attn_implementation="sdpa", **options)
         except ValueError:  # what an architecture without it raises; any other fault is raised again below
             model, info = AutoModelForCausalLM.from_pretrained(source.folder, attn_implementation="eager", **options)
-    note = _check_complete(source, model, info)
+    notes = _check_complete(source, model, info)
     if model._is_stateful:  # what transformers' own assisted decoding checks
-        raise ModelError(sources.NO_ROLLBACK.format(name=source.name, layers=f"{type(model).__name__}'s layers"))
+        raise source.error(sources.NO_ROLLBACK.format(layers=f"{type(model).__name__}'s layers"))
     if source.gguf is not None:
         gguf.scale_rotary(model, source.gguf)
-    model.eval()
     model.requires_grad_(False)
-    return model, note
+    return model, notes
 
 
-def _check_complete(source: Source, model: PreTrainedModel, info: dict[str, Any]) -> str | None:
-    """Refuses a model that is not what its files hold; returns a note on tensors of other parts that stay unread."""
-    prefix = f"model {source.name!r}: "
+def _check_complete(source: Source, model: PreTrainedModel, info: dict[str, Any]) -> list[str]:
+    """Refuses a model that is not what its files hold; returns notes on tensors of other parts that stay unread."""
     description = "the header" if source.gguf is not None else "its config.json"
+    advice = f"{description} must describe the weights"
     if missing := sorted(info["missing_keys"]):
-        raise ModelError(
-            f"{prefix}{len(missing)} weights are not in its files, first {missing[0]}; "
-            f"{description} must describe the weights"
-        )
+        raise source.error(f"{len(missing)} weights are not in its files, first {missing[0]}; {advice}")
     if mismatched := sorted(info["mismatched_keys"]):
         name, stored, expected = mismatched[0]
-        raise ModelError(
-            f"{prefix}{len(mismatched)} weights are of another size than {description} says, first "
-            f"{name} ({list(stored)} instead of {list(expected)}); {description} must describe the weights"
+        first = f"{name} ({list(stored)} instead of {list(expected)})"
+        raise source.error(
+            f"{len(mismatched)} weights are of another size than {description} says, first {first}; {advice}"
         )
     if faults := info.get("error_msgs"):
-        raise ModelError(f"{prefix}{' '.join(str(faults[0]).split())[:300]}")
+        raise source.error(f"{' '.join(str(faults[0]).split())[:300]}")
     unread = [key for key in sorted(info["unexpected_keys"]) if not _HARMLESS.search(key)]
     if model.config.get_text_config(decoder=True).tie_word_embeddings:
         unread = [key for key in unread if key != "lm_head.weight"]
     modules = {name for name, _ in model.named_modules()}
     if left_over := [key for key in unread if _is_inside(key, modules)]:
-        cause = f"{description} must describe the weights"
         if any("scale" in key.rpartition(".")[2] for key in left_over):
-            cause = "they are scales of quantised weights, and its config.json has no quantization_config"
+            advice = "they are scales of quantised weights, and its config.json has no quantization_config"
             if source.files("hf_quant_config.json"):
-                cause = "they are scales of weights quantised by ModelOpt (hf_quant_config.json), read by vLLM only"
-        raise ModelError(
-            f"{prefix}{len(left_over)} tensors in its files have no place in {type(model).__name__}, first "
-            f"{left_over[0]}; {cause}"
-        )
-    if not unread:
-        return None
+                advice = "they are scales of weights quantised by ModelOpt (hf_quant_config.json), read by vLLM only"
+        place = f"no place in {type(model).__name__}"
+        raise source.error(f"{len(left_over)} tensors in its files have {place}, first {left_over[0]}; {advice}")
     parts = ", ".join(dict.fromkeys(key.partition(".")[0] for key in unread))
-    return f"{prefix}{len(unread)} tensors beside the language model are not read ({parts})"
+    note = f"model {source.name!r}: {len(unread)} tensors beside the language model are not read ({parts})"
+    return [note] if unread else []
 
 
 def _is_inside(key: str, modules: set[str]) -> bool:
@@ -370,15 +328,11 @@ def _end_token_ids(source: Source, *configs: Any) -> tuple[int, ...]:
     return ()
 
 
-def _note(source: Source, dtype: str, *, is_spread: bool) -> str | None:
-    notes = []
+def _notes(source: Source, dtype: str, *, is_spread: bool) -> Iterator[str]:
     if source.gguf is not None:
-        notes.append(
+        yield (
             f"model {source.name!r}: a GGUF of {source.gguf.float_type} weights, dequantised and run as {dtype}; "
             "acceptance is that of its weights, speed and memory are not those of an engine that keeps them packed"
         )
     if is_spread:
-        notes.append(
-            f"model {source.name!r}: too large for one GPU, spread over {torch.cuda.device_count()}, which take turns"
-        )
-    return "; ".join(notes) or None
+        yield f"model {source.name!r}: too large for one GPU, spread over {torch.cuda.device_count()}, which take turns"

@@ -26,7 +26,7 @@ def footprint(source: Source, dtype: str) -> Footprint:
     with sources.library_errors(f"model {source.name!r}"):
         config = sources.read_config(source)
         if not isinstance(getattr(config.get_text_config(decoder=True), "num_attention_heads", None), int):
-            raise ModelError(sources.NO_ROLLBACK.format(name=source.name, layers=f"{config.model_type} layers"))
+            raise source.error(sources.NO_ROLLBACK.format(layers=f"{config.model_type} layers"))
         return Footprint(
             weight_bytes=item_bytes * sources.num_values(source),
             cache_bytes_per_token=item_bytes * cached_values_per_token(config),
@@ -38,12 +38,8 @@ def check_memory(
 ) -> None:
     """Refuses models that do not fit on `device` together with a key/value cache of `num_tokens` tokens each.
 
-    Args:
-        num_tokens: Batch size times context.
-        num_free_bytes: Free memory; None asks the device.
-
-    Raises:
-        ModelError: Too little memory (the message names GiB needed and free), or a model that cannot be read.
+    `num_tokens`: batch size times context. `num_free_bytes`: None asks the device. Raises ModelError: too little memory
+    (the message names GiB needed and free), or a model that cannot be read.
     """
     footprints = [footprint(sources.find(name), dtype) for name in names]
     weight_bytes = sum(each.weight_bytes for each in footprints)

@@ -33,23 +33,26 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "*.model", "*.tiktoken", "vocab.*")
 _HUB_FILES = ("model*.safetensors", "*.json", "*.jinja", "*.txt", *_TOKENIZER_FILES)
 _LFS = b"version https://git-lfs"  # how a pointer of Git LFS begins
-NO_ROLLBACK = "model {name!r}: {layers} keep a running state, which cannot take tokens back"
+NO_ROLLBACK = "{layers} keep a running state, which cannot take tokens back"
+_ADAPTER = (
+    "a LoRA adapter (adapter_config.json), not a model; merge it into its base model (merge_and_unload of peft, then "
+    "save_pretrained) and name that folder"
+)
 _ALLOWED = "allowed are a model directory, a .gguf file and a hub id like owner/name"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where a model's files are.
-
-    Attributes:
-        revision: Commit of a hub id.
-        gguf: Header of a GGUF file.
-    """
+    """Where a model's files are."""
 
     name: str
     folder: Path
-    revision: str | None = None
-    gguf: GgufFile | None = None
+    revision: str | None = None  # commit of a hub id
+    gguf: GgufFile | None = None  # header of a GGUF file
+
+    def error(self, fault: str) -> ModelError:
+        """The error that names the model and its fault."""
+        return ModelError(f"model {self.name!r}: {fault}")
 
     def files(self, *patterns: str) -> list[str]:
         """Sorted names of the files that match one of the patterns."""
@@ -68,13 +71,9 @@ def find(name: str) -> Source:
     if name.startswith(BUILTIN):
         path = BUILTIN_FOLDER / name.removeprefix(BUILTIN)
         names = sorted(f"{BUILTIN}{config.parent.name}" for config in BUILTIN_FOLDER.glob("*/config.json"))
-        if not names:
-            raise ModelError(
-                f"model {name!r}: built-in models come with a source checkout, not with the installed package; "
-                "name a model directory, a .gguf file or a hub id with --target"
-            )
         if f"{BUILTIN}{path.name}" not in names:
-            raise ModelError(f"model {name!r}: not a built-in model; allowed are {', '.join(names)}")
+            allowed = ", ".join(names) or "none, they come with a source checkout, not with the installed package"
+            raise ModelError(f"model {name!r}: not a built-in model; allowed are {allowed}")
     if path.is_file() and path.suffix.lower() == ".gguf":
         return _gguf_source(name, path)
     if path.is_dir():
@@ -83,7 +82,7 @@ def find(name: str) -> Source:
         if not gguf_names or source.files(_WEIGHTS, _INDEX):
             return source
         if len(gguf_names) > 1:
-            raise ModelError(f"model {name!r}: has {len(gguf_names)} GGUF files, first {gguf_names[0]}; name one")
+            raise source.error(f"has {len(gguf_names)} GGUF files, first {gguf_names[0]}; name one")
         return _gguf_source(name, path / gguf_names[0])
     if path.exists():
         raise ModelError(f"model {name!r}: a file; {_ALLOWED}")
@@ -106,19 +105,16 @@ def weight_files(source: Source) -> list[Path]:
     shards = _indexed_files(source)
     if source.files(_WEIGHTS):
         if shards and source.folder / _WEIGHTS not in shards:
-            raise ModelError(
-                f"model {source.name!r}: has {_WEIGHTS} and an index of other files; engines disagree on which to "
-                "load, remove the stale ones"
+            fault = (
+                f"has {_WEIGHTS} and an index of other files; engines disagree on which to load, remove the stale ones"
             )
+            raise source.error(fault)
         shards = [source.folder / _WEIGHTS]
     if not shards:
-        raise ModelError(f"model {source.name!r}: {_missing_weights(source)}")
-    missing = [shard.name for shard in shards if not shard.exists()]
-    if missing:
-        raise ModelError(
-            f"model {source.name!r}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}; "
-            "download it again"
-        )
+        raise source.error(f"{_missing_weights(source)}")
+    if missing := [shard.name for shard in shards if not shard.exists()]:
+        number = f"{len(missing)} of {len(shards)}"
+        raise source.error(f"{number} weight files are missing, first {missing[0]}; download it again")
     for shard in shards:
         _check_file(source, shard)
     return shards
@@ -134,19 +130,14 @@ def _indexed_files(source: Source) -> list[Path]:
         names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ModelError(
-                f"model {source.name!r}: {_INDEX} names {name!r}; allowed are .safetensors files beside it"
-            )
+            raise source.error(f"{_INDEX} names {name!r}; allowed are .safetensors files beside it")
     return [source.folder / name for name in names]
 
 
 def _missing_weights(source: Source) -> str:
     """Why a folder has no weights, in words of what it is."""
     if source.files("adapter_config.json"):
-        return (
-            "a LoRA adapter (adapter_config.json), not a model; merge it into its base model (merge_and_unload of "
-            "peft, then save_pretrained) and name that folder"
-        )
+        return _ADAPTER
     if others := source.files("*.safetensors"):
         return f"has {others[0]}, but no {_WEIGHTS} or {_INDEX}; download the index, or rename a single file"
     pickled = ", ".join(source.files(*_PICKLED)[:3])
@@ -160,11 +151,9 @@ def _check_file(source: Source, path: Path) -> None:
         with path.open("rb") as file:
             start = file.read(len(_LFS))
     except OSError as error:
-        raise ModelError(f"model {source.name!r}: {path.name} cannot be read: {error.strerror or error}") from error
+        raise source.error(f"{path.name} cannot be read: {error.strerror or error}") from error
     if start == _LFS:
-        raise ModelError(
-            f"model {source.name!r}: {path.name} is a Git LFS pointer, not the file; run `git lfs pull` in its folder"
-        )
+        raise source.error(f"{path.name} is a Git LFS pointer, not the file; run `git lfs pull` in its folder")
 
 
 def read_config(source: Source) -> PreTrainedConfig:
@@ -172,17 +161,15 @@ def read_config(source: Source) -> PreTrainedConfig:
     if source.gguf is not None:
         return gguf_file.read_config(source.gguf)
     if not source.files("config.json"):
-        adapter = "; it is a LoRA adapter: merge it into its base model" if source.files("adapter_config.json") else ""
-        raise ModelError(
-            f"model {source.name!r}: has no config.json; a transformers model directory is needed{adapter}"
-        )
+        reason = _ADAPTER if source.files("adapter_config.json") else "has no config.json; name a transformers model"
+        raise source.error(f"{reason}")
     path = source.folder / "config.json"
     _check_file(source, path)
-    _check_config(source.name, path)
+    _check_config(source, path)
     return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
 
 
-def _check_config(name: str, path: Path) -> None:
+def _check_config(source: Source, path: Path) -> None:
     """Refuses what transformers would refuse in words of its own insides, or misread."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -191,16 +178,13 @@ def _check_config(name: str, path: Path) -> None:
     if not isinstance(raw, dict):
         return
     model_type = raw.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        auto_map_note = "; its own code (auto_map) is not run" if raw.get("auto_map") else ""
-        if model_type is not None or auto_map_note:
-            raise ModelError(
-                f"model {name!r}: its model_type {model_type!r} is unknown to transformers {transformers.__version__}"
-                f"{auto_map_note}"
-            )
+    auto_map_note = "; its own code (auto_map) is not run" if raw.get("auto_map") else ""
+    if model_type not in CONFIG_MAPPING and (model_type is not None or auto_map_note):
+        unknown = f"its model_type {model_type!r} is unknown to transformers {transformers.__version__}"
+        raise source.error(f"{unknown}{auto_map_note}")
     quantization = raw.get("quantization_config", raw.get("quantization"))
     if isinstance(quantization, dict) and "bits" in quantization and "quant_method" not in quantization:
-        raise ModelError(f"model {name!r}: quantised by MLX, which only mlx reads; use the original weights")
+        raise source.error("quantised by MLX, which only mlx reads; use the original weights")
 
 
 def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -209,13 +193,13 @@ def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         return gguf_file.read_tokenizer(source.gguf)
     names = source.files(*_TOKENIZER_FILES)
     if not names:  # some tokenizer classes load as an empty map instead of failing
-        raise ModelError(f"model {source.name!r}: has no tokenizer; one of {', '.join(_TOKENIZER_FILES)} is needed")
+        raise source.error(f"has no tokenizer; one of {', '.join(_TOKENIZER_FILES)} is needed")
     for name in {*names, *source.files("tokenizer_config.json", "special_tokens_map.json", "*.jinja")}:
         _check_file(source, source.folder / name)
     only_sentencepiece = all(name.endswith(".model") for name in names)
     if only_sentencepiece and importlib.util.find_spec("sentencepiece") is None:
-        raise ModelError(
-            f"model {source.name!r}: {names[0]} is a sentencepiece tokenizer; `pip install sentencepiece protobuf` to "
+        raise source.error(
+            f"{names[0]} is a sentencepiece tokenizer; `pip install sentencepiece protobuf` to "
             "read it, or add a tokenizer.json"
         )
     return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
@@ -230,7 +214,7 @@ def max_positions(config: PreTrainedConfig, source: Source) -> int:
         value = getattr(text_config, field, None)
         if isinstance(value, int) and value > 0:
             return value
-    raise ModelError(f"model {source.name!r}: its config.json states no max_position_embeddings; add it")
+    raise source.error("its config.json states no max_position_embeddings; add it")
 
 
 def num_values(source: Source) -> int:

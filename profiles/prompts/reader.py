@@ -29,18 +29,12 @@ _SHAREGPT_ROLES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What one row asks for.
+    """What one row asks for."""
 
-    Attributes:
-        messages: (role, text) pairs for the chat template, or raw text that no template touches.
-        extras: Per message, its further fields for the template, such as `tool_calls`; empty where none has any.
-        tools: Tool schemas for the template.
-    """
-
-    messages: Messages | str
+    messages: Messages | str  # (role, text) pairs for the chat template, or raw text that no template touches
     domain: str
-    extras: tuple[Mapping[str, Any], ...] = ()
-    tools: tuple[Any, ...] = ()
+    extras: tuple[Mapping[str, Any], ...] = ()  # each message's further fields, such as `tool_calls`; () without any
+    tools: tuple[Any, ...] = ()  # tool schemas for the template
 
     @property
     def text(self) -> str:
@@ -63,21 +57,16 @@ class _RowError(Exception):
 
 
 def read(source: str, *, domain: str | None = None) -> Requests:
-    """The requests of a prompt source.
+    """The requests of a path, `builtin:NAME` (`builtin:all` for every built-in set) or `-` (standard input).
 
     The format is recognised by content: JSON lines, a JSON array, or plain text (one user message, or several between
     lines of `---`), in UTF-8. The first field present in a row counts: `messages` (OpenAI chat, with `tools`),
     `conversations` (ShareGPT), `turns` (Spec-Bench; the first is used), `prompt` (a user message), `text` (raw), or
     `body` (a line of an OpenAI batch file). A list of messages and a string are rows too. Assistant messages at the
     end are dropped: the target shall write them. Rows that cannot be used are skipped and named in
-    `Requests.skipped`.
+    `Requests.skipped`. `domain` labels all requests; without it the row's `domain` or `category`, else the file's stem.
 
-    Args:
-        source: A path, `builtin:NAME` (`builtin:all` for every built-in set) or `-` (standard input).
-        domain: Label of all requests; else the row's `domain` or `category` labels it, else the file's stem.
-
-    Raises:
-        PromptError: The source cannot be read, holds no prompt, or most of its rows cannot be used.
+    Raises PromptError: the source cannot be read, holds no prompt, or most of its rows cannot be used.
     """
     if domain is not None:
         domain = _clean_domain(domain)
@@ -99,8 +88,7 @@ def read_all(sources: Sequence[str], *, domain: str | None = None) -> Requests:
 def sample(requests: Sequence[Request], num_prompts: int, seed: int) -> Requests:
     """`num_prompts` of the requests in their order, as evenly over the domains as they allow, drawn with `seed`.
 
-    Raises:
-        PromptError: Fewer than one is asked for.
+    Raises PromptError: fewer than one is asked for.
     """
     if num_prompts < 1:
         raise PromptError(f"num-prompts {num_prompts}: at least 1 is needed")
@@ -148,9 +136,8 @@ def _read_path(path: Path, domain: str | None) -> Requests:
         with path.open("rb") as file:
             return _read_file(file, where, domain, path)
     except OSError as error:
-        raise PromptError(
-            f"{where}: {error.strerror or error}; allowed are readable files, {BUILTIN}NAME and -"
-        ) from error
+        reason = error.strerror or error
+        raise PromptError(f"{where}: {reason}; allowed are readable files, {BUILTIN}NAME and -") from error
 
 
 def _read_file(file: BinaryIO, where: str, domain: str | None, path: Path) -> Requests:

@@ -1,23 +1,21 @@
-"""Splits a prompt file into rows: JSON lines, a JSON array or plain text, recognised by content and streamed."""
+"""Splits a prompt file into rows: JSON lines, a JSON array or plain text, recognised by content."""
 
-import codecs
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import BinaryIO
 
 from profiles.records.errors import PromptError
+from profiles.records.text import shortened
 
 ENDINGS = (".jsonl", ".json", ".txt")
 _SEPARATOR = "---"
-_CHUNK = 1 << 20  # bytes
-_MAX_ROW = 1 << 24  # characters
-_MAX_TOTAL = 1 << 30  # characters of one file
+_MAX_BYTES = 1 << 30
 _ROW_LISTS = ("data", "rows", "prompts", "examples")  # keys under which a single object may hold its rows
 _BETWEEN = (" ", "\t", "\r", "\n", ",")
 _BAD_BYTES = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are not UTF-8
+_DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,120 +31,80 @@ def read_rows(file: BinaryIO, where: str, ending: str | None) -> Iterator[Row]:
     """The rows of a prompt file.
 
     A file that begins with a JSON value holds JSON: one value per line, or one array. Anything else is plain text: one
-    prompt, or several between lines of `---`.
-
-    Args:
-        where: How error messages begin.
-        ending: The file name's ending, None for standard input. It decides where the content does not.
-
-    Raises:
-        PromptError: A binary file, text that is not UTF-8, an unknown ending of a file that is not JSON, or a file or
-            row that is too large.
+    prompt, or several between lines of `---`. The name's `ending`, None for standard input, decides where the content
+    does not. Raises PromptError: a binary, too large or not UTF-8 file, or an unknown ending of one that is not JSON.
     """
-    chunks = _decode(file, where)
-    head = next(chunks)
-    while not head.strip() and (chunk := next(chunks, "")):
-        head += chunk
-    is_json = _begins_with_json(head) or ending in (".jsonl", ".json")
-    if not is_json and head.lstrip().startswith("{") and ending != ".txt":
-        is_json = True  # JSON lines of which the first is broken
-    if is_json:
-        return _json_rows(head, chunks, where)
+    text = _decode(file, where)
+    is_json = _begins_with_json(text.lstrip()) or ending in (".jsonl", ".json")
+    if is_json or (text.lstrip().startswith("{") and ending != ".txt"):  # JSON lines of which the first is broken
+        return _json_rows(text)
     if ending not in (None, ".txt"):
         raise PromptError(f"{where}: no JSON, and the ending {ending!r} is unknown; allowed are {', '.join(ENDINGS)}")
-    return _texts("".join([head, *chunks]), where)
+    return _texts(text, where)
 
 
-def _decode(file: BinaryIO, where: str) -> Iterator[str]:
-    """The text in chunks, at least one; bytes that are not UTF-8 become lone surrogates."""
-    raw, total = file.read(_CHUNK), 0
-    is_utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    if b"\0" in raw[:4096] and not is_utf16:
+def _decode(file: BinaryIO, where: str) -> str:
+    """The file's text; bytes that are not UTF-8 become lone surrogates."""
+    raw = file.read(4096)
+    is_utf16 = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
+    if b"\0" in raw and not is_utf16:
         raise PromptError(f"{where}: a binary file; text is needed")
-    encoding, errors = ("utf-16", "replace") if is_utf16 else ("utf-8-sig", "surrogateescape")
-    decoder = codecs.getincrementaldecoder(encoding)(errors)
-    while raw:
-        text = decoder.decode(raw)
-        total += len(text)
-        if total > _MAX_TOTAL:
-            raise PromptError(f"{where}: more than {_MAX_TOTAL >> 20} Mi characters; use a part of it")
-        yield text
-        raw = file.read(_CHUNK)
-    yield decoder.decode(b"", final=True)
+    raw += file.read(_MAX_BYTES)
+    if len(raw) > _MAX_BYTES:
+        raise PromptError(f"{where}: more than {_MAX_BYTES >> 20} MiB; use a part of it")
+    return raw.decode("utf-16", "replace") if is_utf16 else raw.decode("utf-8-sig", "surrogateescape")
 
 
 def _begins_with_json(text: str) -> bool:
-    """Whether the text begins with an object or array, as far as its first chunk tells."""
-    text = text.lstrip()
-    if not text.startswith(("{", "[")):
-        return False
+    """Whether the text begins with an object or array."""
     try:
-        json.JSONDecoder().raw_decode(text)
-    except json.JSONDecodeError as error:
-        return len(text) >= _CHUNK // 4 and error.pos > len(text) // 2  # the chunk ends within a long value
+        return text.startswith(("{", "[")) and bool(_DECODER.raw_decode(text))
     except (ValueError, RecursionError):
         return False
-    return True
 
 
-def _json_rows(head: str, chunks: Iterator[str], where: str) -> Iterator[Row]:
-    first_line, newline, more = head.lstrip().partition("\n")
-    if newline and more.strip() and _parse(first_line, "").problem is None:
-        return _lines(chain([head], chunks), where)
-    if head.lstrip().startswith("["):
-        return _array(chain([head], chunks), where)
-    text = "".join([head, *chunks])
+def _json_rows(text: str) -> Iterator[Row]:
+    first_line, _, more = text.lstrip().partition("\n")
+    if more.strip() and _parse(first_line, "").problem is None:
+        return _lines(text)
+    if first_line.startswith("["):
+        return _array(text)
     document = _parse(text, "line 1").value
     if not isinstance(document, dict):
-        return _lines(iter([text]), where)
+        return _lines(text)
     rows = next((document[key] for key in _ROW_LISTS if isinstance(document.get(key), list)), None)
     if rows is None:
         return iter([Row(position="line 1", value=document)])
     return (Row(position=f"row {number}", value=row) for number, row in enumerate(rows, start=1))
 
 
-def _lines(chunks: Iterator[str], where: str) -> Iterator[Row]:
-    """One JSON value per line."""
-    rest, number = "", 0
-    for chunk in chain(chunks, ["\n"]):
-        *lines, rest = (rest + chunk).split("\n")  # splitlines would also cut inside JSON strings
-        for line in lines:
-            number += 1
-            if line.strip():
-                yield _parse(line, f"line {number}")
-        if len(rest) > _MAX_ROW:
-            raise PromptError(f"{where} line {number + 1}: more than {_MAX_ROW >> 20} Mi characters")
+def _lines(text: str) -> Iterator[Row]:
+    """One JSON value per line; `splitlines` would also cut inside JSON strings."""
+    return (_parse(line, f"line {number}") for number, line in enumerate(text.split("\n"), start=1) if line.strip())
 
 
-def _array(chunks: Iterator[str], where: str) -> Iterator[Row]:
-    """The elements of one JSON array; an array of messages is one row."""
-    decoder, buffer, number = json.JSONDecoder(), next(chunks), 0
-    start = buffer.index("[") + 1
+def _array(text: str) -> Iterator[Row]:
+    """The elements of one JSON array as far as they can be read; an array of messages is one row."""
+    start, number = text.index("[") + 1, 1
     messages: list[object] = []
     while True:
-        while buffer[start : start + 1] in _BETWEEN:
+        while text[start : start + 1] in _BETWEEN:
             start += 1
-        if buffer[start : start + 1] == "]":
-            if (buffer[start + 1 :] + next(chunks, "")).strip():
-                yield Row(position=f"row {number + 1}", problem="text behind the array is not read")
+        if text.startswith("]", start):
+            if text[start + 1 :].strip():
+                yield Row(position=f"row {number}", problem="text behind the array is not read")
             break
         try:
-            value, end = decoder.raw_decode(buffer, start)
+            value, start = _DECODER.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
-            chunk = next(chunks, "") if isinstance(error, json.JSONDecodeError) else ""
-            if not chunk:
-                problem = f"not JSON from here on ({_first_line(error)}): {short(buffer[start : start + 80])}"
-                yield Row(position=f"row {number + 1}", problem=problem)
-                break
-            if len(buffer) - start > _MAX_ROW:
-                raise PromptError(f"{where} row {number + 1}: more than {_MAX_ROW >> 20} Mi characters") from error
-            buffer, start = buffer[start:] + chunk, 0
-            continue
-        number, start = number + 1, end
+            problem = f"not JSON from here on ({_first_line(error)}): {short(text[start : start + 80])}"
+            yield Row(position=f"row {number}", problem=problem)
+            break
         if isinstance(value, dict) and "role" in value and len(messages) == number - 1:
             messages.append(value)
         else:
             yield Row(position=f"row {number}", value=value)
+        number += 1
     if messages:
         yield Row(position="row 1", value=messages)
 
@@ -188,5 +146,4 @@ def _first_line(error: Exception) -> str:
 
 def short(value: object) -> str:
     """The value on one line, 60 characters at most."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shortened(repr(value))

@@ -74,15 +74,10 @@ def tokenize(
 def encode(requests: Sequence[Request], tokenizer: Tokenizer, *, vocab_size: int | None = None) -> Encoded:
     """The requests as the target reads them.
 
-    Messages go through the chat template with the assistant's turn opened; without a template their texts are joined
-    by blank lines. Dates in templates are fixed, so that a prompt is the same tomorrow. Prompts that the template
-    refuses or of which it leaves out the text are skipped and named in the warnings.
-
-    Args:
-        vocab_size: Rows of the target's embedding; a prompt with a token beyond is skipped.
-
-    Raises:
-        PromptError: No requests, or most of them cannot be used.
+    Messages go through the chat template with the assistant's turn opened; without a template their texts are joined by
+    blank lines. Dates in templates are fixed, so that a prompt is the same tomorrow. Prompts that the template refuses
+    or of which it leaves out the text are skipped and named in the warnings. `vocab_size`: rows of the target's
+    embedding; a prompt with a token beyond is skipped. Raises PromptError: no requests, or most of them cannot be used.
     """
     if not requests:
         raise PromptError("no prompts: at least 1 is needed")

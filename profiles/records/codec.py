@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 import msgspec
 
 from profiles.records.errors import InputError
+from profiles.records.text import shortened
 
 Record = TypeVar("Record")
 
@@ -52,10 +53,8 @@ def from_builtins(kind: type[Record], raw: Any, where: str, *, newest_version: i
     """
     if newest_version is not None and isinstance(raw, dict) and type(raw.get("version")) is int:
         if raw["version"] > newest_version:
-            raise InputError(
-                f"{where} version {raw['version']} is newer than version {newest_version}, "
-                "which this draftpick reads: upgrade draftpick"
-            )
+            reads = f"is newer than version {newest_version}, which this draftpick reads: upgrade draftpick"
+            raise InputError(f"{where} version {raw['version']} {reads}")
         raw = {**raw, "version": newest_version} if raw["version"] >= 1 else raw
     try:
         record = msgspec.convert(_with_mappings(kind, raw, where), kind)
@@ -83,8 +82,7 @@ def _explain(error: Exception, raw: Any, where: str) -> str:
     value = raw
     for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
         value = value[name] if name else value[int(index)]
-    text = json.dumps(value, default=str)
-    return f"{where}{path} is {text if len(text) <= 60 else f'{text[:57]}...'}: {message}"
+    return f"{where}{path} is {shortened(json.dumps(value, default=str))}: {message}"
 
 
 @cache

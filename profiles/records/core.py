@@ -91,14 +91,14 @@ class Draft:
         require((self.kind == "early_exit") == (self.num_layers is not None), "only early-exit drafts have layers")
         low, high = self.min_match, self.max_match
         if has_match:
-            require(
-                low is not None and high is not None and 1 <= low <= high,
-                f"ngram matches max={high},min={low}: allowed are 1 <= min <= max",
-            )
+            is_good = low is not None and high is not None and 1 <= low <= high
+            require(is_good, f"ngram matches max={high},min={low}: allowed are 1 <= min <= max")
         else:
             require(low is None and high is None, f"draft kind {self.kind!r} has no n-gram matches")
-        if self.num_layers is not None:
-            require(self.num_layers >= 1, f"early-exit layers {self.num_layers}: at least 1 is needed")
+        require(
+            self.num_layers is None or self.num_layers >= 1,
+            f"early-exit layers {self.num_layers}: at least 1 is needed",
+        )
 
     @property
     def name(self) -> str:
@@ -155,15 +155,10 @@ class Setup:
     stop_below: float | None = None
 
     def __post_init__(self) -> None:
-        require(
-            self.length >= 1 if self.draft else self.length == 0,
-            f"speculation length {self.length}: 0 exactly for plain decoding, at least 1 with a draft",
-        )
-        if self.stop_below is not None:
-            require(
-                self.draft is not None and 0.0 < self.stop_below < 1.0,
-                f"stop_below {self.stop_below}: allowed are fractions between 0 and 1, with a draft",
-            )
+        good_length = self.length >= 1 if self.draft else self.length == 0
+        require(good_length, f"speculation length {self.length}: 0 without a draft, at least 1 with one are allowed")
+        good_stop = self.stop_below is None or (self.draft is not None and 0.0 < self.stop_below < 1.0)
+        require(good_stop, f"stop_below {self.stop_below}: allowed are fractions between 0 and 1, with a draft")
 
     @property
     def name(self) -> str:
@@ -214,14 +209,9 @@ class Workload:
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"batch size {self.batch_size}: at least 1 is needed")
         require(self.max_new_tokens >= 2, f"max-new-tokens {self.max_new_tokens}: at least 2 are needed")
-        require(
-            self.context_length > self.max_new_tokens,
-            f"context {self.context_length} leaves no tokens for a prompt beside {self.max_new_tokens} new tokens",
-        )
-        require(
-            math.isfinite(self.temperature) and 0.0 <= self.temperature <= 10.0,
-            f"temperature {self.temperature}: allowed are 0 (greedy) to 10",
-        )
+        beside = f"leaves no tokens for a prompt beside {self.max_new_tokens} new tokens"
+        require(self.context_length > self.max_new_tokens, f"context {self.context_length} {beside}")
+        require(0.0 <= self.temperature <= 10.0, f"temperature {self.temperature}: allowed are 0 (greedy) to 10")
         require(0.0 < self.top_p <= 1.0, f"top-p {self.top_p}: allowed are fractions above 0, up to 1")
         require(self.top_k >= 0, f"top-k {self.top_k}: allowed are 0 (off) and up")
 

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from profiles.records.core import Draft, DraftKind
-from profiles.records.errors import InputError
+from profiles.records.errors import InputError, require
 from profiles.records.files import absolute_name
 
 MAX_LENGTH = 64
 MAX_BATCH = 64  # rows that the torch engine decodes at a time
 MAX_REQUESTS = 1024  # in flight at a server
 NGRAM_DEFAULTS = {"max": 4, "min": 2}  # tokens
-_NATIVE = "native:"  # before a method that only a serving engine has
 _RESERVED_OPTIONS = {"method", "model", "num_speculative_tokens"}
 _AGE_UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _MAX_AGE_S = 36500 * _AGE_UNITS_S["d"]  # further back the calendar ends
@@ -25,21 +24,14 @@ _ALLOWED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftSpec:
-    """A draft as the user wrote it; exactly the parameters of its kind are set.
-
-    Attributes:
-        path: Directory, GGUF file or hub id of a model draft, or of the model in a composite or native one.
-        max_match: Longest n-gram match in tokens.
-        num_layers: Layers of the target that an early-exit draft runs.
-        method: Name of a native draft's method, as the serving engine spells it.
-    """
+    """A draft as the user wrote it; exactly the parameters of its kind are set."""
 
     kind: DraftKind
-    path: str | None = None
-    max_match: int | None = None
+    path: str | None = None  # directory, GGUF file or hub id of the model, also of a composite or native draft
+    max_match: int | None = None  # longest n-gram match in tokens
     min_match: int | None = None
-    num_layers: int | None = None
-    method: str | None = None
+    num_layers: int | None = None  # layers of the target that an early-exit draft runs
+    method: str | None = None  # name of a native draft's method, as the serving engine spells it
 
     @property
     def name(self) -> str:
@@ -48,7 +40,7 @@ class DraftSpec:
             return f"early-exit:{self.num_layers}"
         prefix = f"ngram:max={self.max_match},min={self.min_match}" if self.max_match is not None else None
         if self.method is not None:
-            prefix = f"{_NATIVE}{self.method}"
+            prefix = f"native:{self.method}"
         return "+".join(part for part in (prefix, self.path) if part is not None)
 
 
@@ -79,8 +71,9 @@ def parse_lengths(text: str) -> tuple[int, ...]:
     lengths: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        low = _whole_number(first, f"lengths {text!r}", "1-8, 1,2,4 or 3")
-        high = _whole_number(last, f"lengths {text!r}", "1-8, 1,2,4 or 3") if dash else low
+        low, high = (
+            _whole_number(end, f"lengths {text!r}", "1-8, 1,2,4 or 3") for end in (first, last if dash else first)
+        )
         if not 1 <= low <= high <= MAX_LENGTH:
             raise InputError(f"lengths {text!r}: {part.strip()!r} is not within 1 to {MAX_LENGTH}, smaller end first")
         lengths.update(range(low, high + 1))
@@ -91,32 +84,29 @@ def parse_draft(text: str) -> DraftSpec:
     """The draft that `text` means.
 
     `ngram[:max=4,min=2]`, `early-exit:LAYERS`, a directory, GGUF file or hub id, `ngram[...]+MODEL` (the model where
-    the text offers no match), or `native:METHOD[+MODEL]`, which only a serving engine has.
-
-    Raises:
-        InputError: None of these.
+    the text offers no match), or `native:METHOD[+MODEL]`, which only a serving engine has. Raises InputError: none of
+    these.
     """
     stripped = text.strip()
-    if stripped.startswith(_NATIVE):
-        method, plus, path = (part.strip() for part in stripped.removeprefix(_NATIVE).partition("+"))
+    head, plus, path = (part.strip() for part in stripped.partition("+"))
+    kind, colon, rest = head.partition(":")
+    if kind == "native" and colon:
+        method = rest.strip()
         if not method or (plus and not path):
             raise InputError(f"draft {text!r}: native:METHOD or native:METHOD+MODEL is allowed")
         method_options(method)
         return DraftSpec(kind="native", method=method, path=absolute_name(path) or None)
-    lookup, plus, path = stripped.partition("+")
-    if plus and lookup.partition(":")[0] == "ngram":
-        ngram = _parse_ngram(text, lookup)
+    if kind == "ngram":
+        ngram = _parse_ngram(text, head)
+        if not plus:
+            return ngram
         if parse_draft(path).kind != "model":
             raise InputError(f"draft {text!r}: behind the + a directory, GGUF file or hub id of a model is allowed")
-        return replace(ngram, kind="composite", path=absolute_name(path.strip()))
-    kind, _, rest = stripped.partition(":")
-    if kind == "ngram":
-        return _parse_ngram(text, stripped)
+        return replace(ngram, kind="composite", path=absolute_name(path))
     if kind == "early-exit":
-        num_layers = _whole_number(rest, f"draft {text!r}", "early-exit:LAYERS, for instance early-exit:4")
+        num_layers = _whole_number(rest + plus, f"draft {text!r}", "early-exit:LAYERS, for instance early-exit:4")
         return DraftSpec(kind="early_exit", num_layers=Draft(kind="early_exit", num_layers=num_layers).num_layers)
-    if not stripped:
-        raise InputError(f"draft {text!r}: allowed are {_ALLOWED}")
+    require(bool(stripped), f"draft {text!r}: allowed are {_ALLOWED}")
     return DraftSpec(kind="model", path=absolute_name(stripped))
 
 
@@ -137,11 +127,7 @@ def method_options(method: str) -> tuple[str, dict[str, str]]:
 
 
 def engine_options(method: str) -> tuple[str, dict[str, int | str]]:
-    """As `method_options`, for vLLM's configuration: `_` for `-`, digits as numbers.
-
-    Raises:
-        InputError: Also for an option that says which method, which model or how many tokens.
-    """
+    """As `method_options`, for vLLM's configuration: `_` for `-`, digits as numbers, and no option set elsewhere."""
     name, options = method_options(method)
     values = {key.replace("-", "_"): int(value) if value.isdecimal() else value for key, value in options.items()}
     if reserved := sorted(values.keys() & _RESERVED_OPTIONS):

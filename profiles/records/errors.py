@@ -1,19 +1,5 @@
 """The errors that draftpick raises; the command line prints their one line and exits with their code.
 
-DraftpickError                    exit 1
-├── InputError                    exit 2   the request cannot be done
-│   ├── PromptError                        a prompt file or a prompt in it
-│   ├── ModelError                         a model directory, its weights or its tokenizer
-│   │   └── PairError                      target and draft do not fit together
-│   └── PolicyError                        a policy file, or the router beside it
-├── StoreError                    exit 2   the store cannot be opened, read or written
-│   └── NewerStoreError                    written by a later draftpick
-├── NotMeasuredError              exit 3   the evidence is not there
-├── EngineError                   exit 4   the engine failed while it ran
-│   ├── OutOfMemoryError                   memory ran out
-│   └── BadNumbersError                    logits were not finite
-└── RunInterruptedError           exit 130 Ctrl-C; what was measured is kept
-
 A message names what was given, why it is wrong and what to do, in one line.
 """
 

@@ -35,15 +35,14 @@ Shapes = Mapping[StepShape, int]
 class TargetTrace:
     """One plain run: emitted tokens, the target's probability of each, and the gap of its two largest logits.
 
-    `target_probs` are taken after temperature, top-k and top-p (greedy: of the unfiltered softmax). `ended`: the
-    last token is an end token.
+    `target_probs` are taken after temperature, top-k and top-p (greedy: of the unfiltered softmax).
     """
 
     prompt_digest: str
     token_ids: tuple[int, ...]
     target_probs: tuple[float, ...]
     logit_gaps: tuple[float, ...]
-    ended: bool
+    ended: bool  # the last token is an end token
 
     def __post_init__(self) -> None:
         size = len(self.token_ids)
@@ -100,15 +99,14 @@ Acceptance = AcceptanceTrace | LookupTrace
 class StepTimes:
     """Seconds of one step at each width (tokens per sequence), with `context_length` tokens cached.
 
-    `component_digest` is the target's or the draft's. For an n-gram draft, width is the speculation length and the time
-    is the host's search. `disturbed`: other processes used the machine although the sweep was repeated.
+    For an n-gram draft, width is the speculation length and the time is the host's search.
     """
 
-    component_digest: str
+    component_digest: str  # the target's or the draft's
     batch_size: int
     context_length: int
     samples_s: Mapping[int, tuple[float, ...]]
-    disturbed: bool = False
+    disturbed: bool = False  # other processes used the machine although the sweep was repeated
 
     def __post_init__(self) -> None:
         require(len(self.samples_s) > 0, "step times without a width")
@@ -120,23 +118,18 @@ class StepTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One timed run of one prompt, in a row of a batch.
-
-    `ttft_s`: from the row's start to its first token. `decode_s`: first token to last. `rounds` counts its own rounds,
-    `shapes` the steps that the whole batch ran meanwhile (empty in evidence of older versions). `refills`: other rows'
-    prefills that it waited for. `disturbed`: other processes used the machine although the run was repeated.
-    """
+    """One timed run of one prompt, in a row of a batch."""
 
     setup_digest: str
     prompt_digest: str
-    ttft_s: float
-    decode_s: float
+    ttft_s: float  # from the row's start to its first token
+    decode_s: float  # first token to last
     output_tokens: int
-    rounds: Rounds
-    shapes: Shapes = field(default_factory=dict)
-    refills: int = 0
+    rounds: Rounds  # its own
+    shapes: Shapes = field(default_factory=dict)  # steps of the whole batch meanwhile; older evidence has none
+    refills: int = 0  # other rows' prefills that it waited for
     output_digest: str
-    disturbed: bool = False
+    disturbed: bool = False  # other processes used the machine although the run was repeated
 
     def __post_init__(self) -> None:
         require(self.output_tokens >= 1, f"a run emitted {self.output_tokens} tokens")

@@ -32,8 +32,7 @@ def user_folder(kind: Literal["data", "cache", "log"]) -> Path:
 def write_atomically(path: Path, data: bytes) -> None:
     """Replaces the file in one step: readers see the old or the new content. Mode and symbolic links stay.
 
-    Raises:
-        OSError: Also for an empty path, a directory, or something else that is no regular file.
+    Raises OSError: also for an empty path, a directory, or something else that is no regular file.
     """
     if path.is_dir():  # an empty path is the working directory
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -47,7 +46,9 @@ def write_atomically(path: Path, data: bytes) -> None:
             if path.exists():
                 shutil.copymode(path, file.name)
             else:
-                os.chmod(file.name, 0o666 & ~_umask())
+                mask = os.umask(0o077)  # can only be read by setting it
+                os.umask(mask)
+                os.chmod(file.name, 0o666 & ~mask)
             os.fsync(file.fileno())
             os.replace(file.name, path)
         except BaseException:
@@ -59,12 +60,6 @@ def write_atomically(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             os.fsync(descriptor)
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def open_file(path: Path) -> BinaryIO:

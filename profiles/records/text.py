@@ -12,6 +12,11 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
 
 
+def shortened(text: str) -> str:
+    """60 characters at most."""
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def printable_values(raw: Any) -> Any:
     """JSON values with all text printable."""
     if isinstance(raw, dict):

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -25,7 +26,7 @@ from sqlalchemy import URL, Connection, Table, insert, select
 from profiles.records.core import Environment, Model
 from profiles.records.errors import InputError, NotMeasuredError
 from profiles.records.files import open_file, write_atomically
-from profiles.records.text import command, printable
+from profiles.records.text import command, printable, shortened
 from store import migrations, tables
 from store.bundle.rows import CHILDREN, PARENTS, TRACES, Documents, Item, items, links, primary_key, trace_key
 from store.evidence_store import EvidenceStore
@@ -69,15 +70,12 @@ class Contents:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Merged:
-    """Items by table that a merge added, that the store had, and that contradict it and were not merged.
-
-    `conflicts` describes the first few of the latter.
-    """
+    """The items of a bundle, by table."""
 
     added: dict[str, int]
-    known: dict[str, int]
-    unlike: dict[str, int]
-    conflicts: tuple[str, ...]
+    stored: dict[str, int]  # the store had them before
+    unlike: dict[str, int]  # they contradict the store and were not merged
+    conflicts: tuple[str, ...]  # the first few of these in words
 
 
 def pack(
@@ -169,7 +167,7 @@ def merge(evidence_store: EvidenceStore, path: Path, documents: Documents) -> Me
             connection.commit()
     return Merged(
         added=dict(merging.added),
-        known=dict(merging.known),
+        stored=dict(merging.stored),
         unlike=dict(merging.unlike),
         conflicts=tuple(merging.conflicts[:MOST_SHOWN]),
     )
@@ -180,7 +178,7 @@ class _Merging:
 
     def __init__(self) -> None:
         self.added: Counter[str] = Counter()
-        self.known: Counter[str] = Counter()
+        self.stored: Counter[str] = Counter()
         self.unlike: Counter[str] = Counter()
         self.conflicts: list[str] = []
         self._keys: dict[tuple[str, Any], Any] = {}
@@ -202,7 +200,7 @@ class _Merging:
             self._keys[name, item.id] = stored[primary_key(table)]
             difference = _difference(table, dict(stored), row) or self._child_difference(connection, item)
         if not difference:
-            self.known[name] += 1
+            self.stored[name] += 1
             return
         self.unlike[name] += 1
         if table is tables.target_traces:
@@ -247,7 +245,7 @@ def _difference(table: Table, old: Values, new: Values) -> str:
     for name in {column.name for column in table.c} - _LABELS - links(table).keys():
         is_known = None not in (old[name], new[name])
         if is_known and not _is_alike(old[name], new[name], rounded=table.name in TRACES):
-            return f"{name} is {_short(old[name])} in the store, {_short(new[name])} in the bundle"
+            return f"{name} is {shortened(str(old[name]))} in the store, {shortened(str(new[name]))} in the bundle"
     return ""
 
 
@@ -255,11 +253,6 @@ def _is_alike(old: Any, new: Any, *, rounded: bool) -> bool:
     if not rounded or not isinstance(old, tuple) or not isinstance(old[0], float):
         return bool(old == new)
     return len(old) == len(new) and all(abs(a - b) <= SAME_FIGURE for a, b in zip(old, new, strict=True))
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # --- out of a store ---
@@ -389,18 +382,21 @@ def _require_schema(connection: Connection) -> None:
     schema = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
     if schema > int(migrations.HEAD):
         raise InputError(f"it has schema {schema:04}, this draftpick reads up to {migrations.HEAD}: upgrade draftpick")
-    empty = sqlalchemy.create_engine("sqlite://")
-    with empty.begin() as reference:
-        tables.metadata.create_all(reference)
-        expected = _schema(reference)
-    empty.dispose()
-    if strange := _schema(connection) ^ expected:
+    if strange := _schema(connection) ^ _own_schema():
         kind, name, *_ = min(strange)
         raise InputError(f"its {kind} {name[:60]!r} is not of schema {migrations.HEAD}")
     for check in ("quick_check", "foreign_key_check"):
         result = connection.exec_driver_sql(f"PRAGMA {check}").fetchmany(1)
         if result and result[0][0] != "ok":
             raise InputError(f"it is damaged: {printable(' '.join(map(str, result[0])))[:100]}")
+
+
+@cache
+def _own_schema() -> set[tuple[str, str, str, str]]:
+    empty = sqlalchemy.create_engine("sqlite://")
+    with empty.begin() as connection:
+        tables.metadata.create_all(connection)
+        return _schema(connection)
 
 
 def _schema(connection: Connection) -> set[tuple[str, str, str, str]]:

@@ -190,9 +190,16 @@ def _require_same(name: str, given: object, computed: str) -> None:
     require(given == computed, f"{name} is {given}, but the row's content has {computed}")
 
 
-def _model(row: Values, *_: Any) -> Values:
-    _require_same("key", row["key"], _record(Model, row).run_digest)
-    return row
+def _record_check(kind: type[Any], **digests: str) -> Callable[..., Values]:
+    """The check of rows that hold one record; `digests`: columns, and the property of the record that they repeat."""
+
+    def check(row: Values, *_: Any) -> Values:
+        record = _record(kind, row)
+        for column, name in digests.items():
+            _require_same(column, row[column], getattr(record, name))
+        return row
+
+    return check
 
 
 def _with_digests(table: Table, stored: Row, row: Values, digests: dict[str, str]) -> Values:
@@ -201,19 +208,6 @@ def _with_digests(table: Table, stored: Row, row: Values, digests: dict[str, str
         digests[row["digest"]] = _record(Environment, row).digest
     names = {"digest"} if table is tables.environments else {"environment_digest"} & row.keys()
     return row | {name: digests.get(row[name], row[name]) for name in names}
-
-
-def _environment(row: Values, *_: Any) -> Values:
-    _require_same("digest", row["digest"], _record(Environment, row).digest)
-    return row
-
-
-def _trace(kind: type[Any]) -> Callable[..., Values]:
-    def check(row: Values, *_: Any) -> Values:
-        _record(kind, row)
-        return row
-
-    return check
 
 
 def _sweep(row: Values, children: Sequence[Values], _: Documents) -> Values:
@@ -227,11 +221,6 @@ def _unit(row: Values, children: Sequence[Values], _: Documents) -> Values:
     require([child["position"] for child in children] == list(range(len(children))), "a position is missing")
     for child in children:
         _record(Sample, {**child, "setup_digest": row["digest"], "prompt_digest": row["digest"]})
-    return row
-
-
-def _infeasible(row: Values, *_: Any) -> Values:
-    _record(Infeasible, row)
     return row
 
 
@@ -272,14 +261,14 @@ def trace_key(row: Row) -> tuple[str, ...]:
 
 
 _CHECKS: Mapping[str, Callable[..., Values]] = {
-    "models": _model,
-    "environments": _environment,
+    "models": _record_check(Model, key="run_digest"),
+    "environments": _record_check(Environment, digest="digest"),
     "runs": _run,
-    "target_traces": _trace(TargetTrace),
-    "acceptance_traces": _trace(AcceptanceTrace),
-    "lookup_traces": _trace(LookupTrace),
+    "target_traces": _record_check(TargetTrace),
+    "acceptance_traces": _record_check(AcceptanceTrace),
+    "lookup_traces": _record_check(LookupTrace),
     "sweeps": _sweep,
     "units": _unit,
-    "infeasible": _infeasible,
+    "infeasible": _record_check(Infeasible),
     "policies": _policy,
 }

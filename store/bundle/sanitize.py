@@ -10,7 +10,7 @@ from typing import Any
 
 from profiles.builtin import IMPORTED, IMPORTED_MARKS
 from profiles.engines.serving.redaction import redacted, without_paths
-from profiles.records.errors import InputError
+from profiles.records.errors import InputError, require
 from profiles.records.text import printable
 
 MOST_CHARACTERS, MOST_KEY_CHARACTERS = 65_536, 200
@@ -54,8 +54,7 @@ def clean_options(text: str) -> str:
 
     Raises InputError: the text is longer than allowed.
     """
-    if len(text) > MOST_CHARACTERS:
-        raise InputError(f"engine_options has {len(text)} characters: {MOST_CHARACTERS} are allowed")
+    require(len(text) <= MOST_CHARACTERS, f"engine_options has {len(text)} characters: {MOST_CHARACTERS} are allowed")
     try:
         options = json.loads(text)
     except ValueError:

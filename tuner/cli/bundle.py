@@ -76,11 +76,13 @@ def merge(path: File, store: options.Store = None, json_only: options.JsonOnly =
     with EvidenceStore.open(store_location) as evidence_store:
         merged = bundle.merge(evidence_store, path, DOCUMENTS)
     if json_only:
-        print_json({**asdict(merged), "store": location.store_name(store_location)})
+        document = asdict(merged)
+        document["known"] = document.pop("stored")  # its key in 0.6
+        print_json({**document, "store": location.store_name(store_location)})
         return
     print_lines(f"store {location.store_name(store_location)}")
-    for table in dict.fromkeys([*merged.added, *merged.known, *merged.unlike]):
-        counts = f"{_spaced(table)}: {merged.added.get(table, 0)} new, {merged.known.get(table, 0)} known"
+    for table in dict.fromkeys([*merged.added, *merged.stored, *merged.unlike]):
+        counts = f"{_spaced(table)}: {merged.added.get(table, 0)} new, {merged.stored.get(table, 0)} known"
         conflicts = merged.unlike.get(table, 0)
         print_lines(f"{counts}, {conflicts} unlike the store's and left out" if conflicts else counts)
     print_lines(*(f"left out: {conflict}" for conflict in merged.conflicts))

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from profiles.engines.base import EngineCapabilities
-from profiles.engines.llamacpp import ngram, timing
-from profiles.engines.llamacpp.flags import args_for, keeps_history
+from profiles.engines.llamacpp import flags, ngram, timing
 from profiles.engines.llamacpp.responses import SERVER, LlamaCompletion, body_of
 from profiles.engines.llamacpp.servers import SPARE_TOKENS, LlamaServers, Options, Program, complete, weights_of
 from profiles.engines.lossless import check_end
@@ -56,9 +55,7 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], Server]):
     def capabilities(self) -> EngineCapabilities:
         return EngineCapabilities(
             name=NAME,
-            times="rounds",
             past_end=SERVER.past_end,
-            batching="continuous",
             traced_kinds=("model", "ngram"),
             drops_short=SERVER.drops_short,
             origin=f"{NAME} {self._program.version} {self._file.float_type}",
@@ -114,7 +111,7 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], Server]):
 
         Drafts are accepted by synthetic rates where the build has them, so that every round drafts in full.
         """
-        self._check_positions(context_length, max_length)
+        loader.check_context(self._described, context_length=context_length, max_length=max_length)
         has_rates = self._program.has_synthetic_rates
         plan = timing.plan_of(self.target, self._drafts, max_length, has_synthetic_rates=has_rates)
         shape = timing.Shape(
@@ -137,7 +134,7 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], Server]):
 
     def _decode(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> list[Run]:
         """The queue through a warm server, a new one where drafts have a history."""
-        get = self._servers.restarted if keeps_history(setup) else self._servers.get
+        get = self._servers.restarted if flags.keeps_history(setup) else self._servers.get
         server = get(setup, workload)
         self._warm_up(server, workload)
         bodies = [body_of(workload, prompt.token_ids) for prompt in prompts]
@@ -167,22 +164,10 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], Server]):
 
     def _check(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
         self._check_draft(setup.draft)
-        if setup.draft is not None and setup.draft.kind == "ngram" and setup.length < ngram.match_size(setup.draft):
-            raise InputError(
-                f"{setup.name}: llama.cpp drops look-ups shorter than the match, {setup.draft.min_match} tokens here"
-            )
-        if setup.stop_below is not None:
-            raise InputError(f"{setup.name}: llama.cpp has no such stop")
+        if setup.draft is not None and (reason := flags.objection(self.target, setup, self._program.release)):
+            raise InputError(f"{setup.name}: {reason}")
         loader.check_prompts(workload, prompts)
-        self._check_positions(workload.context_length, setup.length)
-
-    def _check_positions(self, context_length: int, length: int) -> None:
-        most = self._described.max_positions
-        if context_length + length > most:
-            raise InputError(
-                f"context {context_length} with speculation length {length}: model {self.target.name!r} has {most} "
-                f"positions; allowed are contexts up to {most - length} with that length"
-            )
+        loader.check_context(self._described, context_length=workload.context_length, max_length=setup.length)
 
     def _check_drafted(self, setup: Setup, completions: Sequence[LlamaCompletion], server: Server) -> None:
         """Raises EngineError: a draft model that never drafted; llama.cpp goes on without one that it cannot use."""
@@ -198,4 +183,4 @@ def check_draft(draft: Draft, program: Program) -> None:
     """Raises InputError: a draft that llama.cpp does not have."""
     if draft.kind == "ngram":
         ngram.match_size(draft)
-    args_for(Setup(draft=draft, length=1), program.flags, "")
+    flags.args_for(Setup(draft=draft, length=1), program.flags, "")

@@ -13,7 +13,7 @@ from profiles.engines.releases import EngineRelease, build_number, release_of
 from profiles.hardware import software
 from profiles.records.core import Draft, Model, Setup
 from profiles.records.draft_spec import method_options
-from profiles.records.errors import InputError
+from profiles.records.errors import InputError, require
 
 # methods of llama.cpp's own: its name, and the flag for the number of drafted tokens
 NATIVE = {
@@ -150,8 +150,7 @@ def args_for(setup: Setup, flags: FlagSet, weights: str | None = None) -> list[s
     assert draft is not None
     if draft.kind == "native":
         return _native_args(draft, setup.length, weights)
-    if draft.kind not in ("model", "ngram"):
-        raise InputError(f"draft {draft.name}: llama.cpp has no {draft.kind} drafts")
+    require(draft.kind in ("model", "ngram"), f"draft {draft.name}: llama.cpp has no {draft.kind} drafts")
     template = flags.ngram if draft.model is None else flags.model
     values = {"{n}": str(draft.min_match), "{k}": str(setup.length), "{model}": str(weights)}
     return [values.get(word, word) for word in template.split()]
@@ -161,8 +160,7 @@ def _native_args(draft: Draft, length: int, weights: str | None) -> list[str]:
     """`ngram-mod,n-match=8` becomes `--spec-type ngram-mod --spec-ngram-mod-n-match 8` and the length."""
     assert draft.method is not None
     name, options = method_options(draft.method)
-    if name not in NATIVE:
-        raise InputError(f"draft {draft.name}: llama.cpp's methods are {', '.join(NATIVE)}")
+    require(name in NATIVE, f"draft {draft.name}: llama.cpp's methods are {', '.join(NATIVE)}")
     spec_type, length_flag = NATIVE[name]
     args = ["--spec-type", spec_type, length_flag, str(length)]
     if name == "ngram-mod" and "n-min" not in options:

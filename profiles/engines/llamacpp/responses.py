@@ -5,23 +5,19 @@ milliseconds are read once a round, so tokens with equal ones came of one round.
 """
 
 import itertools
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import httpx2
-
 from profiles.engines.llamacpp import flags
 from profiles.engines.serving import metrics
 from profiles.engines.serving.completion import Completion, expected_shape
-from profiles.engines.serving.http_load import TIMEOUT_S, Answer, Body
-from profiles.engines.serving.logs import one_line
-from profiles.engines.serving.redaction import redacted
+from profiles.engines.serving.http_load import Answer, Body, fetch
 from profiles.engines.serving.server_kind import ServerKind
 from profiles.records.core import Workload
-from profiles.records.errors import EngineError
 from profiles.records.evidence import RoundCount
 
 PATH = "/completion"
@@ -160,18 +156,9 @@ def _log_probs(prob: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def tokens_again(url: str, body: Body) -> list[int]:
-    """All tokens of a request, parts of characters too: requested in one piece, where no round is reported.
-
-    Raises EngineError.
-    """
-    try:
-        response = httpx2.post(f"{url}{PATH}", json=dict(body), timeout=TIMEOUT_S, trust_env=False)
-        response.raise_for_status()
-        return [int(token) for token in response.json()["tokens"]]
-    except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
-        raise EngineError(
-            f"{redacted(url)}{PATH} did not answer: {one_line(str(error)) or type(error).__name__}"
-        ) from error
+    """All tokens of a request, parts of characters too, in one piece, which reports no rounds. Raises EngineError."""
+    with expected_shape():
+        return [int(token) for token in json.loads(fetch(f"{url}{PATH}", body=body))["tokens"]]
 
 
 SERVER = ServerKind(

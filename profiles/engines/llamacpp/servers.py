@@ -8,7 +8,7 @@ from typing import Any
 
 from profiles.engines import rules
 from profiles.engines.llamacpp import responses, xllamacpp_server
-from profiles.engines.llamacpp.flags import FlagSet, args_for, flags_of_help, known_builds
+from profiles.engines.llamacpp.flags import FlagSet, LlamaRelease, args_for, flags_of_help, known_builds
 from profiles.engines.llamacpp.responses import LlamaCompletion
 from profiles.engines.serving.http_load import drive
 from profiles.engines.serving.pool import ServerPool
@@ -37,6 +37,10 @@ class Program:
     version: str
     flags: FlagSet
     has_synthetic_rates: bool
+
+    @property
+    def release(self) -> LlamaRelease:
+        return LlamaRelease(engine="llamacpp", version=self.version, flags=self.flags)
 
     def check_device(self, device: str) -> None:
         """Raises InputError: a GPU for a build that can use none."""

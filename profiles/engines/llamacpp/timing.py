@@ -145,8 +145,6 @@ def _time_visit(visit: Visit, shape: Shape, measure: Callable[[Visit], list[floa
         if len(seconds) < MIN_SAMPLES or sum(seconds) < MIN_S:
             seconds += measure(visit)
     if len(seconds) < MIN_SAMPLES:
-        raise EngineError(
-            f"{visit.setup.name}: of {MIN_SAMPLES} full rounds of {visit.width} tokens at batch "
-            f"{shape.batch_size} llama.cpp ran {len(seconds)}"
-        )
+        needed = f"{MIN_SAMPLES} full rounds of {visit.width} tokens at batch {shape.batch_size}"
+        raise EngineError(f"{visit.setup.name}: of {needed} llama.cpp ran {len(seconds)}")
     return seconds

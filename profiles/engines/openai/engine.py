@@ -53,9 +53,7 @@ class ServerEngine(ServedEngine[Setup, StartedServer]):
         version = self.environment.engine_version
         return EngineCapabilities(
             name="server",
-            times="rounds",
             past_end=self._kind.past_end,
-            batching="continuous",
             traced_kinds=(),
             drops_short=self._kind.drops_short,
             origin=f"server {self._launch.kind} {version} {self.target.dtype} {self._launch.digest}",
@@ -84,17 +82,12 @@ class ServerEngine(ServedEngine[Setup, StartedServer]):
         return run.trace(prompt, workload.end_token_ids)
 
     def trace_draft(
-        self,
-        workload: Workload,  # noqa: ARG002 -- the protocol's
-        prompt: Prompt,  # noqa: ARG002
-        trace: TargetTrace,  # noqa: ARG002
-        draft: Draft,
-        max_length: int,  # noqa: ARG002
+        self, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft, max_length: int
     ) -> Acceptance:
         """Raises InputError: servers do not score a text with a draft."""
         raise InputError(f"draft {draft.name}: a server does not report its acceptance over a text; it is run instead")
 
-    def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:  # noqa: ARG002
+    def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
         """Plain rounds of a full batch, a mean for each of seven loads."""
         synthetic, rows = self._synthetic(workload, context_length)
         self._warm_up(PLAIN, synthetic, rows)
@@ -136,10 +129,7 @@ class ServerEngine(ServedEngine[Setup, StartedServer]):
     def _complete(
         self, setup: Setup, workload: Workload, prompts: Sequence[Prompt], more: Sequence[Body] = ()
     ) -> list[Completion]:
-        """One load, `more` added to each request; a server that fails is stopped, so that the next load has a new one.
-
-        Raises EngineError.
-        """
+        """One load, `more` added to each request; a server that fails is stopped: the next load has a new one."""
         server, kind = self._server(setup), self._kind
         pairs = list(zip(prompts, more or [{}] * len(prompts), strict=True))
         try:

@@ -6,7 +6,7 @@ from profiles.engines.releases import TITLES, EngineRelease, release_of
 from profiles.engines.serving.server_kind import ServerKind, openai_body
 from profiles.engines.sglang.flags import SERVER as SGLANG
 from profiles.engines.vllm.flags import SERVER as VLLM
-from profiles.records.errors import InputError
+from profiles.records.errors import require
 
 SERVER_KINDS = {
     "vllm": VLLM,
@@ -19,8 +19,7 @@ SERVER_KINDS = {
 
 def server_kind(name: str) -> ServerKind:
     """Raises InputError: no such kind."""
-    if name not in SERVER_KINDS:
-        raise InputError(f"kind of server {name!r}: allowed are {', '.join(SERVER_KINDS)}")
+    require(name in SERVER_KINDS, f"kind of server {name!r}: allowed are {', '.join(SERVER_KINDS)}")
     return SERVER_KINDS[name]
 
 

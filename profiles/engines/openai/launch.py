@@ -12,7 +12,7 @@ from profiles.engines.serving.http_load import TIMEOUT_S
 from profiles.engines.serving.redaction import redacted, without_paths
 from profiles.engines.serving.server_kind import ServerKind
 from profiles.records.core import PLAIN, Setup, digest_of
-from profiles.records.errors import InputError
+from profiles.records.errors import InputError, require
 
 SPECULATIVE = "{speculative}"
 MODEL = "{model}"
@@ -22,30 +22,22 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """How a setup's server is started.
-
-    `template`: a command as in a shell, variables before it allowed, with `{port}`, where `flags_of(setup)` goes
-    `{speculative}`, and `{model}` for `model_path`. Or `url` of a running server, and `running`, the setup it was
-    started with. `ready_s`: how long a start may take; `silent_s`: how long a server may be silent under load.
-    `max_alive`: servers kept at a time, by default one on a GPU, which a server takes for itself, else two: plain
-    decoding and a draft then need no restarts.
-    """
+    """How a setup's server is started, or the URL of a running one."""
 
     kind: str
     log_folder: Path
-    template: str = ""
+    template: str = ""  # as in a shell, with variables before, `{port}`, `{model}`, and `{speculative}` for the flags
     model_path: str = ""
     flags_of: Callable[[Setup], Sequence[str]] = lambda _: ()
     url: str | None = None
-    running: Setup = PLAIN
-    ready_s: float = READY_S
-    silent_s: float = TIMEOUT_S
-    max_alive: int | None = None
+    running: Setup = PLAIN  # what the server at the URL was started with
+    ready_s: float = READY_S  # how long a start may take
+    silent_s: float = TIMEOUT_S  # how long a server may be silent under load
+    max_alive: int | None = None  # None: one on a GPU, which it takes for itself, else two: plain and a draft
 
     def __post_init__(self) -> None:
         server_kind(self.kind)
-        if bool(self.template) == (self.url is not None):
-            raise InputError("a server needs a launch template or a URL, and not both")
+        require(bool(self.template) != (self.url is not None), "a server needs a launch template or a URL, not both")
         if self.template:
             self.command(PLAIN)
 

@@ -78,11 +78,7 @@ class ServedEngine(ABC, Generic[Key, Member]):
         self.close()
 
     def run_together(
-        self,
-        workload: Workload,
-        prompts: tuple[Prompt, ...],
-        setups: tuple[Setup, ...],
-        purpose: str,  # noqa: ARG002 -- a key of stored evidence
+        self, workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], purpose: str
     ) -> tuple[Sample, ...]:
         """Timed runs of the queue, one setup after another; a queue is run again while the machine is disturbed."""
         for setup in setups:
@@ -112,10 +108,7 @@ class ServedEngine(ABC, Generic[Key, Member]):
         )
 
     def check_sampling(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
-        """Compares sampled text of a setup with that of plain decoding.
-
-        Raises EngineError: the target's mean log-probabilities of the two differ beyond chance.
-        """
+        """Raises EngineError: the target's mean log-probabilities of sampled text differ from plain decoding's."""
         drafted, plain = (self._mean_log_probs(workload, prompts, compared) for compared in (setup, PLAIN))
         check_means(f"{self._label} with {setup.name}", drafted, plain)
 
@@ -162,11 +155,6 @@ class ServedEngine(ABC, Generic[Key, Member]):
     def _decode(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> list[Run]:
         """One queue under one setup, a run per prompt."""
 
-    def _mean_log_probs(
-        self,
-        workload: Workload,  # noqa: ARG002
-        prompts: Sequence[Prompt],  # noqa: ARG002
-        setup: Setup,
-    ) -> Sequence[float]:
+    def _mean_log_probs(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> Sequence[float]:
         """The target's mean log-probability of each text that a setup samples (`sampling_check.texts_of`)."""
         raise InputError(f"{setup.name}: {self._label} reports no log-probabilities of sampled text")

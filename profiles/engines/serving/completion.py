@@ -24,19 +24,14 @@ CountedRounds = Sequence[tuple[RoundCount, int]]  # rounds, and how often each
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """A completion.
-
-    `arrivals`: seconds of every event with tokens, and how many it had, 0 where it does not say. `log_probs` and
-    `gaps` (between the two largest logits) by token, empty where they were not requested. `rounds`: None where the
-    server keeps no record of single requests.
-    """
+    """A completion; `log_probs` and `gaps` are empty where they were not requested."""
 
     started_s: float
     token_ids: tuple[int, ...]
-    arrivals: tuple[tuple[float, int], ...]
+    arrivals: tuple[tuple[float, int], ...]  # of every event with tokens; how many it had, 0 where it does not say
     log_probs: tuple[float, ...] = ()
-    gaps: tuple[float, ...] = ()
-    rounds: Rounds | None = None
+    gaps: tuple[float, ...] = ()  # between the two largest logits, by token
+    rounds: Rounds | None = None  # None where the server keeps no record of single requests
     refills: int = 0
 
     @property

@@ -58,10 +58,11 @@ def drive(
         raise _first(errors) from errors
 
 
-def fetch(url: str, timeout_s: float = TIMEOUT_S) -> str:
-    """The text that a GET answers. Raises EngineError: no answer, or an error status."""
+def fetch(url: str, timeout_s: float = TIMEOUT_S, *, body: Body | None = None) -> str:
+    """The text that a GET answers, or a POST of `body`. Raises EngineError: no answer, or an error status."""
+    method = "GET" if body is None else "POST"
     try:
-        response = httpx2.get(url, timeout=timeout_s, trust_env=False)
+        response = httpx2.request(method, url, json=body, timeout=timeout_s, trust_env=False)
     except httpx2.HTTPError as error:
         raise _connection_error(url, error, timeout_s) from error
     if response.status_code >= FIRST_ERROR_STATUS:

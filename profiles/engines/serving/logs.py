@@ -6,6 +6,7 @@ from pathlib import Path
 
 from profiles.engines.serving.redaction import redacted
 from profiles.records.errors import EngineError, OutOfMemoryError
+from profiles.records.text import printable
 
 MOST_READ_BYTES = 262_144
 MOST_CHARACTERS = 300
@@ -72,9 +73,7 @@ def one_line(text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    text = redacted(text)
-    printable = "".join(char if char.isprintable() else " " for char in _COLOURS.sub("", text))
-    return " ".join(printable.split())
+    return " ".join(printable(_COLOURS.sub("", redacted(text))).split())
 
 
 def _without_prefix(line: str) -> str:

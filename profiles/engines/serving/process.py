@@ -14,8 +14,9 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import httpx2
 import psutil
@@ -33,7 +34,7 @@ LOCALHOST = "127.0.0.1"
 OK, NOT_FOUND = 200, 404
 
 
-class Process:
+class Process(AbstractContextManager["Process"]):
     """One running command; a context manager.
 
     `environment` is added to this process's own, without what `server_environment` removes. Output goes to the log;
@@ -112,9 +113,6 @@ class Process:
         """The error to raise, with the last error line of its log: `what` went wrong, by default that it ended."""
         return error_of(f"{self.name} {what or _ending(self._popen.poll())}", self.log_path, self._log_start)
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.stop()
 
@@ -158,7 +156,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-class Server:
+class Server(AbstractContextManager["Server"]):
     """A command that serves HTTP; a context manager. `warm`: the batch sizes that it has run.
 
     `{host}` and `{port}` in the command are filled in, with a free port. Raises InputError as `Process`, and where
@@ -242,9 +240,6 @@ class Server:
         """Ends it and all it started; safe to call again."""
         self.process.stop()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.stop()
 
@@ -279,7 +274,7 @@ class RunningServer:
             detail = "no answer" if status is None else f"status {status}"
             raise EngineError(f"server {redacted(self.url)} is not healthy: {detail}")
 
-    def watched(self) -> contextlib.AbstractContextManager[None]:
+    def watched(self) -> AbstractContextManager[None]:
         """Only its answers are known."""
         return contextlib.nullcontext()
 

@@ -28,34 +28,31 @@ if TYPE_CHECKING:
 class ServerKind:
     """A kind of server.
 
-    `body_of`: the request for one prompt without the model's name: token ids, the workload's sampling, no other end
-    than the workload's, and nothing from a prefix cache, which would shorten the prefills of the second queue.
-    `log_probs_of`: fields that request the log-probabilities of each token and of the largest so many.
-    `counted_in`: the rounds with a draft by the server's own record of one request, None where it has none.
-    `read`: replaces the reader of OpenAI's form; it takes the answer, the server's URL and the request's body.
-    `objection`: why a setup cannot be told, or None; `args_for`: the arguments that tell it.
-    `record_args`: arguments that make a server of a version report the rounds of each request.
-    `counters`: prefix of its counters' names. `past_end`, `keeps_history`, `drops_short`: as in `EngineCapabilities`.
-    `look_up`: the default n-gram draft. `verifies_by_sampling`: it draws every token from the target and keeps drafted
-    ones that agree, so that sampling needs no check; it reports no log-probabilities while it drafts.
-    `reads_gguf`: it loads GGUF files only.
+    A request (`body_of`) holds token ids, the workload's sampling, no other end than the workload's, and nothing from a
+    prefix cache, which would shorten the prefills of the second queue.
     """
 
     body_of: Callable[[Workload, Prompt], Body]
     path: str = "/v1/completions"
+    # fields that request the log-probabilities of each token and of the largest so many
     log_probs_of: Callable[[int], Body] = lambda count: {"logprobs": count}
+    # the rounds with a draft by the server's own record of one request, None where it has none
     counted_in: Callable[[Answer], CountedRounds | None] = lambda _: None
+    # replaces the reader of OpenAI's form; takes the answer, the server's URL and the request's body
     read: Callable[[Answer, str, Body], Completion] | None = None
+    # why a setup cannot be told, or None
     objection: Callable[[Model, Setup, EngineRelease], str | None] = lambda *_: "such a server takes no draft's flags"
-    args_for: Callable[[Setup, EngineRelease], list[str]] = lambda *_: []
+    args_for: Callable[[Setup, EngineRelease], list[str]] = lambda *_: []  # the arguments that tell a setup
+    # arguments that make a server of a version report the rounds of each request
     record_args: Callable[[EngineRelease], Sequence[str]] = lambda _: ()
-    counters: str | None = None
-    past_end: bool = True
+    counters: str | None = None  # prefix of its counters' names
+    past_end: bool = True  # as in `EngineCapabilities`, and so the next two
     keeps_history: tuple[str, ...] = ()
     drops_short: bool = False
-    look_up: str = "ngram"
+    look_up: str = "ngram"  # the default n-gram draft
+    # it draws every token from the target and keeps drafted ones that agree: sampling needs no check
     verifies_by_sampling: bool = False
-    reads_gguf: bool = False
+    reads_gguf: bool = False  # it loads GGUF files only
 
     def completion(self, answer: Answer, encode: Encode, url: str, body: Body) -> Completion:
         """Reads an answer with its rounds."""

@@ -120,7 +120,7 @@ class TorchEngine:
         workload: Workload,
         prompts: tuple[Prompt, ...],
         setups: tuple[Setup, ...],
-        purpose: str,  # noqa: ARG002 -- a key of stored evidence
+        purpose: str,
     ) -> tuple[Sample, ...]:
         """Timed runs back to back; all of them again while the machine is disturbed, at most twice."""
         for setup in setups:

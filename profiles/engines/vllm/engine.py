@@ -93,9 +93,7 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
     def capabilities(self) -> EngineCapabilities:
         return EngineCapabilities(
             name=NAME,
-            times="rounds",
             past_end=SERVER.past_end,
-            batching="continuous",
             traced_kinds=self._traced_kinds(),
             untraced=frozenset(draft.digest for draft in self.drafts if not is_traceable(draft)),
             sampling_objection=self._sampled_objection(),

@@ -161,7 +161,7 @@ def test_a_part_off_the_gpus_is_refused(
         return model, info
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    words = "float32 weights do not fit on 2 GPUs, filling 90% of their free memory from the first on; use a"
+    words = "float32 weights do not fit into 90% of the free memory of all GPUs; use a"
     with pytest.raises(ModelError, match=words):
         spread(tiny_folders["llama"], monkeypatch)
 

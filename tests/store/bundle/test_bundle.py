@@ -58,7 +58,7 @@ class TestThereAndBack:
     ) -> None:
         """Every row arrives, and packing it again gives the same bytes."""
         merged = bundle.merge(empty, packed, DOCUMENTS)
-        assert (merged.known, merged.unlike) == ({}, {})
+        assert (merged.stored, merged.unlike) == ({}, {})
         for table in (*merged.added, "samples", "step_times", "choices"):
             query = f"SELECT count(*) FROM {table}"
             assert sql(empty.path, query) == sql(store / "evidence.db", query), table
@@ -272,7 +272,7 @@ class TestConflicts:
             bundle.pack(other, tmp_path / "b", DOCUMENTS)
         empty.save_target_trace(SCOPE, prompt, trace)
         merged = bundle.merge(empty, tmp_path / "b", DOCUMENTS)
-        assert (merged.unlike, merged.known["target_traces"]) == ({}, 1)
+        assert (merged.unlike, merged.stored["target_traces"]) == ({}, 1)
 
     def test_acceptance_over_other_tokens_is_not_merged(self, empty: EvidenceStore, tmp_path: Path) -> None:
         """Where the store's target emitted other tokens, the bundle's acceptance is of a text that is not there."""
