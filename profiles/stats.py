@@ -110,7 +110,7 @@ def median(values: Iterable[float]) -> float:
     return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
-def share_interval(count: int, total: int) -> Interval:
+def share_interval(count: float, total: float) -> Interval:
     """A share with Wilson's 95 % interval (1927)."""
     share, square = count / total, Z_95 * Z_95
     centre = (count + square / 2.0) / (total + square)

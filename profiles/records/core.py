@@ -43,6 +43,10 @@ class Interval:
         require(all_finite((self.estimate, self.low, self.high)), f"interval {self} is not finite")
         require(self.low <= self.estimate <= self.high, f"interval {self} is not in order")
 
+    def __format__(self, spec: str) -> str:
+        """`1.60 [1.55, 1.65]`; `spec` is that of the three numbers."""
+        return f"{self.estimate:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:

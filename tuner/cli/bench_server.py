@@ -121,12 +121,12 @@ def _percentiles(seconds: Sequence[float]) -> tuple[float, float]:
 
 
 def _line(row: ServerFigures) -> str:
-    rate, (ttft_ms, slow_ttft_ms), (tpot_ms, slow_tpot_ms) = row.tok_per_s, row.ttft_ms, row.tpot_ms
+    (ttft_ms, slow_ttft_ms), (tpot_ms, slow_tpot_ms) = row.ttft_ms, row.tpot_ms
     acceptance = "acceptance is not reported"
     if row.acceptance_rate is not None and row.acceptance_length is not None:
         acceptance = f"acceptance rate {row.acceptance_rate:.2f}, {row.acceptance_length:.2f} tokens per round"
     return (
-        f"{row.batch_size} in flight, {row.num_requests} requests: {rate.estimate:.1f} [{rate.low:.1f}, "
-        f"{rate.high:.1f}] tokens/s each; first token {ttft_ms:.0f} ms (95th percentile {slow_ttft_ms:.0f}), then "
-        f"{tpot_ms:.1f} ms per token (95th percentile {slow_tpot_ms:.1f}); {acceptance}"
+        f"{row.batch_size} in flight, {row.num_requests} requests: {row.tok_per_s:.1f} tokens/s each; "
+        f"first token {ttft_ms:.0f} ms (95th percentile {slow_ttft_ms:.0f}), "
+        f"then {tpot_ms:.1f} ms per token (95th percentile {slow_tpot_ms:.1f}); {acceptance}"
     )

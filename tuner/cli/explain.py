@@ -1,5 +1,7 @@
 """`explain`: why this setup and not that one."""
 
+from dataclasses import asdict
+
 from profiles.records.errors import NotMeasuredError
 from profiles.records.text import command
 from tuner.cli import options
@@ -37,7 +39,7 @@ def explain(
         raise NotMeasuredError(f"the last run did not decide this: {answer.rule}; run `{command('run')}` for it")
     explanation = explanations.explain(figures, instead)
     if json_only:
-        print_json(explanation.to_json())
+        print_json(asdict(explanation))
     else:
         print_lines(*explanations.sentences(explanation))
         console().print(explanations.comparison(explanation.accounts))

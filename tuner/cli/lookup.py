@@ -123,12 +123,12 @@ def _document(
     outcome: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The policy that answered, as `run` printed it (without one: the target), the answer, and its match."""
-    from tuner import report
+    from tuner.report import tables
 
     document: dict[str, Any] = {"target": asdict(result.target), "store": store}
     if result.policy is not None:
         path = None if policy_path is None else str(policy_path)  # a merged policy has no file
-        document = report.document(result.policy, cost=outcome.get("cost", {}), store=store, policy_path=path)
+        document = tables.document(result.policy, cost=outcome.get("cost", {}), store=store, policy_path=path)
         document["proven"] = document["proven"] and result.level == "exact"  # elsewhere it was not proven
-    answer = {**report.answer(result.answer), "match": result.to_json()}
+    answer = {**tables.answer(result.answer), "match": result.to_json()}
     return {**document, "left_out": outcome.get("left_out", []), "answer": answer}

@@ -277,16 +277,16 @@ def _print_finished(
     """
     from profiles.prompts import reader
     from store import location
-    from tuner import report
+    from tuner.report import tables
     from tuner.router.router import train_and_save
 
     policy = finished.policy
     labelled = [(reader.user_text(request), request.domain) for request in requests]
     router = train_and_save(labelled, finished.policy_path.with_name(policy.router_name), seed)
     if not json_only:
-        console().print(report.table(policy))
+        console().print(tables.table(policy))
         print_lines(*run_summary(finished), router_line(router))
-    document = report.document(
+    document = tables.document(
         policy, cost=finished.cost, store=location.store_name(store_location), policy_path=str(finished.policy_path)
     )
     left_out = [asdict(refused) for refused in finished.left_out]

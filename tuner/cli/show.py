@@ -20,8 +20,8 @@ def show(store: options.Store = None) -> None:
     """Show what the store holds, how old it is, which machine it is from, and the latest policy."""
     from store import location
     from store.inventory import inventory
-    from tuner import report
     from tuner.deploy.stored_policies import open_for_reading, read_policy
+    from tuner.report import tables
 
     store_location = location.existing_store(store)
     with open_for_reading(store_location) as evidence_store:
@@ -31,7 +31,7 @@ def show(store: options.Store = None) -> None:
     print_lines(f"store {location.store_name(store_location)}")
     console().print(inventory_table(entries, datetime.now(UTC)))
     if policy is not None:
-        console().print(report.table(policy))
+        console().print(tables.table(policy))
 
 
 def inventory_table(entries: "Sequence[Entry]", now: datetime) -> "Table":

@@ -105,6 +105,6 @@ def _line(row: "Verified") -> str:
     measured = row.measured
     return (
         f"{row.concurrency} in flight: {row.verdict}; the choice is {row.claimed.name}, the emitted command is "
-        f"{measured.speedup.estimate:.2f} [{measured.speedup.low:.2f}, {measured.speedup.high:.2f}] times as fast as "
-        f"plain decoding, {measured.end_to_end.estimate:.2f} end to end, {measured.num_prompts} prompts"
+        f"{measured.speedup:.2f} times as fast as plain decoding, {measured.end_to_end.estimate:.2f} end to end, "
+        f"{measured.num_prompts} prompts"
     )

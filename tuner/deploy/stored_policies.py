@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy import Select, bindparam, func, select
 
@@ -19,9 +19,7 @@ from store.database import Location
 from store.evidence_store import EvidenceStore, like_last_part
 from tuner.deploy.match import Match, match
 from tuner.policy.policy import Policy, from_json
-
-if TYPE_CHECKING:
-    from tuner.report.data import ReportData
+from tuner.report.data import ReportData
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,13 +165,11 @@ def find_policy(evidence_store: EvidenceStore, target: str | None) -> Policy:
     return read_policy(evidence_store, text)
 
 
-def find_report_data(evidence_store: EvidenceStore, policy: Policy) -> "ReportData":
+def find_report_data(evidence_store: EvidenceStore, policy: Policy) -> ReportData:
     """What the target's last finished run left to report.
 
     Raises: NotMeasuredError: no run finished, or it ended before a forecast. InputError: the data are damaged.
     """
-    from tuner.report import ReportData
-
     raw = evidence_store.latest_outcome(policy.target, policy.environment).get("dossier")
     name = policy.target.name
     if raw is None:

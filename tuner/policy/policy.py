@@ -62,9 +62,8 @@ class Choice:
         require(bool(self.domain), f"a choice without a domain: name one, or {MIXED!r} for all")
         require(bool(self.reason), "a choice without a reason: one sentence is needed")
         if self.proven:
-            has_proof = self.measured is not None and self.measured.setup == self.setup
             require(
-                self.setup.draft is not None and has_proof,
+                isinstance(self.figures, Measured),
                 f"setup {self.setup.name!r} is called proven: only a drafting setup with its own measurement can be",
             )
 
@@ -77,6 +76,12 @@ class Choice:
     def filtered_point(self) -> tuple[OperatingPoint, float, int]:
         """The point, and the top-p and top-k that its temperature was measured with."""
         return self.point, self.top_p, self.top_k
+
+    @property
+    def figures(self) -> Measured | Forecast | None:
+        """Of the chosen setup itself: measured, else forecast; None for plain decoding."""
+        known = (self.measured, self.forecast) if self.setup.draft is not None else ()
+        return next((figures for figures in known if figures is not None and figures.setup == self.setup), None)
 
     @property
     def is_decided(self) -> bool:

@@ -1,17 +1,18 @@
 """Builds the report data of a run: every candidate, how far it came, and why it went no further."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from profiles.records.core import PLAIN, Draft, Setup, Workload
 from profiles.records.errors import InputError, NotMeasuredError
-from profiles.records.evidence import Infeasible
 from tuner.pipeline.pipeline import Outcome
 from tuner.pipeline.points import PointDecision
-from tuner.policy.estimates import Forecast, RoundSplit
+from tuner.policy.estimates import Forecast
 from tuner.policy.policy import Choice, Policy
 from tuner.report.curves import acceptance_curves, step_time_curves
-from tuner.report.data import Candidate, LoadFigures, PointFigures, ReportData
+from tuner.report.data import Candidate, LoadFigures, PointFigures, ReportData, State
 from tuner.search.objective import score
 from tuner.search.proof import shortfall
 
@@ -69,21 +70,29 @@ def _load(workload: Workload, rows: Sequence[tuple[PointDecision, PointFigures]]
 
 def _candidates(point: PointDecision, choice: Choice) -> tuple[Candidate, ...]:
     """Those with a forecast in their order, then the drafts that failed before there was one."""
-    forecast_setups = {forecast.setup for forecast in point.forecasts}
-    failed: tuple[Infeasible, ...] = () if point.evidence is None else point.evidence.infeasible
+    failed = {} if point.evidence is None else {failure.setup: failure for failure in point.evidence.infeasible}
+    for forecast in point.forecasts:
+        failed.pop(forecast.setup, None)
+    forecast_candidates = (_candidate(point, forecast, choice.proven) for forecast in point.forecasts)
     return (
-        *(_candidate(point, forecast, choice.proven) for forecast in point.forecasts),
-        *(_failed(failure) for failure in failed if failure.setup not in forecast_setups),
+        *forecast_candidates,
+        *(Candidate(**_names(setup), state="infeasible", reason=failure.detail) for setup, failure in failed.items()),
     )
+
+
+def _names(setup: Setup) -> dict[str, Any]:
+    return {"setup_name": setup.name, "draft_name": (setup.draft or PLAIN).name, "length": setup.length}
 
 
 def _candidate(point: PointDecision, forecast: Forecast, proven: bool) -> Candidate:
     setup, measured, race = forecast.setup, point.measured, point.race
     state, reason = _state(point, forecast, proven)
+    split = None
+    assert point.forecaster is not None  # it has forecasts
+    with contextlib.suppress(NotMeasuredError):
+        split = point.forecaster.split(setup, point.plan.forecast_prompts)
     return Candidate(
-        setup_name=setup.name,
-        draft_name=setup.draft.name if setup.draft else PLAIN.name,
-        length=setup.length,
+        **_names(setup),
         state=state,
         reason=reason,
         forecast_tok_per_s=forecast.tok_per_s,
@@ -92,29 +101,11 @@ def _candidate(point: PointDecision, forecast: Forecast, proven: bool) -> Candid
         measured_speedup=measured.speedup if measured is not None and measured.setup == setup else None,
         race_speedup=None if race is None else race.speedups.get(setup),
         acceptance_length=forecast.acceptance_length,
-        round_split=_split(point, setup),
+        round_split=split,
     )
 
 
-def _failed(failure: Infeasible) -> Candidate:
-    return Candidate(
-        setup_name=failure.setup.name,
-        draft_name=failure.setup.draft.name if failure.setup.draft else PLAIN.name,
-        length=failure.setup.length,
-        state="infeasible",
-        reason=failure.detail,
-    )
-
-
-def _split(point: PointDecision, setup: Setup) -> RoundSplit | None:
-    assert point.forecaster is not None  # it has forecasts
-    try:
-        return point.forecaster.split(setup, point.plan.forecast_prompts)
-    except NotMeasuredError:
-        return None
-
-
-def _state(point: PointDecision, forecast: Forecast, proven: bool) -> tuple[str, str]:
+def _state(point: PointDecision, forecast: Forecast, proven: bool) -> tuple[State, str]:
     """How far a candidate came, and why no further."""
     setup = forecast.setup
     ruled_out = point.ruled_out(setup)
@@ -131,7 +122,7 @@ def _state(point: PointDecision, forecast: Forecast, proven: bool) -> tuple[str,
     return "not proven", shortfall(point.measured, point.plan.objective)
 
 
-def _raced(point: PointDecision, setup: Setup) -> tuple[str, str] | None:
+def _raced(point: PointDecision, setup: Setup) -> tuple[State, str] | None:
     """The state of a setup that the race saw; None for others."""
     race = point.race
     if race is None or setup not in (*race.pruned, *race.speedups):
@@ -150,11 +141,8 @@ def _why_not_raced(point: PointDecision, forecast: Forecast) -> str:
     high = forecast.speedup.high
     if high <= 1.0:
         return f"its forecast interval ends at {high:.2f}, not above plain decoding"
-    best = max(
-        score(forecast_)
-        for forecast_ in point.forecasts
-        if forecast_.setup != PLAIN and point.ruled_out(forecast_.setup) is None
-    )
+    rivals = (row for row in point.forecasts if row.setup != PLAIN and point.ruled_out(row.setup) is None)
+    best = max(map(score, rivals))
     if high < best:
         return f"its forecast interval ends at {high:.2f}, below the low end of the best, {best:.2f}"
     if point.race is not None:

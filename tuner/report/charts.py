@@ -1,232 +1,308 @@
-"""The bar chart: output tokens per second of every setup beside plain decoding, as a PNG or SVG file.
+"""Every picture, by matplotlib: the bar chart as a PNG or SVG file, and the page's small panels as inline SVG.
 
-matplotlib is imported when something is drawn.
+In a panel text stays text and colours become CSS variables of the page, so that one drawing serves light and dark.
+Names of models and domains stand in the page's HTML, where they wrap. `name` keeps the ids of panels apart.
 """
 
+import io
+import math
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
+
+from cycler import cycler
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from profiles.records.core import Interval
-from profiles.records.errors import InputError
+from profiles.records.errors import require
+from tuner.report.data import AcceptanceCurve, StepTimeCurve
 
 SUFFIXES = (".png", ".svg")
-# the chart's measures, in rows of ROW_INCHES
-BAR_HEIGHT, HEADING, GAP, MOST_ROWS = 0.64, 1.0, 0.5, 40.0
-ROW_INCHES, COLUMN_INCHES = 0.22, 8.0
+INK, FAINT, GRID, SURFACE, LOSS, PLAIN = "#1f2937", "#9ca3af", "#e5e7eb", "#ffffff", "#b42318", "#6b7280"
+SERIES = ("#1f6fb4", "#d9711c", "#2a9367", "#8a55b5", "#c2407a", "#8c6d1f", "#1c96a8", "#5b6ad0")  # drafts, in order
+VARIABLES = {INK: "ink", FAINT: "faint", GRID: "grid", SURFACE: "surface", LOSS: "loss", PLAIN: "plain"}
+VARIABLES |= {colour: f"series-{index}" for index, colour in enumerate(SERIES)}  # colours as the page's style sheet
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": FAINT,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.prop_cycle": cycler(color=[INK]),
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": "medium",
+    "axes.titleweight": "bold",
+    "errorbar.capsize": 2.0,
+    "figure.constrained_layout.use": True,
+    "font.size": 9.0,
+    "grid.color": GRID,
+    "legend.frameon": False,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 5.0,
+    "svg.hashsalt": "draftpick",  # the same data give the same bytes
+    "text.color": INK,
+    "text.parse_math": False,  # a dollar in a model's name is a dollar
+    "xtick.color": INK,
+    "xtick.major.size": 0.0,
+    "ytick.color": INK,
+    "ytick.major.size": 0.0,
+}
+PLAIN_LINE: dict[str, Any] = {"color": INK, "linestyle": (0, (5, 3)), "zorder": 1.5}  # over the grid, under the figures
+LABEL_BOX = {"facecolor": SURFACE, "linewidth": 0.0, "pad": 1.0}  # the dashed line ends at it
+PANEL_INCHES, ROW_INCHES = 3.6, 0.26
 FORECAST_ALPHA = 0.42
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Palette:
-    """The colours of a picture by what they are for, as #rrggbb; `series` are the drafts' in their order."""
-
-    ink: str
-    faint: str
-    grid: str
-    surface: str
-    loss: str
-    plain: str
-    series: tuple[str, ...]
-
-    @property
-    def plain_line(self) -> dict[str, Any]:
-        """How plain decoding is drawn as a line."""
-        return {"linestyle": (0, (5, 3)), "linewidth": 1.1, "color": self.ink}
-
-    def hues(self, names: Sequence[str]) -> dict[str, str]:
-        """A colour for each draft's name, and for plain decoding."""
-        drafts = [name for name in dict.fromkeys(names) if name != "plain"]
-        return {"plain": self.plain} | {
-            name: self.series[index % len(self.series)] for index, name in enumerate(drafts)
-        }
-
-
-PAPER = Palette(
-    ink="#1f2937",
-    faint="#9ca3af",
-    grid="#e5e7eb",
-    surface="#ffffff",
-    loss="#b42318",
-    plain="#6b7280",
-    series=("#1f6fb4", "#d9711c", "#2a9367", "#8a55b5", "#c2407a", "#8c6d1f", "#1c96a8", "#5b6ad0"),
-)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+WIDTHS = {"ngram": "tokens asked for", "round": "tokens checked in one round"}  # by kind; others: a forward's width
+SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChartRow:
     """A setup in the chart, in output tokens per second; `speedup` is the multiplier of its best-known figure.
 
-    `group` is the draft's name (`plain` for plain decoding). Raises InputError when there is nothing to draw.
+    `group` is the draft's name (`plain` for plain decoding).
     """
 
     setup_name: str
     group: str
-    forecast: Interval | None
+    forecast: Interval
     measured: Interval | None
     speedup: float
 
-    def __post_init__(self) -> None:
-        if self.forecast is None and self.measured is None:
-            raise InputError(f"setup {self.setup_name!r} has neither a forecast nor a measurement to draw")
-
     @property
     def best_known(self) -> Interval:
-        """Measured where there is a measurement, else the forecast."""
-        interval = self.measured or self.forecast
-        assert interval is not None  # checked on creation
-        return interval
-
-    @property
-    def size(self) -> float:
-        """Its height in rows of the chart: a bar per known figure."""
-        return 1.0 + BAR_HEIGHT * (self.forecast is not None and self.measured is not None)
+        return self.measured or self.forecast
 
 
-def bar_chart(rows: Sequence[ChartRow], path: str | Path, *, title: str, subtitle: str = "") -> None:
-    """Draws tokens per second per setup, grouped by draft, into a PNG or SVG file; plain decoding is a dashed line.
+def hues(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each draft's name, and for plain decoding."""
+    drafts = dict.fromkeys(name for name in names if name != "plain")
+    return {"plain": PLAIN} | {name: SERIES[index % len(SERIES)] for index, name in enumerate(drafts)}
 
-    Groups stand in the order of their first row, plain decoding first. Raises InputError: no rows, another suffix, or
-    a file that cannot be written.
+
+@rc_context(STYLE)
+def bar_chart(rows: Sequence[ChartRow], path: Path, *, title: str) -> None:
+    """Draws tokens per second of every setup into a PNG or SVG file, a panel for each draft.
+
+    Raises InputError: no rows. OSError: the file cannot be written.
     """
-    from matplotlib import rc_context
-
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"picture {path}: the suffixes {' and '.join(SUFFIXES)} are allowed")
-    if not rows:
-        raise InputError(f"picture {path}: there is no setup to draw")
-    metadata = {"Date": None} if path.suffix.lower() == ".svg" else None  # no time of drawing in the file
-    with rc_context({"text.parse_math": False}):  # a dollar in a model's name is a dollar
-        figure = _chart(rows, title, subtitle)
-        try:
-            figure.savefig(path, dpi=150, metadata=metadata)
-        except OSError as error:
-            raise InputError(f"picture {path} cannot be written: {error.strerror}") from error
-
-
-def _chart(rows: Sequence[ChartRow], title: str, subtitle: str) -> Any:
-    from matplotlib.figure import Figure
-
-    groups: dict[str, list[ChartRow]] = {}
-    for row in sorted(rows, key=lambda row: row.group != "plain"):
-        groups.setdefault(row.group, []).append(row)
-    columns = _columns(groups)
-    body = max(sum(map(_height, column.values())) for column in columns) * ROW_INCHES
-    width, height = COLUMN_INCHES * len(columns), body + 1.75
-    figure = Figure(figsize=(width, height), facecolor=PAPER.surface)
-    for index, column in enumerate(columns):
-        left = (index * COLUMN_INCHES + 1.1) / width
-        axes = figure.add_axes((left, 0.6 / height, (COLUMN_INCHES - 1.4) / width, body / height))
-        _draw_groups(axes, column, PAPER.hues(list(groups)))
-        dress_rate_axes(axes, rows, body / ROW_INCHES, PAPER)
-        axes.set_xlabel("output tokens per second, decode only; higher is better", fontsize=9, color=PAPER.ink)
-    _draw_legend(figure, rows)
-    figure.text(0.3 / width, 1.0 - 0.22 / height, title, fontsize=15, fontweight="bold", color=PAPER.ink, va="top")
-    figure.text(0.3 / width, 1.0 - 0.56 / height, subtitle, fontsize=9.5, color=PAPER.ink, va="top")
-    return figure
+    require(bool(rows), f"picture {path}: there is no setup to draw")
+    drafts = by_draft(rows)
+    num_columns = math.ceil(math.sqrt(len(drafts)))
+    num_rows = math.ceil(len(drafts) / num_columns)
+    most = max(map(len, drafts.values()))
+    figure = Figure(figsize=(4.0 * num_columns, (ROW_INCHES * most + 0.7) * num_rows + 1.0))
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    grid, colours = figure.subplots(num_rows, num_columns, squeeze=False).flat, hues(list(drafts))
+    for draft, axes in zip(drafts, grid, strict=False):
+        axes.set_title(draft, color=colours[draft])
+        _draw_rates(axes, drafts[draft], colours[draft], rows)
+    for axes in grid[len(drafts) :]:
+        axes.set_axis_off()
+    _add_legend(figure, rows)
+    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
 
 
-def _columns(groups: Mapping[str, Sequence[ChartRow]]) -> list[dict[str, Sequence[ChartRow]]]:
-    """The groups in one column, or where that is too tall for a screen in two, cut where they come out most even."""
-    heights = [_height(rows) for rows in groups.values()]
-    if sum(heights) <= MOST_ROWS or len(groups) == 1:
-        return [dict(groups)]
-    cut = min(range(1, len(heights)), key=lambda at: max(sum(heights[:at]), sum(heights[at:])))
-    items = list(groups.items())
-    return [dict(items[:cut]), dict(items[cut:])]
+def by_draft(rows: Sequence[ChartRow]) -> dict[str, list[ChartRow]]:
+    """The rows of each draft; plain decoding, which is a line in every panel, only where nothing else is there."""
+    names = dict.fromkeys(row.group for row in rows if row.group != "plain") or ["plain"]
+    return {name: [row for row in rows if row.group == name] for name in names}
 
 
-def _height(rows: Sequence[ChartRow]) -> float:
-    """Of a group with its heading and the gap after it, in rows."""
-    return HEADING + sum(row.size for row in rows) + GAP
-
-
-def _draw_groups(axes: Any, groups: Mapping[str, Sequence[ChartRow]], hues: Mapping[str, str]) -> None:
-    """Bars from the top down: a heading with the draft's name, then its rows."""
-    ticks: list[tuple[float, str]] = []
-    top = 0.0
-    for group, rows in groups.items():
-        name = "plain decoding" if group == "plain" else group
-        style = {"fontsize": 10, "fontweight": "bold", "color": hues[group], "ha": "left", "va": "center", "zorder": 5}
-        axes.text(0.0, top + 0.45, name, **style)
-        ticks += draw_rows(axes, rows, top + HEADING, (hues[group], PAPER))
-        top += _height(rows)
-    axes.set_yticks([at for at, _ in ticks], [text for _, text in ticks])
-
-
-def draw_rows(axes: Any, rows: Sequence[ChartRow], top: float, colours: tuple[str, Palette]) -> list[tuple[float, str]]:
-    """The bars of one draft from `top` down, in (its hue, the palette); the places and names of its ticks."""
-    hue, palette = colours
-    ticks = []
-    for row in rows:
-        figures = ((row.forecast, FORECAST_ALPHA), (row.measured, 1.0))
-        bars = [(interval, alpha) for interval, alpha in figures if interval is not None]
-        for index, (interval, alpha) in enumerate(bars):
-            at = top + 0.5 + index * BAR_HEIGHT
-            axes.barh(at, interval.estimate, height=BAR_HEIGHT, color=hue, alpha=alpha, linewidth=0.0, zorder=2)
-            spread = [[interval.estimate - interval.low], [interval.high - interval.estimate]]
-            style = {"ecolor": palette.ink, "elinewidth": 0.9, "capsize": 2.0, "capthick": 0.9, "zorder": 4}
-            axes.errorbar(interval.estimate, at, xerr=spread, fmt="none", **style)
-        middle = top + 0.5 + (len(bars) - 1) * BAR_HEIGHT / 2
-        _label(axes, (max(interval.high for interval, _ in bars), middle), row, palette)
-        ticks.append((middle, row.setup_name.removeprefix(row.group).strip() or "k=0"))
-        top += row.size
-    return ticks
-
-
-def _label(axes: Any, at: tuple[float, float], row: ChartRow, palette: Palette) -> None:
-    colour = palette.loss if row.speedup < 1.0 else palette.ink
-    weight = "normal" if row.measured is None else "bold"
-    text = f"{row.speedup:.2f}×"
-    box = {
-        "boxstyle": "square,pad=0.1",
-        "facecolor": palette.surface,
-        "edgecolor": "none",
-    }  # the dashed line ends at it
-    offset = {"xytext": (5, 0), "textcoords": "offset points"}
-    style = {"fontsize": 8, "color": colour, "fontweight": weight, "ha": "left", "va": "center_baseline", "zorder": 5}
-    axes.annotate(text, at, bbox=box, **offset, **style)
-
-
-def _plain_rate(rows: Sequence[ChartRow]) -> float | None:
-    return next((row.best_known.estimate for row in rows if row.group == "plain"), None)
-
-
-def dress_rate_axes(axes: Any, rows: Sequence[ChartRow], num_rows: float, palette: Palette) -> None:
-    """Limits that fit `rows` (all of the chart's), the dashed line at plain decoding, grid and spines."""
-    reach = max(interval.high for row in rows for interval in (row.forecast, row.measured) if interval is not None)
-    axes.set_xlim(0.0, reach * 1.1)
-    axes.set_ylim(num_rows, 0.0)
-    plain = _plain_rate(rows)
-    if plain is not None:
-        axes.axvline(plain, zorder=3, **palette.plain_line)
-    dress_axes(axes, "x", palette)
-
-
-def dress_axes(axes: Any, grid: str, palette: Palette) -> None:
-    """Quiet ticks, a grid along `grid` (`x`, `y` or `both`) and only the bottom spine."""
-    axes.tick_params(length=0, labelsize=8.5, labelcolor=palette.ink)
-    axes.grid(axis=grid, color=palette.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(palette.faint)
-
-
-def _draw_legend(figure: Any, rows: Sequence[ChartRow]) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    handles: list[Any] = []
-    if any(row.forecast for row in rows):
-        handles.append(Patch(facecolor=PAPER.plain, alpha=FORECAST_ALPHA, label="forecast"))
+def _add_legend(figure: Figure, rows: Sequence[ChartRow]) -> None:
+    handles: list[Any] = [Patch(color=PLAIN, alpha=FORECAST_ALPHA, linewidth=0.0, label="forecast")]
     if any(row.measured for row in rows):
-        handles.append(Patch(facecolor=PAPER.plain, label="measured, paired runs"))
-    handles.append(Line2D([], [], color=PAPER.ink, linewidth=0.9, marker="|", markersize=6, label="95 % interval"))
-    if _plain_rate(rows) is not None:
-        handles.append(Line2D([], [], label="plain decoding", **PAPER.plain_line))
-    width, height = figure.get_size_inches()
-    style = {"ncols": len(handles), "fontsize": 8.5, "labelcolor": PAPER.ink, "frameon": False, "borderaxespad": 0.0}
-    figure.legend(handles=handles, loc="upper right", bbox_to_anchor=(1.0 - 0.3 / width, 1.0 - 0.84 / height), **style)
+        handles.append(Patch(color=PLAIN, label="measured, paired runs"))
+    handles.append(Line2D([], [], linewidth=0.9, marker="|", label="95 % interval"))
+    if any(row.group == "plain" for row in rows):
+        handles.append(Line2D([], [], label="plain decoding", **PLAIN_LINE))
+    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))
+
+
+@rc_context(STYLE)
+def rate_bars(name: str, rows: Sequence[ChartRow], hue: str, every: Sequence[ChartRow]) -> Markup:
+    """Tokens per second of one draft's setups, on the scale of `every` row and with its plain decoding as a line."""
+    figure, axes = _panel(ROW_INCHES * len(rows) + 0.6)
+    _draw_rates(axes, rows, hue, every)
+    return _inline(figure, name, "bars: tokens per second of each length, forecast above measured")
+
+
+def _draw_rates(axes: Any, rows: Sequence[ChartRow], hue: str, every: Sequence[ChartRow]) -> None:
+    for place, row in enumerate(rows):
+        bars = [(row.forecast, FORECAST_ALPHA), *([(row.measured, 1.0)] if row.measured else [])]
+        height = 0.8 / len(bars)
+        for index, (interval, alpha) in enumerate(bars):
+            at = place + (index - (len(bars) - 1) / 2) * height
+            axes.barh(at, interval.estimate, height, xerr=_reach([interval]), color=hue, alpha=alpha, ecolor=INK)
+        axes.annotate(
+            f"{row.speedup:.2f}×",
+            (max(interval.high for interval, _ in bars), place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            bbox=LABEL_BOX,
+            color=LOSS if row.speedup < 1.0 else INK,
+            fontweight="bold" if row.measured else "normal",
+        )
+    plain = next((row.best_known.estimate for row in every if row.group == "plain"), None)
+    if plain is not None:
+        axes.axvline(plain, **PLAIN_LINE | {"zorder": 2})
+    highs = [interval.high for row in every for interval in (row.forecast, row.measured) if interval is not None]
+    axes.set(xlim=(0.0, max(highs) * 1.2), ylim=(len(rows) - 0.5, -0.5), xlabel="output tokens per second")
+    axes.set_yticks(range(len(rows)), [row.setup_name.removeprefix(row.group).strip() or "k=0" for row in rows])
+    axes.xaxis.set_major_locator(_round_numbers(5))
+    axes.grid(visible=False, axis="y")
+
+
+@rc_context(STYLE)
+def speedups(name: str, rows: Sequence[tuple[str, Interval, bool, str]]) -> Markup:
+    """Forest plot: (label, speed-up, whether measured, hue) from the top down, and a line at 1.
+
+    The scale is logarithmic, so that twice as fast and half as fast stand equally far from the line.
+    """
+    figure, axes = _panel(len(rows) * 0.5 + 0.55)
+    _ratio_scale(axes, "x", [row[1] for row in rows])
+    for place, (label, interval, measured, hue) in enumerate(rows):
+        face = hue if measured else SURFACE
+        axes.errorbar(interval.estimate, place, xerr=_reach([interval]), fmt="s", color=hue, markerfacecolor=face)
+        style = {"transform": axes.get_yaxis_transform(), "va": "center"}
+        axes.text(0.0, place - 0.42, label, bbox=LABEL_BOX, **style)
+        axes.text(1.0, place - 0.42, f"{interval.estimate:.2f}", ha="right", fontweight="bold", **style)
+    axes.axvline(1.0, **PLAIN_LINE)
+    axes.set(ylim=(len(rows) - 0.6, -0.7), yticks=[], xlabel="times as fast as plain decoding")
+    return _inline(figure, name, "forest plot: speed-up with its interval by domain, and a line at 1")
+
+
+@rc_context(STYLE)
+def forecast_against_measured(name: str, points: Sequence[tuple[Interval, Interval, str]]) -> Markup:
+    """(forecast, measured, hue) speed-ups with a line where they agree; no interval: the race's, drawn hollow."""
+    figure, axes = _panel(3.5)
+    both = [interval for point in points for interval in point[:2]]
+    _ratio_scale(axes, "x", both)
+    _ratio_scale(axes, "y", both)
+    axes.plot(axes.get_xlim(), axes.get_xlim(), **PLAIN_LINE)
+    for forecast, measured, hue in points:
+        raced = measured.low == measured.high
+        style = {"fmt": "o", "color": hue, "markerfacecolor": SURFACE if raced else hue, "capsize": 0.0}
+        upward = None if raced else _reach([measured])
+        axes.errorbar(forecast.estimate, measured.estimate, xerr=_reach([forecast]), yerr=upward, **style)
+    axes.set(xlabel="forecast speed-up", ylabel="measured speed-up")
+    return _inline(figure, name, "scatter: measured against forecast speed-up, and a line where they agree")
+
+
+@rc_context(STYLE)
+def acceptance(name: str, curves: Sequence[AcceptanceCurve], colours: Mapping[str, str]) -> Markup:
+    """Share of rounds that accept as far as each position, with intervals; one line per draft."""
+    figure, axes = _panel(2.7)
+    for index, curve in enumerate(curves):
+        aside = 0.5 * ((index + 0.5) / len(curves) - 0.5)  # so that the intervals stand beside each other
+        accepted, hue = [position.accepted for position in curve.positions], colours[curve.draft_name]
+        axes.errorbar(
+            [position.position + aside for position in curve.positions],
+            [interval.estimate for interval in accepted],
+            yerr=_reach(accepted),
+            fmt=f"{MARKERS[SERIES.index(hue)]}-",
+            color=hue,
+            clip_on=False,
+        )
+    longest = max((position.position for curve in curves for position in curve.positions), default=1)
+    axes.set(xlim=(0.5, longest + 0.5), ylim=(0.0, 1.0), xlabel="position in the round", ylabel="accepted so far")
+    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(visible=False, axis="x")
+    return _inline(figure, name, "lines: acceptance by position, one line for each draft")
+
+
+@rc_context(STYLE)
+def step_times(name: str, curve: StepTimeCurve, hue: str) -> Markup:
+    """Median step time against width, with the 10 and 90 % quantiles; from 0, so that heights compare."""
+    figure, axes = _panel(2.2)
+    unit, scale = ("ms", 1e3) if max(point.high_s for point in curve.widths) >= 1e-3 else ("µs", 1e6)
+    widths = [point.width for point in curve.widths]
+    middles = [point.median_s * scale for point in curve.widths]
+    reach = [
+        [(point.median_s - point.low_s) * scale for point in curve.widths],
+        [(point.high_s - point.median_s) * scale for point in curve.widths],
+    ]
+    axes.stairs(middles, [widths[0] - 0.5, *(width + 0.5 for width in widths)], baseline=None, color=hue)
+    axes.errorbar(widths, middles, yerr=reach, fmt="o", markersize=3.5, color=hue)
+    axes.set(xlabel=WIDTHS.get(curve.kind, "width: tokens in one forward"), ylabel=unit)
+    axes.set_ylim(bottom=0.0)
+    axes.xaxis.set_major_locator(_round_numbers(8))
+    axes.grid(visible=False, axis="x")
+    what = "round" if curve.kind == "round" else "forward"
+    return _inline(figure, name, f"steps: time in {unit} of one {what} against its width")
+
+
+def _panel(height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(PANEL_INCHES, height))
+    return figure, figure.add_subplot()
+
+
+def _reach(intervals: Sequence[Interval]) -> list[list[float]]:
+    """Intervals as matplotlib takes them: how far they reach below and above their estimates."""
+    below = [interval.estimate - interval.low for interval in intervals]
+    return [below, [interval.high - interval.estimate for interval in intervals]]
+
+
+def _round_numbers(most: int) -> MaxNLocator:
+    return MaxNLocator(most, steps=[1, 2, 5, 10])
+
+
+def _ratio_scale(axes: Any, side: str, intervals: Sequence[Interval]) -> None:
+    """A logarithmic axis that shows 1 and every interval, with ticks at round numbers."""
+    low = min(1.0, *(interval.low for interval in intervals)) / 1.06
+    high = max(1.0, *(interval.high for interval in intervals)) * 1.06
+    ticks = sorted({round(tick, 6) for tick in (*_round_numbers(6).tick_values(low, high), 1.0) if low < tick < high})
+    axes.set(**{f"{side}scale": "log", f"{side}lim": (low, high)})
+    axis = getattr(axes, f"{side}axis")
+    axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_ticks([], minor=True)
+
+
+def _inline(figure: Figure, name: str, label: str) -> Markup:
+    """The figure as an <svg> element for a page: as wide as its place, its ids its own, its colours the page's."""
+    buffer = io.StringIO()
+    with warnings.catch_warnings(), rc_context({"svg.fonttype": "none"}):
+        warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)  # the browser has it
+        figure.savefig(buffer, format="svg", transparent=True)
+    root = ElementTree.fromstring(buffer.getvalue())  # noqa: S314  matplotlib has just written it
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag in (f"{SVG}metadata", f"{SVG}style"):  # addresses; rules that would hold for the whole page
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(SVG)
+        attributes = {key.removeprefix(XLINK): value for key, value in element.attrib.items()}
+        element.attrib.clear()
+        element.attrib |= {key: _localised(value, key, name) for key, value in attributes.items()}
+    for size in ("width", "height", "version"):
+        root.attrib.pop(size, None)
+    root.attrib |= {"role": "img", "aria-label": label}
+    return Markup(ElementTree.tostring(root, encoding="unicode"))  # noqa: S704  ElementTree has escaped its text
+
+
+def _localised(value: str, key: str, name: str) -> str:
+    """An attribute's value with ids that carry `name`, CSS variables for colours, and no more digits than are seen."""
+    if key == "id":
+        return f"{name}-{value}"
+    value = value.replace("url(#", f"url(#{name}-")
+    if key == "href":
+        value = value.replace("#", f"#{name}-", 1)
+    for colour, variable in VARIABLES.items():
+        value = value.replace(colour, f"var(--{variable})")
+    if key in ("d", "x", "y", "transform", "width", "height"):
+        value = re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number.group()):.2f}", value)
+    return value

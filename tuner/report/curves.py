@@ -1,14 +1,15 @@
 """Figures that only a report shows: acceptance by position with intervals, and step times in quantiles."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy
-from scipy import stats
+from scipy.stats import t
 
+from profiles import stats
 from profiles.acceptance.expected_rounds import expected_rounds
 from profiles.acceptance.rates import acceptance_by_position
 from profiles.records.core import Draft, Interval, Model, Prompt, Workload
+from profiles.stats import Z_95
 from tuner.forecast.evidence import Evidence
 from tuner.policy.query import MIXED
 from tuner.report.data import AcceptanceCurve, Position, StepTimeCurve, WidthTime
@@ -20,21 +21,18 @@ def acceptance_curves(evidence: Evidence, workload: Workload, target_part: str) 
     Prompts without a round are left out.
     """
     length = _longest_length(evidence, target_part)
-    domains: dict[str, list[Prompt]] = {}
-    for prompt in evidence.prompts:
-        domains.setdefault(prompt.domain, []).append(prompt)
-    if len(domains) > 1:
-        domains = {MIXED: list(evidence.prompts)} | domains
+    domains = list(dict.fromkeys(prompt.domain for prompt in evidence.prompts))
     curves = []
     for draft in evidence.components:
-        counted = {
-            prompt.digest: _positions(evidence, workload, (draft, prompt), length) for prompt in evidence.prompts
-        }
-        for domain, prompts in domains.items():
-            tables = [counted[prompt.digest] for prompt in prompts if counted[prompt.digest]]
-            positions = _pooled(tables)
+        tables = [
+            (prompt.domain, _positions(evidence, workload, draft, prompt, length=length)) for prompt in evidence.prompts
+        ]
+        for domain in [MIXED, *domains] if len(domains) > 1 else domains:
+            of_domain = [table for name, table in tables if table and domain in (name, MIXED)]
             curves.append(
-                AcceptanceCurve(draft_name=draft.name, domain=domain, num_prompts=len(tables), positions=positions)
+                AcceptanceCurve(
+                    draft_name=draft.name, domain=domain, num_prompts=len(of_domain), positions=_pooled(of_domain)
+                )
             )
     return tuple(curves)
 
@@ -46,16 +44,17 @@ def _longest_length(evidence: Evidence, target_part: str) -> int:
 
 
 def _positions(
-    evidence: Evidence, workload: Workload, pair: tuple[Draft, Prompt], length: int
+    evidence: Evidence, workload: Workload, draft: Draft, prompt: Prompt, *, length: int
 ) -> dict[int, tuple[float, float]]:
     """Position -> (rounds that proposed that far, those that kept that far) of one draft on one prompt."""
-    draft, prompt = pair
-    acceptance = evidence.acceptances[draft.digest, prompt.digest]
-    past_end = evidence.capabilities.past_end
-    walked = expected_rounds(
-        evidence.traces[prompt.digest], acceptance, length, workload.max_new_tokens, past_end=past_end
-    )
-    return {position: (tried, share * tried) for position, tried, share in acceptance_by_position(walked.rounds)}
+    rounds = expected_rounds(
+        evidence.traces[prompt.digest],
+        evidence.acceptances[draft.digest, prompt.digest],
+        length,
+        workload.max_new_tokens,
+        past_end=evidence.capabilities.past_end,
+    ).rounds
+    return {position: (tried, share * tried) for position, tried, share in acceptance_by_position(rounds)}
 
 
 def _pooled(tables: Sequence[Mapping[int, tuple[float, float]]]) -> tuple[Position, ...]:
@@ -89,16 +88,12 @@ def design_effect(accepted: Sequence[float], tried: Sequence[float]) -> float | 
 def share_interval(accepted: Sequence[float], tried: Sequence[float], design: float) -> Interval:
     """sum(kept) / sum(tried) over prompts, with a 95 % interval that accounts for the similarity of rounds of a prompt.
 
-    Wilson's interval (1927) at the effective sample size of Korn and Graubard (1998): rounds / `design`, times
-    (z / t)^2 for few prompts. A single prompt counts as one round. `tried` is above 0 for every prompt.
+    Wilson's interval at the effective sample size of Korn and Graubard (1998): rounds / `design`, times (z / t)^2 for
+    few prompts. A single prompt counts as one round. `tried` is above 0 for every prompt.
     """
     num_prompts, total = len(tried), sum(tried)
-    share = min(1.0, max(0.0, sum(accepted) / total))
-    z = float(stats.norm.ppf(0.975))
-    size = total / design * (z / float(stats.t.ppf(0.975, num_prompts - 1))) ** 2 if num_prompts > 1 else 1.0
-    middle = (share + z**2 / (2.0 * size)) / (1.0 + z**2 / size)
-    reach = z / (1.0 + z**2 / size) * math.sqrt(share * (1.0 - share) / size + z**2 / (4.0 * size**2))
-    return Interval(estimate=share, low=max(0.0, min(middle - reach, share)), high=min(1.0, max(middle + reach, share)))
+    size = total / design * (Z_95 / float(t.ppf(0.975, num_prompts - 1))) ** 2 if num_prompts > 1 else 1.0
+    return stats.share_interval(size * min(1.0, sum(accepted) / total), size)
 
 
 def step_time_curves(evidence: Evidence, target: Model) -> tuple[StepTimeCurve, ...]:

@@ -5,30 +5,24 @@ A run saves its report data in the store; every page and picture is drawn from i
 
 import json
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from profiles.records import codec
 from profiles.records.core import Draft, Environment, Interval, Model
-from profiles.records.errors import InputError
+from profiles.records.errors import require
 from profiles.records.text import printable_values
 from tuner.policy.estimates import RoundSplit
 from tuner.policy.policy import MEASURED_NAMES, Choice, rename_keys
 
 REPORT_DATA_VERSION = 3  # 2 added what policies of version 2 did; data of version 3 may hold a timeline
 # keys of reports before 0.6
-EARLIER_NAMES = {
-    **MEASURED_NAMES,
-    "anchors": "points",
-    "staircases": "step_time_curves",
-    "stairs": "widths",
-    "kept": "accepted",
-}
-STATES = ("baseline", "forecast only", "raced", "pruned in the race", "not proven", "proven", "infeasible")
+EARLIER_NAMES = {"anchors": "points", "staircases": "step_time_curves", "stairs": "widths", "kept": "accepted"}
+State = Literal["baseline", "forecast only", "raced", "pruned in the race", "not proven", "proven", "infeasible"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A setup at one operating point: how far it came (`state`, one of STATES), why no further, and its figures.
+    """A setup at one operating point: how far it came (`state`), why no further, and its figures.
 
     `draft_name` is `plain` for plain decoding, whose state is `baseline`. Rates are output tokens per second, decode
     only; `measured_*` come from the proof; `race_speedup` is a geometric mean over the race's prompts and only selects.
@@ -37,7 +31,7 @@ class Candidate:
     setup_name: str
     draft_name: str
     length: int
-    state: str
+    state: State
     reason: str
     forecast_tok_per_s: Interval | None = None
     forecast_speedup: Interval | None = None
@@ -46,10 +40,6 @@ class Candidate:
     race_speedup: float | None = None
     acceptance_length: float | None = None
     round_split: RoundSplit | None = None
-
-    def __post_init__(self) -> None:
-        if self.state not in STATES:
-            raise InputError(f"state {self.state!r}: allowed are {', '.join(STATES)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,10 +125,10 @@ class ReportData:
     standing: tuple[Choice, ...]
 
     def __post_init__(self) -> None:
-        if self.version != REPORT_DATA_VERSION:
-            raise InputError(f"version {self.version}: this draftpick knows {REPORT_DATA_VERSION}")
-        if not self.loads or not all(load.points for load in self.loads):
-            raise InputError("report data needs a load, and every load an operating point")
+        known = self.version == REPORT_DATA_VERSION
+        require(known, f"version {self.version}: this draftpick knows {REPORT_DATA_VERSION}")
+        complete = bool(self.loads) and all(load.points for load in self.loads)
+        require(complete, "report data needs a load, and every load an operating point")
 
     @property
     def points(self) -> tuple[PointFigures, ...]:
@@ -154,5 +144,5 @@ class ReportData:
         """The report data that `to_json` wrote. Raises InputError, naming field, value and what is allowed."""
         if isinstance(raw, dict):
             raw = {name: value for name, value in raw.items() if name != "timeline"}  # earlier draftpicks drew one
-        raw = rename_keys(raw, EARLIER_NAMES)
+        raw = rename_keys(raw, MEASURED_NAMES | EARLIER_NAMES)
         return codec.from_builtins(cls, printable_values(raw), "report data", newest_version=REPORT_DATA_VERSION)

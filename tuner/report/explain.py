@@ -1,8 +1,7 @@
 """Why this setup and not another, at one operating point: where a round's time goes and what it must yield."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -10,11 +9,11 @@ from rich.text import Text
 from scipy.optimize import brentq
 
 from profiles.records.core import PLAIN, Interval
-from profiles.records.errors import InputError
+from profiles.records.errors import InputError, require
 from tuner.report.data import Candidate, PointFigures
 from tuner.search.objective import TIE
 
-INFEASIBLE, PRUNED = "infeasible", "pruned in the race"  # states of report data that are decided on
+MOST_ROWS = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +68,6 @@ class Explanation:
     rival: str | None
     accounts: tuple[Account, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """Lists, objects, strings, numbers and None only."""
-        return {**asdict(self), "accounts": [asdict(account) for account in self.accounts]}
-
 
 def explain(figures: PointFigures, instead: str | None = None) -> Explanation:
     """Why the choice of an operating point and not `instead` (None: the runner-up).
@@ -83,22 +78,22 @@ def explain(figures: PointFigures, instead: str | None = None) -> Explanation:
     """
     choice, candidates = figures.choice, _forecast_candidates(figures)
     chosen_name = choice.setup.name
-    for name in (PLAIN.name, chosen_name, instead):
-        if name is not None and name not in candidates:
-            allowed = ", ".join(candidates)
-            raise InputError(f"setup {name!r} is no candidate for domain {choice.domain!r}; allowed are {allowed}")
+    for name in (PLAIN.name, chosen_name, instead or chosen_name):
+        allowed = ", ".join(candidates)
+        require(
+            name in candidates,
+            f"setup {name!r} is no candidate for domain {choice.domain!r}; allowed are {allowed}",
+        )
     if instead == chosen_name:
         raise InputError(f"setup {instead!r} is what was chosen for domain {choice.domain!r}; name another one")
-    plain_s = _token_s(candidates[PLAIN.name])
+    plain_s = _plain_token_s(candidates[PLAIN.name])
     accounts = {name: _account(candidate, plain_s) for name, candidate in candidates.items()}
     chosen = accounts.pop(chosen_name)
     others = [
         replace(account, why_not=_why_not(account, chosen, candidates[name].reason))
         for name, account in accounts.items()
     ]
-    others.sort(
-        key=lambda candidate: (candidate.setup_name != instead, candidate.state == INFEASIBLE, -candidate.best_known)
-    )
+    others.sort(key=lambda other: (other.setup_name != instead, other.state == "infeasible", -other.best_known))
     return Explanation(
         domain=choice.domain,
         batch_size=choice.batch_size,
@@ -125,8 +120,7 @@ def _forecast_candidates(figures: PointFigures) -> dict[str, Candidate]:
         for candidate in figures.candidates
         if candidate.forecast_speedup and candidate.forecast_tok_per_s and candidate.acceptance_length
     }
-    if not candidates:
-        raise InputError(f"domain {domain!r}: {figures.stopped or 'nothing was forecast'}; run again")
+    require(bool(candidates), f"domain {domain!r}: {figures.stopped or 'nothing was forecast'}; run again")
     return candidates
 
 
@@ -143,29 +137,28 @@ def needed_acceptance(acceptance_length: float, length: int) -> float | None:
     return float(brentq(lambda a: sum(a**power for power in range(length + 1)) - acceptance_length, 0.0, 1.0))
 
 
-def _token_s(plain: Candidate) -> float:
+def _plain_token_s(plain: Candidate) -> float:
     """Seconds of a token of plain decoding: of its round, else, where no round was timed, by its rate."""
     assert plain.forecast_tok_per_s  # else it would have been left out
-    round_s = _round_s(plain)
-    return 1.0 / plain.forecast_tok_per_s.estimate if round_s is None else round_s
+    return _round_s(plain) or 1.0 / plain.forecast_tok_per_s.estimate
 
 
 def _round_s(candidate: Candidate) -> float | None:
     if candidate.round_split is None:
         return None
     round_s = candidate.round_split.total_s
-    if not round_s > 0.0:
-        raise InputError(f"{candidate.setup_name}: a round of {round_s} s; more than 0 is needed")
+    require(round_s > 0.0, f"{candidate.setup_name}: a round of {round_s} s; more than 0 is needed")
     return round_s
 
 
 def _account(candidate: Candidate, plain_s: float) -> Account:
+    acceptance_length, length = candidate.acceptance_length, candidate.length
     assert candidate.forecast_speedup  # else it would have been left out, here and below
     assert candidate.forecast_tok_per_s
-    assert candidate.acceptance_length
-    split, round_s = candidate.round_split, _round_s(candidate)
-    break_even_length = None if round_s is None else round_s / plain_s
-    drafts = candidate.length > 0
+    assert acceptance_length
+    round_s = _round_s(candidate)
+    break_even = None if round_s is None else round_s / plain_s
+    split = candidate.round_split
     return Account(
         setup_name=candidate.setup_name,
         state=candidate.state,
@@ -173,69 +166,57 @@ def _account(candidate: Candidate, plain_s: float) -> Account:
         measured=candidate.measured_speedup,
         race_speedup=candidate.race_speedup,
         tok_per_s=candidate.forecast_tok_per_s,
-        acceptance_length=candidate.acceptance_length,
-        acceptance=needed_acceptance(candidate.acceptance_length, candidate.length) if drafts else None,
+        acceptance_length=acceptance_length,
+        acceptance=needed_acceptance(acceptance_length, length) if length else None,
         draft_s=None if split is None else split.draft_s,
         verify_s=None if split is None else split.verify_s,
         overhead_s=None if split is None else split.overhead_s,
         round_s=round_s,
-        break_even_length=break_even_length,
-        break_even_acceptance=needed_acceptance(break_even_length, candidate.length)
-        if drafts and break_even_length
-        else None,
+        break_even_length=break_even,
+        break_even_acceptance=needed_acceptance(break_even, length) if length and break_even else None,
     )
 
 
 def _why_not(account: Account, chosen: Account, reason: str) -> str:
     """By the strongest evidence there is: it could not run, the proof, the race, the forecast."""
-    if account.state in (INFEASIBLE, PRUNED):
+    if account.state in ("infeasible", "pruned in the race"):
         return f"{account.state}: {reason}"
     if account.setup_name == PLAIN.name:
-        interval = chosen.measured or chosen.speedup
-        return f"{chosen.setup_name} is {'measured' if chosen.measured else 'forecast'} at {_figure(interval)} times it"
+        known = f"measured at {chosen.measured:.2f}" if chosen.measured else f"forecast at {chosen.speedup:.2f}"
+        return f"{chosen.setup_name} is {known} times it"
     if account.measured is not None:
-        return f"not proven: measured at {_figure(account.measured)}; {reason}"
+        return f"not proven: measured at {account.measured:.2f}; {reason}"
     if account.race_speedup is not None:
         return _lost_race(account.race_speedup, chosen.race_speedup, reason)
     if account.speedup.estimate < chosen.speedup.estimate:
         plain = chosen.setup_name == PLAIN.name
-        than = "plain decoding" if plain else f"{_figure(chosen.speedup)} for {chosen.setup_name}"
-        return f"forecast lower: {_figure(account.speedup)} against {than}"
-    return f"forecast at {_figure(account.speedup)}, but {account.state}: {reason}"
+        than = "plain decoding" if plain else f"{chosen.speedup:.2f} for {chosen.setup_name}"
+        return f"forecast lower: {account.speedup:.2f} against {than}"
+    return f"forecast at {account.speedup:.2f}, but {account.state}: {reason}"
 
 
 def _lost_race(speedup: float, best: float | None, reason: str) -> str:
     """`best` is the race's speed-up of what was chosen; None where that did not race."""
     if best is None:
         return f"{speedup:.2f} times plain decoding in the race; {reason}"
-    if speedup * (1.0 + TIE) >= best:
-        return (
-            f"within {TIE:.1%} of it in the race, {speedup:.2f} against {best:.2f}: ties go to the setup without draft "
-            "weights, then to the shorter"
-        )
-    return f"slower in the race: {speedup:.2f} against {best:.2f} times plain decoding"
+    if speedup * (1.0 + TIE) < best:
+        return f"slower in the race: {speedup:.2f} against {best:.2f} times plain decoding"
+    tie = f"within {TIE:.1%} of it in the race, {speedup:.2f} against {best:.2f}"
+    return f"{tie}: ties go to the setup without draft weights, then to the shorter"
 
 
 def sentences(explanation: Explanation) -> list[str]:
     """The answer in a few lines for a terminal: the choice, what k = 0 costs, the rounds, and why the rival lost."""
-    where = (
-        f"batch {explanation.batch_size}, context {explanation.context_length}, temperature {explanation.temperature:g}"
-    )
-    lines = [
-        f"{explanation.domain}, {where}: {explanation.chosen}, {'proven' if explanation.proven else 'not proven'}",
+    point = f"batch {explanation.batch_size}, context {explanation.context_length}"
+    proven = "proven" if explanation.proven else "not proven"
+    shown = explanation.accounts[:2]  # the choice and its rival
+    return [
+        f"{explanation.domain}, {point}, temperature {explanation.temperature:g}: {explanation.chosen}, {proven}",
         explanation.reason,
         f"Plain decoding (k = 0) takes {_ms(explanation.plain_s_per_token)} ms per token.",
+        *(_round_sentence(account) for account in shown if account.setup_name != PLAIN.name),
+        *(f"Not {account.setup_name}: {account.why_not}." for account in shown[1:]),
     ]
-    drafting = [
-        account for account in explanation.accounts if account.setup_name in (explanation.chosen, explanation.rival)
-    ]
-    lines += [_round_sentence(account) for account in drafting if account.setup_name != PLAIN.name]
-    lines += [
-        f"Not {account.setup_name}: {account.why_not}."
-        for account in drafting
-        if account.setup_name == explanation.rival
-    ]
-    return lines
 
 
 def _round_sentence(account: Account) -> str:
@@ -245,37 +226,31 @@ def _round_sentence(account: Account) -> str:
             f"decodes {account.best_known:.2f} times as fast as plain decoding; how a round's time splits is unknown."
         )
     drafted = "draft and verify" if account.draft_s is None else f"draft {_ms(account.draft_s)}, verify"
-    split = f"{drafted} {_ms(account.verify_s)}, overhead {_ms(account.overhead_s)}"
-    if account.break_even_acceptance is None:
-        needed = "which no acceptance yields"
-    else:
+    needed = "which no acceptance yields"
+    if account.break_even_acceptance is not None:
         has = "" if account.acceptance is None else f" (it has {account.acceptance:.2f})"
         needed = f"an acceptance of {account.break_even_acceptance:.2f} of each token{has}"
     return (
-        f"A round of {account.setup_name} takes {_ms(account.round_s)} ms ({split}) and yields "
-        f"{account.acceptance_length:.2f} tokens; it breaks even with plain decoding at "
-        f"{account.break_even_length:.2f} tokens, {needed}."
+        f"A round of {account.setup_name} takes {_ms(account.round_s)} ms ({drafted} {_ms(account.verify_s)}, overhead "
+        f"{_ms(account.overhead_s)}) and yields {account.acceptance_length:.2f} tokens; it breaks even with plain "
+        f"decoding at {account.break_even_length:.2f} tokens, {needed}."
     )
 
 
-def comparison(accounts: Sequence[Account], most_rows: int = 12) -> Table:
+def comparison(accounts: Sequence[Account]) -> Table:
     """The first candidates side by side: tokens a round against what it needs, and where its time goes."""
     title = Text("forecast of the mean round: tokens, and milliseconds")
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left")
     table.add_column("setup", overflow="fold")
     for name in ("tokens", "needed", "draft", "verify", "overhead", "speed-up"):
         table.add_column(name, justify="right", no_wrap=True)
-    for account in accounts[:most_rows]:
-        times = (_ms(account.draft_s), _ms(account.verify_s), _ms(account.overhead_s))
+    for account in accounts[:MOST_ROWS]:
         needed = "-" if account.break_even_length is None else f"{account.break_even_length:.2f}"
-        tokens = f"{account.acceptance_length:.2f}", needed
-        style = "bold" if not account.why_not else "dim" if account.state == INFEASIBLE else ""
-        table.add_row(Text(account.setup_name), *tokens, *times, f"{account.speedup.estimate:.2f}", style=style)
+        times = (_ms(account.draft_s), _ms(account.verify_s), _ms(account.overhead_s))
+        cells = (f"{account.acceptance_length:.2f}", needed, *times, f"{account.speedup.estimate:.2f}")
+        style = "bold" if not account.why_not else "dim" if account.state == "infeasible" else ""
+        table.add_row(Text(account.setup_name), *cells, style=style)
     return table
-
-
-def _figure(interval: Interval) -> str:
-    return f"{interval.estimate:.2f} ({interval.low:.2f} to {interval.high:.2f})"
 
 
 def _ms(seconds: float | None) -> str:

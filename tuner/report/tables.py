@@ -11,6 +11,7 @@ from rich.text import Text
 
 from profiles.records.core import Interval
 from profiles.records.errors import InputError
+from tuner.policy.estimates import Measured
 from tuner.policy.policy import Answer, Choice, Policy, crossover_of
 
 UNCHANGED = Interval(estimate=1.0, low=1.0, high=1.0)
@@ -34,13 +35,10 @@ def table(policy: Policy) -> Group:
     for name in ("speed-up (95 %)", "end to end", "proven"):
         shown.add_column(name, no_wrap=True)
     reasons = Text(overflow="fold")
-    for index, choice in enumerate(policy.choices):
-        point_cells = {name: cells[index] for name, cells in varied.items()}
-        shown.add_row(
-            *map(Text, point_cells.values()), Text(choice.domain), Text(choice.setup.name, "bold"), *_cells(choice)
-        )
-        point_name = ", ".join([choice.domain, *(f"{name} {value}" for name, value in point_cells.items())])
-        reasons.append(f"{point_name}: ", "bold").append(f"{choice.reason}\n")
+    for choice, *point in zip(policy.choices, *varied.values(), strict=True):
+        shown.add_row(*point, Text(choice.domain), Text(choice.setup.name, "bold"), *_cells(choice))
+        parts = (f"{name} {value}" for name, value in zip(varied, point, strict=True))
+        reasons.append(f"{', '.join([choice.domain, *parts])}: ", "bold").append(f"{choice.reason}\n")
     if (crossover := crossover_sentence(policy.choices)) is not None:
         reasons.append(f"{crossover}\n")
     return Group(shown, reasons)
@@ -60,12 +58,9 @@ def crossover_sentence(choices: Sequence[Choice]) -> str | None:
 def _cells(choice: Choice) -> tuple[str, str, str]:
     if choice.setup.draft is None:
         return "1", "1", "no"
-    speedup, end_to_end = _speedup(choice), _end_to_end(choice)
-    return (
-        f"{speedup.estimate:.2f} ({speedup.low:.2f} to {speedup.high:.2f})",
-        "unknown" if end_to_end is None else f"{end_to_end:.2f}",
-        "yes" if choice.proven else "no",
-    )
+    end_to_end = _end_to_end(choice)
+    cells = f"{_speedup(choice):.2f}", "unknown" if end_to_end is None else f"{end_to_end:.2f}"
+    return (*cells, "yes" if choice.proven else "no")
 
 
 def document(
@@ -80,16 +75,7 @@ def document(
         "target": asdict(policy.target),
         "environment": {**asdict(policy.environment), "digest": policy.environment.digest},
         **_figures(policy.headline),
-        "anchors": [
-            {
-                "batch_size": choice.batch_size,
-                "context_length": choice.context_length,
-                "domain": choice.domain,
-                "temperature": choice.temperature,
-                **_figures(choice),
-            }
-            for choice in policy.choices
-        ],
+        "anchors": [{**choice.point._asdict(), **_figures(choice)} for choice in policy.choices],
         "crossover_batch": policy.crossover_batch,
         "cost": dict(cost),
         "store": store,
@@ -120,27 +106,24 @@ def _figures(choice: Choice) -> dict[str, Any]:
 
 
 def _speedup(choice: Choice) -> Interval:
-    """Of the chosen setup: beside plain decoding the record may hold the figures of the setup that lost to it."""
     if choice.setup.draft is None:
         return UNCHANGED
-    for estimate in (choice.measured, choice.forecast):
-        if estimate is not None and estimate.setup == choice.setup:
-            return estimate.speedup
-    raise InputError(f"the choice {choice.setup.name!r} has neither a measurement nor a forecast of its own")
+    if choice.figures is None:
+        raise InputError(f"the choice {choice.setup.name!r} has neither a measurement nor a forecast of its own")
+    return choice.figures.speedup
 
 
 def _end_to_end(choice: Choice) -> float | None:
     if choice.setup.draft is None:
         return 1.0
-    return choice.measured.end_to_end.estimate if choice.measured else None
+    return choice.figures.end_to_end.estimate if isinstance(choice.figures, Measured) else None
 
 
 def _rates(choice: Choice) -> tuple[float | None, float | None]:
     """Tokens per second of plain decoding and of the choice."""
-    if choice.measured is not None:
-        plain = choice.measured.plain_tok_per_s.estimate
-        return plain, choice.measured.tok_per_s.estimate if choice.setup.draft else plain
-    if choice.forecast is None:
+    figures = choice.measured or choice.forecast
+    if figures is None:
         return None, None
-    plain = choice.forecast.tok_per_s.estimate / choice.forecast.speedup.estimate
-    return plain, choice.forecast.tok_per_s.estimate if choice.setup.draft else plain
+    rate = figures.tok_per_s.estimate
+    plain = figures.plain_tok_per_s.estimate if isinstance(figures, Measured) else rate / figures.speedup.estimate
+    return plain, rate if choice.setup.draft else plain

@@ -265,7 +265,7 @@ def test_json_refuses_what_is_deeper(made: ReportData) -> None:
     """An unknown state and a missing key are named with their place."""
     raw = made.to_json()
     raw["loads"][0]["points"][0]["candidates"][1]["state"] = "winning"
-    with pytest.raises(InputError, match=r"candidates\[1\]: state 'winning': allowed are baseline, forecast only"):
+    with pytest.raises(InputError, match=r"candidates\[1\]\.state is \"winning\": Invalid enum value"):
         ReportData.from_json(raw)
     raw = made.to_json()
     del raw["target"]

@@ -2,7 +2,7 @@
 
 import io
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from rich.console import Console
@@ -185,18 +185,18 @@ SLOW_FORECAST = replace(FORECAST_ONLY, forecast_speedup=interval(0.9))
         (
             FORECAST_ONLY,
             CHOSEN,
-            "forecast lower: 1.20 (1.10 to 1.30) against 1.60 (1.50 to 1.70) for draft-a k=2",
+            "forecast lower: 1.20 [1.10, 1.30] against 1.60 [1.50, 1.70] for draft-a k=2",
         ),
         (
             NOT_RACED,
             CHOSEN,
-            "forecast at 1.90 (1.80 to 2.00), but forecast only: three were raced, and it came fourth",
+            "forecast at 1.90 [1.80, 2.00], but forecast only: three were raced, and it came fourth",
         ),
-        (PLAIN, CHOSEN, "draft-a k=2 is measured at 1.55 (1.45 to 1.65) times it"),
-        (PLAIN, replace(CHOSEN, measured_speedup=None), "draft-a k=2 is forecast at 1.60 (1.50 to 1.70) times it"),
-        (NOT_PROVEN, PLAIN, "not proven: measured at 1.05 (0.98 to 1.12); its speed-up is not clearly above 1"),
+        (PLAIN, CHOSEN, "draft-a k=2 is measured at 1.55 [1.45, 1.65] times it"),
+        (PLAIN, replace(CHOSEN, measured_speedup=None), "draft-a k=2 is forecast at 1.60 [1.50, 1.70] times it"),
+        (NOT_PROVEN, PLAIN, "not proven: measured at 1.05 [0.98, 1.12]; its speed-up is not clearly above 1"),
         (SLOW_IN_RACE, PLAIN, "0.97 times plain decoding in the race; no finalist was faster than plain decoding"),
-        (SLOW_FORECAST, PLAIN, "forecast lower: 0.90 (0.80 to 1.00) against plain decoding"),
+        (SLOW_FORECAST, PLAIN, "forecast lower: 0.90 [0.80, 1.00] against plain decoding"),
     ],
 )
 def test_every_way_to_lose_is_said(one: Candidate, chosen: Candidate, words: str) -> None:
@@ -251,8 +251,7 @@ def test_the_comparison_fits_80_columns() -> None:
 
 def test_the_json_form_holds_all_of_it() -> None:
     """It survives JSON as it is, one object per candidate."""
-    raw = explain(facts(RACED)).to_json()
-    assert json.loads(json.dumps(raw, allow_nan=False)) == raw
+    raw = json.loads(json.dumps(asdict(explain(facts(RACED))), allow_nan=False))
     assert (raw["chosen"], raw["rival"], raw["plain_s_per_token"]) == ("draft-a k=2", "draft-b k=3", 0.005)
     assert [account["setup_name"] for account in raw["accounts"]] == ["draft-a k=2", "draft-b k=3", "plain"]
     assert raw["accounts"][1]["race_speedup"] == 1.3
@@ -284,7 +283,7 @@ def test_a_choice_that_was_only_run() -> None:
     [said] = [one for one in sentences(found) if one.startswith("draft-a k=2 was run, not traced")]
     assert said.endswith("decodes 1.55 times as fast as plain decoding; how a round's time splits is unknown.")
     assert (found.plain_s_per_token, found.accounts[0].round_s) == (0.005, None)
-    json.dumps(found.to_json(), allow_nan=False)
+    json.dumps(asdict(found), allow_nan=False)
     untimed = replace(facts(), candidates=(replace(PLAIN, round_split=None), replace(CHOSEN, round_split=None)))
     assert explain(untimed).plain_s_per_token == pytest.approx(1 / 200)
     Console(file=io.StringIO()).print(comparison(found.accounts))

@@ -216,5 +216,6 @@ def test_page_refusals(made: ReportData, tmp_path: Path) -> None:
     """Another suffix and a missing folder are one-line errors."""
     with pytest.raises(InputError, match=r"report .*report\.pdf: the suffixes \.html, \.htm, \.png, \.svg are allowed"):
         write(made, tmp_path / "report.pdf")
-    with pytest.raises(InputError, match="cannot be written: No such file"):
-        write(made, tmp_path / "missing" / "report.html")
+    for name in ("report.html", "chart.png"):
+        with pytest.raises(InputError, match="cannot be written: No such file"):
+            write(made, tmp_path / "missing" / name)

@@ -9,10 +9,11 @@ import matplotlib.image
 import pytest
 from rich.console import Console
 
-from profiles.records.core import PLAIN, Interval, Setup
+from profiles.records.core import PLAIN, Setup
 from profiles.records.errors import InputError
 from tests.support.policies import CODE_DRAFT, NGRAM, choice, forecast, interval, measured, policy
-from tuner.report import ChartRow, bar_chart, document, table
+from tuner.report.charts import ChartRow, bar_chart
+from tuner.report.tables import document, table
 
 CODE4 = Setup(draft=CODE_DRAFT, length=4)
 COST = {"measured_seconds": 71.5, "reused_units": 3, "grid_seconds_estimate": 2000.0}
@@ -46,7 +47,7 @@ def test_table_rows() -> None:
     """A row per anchor: interval, end to end, proven, and the reasons below; what is shared is the title."""
     shown = printed(choice(CODE4), choice(PLAIN, domain="code", reason="Plain decoding: k=2 [sic] is not proven."))
     assert "family/target on Example CPU, 2026-11-21 \nbatch 1, context 512, temperature 0 \n" in shown
-    assert "\n mixed family/draft-code k=4 1.60 (1.55 to 1.65) 1.50 yes \n" in shown
+    assert "\n mixed family/draft-code k=4 1.60 [1.55, 1.65] 1.50 yes \n" in shown
     assert "\n code plain 1 1 no \n" in shown
     assert "\nmixed: family/draft-code k=4 was the fas" in shown
     assert "\ncode: Plain decoding: k=2 [sic] is not proven." in shown
@@ -108,9 +109,9 @@ def test_a_draft_without_figures_is_refused() -> None:
         described(choice(CODE4, measured=None, forecast=None, proven=False))
 
 
-@pytest.mark.parametrize("num_drafts", [1, 6])
-def test_chart_grows_with_its_rows(num_drafts: int, tmp_path: Path) -> None:
-    """The picture is not blank, and 49 setups take two columns rather than one tall strip."""
+@pytest.mark.parametrize(("num_drafts", "pixels_wide"), [(1, 600), (6, 1800)])
+def test_chart_grows_with_its_drafts(num_drafts: int, pixels_wide: int, tmp_path: Path) -> None:
+    """The picture is not blank, and six drafts stand side by side rather than in one tall strip."""
     rows = [chart_row("plain", 0, 1.0, confirmed=True)]
     rows += [
         chart_row(f"draft-{index}", length, 0.7 + 0.1 * length, confirmed=length == 3)
@@ -118,51 +119,34 @@ def test_chart_grows_with_its_rows(num_drafts: int, tmp_path: Path) -> None:
         for length in range(1, 9)
     ]
     path = tmp_path / "chart.png"
-    bar_chart(rows, path, title="Speed of every setup", subtitle="Example CPU")
+    bar_chart(rows, path, title="Speed of every setup")
     picture = matplotlib.image.imread(path)
     height, width = picture.shape[:2]
-    assert width == (1200 if num_drafts == 1 else 2400)
+    assert width == pixels_wide
     assert height < width
     assert len({tuple(pixel) for pixel in picture[::7, ::7, :3].reshape(-1, 3).tolist()}) > 2 * num_drafts
 
 
-def test_chart_says_what_it_shows(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rows", "shown", "hidden"),
+    [
+        pytest.param(
+            [("plain", 0, 1.0, False), ("draft-code", 4, 1.62, True)],
+            {"Speed of $x_{$", "draft-code", "k=4", "1.62×", "forecast", "measured, paired runs", "plain decoding"},
+            {"1.00×"},
+            id="plain decoding is a line",
+        ),
+        pytest.param([("plain", 0, 1.0, False)], {"plain", "k=0", "1.00×"}, {"measured, paired runs"}, id="only plain"),
+        pytest.param([("ngram", 1, 0.9, False)], {"ngram", "0.90×"}, {"plain decoding"}, id="no plain decoding"),
+        pytest.param([("$draft_{$", 4, 1.1, False)], {"$draft_{$"}, set(), id="a dollar starts no formula"),
+    ],
+)
+def test_chart_says_what_it_shows(
+    rows: list[tuple[str, int, float, bool]], shown: set[str], hidden: set[str], tmp_path: Path
+) -> None:
     """Title, draft names, multipliers and the legend stand in the picture."""
-    rows = [chart_row("plain", 0, 1.0, confirmed=False), chart_row("draft-code", 4, 1.62, confirmed=True)]
-    path = tmp_path / "chart.svg"
-    bar_chart(rows, path, title="Speed", subtitle="Example CPU, greedy")
-    comments = re.findall(r"<!-- (.*?) -->", path.read_text())
-    said = ["Speed", "Example CPU, greedy", "plain decoding", "draft-code", "k=4", "1.62×", "1.00×", "forecast"]
-    assert set(said) <= set(comments)
-    assert "measured, paired runs" in comments
-
-
-def test_chart_without_plain_decoding_or_forecast(tmp_path: Path) -> None:
-    """Rows that hold only measurements, and no plain decoding, are drawn without a dashed line."""
-    only = Interval(estimate=50.0, low=49.0, high=52.0)
-    rows = [ChartRow(setup_name="ngram k=1", group="ngram", forecast=None, measured=only, speedup=0.9)]
-    bar_chart(rows, tmp_path / "chart.svg", title="Speed")
-    comments = re.findall(r"<!-- (.*?) -->", (tmp_path / "chart.svg").read_text())
-    assert "0.90×" in comments
-    assert not {"plain decoding", "forecast"} & set(comments)
-
-
-def test_chart_shows_a_dollar(tmp_path: Path) -> None:
-    """Dollars in a draft's name are not the start of a formula, which would fail to parse."""
-    rows = [chart_row("plain", 0, 1.0, confirmed=False), chart_row("$draft_{$", 4, 1.1, confirmed=False)]
-    bar_chart(rows, tmp_path / "chart.svg", title="Speed of $x_{$")
-    comments = re.findall(r"<!-- (.*?) -->", (tmp_path / "chart.svg").read_text())
-    assert {"$draft_{$", "Speed of $x_{$"} <= set(comments)
-
-
-def test_chart_refusals(tmp_path: Path) -> None:
-    """No rows, a row without figures, another suffix and a missing folder are one-line errors."""
-    row = chart_row("plain", 0, 1.0, confirmed=False)
-    with pytest.raises(InputError, match=r"chart\.png: there is no setup to draw"):
-        bar_chart([], tmp_path / "chart.png", title="")
-    with pytest.raises(InputError, match=r"chart\.pdf: the suffixes \.png and \.svg are allowed"):
-        bar_chart([row], tmp_path / "chart.pdf", title="")
-    with pytest.raises(InputError, match="cannot be written: No such file"):
-        bar_chart([row], tmp_path / "missing" / "chart.png", title="")
-    with pytest.raises(InputError, match="setup 'x' has neither a forecast nor a measurement"):
-        ChartRow(setup_name="x", group="x", forecast=None, measured=None, speedup=1.0)
+    made = [chart_row(group, length, speedup, confirmed=confirmed) for group, length, speedup, confirmed in rows]
+    bar_chart(made, tmp_path / "chart.svg", title="Speed of $x_{$")
+    comments = set(re.findall(r"<!-- (.*?) -->", (tmp_path / "chart.svg").read_text()))
+    assert shown <= comments
+    assert not hidden & comments
