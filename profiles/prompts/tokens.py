@@ -152,11 +152,7 @@ def _apply(tokenizer: Tokenizer, conversation: list[dict[str, Any]], request: Re
     try:
         with _time_limit(_TEMPLATE_TIMEOUT_S):
             return tokenizer.apply_chat_template(
-                conversation,
-                add_generation_prompt=True,
-                return_dict=False,
-                tokenize=tokenize,
-                **options,
+                conversation, add_generation_prompt=True, return_dict=False, tokenize=tokenize, **options
             )
     except Exception as error:  # a template is a program that came with the model
         roles = ", ".join(message["role"] for message in conversation)
