@@ -133,7 +133,7 @@ TOY_DRAFTS = {  # the early exit stands for any draft model
 }
 SAMPLED = Workload(batch_size=100, context_length=256, max_new_tokens=128, temperature=0.9, top_p=0.95, seed=0)
 # the first token, out of the vocabulary, tells the prompts apart: each has random numbers of its own
-TOY_PROMPTS = [Prompt(domain="toy", token_ids=(12 + position, 1, 2, 3, 4, 5, 1)) for position in range(2000)]
+TOY_PROMPTS = [Prompt(domain="toy", token_ids=(12 + position, 1, 2, 3, 4, 5, 1)) for position in range(1000)]
 
 
 @functools.cache
