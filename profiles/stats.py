@@ -1,7 +1,8 @@
-"""Statistics of timed runs: paired ratios with intervals, Holm's step-down, the median."""
+"""Statistics of timed runs: ratios of totals with intervals, Holm's step-down, the median."""
 
 import math
 from collections.abc import Hashable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy
 
@@ -11,12 +12,54 @@ from profiles.records.errors import InputError
 Z_95 = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 
 
+class LogRatio(NamedTuple):
+    """The log of a ratio of totals, its standard error and the degrees of freedom of that error."""
+
+    value: float
+    error: float
+    freedom: float
+
+    def interval(self, level: float = 0.05) -> Interval:
+        """The ratio with a t interval that covers with a probability of 1 - `level`."""
+        from scipy.special import stdtrit  # slow to import, and a look-up's forecast does without
+
+        reach = float(stdtrit(self.freedom, 1.0 - level / 2.0)) * self.error
+        low, estimate, high = (math.exp(self.value + shift) for shift in (-reach, 0.0, reach))
+        return Interval(estimate=estimate, low=low, high=high)
+
+    def p_value(self) -> float:
+        """Two-sided, of a ratio of 1."""
+        from scipy.special import stdtr
+
+        if self.error == 0.0:
+            return 1.0 if self.value == 0.0 else 0.0
+        return float(2.0 * stdtr(self.freedom, -abs(self.value) / self.error))
+
+
+class Linearised(NamedTuple):
+    """A log ratio of totals whose error is the mean of `terms`, one per prompt (Cochran 1977, 6.3)."""
+
+    value: float
+    terms: numpy.ndarray
+
+    @classmethod
+    def of(cls, tops: Sequence[Sequence[float]], bottoms: Sequence[Sequence[float]]) -> "Linearised":
+        """Product of the totals of `tops` over those of `bottoms`. Raises InputError where a total is not above 0."""
+        totals = [float(numpy.sum(part)) for part in (*tops, *bottoms)]
+        if not totals or min(totals) <= 0.0:
+            raise InputError("a ratio of nothing: there are no tokens or no seconds")
+        logs = [math.log(total) for total in totals]
+        terms = [numpy.asarray(part, float) / numpy.mean(part) for part in (*tops, *bottoms)]
+        value, size = sum(logs[: len(tops)]) - sum(logs[len(tops) :]), len(tops)
+        return cls(value, numpy.sum(terms[:size], axis=0) - numpy.sum(terms[size:], axis=0))
+
+
 def rate_interval(seconds: Sequence[float], tokens: Sequence[int]) -> Interval:
-    """Tokens per second over prompts: ratio of totals, 95 % t interval of the linearised ratio (Cochran 1977, 6.3).
+    """Tokens per second over prompts: ratio of totals, 95 % t interval of the linearised ratio.
 
     Raises InputError under two prompts or without a token.
     """
-    return _ratio_of_totals([tokens], [seconds])[0]
+    return log_ratio(Linearised.of([tokens], [seconds])).interval()
 
 
 def speedup_interval(
@@ -26,68 +69,145 @@ def speedup_interval(
     chosen_tokens: Sequence[int],
     *,
     strata: Sequence[Hashable] | None = None,
-    level: float = 0.05,
 ) -> tuple[Interval, float]:
     """Plain seconds per token over chosen seconds per token, paired by prompt, and the p-value of "equal".
 
-    A t interval of the log of the ratio of totals, linearised over prompts (Cochran 1977, 6.3): a percentile bootstrap
-    of few prompts covers too seldom.
+    A t interval of the log of the ratio of totals: a percentile bootstrap of few prompts covers too seldom.
 
     Args:
-        strata: the domain of each prompt, where each has a fixed share; only what varies within domains is uncertain
-            then (Cochran 1977, 6.11), with Satterthwaite's degrees of freedom.
-        level: the interval covers with a probability of 1 - level; the p-value is two-sided.
+        strata: the domain of each prompt, where each has a fixed share; see `log_ratio`.
 
     Raises:
         InputError: under two prompts, or no tokens.
     """
-    return _ratio_of_totals([plain_s, chosen_tokens], [chosen_s, plain_tokens], strata=strata, level=level)
+    ratio = log_ratio(Linearised.of([plain_s, chosen_tokens], [chosen_s, plain_tokens]), strata)
+    return ratio.interval(), ratio.p_value()
 
 
-def _ratio_of_totals(
-    tops: list[Sequence[float]],
-    bottoms: list[Sequence[float]],
-    *,
+def log_ratio(measured: Linearised, strata: Sequence[Hashable] | None = None) -> LogRatio:
+    """The log ratio with its error; with strata only what varies within them is uncertain (Cochran 1977, 6.11).
+
+    Raises InputError under two prompts.
+    """
+    size = len(measured.terms)
+    return _log_ratio(measured.value, [_variance(measured.terms / size, strata or [None] * size)])
+
+
+def assisted_log_ratio(
+    measured: Linearised,
+    forecast_s: tuple[Sequence[float], Sequence[float]],
+    weight: float,
     strata: Sequence[Hashable] | None = None,
-    level: float = 0.05,
-) -> tuple[Interval, float]:
-    """Product of the totals in `tops` over that in `bottoms`, one entry per prompt, and the p-value of ratio 1."""
-    from scipy import stats  # slow to import, and a look-up's forecast does without
+) -> LogRatio:
+    """What n prompts measured, corrected by the forecasts of N prompts of which they are the first n.
 
-    size = len(tops[0])
-    if size < 2:
-        raise InputError(f"an interval over {size} prompts: at least 2 are needed")
-    totals = [sum(part) for part in tops + bottoms]
-    if min(totals) <= 0.0:
-        raise InputError("a ratio of nothing: there are no tokens or no seconds")
-    log_ratio = sum(math.log(total) for total in totals[: len(tops)])
-    log_ratio -= sum(math.log(total) for total in totals[len(tops) :])
-    terms = numpy.zeros(size)
-    for sign, parts in ((1.0, tops), (-1.0, bottoms)):
-        for part in parts:
-            terms += sign * numpy.asarray(part, float) / numpy.mean(part)
-    error, freedom = _standard_error(terms, strata or [None] * size)
-    reach = float(stats.t.ppf(1.0 - level / 2.0, freedom)) * error
-    if error > 0.0:
-        p_value = float(2.0 * stats.t.sf(abs(log_ratio) / error, freedom))
-    else:
-        p_value = 1.0 if log_ratio == 0.0 else 0.0
-    ratio = math.exp(log_ratio)
-    return Interval(estimate=ratio, low=ratio * math.exp(-reach), high=ratio * math.exp(reach)), p_value
+    Double sampling (Cochran 1977, 12.6), also called prediction-powered inference (Angelopoulos et al. 2023): the mean
+    of the weighted forecasts over all N, plus the mean of measured less weighted forecast over the n. With the terms f
+    of the forecasts and r = measured - w f, the variance is w^2 S_f^2 / N + S_r^2 / n + 2 w S_fr / N within strata. It
+    is added up by what each prompt contributes: w f / N + r / n where it was timed, w f / N where not.
+
+    Args:
+        forecast_s: seconds of plain decoding and of the setup, of all N prompts.
+        weight: w from 0 (forecasts are ignored) to 1, which must not depend on these prompts.
+        strata: of all N prompts.
+    """
+    timed, traced = len(measured.terms), len(forecast_s[0])
+    strata = strata or [None] * traced
+    overall, of_timed = (Linearised.of(*([part[:size]] for part in forecast_s)) for size in (traced, timed))
+    expected = weight * overall.terms
+    timed_part = _variance(expected[:timed] / traced + (measured.terms - expected[:timed]) / timed, strata[:timed])
+    untimed, share = _variance(expected / traced, strata), 1.0 - timed / traced
+    parts = [timed_part, _Variance(share * untimed.variance, share**2 * untimed.spread, 0)]
+    return _log_ratio(measured.value + weight * (overall.value - of_timed.value), parts)
 
 
-def _standard_error(terms: numpy.ndarray, strata: Sequence[Hashable]) -> tuple[float, float]:
-    """Standard error of the mean of `terms`, and degrees of freedom. Strata of one member are joined with another."""
-    members: dict[Hashable, list[float]] = {}
-    for stratum, term in zip(strata, terms.tolist(), strict=True):
-        members.setdefault(stratum, []).append(term)
+def regression_slope(
+    measured: numpy.ndarray, forecast: numpy.ndarray, strata: Sequence[Hashable] | None = None
+) -> float:
+    """The weight that makes `assisted_log_ratio` most precise: the slope within strata, cut to 0 to 1."""
+    x, y = (centred(terms, strata or [None] * len(measured)) for terms in (forecast, measured))
+    square = float(x @ x)
+    return min(1.0, max(0.0, float(x @ y) / square)) if square > 0.0 else 0.0
+
+
+class TwoWay(NamedTuple):
+    """A log ratio over pairs that share prompts and queues, and the parts of its variance."""
+
+    ratio: LogRatio
+    of_prompts: float
+    of_queues: float
+    of_pairs: float
+
+
+def two_way_log_ratio(
+    measured: Linearised,
+    prompts: Sequence[Hashable],
+    queues: Sequence[Hashable],
+    strata: Sequence[Hashable] | None = None,
+) -> TwoWay:
+    """A log ratio over pairs of runs, which are alike within a prompt and within a queue.
+
+    V_prompt + V_queue - V_pair (Cameron, Gelbach, Miller 2011), but not less than either alone: few queues estimate
+    theirs badly. Raises InputError under two prompts or queues.
+    """
+    size = len(measured.terms)
+    shares = centred(measured.terms, strata or [None] * size) / size
+    variances, freedoms = [], []
+    for groups in (prompts, queues, range(size)):
+        codes = {group: code for code, group in enumerate(dict.fromkeys(groups))}
+        sums = numpy.bincount([codes[group] for group in groups], weights=shares)
+        if len(sums) < 2:
+            raise InputError(f"an interval over {len(sums)} prompts or queues: at least 2 are needed")
+        freedoms.append(len(sums) - 1)
+        variances.append(float(sums @ sums) * len(sums) / (len(sums) - 1))
+    of_prompts, of_queues, of_pairs = variances
+    variance = max(of_prompts + of_queues - of_pairs, of_prompts, of_queues)
+    spread = of_prompts**2 / freedoms[0] + of_queues**2 / freedoms[1]
+    freedom = max(variance**2 / spread, min(freedoms)) if spread > 0.0 else min(freedoms)
+    return TwoWay(LogRatio(measured.value, math.sqrt(variance), freedom), of_prompts, of_queues, of_pairs)
+
+
+class _Variance(NamedTuple):
+    """Variance of a sum, and what its degrees of freedom come from (Satterthwaite 1946)."""
+
+    variance: float
+    spread: float
+    freedom: int
+
+
+def _log_ratio(value: float, parts: Sequence[_Variance]) -> LogRatio:
+    variance, spread = (sum(part[index] for part in parts) for index in (0, 1))
+    freedom = variance**2 / spread if spread > 0.0 else float(sum(part.freedom for part in parts))
+    return LogRatio(value, math.sqrt(variance), freedom)
+
+
+def _variance(contributions: numpy.ndarray, strata: Sequence[Hashable]) -> _Variance:
+    """Of the sum of `contributions`, from what varies within strata."""
+    groups = [contributions[members] for members in strata_members(strata)]
+    if len(contributions) < 2:
+        raise InputError(f"an interval over {len(contributions)} prompts: at least 2 are needed")
+    variances = [len(group) * float(numpy.var(group, ddof=1)) for group in groups]
+    spread = sum(variance**2 / (len(group) - 1) for variance, group in zip(variances, groups, strict=True))
+    return _Variance(sum(variances), spread, len(contributions) - len(groups))
+
+
+def centred(terms: numpy.ndarray, strata: Sequence[Hashable]) -> numpy.ndarray:
+    """The terms less the mean of their stratum."""
+    result = numpy.array(terms, float)
+    for members in strata_members(strata):
+        result[members] -= result[members].mean()
+    return result
+
+
+def strata_members(strata: Sequence[Hashable]) -> list[list[int]]:
+    """The positions of each stratum, the smallest first; strata of one member are joined with another."""
+    members: dict[Hashable, list[int]] = {}
+    for index, stratum in enumerate(strata):
+        members.setdefault(stratum, []).append(index)
     groups = sorted(members.values(), key=len)
     while len(groups) > 1 and len(groups[0]) < 2:
         groups = sorted([groups[0] + groups[1], *groups[2:]], key=len)
-    variances = [len(group) * float(numpy.var(group, ddof=1)) for group in groups]
-    total = sum(variances)
-    spread = sum(variance**2 / (len(group) - 1) for variance, group in zip(variances, groups, strict=True))
-    return math.sqrt(total) / len(terms), total**2 / spread if spread > 0.0 else float(len(terms) - len(groups))
+    return groups
 
 
 def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:

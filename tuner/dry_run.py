@@ -63,7 +63,10 @@ class UnitSeconds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DryRun:
-    """Units to measure by stage, units in the store, and seconds for the new ones (without pruning of races)."""
+    """Units to measure by stage, units in the store, and seconds for the new ones.
+
+    No race is pruned, and proofs end at their first look.
+    """
 
     new_units: Mapping[str, int]
     known_units: int

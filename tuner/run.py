@@ -10,9 +10,10 @@ from typing import Any
 from sqlalchemy.pool import NullPool
 
 from profiles.engines.base import Engine
-from profiles.records.core import Prompt, Workload
+from profiles.records.core import PLAIN, Prompt, Workload
 from profiles.records.draft_spec import RefusedDraft
 from profiles.records.errors import RunInterruptedError, StoreError
+from profiles.stats import holm
 from store.cached_engine import CachedEngine
 from store.evidence_store import EvidenceStore, Scope
 from tuner.pipeline.pipeline import Options, Outcome, Tuner, Watch
@@ -21,6 +22,7 @@ from tuner.policy import prior
 from tuner.report import build
 from tuner.search import studies as search
 from tuner.search.limits import Limits
+from tuner.search.proof import LEVEL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,7 @@ def tune(
         outcome = Tuner(cached_engine, options, watch).tune(loads)
     outcome = _with_stored_units(outcome, cached_engine)
     policy, path = _write_policy(session, engine, outcome, options)
+    outcome = replace(outcome, choices=_demoted_alike(outcome.choices, policy.choices))
     cost = {
         "measured_seconds": round(cached_engine.measured_seconds, 2),
         "measured_units": cached_engine.measured_units,
@@ -170,7 +173,7 @@ def _join_choices(latest: Iterable[policies.Choice], outcome: Outcome, options: 
 
     Where the budget ended before a decision, an earlier proven choice stays, unless the run has limits, which that
     choice was not checked against. An earlier choice is dropped when the run used its temperature with another top-p
-    or top-k: a policy holds one of each.
+    or top-k: a policy holds one of each. Holm's step-down then looks at the proofs of all of them together.
     """
     earlier = {choice.filtered_point: choice for choice in latest}
     chosen = []
@@ -182,7 +185,37 @@ def _join_choices(latest: Iterable[policies.Choice], outcome: Outcome, options: 
     standing = [
         choice for choice in earlier.values() if filters.get(choice.temperature) in (None, (choice.top_p, choice.top_k))
     ]
-    return (*chosen, *standing)
+    return _proven_together((*chosen, *standing))
+
+
+def _proven_together(choices: Sequence[policies.Choice]) -> tuple[policies.Choice, ...]:
+    """Holm's step-down over all proofs of the policy, of earlier runs too; what does not pass is plain decoding."""
+    tested = [choice.measured.p_value for choice in choices if choice.measured is not None]
+    rejected = iter(holm(tested, LEVEL))
+    passes = [choice.measured is not None and next(rejected) for choice in choices]
+    return tuple(
+        choice if passes_ or not choice.proven else _demoted(choice, len(tested))
+        for choice, passes_ in zip(choices, passes, strict=True)
+    )
+
+
+def _demoted(choice: policies.Choice, num_tested: int) -> policies.Choice:
+    assert choice.measured is not None
+    reason = (
+        f"Plain decoding: {choice.setup.name} was proven alone, but its p-value {choice.measured.p_value:.2g} does not "
+        f"pass Holm's step-down over the {num_tested} operating points that were tested for this policy, in all runs."
+    )
+    return replace(choice, setup=PLAIN, proven=False, reason=reason)
+
+
+def _demoted_alike(
+    choices: Sequence[policies.Choice], of_policy: Sequence[policies.Choice]
+) -> tuple[policies.Choice, ...]:
+    """The run's choices, with those not proven that the policy as a whole does not prove."""
+    return tuple(
+        other if choice.proven and not other.proven and other.measured == choice.measured else choice
+        for choice, other in zip(choices, of_policy, strict=False)
+    )
 
 
 @contextlib.contextmanager

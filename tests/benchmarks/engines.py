@@ -29,7 +29,7 @@ from tuner.forecast.forecaster import QUEUE_BATCHES, Forecaster
 from tuner.forecast.queues import queues, spread_over_domains
 from tuner.search.objective import MIN_SPEEDUP
 from tuner.search.pairs import Pair, run_pairs
-from tuner.search.proof import measure
+from tuner.search.proof import Design, measure
 
 ENGINES = ("torch", "llamacpp", "vllm")
 LENGTHS = (1, 2, 3, 4, 5, 6)
@@ -84,7 +84,8 @@ def measure_load(bench: Bench, workload: Workload, prompts: tuple[Prompt, ...]) 
     rows = []
     for setup in setups:
         forecast = forecaster.forecast(setup, prompts)
-        measured = measure(setup, pairs[setup], greedy=True, queue_size=len(several[0]))
+        design = Design(setup=setup, greedy=True, queue_size=len(several[0]))
+        measured, _ = measure(design, pairs[setup])
         rows.append(
             {
                 "batch_size": workload.batch_size,

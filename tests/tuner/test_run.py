@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from profiles.records.core import Workload
+from profiles.records.core import PLAIN, Setup, Workload
 from store.database import Location
 from store.evidence_store import EvidenceStore
 from tests import ROOT
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, FakeEngine, prompts
+from tests.support.policies import choice, measured, policy, save_policy
 from tests.support.servers import ask
 from tuner.pipeline.pipeline import Options, Watch
 from tuner.policy import policy as policies
@@ -120,6 +121,24 @@ def test_an_earlier_choice_is_not_kept_for_new_limits(session: TuningSession) ->
     options = Options(lengths=(2,), limits=Limits(max_memory_gib=1.0))
     late = tune(engine, [(GREEDY, PROMPTS)], session, options, Watch(out_of_time=lambda: True))
     assert not late.policy.headline.proven
+
+
+def test_holm_goes_over_the_runs_of_a_policy(session: TuningSession) -> None:
+    """Two earlier runs proved a batch each, at p = 0.03 and 0.04: together neither passes; at 0.0001 both do."""
+    setup = Setup(draft=DRAFT_A, length=2)
+    for p_values, proven in (((0.03, 0.04), False), ((1e-4, 2e-4), True)):
+        earlier = [
+            choice(setup, batch_size=size, measured=replace(measured(setup), p_value=p_value), forecast=None)
+            for size, p_value in zip((4, 8), p_values, strict=True)
+        ]
+        engine = FakeEngine(keep=0.95)
+        before = replace(policy(*earlier), target=engine.target, environment=engine.environment)
+        save_policy(session.evidence_store, policies.to_json(before), engine.target, engine.environment)
+        joined = run(session, GREEDY).policy
+        by_batch = {row.batch_size: row for row in joined.choices}
+        assert by_batch[1].proven
+        assert by_batch[4].proven == by_batch[8].proven == proven
+        assert proven or (by_batch[4].setup == PLAIN and "3 operating points" in by_batch[4].reason)
 
 
 def test_runs_may_share_a_store(location: Location, tmp_path: Path) -> None:

@@ -71,7 +71,8 @@ def _measure(engine: Engine, emitted: Setup, prompts: Sequence[Prompt], workload
     for number, queue in enumerate(several):
         pairs += run_pairs(engine, workload, queue, emitted, purpose_of("verify", workload, number))
     greedy = workload.temperature == 0.0
-    return proof.measure(emitted, pairs, greedy=greedy, queue_size=len(several[0]))
+    measured, _ = proof.measure(proof.Design(setup=emitted, greedy=greedy, queue_size=len(several[0])), pairs)
+    return measured
 
 
 def _of_drafting(measured: Measured, proven: bool) -> Verdict:

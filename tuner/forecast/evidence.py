@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from profiles.acceptance.expected_rounds import DraftAcceptance, combine
@@ -106,6 +106,31 @@ def gather(
     if not prompts:
         raise InputError("no prompts: at least one is needed")
     return _Collector(engine, workload, prompts, progress).collect(lengths)
+
+
+def trace_more(
+    engine: Engine,
+    workload: Workload,
+    evidence: Evidence,
+    prompts: Sequence[Prompt],
+    *,
+    setup: Setup,
+    max_length: int,
+    progress: Progress = lambda *_: None,
+) -> Evidence:
+    """The evidence with traces of further prompts, and with the acceptance there of the setup's draft alone.
+
+    Raises EngineError as the engine does.
+    """
+    traces, acceptances = dict(evidence.traces), dict(evidence.acceptances)
+    components = setup.draft.components if setup.draft is not None else ()
+    for number, prompt in enumerate(prompts):
+        progress(f"trace for the proof of {setup.name}", number, len(prompts))
+        trace = traces[prompt.digest] = engine.trace_target(workload, prompt)
+        for part in components:
+            acceptance = engine.trace_draft(workload, prompt, trace, part, max_length)
+            acceptances[part.digest, prompt.digest] = acceptance
+    return replace(evidence, traces=traces, acceptances=acceptances)
 
 
 def _digests(draft: Draft) -> set[str]:

@@ -4,6 +4,7 @@ The seconds of a sequence are linear in what its batch ran for it: target steps 
 steps that catch up, other rows' prefills, and the overhead that a few real runs calibrate. Nothing is measured here.
 """
 
+import copy
 import itertools
 import random
 from collections import Counter
@@ -17,7 +18,7 @@ from profiles.acceptance.rates import acceptance_length
 from profiles.records.core import PLAIN, Draft, Interval, Setup, Workload
 from profiles.records.errors import NotMeasuredError
 from profiles.records.evidence import RoundCount, Sample, StepShape
-from profiles.stats import median, rate_interval, speedup_interval
+from profiles.stats import median, rate_interval, speedup_interval, strata_members
 from tuner.forecast.cost_model import Overhead, Usage, cost_model_of, step_samples
 from tuner.forecast.evidence import MIN_PROMPTS, Evidence, HasDigest
 from tuner.policy.estimates import Forecast, Objective, RoundSplit
@@ -55,9 +56,10 @@ class Forecaster:
 
         The speed-up is of decoding, or of whole requests where the objective is throughput.
 
-        Percentile intervals of 400 joint resamplings of prompts, step-time samples and calibration runs. The same draws
-        serve the setup and plain decoding, so what they share cancels in the speed-up. Outputs of one token are left
-        out. For a draft that was only run, its runs are the forecast.
+        Percentile intervals of 400 joint resamplings of prompts within their domains, whose shares are fixed, of
+        step-time samples and of calibration runs. The same draws serve the setup and plain decoding, so what they share
+        cancels in the speed-up. Outputs of one token are left out. For a draft that was only run, its runs are the
+        forecast.
 
         Raises:
             NotMeasuredError: evidence is missing, or no output has a second token.
@@ -67,9 +69,7 @@ class Forecaster:
         prompts = [prompt for prompt in prompts if len(self._evidence.traces[prompt.digest].token_ids) > 1]
         if not prompts:
             raise NotMeasuredError("no output has a second token: there is no time per token to forecast")
-        rng = numpy.random.default_rng(self._seed)
-        shares = numpy.full(len(prompts), 1.0 / len(prompts))
-        weights = numpy.vstack([numpy.ones(len(prompts)), rng.multinomial(len(prompts), shares, RESAMPLES)])
+        weights = self._weights(prompts)
         tokens = weights @ numpy.array([len(self._evidence.traces[prompt.digest].token_ids) - 1 for prompt in prompts])
         plain_s = self._seconds(PLAIN, prompts, weights)
         seconds = plain_s if setup == PLAIN else self._seconds(setup, prompts, weights)
@@ -80,6 +80,40 @@ class Forecaster:
             speedup=_percentiles((plain_s + plain_prefill_s) / (seconds + prefill_s)),
             acceptance_length=acceptance_length(self.rounds(setup, prompts).rounds) or 1.0,
         )
+
+    def _weights(self, prompts: Sequence[HasDigest]) -> numpy.ndarray:
+        """How often each prompt counts: once, then in each of the resamplings within domains."""
+        rng = numpy.random.default_rng(self._seed)
+        weights = numpy.ones((1 + RESAMPLES, len(prompts)))
+        for members in strata_members([getattr(prompt, "domain", None) for prompt in prompts]):
+            shares = numpy.full(len(members), 1.0 / len(members))
+            weights[1:, members] = rng.multinomial(len(members), shares, RESAMPLES)
+        return weights
+
+    def extended(self, evidence: Evidence) -> "Forecaster":
+        """The same forecaster over evidence of more prompts."""
+        forecaster = copy.copy(self)
+        forecaster._evidence = evidence
+        return forecaster
+
+    def prompt_seconds(
+        self, setup: Setup, prompts: Sequence[HasDigest], *, end_to_end: bool = False
+    ) -> dict[str, float]:
+        """Seconds of decoding each prompt, or of its whole request, by prompt digest; in order and without intervals.
+
+        Prompts whose output has one token have no seconds of decoding.
+        """
+        traces = self._evidence.traces
+        prompts = [prompt for prompt in prompts if end_to_end or len(traces[prompt.digest].token_ids) > 1]
+        overhead = self._overhead(setup.draft)
+        before_s = overhead.ttft_s if end_to_end else 0.0
+        seconds = {}
+        for prompt, usage in zip(prompts, self._usages(setup, prompts), strict=True):
+            stepped_s = sum(
+                count * median(step_samples(self._evidence.steps, *step)) for step, count in usage.steps.items()
+            )
+            seconds[prompt.digest] = before_s + overhead.factor * stepped_s + overhead.beyond_steps_s(usage)
+        return seconds
 
     def _forecast_from_runs(self, setup: Setup) -> Forecast:
         """What real runs of a setup came to against plain decoding of the same prompts, over all domains."""
@@ -92,7 +126,8 @@ class Forecaster:
         compared = [plain_columns, columns]
         if self._end_to_end:
             compared = [self._columns_by_prompt(wanted, shared, end_to_end=True) for wanted in (PLAIN, setup)]
-        speedup, _ = speedup_interval(*compared[0], *compared[1])
+        domains = {prompt.digest: prompt.domain for prompt in self._evidence.prompts}
+        speedup, _ = speedup_interval(*compared[0], *compared[1], strata=[domains[digest] for digest in shared])
         rounds: Counter[RoundCount] = Counter()
         for run in self._runs(setup):
             rounds.update(run.rounds)

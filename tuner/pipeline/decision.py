@@ -12,13 +12,11 @@ from tuner.search.objective import score
 
 def judge(points: Sequence[PointDecision]) -> list[Choice]:
     """A choice per operating point, in their order; Holm's step-down looks at every proof of all of them together."""
-    rejected = [measured for point in points for measured in point.rejected]
-    last = [point.measured for point in points if point.measured is not None and point.measured not in rejected]
-    objective = points[0].plan.objective if points else "tpot"
-    verdicts = iter(proof.prove([*last, *rejected], objective))
+    measured = [point.measured for point in points if point.measured is not None]
+    verdicts = iter(proof.prove(measured, points[0].plan.objective if points else "tpot"))
     choices = []
     for point in points:
-        passes = point.measured in last and next(verdicts)
+        passes = point.measured is not None and next(verdicts)
         choices.append(_choice(point, passes and point.ruled_out(point.candidate or PLAIN) is None))
     return choices
 
@@ -55,8 +53,8 @@ def _reason(point: PointDecision, subject: Setup | None, proven: bool) -> str:
     if proven and measured is not None:
         speedup = measured.speedup
         prompts = f"{measured.num_prompts} other prompts"
-        if not point.plan.is_fresh:
-            prompts = f"the {measured.num_prompts} prompts it was chosen on (corrected for the setups compared)"
+        if (num_forecast := measured.num_forecast_prompts or 0) > measured.num_prompts:
+            prompts += f" (with forecasts of {num_forecast})"
         if point.plan.objective == "throughput":
             whole = measured.end_to_end
             return (
@@ -80,7 +78,9 @@ def _why_plain(point: PointDecision, subject: Setup | None) -> str:
     if (infeasible := point.ruled_out(subject)) is not None:
         return f"{subject.name} is infeasible ({infeasible.reason}): {infeasible.detail}"
     if point.measured is not None:
-        return f"{subject.name} is not proven, because {proof.shortfall(point.measured, point.plan.objective)}"
+        shortfall = proof.shortfall(point.measured, point.plan.objective)
+        ended = f"; {point.stopped}" if point.out_of_time else ""
+        return f"{subject.name} is not proven, because {shortfall}{ended}"
     if point.stopped is not None:
         return f"{subject.name} was not proven, because {point.stopped}"
     if point.race is not None:

@@ -14,7 +14,8 @@ from profiles.records.draft_spec import RefusedDraft
 from profiles.records.errors import EngineError
 from profiles.records.evidence import Infeasible, Sample
 from profiles.records.keys import run_point, unit_digest
-from tuner.forecast.evidence import Evidence, Progress, gather
+from profiles.stats import holm
+from tuner.forecast.evidence import Evidence, Progress, gather, trace_more
 from tuner.forecast.forecaster import Forecaster
 from tuner.forecast.queues import purpose_of, queues, spread_over_domains
 from tuner.pipeline.build_prior import build_prior
@@ -26,13 +27,14 @@ from tuner.policy.policy import Choice
 from tuner.policy.prior import Prior
 from tuner.search import proof, race
 from tuner.search.limits import Limits
-from tuner.search.objective import among_equals, candidates, worth_racing
+from tuner.search.objective import MIN_SPEEDUP, among_equals, candidates, worth_racing
 from tuner.search.pairs import Pair, Queue, pair_order, run_pairs, speedup_so_far
+from tuner.search.sequential import Look
 from tuner.search.studies import Storage, search_forecasts
 
 MIN_RACE_PROMPTS = 4
 RACE_QUEUES, RACE_BATCHES = 4, 2  # in a batch: how many queues, and their length in batches
-PROOF_QUEUES, PROOF_BATCHES = 6, 4
+PROOF_BATCHES = 4  # of a queue of the proof
 
 
 class OutOfTimeError(Exception):
@@ -47,7 +49,7 @@ class Options:
         lengths: speculation lengths.
         num_finalists: drafts raced at each point.
         race_prompts: prompts of a race, at most.
-        proof_prompts: prompts of a proof at batch 1, at most.
+        proof_prompts: prompts of a proof at batch 1, at most; None: all that had no part in the choice.
         objective: `tpot` compares seconds of decoding, `throughput` seconds of whole requests.
         limits: what a setup must not exceed.
         needed_bytes: memory of a setup's weights and caches; None is unknown.
@@ -59,7 +61,7 @@ class Options:
     lengths: tuple[int, ...] = tuple(range(1, 9))
     num_finalists: int = 3
     race_prompts: int = 12
-    proof_prompts: int = 30
+    proof_prompts: int | None = None
     objective: Objective = "tpot"
     limits: Limits = field(default_factory=Limits)
     needed_bytes: Callable[[Setup, Workload], int | None] = lambda *_: None
@@ -99,7 +101,6 @@ class Tuner:
         self._engine = engine
         self._options = options
         self._watch = watch or Watch()
-        self._standings = LiveStandings(self._watch.show)
 
     def tune(self, loads: Sequence[tuple[Workload, tuple[Prompt, ...]]]) -> Outcome:
         """Decides every point of every workload.
@@ -107,53 +108,78 @@ class Tuner:
         Raises:
             EngineError: the target itself fails; a draft that fails is left out and listed.
         """
-        points: list[PointDecision] = []
+        plans = [plan_points(workload, prompts, self._options.objective) for workload, prompts in loads]
+        trials: list[_PointTrial] = []
         infeasible: list[Infeasible] = []
         grid_seconds: float | None = None
-        for workload, prompts in loads:
-            plans = plan_points(workload, prompts, self._options.objective)
-            traced = tuple({prompt.digest: prompt for plan in plans for prompt in plan.forecast_prompts}.values())
-            try:
-                evidence = gather(self._engine, workload, traced, self._options.lengths, progress=self._progress)
-            except OutOfTimeError:
-                stopped = "the budget ended before the evidence was complete"
-                points += [PointDecision(plan=plan, stopped=stopped, out_of_time=True) for plan in plans]
-                continue
-            forecaster = Forecaster(
-                evidence,
-                workload,
-                self._engine.target.run_digest,
-                workload.seed,
-                objective=self._options.objective,
-            )
-            decided = [self._decide(plan, evidence, forecaster) for plan in plans]
-            points += decided
-            infeasible += (*evidence.infeasible, *(failure for point in decided for failure in point.infeasible))
-            if decided[0].forecasts:
-                grid_seconds = (grid_seconds or 0.0) + _grid_seconds(decided[0], evidence, len(prompts))
+        for number, (workload, prompts) in enumerate(loads):
+            of_load = self._race_all(workload, plans[number])
+            trials += of_load
+            self._prove_all(trials, num_later=sum(map(len, plans[number + 1 :])))
+            mixed = of_load[0].decision
+            if mixed.evidence is not None:
+                infeasible += mixed.evidence.infeasible
+                if mixed.forecasts:
+                    grid_seconds = (grid_seconds or 0.0) + _grid_seconds(mixed, mixed.evidence, len(prompts))
+        points = tuple(trial.decision for trial in trials)
         return Outcome(
             choices=tuple(judge(points)),
-            points=tuple(points),
-            infeasible=tuple(infeasible),
+            points=points,
+            infeasible=(*infeasible, *(failure for point in points for failure in point.infeasible)),
             grid_seconds_estimate=grid_seconds,
             prior=build_prior(points, self._options.lengths),
         )
 
-    def _decide(self, plan: PointPlan, evidence: Evidence, forecaster: Forecaster) -> PointDecision:
-        load = plan.workload
-        point = PointDecision(plan=plan, evidence=evidence, forecaster=forecaster)
-        if all(len(evidence.traces[prompt.digest].token_ids) < 2 for prompt in plan.forecast_prompts):
-            return replace(point, stopped="every output ended with its first token, so there is no time per token")
+    def _race_all(self, workload: Workload, plans: Sequence[PointPlan]) -> list["_PointTrial"]:
+        """The points of a workload with their evidence, forecasts and races."""
+        traced = tuple({prompt.digest: prompt for plan in plans for prompt in plan.forecast_prompts}.values())
+        try:
+            evidence = gather(self._engine, workload, traced, self._options.lengths, progress=self._progress)
+        except OutOfTimeError:
+            stopped = "the budget ended before the evidence was complete"
+            undecided = [PointDecision(plan=plan, stopped=stopped, out_of_time=True) for plan in plans]
+            return [self._trial(point, "") for point in undecided]
+        target_component = self._engine.target.run_digest
+        objective = self._options.objective
+        forecaster = Forecaster(evidence, workload, target_component, workload.seed, objective=objective)
+        return [self._race_point(PointDecision(plan=plan, evidence=evidence, forecaster=forecaster)) for plan in plans]
+
+    def _race_point(self, point: PointDecision) -> "_PointTrial":
+        plan, load, evidence, forecaster = point.plan, point.workload, point.evidence, point.forecaster
+        assert evidence is not None
+        assert forecaster is not None
         name = f"{self._options.run_name} batch {load.batch_size} context {load.context_length} {plan.domain}"
+        if all(len(evidence.traces[prompt.digest].token_ids) < 2 for prompt in plan.forecast_prompts):
+            stopped = "every output ended with its first token, so there is no time per token"
+            return self._trial(replace(point, stopped=stopped), name)
         forecasts = search_forecasts(
             [setup for setup in candidates(evidence.drafts, self._options.lengths) if evidence.can_forecast(setup)],
             lambda setup: forecaster.forecast(setup, plan.forecast_prompts),
             study_name=f"forecasts, {name}",
             storage=self._options.storage,
         )
-        self._standings.open(plan.domain, forecasts)
-        trial = _PointTrial(self._engine, plan, self._options, self._standings, progress=self._progress)
-        return trial.decide(replace(point, forecasts=tuple(forecasts)), evidence, name)
+        trial = self._trial(replace(point, forecasts=tuple(forecasts)), name)
+        trial.select()
+        return trial
+
+    def _trial(self, point: PointDecision, name: str) -> "_PointTrial":
+        standings = LiveStandings(self._watch.show, point.plan.domain, point.forecasts)
+        return _PointTrial(self._engine, point, self._options, standings, progress=self._progress, name=name)
+
+    def _prove_all(self, trials: Sequence["_PointTrial"], num_later: int) -> None:
+        """The first look at every proof, then the next at those that Holm's step-down does not reject, and so on.
+
+        A rejected point's share of the level goes to the others (Maurer and Bretz 2013); points of later workloads
+        count as not rejected.
+        """
+        while True:
+            tested = [trial for trial in trials if trial.decision.candidate is not None]
+            rejected = holm([*(trial.p_value for trial in tested), *itertools.repeat(1.0, num_later)], proof.LEVEL)
+            pending = [trial for trial, passes in zip(tested, rejected, strict=False) if not passes and trial.goes_on]
+            if not pending:
+                return
+            level = proof.LEVEL / (len(rejected) - sum(rejected))
+            min(pending, key=lambda trial: trial.num_looks).look(level)
 
     def _progress(self, stage: str, done: int, total: int) -> None:
         if self._watch.out_of_time():
@@ -162,65 +188,139 @@ class Tuner:
 
 
 class _PointTrial:
-    """Race and proof at one operating point, and what they ruled out so far."""
+    """Race and proof at one operating point, and what they ruled out so far; `decision` is what they came to."""
 
     def __init__(
-        self, engine: Engine, plan: PointPlan, options: Options, standings: LiveStandings, *, progress: Progress
+        self,
+        engine: Engine,
+        point: PointDecision,
+        options: Options,
+        standings: LiveStandings,
+        *,
+        progress: Progress,
+        name: str,
     ) -> None:
         self._engine = engine
-        self._plan = plan
-        self._workload = plan.workload
+        self._plan = point.plan
+        self._workload = point.plan.workload
         self._options = options
         self._standings = standings
         self._progress = progress
+        self._name = name
+        self._point = point
+        self._num_races = 0
         self._infeasible: dict[Setup, Infeasible] = {}
         self._plain_samples: Sequence[Sample] = ()  # of the latest stage
+        self._race_pairs: dict[Setup, list[Pair]] = {}
         self._rejected: list[Measured] = []
+        self._unproven: list[PointDecision] = []  # candidates that the last look did not prove
+        self._proof: _Proof | None = None
+        self._num_proofs = 0
+        for forecast in point.forecasts:
+            needed_bytes = options.needed_bytes(forecast.setup, self._workload)
+            self._rule_out(options.limits.memory_breach(forecast.setup, needed_bytes))
+        if point.evidence is not None:
+            self._plain_samples = [run for setup, run in point.evidence.calibration if setup == PLAIN]
 
-    def decide(self, point: PointDecision, evidence: Evidence, name: str) -> PointDecision:
-        """Attempts race and proof until an attempt rules out nothing new.
+    @property
+    def decision(self) -> PointDecision:
+        """What was reached with the candidate that counts, and what was ruled out."""
+        breach = None
+        if self._point.forecasts and PLAIN not in self._infeasible:
+            breach = self._options.limits.latency_breach(PLAIN, self._plain_samples)
+        infeasible = (*self._infeasible.values(), *([breach] if breach is not None else []))
+        return replace(self._closest(), infeasible=infeasible, rejected=tuple(self._rejected))
+
+    @property
+    def p_value(self) -> float:
+        """Of the candidate that counts; 1 as long as it was not looked at."""
+        return _p_value(self._closest())
+
+    @property
+    def num_looks(self) -> int:
+        return 0 if self._proof is None else len(self._proof.looks)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is another look, or a runner-up to prove."""
+        if self._point.candidate is None or self._point.out_of_time or self._point.candidate in self._infeasible:
+            return False
+        return self._proof is None or not self._proof.is_over or self._runner_up() is not None
+
+    def select(self) -> None:
+        """Races the feasible setups until a race rules out nothing new; its winner is the candidate.
 
         A setup that turns out infeasible, or a draft that makes requests slower end to end, may have beaten others, so
         these are tried again without it. Runs that were made before are recalled, so that only new finalists cost time.
         """
-        limits = self._options.limits
-        for forecast in point.forecasts:
-            needed_bytes = self._options.needed_bytes(forecast.setup, self._workload)
-            self._rule_out(limits.memory_breach(forecast.setup, needed_bytes))
-        self._plain_samples = [run for setup, run in evidence.calibration if setup == PLAIN]
-        decided = point
-        for number in itertools.count(1):
+        self._proof = None
+        while True:
             num_infeasible = len(self._infeasible)
-            feasible = [forecast for forecast in point.forecasts if forecast.setup not in self._infeasible]
-            hopeful = worth_racing(feasible)
+            hopeful = worth_racing([each for each in self._point.forecasts if each.setup not in self._infeasible])
             if not hopeful:
-                break
-            decided = self._attempt(point, hopeful, name if number == 1 else f"{name}, again {number}")
-            if decided.out_of_time or len(self._infeasible) == num_infeasible:
-                break
-        if PLAIN not in self._infeasible:
-            self._rule_out(limits.latency_breach(PLAIN, self._plain_samples))
-        return replace(decided, infeasible=tuple(self._infeasible.values()), rejected=tuple(self._rejected))
+                return
+            self._num_races += 1
+            name = self._name if self._num_races == 1 else f"{self._name}, again {self._num_races}"
+            self._point = replace(self._point, race=None, candidate=None, measured=None, units=(), stopped=None)
+            try:
+                self._race(hopeful, f"race, {name}")
+            except OutOfTimeError:
+                self._end("the budget ended before it was proven")
+                return
+            if len(self._infeasible) == num_infeasible:
+                return
 
-    def _attempt(self, point: PointDecision, hopeful: Sequence[Setup], name: str) -> PointDecision:
-        """One race and one proof; whatever was reached when the budget ends is kept."""
+    def look(self, level: float) -> None:
+        """One more look at the proof, at Holm's level; what rules the candidate out makes way for another.
+
+        Whatever was reached when the budget ends is kept.
+        """
+        if self._proof is not None and self._proof.is_over:
+            runner_up, self._proof = self._runner_up(), None
+            self._unproven.append(self._point)
+            self._point = replace(self._point, candidate=runner_up, measured=None, units=())
+        candidate = self._point.candidate
+        assert candidate is not None
         try:
-            point = self._race(point, hopeful, f"race, {name}")
-            if point.candidate is not None:
-                point = self._prove(point, point.candidate)
+            self._proof = self._proof or self._plan_proof(candidate)
+            self._run_proof(self._proof)
         except OutOfTimeError:
-            return replace(point, out_of_time=True, stopped="the budget ended before it was proven")
+            self._end("the budget ended before it was proven")
         except EngineError as error:
-            assert point.candidate is not None  # the race lists its own failures
-            self._rule_out(Infeasible(setup=point.candidate, reason=type(error).__name__, detail=str(error)))
-            return replace(point, stopped=f"it failed in the proof: {error}")
-        return point
+            self._rule_out(Infeasible(setup=candidate, reason=type(error).__name__, detail=str(error)))
+            self._point = replace(self._point, stopped=f"it failed in the proof: {error}")
+        if self._proof is not None and self._proof.has_news and candidate not in self._infeasible:
+            self._measure(self._proof, level)
+        if candidate in self._infeasible and not self._point.out_of_time:
+            self.select()
 
-    def _race(self, point: PointDecision, hopeful: Sequence[Setup], name: str) -> PointDecision:
+    def _closest(self) -> PointDecision:
+        """The present candidate; of a runner-up that is not proven either the first one."""
+        if self._unproven and _p_value(self._point) > proof.LEVEL:
+            return self._unproven[0]
+        return self._point
+
+    def _end(self, stopped: str) -> None:
+        self._point = replace(self._point, out_of_time=True, stopped=stopped)
+
+    def _runner_up(self) -> Setup | None:
+        """The fastest finalist of another draft, while no runner-up was tried; None where there is none."""
+        race_result, first = self._point.race, self._point.candidate
+        if race_result is None or first is None or self._unproven:
+            return None
+        others = {
+            setup: speedup
+            for setup, speedup in race_result.speedups.items()
+            if setup.draft != first.draft and speedup >= MIN_SPEEDUP and setup not in self._infeasible
+        }
+        return among_equals(others)
+
+    def _race(self, hopeful: Sequence[Setup], name: str) -> None:
         """Takes the race's winner as candidate; without a race (too few prompts, one finalist) the best forecast."""
-        prompts = spread_over_domains(self._plan.race_prompts, self._options.race_prompts)
+        prompts = spread_over_domains(self._plan.forecast_prompts, self._options.race_prompts)
         if len(prompts) < MIN_RACE_PROMPTS or len(hopeful) == 1:
-            return replace(point, candidate=hopeful[0])
+            self._point = replace(self._point, candidate=hopeful[0])
+            return
         planned = queues(
             prompts,
             self._workload.batch_size,
@@ -232,7 +332,7 @@ class _PointTrial:
         num_setups = min(len(hopeful), self._options.num_finalists + race.MORE_LENGTHS)
         num_units = len(planned) * num_setups + min(len(planned), race.NOISE_QUEUES)
         units = itertools.count()
-        pairs: dict[Setup, list[Pair]] = {}
+        pairs = self._race_pairs = {}
 
         def run(queue: Queue, setup: Setup) -> list[Pair]:
             self._progress(f"race {self._plan.domain}", next(units), num_units)
@@ -264,59 +364,154 @@ class _PointTrial:
         for setup in result.speedups:
             self._standings.note(setup, "raced")
             self._rule_out(self._options.limits.latency_breach(setup, [pair.chosen for pair in pairs[setup]]))
+        result = replace(result, speedups={setup: self._race_speedup(setup, result) for setup in result.speedups})
         feasible = {setup: speedup for setup, speedup in result.speedups.items() if setup not in self._infeasible}
         winner = among_equals(feasible)
         is_faster = winner is not None and feasible[winner] > 1.0
-        return replace(point, race=result, candidate=winner if is_faster else None)
+        self._point = replace(self._point, race=result, candidate=winner if is_faster else None)
 
-    def _prove(self, point: PointDecision, setup: Setup) -> PointDecision:
+    def _race_speedup(self, setup: Setup, result: race.RaceResult) -> float:
+        """Over all prompts with forecasts, of which the race ran a few; in batches over those that were run."""
+        evidence, forecaster = self._point.evidence, self._point.forecaster
+        assert evidence is not None
+        assert forecaster is not None
+        if self._workload.batch_size > 1 or not evidence.is_traced(setup.draft):
+            return result.speedups[setup]
+        prompts = self._plan.forecast_prompts
+        seconds = _forecast_seconds(forecaster, setup, prompts)
+        domains = {prompt.digest: prompt.domain for prompt in prompts}
+        return proof.assisted_speedup(self._race_pairs[setup], seconds, domains, self._options.objective)
+
+    def _plan_proof(self, setup: Setup) -> "_Proof":
+        prompts = self._plan.proof_prompts or self._plan.forecast_prompts
+        is_batch = self._workload.batch_size > 1
         planned = queues(
-            self._plan.proof_prompts,
+            prompts,
             self._workload.batch_size,
-            max_alone=self._options.proof_prompts,
-            num_queues=PROOF_QUEUES,
+            max_alone=self._options.proof_prompts or len(prompts),
+            num_queues=max(proof.QUEUE_LOOKS[-1], -(-len(prompts) // (PROOF_BATCHES * self._workload.batch_size))),
             batches_per_queue=PROOF_BATCHES,
         )
-        queue_size = len(planned[0])
-        pairs: list[Pair] = []
-        units: list[str] = []
-        for number, queue in enumerate(planned):
-            self._progress(f"proof {self._plan.domain}", number, len(planned))
-            purpose = purpose_of("proof", self._workload, number)
-            pairs += run_pairs(self._engine, self._workload, queue, setup, purpose)
+        looks = proof.look_sizes(len(planned), proof.QUEUE_LOOKS if is_batch else proof.LOOKS)
+        num_drafts = len({forecast.setup.draft for forecast in self._point.forecasts if forecast.setup != PLAIN})
+        share = 1.0 if num_drafts == 1 else (1.0 - proof.SHARE_LEFT) * proof.SHARE_LEFT**self._num_proofs
+        self._num_proofs += 1
+        design = proof.Design(
+            setup=setup,
+            greedy=self._workload.temperature == 0.0,
+            queue_size=len(planned[0]),
+            domains={prompt.digest: prompt.domain for prompt in (*prompts, *self._plan.forecast_prompts)},
+            objective=self._options.objective,
+            forecasts=None if is_batch or len(looks) == 1 else self._forecasts(setup, [queue[0] for queue in planned]),
+            num_pairs=sum(map(len, planned)),
+            share=share,
+        )
+        return _Proof(design=design, planned=planned, sizes=looks)
+
+    def _forecasts(self, setup: Setup, prompts: Sequence[Prompt]) -> proof.Forecasts | None:
+        """Forecasts of the proof's prompts, which are traced for it; None where they would not help."""
+        evidence, forecaster, race_pairs = self._point.evidence, self._point.forecaster, self._race_pairs.get(setup, [])
+        assert evidence is not None
+        assert forecaster is not None
+        if not evidence.is_traced(setup.draft):
+            return None
+        raced = {pair.plain.prompt_digest for pair in race_pairs}
+        race_prompts = [prompt for prompt in self._plan.forecast_prompts if prompt.digest in raced]
+        domains = {prompt.digest: prompt.domain for prompt in race_prompts}
+        weights = proof.weights(race_pairs, _forecast_seconds(forecaster, setup, race_prompts), domains)
+        if weights[self._options.objective] == 0.0:
+            return None
+        more = trace_more(
+            self._engine,
+            self._workload,
+            evidence,
+            prompts,
+            setup=setup,
+            max_length=max(self._options.lengths),
+            progress=self._progress,
+        )
+        seconds = _forecast_seconds(forecaster.extended(more), setup, prompts)
+        return proof.Forecasts(seconds=seconds, weights=weights)
+
+    def _run_proof(self, running: "_Proof") -> None:
+        """Runs the queues up to the next look."""
+        setup, size = running.design.setup, running.sizes[len(running.looks)]
+        for number in range(len(running.units), size):
+            self._progress(f"proof {self._plan.domain}", number, size)
+            queue, purpose = running.planned[number], purpose_of("proof", self._workload, number)
+            running.pairs += run_pairs(self._engine, self._workload, queue, setup, purpose)
             order = pair_order(self._workload, queue, setup)
             key = run_point(self._workload, queue, order, purpose)
-            units.append(unit_digest(self._engine.target, self._engine.environment, key))
+            running.units.append(unit_digest(self._engine.target, self._engine.environment, key))
             self._standings.note(
-                setup, f"proving {number + 1}/{len(planned)}", speedup_so_far(pairs, self._options.objective)
+                setup, f"proving {number + 1}/{size}", speedup_so_far(running.pairs, self._options.objective)
             )
+
+    def _measure(self, running: "_Proof", level: float) -> None:
+        """Takes stock of a proof; a setup that breaks a limit or is slower end to end is ruled out."""
+        setup, pairs, objective = running.design.setup, running.pairs, self._options.objective
+        running.num_measured = len(pairs)
         self._plain_samples = [pair.plain for pair in pairs]
         self._rule_out(self._options.limits.latency_breach(setup, [pair.chosen for pair in pairs]))
-        if (num_timed := proof.num_timed_prompts(pairs, queue_size)) < 2:
-            return replace(point, stopped=f"only {num_timed} outputs had a second token to time")
-        greedy = self._workload.temperature == 0.0
-        measured = proof.measure(
-            setup,
-            pairs,
-            greedy=greedy,
-            queue_size=queue_size,
-            domains={prompt.digest: prompt.domain for prompt in self._plan.proof_prompts},
-            objective=self._options.objective,
-            num_compared=1 if self._plan.is_fresh else sum(each.setup != PLAIN for each in point.forecasts),
-        )
+        if (num_timed := proof.num_timed_prompts(pairs, running.design.queue_size)) < 2:
+            self._point = replace(self._point, stopped=f"only {num_timed} outputs had a second token to time")
+            running.is_over = True
+            return
+        measured, running.looks = proof.measure(running.design, pairs, running.looks, level=level)
         self._standings.note(setup, "measured", measured.speedup)
-        if measured.end_to_end.estimate < 1.0:
+        self._point = replace(self._point, measured=measured, units=tuple(running.units))
+        is_slower = measured.compared(objective).estimate < 1.0 and measured.p_value <= level
+        running.is_over = is_slower or len(running.looks) == len(running.sizes)
+        if measured.end_to_end.high < 1.0 or (
+            measured.end_to_end.estimate < 1.0 and (running.is_over or measured.p_value <= level)
+        ):
             self._rejected.append(measured)
             detail = f"with {setup.name} it is slower end to end ({measured.end_to_end.estimate:.3f}), prefill included"
-            for forecast in point.forecasts:
+            for forecast in self._point.forecasts:
                 if forecast.setup.draft == setup.draft:
                     self._rule_out(Infeasible(setup=forecast.setup, reason="end to end", detail=detail))
-        return replace(point, measured=measured, units=tuple(units))
 
     def _rule_out(self, infeasible: Infeasible | None) -> None:
         if infeasible is not None:
             self._infeasible[infeasible.setup] = infeasible
             self._standings.note(infeasible.setup, "infeasible")
+
+
+@dataclass(slots=True, kw_only=True)
+class _Proof:
+    """A proof under way: `sizes` are the queues run by each look; `units` the digests of those that were run."""
+
+    design: proof.Design
+    planned: tuple[Queue, ...]
+    sizes: tuple[int, ...]
+    pairs: list[Pair] = field(default_factory=list)
+    units: list[str] = field(default_factory=list)
+    looks: tuple[Look, ...] = ()
+    num_measured: int = 0
+    is_over: bool = False
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there are pairs since the last look."""
+        return len(self.pairs) > self.num_measured
+
+
+def _p_value(point: PointDecision) -> float:
+    """Of a win: 1 for a setup that was slower, or not looked at."""
+    measured = point.measured
+    return 1.0 if measured is None or measured.compared(point.plan.objective).estimate < 1.0 else measured.p_value
+
+
+def _forecast_seconds(forecaster: Forecaster, setup: Setup, prompts: Sequence[Prompt]) -> proof.Seconds:
+    """(plain decoding, setup) by objective and prompt digest."""
+    result: dict[Objective, dict[str, tuple[float, float]]] = {}
+    objectives: tuple[Objective, ...] = ("tpot", "throughput")
+    for objective in objectives:
+        plain, chosen = (
+            forecaster.prompt_seconds(each, prompts, end_to_end=objective == "throughput") for each in (PLAIN, setup)
+        )
+        result[objective] = {digest: (plain[digest], chosen[digest]) for digest in plain}
+    return result
 
 
 def _grid_seconds(mixed: PointDecision, evidence: Evidence, num_prompts: int) -> float:

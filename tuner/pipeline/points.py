@@ -1,5 +1,7 @@
 """The operating points of a run: which prompts each uses for what, and what was decided there, stage by stage."""
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,26 +15,16 @@ from tuner.policy.policy import MIN_DOMAIN_PROMPTS
 from tuner.policy.query import MIXED
 from tuner.search.race import RaceResult
 
-MIN_FORECAST_PROMPTS = 12
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PointPlan:
-    """An operating point that is to be decided, and the prompts of each stage."""
+    """An operating point that is to be decided, and the prompts of each stage; forecasts and race share theirs."""
 
     workload: Workload
     domain: str
     forecast_prompts: tuple[Prompt, ...]
-    race_prompts: tuple[Prompt, ...] = ()
     proof_prompts: tuple[Prompt, ...] = ()
     objective: Objective = "tpot"
-
-    @property
-    def is_fresh(self) -> bool:
-        """Whether the proof uses prompts that had no part in the choice."""
-        return not {prompt.digest for prompt in self.forecast_prompts} & {
-            prompt.digest for prompt in self.proof_prompts
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,9 +70,8 @@ class PointDecision:
 def plan_points(workload: Workload, prompts: Sequence[Prompt], objective: Objective = "tpot") -> list[PointPlan]:
     """Plans the points of a workload: over all domains (`mixed`) first, then one per domain with 24 prompts or more.
 
-    24 prompts are reserved for the proof before any go to forecasts and race, which get at most half. Where fewer than
-    12 are left for these, there is no race, and forecasts and proof both use all prompts: such a proof is not fresh
-    and is corrected for the setups that were compared. A single domain is `mixed`.
+    A third of the prompts, picked by digest within each domain, is for forecasts and race, the rest for the proof,
+    which so has no prompt of the choice. A single domain is `mixed`.
 
     Raises:
         InputError: there are no prompts, or a domain is called `mixed`.
@@ -89,34 +80,27 @@ def plan_points(workload: Workload, prompts: Sequence[Prompt], objective: Object
         raise InputError("no prompts: at least one is needed")
     if any(prompt.domain == MIXED for prompt in prompts):
         raise InputError(f"domain {MIXED!r}: that name means all domains together; give the prompts another")
-    by_domain: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        by_domain.setdefault(prompt.domain, []).append(prompt)
-    race_share = max(0.0, min(0.5, (len(prompts) - MIN_DOMAIN_PROMPTS) / len(prompts)))
-    race_prompts: dict[str, list[Prompt]] = {}
-    proof_prompts: dict[str, list[Prompt]] = {}
-    for domain, members in by_domain.items():
-        num_race = int(len(members) * race_share)
-        if len(members) >= MIN_DOMAIN_PROMPTS + MIN_FORECAST_PROMPTS:
-            num_race = min(num_race, len(members) - MIN_DOMAIN_PROMPTS)
-        ordered = sorted(members, key=lambda prompt: prompt.digest)
-        race_prompts[domain], proof_prompts[domain] = ordered[:num_race], ordered[num_race:]
-    groups = {MIXED: list(by_domain)}
-    if len(by_domain) > 1:
-        groups |= {domain: [domain] for domain, members in by_domain.items() if len(members) >= MIN_DOMAIN_PROMPTS}
-    plans = []
-    for name, domains in groups.items():
-        selection = tuple(prompt for domain in domains for prompt in race_prompts[domain])
-        proof = tuple(prompt for domain in domains for prompt in proof_prompts[domain])
-        if len(selection) < MIN_FORECAST_PROMPTS or len(proof) < MIN_DOMAIN_PROMPTS:
-            selection, proof = (), tuple(prompts) if name == MIXED else tuple(by_domain[name])
-        plan = PointPlan(
+    domains = dict.fromkeys(prompt.domain for prompt in prompts)
+    selection: dict[str, tuple[Prompt, ...]] = {}
+    proof: dict[str, tuple[Prompt, ...]] = {}
+    num_before = 0
+    for domain in domains:
+        members = sorted((each for each in prompts if each.domain == domain), key=lambda prompt: prompt.digest)
+        num_selection = round((num_before + len(members)) / 3) - round(num_before / 3)
+        num_before += len(members)
+        selection[domain], proof[domain] = tuple(members[:num_selection]), tuple(members[num_selection:])
+    groups = {MIXED: list(domains)}
+    if len(domains) > 1:
+        sizes = Counter(prompt.domain for prompt in prompts)
+        groups |= {domain: [domain] for domain in domains if sizes[domain] >= MIN_DOMAIN_PROMPTS}
+    return [
+        PointPlan(
             workload=workload,
             domain=name,
-            forecast_prompts=selection or proof,
-            race_prompts=selection,
-            proof_prompts=proof,
+            forecast_prompts=tuple(itertools.chain.from_iterable(selection[domain] for domain in group))
+            or tuple(prompts),
+            proof_prompts=tuple(itertools.chain.from_iterable(proof[domain] for domain in group)),
             objective=objective,
         )
-        plans.append(plan)
-    return plans
+        for name, group in groups.items()
+    ]

@@ -10,14 +10,10 @@ Show = Callable[[Sequence[Standing]], None]
 
 
 class LiveStandings:
-    """The standings of one operating point at a time."""
+    """The standings of one operating point, at first nothing but forecasts."""
 
-    def __init__(self, show: Show) -> None:
+    def __init__(self, show: Show, domain: str, forecasts: Sequence[Forecast]) -> None:
         self._show = show
-        self._rows: dict[Setup, Standing] = {}
-
-    def open(self, domain: str, forecasts: Sequence[Forecast]) -> None:
-        """Starts the next point, with nothing but forecasts."""
         self._rows = {
             forecast.setup: Standing(
                 domain=domain,

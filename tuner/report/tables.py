@@ -102,6 +102,19 @@ def _figures(choice: Choice) -> dict[str, Any]:
         "chosen_tok_per_s": chosen_tok_per_s,
         "proven": choice.proven,
         "reason": choice.reason,
+        "not_proven": None if choice.proven or choice.measured is None else _not_proven(choice.measured),
+    }
+
+
+def _not_proven(measured: Measured) -> dict[str, Any]:
+    """What was measured of a setup that is not chosen, and the gain that would have been shown 80 % of the time."""
+    return {
+        "setup": measured.setup.name,
+        "speedup": asdict(measured.speedup),
+        "end_to_end": measured.end_to_end.estimate,
+        "p_value": measured.p_value,
+        "num_prompts": measured.num_prompts,
+        "minimum_detectable_speedup": measured.detectable_speedup,
     }
 
 

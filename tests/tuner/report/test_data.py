@@ -125,7 +125,7 @@ def test_a_winner_that_is_not_proven() -> None:
     outcome = Tuner(FakeEngine(keep=0.9), Options(lengths=LENGTHS)).tune([(GREEDY, prompts(11))])
     made = report_data(outcome, policy_of(outcome))
     (one,) = [one for one in made.points[0].candidates if one.state == "not proven"]
-    assert one.reason == "only 11 prompts were left to prove it, 12 are needed"
+    assert "of only 7 prompts, 8 are needed (12 in all)" in one.reason
     assert one.measured_speedup is not None
 
 
@@ -172,7 +172,7 @@ def test_acceptance_by_position(made: ReportData) -> None:
         assert position.accepted.estimate == pytest.approx(0.9**position.position, abs=0.06)
         assert position.accepted.low < position.accepted.estimate < position.accepted.high
     assert [position.accepted.estimate for position in curves["prose"].positions] == [0.0, 0.0, 0.0, 0.0]
-    assert all(0.0 < position.accepted.high < 0.2 for position in curves["prose"].positions)
+    assert all(0.0 < position.accepted.high < 0.25 for position in curves["prose"].positions)
     assert curves["mixed"].num_prompts == curves["code"].num_prompts + curves["prose"].num_prompts
 
 

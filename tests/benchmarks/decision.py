@@ -1,0 +1,358 @@
+"""How often a decision is right, on made-up timings: `python -m tests.benchmarks.decision [--repetitions N]`.
+
+The real `worth_racing`, `race`, `among_equals`, `proof.measure` and `proof.prove` decide one operating point over and
+over; no model runs. A prompt's speed-up is log-normal around the true one with the case's spread, half of which all
+drafts share; the target is the population's ratio of totals. A forecast knows a prompt's speed-up but for 3 % of its
+own and 2 % (in some cases 9 %) of its draft's. Half of the prompts of a large case choose, 144 prove.
+
+`before` is a paired t interval: large cases on 30 prompts of the same race's winner; small ones choose the best
+forecast on all prompts, prove on the same ones, and correct for all drafts (Bonferroni).
+
+Printed for each case: proofs attempted, share of claims, share of intervals that cover the truth, timed prompts.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy
+from optuna.pruners import _wilcoxon
+
+from profiles.records.core import PLAIN, Draft, Interval, Model, Prompt, Setup, digest_of
+from profiles.stats import Linearised, log_ratio
+from tests.benchmarks.common import finish
+from tuner.forecast.queues import spread_over_domains
+from tuner.policy.estimates import Forecast, Measured
+from tuner.search import proof
+from tuner.search.objective import MIN_SPEEDUP, among_equals, worth_racing
+from tuner.search.pairs import Pair, Queue, columns
+from tuner.search.race import race
+
+RACE_PROMPTS, NUM_FINALISTS = 12, 3
+BEFORE_PROMPTS = 30
+NUM_SELECTION, NUM_PROOF = 72, 144
+TOKENS, PLAIN_S, TTFT_S = 65, 0.32, 0.05
+PROMPT_ERROR = 0.03
+SETUPS = tuple(
+    Setup(
+        draft=Draft(kind="model", model=Model(name=f"d{n}", dtype="float32", digest=digest_of(n), num_params=1)),
+        length=3,
+    )
+    for n in range(6)
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """True speed-ups by draft, how prompts and runs vary, and how many prompts there are."""
+
+    name: str
+    speedups: tuple[float, ...] = (1.0, 1.0, 1.0)
+    spread: float = 0.10
+    noise: float = 0.02
+    order: float = 0.0  # what the second run of a pair takes longer, relative
+    spikes: float = 0.0  # share of the runs that take half as long again
+    draft_error: float = 0.02
+    num_prompts: int | None = None  # of a small case
+
+    @property
+    def is_null(self) -> bool:
+        return max(self.speedups) <= 1.0
+
+    @property
+    def split(self) -> tuple[int, int]:
+        """Prompts of choice and proof, as `plan_points` splits them."""
+        if self.num_prompts is None:
+            return NUM_SELECTION, NUM_PROOF
+        num_selection = round(self.num_prompts / 3)
+        return num_selection, self.num_prompts - num_selection
+
+
+def ladder(best: float) -> tuple[float, ...]:
+    return best, best - 0.02, best - 0.04
+
+
+SMALL = {"spread": 0.25, "speedups": (1.0,) * 6}
+CASES = (
+    Case(name="null, spread 0, noise 5 %", spread=0.0, noise=0.05),
+    Case(name="null, spread 10 %"),
+    Case(name="null, spread 20 %, noise 5 %", spread=0.20, noise=0.05),
+    Case(name="null, spread 35 %, spikes", spread=0.35, spikes=0.05),
+    Case(name="null, second run 3 % slower", order=0.03),
+    Case(name="null, second run 3 % faster", order=-0.03),
+    Case(name="null, draft error 9 %", draft_error=0.09),
+    Case(name="null, 12 prompts, 6 drafts", num_prompts=12, **SMALL),
+    Case(name="null, 20 prompts, 6 drafts", num_prompts=20, **SMALL),
+    Case(name="null, 24 prompts, 6 drafts", num_prompts=24, **SMALL),
+    Case(name="power_1_05_spread_10", speedups=ladder(1.05)),
+    Case(name="power_1_05_spread_20", speedups=ladder(1.05), spread=0.20),
+    Case(name="power_1_02_spread_10", speedups=ladder(1.02)),
+    Case(name="power_small", speedups=(1.28, 1.15, 1.10, 1.05, 1.0, 0.95), spread=0.25, num_prompts=20),
+    Case(name="1.05, spread 10 %, draft error 9 %", speedups=ladder(1.05), draft_error=0.09),
+    Case(name="1.05, spread 20 %, draft error 9 %", speedups=ladder(1.05), spread=0.20, draft_error=0.09),
+    Case(name="1.02, spread 10 %, draft error 9 %", speedups=ladder(1.02), draft_error=0.09),
+)
+
+
+class Run(NamedTuple):
+    """What race and proof read of a `Sample`, without its checks, which take most of the time."""
+
+    prompt_digest: str
+    decode_s: float
+    ttft_s: float = TTFT_S
+    output_tokens: int = TOKENS
+    output_digest: str = "o"
+    disturbed: bool = False
+
+
+class World:
+    """One draw of a case: prompts, their speed-ups with each draft, forecasts, and timed runs."""
+
+    def __init__(self, case: Case, seed: int) -> None:
+        self.case = case
+        self.rng = rng = numpy.random.default_rng(seed)
+        self.setups = SETUPS[: len(case.speedups)]
+        size, count = sum(case.split), len(case.speedups)
+        self.prompts = PROMPTS[:size]
+        self.number = {prompt.digest: index for index, prompt in enumerate(self.prompts)}
+        self.plain_s = PLAIN_S * numpy.exp(rng.normal(0.0, 0.3, size))
+        parts = rng.normal(0.0, case.spread * math.sqrt(0.5), (count + 1, size))
+        # the mean of exp(-gain) is 1 / speed-up, so that the ratio of expected totals is the speed-up
+        self.gains = numpy.log(case.speedups)[:, None] + case.spread**2 / 2.0 + parts[0] + parts[1:]
+        errors = rng.normal(0.0, PROMPT_ERROR, (count, size)) + rng.normal(0.0, case.draft_error, (count, 1))
+        self.forecast_s = self.plain_s * numpy.exp(-self.gains - errors)
+
+    def forecast(self, setup: Setup, prompts: Sequence[Prompt]) -> Forecast:
+        picks = [self.number[prompt.digest] for prompt in prompts]
+        index = self.setups.index(setup)
+        speedup = log_ratio(Linearised.of([self.plain_s[picks]], [self.forecast_s[index][picks]])).interval()
+        return Forecast(setup=setup, tok_per_s=speedup, speedup=speedup, acceptance_length=2.0)
+
+    def seconds(self, setup: Setup, prompts: Sequence[Prompt]) -> proof.Seconds:
+        index = self.setups.index(setup)
+        decode = {
+            prompt.digest: (self.plain_s[number], self.forecast_s[index][number])
+            for prompt in prompts
+            for number in [self.number[prompt.digest]]
+        }
+        requests = {digest: (plain + TTFT_S, chosen + TTFT_S) for digest, (plain, chosen) in decode.items()}
+        return {"tpot": decode, "throughput": requests}
+
+    def run(self, queue: Queue, setup: Setup) -> list[Pair]:
+        """Pairs in a random order, as `run_pairs` makes them."""
+        picks = [self.number[prompt.digest] for prompt in queue]
+        case, size = self.case, len(picks)
+        gains = 0.0 if setup == PLAIN else self.gains[self.setups.index(setup)][picks]
+        factors = numpy.exp(self.rng.normal(0.0, case.noise, (2, size)))
+        factors[1] *= numpy.exp(-gains)
+        factors[self.rng.integers(2, size=size), numpy.arange(size)] *= 1.0 + case.order
+        factors[self.rng.random((2, size)) < case.spikes] *= 1.5
+        plain_s, chosen_s = (self.plain_s[picks] * factors).tolist()
+        runs = zip(queue, plain_s, chosen_s, strict=True)
+        return [Pair(Run(prompt.digest, plain), Run(prompt.digest, chosen)) for prompt, plain, chosen in runs]
+
+
+PROMPTS = tuple(Prompt(domain="code", token_ids=(number + 5,)) for number in range(NUM_SELECTION + NUM_PROOF))
+
+
+@dataclass
+class Tally:
+    """What came of a case's repetitions."""
+
+    attempts: int = 0
+    claims: int = 0
+    covered: int = 0
+    timed: int = 0
+
+    def add(self, claimed: bool, covered: bool, timed: int) -> None:
+        self.attempts += 1
+        self.claims += claimed
+        self.covered += covered
+        self.timed += timed
+
+    def figures(self, repetitions: int) -> dict[str, float | int | None]:
+        attempts = self.attempts
+        return {
+            "attempts": attempts,
+            "claimed": round(self.claims / repetitions, 4),
+            "coverage": round(self.covered / attempts, 4) if attempts else None,
+            "timed_prompts": round(self.timed / attempts, 1) if attempts else None,
+        }
+
+
+@dataclass
+class Result:
+    """Of one case: decided as now, and as before."""
+
+    after: Tally = field(default_factory=Tally)
+    before: Tally = field(default_factory=Tally)
+
+
+def decide(case: Case, seed: int, result: Result) -> None:
+    """One operating point from forecasts to claim, as `tuner.pipeline` decides it, and the same winner as before."""
+    world = World(case, seed)
+    num_selection, _ = case.split
+    selection, fresh = world.prompts[:num_selection], world.prompts[num_selection:]
+    hopeful = worth_racing([world.forecast(setup, selection) for setup in world.setups])
+    if case.num_prompts is not None:
+        small_before(world, result.before)
+    if not hopeful:
+        return
+    raced: dict[Setup, list[Pair]] = {}
+
+    def run(queue: Queue, setup: Setup) -> list[Pair]:
+        pairs = world.run(queue, setup)
+        raced.setdefault(setup, []).extend(pairs)
+        return pairs
+
+    race_prompts = spread_over_domains(selection, RACE_PROMPTS)
+    speedups = {hopeful[0]: MIN_SPEEDUP}  # a single finalist goes to the proof at once
+    if len(hopeful) > 1:
+        queues = [(prompt,) for prompt in race_prompts]
+        finished = race(run, queues, hopeful, num_finalists=NUM_FINALISTS, study_name="race", storage=None).speedups
+        domains = {prompt.digest: prompt.domain for prompt in selection}
+        speedups = {
+            setup: proof.assisted_speedup(raced[setup], world.seconds(setup, selection), domains, "tpot")
+            for setup in finished
+        }
+    winner = among_equals(speedups)
+    if winner is None or speedups[winner] <= 1.0:
+        return
+    measured, pairs, proven = prove(world, winner, raced.get(winner, []), fresh, 1.0 - proof.SHARE_LEFT)
+    timed = len(pairs)
+    runners_up = {setup: speedup for setup, speedup in speedups.items() if setup != winner and speedup >= MIN_SPEEDUP}
+    if not proven and runners_up:
+        second = among_equals(runners_up)
+        assert second is not None
+        other, more, proven = prove(world, second, raced[second], fresh, proof.SHARE_LEFT)
+        timed += len(more)
+        measured = other if proven else measured
+    truth = case.speedups[world.setups.index(measured.setup)]
+    result.after.add(proven, covers(measured.speedup, truth), timed)
+    if case.num_prompts is None:
+        interval = plain_interval(pairs + world.run(fresh[len(pairs) : BEFORE_PROMPTS], winner), 0.05)
+        truth = case.speedups[world.setups.index(winner)]
+        result.before.add(is_claimed(interval), covers(interval, truth), BEFORE_PROMPTS)
+
+
+def prove(
+    world: World, setup: Setup, race_pairs: list[Pair], prompts: Sequence[Prompt], share: float
+) -> tuple[Measured, list[Pair], bool]:
+    """The looks at a proof until it is won or over; it is the only operating point."""
+    domains = {prompt.digest: prompt.domain for prompt in world.prompts}
+    raced = [world.prompts[world.number[pair.plain.prompt_digest]] for pair in race_pairs]
+    forecasts = proof.Forecasts(
+        seconds=world.seconds(setup, prompts), weights=proof.weights(race_pairs, world.seconds(setup, raced), domains)
+    )
+    sizes = proof.look_sizes(len(prompts), proof.LOOKS)
+    design = proof.Design(
+        setup=setup,
+        greedy=True,
+        domains=domains,
+        forecasts=forecasts if len(sizes) > 1 else None,
+        num_pairs=len(prompts),
+        share=share,
+    )
+    pairs: list[Pair] = []
+    looks: tuple[proof.Look, ...] = ()
+    for size in sizes:
+        pairs += world.run(tuple(prompts[len(pairs) : size]), setup)
+        measured, looks = proof.measure(design, pairs, looks)
+        if measured.p_value <= proof.LEVEL:
+            break
+    return measured, pairs, proof.prove([measured])[0]
+
+
+def small_before(world: World, tally: Tally) -> None:
+    """The best forecast on all prompts, proven on the same ones, corrected for all drafts."""
+    forecasts = [world.forecast(setup, world.prompts) for setup in world.setups]
+    best = max(forecasts, key=lambda forecast: forecast.speedup.estimate)
+    if best.speedup.high <= 1.0:
+        return
+    interval = plain_interval(world.run(world.prompts, best.setup), 0.05 / len(forecasts))
+    truth = world.case.speedups[world.setups.index(best.setup)]
+    tally.add(is_claimed(interval), covers(interval, truth), len(world.prompts))
+
+
+def plain_interval(pairs: Sequence[Pair], level: float) -> Interval:
+    plain_s, plain_tokens, chosen_s, chosen_tokens = columns([[pair] for pair in pairs[:BEFORE_PROMPTS]])
+    return log_ratio(Linearised.of([plain_s, chosen_tokens], [chosen_s, plain_tokens])).interval(level)
+
+
+def covers(interval: Interval, truth: float) -> bool:
+    return interval.low <= truth <= interval.high
+
+
+def is_claimed(interval: Interval) -> bool:
+    return interval.low > 1.0 and interval.estimate >= MIN_SPEEDUP
+
+
+@cache
+def rank_sums(size: int) -> numpy.ndarray:
+    """Chances that the ranks of the positive differences add up to at least 0, 1, 2, ... (Wilcoxon 1945)."""
+    chances = numpy.ones(1)
+    for rank in range(1, size + 1):
+        chances = (numpy.append(chances, numpy.zeros(rank)) + numpy.append(numpy.zeros(rank), chances)) / 2.0
+    return numpy.cumsum(chances[::-1])[::-1]
+
+
+def signed_rank_test(differences: numpy.ndarray, alternative: str, zero_method: str) -> SimpleNamespace:
+    """What scipy's exact test gives the pruner where no two differences are equal, in a tenth of its time."""
+    sign = 1.0 if alternative == "greater" else -1.0
+    ranks = numpy.argsort(numpy.argsort(numpy.abs(differences))) + 1
+    return SimpleNamespace(pvalue=rank_sums(len(ranks))[int(ranks[sign * differences > 0.0].sum())])
+
+
+def main() -> None:
+    """All cases, a table, and one JSON document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=2000, help="of every case")
+    parser.add_argument("--case", help="only cases with this in their name")
+    options = parser.parse_args()
+    _wilcoxon.ss = SimpleNamespace(wilcoxon=signed_rank_test)
+    started = time.monotonic()
+    rows = []
+    print(f"{'case':36} {'attempts':>8} {'claimed':>16} {'coverage':>16} {'timed prompts':>15}   (before -> after)")
+    for number, case in enumerate(CASES):
+        if options.case and options.case not in case.name:
+            continue
+        result = Result()
+        for repetition in range(options.repetitions):
+            decide(case, 1_000_003 * number + repetition, result)
+        before, after = (tally.figures(options.repetitions) for tally in (result.before, result.after))
+        rows.append({"case": case.name, "null": case.is_null, "before": before, "after": after})
+        pairs = [f"{before[name]} -> {after[name]}" for name in ("claimed", "coverage", "timed_prompts")]
+        print(f"{case.name:36} {after['attempts']:8} {pairs[0]:>16} {pairs[1]:>16} {pairs[2]:>15}", flush=True)
+    finish(
+        {
+            "benchmark": "decision",
+            **summary(rows, "after"),
+            "before": summary(rows, "before"),
+            "cases": rows,
+            "repetitions": options.repetitions,
+            "seconds": round(time.monotonic() - started, 1),
+        }
+    )
+
+
+def summary(rows: list[dict[str, object]], which: str) -> dict[str, float]:
+    """The figures that are asked for."""
+    claims = {row["case"]: row[which]["claimed"] for row in rows}
+    coverage = [row[which]["coverage"] for row in rows if row[which]["coverage"] is not None]
+    powers = {name: claimed for name, claimed in claims.items() if name.startswith("power_")}
+    false_claims = [claims[row["case"]] for row in rows if row["null"]]
+    return {
+        "false_claims": max(false_claims, default=0.0),
+        **powers,
+        "coverage_low": min(coverage),
+        "coverage_high": max(coverage),
+    }
+
+
+if __name__ == "__main__":
+    main()
