@@ -19,13 +19,7 @@ TITLES = {
     "transformers": "transformers",
 }
 # the newest release whose own config class or parser was run on the flags; of TensorRT-LLM the newest reference page
-NEWEST = {
-    "vllm": "0.33.0",
-    "sglang": "0.5.23",
-    "trtllm": "1.4.0rc1",
-    "llamacpp": "b11549",
-    "transformers": "5.23.0",
-}
+NEWEST = {"vllm": "0.33.0", "sglang": "0.5.23", "trtllm": "1.4.0rc1", "llamacpp": "b11549", "transformers": "5.23.0"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,13 +14,7 @@ import gguf
 import numpy
 import torch
 from tokenizers import Tokenizer
-from transformers import (
-    AutoConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.integrations.gguf import GgufHeader, read_gguf_metadata
 
 from profiles.records.errors import ModelError

@@ -24,7 +24,7 @@ from profiles.engines.torch import batch_model
 from profiles.models import gguf, sources
 from profiles.models.memory import check_dtype
 from profiles.models.sources import Source, library_errors
-from profiles.records.core import DTYPES, Model, Prompt, Workload
+from profiles.records.core import DTYPES, Model, Prompt, Workload, digest_of
 from profiles.records.errors import InputError, ModelError, PairError
 
 # what a layer may keep per token so that tokens can be taken back; a recurrent state cannot
@@ -116,11 +116,15 @@ def load(
             if weight.is_floating_point() and not torch.isfinite(weight).all():
                 raise source.error(f"{weight_name} holds NaN or infinity as {dtype}")
         batch_model.check_rows(model, name)
+        num_rows = model.get_input_embeddings().weight.shape[0]
+        record = _record(source, config, dtype)
+        if record.vocab_size not in (None, num_rows):  # another distribution than that of the files alone
+            record = replace(record, digest=digest_of([record.digest, num_rows]))
         return LoadedModel(
             model=model,
             tokenizer=tokenizer,
-            record=replace(_record(source, config, dtype), num_params=model.num_parameters()),
-            num_tokens=model.get_input_embeddings().weight.shape[0],
+            record=replace(record, num_params=model.num_parameters()),
+            num_tokens=num_rows,
             max_positions=sources.max_positions(config, source),
             end_token_ids=_end_token_ids(
                 source, model.generation_config, config.get_text_config(decoder=True), tokenizer

@@ -49,16 +49,22 @@ class Encoded:
     warnings: tuple[str, ...]
 
     def cut(self, max_tokens: int) -> tuple[list[Prompt], list[str]]:
-        """Prompts of the last `max_tokens` tokens each, without repeats, and all warnings. Raises PromptError."""
+        """Prompts of at most `max_tokens` tokens, without repeats, and all warnings; long ones lose their middle.
+
+        Half is from the head, where the system prompt and what follows the start token are, half from the tail with
+        the question, as in LongBench (Bai et al. 2023). Raises PromptError.
+        """
         if max_tokens < 1:
             raise PromptError(f"{max_tokens} prompt tokens allowed: at least 1 is needed; raise the context length")
         unique: dict[str, Prompt] = {}
+        head = max_tokens // 2
         for domain, token_ids in zip(self.domains, self.token_ids, strict=True):
-            prompt = Prompt(domain=domain, token_ids=token_ids[-max_tokens:])
+            shortened = token_ids if len(token_ids) <= max_tokens else token_ids[:head] + token_ids[head - max_tokens :]
+            prompt = Prompt(domain=domain, token_ids=shortened)
             unique.setdefault(prompt.digest, prompt)
         warnings, total = list(self.warnings), len(self.domains)
         if num_cut := sum(len(token_ids) > max_tokens for token_ids in self.token_ids):
-            warnings.append(f"{num_cut} of {total} prompts were cut to their last {max_tokens} tokens")
+            warnings.append(f"{num_cut} of {total} prompts were cut in their middle, to {max_tokens} tokens")
         if num_repeats := total - len(unique):
             warnings.append(f"{num_repeats} of {total} prompts repeat another one and were dropped")
         return list(unique.values()), warnings
@@ -152,11 +158,7 @@ def _apply(tokenizer: Tokenizer, conversation: list[dict[str, Any]], request: Re
     try:
         with _time_limit(_TEMPLATE_TIMEOUT_S):
             return tokenizer.apply_chat_template(
-                conversation,
-                add_generation_prompt=True,
-                return_dict=False,
-                tokenize=tokenize,
-                **options,
+                conversation, add_generation_prompt=True, return_dict=False, tokenize=tokenize, **options
             )
     except Exception as error:  # a template is a program that came with the model
         roles = ", ".join(message["role"] for message in conversation)

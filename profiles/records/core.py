@@ -18,6 +18,7 @@ DraftKind = Literal["model", "ngram", "early_exit", "composite", "native"]
 DRAFT_KINDS: tuple[DraftKind, ...] = get_args(DraftKind)
 DTYPES = ("float32", "bfloat16", "float16")
 CATCH_UP_WIDTHS = (2, 4, 8, 16, 32, 64)  # of a draft model's first step of a round; wider ones are several of the last
+GREEDY_BELOW = 1e-5  # temperatures below are 0, as in vLLM: a quotient of logits by them overflows
 DECODING_VERSION = 1  # raised when the torch engine would emit or accept other tokens for the same workload
 
 
@@ -216,6 +217,8 @@ class Workload:
         beside = f"leaves no tokens for a prompt beside {self.max_new_tokens} new tokens"
         require(self.context_length > self.max_new_tokens, f"context {self.context_length} {beside}")
         require(0.0 <= self.temperature <= 10.0, f"temperature {self.temperature}: allowed are 0 (greedy) to 10")
+        if self.temperature < GREEDY_BELOW:
+            object.__setattr__(self, "temperature", 0.0)
         require(0.0 < self.top_p <= 1.0, f"top-p {self.top_p}: allowed are fractions above 0, up to 1")
         require(self.top_k >= 0, f"top-k {self.top_k}: allowed are 0 (off) and up")
 

@@ -122,7 +122,7 @@ class Sample:
 
     setup_digest: str
     prompt_digest: str
-    ttft_s: float  # from the row's start to its first token
+    ttft_s: float  # from the request (without a server: from when its row was free) to its first token
     decode_s: float  # first token to last
     output_tokens: int
     rounds: Rounds  # its own
@@ -130,6 +130,7 @@ class Sample:
     refills: int = 0  # other rows' prefills that it waited for
     output_digest: str
     disturbed: bool = False  # other processes used the machine although the run was repeated
+    cores: float | None = field(default=None, compare=False)  # processor seconds per second of the run; not stored
 
     def __post_init__(self) -> None:
         require(self.output_tokens >= 1, f"a run emitted {self.output_tokens} tokens")

@@ -1,19 +1,29 @@
 """Reads time: synchronises the device before every reading, and watches for other load while something is timed."""
 
 import contextlib
+import logging
+import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Self, TypeVar
 
 import psutil
 
 from profiles.timing.gpu_monitor import GpuWatch
 
+_LOG = logging.getLogger(__name__)
+
 _SHORTEST_S = 0.2  # the kernel counts processor time in ticks of 10 ms: a shorter block cannot be judged
 _MAX_CORES = 0.35
 _MAX_HOST_SHARE = 0.25  # of a GPU's host, which needs a core only to launch work: large hosts are never idle
 MAX_REPEATS = 2
+_MAX_VAIN_S = 60.0  # spent on repeats that were disturbed too, since the last quiet measurement
+_SECONDS_BETWEEN_LINES = 30.0
+_PAUSE_S = 1.0  # in which what has just ended at the start may end
+_WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # how OpenMP's threads wait for each other
 
 Measurement = TypeVar("Measurement")
 
@@ -135,13 +145,96 @@ class Disturbance:
         return "; ".join(gpu.worst for gpu in self._gpus if gpu.worst is not None) or None
 
 
-def quietest(measure: Callable[[], Measurement], gpus: Iterable[str] = ()) -> tuple[Measurement, bool]:
-    """The first undisturbed of up to three measurements, else the quietest; and whether it was disturbed."""
+def other_programs(seconds: float = 0.4, *, max_cores: float = _MAX_CORES) -> str | None:
+    """What other programs use of the processor now, the busiest by name; None where it is too little to disturb."""
+    with OtherLoad(max_cores=max_cores) as load:
+        before = _seconds_by_process()
+        time.sleep(seconds)
+        used_s = {process: total_s - before.get(process, 0.0) for process, total_s in _seconds_by_process().items()}
+    if not load.disturbed:
+        return None
+    busiest = sorted(used_s.items(), key=lambda entry: -entry[1])[:3]
+    names = [f"{name} {used / seconds:.1f}" for (_, name), used in busiest if used >= 0.1 * seconds]
+    return f"other programs use {load.cores:.1f} of {psutil.cpu_count()} cores ({', '.join(names) or 'not seen here'})"
+
+
+def _seconds_by_process() -> dict[tuple[int, str], float]:
+    """Processor seconds of every process that is not this one or its child, by number and name."""
+    family = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+    return {
+        (process.pid, process.info["name"]): sum(process.info["cpu_times"][:2])
+        for process in psutil.process_iter(["name", "cpu_times"])
+        if process.pid not in family and process.info["cpu_times"] is not None
+    }
+
+
+@dataclass(slots=True)
+class Patience:
+    """How long disturbed measurements of a process are repeated, and when what disturbs them was last named."""
+
+    is_busy: bool = False  # since the start: everything is labelled disturbed, and nothing is repeated
+    vain_s: float = 0.0
+    named_at_s: float = -math.inf
+
+    def check_start(self, max_cores: float = _MAX_CORES, tries: int = 3) -> str | None:
+        """What is to be said where other programs use the processor all the time before anything is measured.
+
+        OpenMP's threads then sleep while they wait. By default they spin: beside one busy program a step of a small
+        model took 3 to 40 times as long on two cores, asleep 1.1 times. On a quiet machine sleeping costs up to a
+        fifth, so it is no default; and what is timed in a process that sleeps is labelled disturbed, also later.
+        """
+        load = other_programs(max_cores=max_cores)
+        for _ in range(tries - 1):
+            if load is not None:
+                time.sleep(_PAUSE_S)
+                load = other_programs(max_cores=max_cores)
+        if load is None:
+            return None
+        self.is_busy = True
+        if "torch" not in sys.modules and not any(name in os.environ for name in _WAIT_VARIABLES):
+            os.environ["OMP_WAIT_POLICY"] = "passive"
+        return f"{load}: timings are labelled disturbed and prove nothing; run again when they have ended"
+
+    def name_disturbance(self, load: Disturbance) -> None:
+        """Logs what disturbed, at most every 30 s."""
+        if self.is_busy or time.monotonic() - self.named_at_s < _SECONDS_BETWEEN_LINES:
+            return
+        cores = f"other programs used {load.cores or 0.0:.1f} of {psutil.cpu_count()} cores"
+        _LOG.warning("%s: what is timed meanwhile is labelled disturbed", load.worst or other_programs() or cores)
+        self.named_at_s = time.monotonic()
+
+
+PATIENCE = Patience()  # of this process
+
+
+def quietest(
+    measure: Callable[[], Measurement], gpus: Iterable[str] = (), patience: Patience = PATIENCE
+) -> tuple[Measurement, bool]:
+    """The first undisturbed of up to three measurements, else the quietest; and whether it was disturbed.
+
+    Repeating ends where it would cost more than a minute in vain: a machine that stays busy is not waited for.
+    """
     disturbed: list[tuple[float, Measurement]] = []
-    for _ in range(MAX_REPEATS + 1):
+    for number in range(MAX_REPEATS + 1):
+        started_s = time.monotonic()
         with Disturbance(*gpus) as load:
             measurement = measure()
-        if not load.disturbed:
+        if not load.disturbed and not patience.is_busy:
+            patience.vain_s = 0.0
             return measurement, False
+        elapsed_s = time.monotonic() - started_s
         disturbed.append((load.cores or 0.0, measurement))
+        patience.name_disturbance(load)
+        patience.vain_s += elapsed_s if number else 0.0
+        if patience.is_busy or patience.vain_s + elapsed_s > _MAX_VAIN_S:
+            break
     return min(disturbed, key=lambda entry: entry[0])[1], True
+
+
+def cores_used(
+    run: Callable[[], Measurement], processor_s: Callable[[], float] = _process_s
+) -> tuple[Measurement, float]:
+    """What `run` returns, and the processor seconds that it took per second of wall time."""
+    started_s, busy_s = time.perf_counter(), processor_s()
+    result = run()
+    return result, (processor_s() - busy_s) / (time.perf_counter() - started_s)

@@ -1,5 +1,6 @@
 """The command line: wires the commands, and ends each of them in output or in one line and an exit code."""
 
+import logging
 import sys
 from typing import Annotated, Any
 
@@ -59,6 +60,7 @@ def _usage_message(error: TyperException) -> str:
 def main() -> None:
     """Runs the command of `sys.argv`; every failure is one line on stderr and an exit code."""
     arguments = sys.argv[1:]
+    _show_notes_of_measuring()
     try:
         code = app(arguments or ["--help"], prog_name=command(), standalone_mode=False) or 0
         if code == EXIT_INTERRUPTED:  # what typer makes of Ctrl-C outside of the measuring
@@ -75,6 +77,20 @@ def main() -> None:
         if message is None:
             raise
         _fail(message, 2)
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print_notes(record.getMessage())
+
+
+def _show_notes_of_measuring() -> None:
+    """What `profiles` logs while it measures, such as what disturbs it, is for the user."""
+    logger = logging.getLogger("profiles")
+    if not logger.handlers:
+        logger.addHandler(_Notes())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
 
 
 def _fail(message: str, code: int) -> None:

@@ -1,7 +1,7 @@
 """The stage under way, its bar and the time left, over a table of how the candidates stand, on stderr.
 
-Where stderr is no terminal, one line per stage. Drawing happens only inside `update` and `standings`, which are called
-between units: a thread that redraws would take time from the runs being measured.
+Where stderr is no terminal, a line per stage and one every 30 s. Drawing happens only inside `update` and `standings`,
+which are called between units: a thread that redraws would take time from the runs being measured.
 """
 
 import time
@@ -18,6 +18,7 @@ from profiles.records.core import PLAIN, Interval
 from tuner.policy.estimates import Standing
 
 MIN_SECONDS_BETWEEN_DRAWS = 0.25
+SECONDS_BETWEEN_LINES = 30.0
 MOST_ROWS = 12
 LINES_OF_BAR = 2  # and of the cursor under it
 WIDE = 80  # columns from which intervals are spelled out
@@ -44,6 +45,7 @@ class StageProgress:
         self._stage: str | None = None
         self._task: TaskID | None = None
         self._drawn_at: float | None = None
+        self._began_at = self._line_at = 0.0  # the stage, and its last line where nothing is drawn
         self._live = Live(console=console, auto_refresh=False, transient=True, get_renderable=self._picture)
 
     def __enter__(self) -> Self:
@@ -61,8 +63,8 @@ class StageProgress:
             if self._task is not None:
                 self._bar.remove_task(self._task)
             self._stage, self._task = stage, self._bar.add_task(stage, total=total)
-            if not self._draws:
-                self._console.print(f"{stage}: {total} units", markup=False)
+        if not self._draws:
+            self._print_line(stage, done, total, begins=begins)
         assert self._task is not None
         self._bar.update(self._task, completed=done, total=total)
         self._draw(at_once=begins)  # a stage may be one long unit, for which nothing is drawn again
@@ -71,6 +73,17 @@ class StageProgress:
         """The candidates of the operating point under way, all of one domain; they replace those shown before."""
         self._rows = tuple(rows)
         self._draw()
+
+    def _print_line(self, stage: str, done: int, total: int, *, begins: bool) -> None:
+        now = self._clock()
+        if begins:
+            self._began_at = self._line_at = now
+            self._console.print(f"{stage}: {total} units", markup=False, soft_wrap=True)
+        elif now - self._line_at >= SECONDS_BETWEEN_LINES and done > 0:
+            self._line_at = now
+            left_s = (now - self._began_at) / done * (total - done)
+            line = f"{stage}: {done} of {total} units, about {left_s:.0f} s left{_best_so_far(self._rows)}"
+            self._console.print(line, markup=False, soft_wrap=True)
 
     def _draw(self, *, at_once: bool = False) -> None:
         """At most four times a second; what is left out stands in the next picture."""
@@ -120,6 +133,16 @@ def standings_table(rows: Sequence[Standing], most_rows: int = MOST_ROWS, *, wid
             Text(row.setup_name), _figure(row.forecast, wide), _figure(row.measured, wide), Text(row.state), style=style
         )
     return table
+
+
+def _best_so_far(rows: Sequence[Standing]) -> str:
+    """The best candidate by what was measured, before that by forecast."""
+    measured = [(row.measured, row) for row in rows if row.measured is not None and row.setup_name != PLAIN.name]
+    figures = measured or [(row.forecast, row) for row in rows if row.forecast is not None]
+    if not figures:
+        return ""
+    ratio, row = max(figures, key=lambda entry: entry[0].estimate)
+    return f"; {row.domain}: {row.setup_name} at {_figure(ratio, wide=True)} is the best so far ({row.state})"
 
 
 def _rank(row: Standing) -> tuple[float, str]:

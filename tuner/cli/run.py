@@ -79,6 +79,7 @@ def run(
         store_location = location.store_location(store)
         if not dry_run:
             _check_store(store_location)  # before models are loaded
+            _check_load(device)
         question = Question(
             lengths=parse_lengths(lengths),
             batch_sizes=tuple(dict.fromkeys(batch_size or [1])),
@@ -126,6 +127,16 @@ def _deadline(budget: float | None) -> Callable[[], bool]:
         raise InputError(f"budget {budget:g} seconds: more than 0 is needed")
     deadline = math.inf if budget is None else time.monotonic() + budget
     return lambda: time.monotonic() > deadline
+
+
+def _check_load(device: str | None) -> None:
+    """Says what other programs use of the processor, before torch starts its threads."""
+    from profiles.hardware.nvml import first_gpu
+    from profiles.timing.clock import PATIENCE, max_other_cores
+
+    on_gpu = device != "cpu" and first_gpu() is not None
+    load = PATIENCE.check_start(max_other_cores(["cuda"] if on_gpu else []))
+    print_notes(*filter(None, [load]))
 
 
 def _check_store(store_location: "Location") -> None:

@@ -175,7 +175,7 @@ class StepCostModel(CostModel):
         return sum(step_seconds.values()) - verifying_s, verifying_s
 
     def _overheads(self, steps: Steps, runs: RunsByDraft) -> dict[Draft | None, Overhead]:
-        refill_s = {draft: median(run.sample.ttft_s for run in of_draft) for draft, of_draft in runs.items()}
+        refill_s = {draft: _refill_s(of_draft) for draft, of_draft in runs.items()}
 
         def beyond_s(draft: Draft | None, run: Run) -> float:
             return run.sample.decode_s - run.stepped_s - run.sample.refills * refill_s[draft]
@@ -270,9 +270,9 @@ def _components(draft: Draft | None) -> tuple[str | None, str | None]:
 def _refill_s(runs: Sequence[Run]) -> float:
     """Seconds that another request's prefill adds to a request.
 
-    In continuous batching the time to a first token includes waiting for rounds and for other prefills, so it does not
-    tell. The median slope over pairs of runs (Theil-Sen) of seconds per round over refills per round does; where runs
-    differ too little, the shortest time to a first token is taken.
+    In a batch the time to a first token includes waiting for other prefills (on a server for rounds too), so it does
+    not tell. The median slope over pairs of runs (Theil-Sen) of seconds per round over refills per round does; where
+    runs differ too little, the shortest time to a first token is taken.
     """
     points = [
         (run.sample.refills / run.usage.num_rounds, (run.sample.decode_s - run.stepped_s) / run.usage.num_rounds)

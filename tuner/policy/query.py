@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from profiles.records.core import GREEDY_BELOW
 from profiles.records.errors import InputError
 
 MIXED = "mixed"  # the domain of a choice made over the prompts of all domains
@@ -30,5 +31,6 @@ def check_query(batch_size: int, context_length: int | None, temperature: float)
 
 
 def match_temperature(measured: Iterable[float], temperature: float) -> float | None:
-    """The measured temperature that equals the given one within the tolerance, or None."""
+    """The measured temperature that equals the given one within the tolerance, or None; the lowest count as greedy."""
+    temperature = temperature if temperature >= GREEDY_BELOW else 0.0
     return next((value for value in sorted(measured) if abs(value - temperature) <= TEMPERATURE_TOLERANCE), None)

@@ -21,6 +21,7 @@ from profiles.records.core import Model, Setup, Workload
 from profiles.records.errors import InputError, ModelError
 
 START_TIMEOUT_S = 600.0
+MAX_ALIVE = 4  # servers kept on a CPU; a GPU holds one
 SPARE_TOKENS = 80  # a row's cache beside its context: llama.cpp drafts less near the end of it
 # float32 models are compared with the torch engine token by token, so caches are float32 too
 EXACT, EXACT_DRAFT = ("-fa", "off", "-ctk", "f32", "-ctv", "f32"), ("-ctkd", "f32", "-ctvd", "f32")
@@ -101,15 +102,11 @@ def weights_of(model: Model) -> Weights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How every server is started, on a GPU with all layers there.
-
-    `more`: further arguments (`-b 512`). `max_alive`: servers kept at a time, by default one on a GPU, else four.
-    """
+    """How every server is started, on a GPU with all layers there."""
 
     threads: int
     log_folder: Path
-    more: tuple[str, ...] = ()
-    max_alive: int | None = None
+    more: tuple[str, ...] = ()  # further arguments (`-b 512`)
     device: str = "cpu"
 
     @property
@@ -143,9 +140,8 @@ class LlamaServers:
         self._target, self._weights, self._max_positions = target, weights, max_positions
         self._device_args = ON_GPU if options.on_gpu else ON_CPU
         self._exact_args = EXACT if target.float_type == "float32" else ()
-        self.pool: ServerPool[tuple[str, ...], Server] = ServerPool(
-            self._start, options.max_alive or (1 if options.on_gpu else 4)
-        )
+        max_alive = 1 if options.on_gpu else MAX_ALIVE
+        self.pool: ServerPool[tuple[str, ...], Server] = ServerPool(self._start, max_alive)
 
     @property
     def engine_options(self) -> dict[str, Any]:

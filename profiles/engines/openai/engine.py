@@ -42,7 +42,7 @@ class ServerEngine(ServedEngine[Setup, StartedServer]):
     """
 
     def __init__(self, target: Model, drafts: tuple[Draft, ...], launch: Launch, encode: Encode, device: str) -> None:
-        max_alive = launch.max_alive or (1 if device.startswith("cuda") else 2)
+        max_alive = 1 if device.startswith("cuda") else 2  # a GPU is taken whole; else plain decoding and a draft
         super().__init__(target, drafts, ServerPool(self._start, max_alive))
         self._launch, self._encode, self._device = launch, encode, device
         self._kind = launch.server_kind

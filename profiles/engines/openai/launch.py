@@ -33,7 +33,6 @@ class Launch:
     running: Setup = PLAIN  # what the server at the URL was started with
     ready_s: float = READY_S  # how long a start may take
     silent_s: float = TIMEOUT_S  # how long a server may be silent under load
-    max_alive: int | None = None  # None: one on a GPU, which it takes for itself, else two: plain and a draft
 
     def __post_init__(self) -> None:
         server_kind(self.kind)

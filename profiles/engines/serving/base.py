@@ -15,7 +15,7 @@ from profiles.engines.serving.sampling_check import check_means
 from profiles.records.core import PLAIN, Draft, Model, Prompt, Setup, Workload, digest_of
 from profiles.records.errors import InputError
 from profiles.records.evidence import Rounds, Sample, Shapes, TargetTrace
-from profiles.timing.clock import quietest
+from profiles.timing.clock import cores_used, quietest
 
 Measurement = TypeVar("Measurement")
 
@@ -83,12 +83,13 @@ class ServedEngine(ABC, Generic[Key, Member]):
         """Timed runs of the queue, one setup after another; a queue is run again while the machine is disturbed."""
         for setup in setups:
             self._check(workload, prompts, setup)
-        queues: list[tuple[Setup, list[Run], bool]] = []
+        queues: list[tuple[Setup, list[Run], float | None, bool]] = []
         for setup in setups:
             self._prepare(workload, prompts, setup)
-            runs, disturbed = self._quietest(functools.partial(self._decode, workload, prompts, setup))
-            queues.append((setup, runs, disturbed))
-        outputs = [(setup, [run.token_ids for run in runs]) for setup, runs, _ in queues]
+            decode = functools.partial(self._decode, workload, prompts, setup)
+            (runs, cores), disturbed = self._quietest(functools.partial(cores_used, decode))
+            queues.append((setup, runs, cores if self.pids else None, disturbed))
+        outputs = [(setup, [run.token_ids for run in runs]) for setup, runs, _, _ in queues]
         check_queues(self.target, workload, prompts, outputs, self.trace_target)
         return tuple(
             Sample(
@@ -102,8 +103,9 @@ class ServedEngine(ABC, Generic[Key, Member]):
                 refills=run.refills,
                 output_digest=digest_of(list(run.token_ids)),
                 disturbed=disturbed,
+                cores=cores,
             )
-            for setup, runs, disturbed in queues
+            for setup, runs, cores, disturbed in queues
             for prompt, run in zip(prompts, runs, strict=True)
         )
 

@@ -87,12 +87,14 @@ class Decoder:
         runs = [Generation() for _ in prompts]
         waiting = deque(zip(prompts, runs, strict=True))
         with torch.inference_mode():
-            for number in range(len(self.rows)):
-                self._refill(number, waiting, clock)
-            while any(row is not None for row in self.rows):
+            free, free_since_s = list(range(len(self.rows))), clock.read()
+            while True:
+                for number in free:
+                    self._refill(number, waiting, clock, free_since_s)
+                if all(row is None for row in self.rows):
+                    break
                 run_round()
-                for number in self._remove_finished(clock):
-                    self._refill(number, waiting, clock)
+                free, free_since_s = self._remove_finished(clock)
         return runs
 
     def round(self) -> list[RoundCount]:
@@ -165,8 +167,8 @@ class Decoder:
         assert row is not None
         return self.workload.max_new_tokens - (len(self.text.host[number]) - row.prompt_tokens)
 
-    def _remove_finished(self, clock: Clock) -> list[int]:
-        """The numbers of the rows that are done, now empty; all at one time, whoever is refilled first."""
+    def _remove_finished(self, clock: Clock) -> tuple[list[int], float]:
+        """The numbers of the rows that are done, now empty, and when; all at one time, whoever is refilled first."""
         done = [
             (number, row)
             for number, row in enumerate(self.rows)
@@ -178,25 +180,30 @@ class Decoder:
             row.run.token_ids = self.text.host[number][row.prompt_tokens :]
             self.rows[number] = None
             self._active[number] = 0
-        return [number for number, _ in done]
+        return [number for number, _ in done], now
 
-    def _refill(self, number: int, waiting: deque[tuple[Prompt, Generation]], clock: Clock) -> None:
-        """Puts the next prompt into a row and emits its first token; an output that ends there frees the row again."""
+    def _refill(
+        self, number: int, waiting: deque[tuple[Prompt, Generation]], clock: Clock, free_since_s: float
+    ) -> None:
+        """Puts the next prompt into a row and emits its first token; an output that ends there frees the row again.
+
+        A request's time begins when its row is free, as that of a client who always has as many requests under way: it
+        includes the prefills of rows that are filled before.
+        """
         while waiting and self.rows[number] is None:
             prompt, run = waiting.popleft()
             for other in self.rows:
                 if other is not None:
                     other.run.refills += 1
-            started_s = clock.read()
             self._rng.load(number, prompt)
             token = self._prefill(number, prompt, run)
             self.text.load(number, [*prompt.token_ids, token])
             if self._drafter is not None:
                 self._drafter.start(number, self.text)
             first_s = clock.read()
-            run.ttft_s, run.ended = first_s - started_s, token in self._end_tokens
+            run.ttft_s, run.ended = first_s - free_since_s, token in self._end_tokens
             if run.ended:
-                run.token_ids = [token]
+                run.token_ids, free_since_s = [token], first_s
                 continue
             prompt_tokens = len(prompt.token_ids)
             self.rows[number] = Row(prompt=prompt, prompt_tokens=prompt_tokens, first_s=first_s, run=run)

@@ -6,6 +6,7 @@ Every method measures one unit. Timed units are repeated while other processes d
 import contextlib
 import functools
 import gc
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -29,7 +30,7 @@ from profiles.records.core import PLAIN, Draft, Environment, Model, Prompt, Setu
 from profiles.records.draft_spec import MAX_BATCH, MAX_LENGTH
 from profiles.records.errors import BadNumbersError, InputError, OutOfMemoryError
 from profiles.records.evidence import Acceptance, Sample, StepTimes, TargetTrace
-from profiles.timing.clock import Clock, quietest
+from profiles.timing.clock import Clock, cores_used, quietest
 
 
 class TorchEngine:
@@ -129,13 +130,17 @@ class TorchEngine:
             for setup in setups:
                 self._warm_up(workload, prompts, setup)
             queues, disturbed = quietest(
-                lambda: [self._generate(workload, prompts, setup) for setup in setups], self._gpus
+                lambda: [
+                    cores_used(functools.partial(self._generate, workload, prompts, setup), time.process_time)
+                    for setup in setups
+                ],
+                self._gpus,
             )
-        outputs = [(setup, [run.token_ids for run in runs]) for setup, runs in zip(setups, queues, strict=True)]
+        outputs = [(setup, [run.token_ids for run in runs]) for setup, (runs, _) in zip(setups, queues, strict=True)]
         check_queues(self.target, workload, prompts, outputs, self.trace_target)
         return tuple(
-            _sample(setup, prompt, run, disturbed=disturbed)
-            for setup, runs in zip(setups, queues, strict=True)
+            _sample(setup, prompt, run, disturbed=disturbed, cores=cores)
+            for setup, (runs, cores) in zip(setups, queues, strict=True)
             for prompt, run in zip(prompts, runs, strict=True)
         )
 
@@ -251,7 +256,7 @@ class TorchEngine:
         loader.check_prompts(workload, prompts)
 
 
-def _sample(setup: Setup, prompt: Prompt, run: Generation, *, disturbed: bool) -> Sample:
+def _sample(setup: Setup, prompt: Prompt, run: Generation, *, disturbed: bool, cores: float) -> Sample:
     return Sample(
         setup_digest=setup.digest,
         prompt_digest=prompt.digest,
@@ -263,4 +268,5 @@ def _sample(setup: Setup, prompt: Prompt, run: Generation, *, disturbed: bool) -
         refills=run.refills,
         output_digest=digest_of(run.token_ids),
         disturbed=disturbed,
+        cores=cores,
     )

@@ -4,6 +4,7 @@ All components and widths are visited once per cycle in a shuffled order, so tha
 alike. What is timed is what a round does: run the forward, choose, and for the target bring the choice to the host.
 """
 
+import logging
 import random
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -17,7 +18,10 @@ from profiles.records.evidence import StepTimes
 from profiles.timing.clock import Clock
 
 WARM_UP_CYCLES = 3
-CYCLES = 24
+CYCLES, MIN_CYCLES = 24, 4
+MAX_SWEEP_S = 120.0  # after which the least cycles must do: the machine is busy, or the model large and its noise small
+SECONDS_BETWEEN_LINES = 30.0
+_LOG = logging.getLogger(__name__)
 CHAIN = 4  # a draft's single-token steps follow each other: so many are timed together
 
 
@@ -113,7 +117,15 @@ def _look_up(draft: Draft, token_ids: list[int], limit: int, num_rows: int) -> C
 def _run_cycles(steps: list[_TimedStep], clock: Clock) -> dict[tuple[str, int], list[float]]:
     samples: dict[tuple[str, int], list[float]] = {(step.component, step.width): [] for step in steps}
     rng = random.Random(0)
+    began_s = line_at_s = clock.read()
     for cycle in range(WARM_UP_CYCLES + CYCLES):
+        spent_s = clock.read() - began_s
+        if cycle >= WARM_UP_CYCLES + MIN_CYCLES and spent_s > MAX_SWEEP_S:
+            break
+        if cycle > 0 and began_s + spent_s - line_at_s > SECONDS_BETWEEN_LINES:
+            line_at_s = began_s + spent_s
+            left_s = max(0.0, min(MAX_SWEEP_S, spent_s / cycle * (WARM_UP_CYCLES + CYCLES)) - spent_s)
+            _LOG.info("step times: cycle %d of %d, about %.0f s left", cycle, WARM_UP_CYCLES + CYCLES, left_s)
         for step in rng.sample(steps, len(steps)):
             started_s = clock.read()
             step.run()

@@ -12,6 +12,8 @@ from profiles.records.core import Draft, Prompt, Workload
 from profiles.records.errors import BadNumbersError
 from profiles.records.evidence import AcceptanceTrace, TargetTrace
 
+CHUNK = 64  # tokens whose distributions over the vocabulary are in memory at once
+
 
 def trace_model(
     model: PreTrainedModel, draft: Draft, workload: Workload, prompt: Prompt, trace: TargetTrace
@@ -28,12 +30,18 @@ def trace_model(
         logits = model(tokens, use_cache=False, logits_to_keep=len(emitted)).logits[0, -len(emitted) :]  # (N, V)
         if not bool(torch.isfinite(logits).all()):
             raise BadNumbersError(f"draft {draft.name}: its logits are not finite; check its weights or its dtype")
-        confidences = torch.softmax(logits.float(), -1).max(-1).values.tolist()
+        chunks = torch.split(logits, CHUNK)
+        confidences = [prob for chunk in chunks for prob in torch.softmax(chunk.float(), -1).max(-1).values.tolist()]
         index = torch.tensor(emitted, device=logits.device)
         if workload.temperature == 0.0:
             accept_probs = (logits.argmax(-1) == index).float().tolist()
         else:
-            draft_probs = sampling_probs(logits, workload).gather(-1, index[:, None])[:, 0].double().cpu()
+            draft_probs = torch.cat(
+                [
+                    sampling_probs(chunk, workload).gather(-1, tokens[:, None])[:, 0].double().cpu()
+                    for chunk, tokens in zip(chunks, torch.split(index, CHUNK), strict=True)
+                ]
+            )
             target_probs = torch.tensor(trace.target_probs, dtype=torch.float64)
             accept_probs = (draft_probs / target_probs).clamp(0.0, 1.0).tolist()
     return AcceptanceTrace(

@@ -92,6 +92,22 @@ def test_the_digest_follows_weights_and_config(
     assert load(folder).record.digest not in {changed, llama.record.digest}
 
 
+def test_the_digest_follows_the_rows_of_the_embedding(
+    llama: LoadedModel, tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """The tokenizer cuts the embedding: with a token less, probabilities are others though all weights are the same."""
+    folder = Path(shutil.copytree(tiny_folders["llama"], tmp_path / "copy"))
+    assert llama.num_tokens == llama.record.vocab_size
+    file = folder / "tokenizer.json"
+    document = json.loads(file.read_text())
+    vocabulary, merges = document["model"]["vocab"], document["model"]["merges"]
+    del vocabulary[max(vocabulary, key=vocabulary.get)], merges[-1]
+    file.write_text(json.dumps(document))
+    cut = load(folder)
+    assert cut.num_tokens == llama.num_tokens - 1
+    assert cut.record.digest != llama.record.digest == loader.describe(str(folder), dtype=None).record.digest
+
+
 def change_config(folder: Path, **values: object) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))

@@ -299,17 +299,17 @@ def test_messages_go_through_the_template_and_text_does_not() -> None:
     assert text_of(found[0]) == "s\n\nu"
 
 
-def test_a_long_prompt_keeps_its_end() -> None:
-    """The last tokens stay, with the template's end, and a warning counts the prompts that were cut."""
+def test_a_long_prompt_loses_its_middle() -> None:
+    """The template's head and end stay, and a warning counts the prompts that were cut."""
     requests = [Request(messages=(("user", "abcdef"),), domain="a"), Request(messages="ok", domain="a")]
     found, warnings = tokenize(requests, Letters(), 4)
-    assert [text_of(prompt) for prompt in found] == ["ef;>", "ok"]
-    assert warnings == ["1 of 2 prompts were cut to their last 4 tokens"]
+    assert [text_of(prompt) for prompt in found] == ["us;>", "ok"]
+    assert warnings == ["1 of 2 prompts were cut in their middle, to 4 tokens"]
 
 
 def test_repeats_are_dropped_and_counted() -> None:
     """Prompts that read the same, also only after cutting, are kept once, under their first domain."""
-    requests = [Request(messages=text, domain=domain) for text, domain in (("aaXY", "a"), ("bbXY", "b"), ("XY", "c"))]
+    requests = [Request(messages=text, domain=domain) for text, domain in (("XaaY", "a"), ("XbbY", "b"), ("XY", "c"))]
     found, warnings = tokenize(requests, Letters(), 2)
     assert [(prompt.domain, text_of(prompt)) for prompt in found] == [("a", "XY")]
     assert warnings[1] == "2 of 3 prompts repeat another one and were dropped"

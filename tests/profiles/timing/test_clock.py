@@ -1,11 +1,17 @@
 """What disturbs a timing on a CPU and on the host of a GPU."""
 
 import functools
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 
 import psutil
 import pytest
 
-from profiles.timing.clock import OtherLoad, max_other_cores
+from profiles.timing import clock
+from profiles.timing.clock import OtherLoad, Patience, max_other_cores, quietest
 
 
 @pytest.mark.parametrize(
@@ -28,3 +34,75 @@ def test_emulated_hosts_of_gpus_are_seldom_idle(
         with load:
             pass
         assert load.disturbed == disturbed
+
+
+@pytest.fixture
+def busy(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """A machine that is busy all the time; the seconds that each measurement takes are to be appended."""
+    now_s = [0.0]
+    monkeypatch.setattr(clock, "MAX_REPEATS", 2)
+    monkeypatch.setattr(OtherLoad, "disturbed", True)
+    monkeypatch.setattr(clock.time, "monotonic", lambda: sum(now_s))
+    monkeypatch.setattr(clock, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(clock, "other_programs", lambda *_, **__: "other programs use 1.0 of 2 cores (python 1.0)")
+    return now_s
+
+
+@pytest.mark.parametrize(("seconds", "measured"), [(80.0, [1, 1, 1]), (25.0, [3, 1, 1]), (1.0, [3] * 20)])
+def test_repeating_in_vain_ends(busy: list[float], seconds: float, measured: list[int]) -> None:
+    """A sweep of 80 s is timed once, not three times; short units three times each, until that has cost a minute."""
+    patience, counts = Patience(), []
+    for _ in measured:
+        before = len(busy)
+        _, disturbed = quietest(lambda: busy.append(seconds), patience=patience)
+        assert disturbed
+        counts.append(len(busy) - before)
+    assert counts == measured
+
+
+def test_what_disturbs_is_named_every_half_minute(busy: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    """One line, by name and cores, however many units are disturbed meanwhile."""
+    patience = Patience()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(7):
+            quietest(lambda: busy.append(10.0), patience=patience)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0] == "other programs use 1.0 of 2 cores (python 1.0): what is timed meanwhile is labelled disturbed"
+    assert len(lines) == 1 + (sum(busy) - 10.0) // 30.0
+
+
+def test_a_machine_that_is_busy_at_the_start_is_not_waited_for(
+    busy: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said once, OpenMP's threads sleep instead of spinning, and everything is measured once and labelled."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delitem(sys.modules, "torch")
+    patience = Patience()
+    assert patience.check_start() == (
+        "other programs use 1.0 of 2 cores (python 1.0): timings are labelled disturbed and prove nothing; run again "
+        "when they have ended"
+    )
+    assert os.environ.pop("OMP_WAIT_POLICY") == "passive"
+    monkeypatch.setattr(OtherLoad, "disturbed", False)
+    assert quietest(lambda: busy.append(1.0), patience=patience)[1]
+    monkeypatch.setattr(clock, "other_programs", lambda *_, **__: None)
+    assert Patience().check_start() is None
+    assert not quietest(lambda: busy.append(1.0), patience=Patience())[1]
+
+
+@pytest.mark.slow
+def test_a_busy_program_is_named() -> None:
+    """By its name, with the cores it uses, where it is no child of ours."""
+    started = subprocess.run(
+        ["/bin/sh", "-c", f"{sys.executable} -c 'while True: pass' >/dev/null & echo $!"],
+        capture_output=True,
+        check=True,
+    )
+    stranger = psutil.Process(int(started.stdout))
+    try:
+        text, name = clock.other_programs(0.5), stranger.name()
+    finally:
+        stranger.kill()
+    assert text is not None
+    assert text.startswith("other programs use ")
+    assert f"{name} " in text

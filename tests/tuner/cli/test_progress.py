@@ -169,6 +169,23 @@ def test_without_a_terminal_one_line_per_stage_is_printed() -> None:
     assert screen.new() == "target trace: 2 units\nrace [code]: 48 units\n"
 
 
+def test_without_a_terminal_a_long_stage_says_what_is_left() -> None:
+    """A line every 30 s at most: units, seconds left at the pace so far, and the best candidate."""
+    clock, screen = Clock(), Screen(terminal=False)
+    with StageProgress(screen.console, clock) as progress:
+        for done in range(12):
+            clock.now_s = 10.0 * done
+            progress.update("race code", done, 48)
+            progress.standings(ROWS)
+    best = "code: ngram:max=4,min=2 k=7 at 1.34 (1.24 to 1.44) is the best so far (racing)"
+    assert screen.new().splitlines() == [
+        "race code: 48 units",
+        f"race code: 3 of 48 units, about 450 s left; {best}",
+        f"race code: 6 of 48 units, about 420 s left; {best}",
+        f"race code: 9 of 48 units, about 390 s left; {best}",
+    ]
+
+
 def test_an_exception_leaves_the_terminal_as_it_was() -> None:
     """The cursor comes back, also after Ctrl-C."""
     screen = Screen()

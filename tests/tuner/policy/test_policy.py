@@ -251,6 +251,7 @@ def test_policy_validates() -> None:
         ({"domain": "code", "context_length": 9}, "family/draft-code k=8", "measured on code prompts at batch 1, "),
         ({"domain": "code", "context_length": 600}, "ngram:max=4,min=2 k=2", "measured on mixed prompts at batch 1, "),
         ({"domain": "legal", "context_length": 9}, "family/draft-code k=4", "measured on mixed prompts at batch 1, "),
+        ({"temperature": 9e-6}, "ngram:max=4,min=2 k=2", "measured on mixed prompts at batch 1, context 2048"),
         ({"temperature": 0.7 + 5e-7}, "family/draft-code k=3", "measured on mixed prompts at batch 1, context 512"),
     ],
 )

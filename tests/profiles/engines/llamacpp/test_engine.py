@@ -45,7 +45,7 @@ def program() -> Program:
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
-    return Options(threads=1, log_folder=tmp_path_factory.mktemp("logs"), max_alive=16)  # a start takes seconds
+    return Options(threads=1, log_folder=tmp_path_factory.mktemp("logs"))
 
 
 @pytest.fixture(scope="module")

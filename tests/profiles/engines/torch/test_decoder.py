@@ -1,6 +1,7 @@
 """Lossless decoding: greedy speculative output equals plain output, and real rounds equal the walk, exactly."""
 
 import functools
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,14 +9,17 @@ import pytest
 
 from profiles.acceptance.expected_rounds import expected_rounds
 from profiles.acceptance.ngram import NgramIndex, trace_lookup
+from profiles.engines.torch.decoder import Decoder
 from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
+from profiles.engines.torch.sampling import KeyedRandom
 from profiles.engines.torch.trace import trace_model
 from profiles.models import loader
 from profiles.models.early_exit import early_exit
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload
 from profiles.records.errors import BadNumbersError, InputError, ModelError
 from profiles.records.evidence import Acceptance, TargetTrace
+from profiles.timing.clock import Clock
 from tests.support.toys import TableModel, near, run, run_queue
 
 LENGTHS = (*range(1, 9), 11, 16)
@@ -126,6 +130,16 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
         run(model, None, 0, Workload(context_length=64, max_new_tokens=4), Prompt(domain="x", token_ids=(1,)))
 
 
+def test_a_request_waits_from_when_its_row_is_free() -> None:
+    """Rows are prefilled one after another: the second waits for the first, as a server's client would."""
+    target, readings = TableModel(seed=5), itertools.count()
+    workload = Workload(batch_size=2, context_length=64, max_new_tokens=4)
+    decoder = Decoder(target.rows(2), None, KeyedRandom(2, workload, target.device))
+    prompts = [Prompt(domain="toy", token_ids=(number, 1, 2)) for number in range(4)]
+    runs = decoder.run(prompts, Clock("cpu", now=lambda: float(next(readings))))
+    assert [run.ttft_s for run in runs] == [1.0, 2.0, 1.0, 2.0]
+
+
 TOY = TableModel(seed=5, scale=2.0, vocabulary=12)
 TOY_DRAFTS = {  # the early exit stands for any draft model
     "model": Draft(kind="early_exit", num_layers=1),
@@ -133,7 +147,7 @@ TOY_DRAFTS = {  # the early exit stands for any draft model
 }
 SAMPLED = Workload(batch_size=100, context_length=256, max_new_tokens=128, temperature=0.9, top_p=0.95, seed=0)
 # the first token, out of the vocabulary, tells the prompts apart: each has random numbers of its own
-TOY_PROMPTS = [Prompt(domain="toy", token_ids=(12 + position, 1, 2, 3, 4, 5, 1)) for position in range(2000)]
+TOY_PROMPTS = [Prompt(domain="toy", token_ids=(12 + position, 1, 2, 3, 4, 5, 1)) for position in range(1000)]
 
 
 @functools.cache

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import profiles.engines.torch.decoder
+from profiles.engines.torch import trace
 from profiles.engines.torch.sampling import PURPOSES, KeyedRandom, Proposal, accept_sampled, draw, sampling_probs
-from profiles.records.core import Prompt, Workload
+from profiles.records.core import Draft, Prompt, Workload
+from profiles.records.evidence import TargetTrace
 from tests.support.toys import TableModel, near, p_value, run, sequence_law
 
 FALSE_ALARM = 1e-4  # each chi-square test fails a correct engine once in ten thousand different seeds
@@ -16,6 +18,7 @@ PROMPT = Prompt(domain="toy", token_ids=(1, 2, 1, 2, 3, 1))
 WORKLOAD = Workload(context_length=64, max_new_tokens=4, temperature=0.9)
 TARGET = TableModel(seed=1)
 DRAFT = near(TARGET, seed=2, distance=1.0)
+EXIT = Draft(kind="early_exit", num_layers=1)
 
 
 def _p_value(draft: object, length: int, workload: Workload) -> float:
@@ -53,6 +56,37 @@ def test_a_planted_bug_fails_the_chi_square(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(profiles.engines.torch.decoder, "accept_sampled", wrong)
     assert _p_value(DRAFT, 3, WORKLOAD) < FALSE_ALARM
+
+
+def test_a_temperature_of_next_to_nothing_is_greedy() -> None:
+    """As in vLLM: logits divided by it would overflow to NaN."""
+    almost = replace(WORKLOAD, temperature=1e-38)
+    assert almost.temperature == 0.0
+    assert almost.sampling_digest == replace(WORKLOAD, temperature=0.0).sampling_digest
+    assert replace(WORKLOAD, temperature=1e-5).temperature == 1e-5
+
+
+def test_traces_hold_the_distributions_of_a_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long trace has the same acceptance as before, and never a probability of each token for all positions."""
+    workload = replace(WORKLOAD, max_new_tokens=40)
+    plain = run(TARGET, None, 0, workload, PROMPT)
+    output = TargetTrace(
+        prompt_digest=PROMPT.digest,
+        token_ids=tuple(plain.token_ids),
+        target_probs=tuple(plain.target_probs),
+        logit_gaps=tuple(plain.logit_gaps),
+        ended=plain.ended,
+    )
+    whole, widths = trace.trace_model(DRAFT, EXIT, workload, PROMPT, output), []
+
+    def watched(logits: torch.Tensor, workload: Workload) -> torch.Tensor:
+        widths.append(len(logits))
+        return sampling_probs(logits, workload)
+
+    monkeypatch.setattr(trace, "CHUNK", 16)
+    monkeypatch.setattr(trace, "sampling_probs", watched)
+    assert trace.trace_model(DRAFT, EXIT, workload, PROMPT, output) == whole
+    assert widths == [16, 16, 8]
 
 
 def test_output_law_keeps_the_smallest_nucleus() -> None:
