@@ -3,6 +3,7 @@
 Whether a draft's model exists and fits the target shows when it is loaded.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,11 +15,13 @@ MAX_LENGTH = 64
 MAX_BATCH = 64  # rows that the torch engine decodes at a time
 MAX_REQUESTS = 1024  # in flight at a server
 NGRAM_DEFAULTS = {"max": 4, "min": 2}  # tokens
+_METHODS = ("eagle", "eagle3", "mtp", "dflash", "dspark", "suffix")  # of vLLM's, which need no `native:` before them
 _RESERVED_OPTIONS = {"method", "model", "num_speculative_tokens"}
 _AGE_UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _MAX_AGE_S = 36500 * _AGE_UNITS_S["d"]  # further back the calendar ends
 _ALLOWED = (
-    "a model directory, .gguf file or hub id, ngram[:max=4,min=2], early-exit:LAYERS, ngram+MODEL or native:METHOD"
+    "a model directory, .gguf file or hub id, ngram[:max=4,min=2], early-exit:LAYERS, ngram+MODEL, eagle3:MODEL, mtp "
+    "or native:METHOD"
 )
 
 
@@ -84,16 +87,19 @@ def parse_draft(text: str) -> DraftSpec:
     """The draft that `text` means.
 
     `ngram[:max=4,min=2]`, `early-exit:LAYERS`, a directory, GGUF file or hub id, `ngram[...]+MODEL` (the model where
-    the text offers no match), or `native:METHOD[+MODEL]`, which only a serving engine has. Raises InputError: none of
+    the text offers no match), or what only a serving engine has: `eagle3:MODEL`, `mtp` (and the other `_METHODS`, each
+    with options as in `eagle3,key=value:MODEL`), or any method as `native:METHOD[+MODEL]`. Raises InputError: none of
     these.
     """
     stripped = text.strip()
+    if re.split("[,:]", stripped)[0] in _METHODS:
+        stripped = f"native:{stripped.replace(':', '+', 1)}"
     head, plus, path = (part.strip() for part in stripped.partition("+"))
     kind, colon, rest = head.partition(":")
     if kind == "native" and colon:
         method = rest.strip()
         if not method or (plus and not path):
-            raise InputError(f"draft {text!r}: native:METHOD or native:METHOD+MODEL is allowed")
+            raise InputError(f"draft {text!r}: METHOD:MODEL, native:METHOD or native:METHOD+MODEL is allowed")
         method_options(method)
         return DraftSpec(kind="native", method=method, path=absolute_name(path) or None)
     if kind == "ngram":

@@ -103,6 +103,22 @@ def test_llama_cpp(tiny_folders: dict[str, Path]) -> None:
         opened(EngineSpec(engine="llamacpp"), tiny_folders["llama"], "ngram:max=3,min=3")
 
 
+@pytest.mark.parametrize(
+    ("text", "alias"),
+    [
+        ("eagle3:/models/head", "native:eagle3+/models/head"),
+        ("eagle,draft-tensor-parallel-size=1:org/head", "native:eagle,draft-tensor-parallel-size=1+org/head"),
+        ("mtp", "native:mtp"),
+        ("suffix", "native:suffix"),
+    ],
+)
+def test_a_method_needs_no_prefix(text: str, alias: str) -> None:
+    """vLLM's own are spelled as it spells them; nothing may be left out behind the colon."""
+    assert draft_spec.parse_draft(text) == draft_spec.parse_draft(alias)
+    with pytest.raises(InputError, match="METHOD:MODEL"):
+        draft_spec.parse_draft("dflash:")
+
+
 def test_options_of_a_native_draft() -> None:
     """Measured and emitted alike: underscores for dashes, and numbers for digits."""
     assert draft_spec.engine_options("eagle3,draft-tensor-parallel-size=1,quantization=fp8") == (
