@@ -25,7 +25,7 @@ def main() -> None:
             length = (question["speculative"] or {}).get("num_speculative_tokens", 0)
             say({"in_place": fault != "fixed", "threads": int(os.environ.get("NUMBA_NUM_THREADS", "3")), "runner": 1})
         elif command == "use":
-            length = question.get("length") or length
+            length = length if fault == "ignored" else question.get("length") or length
             say({})
         elif command == "run":
             say({"runs": [run(prompt, length, question["sampling"], fault) for prompt in question["prompts"]]})

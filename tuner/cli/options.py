@@ -35,7 +35,8 @@ Drafts = Annotated[
     list[str] | None,
     _option(
         MODELS,
-        "Draft: a directory, a .gguf file, a hub id, ngram:max=4,min=2, early-exit:LAYERS, ngram+PATH, eagle3:PATH or mtp. Repeatable.",
+        "Draft: a directory, a .gguf file, a hub id, ngram:max=4,min=2, early-exit:LAYERS, ngram+PATH, eagle3:PATH or "
+        "mtp. Repeatable.",
         "--draft",
         default="the drafts that ship with builtin:target, and prompt look-up",
     ),

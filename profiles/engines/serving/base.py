@@ -13,7 +13,7 @@ from profiles.engines.lossless import check_queues
 from profiles.engines.serving.pool import Key, Member, ServerPool
 from profiles.engines.serving.sampling_check import check_means
 from profiles.records.core import PLAIN, Draft, Model, Prompt, Setup, Workload, digest_of
-from profiles.records.errors import InputError
+from profiles.records.errors import EngineError, InputError
 from profiles.records.evidence import Rounds, Sample, Shapes, TargetTrace
 from profiles.timing.clock import cores_used, quietest
 
@@ -88,6 +88,7 @@ class ServedEngine(ABC, Generic[Key, Member]):
             self._prepare(workload, prompts, setup)
             decode = functools.partial(self._decode, workload, prompts, setup)
             (runs, cores), disturbed = self._quietest(functools.partial(cores_used, decode))
+            self._check_effect(setup, runs)
             queues.append((setup, runs, cores if self.pids else None, disturbed))
         outputs = [(setup, [run.token_ids for run in runs]) for setup, runs, _, _ in queues]
         check_queues(self.target, workload, prompts, outputs, self.trace_target)
@@ -122,6 +123,20 @@ class ServedEngine(ABC, Generic[Key, Member]):
         if key not in self._checked_sampling:
             self.check_sampling(workload, prompts, setup)
             self._checked_sampling.add(key)
+
+    def _check_effect(self, setup: Setup, runs: Sequence[Run]) -> None:
+        """Raises EngineError: rounds proposed another number of tokens than the setup's, which was ignored."""
+        most = max((count.proposed for run in runs for count in run.rounds), default=setup.length)
+        has_room = max(len(run.token_ids) for run in runs) > setup.length + 2
+        if most > setup.length or (most < setup.length and has_room and self._proposes_all(setup)):
+            raise EngineError(
+                f"{self._label} was started for {setup.name} and proposes up to {most} tokens a round: it ignores the "
+                f"setting; leave this draft out, or measure it with another version"
+            )
+
+    def _proposes_all(self, setup: Setup) -> bool:
+        """Whether a round with room for it proposes the whole length."""
+        return setup.draft is not None and setup.draft.kind == "model" and setup.stop_below is None
 
     def _check_draft(self, draft: Draft | None) -> None:
         if draft is not None and draft not in self._drafts:

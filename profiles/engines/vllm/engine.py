@@ -36,7 +36,7 @@ from profiles.engines.vllm.config import (
     sampling_of,
     start_arguments,
 )
-from profiles.engines.vllm.flags import SERVER, TRACED, is_traceable
+from profiles.engines.vllm.flags import SERVER, TRACED, is_traceable, method_of
 from profiles.engines.vllm.timing import Visit, in_turn, rounds_request, visits
 from profiles.models import loader, sources
 from profiles.records.core import PLAIN, Draft, DraftKind, Environment, Model, Prompt, Setup, Workload
@@ -214,6 +214,10 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
     @property
     def _watched_gpus(self) -> tuple[str, ...]:
         return self._device.gpus
+
+    def _proposes_all(self, setup: Setup) -> bool:
+        draft = setup.draft
+        return draft is not None and method_of(draft) not in ("ngram", "suffix") and setup.stop_below is None
 
     def _sampled_objection(self) -> str | None:
         version = parsed(self._version)  # None: what a local build samples is checked before it is measured

@@ -210,6 +210,7 @@ def test_few_engines_are_kept(tmp_path: Path) -> None:
         ("hang:run", EngineError, "within 2 s"),
         ("memory:run", OutOfMemoryError, "no more"),
         ("parts", EngineError, "diverged from plain decoding at token 3"),
+        ("ignored", EngineError, "k=3 and proposes up to 8 tokens a round: it ignores the setting"),
     ],
 )
 def test_faults_are_one_line_and_the_next_call_works(

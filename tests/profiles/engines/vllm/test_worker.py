@@ -10,11 +10,12 @@ from packaging.version import Version
 
 from profiles.engines.vllm.flags import TRACED
 from profiles.engines.vllm.worker import SCHEDULE, Worker, _drafts_fewer
-from tests.lanes.places import LANES, Lane
+from tests.lanes.places import LANES, RUNNING, Lane
 
 HOOKS = {"schedule": ["self", "throttle_prefills"], "update_draft_token_ids": ["self", "draft_token_ids"]}
 FIRST, LAST = map(Version, TRACED)
-LANES_TRACED = [lane for lane in LANES if lane.form == "vllm" and FIRST <= Version(lane.version) <= LAST]
+LANES_TRACED = [lane for lane in (*LANES, RUNNING) if "vllm" in lane.form and FIRST <= Version(lane.version) <= LAST]
+SCHEDULER = "vllm/v1/core/sched/scheduler.py"
 
 
 @pytest.mark.parametrize(
@@ -53,12 +54,13 @@ def test_the_window_of_either_model_runner(name: str) -> None:
     assert (drafter.min_n, drafter.max_n) == (2, 4)
 
 
-@pytest.mark.parametrize("lane", LANES_TRACED, ids=lambda lane: lane.version)
+@pytest.mark.parametrize("lane", LANES_TRACED, ids=lambda lane: lane.folder.name)
 def test_the_hooks_are_those_of_the_release(lane: Lane) -> None:
     """Their signatures, in the source of each version that is traced, run or not."""
     if not lane.is_whole:
         pytest.skip(f"no lane: python -m tests.lanes.install vllm={lane.version}")
-    tree = ast.parse((lane.folder / "vllm/v1/core/sched/scheduler.py").read_text(encoding="utf-8"))
+    [source] = [*lane.folder.glob(SCHEDULER), *lane.folder.glob(f"lib/python3*/site-packages/{SCHEDULER}")]
+    tree = ast.parse(source.read_text(encoding="utf-8"))
     [scheduler] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Scheduler"]
     signatures = {
         node.name: [argument.arg for argument in node.args.args]
