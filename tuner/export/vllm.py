@@ -2,7 +2,7 @@
 
 import json
 
-from profiles.engines.vllm.flags import SCHEDULE, allowed_keys, speculative_config
+from profiles.engines.vllm.flags import DRAFT_FEWER, SCHEDULE, TRACED, allowed_keys, speculative_config
 from tuner.export.schedule import Range, as_scheduled, claims_of, ranges_of
 from tuner.export.select import Pick, Written, one_length_claims, one_length_note
 
@@ -41,6 +41,12 @@ def write(pick: Pick) -> Written:
         notes.append(
             "where the schedule says 0 the draft still reads what the target writes, which a server without a draft is "
             "spared: slower than that there; tune.py verify measures by how much"
+        )
+    shorter = {length for _, _, length in schedule} - {0, longest}
+    if shorter and config["method"] not in DRAFT_FEWER and not release.is_before(TRACED[0]):
+        notes.append(
+            f"on a GPU this draft proposes {longest} tokens at every batch size, of which {min(shorter)} are verified: "
+            "slower there than a server of that length (Model Runner V2)"
         )
     # a quote inside the JSON is written as an escape, so that the shell sees one plain quoted word
     text = json.dumps(config).replace("'", "\\u0027")

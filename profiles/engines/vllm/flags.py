@@ -38,6 +38,7 @@ KEYS = {
 # first and last version in which `trace_scheduler.py` was run (0.32.0) or its hooks were read
 TRACED = ("0.32.0", "0.33.0")
 BLOCK_METHODS = ("dflash", "dspark")  # they attend over the whole block: at another length other first tokens
+DRAFT_FEWER = ("ngram", "eagle", "eagle3", "mtp")  # save drafting too where a round's length is shorter, on any runner
 RECORD_ARGS = ("--per-request-spec-decode-metrics", "detailed", "--enable-per-request-metrics")
 FIRST_RECORDS = "0.32.0"  # in no release from 0.10.2 to 0.24.0
 

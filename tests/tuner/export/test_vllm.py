@@ -277,6 +277,7 @@ def test_schedule_by_version() -> None:
     assert config["num_speculative_tokens"] == 4
     assert config[SCHEDULE] == [[1, 1, 4], [2, 4, 2], [5, 65_536, 0]]
     assert "where the schedule says 0 the draft still reads" in str(emit(case, "vllm", "0.24.0").note)
+    assert "proposes 4 tokens at every batch size, of which 2 are" in str(emit(case, "vllm", "0.32.0").note)
     older = emit(case, "vllm", "0.23.0")
     assert SCHEDULE not in config_of(older)
     assert "vLLM 0.23.0 has no length per batch size; k=4 is for batches up to 1" in str(older.note)
