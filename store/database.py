@@ -22,6 +22,7 @@ from sqlalchemy.schema import CreateSchema
 
 from profiles.records.errors import NotMeasuredError, PolicyError, StoreError
 from profiles.records.files import user_folder
+from profiles.records.text import command
 from store import driver_errors
 
 Location: TypeAlias = Path | str  # a SQLite file, or the URL of a PostgreSQL database
@@ -211,7 +212,7 @@ def connect(location: Location, busy_timeout_s: float, *, read_only: bool = Fals
     if path.is_dir():
         raise StoreError(f"store {path}: unable to open database file: it is a folder: name a file")
     if read_only and not path.exists():
-        raise StoreError(f"store {path}: it is not there: run `tune.py run` first, or name another store")
+        raise StoreError(f"store {path}: it is not there: run `{command('run')}` first, or name another store")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

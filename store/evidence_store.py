@@ -21,6 +21,7 @@ from profiles.records.codec import to_builtins
 from profiles.records.core import Draft, Environment, Model, Prompt, Setup, Workload
 from profiles.records.errors import StoreError
 from profiles.records.evidence import Acceptance, Infeasible, LookupTrace, Sample, StepTimes, TargetTrace, covers
+from profiles.records.files import real_path
 from profiles.records.keys import run_point, trace_point, unit_digest
 from store import migrations, tables
 from store.database import Database, Location, connect
@@ -420,8 +421,9 @@ def _newest_policies(target: str | None, environment: Environment | None) -> Sel
     if target is not None:
         models = tables.models.c
         named = literal(target).in_([models.key, models.digest, models.name])
-        by_path = (models.name == os.path.abspath(target)) | models.name.like(like_last_part(target), escape="\\")
-        query = query.join(tables.models).where(named | by_path)
+        by_path = models.name.in_([os.path.abspath(target), real_path(target)])
+        by_end = models.name.like(like_last_part(target), escape="\\")
+        query = query.join(tables.models).where(named | by_path | by_end)
     if environment is not None:
         query = query.where(policies.environment_digest == environment.digest)
     return query.limit(1)

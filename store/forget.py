@@ -6,6 +6,7 @@ from sqlalchemy import ColumnElement, Connection, and_, delete, func, literal, s
 
 from profiles.records.core import Model
 from profiles.records.errors import NotMeasuredError
+from profiles.records.text import command
 from store import tables
 from store.evidence_store import EvidenceStore
 
@@ -69,5 +70,5 @@ def _targets(connection: Connection, name: str | None) -> tuple[Model, ...]:
         query = query.where(literal(name).in_([models.key, models.digest, models.name]))
     targets = tuple(map(tables.model_record, connection.execute(query).mappings()))
     if name is not None and not targets:
-        raise NotMeasuredError(f"the store knows no target {name!r}: `tune.py show` lists them")
+        raise NotMeasuredError(f"the store knows no target {name!r}: `{command('show')}` lists them")
     return targets

@@ -23,6 +23,7 @@ from profiles.records.core import Draft, Prompt, Workload
 from profiles.records.draft_spec import NGRAM_DEFAULTS, DraftSpec
 from profiles.records.errors import DraftpickError, ModelError, PairError, require
 from profiles.records.evidence import RoundCount, TargetTrace
+from profiles.records.text import command
 
 NUM_PROMPTS, MAX_PROMPT_TOKENS, NEW_TOKENS, LENGTH = 3, 512, 32, 4
 DEFAULT_CONTEXT = 4096  # tokens; less where the target has fewer positions
@@ -62,7 +63,7 @@ def check(target: str, specs: Sequence[DraftSpec], shape: Shape, requests: Seque
     loader.check_context(bench.loaded[0], context_length=context, max_length=0)
     workload, traces, warnings = _decode_briefly(bench, requests)
     notes = [loaded.note for loaded in bench.loaded if loaded.note is not None]
-    caveat = f"acceptance at k={LENGTH} over {len(traces)} prompts says little: `tune.py run` measures it"
+    caveat = f"acceptance at k={LENGTH} over {len(traces)} prompts says little: `{command('run')}` measures it"
     return FitReport(
         target=target,
         dtype=bench.engine.target.dtype,

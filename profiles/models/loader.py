@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from profiles.engines.torch import batch_model
 from profiles.models import gguf, sources
@@ -104,6 +105,7 @@ def load(
             lack = f"{config.model_type} has no language model of its own in transformers, which the torch engine needs"
             raise source.error(f"{lack}; use an engine that runs it, such as vLLM")
         _check_cache(source, config)
+        _check_quantization(source, config)
         tokenizer = sources.read_tokenizer(source)
         placement = _placement(source, dtype, device) if several_gpus else {}
         model, weights_notes = _load_weights(source, config, dtype, placement)
@@ -218,6 +220,15 @@ def _check_cache(source: Source, config: PreTrainedConfig) -> None:
         raise source.error(sources.NO_ROLLBACK.format(layers=f"{min(kinds)} layers"))
 
 
+def _check_quantization(source: Source, config: PreTrainedConfig) -> None:
+    """Refuses a method that transformers does not know: it would load the weights as if they had none."""
+    quantization = getattr(config, "quantization_config", None) or {}
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if quantization and method not in AUTO_QUANTIZER_MAPPING:
+        fault = f"quantised by {method!r}, which transformers does not know"
+        raise source.error(f"{fault}; use the original weights, or an engine that reads it, such as vLLM")
+
+
 def _placement(source: Source, dtype: str, device: str) -> dict[str, object]:
     """Options of `from_pretrained` that spread a model over all GPUs; empty where one device holds it."""
     num_gpus = torch.cuda.device_count() if device == "cuda" else 0
@@ -279,6 +290,11 @@ def _check_complete(source: Source, model: PreTrainedModel, info: dict[str, Any]
         )
     if faults := info.get("error_msgs"):
         raise source.error(f"{' '.join(str(faults[0]).split())[:300]}")
+    floats = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
+    stored = [] if source.gguf is not None else sources.tensors(source)
+    if integers := sorted(name for name, _, kind in stored if name in floats and kind.startswith(("I", "U"))):
+        fault = f"{len(integers)} weights are whole numbers, first {integers[0]}"
+        raise source.error(f"{fault}; {description} must say how they are quantised")
     unread = [key for key in sorted(info["unexpected_keys"]) if not _HARMLESS.search(key)]
     if model.config.get_text_config(decoder=True).tie_word_embeddings:
         unread = [key for key in unread if key != "lm_head.weight"]

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import safetensors
@@ -103,6 +104,9 @@ def weight_files(source: Source) -> list[Path]:
     if source.gguf is not None:
         return [source.gguf.path]
     shards = _indexed_files(source)
+    if (shards or source.files(_WEIGHTS)) and source.files("adapter_config.json"):
+        fault = "has weights and a LoRA adapter, of which engines load one or the other"
+        raise source.error(f"{fault}; merge it into the weights, or move adapter_config.json away")
     if source.files(_WEIGHTS):
         if shards and source.folder / _WEIGHTS not in shards:
             fault = (
@@ -126,8 +130,10 @@ def _indexed_files(source: Source) -> list[Path]:
         return []
     path = source.folder / _INDEX
     _check_file(source, path)
-    with library_errors(f"model {source.name!r}: {_INDEX}"):
-        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    weight_map = json.loads(path.read_text(encoding="utf-8")).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise source.error(f"{_INDEX} has no weight_map of file names; download it again")
+    names = sorted(set(map(str, weight_map.values())))
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise source.error(f"{_INDEX} names {name!r}; allowed are .safetensors files beside it")
@@ -146,14 +152,19 @@ def _missing_weights(source: Source) -> str:
 
 
 def _check_file(source: Source, path: Path) -> None:
-    """Refuses a file that cannot be read or whose content was not downloaded. Raises ModelError."""
+    """Refuses a file that cannot be read, JSON that is none, and content that was not downloaded. Raises ModelError."""
     try:
         with path.open("rb") as file:
             start = file.read(len(_LFS))
+            raw = json.loads(start + file.read()) if path.suffix == ".json" and start != _LFS else {}
+    except ValueError as error:
+        raise source.error(f"{path.name} is not JSON ({error}); download it again") from error
     except OSError as error:
         raise source.error(f"{path.name} cannot be read: {error.strerror or error}") from error
     if start == _LFS:
         raise source.error(f"{path.name} is a Git LFS pointer, not the file; run `git lfs pull` in its folder")
+    if not isinstance(raw, dict):
+        raise source.error(f"{path.name} holds no JSON object; download it again")
 
 
 def read_config(source: Source) -> PreTrainedConfig:
@@ -164,19 +175,15 @@ def read_config(source: Source) -> PreTrainedConfig:
         reason = _ADAPTER if source.files("adapter_config.json") else "has no config.json; name a transformers model"
         raise source.error(f"{reason}")
     path = source.folder / "config.json"
-    _check_file(source, path)
-    _check_config(source, path)
-    return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    for file in ("config.json", *source.files("generation_config.json")):
+        _check_file(source, source.folder / file)
+    _check_config(source, json.loads(path.read_text(encoding="utf-8")))
+    with library_errors(f"model {source.name!r}: its config.json"):
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
 
 
-def _check_config(source: Source, path: Path) -> None:
+def _check_config(source: Source, raw: dict[str, Any]) -> None:
     """Refuses what transformers would refuse in words of its own insides, or misread."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return  # transformers names the fault
-    if not isinstance(raw, dict):
-        return
     model_type = raw.get("model_type")
     auto_map_note = "; its own code (auto_map) is not run" if raw.get("auto_map") else ""
     if model_type not in CONFIG_MAPPING and (model_type is not None or auto_map_note):
@@ -202,7 +209,11 @@ def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
             f"{names[0]} is a sentencepiece tokenizer; `pip install sentencepiece protobuf` to "
             "read it, or add a tokenizer.json"
         )
-    return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    with library_errors(f"model {source.name!r}: its tokenizer cannot be read"):
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    if not tokenizer.encode("The 1st text.", add_special_tokens=False):
+        raise source.error("its tokenizer makes no tokens of a text; download it again")
+    return tokenizer
 
 
 def max_positions(config: PreTrainedConfig, source: Source) -> int:
@@ -221,12 +232,17 @@ def num_values(source: Source) -> int:
     """Number of values in all tensors of the weight files, from their headers."""
     if source.gguf is not None:
         return source.gguf.num_values
-    total = 0
+    return sum(math.prod(shape) for _, shape, _ in tensors(source))
+
+
+def tensors(source: Source) -> Iterator[tuple[str, list[int], str]]:
+    """Name, shape and type (`F32`) of every tensor in safetensors files. Raises ModelError."""
     for path in weight_files(source):
-        with safetensors.safe_open(path, framework="pt") as weights:
-            shapes = [weights.get_slice(key).get_shape() for key in weights.keys()]  # noqa: SIM118 -- not a dict
-        total += sum(map(math.prod, shapes))
-    return total
+        whole = library_errors(f"model {source.name!r}: {path.name} is not a whole safetensors file, download it again")
+        with whole, safetensors.safe_open(path, framework="pt") as weights:
+            slices = {key: weights.get_slice(key) for key in weights.keys()}  # noqa: SIM118 -- not a dict
+            rows = [(key, values.get_shape(), values.get_dtype()) for key, values in slices.items()]
+        yield from rows
 
 
 def digest(source: Source) -> str:

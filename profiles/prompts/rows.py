@@ -13,6 +13,9 @@ ENDINGS = (".jsonl", ".json", ".txt")
 _SEPARATOR = "---"
 _MAX_BYTES = 1 << 30
 _ROW_LISTS = ("data", "rows", "prompts", "examples")  # keys under which a single object may hold its rows
+_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+_COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")  # gzip, zip, zstd, bzip2, xz
+_CONTROLS = bytes({*range(9), *range(14, 32)} - {27})  # random bytes hold 10 % of them
 _BETWEEN = (" ", "\t", "\r", "\n", ",")
 _BAD_BYTES = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are not UTF-8
 _DECODER = json.JSONDecoder()
@@ -38,7 +41,7 @@ def read_rows(file: BinaryIO, where: str, ending: str | None) -> Iterator[Row]:
     is_json = _begins_with_json(text.lstrip()) or ending in (".jsonl", ".json")
     if is_json or (text.lstrip().startswith("{") and ending != ".txt"):  # JSON lines of which the first is broken
         return _json_rows(text)
-    if ending not in (None, ".txt"):
+    if ending not in (None, ".txt") and text.strip():
         raise PromptError(f"{where}: no JSON, and the ending {ending!r} is unknown; allowed are {', '.join(ENDINGS)}")
     return _texts(text, where)
 
@@ -46,13 +49,15 @@ def read_rows(file: BinaryIO, where: str, ending: str | None) -> Iterator[Row]:
 def _decode(file: BinaryIO, where: str) -> str:
     """The file's text; bytes that are not UTF-8 become lone surrogates."""
     raw = file.read(4096)
-    is_utf16 = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
-    if b"\0" in raw and not is_utf16:
+    encoding = next((name for mark, name in _MARKS.items() if raw.startswith(mark)), "")
+    if raw.startswith(_COMPRESSED):
+        raise PromptError(f"{where}: a compressed file; unpack it first")
+    if not encoding and 20 * (len(raw) - len(raw.translate(None, _CONTROLS))) > len(raw):
         raise PromptError(f"{where}: a binary file; text is needed")
     raw += file.read(_MAX_BYTES)
     if len(raw) > _MAX_BYTES:
         raise PromptError(f"{where}: more than {_MAX_BYTES >> 20} MiB; use a part of it")
-    return raw.decode("utf-16", "replace") if is_utf16 else raw.decode("utf-8-sig", "surrogateescape")
+    return raw.decode(encoding, "replace") if encoding else raw.decode("utf-8-sig", "surrogateescape")
 
 
 def _begins_with_json(text: str) -> bool:

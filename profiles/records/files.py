@@ -15,8 +15,16 @@ NOT_A_FILE = "Not a regular file"
 
 
 def absolute_name(name: str) -> str:
-    """A model's name as it is stored: the absolute path of a file or directory, else (a hub id) the name itself."""
-    return os.path.abspath(name) if name.strip() and os.path.exists(name) else name
+    """A model's name as it is stored: `real_path` of a file or directory, else (a hub id) the name itself."""
+    return real_path(name) if name.strip() and os.path.exists(name) else name
+
+
+def real_path(path: str) -> str:
+    """The absolute path without links; a file that is a link keeps its name, of which the ending counts."""
+    if os.path.isdir(path):
+        return os.path.realpath(path)
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.realpath(folder), name)
 
 
 def user_folder(kind: Literal["data", "cache", "log"]) -> Path:

@@ -1,5 +1,7 @@
 """The digests under which evidence is stored and found."""
 
+from collections.abc import Sequence
+
 from profiles.records.core import Environment, Model, Prompt, Setup, Workload, digest_of
 
 Key = tuple[str, ...]
@@ -17,8 +19,12 @@ def trace_point(workload: Workload, prompt: Prompt, origin: str = "") -> Key:
 
 def queue_digest(prompts: tuple[Prompt, ...]) -> str:
     """Identity of the prompts of a unit in their order; a single one's is its own."""
-    digests = [prompt.digest for prompt in prompts]
-    return digests[0] if len(digests) == 1 else digest_of(digests)
+    return joint_digest([prompt.digest for prompt in prompts])
+
+
+def joint_digest(prompt_digests: Sequence[str]) -> str:
+    """As `queue_digest`, of prompts of which only the digests are stored."""
+    return prompt_digests[0] if len(prompt_digests) == 1 else digest_of(list(prompt_digests))
 
 
 def run_point(workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], purpose: str) -> Key:

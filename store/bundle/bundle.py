@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ class Merged:
     stored: dict[str, int]  # the store had them before
     unlike: dict[str, int]  # they contradict the store and were not merged
     conflicts: tuple[str, ...]  # the first few of these in words
+    clamped: int  # evidence with a time in the future, stored with that of the merge, so that it grows old
 
 
 def pack(
@@ -170,6 +172,7 @@ def merge(evidence_store: EvidenceStore, path: Path, documents: Documents) -> Me
         stored=dict(merging.stored),
         unlike=dict(merging.unlike),
         conflicts=tuple(merging.conflicts[:MOST_SHOWN]),
+        clamped=merging.clamped,
     )
 
 
@@ -181,6 +184,8 @@ class _Merging:
         self.stored: Counter[str] = Counter()
         self.unlike: Counter[str] = Counter()
         self.conflicts: list[str] = []
+        self.clamped = 0
+        self._now = datetime.now(UTC).isoformat(timespec="microseconds")
         self._keys: dict[tuple[str, Any], Any] = {}
         self._other_traces: set[tuple[str, ...]] = set()
 
@@ -192,6 +197,9 @@ class _Merging:
             child = CHILDREN.get(name)
             children = [self._linked(child, each) for each in item.children] if child is not None else []
             new = {column: value for column, value in row.items() if column != "id"}
+            if new.get("measured_at", "") > self._now and "measured_at" not in _identity(table, row):
+                self.clamped += 1
+                new["measured_at"] = self._now
             self._keys[name, item.id] = _insert(connection, table, new, children)
             self.added[name] += 1
             return

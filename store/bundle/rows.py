@@ -1,5 +1,6 @@
 """Rows as a bundle may hold them: every value of its column's type, no path, every row through its record."""
 
+import itertools
 import json
 import math
 import re
@@ -11,10 +12,11 @@ from sqlalchemy import JSON, Boolean, Column, Connection, Float, Table, select
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from profiles.records.codec import from_builtins
-from profiles.records.core import Environment, Model, Workload
+from profiles.records.core import Environment, Model, Workload, digest_of
 from profiles.records.draft_spec import RefusedDraft
 from profiles.records.errors import InputError, require
 from profiles.records.evidence import AcceptanceTrace, Infeasible, LookupTrace, Sample, TargetTrace
+from profiles.records.keys import joint_digest
 from store import tables
 from store.bundle.sanitize import clean
 from store.tables import Row, Values
@@ -136,6 +138,8 @@ def _item(
             rows = connection.execute(query.limit(MOST_CHILDREN + 1)).mappings().all()
             require(0 < len(rows) <= MOST_CHILDREN, f"it has {len(rows)} rows: 1 to {MOST_CHILDREN} are allowed")
             children = tuple({**_checked(child, each), parent: row_id} for each in rows)
+        if table is tables.units and digests is None:
+            row = row | {"digest": _unit_digest(connection, row)}
         if check := _CHECKS.get(table.name):
             row = check(row, children, documents)
         return Item(table=table, row=row, children=children)
@@ -222,6 +226,27 @@ def _unit(row: Values, children: Sequence[Values], _: Documents) -> Values:
     for child in children:
         _record(Sample, {**child, "setup_digest": row["digest"], "prompt_digest": row["digest"]})
     return row
+
+
+def _unit_digest(connection: Connection, row: Values) -> str:
+    """The digest under which the unit's machine finds it: another than the packed one where that was made up, or where
+    the machine was packed without a path.
+
+    A unit runs every setup on every prompt, and both may repeat: where samples can be those of two units, the packed
+    digest stays.
+    """
+    query = select(tables.setups.c.digest, tables.prompts.c.digest).select_from(tables.samples)
+    query = query.join(tables.setups).join(tables.prompts).where(tables.samples.c.unit_id == row["id"])
+    pairs = [tuple(pair) for pair in connection.execute(query.order_by(tables.samples.c.position))]
+    workloads = tables.workloads.c
+    timing_digest = connection.scalar(select(workloads.timing_digest).where(workloads.id == row["workload_id"]))
+    digests = []
+    for num_prompts in range(1, len(pairs) + 1):
+        setups, queue = [setup for setup, _ in pairs[::num_prompts]], [prompt for _, prompt in pairs[:num_prompts]]
+        if len(pairs) % num_prompts == 0 and pairs == list(itertools.product(setups, queue)):
+            point = (timing_digest, joint_digest(queue), row["purpose"], *setups)
+            digests.append(digest_of([row["target_key"], row["environment_digest"], *point]))
+    return str(row["digest"]) if row["digest"] in digests or len(digests) != 1 else digests[0]
 
 
 def _run(row: Values, _: Any, documents: Documents) -> Values:

@@ -9,6 +9,7 @@ import sqlalchemy
 from sqlalchemy import Connection, column, select
 
 from profiles.records.errors import NewerStoreError, StoreError
+from profiles.records.text import command
 
 LOCATION = Path(__file__).parent
 REVISIONS = ("0001", "0002", "0003", "0004", "0005")  # those in `versions/`, oldest first
@@ -31,7 +32,7 @@ def require_current(connection: Connection) -> None:
     if revision != HEAD:
         schema = "no tables yet" if revision is None else f"the older schema {revision}"
         raise StoreError(
-            f"it has {schema}, this draftpick reads {HEAD}: `tune.py show` on a host that may write upgrades it"
+            f"it has {schema}, this draftpick reads {HEAD}: `{command('show')}` on a host that may write upgrades it"
         )
 
 
@@ -50,15 +51,15 @@ def execute_script(connection: Connection, name: str) -> None:
         connection.exec_driver_sql(statement)
 
 
-def upgrade(connection: Connection) -> None:
-    """Run the missing revisions; the caller commits."""
-    from alembic import command
+def upgrade(connection: Connection, revision: str = "head") -> None:
+    """Run the missing revisions up to `revision`; the caller commits."""
+    import alembic.command
     from alembic.config import Config
 
     config = Config()
     config.set_main_option("script_location", str(LOCATION).replace("%", "%%"))
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    alembic.command.upgrade(config, revision)
 
 
 def _revision(connection: Connection) -> str | None:

@@ -14,9 +14,7 @@ from pathlib import Path
 import psycopg
 import pytest
 import sqlalchemy
-from alembic import command
 from alembic.autogenerate import compare_metadata
-from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection
 
@@ -117,10 +115,7 @@ class TestTheServer:
         """As in a file: samples find their units, the newest policy stays the newest, and ids go on."""
         database = connections.connect(url, 30.0)
         with database.transaction("write") as connection:
-            config = Config()
-            config.set_main_option("script_location", str(migrations.LOCATION))
-            config.attributes["connection"] = connection
-            command.upgrade(config, "0004")
+            migrations.upgrade(connection, "0004")
             added_later = {"vocab_size", "stored_type"}
             model = {name: value for name, value in tables.model_row(TARGET).items() if name not in added_later}
             connection.execute(sqlalchemy.insert(tables.models).values(model))

@@ -3,15 +3,19 @@
 `store-0004-lookups.json` holds what version 0.5.0 answered from that file.
 """
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 from profiles.hardware.device import drop_unknown
 from profiles.records.core import PLAIN, Setup
+from store import migrations
+from store.database import connect
 from store.evidence_store import EvidenceStore, Scope
 from tests import ROOT
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, TARGET, prompts, sql
@@ -105,12 +109,27 @@ def test_a_domain_is_filled_in_when_its_prompts_are_run_again(upgraded: Path) ->
     assert sql(upgraded, "SELECT DISTINCT domain, count(*) > 0 FROM timed_runs GROUP BY 1") == [(None, 1), ("sql", 1)]
 
 
+def test_revision_0005_is_as_it_was_released(old: Path) -> None:
+    """Its rows do not change with later tables, records and digests."""
+    with connect(old, 1.0).transaction("write") as connection:
+        migrations.upgrade(connection, "0005")
+        names = connection.scalars(text("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")).all()
+        rows = {name: connection.execute(text(f"SELECT * FROM {name}")).all() for name in names}
+    assert {name: len(rows[name]) for name in ("units", "samples", "choices")} == {
+        "units": 54,
+        "samples": 168,
+        "choices": 6,
+    }
+    assert hashlib.sha256(repr(rows).encode()).hexdigest()[:16] == "ce1afb9d73a161d4"
+
+
 def test_a_damaged_row_is_left_out(old: Path) -> None:
     """It could not be read before either; the rest of the store is upgraded."""
     sql(old, "UPDATE target_traces SET token_ids = '[1, 2' WHERE id = 1")
+    sql(old, "UPDATE target_traces SET logit_gaps = replace(logit_gaps, '[', '[NaN, ') WHERE id = 2")
     [(before,)] = sql(old, "SELECT count(*) FROM target_traces")
     with EvidenceStore.open(old) as evidence_store:
         scope = Scope(target=TARGET, environment=MACHINE, workload=GREEDY)
         [prompt] = prompts(1)
         assert evidence_store.find_samples(scope, (prompt,), (PLAIN, Setup(draft=DRAFT_A, length=4)), "proof 0")
-    assert sql(old, "SELECT count(*) FROM target_traces") == [(before - 1,)]
+    assert sql(old, "SELECT count(*) FROM target_traces") == [(before - 2,)]

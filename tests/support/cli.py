@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from store.evidence_store import EvidenceStore
 from tests.support.fakes import sql
 from tuner.cli.app import main
 
@@ -91,6 +92,20 @@ def database(store: Path) -> Path:
 def evidence(store: Path) -> dict[str, int]:
     """How many rows each evidence table has."""
     return {table: sql(database(store), f"SELECT count(*) FROM {table}")[0][0] for table in EVIDENCE}
+
+
+def assert_packs(store: Path, folder: Path) -> None:
+    """Every row of a store travels: it is packed whole, by a reader, and merged into another store."""
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EvidenceStore, "open", None)
+        packed = call(store, "bundle", "pack", "--json", folder / "run.bundle")
+    assert packed.code == 0, packed.stderr
+    assert packed.document["left_out"] == {}
+    merged = call(folder / "other", "bundle", "merge", "--json", folder / "run.bundle")
+    assert merged.code == 0, merged.stderr
+    assert (merged.document["known"], merged.document["unlike"]) == ({}, {})
+    assert evidence(folder / "other") == evidence(store)
 
 
 def content(store: Path) -> list[str]:

@@ -221,7 +221,10 @@ def main() -> None:
     parser.add_argument("--api-key")
     parser.add_argument("--no-records", dest="records", action="store_false")
     parser.add_argument("--no-token-ids", dest="token_ids", action="store_false")
+    parser.add_argument("--ignored", nargs=3)
     Handler.options = parser.parse_args()
+    if Handler.options.api_key:
+        sys.stderr.write(f"non-default args: {sys.argv[1:]} {vars(Handler.options)}\n")  # as vLLM does
     before_ready(Handler.options.fault)
     ThreadingHTTPServer.request_queue_size = 64
     server = ThreadingHTTPServer((Handler.options.host, Handler.options.port), Handler)

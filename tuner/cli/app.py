@@ -1,6 +1,7 @@
 """The command line: wires the commands, and ends each of them in output or in one line and an exit code."""
 
 import logging
+import os
 import sys
 from typing import Annotated, Any
 
@@ -61,6 +62,10 @@ def main() -> None:
     """Runs the command of `sys.argv`; every failure is one line on stderr and an exit code."""
     arguments = sys.argv[1:]
     _show_notes_of_measuring()
+    try:
+        os.getcwd()
+    except OSError:
+        _fail("the working directory is not there any more; change to another", 2)
     try:
         code = app(arguments or ["--help"], prog_name=command(), standalone_mode=False) or 0
         if code == EXIT_INTERRUPTED:  # what typer makes of Ctrl-C outside of the measuring

@@ -37,11 +37,11 @@ def pack(
     """Write the store's evidence, runs and policies into one file, without paths."""
     from store import location
     from store.bundle import bundle
-    from store.evidence_store import EvidenceStore
     from tuner.deploy.policy_files import DOCUMENTS, export_policies
+    from tuner.deploy.stored_policies import open_for_reading
 
     selected: dict[str, list[str] | None] = {"targets": target, "environments": environment}
-    with EvidenceStore.open(location.existing_store(store)) as evidence_store:
+    with open_for_reading(location.existing_store(store)) as evidence_store:
         contents = bundle.pack(evidence_store, path, DOCUMENTS, **selected)
         paths = () if policies is None else export_policies(evidence_store, policies, **selected)
     if json_only:
@@ -86,6 +86,8 @@ def merge(path: File, store: options.Store = None, json_only: options.JsonOnly =
         conflicts = merged.unlike.get(table, 0)
         print_lines(f"{counts}, {conflicts} unlike the store's and left out" if conflicts else counts)
     print_lines(*(f"left out: {conflict}" for conflict in merged.conflicts))
+    if merged.clamped:
+        print_lines(f"{merged.clamped} times in the future, of a clock that was wrong, became the time of the merge")
 
 
 def _description(contents: "Contents") -> Iterator[str]:

@@ -10,6 +10,7 @@ from sqlalchemy import select
 
 from profiles.builtin import replace_mark
 from profiles.records.errors import InputError, NotMeasuredError
+from profiles.records.text import command
 from store import tables
 from store.bundle.bundle import chosen
 from store.bundle.rows import Documents
@@ -44,7 +45,9 @@ def export_policies(
     """
     newest = _newest(evidence_store, targets, environments)
     if not newest:
-        raise NotMeasuredError("the store has no policy of these targets and machines to ship: run `tune.py run` first")
+        raise NotMeasuredError(
+            f"the store has no policy of these targets and machines to ship: run `{command('run')}` first"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

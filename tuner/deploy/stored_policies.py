@@ -13,6 +13,7 @@ from profiles.builtin import IMPORTED_MARKS
 from profiles.hardware.device import ENGINE, Machine, drop_unknown, on_gpu
 from profiles.records.core import Model
 from profiles.records.errors import InputError, NotMeasuredError, PolicyError, StoreError
+from profiles.records.files import real_path
 from profiles.records.text import command
 from store import tables
 from store.database import Location
@@ -48,7 +49,9 @@ def _targets_query() -> Select[Any]:
     models = tables.models
     tuned = select(func.max(tables.policies.c.id)).where(tables.policies.c.target_key == models.c.key)
     named = bindparam("name").in_([models.c.key, models.c.digest, models.c.name])
-    marked = models.c.name.in_([bindparam("imported"), bindparam("imported_before"), bindparam("path")])
+    marked = models.c.name.in_(
+        [bindparam("imported"), bindparam("imported_before"), bindparam("path"), bindparam("real_path")]
+    )
     last_part = models.c.name.like(bindparam("last_part"), escape="\\")
     condition = bindparam("any_name") | named | marked | last_part
     return select(models).where(condition).order_by(tuned.scalar_subquery().desc().nulls_last())
@@ -61,7 +64,8 @@ def find_targets(evidence_store: EvidenceStore, name: str | None) -> list[Model]
     """
     imported, imported_before = (f"{mark}{Path(name or '').name}" for mark in IMPORTED_MARKS)
     values = {"name": name, "any_name": name is None, "imported": imported, "imported_before": imported_before}
-    values |= {"path": os.path.abspath(name or ""), "last_part": like_last_part(name or "")}
+    values |= {"path": os.path.abspath(name or ""), "real_path": real_path(name or "")}
+    values |= {"last_part": like_last_part(name or "")}
     with evidence_store.reading() as connection:
         rows = connection.execute(_targets_query(), values).mappings().all()
     if not rows:

@@ -3,6 +3,7 @@
 import json
 
 from profiles.engines.vllm.flags import DRAFT_FEWER, SCHEDULE, TRACED, allowed_keys, speculative_config
+from profiles.records.text import command
 from tuner.export.schedule import Range, as_scheduled, claims_of, ranges_of
 from tuner.export.select import Pick, Written, one_length_claims, one_length_note
 
@@ -40,7 +41,7 @@ def write(pick: Pick) -> Written:
     if "model" in config and any(length == 0 for _, _, length in schedule):
         notes.append(
             "where the schedule says 0 the draft still reads what the target writes, which a server without a draft is "
-            "spared: slower than that there; tune.py verify measures by how much"
+            f"spared: slower than that there; {command('verify')} measures by how much"
         )
     shorter = {length for _, _, length in schedule} - {0, longest}
     if shorter and config["method"] not in DRAFT_FEWER and not release.is_before(TRACED[0]):

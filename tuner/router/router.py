@@ -24,6 +24,7 @@ from profiles.records import codec
 from profiles.records.core import Interval, digest_of
 from profiles.records.errors import InputError, PolicyError, require
 from profiles.records.files import write_atomically
+from profiles.records.text import command
 from profiles.stats import calibration_interval, share_interval
 from tuner.policy.policy import MIN_DOMAIN_PROMPTS
 
@@ -69,7 +70,7 @@ class Router:
 
     def __post_init__(self) -> None:
         digest = digest_of({name: value for name, value in asdict(self).items() if name != "digest"})
-        require(self.digest in ("", digest), "it was damaged: its digest does not match; run `tune.py run` again")
+        require(self.digest in ("", digest), f"it was damaged: its digest does not match; run `{command('run')}` again")
         object.__setattr__(self, "digest", digest)
         distinct = len(set(self.domains)) == len(self.domains) >= 2 and all(self.domains)
         require(distinct, f"domains {list(self.domains)}: two or more names that differ are needed")

@@ -1,5 +1,6 @@
 """What went wrong by a server's log, as one printable line."""
 
+import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +61,17 @@ def error_of(what: str, log_path: Path, start: int = 0) -> EngineError:
 def is_out_of_memory(error_line: str) -> bool:
     """Whether an error line says that memory ran out."""
     return _OUT_OF_MEMORY.search(error_line) is not None
+
+
+def hide_secrets(log_path: Path, start: int) -> None:
+    """Replaces the secrets in a log from byte `start` on: servers print the arguments they were started with."""
+    with contextlib.suppress(OSError), log_path.open("r+b") as file:
+        file.seek(start)
+        text = file.read().decode(errors="surrogateescape")
+        if (hidden := redacted(text)) != text:
+            file.seek(start)
+            file.truncate()
+            file.write(hidden.encode(errors="surrogateescape"))
 
 
 def is_port_taken(error_line: str) -> bool:

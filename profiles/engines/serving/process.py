@@ -22,7 +22,7 @@ import httpx2
 import psutil
 
 from profiles.engines.serving import supervisor
-from profiles.engines.serving.logs import error_of, is_port_taken, last_error_line
+from profiles.engines.serving.logs import error_of, hide_secrets, is_port_taken, last_error_line
 from profiles.engines.serving.redaction import redacted, server_environment
 from profiles.records.errors import EngineError, InputError
 
@@ -59,7 +59,7 @@ class Process(AbstractContextManager["Process"]):
         reading, lifeline = os.pipe()
         try:
             log_path.parent.mkdir(parents=True, exist_ok=True)
-            with log_path.open("ab") as log:
+            with open(log_path, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
                 self._log_start = log.tell()
                 self._popen = subprocess.Popen(
                     [*supervised, str(reading), ",".join(map(str, graces_s)), *command],
@@ -78,7 +78,7 @@ class Process(AbstractContextManager["Process"]):
         finally:
             os.close(reading)
         # at exit, when garbage collected, or when called; only once
-        self.stop = weakref.finalize(self, _end, self._popen, lifeline, sum(graces_s))
+        self.stop = weakref.finalize(self, _end, self._popen, lifeline, sum(graces_s), hide=(log_path, self._log_start))
 
     @property
     def pipes(self) -> tuple[IO[bytes], IO[bytes]]:
@@ -124,7 +124,7 @@ def _name(command: Sequence[str]) -> str:
     return Path(program).name.rpartition("profiles.engines.")[2]
 
 
-def _end(popen: subprocess.Popen[bytes], lifeline: int, graces_s: float) -> None:
+def _end(popen: subprocess.Popen[bytes], lifeline: int, graces_s: float, *, hide: tuple[Path, int]) -> None:
     with contextlib.suppress(BrokenPipeError):
         os.write(lifeline, b".")  # a process that was forked off this one may hold the pipe open
     os.close(lifeline)
@@ -134,6 +134,7 @@ def _end(popen: subprocess.Popen[bytes], lifeline: int, graces_s: float) -> None
         popen.kill()  # and with it the command, which is tied to its supervisor
         popen.wait()
     finally:
+        hide_secrets(*hide)
         for pipe in (popen.stdin, popen.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):

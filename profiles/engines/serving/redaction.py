@@ -7,13 +7,18 @@ from profiles.records.core import digest_of
 
 HIDDEN = "***"
 _NAME = r"(?:api[-_]?key|access[-_]?key|secret|password|passwd|credential|token|[-_]key)s?"
+_HEADER = r"(?<![\w-])(?:x-[\w-]*(?:key|token|secret|auth)|api-?key|authorization)"
 _VALUE = r"""(?:"[^"]*"|'[^']*'|[^\s"',}\]]+)"""
 _PATTERNS = (
-    re.compile(rf"(?i)(\b\w*{_NAME}=)(?!\{{){_VALUE}"),  # NAME_TOKEN=value, --api-key=value
-    re.compile(rf"(?i)(--?[\w-]*(?:{_NAME}|authorization)\s+)(?![-{{]){_VALUE}"),  # --api-key value
-    re.compile(rf"(?i)(['\"]\w*{_NAME}['\"]\s*:\s*){_VALUE}"),  # {"api_key": "value"}
+    re.compile(rf"(?i)(\b\w*{_NAME}=\[?)(?!\{{){_VALUE}"),  # NAME_TOKEN=value, --api-key=value
+    re.compile(rf"(?i)((?<![\w-])--?[\w-]*(?:{_NAME}|authorization)\s+)(?![-{{]){_VALUE}"),  # --api-key value
+    re.compile(rf"(?i)(['\"][\w-]*{_NAME}\\?['\"]\s*:\s*\[?\\?){_VALUE}"),  # {"api_key": "value"}
+    re.compile(
+        r"(?i)((?<![\w-])(?:x-[\w-]*(?:key|token|secret|auth)|api-?key|authorization)\s*:(?!\s*bearer\b)\s*)[^\"'\n]+"
+    ),  # a header
     re.compile(r"(?i)(\bbearer\s+)[^\s\"']+"),
-    re.compile(r"(://)[^/\s@]+(?=@)"),  # user:password of a URL
+    re.compile(r"(?i)([?&](?:key|sig|signature|auth|code)=)[^&\s\"']+"),
+    re.compile(r"(://)[^/\s?#\"']+(?=@)"),  # user:password of a URL
     re.compile(r"()\b(?:hf_|sk-)[A-Za-z0-9_-]{8,}"),
 )
 _NOT_SECRET = re.compile(r"(?i)tokens['\"=\s]")  # --max-num-batched-tokens 512

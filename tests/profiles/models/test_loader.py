@@ -131,7 +131,7 @@ def test_sharded_weights_load(broken: Path) -> None:
     shards[-1].unlink()
     assert f"1 of {len(shards)} weight files are missing, first {shards[-1].name}" in refusal(broken / "shards")
     (broken / "shards" / "model.safetensors.index.json").write_text("{")
-    assert "model.safetensors.index.json: JSONDecodeError" in refusal(broken / "shards")
+    assert "model.safetensors.index.json is not JSON" in refusal(broken / "shards")
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "float32"), (float("inf"), "float32"), (1e30, "float16")])
@@ -146,22 +146,31 @@ def test_weights_that_are_not_finite_are_refused(broken: Path, value: float, dty
     ("file", "content", "words"),
     [
         ("config.json", None, "has no config.json"),
-        ("config.json", b"{oops", "not a valid JSON file"),
-        ("config.json", b"[1]", "Error: "),
+        ("config.json", b"{oops", "config.json is not JSON"),
+        ("config.json", b"\xef\xbb\xbf{}", "config.json is not JSON"),
+        ("config.json", b"[1]", "config.json holds no JSON object"),
+        ("config.json", b'{"model_type": "llama", "num_attention_heads": null}', "its config.json: "),
+        ("generation_config.json", b"{", "generation_config.json is not JSON"),
+        ("tokenizer_config.json", b"", "tokenizer_config.json is not JSON"),
+        ("model.safetensors.index.json", b"[]", "index.json holds no JSON object"),
+        ("model.safetensors.index.json", b"{}", "index.json has no weight_map of file names"),
+        ("model.safetensors.index.json", b'{"weight_map": {}}', "index.json has no weight_map of file names"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": 1}}', "names '1'; allowed are .safetensors files"),
+        ("adapter_config.json", b"{}", "has weights and a LoRA adapter"),
         ("config.json", b'{"model_type": "nonesuch"}', "nonesuch"),
         ("config.json", b'{"model_type": "t5"}', "t5 has no language model of its own in transformers"),
         ("config.json", b'{"model_type": "llama", "hidden_size": "wide"}', "hidden_size"),
         ("model.safetensors", None, "has no model.safetensors or model.safetensors.index.json; convert it"),
-        ("model.safetensors", b"", "SafetensorError"),
+        ("model.safetensors", b"", "model.safetensors is not a whole safetensors file"),
         ("tokenizer.json", None, "has no tokenizer"),
-        ("tokenizer.json", b"{oops", "JSONDecodeError"),
-        ("tokenizer.json", b"{}", "KeyError"),
+        ("tokenizer.json", b"{oops", "tokenizer.json is not JSON"),
+        ("tokenizer.json", b"{}", "its tokenizer cannot be read: KeyError"),
         ("tokenizer.json", b'{"version": "1.0", "added_tokens": [], "model": {"type": "X"}}', "model"),
     ],
 )
 def test_a_broken_file_is_named(broken: Path, file: str, content: bytes | None, words: str) -> None:
     """A missing or broken file ends in one line with what the library underneath said."""
-    (broken / file).unlink()
+    (broken / file).unlink(missing_ok=True)
     if content is not None:
         (broken / file).write_bytes(content)
     assert words in refusal(broken)
@@ -352,6 +361,22 @@ def test_left_over_tensors_are_refused(broken: Path, name: str, words: str) -> N
     assert words in message
 
 
+def test_whole_numbers_are_no_weights(broken: Path) -> None:
+    """Quantised weights whose scales are in no file would be read as if they were the values."""
+    weights = load_file(broken / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    spoil(broken, **{name.replace(".", "__"): (weights[name] * 100).to(torch.int8)})
+    assert f"1 weights are whole numbers, first {name}; its config.json must say how" in refusal(broken)
+
+
+def test_a_tokenizer_without_tokens_is_refused(broken: Path) -> None:
+    """It is read, with its special tokens alone, and every prompt would be empty."""
+    content = json.loads((broken / "tokenizer.json").read_text())
+    content["model"].update(vocab={}, merges=[])
+    (broken / "tokenizer.json").write_text(json.dumps({**content, "added_tokens": []}))
+    assert "its tokenizer makes no tokens of a text" in refusal(broken)
+
+
 def test_tensors_of_other_parts_are_noted(broken: Path) -> None:
     """A vision tower or a value head is no part of the language model; computed buffers are not even noted."""
     spoil(
@@ -427,6 +452,7 @@ def test_shards_without_their_index_are_named(broken: Path) -> None:
     [
         ({"model_type": "mymodel", "auto_map": {"AutoConfig": "a.B"}}, "its own code (auto_map) is not run"),
         ({"quantization": {"bits": 4, "group_size": 64}}, "quantised by MLX"),
+        ({"quantization_config": {"quant_method": "newquant"}}, "quantised by 'newquant', which transformers does not"),
     ],
 )
 def test_a_config_that_only_others_read_is_named(broken: Path, fields: dict[str, object], words: str) -> None:

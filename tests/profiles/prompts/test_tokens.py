@@ -1,6 +1,8 @@
 """Chat templates: tools, dates, lost text, faults; tokens beyond the embedding; samples."""
 
+import gzip
 import json
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from profiles.prompts import Request, Requests, read, read_all, sample, tokenize
 from profiles.records.errors import PromptError
 from tests.support import tiny
 
+ROWS = '{"prompt": "of rivers"}\n{"prompt": "of stones"}\n'
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 TOOLS = "{% if tools %}TOOLS {{ tools | tojson }}\n{% endif %}" + (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}"
@@ -108,6 +111,29 @@ def test_utf_16_and_byte_order_marks(tmp_path: Path) -> None:
     """What a Windows shell writes."""
     (tmp_path / "a.jsonl").write_bytes('{"text": "ü"}\n'.encode("utf-16"))
     assert read(str(tmp_path / "a.jsonl"))[0].messages == "ü"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("p.jsonl", ROWS.encode("utf-32"), 2),
+        ("p.jsonl", ROWS.encode() + b'{"prompt": "a\0b"}\n', 2),
+        ("p.jsonl", b"\0" + ROWS.encode() + ROWS.encode(), 3),
+        ("p.jsonl.gz", gzip.compress(ROWS.encode()), "a compressed file; unpack it first"),
+        ("p.jsonl", gzip.compress(ROWS.encode()), "a compressed file; unpack it first"),
+        ("p.jsonl", ROWS.encode("utf-16-le"), "a binary file"),
+        ("p.jsonl", random.Random(0).randbytes(9000), "a binary file"),
+        ("p", b" \n", "it holds no prompts"),
+    ],
+)
+def test_odd_bytes(tmp_path: Path, name: str, content: bytes, texts: int | str) -> None:
+    """A NUL spoils its row alone; what is no text is refused as a whole, by its cause."""
+    (tmp_path / name).write_bytes(content)
+    if isinstance(texts, int):
+        assert len(read(str(tmp_path / name))) == texts
+    else:
+        with pytest.raises(PromptError, match=texts):
+            read(str(tmp_path / name))
 
 
 def test_a_large_array_is_streamed(tmp_path: Path) -> None:

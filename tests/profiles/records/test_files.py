@@ -83,6 +83,12 @@ def test_what_lies_on_disk_is_named_absolutely(tmp_path: Path, monkeypatch: pyte
         assert absolute_name(spelling) == str(tmp_path / "thin")
         assert parse_draft(spelling).name == str(tmp_path / "thin")
         assert parse_draft(f"ngram+{spelling}").path == str(tmp_path / "thin")
+    (tmp_path / "thin" / "blob").touch()
+    (tmp_path / "link").symlink_to("thin")
+    (tmp_path / "link.gguf").symlink_to("thin/blob")
+    assert absolute_name("link") == absolute_name("link/../link/") == str(tmp_path / "thin")
+    assert absolute_name("link/blob") == str(tmp_path / "thin" / "blob")
+    assert absolute_name("link.gguf") == str(tmp_path / "link.gguf")
     assert absolute_name("owner/name") == "owner/name"
     assert absolute_name("") == ""
 

@@ -165,7 +165,11 @@ class TestOddRows:
         with EvidenceStore.open(tmp_path / "copy" / "evidence.db") as evidence_store:
             assert bundle.pack(evidence_store, tmp_path / "b", DOCUMENTS).left_out == {}
         [(num_units,)] = sql(store / "evidence.db", "SELECT count(*) FROM units")
-        assert bundle.merge(empty, tmp_path / "b", DOCUMENTS).added["units"] == num_units
+        merged = bundle.merge(empty, tmp_path / "b", DOCUMENTS)
+        assert merged.added["units"] == num_units
+        assert merged.clamped == (num_units if "2999" in change else 0)
+        assert sql(empty.path, "SELECT count(*) FROM units WHERE measured_at > '2998'") == [(0,)]
+        assert bundle.merge(empty, tmp_path / "b", DOCUMENTS).added == {}
         kept = sql(empty.path, "SELECT DISTINCT domain FROM prompts")
         assert ("/r/python" in change) == (kept == [("/r/python",)])
 
@@ -193,6 +197,9 @@ class TestOddRows:
         with EvidenceStore.open(tmp_path / "other.db") as other:
             assert bundle.merge(other, tmp_path / "b", DOCUMENTS).added["units"] == 2
             assert bundle.merge(other, tmp_path / "b", DOCUMENTS).added == {}
+            for machine in contents.environments:  # as an engine of today names the machine of such a launch
+                scope = replace(SCOPE, environment=machine)
+                assert other.find_samples(scope, tuple(prompts(1)), (PLAIN,), "proof 0") is not None
 
     def test_machines_that_are_one_without_their_secret(self, empty: EvidenceStore, tmp_path: Path) -> None:
         """A rotated key made two machines of one: both evidences are packed, with one machine."""
@@ -347,6 +354,17 @@ def test_units_of_several_setups_and_prompts(evidence_store: EvidenceStore, tmp_
         samples = fake.run_together(GREEDY, queue, setups, f"race {number}")
         evidence_store.save_samples(SCOPE, queue, setups, f"race {number}", samples)
     assert bundle.pack(evidence_store, tmp_path / "b", DOCUMENTS).rows["samples"] == 12
+
+
+def test_a_unit_answers_for_what_it_holds(evidence_store: EvidenceStore, tmp_path: Path) -> None:
+    """A bundle that says its samples are another unit's is not believed; the digest is computed again."""
+    save_sample(evidence_store, 0)
+    bundle.pack(evidence_store, tmp_path / "b", DOCUMENTS)
+    pretended = resealed(tmp_path / "b", tmp_path / "c", f"UPDATE units SET digest = '{'0' * 32}'")
+    with EvidenceStore.open(tmp_path / "other.db") as other:
+        bundle.merge(other, pretended, DOCUMENTS)
+        assert sql(other.path, "SELECT digest FROM units") == sql(evidence_store.path, "SELECT digest FROM units")
+        assert other.find_samples(SCOPE, tuple(prompts(1)), (PLAIN,), "proof 0") is not None
 
 
 def test_a_merge_holds_the_lock_for_a_hundred_items(packed: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import optuna
 import pytest
 
 from tests.support.cli import DECIDED, assert_refused, call, database
@@ -137,3 +138,16 @@ def test_a_run_goes_on_without_its_studies(
     make(tmp_path / "broken", sound_store)
     assert call(tmp_path / "broken", *sound_words).code in DECIDED
     assert "Optuna's studies are not stored: " in caplog.text
+
+
+def test_a_trial_that_is_lost_ends_no_run(
+    sound_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The studies' disk is full, or their server goes away, after the first evidence."""
+
+    def lost(*_: object) -> None:
+        raise optuna.exceptions.StorageInternalError("database or disk is full")
+
+    monkeypatch.setattr(optuna.Study, "add_trials", lost)
+    assert call(tmp_path, *sound_words).code in DECIDED
+    assert "Optuna's studies are not stored: database or disk is full" in caplog.text

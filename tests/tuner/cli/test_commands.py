@@ -1,5 +1,6 @@
 """What all commands share: the name they are called by, the version, the choices of options, and missing extras."""
 
+import ast
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from profiles.hardware.software import draftpick_version
 from profiles.records.core import DTYPES
 from profiles.records.text import command
+from store.evidence_store import EvidenceStore
 from tests import ROOT
 from tests.support.cli import assert_refused, call, database
 from tests.support.fakes import sql
@@ -42,6 +44,19 @@ def test_messages_name_the_command_that_was_called(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("profiles.records.text.CHECKOUT_SCRIPT", "not-there.py")
     monkeypatch.setattr(sys, "argv", ["serve.py"])
     assert command() == "draftpick"
+
+
+def test_no_message_spells_the_command_itself() -> None:
+    """Whoever installed `draftpick` has no `tune.py`."""
+    files = [path for layer in ("profiles", "store", "tuner") for path in (ROOT / layer).rglob("*.py")]
+    spelled = [
+        f"{path}:{node.lineno}"
+        for path in files
+        if "training" not in path.parts and path.name != "text.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "tune.py" in node.value
+    ]
+    assert spelled == []
 
 
 def test_options_offer_what_the_layers_below_know() -> None:
@@ -78,6 +93,16 @@ def test_a_missing_extra_is_one_line(words: str, extra: str, sound_store: Path) 
 def test_a_base_install_answers(words: str, sound_store: Path) -> None:
     ended = call_base_install(sound_store, *words.split())
     assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("words", ["show", "lookup", "explain", "report --out OUT", "bundle pack OUT"])
+def test_a_command_that_reads_needs_no_right_to_write(
+    words: str, sound_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store is never opened to be written."""
+    monkeypatch.setattr(EvidenceStore, "open", None)
+    said = call(sound_store, *words.replace("OUT", str(tmp_path / "out.html")).split())
+    assert said.code == 0, said.stderr
 
 
 @pytest.mark.parametrize(

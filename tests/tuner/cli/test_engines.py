@@ -14,7 +14,7 @@ from profiles.engines.vllm import engine as vllm_engine
 from profiles.engines.vllm.client import WorkerClient
 from profiles.hardware import software
 from tests import ROOT
-from tests.support.cli import DECIDED, Said, assert_refused, call, small_run, write_prompts
+from tests.support.cli import DECIDED, Said, assert_packs, assert_refused, call, small_run, write_prompts
 from tests.support.tiny import LLAMA_CPP_READS, write_gguf
 
 TEMPLATE = f"{shlex.quote(sys.executable)} tests/support/fake_server.py --port {{port}} --step-s 0.002 {{speculative}}"
@@ -93,6 +93,7 @@ def test_the_verbs_tell(ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert call(ran.store, "show").code == 0
     assert call(ran.store, "report", "--out", tmp_path / "page.html").code == 0
     assert (tmp_path / "page.html").stat().st_size > 10_000
+    assert_packs(ran.store, tmp_path)
 
 
 def test_the_emitted_command_is_verified(ran: Ran, prompts: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from profiles.engines.torch.engine import TorchEngine
 from tests import ROOT
 from tests.support import tiny
-from tests.support.cli import DECIDED, Said, call, database, evidence, small_run, write_prompts
+from tests.support.cli import DECIDED, Said, assert_packs, call, database, evidence, small_run, write_prompts
 from tests.support.fakes import sql
 from tuner.policy import policy as policies
 from tuner.selector.selector import Selector
@@ -119,6 +119,9 @@ class TestARun:
         assert f"reused {cost['reused_units']} stored units" in said.stdout
         assert said.document["choice"] == tuned.said.document["choice"]
         assert evidence(tuned.store) == before
+
+    def test_it_is_packed_whole(self, tuned: Tuned, tmp_path: Path) -> None:
+        assert_packs(tuned.store, tmp_path)
 
     def test_its_policy_is_applied_by_the_selector(self, tuned: Tuned) -> None:
         """The file named in the document is a policy, and the selector answers from it."""
@@ -235,6 +238,7 @@ class TestInterruptions:
         last = said.stderr.splitlines()[-1]
         assert last.startswith("error: interrupted: 35 units of this run are saved in ")
         assert sum(evidence(tmp_path).values()) == 35
+        assert_packs(tmp_path, tmp_path / "packed")
         assert_completes(words, tmp_path, 35)
 
     def test_ctrl_c_while_loading_is_one_line(
@@ -274,6 +278,7 @@ class TestInterruptions:
         assert sum(evidence(tmp_path).values()) == 0
         assert call(tmp_path, "lookup").code == 0
         assert call(tmp_path, "report", "--out", tmp_path / "chart.png").code == 3
+        assert_packs(tmp_path, tmp_path / "packed")
 
 
 def interrupted_after(count: int, method: Callable[..., Any]) -> Callable[..., Any]:

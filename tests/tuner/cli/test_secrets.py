@@ -12,7 +12,8 @@ from tests.support.cli import DECIDED, call, small_run, write_prompts
 TEMPLATE = (
     "HF_TOKEN=hf_PLANTEDSECRET MODEL={model} "
     f"{shlex.quote(sys.executable)} tests/support/fake_server.py --port {{port}} --api-key sk-PLANTEDSECRET "
-    "--step-s 0.002 {speculative}"
+    """--step-s 0.002 --ignored "X-Api-Key: PLANTEDSECRET" '{"api_key": "PLANTEDSECRET"}' """
+    "http://me:PLANTED@PLANTEDSECRET@host/?key=PLANTEDSECRET {speculative}"
 )
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -196,6 +197,22 @@ def test_a_carried_target_is_found_by_its_path(evidence_store: EvidenceStore) ->
     save_policy(evidence_store, to_json(made), carried, MACHINE)
     for name in ("imported:llama", "llama", "/models/llama"):
         assert ask(evidence_store, MACHINE, target=name).level == "exact"
+
+
+@pytest.mark.parametrize("name", ["thin", "link", "./link/", "link.gguf"])
+def test_a_target_is_found_by_its_path_and_by_a_link(
+    evidence_store: EvidenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The answer is that of the directory, from wherever it is asked; an older store has the link itself."""
+    (tmp_path / "thin").mkdir()
+    (tmp_path / "link").symlink_to("thin")
+    stored = tmp_path / (name if name.endswith(".gguf") else "thin")
+    target = replace(TARGET, name=str(stored))
+    made = Policy(created="2026-11-22T09:00:00+00:00", target=target, environment=MACHINE, choices=(choice(A4),))
+    save_policy(evidence_store, to_json(made), target, MACHINE)
+    monkeypatch.chdir(tmp_path)
+    assert ask(evidence_store, MACHINE, target=name).level == "exact"
+    assert evidence_store.latest_policy(name) is not None
 
 
 def test_traits_that_became_known_are_kept(evidence_store: EvidenceStore) -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from profiles.engines.torch import trace
-from tests.support.cli import DECIDED, call, database, small_run, write_prompts
+from tests.support.cli import DECIDED, assert_packs, call, database, small_run, write_prompts
 from tests.support.fakes import sql
 
 
@@ -53,6 +53,7 @@ def test_bad_drafts_beside_good_ones(
     assert {
         name for (name,) in sql(database(tmp_path / "store"), "SELECT DISTINCT draft_name FROM acceptance_traces")
     } == {"early-exit:1"}
+    assert_packs(tmp_path / "store", tmp_path)
     assert sum(line.startswith("infeasible: ") and "end to end" not in line for line in said.stdout.splitlines()) == 3
 
 
@@ -65,6 +66,7 @@ def test_a_limit_that_nothing_keeps(tiny_folders: dict[str, Path], tmp_path: Pat
     assert said.document["choice"] == {"draft": None, "length": 0}
     assert said.document["reason"].startswith("Nothing is feasible")
     assert sql(database(tmp_path / "store"), "SELECT count(*) > 0 FROM samples") == [(1,)]
+    assert_packs(tmp_path / "store", tmp_path)
 
 
 @pytest.mark.slow
