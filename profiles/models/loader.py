@@ -262,12 +262,13 @@ def _load_weights(
         **({} if source.gguf is None else {"gguf_file": source.gguf.path.name}),
         **placement,
     }
+    types = {} if source.gguf is not None else {name: kind for name, _, kind in sources.tensors(source)}
     with contextlib.redirect_stderr(io.StringIO()):  # the progress bar of dequantising cannot be turned off
         try:
             model, info = AutoModelForCausalLM.from_pretrained(source.folder, attn_implementation="sdpa", **options)
         except ValueError:  # what an architecture without it raises; any other fault is raised again below
             model, info = AutoModelForCausalLM.from_pretrained(source.folder, attn_implementation="eager", **options)
-    notes = _check_complete(source, model, info)
+    notes = _check_complete(source, model, info, types)
     if model._is_stateful:  # what transformers' own assisted decoding checks
         raise source.error(sources.NO_ROLLBACK.format(layers=f"{type(model).__name__}'s layers"))
     if source.gguf is not None:
@@ -276,7 +277,7 @@ def _load_weights(
     return model, notes
 
 
-def _check_complete(source: Source, model: PreTrainedModel, info: dict[str, Any]) -> list[str]:
+def _check_complete(source: Source, model: PreTrainedModel, info: dict[str, Any], types: dict[str, str]) -> list[str]:
     """Refuses a model that is not what its files hold; returns notes on tensors of other parts that stay unread."""
     description = "the header" if source.gguf is not None else "its config.json"
     advice = f"{description} must describe the weights"
@@ -291,8 +292,7 @@ def _check_complete(source: Source, model: PreTrainedModel, info: dict[str, Any]
     if faults := info.get("error_msgs"):
         raise source.error(f"{' '.join(str(faults[0]).split())[:300]}")
     floats = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
-    stored = [] if source.gguf is not None else sources.tensors(source)
-    if integers := sorted(name for name, _, kind in stored if name in floats and kind.startswith(("I", "U"))):
+    if integers := sorted(name for name in floats if types.get(name, "").startswith(("I", "U"))):
         fault = f"{len(integers)} weights are whole numbers, first {integers[0]}"
         raise source.error(f"{fault}; {description} must say how they are quantised")
     unread = [key for key in sorted(info["unexpected_keys"]) if not _HARMLESS.search(key)]

@@ -156,7 +156,7 @@ def _check_file(source: Source, path: Path) -> None:
     try:
         with path.open("rb") as file:
             start = file.read(len(_LFS))
-            raw = json.loads(start + file.read()) if path.suffix == ".json" and start != _LFS else {}
+            raw = json.loads((start + file.read()).decode()) if path.suffix == ".json" and start != _LFS else {}
     except ValueError as error:
         raise source.error(f"{path.name} is not JSON ({error}); download it again") from error
     except OSError as error:
