@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Self, TypeVar
@@ -148,21 +149,24 @@ class Disturbance:
 def other_programs(seconds: float = 0.4, *, max_cores: float = _MAX_CORES) -> str | None:
     """What other programs use of the processor now, the busiest by name; None where it is too little to disturb."""
     with OtherLoad(max_cores=max_cores) as load:
-        before = _seconds_by_process()
+        before, started_s = _strangers(), time.perf_counter()
         time.sleep(seconds)
-        used_s = {process: total_s - before.get(process, 0.0) for process, total_s in _seconds_by_process().items()}
+        used_s: defaultdict[str, float] = defaultdict(float)
+        for pid, (name, total_s) in _strangers().items():
+            used_s[name] += total_s - before.get(pid, ("", 0.0))[1]
+        elapsed_s = time.perf_counter() - started_s
     if not load.disturbed:
         return None
-    busiest = sorted(used_s.items(), key=lambda entry: -entry[1])[:3]
-    names = [f"{name} {used / seconds:.1f}" for (_, name), used in busiest if used >= 0.1 * seconds]
+    busiest = sorted(used_s, key=lambda name: -used_s[name])[:3]
+    names = [f"{name} {used_s[name] / elapsed_s:.1f}" for name in busiest if used_s[name] >= 0.1 * elapsed_s]
     return f"other programs use {load.cores:.1f} of {psutil.cpu_count()} cores ({', '.join(names) or 'not seen here'})"
 
 
-def _seconds_by_process() -> dict[tuple[int, str], float]:
-    """Processor seconds of every process that is not this one or its child, by number and name."""
+def _strangers() -> dict[int, tuple[str, float]]:
+    """Name and processor seconds of every process that is not this one or its child, by number: names may change."""
     family = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
     return {
-        (process.pid, process.info["name"]): sum(process.info["cpu_times"][:2])
+        process.pid: (process.info["name"], sum(process.info["cpu_times"][:2]))
         for process in psutil.process_iter(["name", "cpu_times"])
         if process.pid not in family and process.info["cpu_times"] is not None
     }

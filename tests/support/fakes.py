@@ -170,7 +170,7 @@ class FakeEngine:
         for prompt, run in zip(prompts, replay(rounds, workload.batch_size, self.capabilities), strict=True):
             rng = self._random("run", workload.timing_digest, prompt.digest, setup.digest, purpose)
             trace = self._trace(workload, prompt)
-            prefill_s = 0.020 if setup.draft is None else 0.023
+            prefill_s = 0.020 if setup.draft is None or setup.draft.kind == "ngram" else 0.023
             decode_s = run.refills * prefill_s
             for (width, steps, first_width), count in run.shapes.items():
                 decode_s += count * (target_step_s(width) + drafting_s(setup.draft, steps, first_width))

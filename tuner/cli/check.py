@@ -1,12 +1,14 @@
 """`check`: whether drafts fit a target, in seconds."""
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from profiles import builtin
 from profiles.records import draft_spec
 from profiles.records.errors import InputError
 from tuner.cli import options
-from tuner.cli.output import console, print_json
+from tuner.cli.messages import prompt_notes
+from tuner.cli.output import console, print_json, print_notes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,6 +39,7 @@ def check(
         shape = fit.Shape(batch_size=batch_size, context_length=context, dtype=dtype, device=device)
         requests = reader.read_all(prompts or [])
         report = fit.check(target, specs, shape, requests)
+    print_notes(*(prompt_notes(Counter(request.domain for request in requests)) if requests else ()))
     if json_only:
         print_json(report.to_json())
     else:

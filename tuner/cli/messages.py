@@ -1,5 +1,6 @@
 """What commands say of a finished run, the exit codes that are no errors, and the extras that commands need."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,27 @@ def missing_extra(command: str, error: ModuleNotFoundError) -> str | None:
     return extra and f"`{command}` needs the extra: pip install 'draftpick[{extra}]'"
 
 
+def prompt_notes(domains: Mapping[str, int]) -> Iterator[str]:
+    """What cannot be proven with so many prompts by domain, and how many would do."""
+    from tuner.pipeline.points import num_proof_prompts
+    from tuner.policy.policy import MIN_DOMAIN_PROMPTS
+    from tuner.search.proof import LOOKS, MIN_PROOF_PROMPTS
+
+    total = sum(domains.values())
+    needed, better = (
+        next(count for count in itertools.count(total) if num_proof_prompts(count) >= least)
+        for least in (MIN_PROOF_PROMPTS, LOOKS[0])
+    )
+    if needed > total:
+        yield f"{total} prompts: nothing can be proven, {needed} are needed, better {better}"
+    elif better > total:
+        yield f"{total} prompts: only a large gain can be proven; {better} are better, {LOOKS[0]} of them for the proof"
+    small = [f"{domain} ({count})" for domain, count in domains.items() if count < MIN_DOMAIN_PROMPTS]
+    if small and len(domains) > 1:
+        more = f" and {len(small) - 5} more" if len(small) > 5 else ""
+        yield f"no choice of their own: {', '.join(small[:5])}{more}; a domain needs {MIN_DOMAIN_PROMPTS} prompts"
+
+
 def run_summary(finished: "FinishedRun") -> Iterator[str]:
     """What was left out and why, what the run cost, and how quiet the machine was."""
     outcome, cost = finished.outcome, finished.cost
@@ -46,6 +68,10 @@ def run_summary(finished: "FinishedRun") -> Iterator[str]:
     noises = [f"{point.race.noise:+.1%}" for point in outcome.points if point.race and point.race.noise]
     if noises:
         yield f"noise of the races, plain decoding against itself: {', '.join(noises)}"
+    for point in outcome.points:
+        if point.cores is not None and point.candidate is not None:
+            plain, chosen = point.cores
+            yield f"{point.domain}: plain decoding used {plain:.1f} cores, {point.candidate.name} {chosen:.1f}"
     yield f"policy: {finished.policy_path}"
 
 

@@ -122,7 +122,10 @@ MaxP95Tpot = Annotated[
         SEARCH, "Most milliseconds per output token, at the 95th percentile.", "--max-p95-tpot", default="no limit"
     ),
 ]
-Budget = Annotated[float | None, _option(SEARCH, "Seconds after which no measurement is started.", default="no limit")]
+Budget = Annotated[
+    float | None,
+    _option(SEARCH, "Seconds, shared among the stages, after which no measurement is started.", default="no limit"),
+]
 MaxAge = Annotated[
     str | None,
     _option(SEARCH, "Oldest stored times that are used: 90s, 30m, 12h or 7d; traces never age.", default="any age"),

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from profiles.records.draft_spec import parse_age, parse_lengths, with_composite
 from profiles.records.errors import InputError
 from tuner.cli import options
 from tuner.cli.check import drafts_for
-from tuner.cli.messages import EXIT_NOT_PROVEN, EXIT_NOTHING_FEASIBLE, router_line, run_summary
+from tuner.cli.messages import EXIT_NOT_PROVEN, EXIT_NOTHING_FEASIBLE, prompt_notes, router_line, run_summary
 from tuner.cli.output import console, print_json, print_lines, print_notes
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def run(
     options.check_engine_options(
         engine, engine_command=engine_command, launch=launch, kind=kind, engine_version=engine_version, threads=threads
     )
-    out_of_time = _deadline(budget)
+    seconds_left = _seconds_left(budget)
     max_age_s = None if max_age is None else parse_age(max_age)
     with console(stderr=True).status("loading"):
         from profiles.engines.bench import Question
@@ -116,17 +117,17 @@ def run(
                 bench, loads, tuner_options, store_location=store_location, max_age_s=max_age_s, json_only=json_only
             )
         finished = _tune(
-            bench, loads, tuner_options, store_location=store_location, max_age_s=max_age_s, out_of_time=out_of_time
+            bench, loads, tuner_options, store_location=store_location, max_age_s=max_age_s, seconds_left=seconds_left
         )
     return _print_finished(finished, requests, store_location=store_location, seed=seed, json_only=json_only)
 
 
-def _deadline(budget: float | None) -> Callable[[], bool]:
-    """Whether `budget` seconds from now are over; never without a budget."""
+def _seconds_left(budget: float | None) -> Callable[[], float]:
+    """What is left of `budget` seconds from now; infinite without a budget."""
     if budget is not None and not budget > 0.0:
         raise InputError(f"budget {budget:g} seconds: more than 0 is needed")
     deadline = math.inf if budget is None else time.monotonic() + budget
-    return lambda: time.monotonic() > deadline
+    return lambda: deadline - time.monotonic()
 
 
 def _check_load(device: str | None) -> None:
@@ -204,7 +205,8 @@ def _read_loads(
     loads, warnings = workloads.workloads_of(bench, question, requests)
     for workload, prompts in loads:
         plan_points(workload, prompts)  # refuses a domain's name before anything is measured
-    print_notes(*(loaded.note for loaded in bench.loaded if loaded.note is not None), *bench.notes, *warnings)
+    too_few = prompt_notes(Counter(prompt.domain for prompt in loads[0][1]))
+    print_notes(*(loaded.note for loaded in bench.loaded if loaded.note is not None), *bench.notes, *warnings, *too_few)
     return loads, requests
 
 
@@ -238,7 +240,7 @@ def _tune(
     *,
     store_location: "Location",
     max_age_s: float | None,
-    out_of_time: Callable[[], bool],
+    seconds_left: Callable[[], float],
 ) -> "FinishedRun":
     """The run itself, with its stages on standard error."""
     from store.evidence_store import EvidenceStore
@@ -248,7 +250,12 @@ def _tune(
 
     with EvidenceStore.open(store_location) as evidence_store, StageProgress(console(stderr=True)) as progress:
         session = runs.TuningSession.of(evidence_store, runs.utc_ago(max_age_s))
-        watch = Watch(progress=progress.update, out_of_time=out_of_time, show=progress.standings)
+        watch = Watch(
+            progress=progress.update,
+            out_of_time=lambda: seconds_left() < 0.0,
+            show=progress.standings,
+            seconds_left=seconds_left,
+        )
         return runs.tune(bench.engine, loads, session, tuner_options, watch)
 
 

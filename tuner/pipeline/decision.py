@@ -16,7 +16,7 @@ def judge(points: Sequence[PointDecision]) -> list[Choice]:
     verdicts = iter(proof.prove(measured, points[0].plan.objective if points else "tpot"))
     choices = []
     for point in points:
-        passes = point.measured is not None and next(verdicts)
+        passes = point.measured is not None and next(verdicts) and point.objection is None
         choices.append(_choice(point, passes and point.ruled_out(point.candidate or PLAIN) is None))
     return choices
 
@@ -78,7 +78,7 @@ def _why_plain(point: PointDecision, subject: Setup | None) -> str:
     if (infeasible := point.ruled_out(subject)) is not None:
         return f"{subject.name} is infeasible ({infeasible.reason}): {infeasible.detail}"
     if point.measured is not None:
-        shortfall = proof.shortfall(point.measured, point.plan.objective)
+        shortfall = point.objection or proof.shortfall(point.measured, point.plan.objective)
         ended = f"; {point.stopped}" if point.out_of_time else ""
         return f"{subject.name} is not proven, because {shortfall}{ended}"
     if point.stopped is not None:

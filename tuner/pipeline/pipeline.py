@@ -4,7 +4,10 @@ Everything is measured first and judged last, because Holm's step-down looks at 
 the choice wherever no win is proven.
 """
 
+import contextlib
 import itertools
+import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -25,7 +28,7 @@ from tuner.pipeline.standings import LiveStandings, Show
 from tuner.policy.estimates import Measured, Objective
 from tuner.policy.policy import Choice
 from tuner.policy.prior import Prior
-from tuner.search import proof, race
+from tuner.search import control, proof, race
 from tuner.search.limits import Limits
 from tuner.search.objective import MIN_SPEEDUP, among_equals, candidates, worth_racing
 from tuner.search.pairs import Pair, Queue, pair_order, run_pairs, speedup_so_far
@@ -35,6 +38,11 @@ from tuner.search.studies import Storage, search_forecasts
 MIN_RACE_PROMPTS = 4
 RACE_QUEUES, RACE_BATCHES = 4, 2  # in a batch: how many queues, and their length in batches
 PROOF_BATCHES = 4  # of a queue of the proof
+TRACES_SHARE, RACES_SHARE = 0.3, 0.5  # of the budget that is left then
+MIN_SAMPLE = 36  # prompts, whatever the budget
+
+Load = tuple[Workload, tuple[Prompt, ...]]
+_LOG = logging.getLogger(__name__)
 
 
 class OutOfTimeError(Exception):
@@ -87,11 +95,20 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watch:
-    """Callbacks of a run: `progress` before every unit, `out_of_time` with it, `show` at every change of standings."""
+    """Callbacks of a run: `progress` before every unit, `out_of_time` with it, `show` at every change of standings.
+
+    `seconds_left` of the budget, infinite without one, are shared among the stages.
+    """
 
     progress: Progress = lambda *_: None
     out_of_time: Callable[[], bool] = lambda: False
     show: Show = lambda _: None
+    seconds_left: Callable[[], float] = lambda: math.inf
+
+    def share(self, part: float) -> Callable[[], bool]:
+        """Whether this part of what is left of the budget now is used up then; never without a budget."""
+        end_s = (1.0 - part) * self.seconds_left()
+        return lambda: self.seconds_left() < end_s
 
 
 class Tuner:
@@ -101,6 +118,7 @@ class Tuner:
         self._engine = engine
         self._options = options
         self._watch = watch or Watch()
+        self._unit = "loading"  # what was done last
 
     def tune(self, loads: Sequence[tuple[Workload, tuple[Prompt, ...]]]) -> Outcome:
         """Decides every point of every workload.
@@ -108,6 +126,7 @@ class Tuner:
         Raises:
             EngineError: the target itself fails; a draft that fails is left out and listed.
         """
+        loads = [self._sampled(load, len(loads) - number) for number, load in enumerate(loads)]
         plans = [plan_points(workload, prompts, self._options.objective) for workload, prompts in loads]
         trials: list[_PointTrial] = []
         infeasible: list[Infeasible] = []
@@ -130,21 +149,43 @@ class Tuner:
             prior=build_prior(points, self._options.lengths),
         )
 
+    def _sampled(self, load: Load, num_left: int) -> Load:
+        """With a budget a sample of every domain: the prompts whose traces take a share of it, 36 at least."""
+        workload, prompts = load
+        if math.isinf(self._watch.seconds_left()) or len(prompts) <= MIN_SAMPLE:
+            return load
+        enough = self._watch.share(TRACES_SHARE / num_left)
+        ordered = spread_over_domains(sorted(prompts, key=lambda prompt: prompt.digest), len(prompts))
+        with contextlib.suppress(OutOfTimeError):  # it is raised again where the traces are needed
+            for number, prompt in enumerate(ordered):
+                if number >= MIN_SAMPLE and enough():
+                    _LOG.warning("budget: %d of %d prompts are used, a sample of every domain", number, len(prompts))
+                    return workload, ordered[:number]
+                self._progress("target traces within the budget", number, len(ordered))
+                self._engine.trace_target(workload, prompt)
+        return load
+
     def _race_all(self, workload: Workload, plans: Sequence[PointPlan]) -> list["_PointTrial"]:
         """The points of a workload with their evidence, forecasts and races."""
         traced = tuple({prompt.digest: prompt for plan in plans for prompt in plan.forecast_prompts}.values())
         try:
             evidence = gather(self._engine, workload, traced, self._options.lengths, progress=self._progress)
         except OutOfTimeError:
-            stopped = "the budget ended before the evidence was complete"
+            stopped = f"the budget ended before anything could be compared, after {self._unit}: give more"
             undecided = [PointDecision(plan=plan, stopped=stopped, out_of_time=True) for plan in plans]
             return [self._trial(point, "") for point in undecided]
         target_component = self._engine.target.run_digest
         objective = self._options.objective
         forecaster = Forecaster(evidence, workload, target_component, workload.seed, objective=objective)
-        return [self._race_point(PointDecision(plan=plan, evidence=evidence, forecaster=forecaster)) for plan in plans]
+        return [
+            self._race_point(
+                PointDecision(plan=plan, evidence=evidence, forecaster=forecaster),
+                self._watch.share(RACES_SHARE / (len(plans) - number)),
+            )
+            for number, plan in enumerate(plans)
+        ]
 
-    def _race_point(self, point: PointDecision) -> "_PointTrial":
+    def _race_point(self, point: PointDecision, enough_races: Callable[[], bool]) -> "_PointTrial":
         plan, load, evidence, forecaster = point.plan, point.workload, point.evidence, point.forecaster
         assert evidence is not None
         assert forecaster is not None
@@ -158,13 +199,23 @@ class Tuner:
             study_name=f"forecasts, {name}",
             storage=self._options.storage,
         )
-        trial = self._trial(replace(point, forecasts=tuple(forecasts)), name)
+        trial = self._trial(replace(point, forecasts=tuple(forecasts)), name, enough_races)
         trial.select()
         return trial
 
-    def _trial(self, point: PointDecision, name: str) -> "_PointTrial":
+    def _trial(
+        self, point: PointDecision, name: str, enough_races: Callable[[], bool] = lambda: False
+    ) -> "_PointTrial":
         standings = LiveStandings(self._watch.show, point.plan.domain, point.forecasts)
-        return _PointTrial(self._engine, point, self._options, standings, progress=self._progress, name=name)
+        return _PointTrial(
+            self._engine,
+            point,
+            self._options,
+            standings,
+            progress=self._progress,
+            name=name,
+            enough_races=enough_races,
+        )
 
     def _prove_all(self, trials: Sequence["_PointTrial"], num_later: int) -> None:
         """The first look at every proof, then the next at those that Holm's step-down does not reject, and so on.
@@ -184,6 +235,7 @@ class Tuner:
     def _progress(self, stage: str, done: int, total: int) -> None:
         if self._watch.out_of_time():
             raise OutOfTimeError
+        self._unit = f"{stage} ({done + 1} of {total})"
         self._watch.progress(stage, done, total)
 
 
@@ -199,6 +251,7 @@ class _PointTrial:
         *,
         progress: Progress,
         name: str,
+        enough_races: Callable[[], bool],
     ) -> None:
         self._engine = engine
         self._plan = point.plan
@@ -207,6 +260,7 @@ class _PointTrial:
         self._standings = standings
         self._progress = progress
         self._name = name
+        self._enough_races = enough_races
         self._point = point
         self._num_races = 0
         self._infeasible: dict[Setup, Infeasible] = {}
@@ -354,6 +408,7 @@ class _PointTrial:
             study_name=name,
             storage=self._options.storage,
             objective=objective,
+            enough=self._enough_races,
         )
         self._plain_samples = [pair.plain for ran in pairs.values() for pair in ran]
         for failure in result.failed:
@@ -367,6 +422,10 @@ class _PointTrial:
         result = replace(result, speedups={setup: self._race_speedup(setup, result) for setup in result.speedups})
         feasible = {setup: speedup for setup, speedup in result.speedups.items() if setup not in self._infeasible}
         winner = among_equals(feasible)
+        if not feasible and not result.pruned and self._enough_races():  # none was raced: the best forecast
+            best = next((setup for setup in hopeful if setup not in self._infeasible), None)
+            self._point = replace(self._point, race=result, candidate=best)
+            return
         is_faster = winner is not None and feasible[winner] > 1.0
         self._point = replace(self._point, race=result, candidate=winner if is_faster else None)
 
@@ -459,7 +518,14 @@ class _PointTrial:
             return
         measured, running.looks = proof.measure(running.design, pairs, running.looks, level=level)
         self._standings.note(setup, "measured", measured.speedup)
-        self._point = replace(self._point, measured=measured, units=tuple(running.units))
+        design = running.design
+        self._point = replace(
+            self._point,
+            measured=measured,
+            units=tuple(running.units),
+            objection=control.objection(setup, pairs, batch_size=self._workload.batch_size, greedy=design.greedy),
+            cores=control.cores_used(pairs),
+        )
         is_slower = measured.compared(objective).estimate < 1.0 and measured.p_value <= level
         running.is_over = is_slower or len(running.looks) == len(running.sizes)
         if measured.end_to_end.high < 1.0 or (

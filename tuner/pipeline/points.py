@@ -32,7 +32,9 @@ class PointDecision:
     """What every stage of an operating point came to; a stage that was not reached has None or nothing.
 
     `candidate` is the setup that went to the proof, `units` the digests of the proof's runs as stored. `rejected` are
-    proofs of setups that were ruled out by them. `stopped` tells why the decision ended early.
+    proofs of setups that were ruled out by them. `objection`: why the proof's runs are no fair comparison. `cores`:
+    processor seconds per second of plain decoding and of the candidate in the proof, where they were measured.
+    `stopped` tells why the decision ended early.
     """
 
     plan: PointPlan
@@ -45,6 +47,8 @@ class PointDecision:
     units: tuple[str, ...] = ()
     rejected: tuple[Measured, ...] = ()
     infeasible: tuple[Infeasible, ...] = ()
+    objection: str | None = None
+    cores: tuple[float, float] | None = None
     stopped: str | None = None
     out_of_time: bool = False
 
@@ -67,6 +71,11 @@ class PointDecision:
         return self.measured.plain_tok_per_s if setup == PLAIN else self.measured.tok_per_s
 
 
+def num_proof_prompts(num_prompts: int) -> int:
+    """How many of the prompts of all domains are for the proof; a third is for the choice."""
+    return num_prompts - round(num_prompts / 3)
+
+
 def plan_points(workload: Workload, prompts: Sequence[Prompt], objective: Objective = "tpot") -> list[PointPlan]:
     """Plans the points of a workload: over all domains (`mixed`) first, then one per domain with 24 prompts or more.
 
@@ -86,7 +95,7 @@ def plan_points(workload: Workload, prompts: Sequence[Prompt], objective: Object
     num_before = 0
     for domain in domains:
         members = sorted((each for each in prompts if each.domain == domain), key=lambda prompt: prompt.digest)
-        num_selection = round((num_before + len(members)) / 3) - round(num_before / 3)
+        num_selection = len(members) - num_proof_prompts(num_before + len(members)) + num_proof_prompts(num_before)
         num_before += len(members)
         selection[domain], proof[domain] = tuple(members[:num_selection]), tuple(members[num_selection:])
     groups = {MIXED: list(domains)}

@@ -43,6 +43,7 @@ def race(
     study_name: str,
     storage: Storage | None,
     objective: Objective = "tpot",
+    enough: Callable[[], bool] = lambda: False,
 ) -> RaceResult:
     """Races setups against plain decoding on the same queues, as one Optuna study.
 
@@ -55,6 +56,7 @@ def race(
         run: runs a queue with plain decoding and a setup.
         hopeful: the setups to choose from, the best forecast first.
         num_finalists: how many drafts are raced.
+        enough: whether the time for races is used: no further setup is raced then.
     """
     study = _create_study()  # in memory: a lost database never ends a race
     setup_names = optuna.distributions.CategoricalDistribution([setup.name for setup in (PLAIN, *hopeful)])
@@ -63,6 +65,8 @@ def race(
     failed: list[Infeasible] = []
 
     def enter(setup: Setup) -> None:
+        if enough():
+            return
         study.enqueue_trial({"setup": setup.name})
         trial = study.ask({"setup": setup_names})
         try:

@@ -1,5 +1,6 @@
 """The decision: what is raced and proven on what, what is claimed, and what is said when nothing is proven."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -293,6 +294,90 @@ def test_the_budget_ends_between_units() -> None:
     outcome = _tune(FakeEngine(keep=0.9), watch=Watch(out_of_time=lambda: next(asked) > 150))
     assert any("budget ended" in choice.reason for choice in outcome.choices)
     assert all(choice.proven or choice.setup == PLAIN for choice in outcome.choices)
+
+
+class Timed(FakeEngine):
+    """Every call takes `seconds` of `spent_s`."""
+
+    seconds, spent_s = 0.2, 0.0
+
+    def _asked(self, what: str) -> None:
+        super()._asked(what)
+        self.spent_s += self.seconds
+
+
+@pytest.mark.parametrize(("budget_s", "proven"), [(60.0, True), (25.0, True), (1.0, False)])
+def test_a_budget_is_shared_among_the_stages(budget_s: float, proven: bool) -> None:
+    """Of 3,000 prompts a sample is traced, so that race and proof have their time; else the reason names the stage."""
+    engine = Timed(keep=0.9)
+    load = tuple(prompt for domain in ("code", "prose", "qa") for prompt in prompts(1000, domain))
+    watch = Watch(out_of_time=lambda: engine.spent_s > budget_s, seconds_left=lambda: budget_s - engine.spent_s)
+    outcome = _tune(engine, load, watch)
+    assert engine.spent_s < budget_s + 1.0
+    mixed = outcome.choices[0]
+    assert mixed.proven == proven
+    if proven:
+        traced = [prompt.domain for prompt in outcome.points[0].plan.forecast_prompts]
+        assert len(traced) < 0.3 * budget_s / engine.seconds
+        assert {traced.count(domain) for domain in ("code", "prose", "qa")} <= {len(traced) // 3, len(traced) // 3 + 1}
+    else:
+        assert "before anything could be compared, after target traces within the budget (6 of 3000)" in mixed.reason
+
+
+class OtherThreads(FakeEngine):
+    """The setup's process prefills `factor` times as fast as plain decoding's: it has more threads, or fewer."""
+
+    factor = 1.87
+
+    def run_together(self, workload, prompts, setups, purpose):  # type: ignore[no-untyped-def]
+        return tuple(
+            replace(
+                sample,
+                ttft_s=sample.ttft_s if sample.setup_digest == PLAIN.digest else sample.ttft_s / self.factor,
+                cores=1.0 if sample.setup_digest == PLAIN.digest else self.factor,
+            )
+            for sample in super().run_together(workload, prompts, setups, purpose)
+        )
+
+
+@pytest.mark.parametrize("draft", [NGRAM, DRAFT_A])
+@pytest.mark.parametrize("factor", [1.87, 1.0, 0.5])
+def test_arms_that_differ_in_more_than_the_draft_prove_nothing(draft: Any, factor: float) -> None:
+    """A look-up leaves the prefill as it is; a draft model may make it longer, never shorter."""
+    engine = OtherThreads(keep=0.9)
+    engine.drafts, engine.factor = (draft,), factor
+    outcome = _tune(engine, prompts(72))
+    (choice,) = outcome.choices
+    is_fair = factor == 1.0 or (factor < 1.0 and draft == DRAFT_A)
+    assert choice.proven == is_fair
+    assert choice.measured is not None
+    assert choice.measured.speedup.low > 1.0
+    assert outcome.points[0].cores == pytest.approx((1.0, factor))
+    if not is_fair:
+        assert (
+            "differ in more than the draft: compare their threads and settings; plain decoding used 1.0"
+            in choice.reason
+        )
+
+
+@pytest.mark.parametrize(("share", "proven"), [(0.2, True), (1.0, False)])
+def test_outputs_that_nearly_all_differ_prove_nothing(share: float, proven: bool) -> None:
+    """In 16-bit types a few diverge at near-ties; a wrong mask changes all of them."""
+
+    class Diverging(FakeEngine):
+        def run_together(self, workload, prompts, setups, purpose):  # type: ignore[no-untyped-def]
+            return tuple(
+                replace(sample, output_digest=sample.setup_digest)
+                if random.Random(sample.prompt_digest).random() < share
+                else sample
+                for sample in super().run_together(workload, prompts, setups, purpose)
+            )
+
+    (choice,) = _tune(Diverging(keep=0.9), prompts(72)).choices
+    assert choice.proven == proven
+    assert (
+        proven or "24 of 24 outputs differ from those of plain decoding, where rounding explains 47%" in choice.reason
+    )
 
 
 def test_a_second_run_measures_nothing(tmp_path: Path) -> None:
