@@ -1,6 +1,7 @@
 """One recorded run of a drafter on a real vLLM against real runs at every k: `python -m tests.benchmarks.traced_heads`.
 
-On vLLM's CPU build (`python -m tests.lanes.vllm_env`), float32, greedy: the rounds that the trace tells are compared
+On vLLM's CPU build (`python -m tests.lanes.vllm_env`), float32, greedy, for a draft model, a poor EAGLE head made in
+seconds (`tests/support/eagle_head.py`) and a look-up: the rounds that the trace tells are compared
 prompt by prompt with those of real runs, and outputs with plain decoding. `cost_ratio`: seconds of the real runs at all
 batch sizes over seconds of the trace and of the timed rounds at these batch sizes; starts are left out. With `--v2` on
 Model Runner V2 through Triton's interpreter, where look-ups do not run and times mean nothing.
@@ -8,8 +9,10 @@ Model Runner V2 through Triton's interpreter, where look-ups do not run and time
 
 import argparse
 import os
+import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from profiles.acceptance.expected_rounds import expected_rounds
@@ -20,9 +23,11 @@ from profiles.prompts import reader, tokenize
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload
 from tests.benchmarks.common import finish
 from tests.lanes.places import RUNNING, V2
+from tests.support.eagle_head import write_eagle_head
 from tuner.forecast.queues import spread_over_domains
 
 CONTEXT = 384
+HEAD_TEXTS = 60
 QUIET = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 
 
@@ -53,7 +58,7 @@ def compare(
             runs = engine._decode(workload, prompts, Setup(draft=draft, length=length))
             real_s = time.monotonic() - began
             row = {
-                "draft": draft.name.rpartition("/")[2],
+                "draft": draft.method or draft.name,
                 "batch_size": batch_size,
                 "k": length,
                 "rounds": sum(sum(run.rounds.values()) for run in runs),
@@ -82,12 +87,18 @@ def main() -> None:
     parser.add_argument("--v2", action="store_true", help="Model Runner V2")
     options = parser.parse_args()
     os.environ.update({**QUIET, **(V2 if options.v2 else {})})
-    target = loader.describe("builtin:target", dtype="float32")
-    general = Draft(kind="model", model=loader.describe("builtin:draft-general", dtype="float32").record)
-    drafts = (general,) if options.v2 else (general, Draft(kind="ngram", max_match=4, min_match=2))
+    target = loader.load("builtin:target", dtype="float32", device="cpu")
     longest = max(options.lengths)
     texts, _ = tokenize(reader.read_all(["builtin:all"]), target.tokenizer, CONTEXT - options.max_new_tokens)
     prompts = spread_over_domains(texts, options.prompts)
+    held_out = [list(prompt.token_ids) for prompt in texts if prompt not in prompts]
+    head = write_eagle_head(Path(tempfile.mkdtemp()), target, held_out[:: max(1, len(held_out) // HEAD_TEXTS)])
+    drafts = [
+        Draft(kind="model", model=loader.describe("builtin:draft-general", dtype="float32").record),
+        Draft(kind="native", method="eagle", model=loader.describe_head(str(head), dtype="float32")),
+    ]
+    if not options.v2:
+        drafts.append(Draft(kind="ngram", max_match=4, min_match=2))
     engine_options = VllmOptions(
         python=str(RUNNING.python), max_length=longest, max_batch_size=8, context_length=CONTEXT + longest
     )

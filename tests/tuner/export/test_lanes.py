@@ -68,6 +68,18 @@ def test_vllm_takes_what_is_emitted(lane: Lane, pair: tuple[Model, Draft]) -> No
             assert verdict.read[SCHEDULE] == [0, 4, 2, 2, 2, *[0] * 28]
 
 
+@lanes("vllm", "0.33.0", "0.24.0")
+def test_vllm_takes_a_head(lane: Lane, pair: tuple[Model, Draft]) -> None:
+    """An EAGLE head by its method, with a schedule: to vLLM's config class it is a draft like any other."""
+    head = Draft(kind="native", method="eagle", model=pair[1].model)
+    case = cases(pair[0], head)["schedule"]
+    words = shlex.split(emit(case, "vllm", lane.version).text)
+    (verdict,) = ask(lane, Path(pair[0].name), [words])
+    assert verdict.accepted, verdict.said
+    assert (verdict.read["method"], verdict.read["num_speculative_tokens"]) == ("eagle", 4)
+    assert verdict.read[SCHEDULE][:4] == [0, 4, 2, 2]
+
+
 @lanes("vllm", "0.14.0", "0.10.2")
 def test_vllm_refuses_drafts_as_we_say(lane: Lane, pair: tuple[Model, Draft]) -> None:
     """The versions we emit no draft model for refuse the newer spelling themselves."""

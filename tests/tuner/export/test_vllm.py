@@ -118,6 +118,16 @@ def test_installed_version_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "vLLM 0.14.1 cannot run a draft model" in str(emit(deployment(choice(WITH_MODEL)), "vllm").note)
 
 
+@pytest.mark.parametrize("method", ["eagle", "eagle3", "mtp", "dflash", "dspark", "suffix"])
+def test_a_method_by_version(method: str) -> None:
+    """What vLLM alone has goes out by its name, where the version has it."""
+    draft = Draft(kind="native", method=method, model=None if method == "suffix" else CODE_DRAFT.model)
+    case = deployment(choice(Setup(draft=draft, length=3)))
+    assert config_of(emit(case, "vllm", "0.32.0"))["method"] == method
+    older = emit(case, "vllm", "0.24.0")
+    assert (older.text == "") == (method == "dspark") == ("has no method 'dspark'; 0.32.0 has it" in str(older.note))
+
+
 def test_alternative_is_emitted() -> None:
     """Where vLLM cannot run the choice, the best forecast setup it can run goes out, and both are named."""
     composite = Setup(draft=Draft(kind="composite", model=CODE_DRAFT.model, max_match=4, min_match=2), length=5)
