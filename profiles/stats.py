@@ -230,6 +230,19 @@ def median(values: Iterable[float]) -> float:
     return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
+def median_interval(values: Sequence[float]) -> Interval:
+    """The median with an interval of order statistics that covers at least 95 %, whatever the outliers.
+
+    Raises InputError under six values.
+    """
+    from scipy.stats import binom
+
+    ordered, rank = sorted(values), int(binom.ppf(0.025, len(values), 0.5))
+    if rank < 1:
+        raise InputError(f"an interval of the median of {len(values)} values: at least 6 are needed")
+    return Interval(estimate=median(ordered), low=ordered[rank - 1], high=ordered[-rank])
+
+
 def share_interval(count: float, total: float) -> Interval:
     """A share with Wilson's 95 % interval (1927)."""
     share, square = count / total, Z_95 * Z_95

@@ -1,14 +1,14 @@
 """Negative control of a proof: do the two arms of the paired runs differ in more than the draft?"""
 
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, median
 
 from profiles.records.core import Setup
-from profiles.stats import share_interval, speedup_interval
+from profiles.stats import median_interval, share_interval
 from tuner.search.pairs import Pair
 
 SHORTER, LONGER = 1.10, 1.25  # by how much a prefill may differ: a first look-up, or what an engine does for it, adds
-MIN_DIFFERENCE_S = 0.001
+MIN_DIFFERENCE_S, MIN_PAIRS = 0.001, 6
 DIVERGENCES_PER_TOKEN = 0.01  # of greedy outputs in 16-bit types, by rounding alone, at most
 
 
@@ -30,18 +30,17 @@ def _prefill_objection(setup: Setup, pairs: Sequence[Pair], batch_size: int) -> 
     What a draft model's own prefill adds is not known, so only a shorter prefill counts there. In a batch a request
     also waits for others, whose number differs between the arms: nothing is compared.
     """
-    if batch_size > 1 or len(pairs) < 2 or setup.draft is None:
+    if batch_size > 1 or len(pairs) < MIN_PAIRS or setup.draft is None:
         return None
-    plain_s, chosen_s = ([sample.ttft_s for sample in arm] for arm in zip(*pairs, strict=True))
-    ones = [1] * len(pairs)
-    ratio, _ = speedup_interval(plain_s, ones, chosen_s, ones)
+    ratio = median_interval([pair.plain.ttft_s / pair.chosen.ttft_s for pair in pairs])
     is_longer = setup.draft.kind == "ngram" and ratio.high < 1.0 / LONGER
-    if not (ratio.low > SHORTER or is_longer) or abs(fmean(plain_s) - fmean(chosen_s)) < MIN_DIFFERENCE_S:
+    difference_s = median(abs(pair.plain.ttft_s - pair.chosen.ttft_s) for pair in pairs)
+    if not (ratio.low > SHORTER or is_longer) or difference_s < MIN_DIFFERENCE_S:
         return None
     cores = cores_used(pairs)
     used = "" if cores is None else f"; plain decoding used {cores[0]:.1f} cores, it {cores[1]:.1f}"
     return (
-        f"plain decoding took {ratio.estimate:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] times as long for the prefill "
+        f"plain decoding takes {ratio.estimate:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] times as long for the prefill "
         f"of the same prompts, so the two differ in more than the draft: compare their threads and settings{used}"
     )
 
