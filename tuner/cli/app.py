@@ -95,7 +95,6 @@ def _show_notes_of_measuring() -> None:
     if not logger.handlers:
         logger.addHandler(_Notes())
         logger.setLevel(logging.INFO)
-        logger.propagate = False
 
 
 def _fail(message: str, code: int) -> None:

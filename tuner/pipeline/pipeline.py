@@ -39,7 +39,7 @@ MIN_RACE_PROMPTS = 4
 RACE_QUEUES, RACE_BATCHES = 4, 2  # in a batch: how many queues, and their length in batches
 PROOF_BATCHES = 4  # of a queue of the proof
 TRACES_SHARE, RACES_SHARE = 0.3, 0.5  # of the budget that is left then
-MIN_SAMPLE = 36  # prompts, whatever the budget
+MIN_SAMPLE = 12  # prompts, whatever the budget: fewer prove nothing
 
 Load = tuple[Workload, tuple[Prompt, ...]]
 _LOG = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class Tuner:
         )
 
     def _sampled(self, load: Load, num_left: int) -> Load:
-        """With a budget a sample of every domain: the prompts whose traces take a share of it, 36 at least."""
+        """With a budget a sample of every domain: the prompts whose traces take a share of it, 12 at least."""
         workload, prompts = load
         if math.isinf(self._watch.seconds_left()) or len(prompts) <= MIN_SAMPLE:
             return load
