@@ -398,16 +398,11 @@ def prompt_row(prompt: Prompt) -> Values:
 def workload_row(workload: Workload) -> Values:
     names = ("batch_size", "context_length", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
     return {
-        "digest": workload_digest(workload.timing_digest, workload.context_length),
+        "digest": digest_of([workload.timing_digest, workload.context_length]),
         "timing_digest": workload.timing_digest,
         "sampling_digest": workload.sampling_digest,
         **{name: getattr(workload, name) for name in names},
     }
-
-
-def workload_digest(timing_digest: str, context_length: int | None) -> str:
-    """The key of a row of `workloads`; the context length is None where an older draftpick did not store it."""
-    return digest_of([timing_digest, context_length])
 
 
 def setup_row(setup: Setup) -> Values:
@@ -473,7 +468,7 @@ def choice_rows(policy_id: int, text: str) -> list[Values]:
 
 
 def _choice_row(choice: Row) -> Values:
-    setup, measured = setup_from(choice["setup"]), choice["measured"] or {}
+    setup, measured = from_builtins(Setup, choice["setup"], "setup"), choice["measured"] or {}
     # beside plain decoding stands what failed to beat it
     bases = [name for name in ("measured", "forecast") if (choice[name] or {}).get("setup") == choice["setup"]]
     figures = choice[bases[0]] if bases else {}
@@ -529,8 +524,3 @@ def sample_record(row: Row) -> Sample:
     rounds = {RoundCount(proposed, accepted): count for proposed, accepted, count in row["rounds"]}
     shapes = {StepShape(*shape): count for *shape, count in row["shapes"]}
     return from_row(Sample, {**row, "rounds": rounds, "shapes": shapes})
-
-
-def setup_from(raw: Row) -> Setup:
-    """A setup from its JSON. Raises InputError."""
-    return from_builtins(Setup, raw, "setup")
