@@ -7,7 +7,6 @@ as reused and no prediction is kept. Only a few prompts are run for real, in a s
 import contextlib
 import itertools
 import random
-import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -94,18 +93,12 @@ def dry_run(engine: Engine, loads: Loads, location: Location, options: Options, 
 
 
 def _copy(location: Location, copy: Path, target: Model) -> None:
-    """Copies a whole file; of a server's store only what is about the target."""
-    if isinstance(location, Path):
-        if location.exists():
-            EvidenceStore.open(location).close()  # refuses a file that is no store, by its name
-            with (
-                contextlib.closing(sqlite3.connect(location)) as source,
-                contextlib.closing(sqlite3.connect(copy)) as duplicate,
-            ):
-                source.backup(duplicate)
+    """Copies what is about the target; of a file that is no store an error by its name."""
+    if isinstance(location, Path) and not location.exists():
         return
+    open_source = EvidenceStore.open if isinstance(location, Path) else EvidenceStore.open_read_only
     with (
-        EvidenceStore.open_read_only(location) as evidence_store,
+        open_source(location) as evidence_store,
         evidence_store.reading() as source,
         EvidenceStore.open(copy) as scratch,
         scratch.writing() as duplicate,
@@ -192,12 +185,7 @@ class DryRunEngine:
         )
 
     def trace_draft(
-        self,
-        workload: Workload,
-        prompt: Prompt,
-        trace: TargetTrace,
-        draft: Draft,
-        max_length: int,
+        self, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft, max_length: int
     ) -> Acceptance:
         self._count("acceptance", self._unit_seconds[workload.batch_size].acceptance_s[draft])
         names, size = {"prompt_digest": prompt.digest, "draft_digest": draft.digest}, len(trace.token_ids)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tuner.cli import options
-from tuner.cli.output import print_json, print_lines
+from tuner.cli.output import print_result
 
 if TYPE_CHECKING:
-    from store.bundle.bundle import Contents
+    from store.bundle.bundle import Contents, Merged
 
 File = Annotated[Path, typer.Argument(help="The bundle.")]
 Targets = Annotated[
@@ -44,10 +44,9 @@ def pack(
     with open_for_reading(location.existing_store(store)) as evidence_store:
         contents = bundle.pack(evidence_store, path, DOCUMENTS, **selected)
         paths = () if policies is None else export_policies(evidence_store, policies, **selected)
-    if json_only:
-        print_json({**asdict(contents), "policy_paths": [str(policy_path) for policy_path in paths]})
-    else:
-        print_lines(f"wrote {path}", *_description(contents), *(f"policy: {policy_path}" for policy_path in paths))
+    names = [str(policy_path) for policy_path in paths]
+    lines = (f"wrote {path}", *_description(contents), *(f"policy: {name}" for name in names))
+    print_result({**asdict(contents), "policy_paths": names}, *lines, json_only=json_only)
 
 
 @app.command()
@@ -57,10 +56,7 @@ def inspect(path: File, json_only: options.JsonOnly = False) -> None:
     from tuner.deploy.policy_files import DOCUMENTS
 
     contents = bundle.inspect(path, DOCUMENTS)
-    if json_only:
-        print_json(asdict(contents))
-    else:
-        print_lines(*_description(contents))
+    print_result(asdict(contents), *_description(contents), json_only=json_only)
 
 
 @app.command()
@@ -75,19 +71,20 @@ def merge(path: File, store: options.Store = None, json_only: options.JsonOnly =
     store_location = location.store_location(store)
     with EvidenceStore.open(store_location) as evidence_store:
         merged = bundle.merge(evidence_store, path, DOCUMENTS)
-    if json_only:
-        document = asdict(merged)
-        document["known"] = document.pop("stored")  # its key in 0.6
-        print_json({**document, "store": location.store_name(store_location)})
-        return
-    print_lines(f"store {location.store_name(store_location)}")
+    document = asdict(merged)
+    document["known"] = document.pop("stored")  # its key in 0.6
+    document["store"] = name = location.store_name(store_location)
+    print_result(document, f"store {name}", *_counts(merged), json_only=json_only)
+
+
+def _counts(merged: "Merged") -> Iterator[str]:
     for table in dict.fromkeys([*merged.added, *merged.stored, *merged.unlike]):
-        counts = f"{_spaced(table)}: {merged.added.get(table, 0)} new, {merged.stored.get(table, 0)} known"
         conflicts = merged.unlike.get(table, 0)
-        print_lines(f"{counts}, {conflicts} unlike the store's and left out" if conflicts else counts)
-    print_lines(*(f"left out: {conflict}" for conflict in merged.conflicts))
+        left_out = f", {conflicts} unlike the store's and left out" if conflicts else ""
+        yield f"{_spaced(table)}: {merged.added.get(table, 0)} new, {merged.stored.get(table, 0)} known{left_out}"
+    yield from (f"left out: {conflict}" for conflict in merged.conflicts)
     if merged.clamped:
-        print_lines(f"{merged.clamped} times in the future, of a clock that was wrong, became the time of the merge")
+        yield f"{merged.clamped} times in the future, of a clock that was wrong, became the time of the merge"
 
 
 def _description(contents: "Contents") -> Iterator[str]:

@@ -1,6 +1,7 @@
 """`check`: whether drafts fit a target, in seconds."""
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from profiles import builtin
@@ -12,7 +13,6 @@ from tuner.cli.output import console, print_json, print_notes
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from rich.text import Text
 
     from profiles.fit.report import DraftCheck, FitReport
 
@@ -48,10 +48,7 @@ def check(
 
 
 def drafts_for(
-    target: str,
-    drafts: list[str] | None,
-    lookup_draft: str = "ngram",
-    builtin_drafts: tuple[str, ...] = builtin.DRAFTS,
+    target: str, drafts: list[str] | None, lookup_draft: str = "ngram", builtin_drafts: tuple[str, ...] = builtin.DRAFTS
 ) -> list[draft_spec.DraftSpec]:
     """The drafts that were given; by default prompt look-up, and for the builtin target the builtin drafts."""
     default = [*(builtin_drafts if target == builtin.TARGET else ()), lookup_draft]
@@ -65,7 +62,6 @@ def check_table(report: "FitReport") -> "Table":
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
-    from rich.text import Text
 
     need, shape = report.need, f"at batch {report.batch_size}, context {report.context_length}"
     title = (
@@ -76,9 +72,9 @@ def check_table(report: "FitReport") -> "Table":
     )
     reasons = [f"cannot be used: {draft.problem}" for draft in report.drafts if draft.problem is not None]
     table = Table(
-        title=Text(title),
+        title=title,
         title_justify="left",
-        caption=Text("\n".join([*reasons, *report.notes])),
+        caption="\n".join([*reasons, *report.notes]),
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),  # so that names fit on 80 columns
@@ -88,27 +84,18 @@ def check_table(report: "FitReport") -> "Table":
     for name in ("longest\ncontext", "weights", "cache\n/token", "total\nadded", "accept\nrate", "accept\nlength"):
         table.add_column(name, justify="right", no_wrap=True)
     for draft in report.drafts:
-        table.add_row(*_cells(draft, report.num_tokens))
+        table.add_row(draft.name, *_cells(draft, report.num_tokens), style="dim" if draft.problem else "")
     return table
 
 
-def _cells(draft: "DraftCheck", num_tokens: int) -> "tuple[Text, ...]":
-    from rich.text import Text
-
-    same_tokens = {True: "yes", False: "no", None: UNKNOWN}[draft.same_tokens]
-    cells = [draft.name, same_tokens, UNKNOWN if draft.max_positions is None else str(draft.max_positions)]
-    if draft.need is None:
-        cells += [UNKNOWN] * 3
-    else:
-        sizes = (draft.need.weight_bytes, draft.need.cache_bytes_per_token, draft.need.total_bytes(num_tokens))
-        cells += map(format_bytes, sizes)
-    if draft.quick_acceptance is None:
-        cells += [UNKNOWN] * 2
-    else:
-        figures = (draft.quick_acceptance.acceptance_rate, draft.quick_acceptance.acceptance_length)
-        cells += [UNKNOWN if figure is None else f"{figure:.2f}" for figure in figures]
-    style = "" if draft.problem is None else "dim"
-    return tuple(Text(cell, style=style) for cell in cells)
+def _cells(draft: "DraftCheck", num_tokens: int) -> Iterator[str]:
+    yield {True: "yes", False: "no", None: UNKNOWN}[draft.same_tokens]
+    yield UNKNOWN if draft.max_positions is None else str(draft.max_positions)
+    need, quick = draft.need, draft.quick_acceptance
+    sizes = (need.weight_bytes, need.cache_bytes_per_token, need.total_bytes(num_tokens)) if need else (None,) * 3
+    yield from (UNKNOWN if size is None else format_bytes(size) for size in sizes)
+    figures = (quick.acceptance_rate, quick.acceptance_length) if quick else (None, None)
+    yield from (UNKNOWN if figure is None else f"{figure:.2f}" for figure in figures)
 
 
 def format_bytes(count: int) -> str:

@@ -9,7 +9,7 @@ import typer
 from profiles.records import draft_spec
 from profiles.records.errors import InputError
 from tuner.cli import options
-from tuner.cli.output import print_json, print_lines
+from tuner.cli.output import print_result
 
 Target = Annotated[str | None, typer.Option(help="Name or digest of the target; the default is all, with --before.")]
 Before = Annotated[
@@ -36,16 +36,13 @@ def forget(
     with EvidenceStore.open(store_location) as evidence_store:
         time = None if before is None else _utc(before)
         forgotten = delete_rows(evidence_store, target=target, before=time, dry_run=dry_run)
-    if json_only:
-        print_json({**asdict(forgotten), "dry_run": dry_run, "store": location.store_name(store_location)})
-        return
+    name = location.store_name(store_location)
     action = "would delete" if dry_run else "deleted"
     rows = ", ".join(f"{count} {table.replace('_', ' ')}" for table, count in forgotten.rows.items())
-    names = ", ".join(dict.fromkeys(model.name for model in forgotten.targets))
+    targets = ", ".join(dict.fromkeys(model.name for model in forgotten.targets))
     age = "" if before is None else f" older than {before}"
-    print_lines(
-        f"{action} {rows or 'nothing'} of {names or 'no target'}{age} in store {location.store_name(store_location)}"
-    )
+    line = f"{action} {rows or 'nothing'} of {targets or 'no target'}{age} in store {name}"
+    print_result({**asdict(forgotten), "dry_run": dry_run, "store": name}, line, json_only=json_only)
 
 
 def _utc(before: str) -> str:

@@ -29,6 +29,14 @@ def print_json(document: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(document, allow_nan=False))
 
 
+def print_result(document: Mapping[str, Any], *lines: str, json_only: bool) -> None:
+    """Writes the document for programs, or the lines for people."""
+    if json_only:
+        print_json(document)
+    else:
+        print_lines(*lines)
+
+
 def print_text(text: str) -> None:
     """Writes text of several lines to standard output."""
     typer.echo("\n".join(map(printable, text.split("\n"))), nl=False)
@@ -47,4 +55,4 @@ def console(*, stderr: bool = False) -> "Console":
                 text = "\n".join(map(printable, segment.text.split("\n")))
                 yield segment if segment.control else Segment(text, segment.style)
 
-    return PrintableConsole(stderr=stderr, highlight=False)
+    return PrintableConsole(stderr=stderr, highlight=False, markup=False, emoji=False)

@@ -21,7 +21,6 @@ MIN_SECONDS_BETWEEN_DRAWS = 0.25
 SECONDS_BETWEEN_LINES = 30.0
 MOST_ROWS = 12
 LINES_OF_BAR = 2  # and of the cursor under it
-WIDE = 80  # columns from which intervals are spelled out
 
 
 class StageProgress:
@@ -96,19 +95,15 @@ class StageProgress:
     def _picture(self) -> RenderableType:
         if not self._rows:
             return self._bar
-        wide = self._console.width >= WIDE
-        tables = (standings_table(self._rows, most_rows, wide=wide) for most_rows in range(MOST_ROWS, 0, -1))
-        for table in tables:  # down to what leaves the bar in sight, however names are folded
+        for most_rows in range(MOST_ROWS, 0, -1):  # down to what leaves the bar in sight, however names are folded
+            table = standings_table(self._rows, most_rows)
             if len(self._console.render_lines(table)) + LINES_OF_BAR <= self._console.height:
                 break
         return Group(table, self._bar)
 
 
-def standings_table(rows: Sequence[Standing], most_rows: int = MOST_ROWS, *, wide: bool = True) -> Table:
-    """The best forecasts first, `most_rows` at most, plain decoding always among them; speed-ups with 95 % intervals.
-
-    What has no forecast comes last. Not `wide` spells intervals shorter, for 60 columns.
-    """
+def standings_table(rows: Sequence[Standing], most_rows: int = MOST_ROWS) -> Table:
+    """The best forecasts first, `most_rows` at most, plain decoding always among them; what has no forecast last."""
     ordered = sorted(rows, key=_rank)
     shown = ordered[:most_rows]
     plain = next((row for row in ordered if row.setup_name == PLAIN.name), None)
@@ -117,7 +112,7 @@ def standings_table(rows: Sequence[Standing], most_rows: int = MOST_ROWS, *, wid
     left_out = len(ordered) - len(shown)
     table = Table(
         box=None,
-        padding=(0, 2 if wide else 1, 0, 0),
+        padding=(0, 2, 0, 0),
         title=Text(f"{rows[0].domain}: speed-up over plain decoding (95 %)", style="bold") if rows else None,
         title_justify="left",
         caption=f"and {left_out} more" if left_out else None,
@@ -129,9 +124,8 @@ def standings_table(rows: Sequence[Standing], most_rows: int = MOST_ROWS, *, wid
     table.add_column("state", overflow="fold")
     for row in shown:
         style = "bold" if row.measured is not None else "dim" if row.setup_name == PLAIN.name else ""
-        table.add_row(
-            Text(row.setup_name), _figure(row.forecast, wide), _figure(row.measured, wide), Text(row.state), style=style
-        )
+        figures = (_figure(row.forecast), _figure(row.measured))
+        table.add_row(Text(row.setup_name), *figures, Text(row.state), style=style)
     return table
 
 
@@ -142,7 +136,7 @@ def _best_so_far(rows: Sequence[Standing]) -> str:
     if not figures:
         return ""
     ratio, row = max(figures, key=lambda entry: entry[0].estimate)
-    return f"; {row.domain}: {row.setup_name} at {_figure(ratio, wide=True)} is the best so far ({row.state})"
+    return f"; {row.domain}: {row.setup_name} at {_figure(ratio)} is the best so far ({row.state})"
 
 
 def _rank(row: Standing) -> tuple[float, str]:
@@ -151,10 +145,7 @@ def _rank(row: Standing) -> tuple[float, str]:
     return -(row.forecast.estimate if row.forecast is not None else unknown), row.setup_name
 
 
-def _figure(ratio: Interval | None, wide: bool) -> str:
+def _figure(ratio: Interval | None) -> str:
     if ratio is None:
         return ""
-    if ratio.low == ratio.high:
-        return f"{ratio.estimate:.2f}"
-    low, high = f"{ratio.low:.2f}", f"{ratio.high:.2f}"
-    return f"{ratio.estimate:.2f} ({low} to {high})" if wide else f"{ratio.estimate:.2f} {low}-{high}"
+    return f"{ratio.estimate:.2f}" if ratio.low == ratio.high else f"{ratio:.2f}"

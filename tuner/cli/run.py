@@ -5,7 +5,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from profiles import builtin
@@ -20,12 +20,12 @@ from tuner.cli.output import console, print_json, print_lines, print_notes
 
 if TYPE_CHECKING:
     from profiles.engines.bench import Bench, Question
+    from profiles.engines.factory import EngineSpec
     from profiles.prompts.reader import Request
     from store.database import Location
     from tuner.dry_run import Loads
     from tuner.pipeline.pipeline import Options
     from tuner.run import FinishedRun
-    from tuner.search.limits import Limits
 
 
 def run(
@@ -61,26 +61,27 @@ def run(
     json_only: options.JsonOnly = False,
 ) -> int:
     """Measure every draft at every length, choose, prove the choice, and write the policy."""
-    if engine is None:
-        from profiles.engines.factory import default_engine
-
-        engine, reason = default_engine(target, drafts_for(target, draft), device)
-        print_notes(*([] if reason is None else [reason]))
-    options.check_engine_options(
-        engine, engine_command=engine_command, launch=launch, kind=kind, engine_version=engine_version, threads=threads
+    engine = engine or _default_engine(target, draft, device)
+    spec = options.engine_spec(
+        engine,
+        device,
+        engine_command=engine_command,
+        launch=launch,
+        kind=kind,
+        engine_version=engine_version,
+        threads=threads,
     )
     seconds_left = _seconds_left(budget)
     max_age_s = None if max_age is None else parse_age(max_age)
     with console(stderr=True).status("loading"):
         from profiles.engines.bench import Question
-        from store import location
+        from tuner.pipeline.pipeline import Options
+        from tuner.run import utc_ago
         from tuner.search.limits import Limits
 
+        since = utc_ago(max_age_s)
         limits = Limits(max_memory_gib=max_memory, max_ttft_ms=max_ttft, max_p95_tpot_ms=max_p95_tpot)
-        store_location = location.store_location(store)
-        if not dry_run:
-            _check_store(store_location)  # before models are loaded
-            _check_load(device)
+        store_location = _checked_location(store, device, dry_run=dry_run)  # before models are loaded
         question = Question(
             lengths=parse_lengths(lengths),
             batch_sizes=tuple(dict.fromkeys(batch_size or [1])),
@@ -92,34 +93,28 @@ def run(
             seed=seed,
             engine=engine,
         )
-        bench = _open_bench(
-            question,
-            target=target,
-            drafts=draft,
-            dtype=dtype,
-            device=device,
-            engine_command=engine_command,
-            launch=launch,
-            kind=kind or "vllm",
-            engine_version=engine_version,
-            threads=threads,
-        )
+        bench = _open_bench(spec, question, target, draft, dtype=dtype)
     with contextlib.closing(bench):  # ends the servers that it started
-        sources = prompts or [builtin.ALL_PROMPTS]
-        loads, requests = _read_loads(bench, question, sources, domain=domain, num_prompts=num_prompts)
-        print_notes(
-            f"target {target} on {_describe(bench.engine.environment)}; store {location.store_name(store_location)}"
+        loads, requests = _read_loads(bench, question, prompts, domain=domain, num_prompts=num_prompts)
+        tuner_options = Options(
+            lengths=question.lengths,
+            objective=objective,
+            limits=limits,
+            needed_bytes=bench.needed_bytes,
+            refused=bench.refused,
         )
-        print_notes(*(f"left out: {refused.name}: {refused.detail}" for refused in bench.refused))
-        tuner_options = _tuner_options(bench, question, limits, objective)
         if dry_run:
-            return _dry_run(
-                bench, loads, tuner_options, store_location=store_location, max_age_s=max_age_s, json_only=json_only
-            )
-        finished = _tune(
-            bench, loads, tuner_options, store_location=store_location, max_age_s=max_age_s, seconds_left=seconds_left
-        )
-    return _print_finished(finished, requests, store_location=store_location, seed=seed, json_only=json_only)
+            return _dry_run(bench, loads, store_location, tuner_options, since=since, json_only=json_only)
+        finished = _tune(bench, loads, store_location, tuner_options, since=since, seconds_left=seconds_left)
+    return _print_finished(finished, requests, store_location, seed=seed, json_only=json_only)
+
+
+def _default_engine(target: str, drafts: list[str] | None, device: str | None) -> options.EngineName:
+    from profiles.engines.factory import default_engine
+
+    engine, reason = default_engine(target, drafts_for(target, drafts), device)
+    print_notes(*([] if reason is None else [reason]))
+    return engine
 
 
 def _seconds_left(budget: float | None) -> Callable[[], float]:
@@ -140,73 +135,63 @@ def _check_load(device: str | None) -> None:
     print_notes(*filter(None, [load]))
 
 
-def _check_store(store_location: "Location") -> None:
-    """Opens store and studies once. Raises StoreError when they cannot be used."""
+def _checked_location(store: str | None, device: str | None, *, dry_run: bool) -> "Location":
+    """The store's location. A run opens store and studies once, and says how busy the machine is. Raises StoreError."""
+    from store import location
     from store.evidence_store import EvidenceStore
     from tuner.run import TuningSession
 
-    with EvidenceStore.open(store_location) as evidence_store:
-        TuningSession.of(evidence_store)
+    store_location = location.store_location(store)
+    if not dry_run:
+        with EvidenceStore.open(store_location) as evidence_store:
+            TuningSession.of(evidence_store)
+        _check_load(device)
+    print_notes(f"store {location.store_name(store_location)}")
+    return store_location
 
 
 def _open_bench(
-    question: "Question",
-    *,
-    target: str,
-    drafts: list[str] | None,
-    dtype: str | None,
-    device: str | None,
-    engine_command: str | None,
-    launch: str | None,
-    kind: str,
-    engine_version: str | None,
-    threads: int | None,
+    spec: "EngineSpec", question: "Question", target: str, drafts: list[str] | None, *, dtype: str | None
 ) -> "Bench":
     """The engine with target and drafts."""
     from profiles.engines import factory
     from profiles.engines.openai.kinds import server_kind
     from profiles.engines.torch import load
 
-    longest_context = max(question.contexts, default=question.max_new_tokens)
-    if question.engine == "torch":
+    if spec.engine == "torch":
         specs = with_composites(drafts_for(target, drafts))
-        return load.load(target, specs, dtype, device, longest_context * max(question.batch_sizes))
-    engine_kind = server_kind(kind if question.engine == "server" else question.engine)
+        longest_context = max(question.contexts, default=question.max_new_tokens)
+        return load.load(target, specs, dtype, spec.device, longest_context * max(question.batch_sizes))
+    engine_kind = server_kind(spec.kind if spec.engine == "server" else spec.engine)
     builtin_drafts = builtin.GGUF_MODELS[1:] if engine_kind.reads_gguf else builtin.DRAFTS
     specs = drafts_for(target, drafts, engine_kind.look_up, builtin_drafts)
-    return factory.open_bench(
-        factory.EngineSpec(
-            engine=question.engine,
-            command=engine_command,
-            launch=launch,
-            kind=kind,
-            version=engine_version,
-            threads=threads,
-            device=device,
-            max_requests=max(question.batch_sizes),
-            min_length=min(question.lengths),
-            max_length=max(question.lengths),
-        ),
-        factory.ModelSpec(target=target, drafts=tuple(specs), dtype=dtype),
+    spec = replace(
+        spec,
+        max_requests=max(question.batch_sizes),
+        min_length=min(question.lengths),
+        max_length=max(question.lengths),
     )
+    return factory.open_bench(spec, factory.ModelSpec(target=target, drafts=tuple(specs), dtype=dtype))
 
 
 def _read_loads(
-    bench: "Bench", question: "Question", sources: list[str], *, domain: str | None, num_prompts: int | None
+    bench: "Bench", question: "Question", prompts: list[str] | None, *, domain: str | None, num_prompts: int | None
 ) -> "tuple[Loads, list[Request]]":
     """Every workload with its prompts, and the requests they are from; whatever cannot be run is refused here."""
     from profiles.engines import workloads
     from profiles.prompts import reader
     from tuner.pipeline.points import plan_points
 
-    requests = reader.read_all(sources, domain=domain)
+    requests = reader.read_all(prompts or [builtin.ALL_PROMPTS], domain=domain)
     if num_prompts is not None:
         requests = reader.sample(requests, num_prompts, question.seed)
     loads, warnings = workloads.workloads_of(bench, question, requests)
-    for workload, prompts in loads:
-        plan_points(workload, prompts)  # refuses a domain's name before anything is measured
+    for workload, tokenized in loads:
+        plan_points(workload, tokenized)  # refuses a domain's name before anything is measured
     too_few = prompt_notes(Counter(prompt.domain for prompt in loads[0][1]))
     print_notes(*(loaded.note for loaded in bench.loaded if loaded.note is not None), *bench.notes, *warnings, *too_few)
+    print_notes(f"target {bench.engine.target.name} on {_describe(bench.engine.environment)}")
+    print_notes(*(f"left out: {refused.name}: {refused.detail}" for refused in bench.refused))
     return loads, requests
 
 
@@ -219,27 +204,13 @@ def _describe(environment: Environment) -> str:
     return f"{environment.device}, {environment.engine} {environment.engine_version}"
 
 
-def _tuner_options(
-    bench: "Bench", question: "Question", limits: "Limits", objective: options.ObjectiveName
-) -> "Options":
-    from tuner.pipeline.pipeline import Options
-
-    return Options(
-        lengths=question.lengths,
-        objective=objective,
-        limits=limits,
-        needed_bytes=bench.needed_bytes,
-        refused=bench.refused,
-    )
-
-
 def _tune(
     bench: "Bench",
     loads: "Loads",
+    store_location: "Location",
     tuner_options: "Options",
     *,
-    store_location: "Location",
-    max_age_s: float | None,
+    since: str,
     seconds_left: Callable[[], float],
 ) -> "FinishedRun":
     """The run itself, with its stages on standard error."""
@@ -249,7 +220,7 @@ def _tune(
     from tuner.pipeline.pipeline import Watch
 
     with EvidenceStore.open(store_location) as evidence_store, StageProgress(console(stderr=True)) as progress:
-        session = runs.TuningSession.of(evidence_store, runs.utc_ago(max_age_s))
+        session = runs.TuningSession.of(evidence_store, since)
         watch = Watch(
             progress=progress.update,
             out_of_time=lambda: seconds_left() < 0.0,
@@ -260,19 +231,12 @@ def _tune(
 
 
 def _dry_run(
-    bench: "Bench",
-    loads: "Loads",
-    tuner_options: "Options",
-    *,
-    store_location: "Location",
-    max_age_s: float | None,
-    json_only: bool,
+    bench: "Bench", loads: "Loads", store_location: "Location", tuner_options: "Options", *, since: str, json_only: bool
 ) -> int:
     """Prints what a run would measure."""
     from tuner import dry_run as dry_runs
-    from tuner.run import utc_ago
 
-    plan = dry_runs.dry_run(bench.engine, loads, store_location, tuner_options, utc_ago(max_age_s))
+    plan = dry_runs.dry_run(bench.engine, loads, store_location, tuner_options, since)
     if not json_only:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
@@ -287,7 +251,7 @@ def _dry_run(
 
 
 def _print_finished(
-    finished: "FinishedRun", requests: "list[Request]", *, store_location: "Location", seed: int, json_only: bool
+    finished: "FinishedRun", requests: "list[Request]", store_location: "Location", *, seed: int, json_only: bool
 ) -> int:
     """Prints the outcome, trains the router, and returns the exit code.
 

@@ -15,7 +15,6 @@ from profiles.records.errors import InputError
 from profiles.records.text import CHECKOUT_SCRIPT, command
 from tuner.deploy.match import LEVELS, MEANINGS, Level, Match, match
 from tuner.policy.policy import Answer, Choice, Policy, plain_answer
-from tuner.policy.query import check_query
 
 if TYPE_CHECKING:
     from store.evidence_store import EvidenceStore
@@ -39,8 +38,10 @@ class Query:
     domain: str | None = None
     temperature: float | None = None
 
-    def __post_init__(self) -> None:
-        check_query(self.batch_size, self.context_length, self.temperature or 0.0)
+    def plain_answer(self, rule: str) -> Answer:
+        """Plain decoding, because nothing that was measured covers the query."""
+        shape = (self.batch_size, self.context_length or 1)
+        return plain_answer(shape, self.domain, self.temperature or 0.0, rule)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,21 +119,17 @@ def lookup(evidence_store: "EvidenceStore", query: Query, here: Machine) -> Look
         if best is not None and stored.target != best.target:
             continue
         policy = stored_policies.read_stored(evidence_store, stored)
-        query = replace(
-            query, temperature=policy.headline.temperature if query.temperature is None else query.temperature
-        )
+        query = _with_temperature(query, policy)
         result = _answer(policy, query, stored.match)
         if best is None or result.answer.matched:
             best = result
         if result.answer.matched:
             break
     if best is None:
-        devices = ", ".join(stored_policies.tuned_devices(evidence_store, targets))
+        devices = ", ".join(stored_policies.tuned_on(evidence_store, targets, "device"))
         name = targets[0].name
         rule = f"{name} was tuned only on {devices}" if devices else f"{name} was not tuned to the end"
-        shape = (query.batch_size, query.context_length or 1)
-        answer = plain_answer(shape, query.domain, query.temperature or 0.0, rule)
-        best = LookupResult(target=targets[0], answer=answer, level="none")
+        best = LookupResult(target=targets[0], answer=query.plain_answer(rule), level="none")
     return _with_advice(best, query, here)
 
 
@@ -144,14 +141,16 @@ def lookup_policy(policy: Policy, query: Query, here: Machine) -> LookupResult:
     target = policy.target
     if query.target not in (None, target.name, target.digest, target.run_digest):
         raise InputError(f"target {query.target!r}: the policy is of {target.name!r}, digest {target.digest[:8]}")
-    temperature = policy.headline.temperature if query.temperature is None else query.temperature
-    query = replace(query, temperature=temperature)
+    query = _with_temperature(query, policy)
     fit = match(here, drop_unknown(asdict(policy.environment)))
     if fit.level == "none":
         rule = f"{target.name} was tuned only on {policy.environment.device}"
-        answer = plain_answer((query.batch_size, query.context_length or 1), query.domain, temperature, rule)
-        return _with_advice(LookupResult(target=target, answer=answer, level="none"), query, here)
+        return _with_advice(LookupResult(target=target, answer=query.plain_answer(rule), level="none"), query, here)
     return _with_advice(_answer(policy, query, fit), query, here)
+
+
+def _with_temperature(query: Query, policy: Policy) -> Query:
+    return query if query.temperature is not None else replace(query, temperature=policy.headline.temperature)
 
 
 def _answer(policy: Policy, query: Query, fit: Match) -> LookupResult:
@@ -171,8 +170,8 @@ def _with_advice(result: LookupResult, query: Query, here: Machine) -> LookupRes
     """Below an exact match: nothing is proven, and the command that would measure the query."""
     if result.level == "exact":
         return result
-    answer = replace(result.answer, choice=replace(result.answer.choice, proven=False))
-    result = replace(result, answer=answer)
+    choice = replace(result.answer.choice, proven=False)
+    result = replace(result, answer=replace(result.answer, choice=choice))
     engine = str(here.get("engine"))
     if query.batch_size > (MAX_REQUESTS if engine in SERVING_ARGUMENTS else MAX_BATCH):
         return result
@@ -208,14 +207,6 @@ def measuring_command(result: LookupResult, query: Query, engine: str = ENGINE) 
 
 def _drafts(choices: tuple[Choice, ...]) -> tuple[Draft, ...]:
     """Every draft that the choices name, composites as their components, each once."""
-    setups = [
-        setup
-        for choice in choices
-        for setup in (
-            choice.setup,
-            *(forecast.setup for forecast in choice.alternatives),
-            *(estimate.setup for estimate in (choice.forecast, choice.measured) if estimate is not None),
-        )
-    ]
-    drafts = [setup.draft for setup in setups if setup.draft is not None]
+    named = [row for choice in choices for row in (choice, *choice.alternatives, choice.forecast, choice.measured)]
+    drafts = [row.setup.draft for row in named if row is not None and row.setup.draft is not None]
     return tuple(dict.fromkeys(component for draft in drafts for component in draft.components))

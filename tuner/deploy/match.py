@@ -1,7 +1,6 @@
 """How well a measurement fits the machine that asks: one of six levels, and every field that differs or is not known.
 
-A field that differs and a field that is not known are told apart: what is not known may be equal. Arithmetic on
-records only; where measurements are kept it must not know.
+A field that differs and a field that is not known are told apart: what is not known may be equal.
 """
 
 import math
@@ -70,10 +69,8 @@ class Match:
     @property
     def differences(self) -> tuple[Difference, ...]:
         """The unequal fields with their values."""
-        return tuple(
-            Difference(field=field, here=_text(self.here, field), there=_text(self.there, field))
-            for field in self.unequal
-        )
+        here, there = self.here, self.there
+        return tuple(Difference(field=name, here=_text(here, name), there=_text(there, name)) for name in self.unequal)
 
 
 def match(here: Machine, there: Machine) -> Match:
@@ -86,18 +83,14 @@ def match(here: Machine, there: Machine) -> Match:
     capabilities are known and equal, else `none`; so too a device that is not known. A serving engine chooses threads
     and torch itself: asked for one, they count only where the asking machine states them.
     """
-    compared = [field for field in _COMPARED if field in here or field not in _CHOSEN or not _is_served(here)]
+    chosen = _CHOSEN if here.get("engine", ENGINE) != ENGINE else ()
+    compared = [field for field in _COMPARED if field in here or field not in chosen]
     unequal = tuple(field for field in compared if not _is_equal(field, here, there))
     if "engine" in unequal:  # versions of two engines say nothing of each other
         unequal = tuple(field for field in unequal if field != "engine_version")
     worst = max((LEVELS.index(_level_of(field, here, there)) for field in unequal), default=0)
     ratios = (_log_ratio(here, there, "memory_bandwidth_bytes_s"), _log_ratio(here, there, "memory_bytes"))
     return Match(level=LEVELS[worst], unequal=unequal, distance=(*ratios, len(unequal)), here=here, there=there)
-
-
-def _is_served(machine: Machine) -> bool:
-    """Whether the engine is another than ours, which takes the threads and the torch that there are."""
-    return machine.get("engine", ENGINE) != ENGINE
 
 
 def _is_equal(field: str, here: Machine, there: Machine) -> bool:
@@ -112,10 +105,10 @@ def _level_of(field: str, here: Machine, there: Machine) -> Level:
     """What a field that is not known to be equal limits the match to."""
     if field == "device":
         return _device_level(here, there)
-    if field not in here or field not in there or field in _VERSIONS:
-        return "engine" if field == "engine" else "version"
     if field == "engine":
         return "engine"
+    if field not in here or field not in there or field in _VERSIONS:
+        return "version"
     idle = "threads" if on_gpu(there) else "memory_bytes"
     return "version" if field == idle else "family"
 

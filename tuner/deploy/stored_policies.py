@@ -118,25 +118,21 @@ def rank(evidence_store: EvidenceStore, targets: Sequence[Model], here: Machine)
     return sorted(ranked, key=lambda policy: policy.match.order)
 
 
-def tuned_devices(evidence_store: EvidenceStore, targets: Sequence[Model]) -> list[str]:
-    """The devices on which the targets were tuned."""
-    return _tuned_on(evidence_store, targets, "device")
-
-
 def only_engine(evidence_store: EvidenceStore, target: str | None) -> str:
     """The engine with which the target was tuned; draftpick's own where it was tuned with none.
 
     Raises: NotMeasuredError: no such target. InputError: it was tuned with several engines.
     """
     targets = find_targets(evidence_store, target)
-    engines = _tuned_on(evidence_store, targets, "engine")
+    engines = tuned_on(evidence_store, targets, "engine")
     if len(engines) > 1:
         names = ", ".join(engine.removeprefix("draftpick-") for engine in engines)
         raise InputError(f"target {targets[0].name!r} was tuned with several engines: name one with --engine: {names}")
     return engines[0] if engines else ENGINE
 
 
-def _tuned_on(evidence_store: EvidenceStore, targets: Sequence[Model], column: str) -> list[str]:
+def tuned_on(evidence_store: EvidenceStore, targets: Sequence[Model], column: str) -> list[str]:
+    """What a column of `environments` holds of the machines on which the targets were tuned."""
     keys = [target.run_digest for target in targets]
     values = tables.environments.c[column]
     query = select(values).join(tables.policies).where(tables.policies.c.target_key.in_(keys)).distinct()

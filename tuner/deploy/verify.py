@@ -1,7 +1,6 @@
 """Whether an emitted command holds: a server started with exactly its words against a plain one, under load.
 
-It asks an engine (`ServerEngine`) in which one setup stands for the emitted words, whatever batch sizes they
-schedule. How a choice was made it must not know.
+In the engine (`ServerEngine`) one setup stands for the emitted words, whatever batch sizes they schedule.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,7 +52,7 @@ def verify(
             concurrency=size,
             claimed=claims[size],
             measured=estimate,
-            verdict=_of_drafting(estimate, proven[size]) if size in proven else _of_plain(estimate),
+            verdict=_verdict(estimate, claims[size], proven=proven.get(size, False)),
         )
         for size, estimate in measured.items()
     )
@@ -61,13 +60,8 @@ def verify(
 
 def _measure(engine: Engine, emitted: Setup, prompts: Sequence[Prompt], workload: Workload) -> Measured:
     pairs: list[Pair] = []
-    several = queues(
-        prompts,
-        workload.batch_size,
-        max_alone=len(prompts),
-        num_queues=NUM_QUEUES,
-        batches_per_queue=BATCHES_PER_QUEUE,
-    )
+    sizes = {"max_alone": len(prompts), "num_queues": NUM_QUEUES, "batches_per_queue": BATCHES_PER_QUEUE}
+    several = queues(prompts, workload.batch_size, **sizes)
     for number, queue in enumerate(several):
         pairs += run_pairs(engine, workload, queue, emitted, purpose_of("verify", workload, number))
     greedy = workload.temperature == 0.0
@@ -75,13 +69,9 @@ def _measure(engine: Engine, emitted: Setup, prompts: Sequence[Prompt], workload
     return measured
 
 
-def _of_drafting(measured: Measured, proven: bool) -> Verdict:
-    if proven:
+def _verdict(measured: Measured, claimed: Setup, *, proven: bool) -> Verdict:
+    drafts = claimed.draft is not None
+    least = 1.0 if drafts else 1.0 - MOST_LOSS
+    if proven or (not drafts and measured.speedup.low >= least):
         return "confirmed"
-    return "refuted" if measured.speedup.high < 1.0 else "not shown"
-
-
-def _of_plain(measured: Measured) -> Verdict:
-    if measured.speedup.low >= 1.0 - MOST_LOSS:
-        return "confirmed"
-    return "refuted" if measured.speedup.high < 1.0 - MOST_LOSS else "not shown"
+    return "refuted" if measured.speedup.high < least else "not shown"

@@ -86,14 +86,10 @@ def length_at(ranges: Sequence[Range], batch_size: int) -> int:
 
 def _of_row(row: Choice, draft: Draft, objection: Objection) -> tuple[Setup, Interval]:
     """The draft's setup at a measured batch and its speed-up over plain decoding there."""
-    chosen = row.setup
-    if chosen == PLAIN:
+    if row.setup == PLAIN:
         return PLAIN, NO_GAIN
-    if chosen.draft == draft and objection(chosen) is None:
-        is_measured = row.measured is not None and row.measured.setup == chosen
-        estimate = row.measured if is_measured else row.forecast
-        return chosen, NO_GAIN if estimate is None else estimate.speedup
-    for forecast in row.alternatives:
-        if forecast.setup.draft == draft and objection(forecast.setup) is None:
-            return forecast.setup, forecast.speedup
-    return PLAIN, NO_GAIN
+    if row.setup.draft == draft and objection(row.setup) is None:
+        return row.setup, NO_GAIN if row.figures is None else row.figures.speedup
+    options = (forecast for forecast in row.alternatives if forecast.setup.draft == draft)
+    allowed = next((forecast for forecast in options if objection(forecast.setup) is None), None)
+    return (PLAIN, NO_GAIN) if allowed is None else (allowed.setup, allowed.speedup)

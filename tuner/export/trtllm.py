@@ -33,14 +33,6 @@ KEY_SETS = (
     KeySet(first="1.3.0rc27", schedule="ends", model_key="speculative_model"),  # {4: 4, 8: 2, 32: 1}, then 0
 )
 FIRST = KEY_SETS[0].first
-KEYS = (
-    "decoding_type",
-    "max_draft_len",
-    "speculative_model",
-    "speculative_model_dir",
-    "max_matching_ngram_size",
-    "draft_len_schedule",
-)
 STALE = "after drafting nothing, acceptance stays low (TensorRT-LLM PR #16888): keep max_batch_size at or under {batch}"
 
 

@@ -18,13 +18,8 @@ from tuner.policy.query import MIXED, OperatingPoint, check_query, match_tempera
 POLICY_VERSION = 4
 MIN_DOMAIN_PROMPTS = 24  # from which on a domain has choices of its own
 MEASURED_NAMES = {"num_partings": "num_divergences"}  # key of versions 1 to 3 -> key of version 4
-_PRIOR_NAMES = {
-    "kept": "acceptance",
-    "times": "round_times",
-    "hit": "propose_prob",
-    "keep": "accept_probs",
-    "per_round": "mean_tokens",
-}
+_PRIOR_NAMES = {"kept": "acceptance", "times": "round_times"}
+_PRIOR_NAMES |= {"hit": "propose_prob", "keep": "accept_probs", "per_round": "mean_tokens"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +75,8 @@ class Choice:
     @property
     def figures(self) -> Measured | Forecast | None:
         """Of the chosen setup itself: measured, else forecast; None for plain decoding."""
-        known = (self.measured, self.forecast) if self.setup.draft is not None else ()
-        return next((figures for figures in known if figures is not None and figures.setup == self.setup), None)
+        rows = (self.measured, self.forecast) if self.setup.draft is not None else ()
+        return next((row for row in rows if row is not None and row.setup == self.setup), None)
 
     @property
     def is_decided(self) -> bool:

@@ -32,32 +32,26 @@ SERIES = ("#1f6fb4", "#d9711c", "#2a9367", "#8a55b5", "#c2407a", "#8c6d1f", "#1c
 VARIABLES = {INK: "ink", FAINT: "faint", GRID: "grid", SURFACE: "surface", LOSS: "loss", PLAIN: "plain"}
 VARIABLES |= {colour: f"series-{index}" for index, colour in enumerate(SERIES)}  # colours as the page's style sheet
 STYLE = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": FAINT,
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.labelcolor": INK,
-    "axes.prop_cycle": cycler(color=[INK]),
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
+    **dict.fromkeys(("axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.spines.left", "axes.spines.right", "axes.spines.top"), False),
+    **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0.0),
     "axes.titlelocation": "left",
     "axes.titlesize": "medium",
     "axes.titleweight": "bold",
-    "errorbar.capsize": 2.0,
-    "figure.constrained_layout.use": True,
-    "font.size": 9.0,
+    "axes.axisbelow": True,
+    "axes.grid": True,
     "grid.color": GRID,
-    "legend.frameon": False,
+    "axes.edgecolor": FAINT,
+    "axes.facecolor": "none",
+    "axes.prop_cycle": cycler(color=[INK]),
+    "errorbar.capsize": 2.0,
     "lines.linewidth": 1.1,
     "lines.markersize": 5.0,
+    "figure.constrained_layout.use": True,
+    "font.size": 9.0,
+    "legend.frameon": False,
     "svg.hashsalt": "draftpick",  # the same data give the same bytes
-    "text.color": INK,
     "text.parse_math": False,  # a dollar in a model's name is a dollar
-    "xtick.color": INK,
-    "xtick.major.size": 0.0,
-    "ytick.color": INK,
-    "ytick.major.size": 0.0,
 }
 PLAIN_LINE: dict[str, Any] = {"color": INK, "linestyle": (0, (5, 3)), "zorder": 1.5}  # over the grid, under the figures
 LABEL_BOX = {"facecolor": SURFACE, "linewidth": 0.0, "pad": 1.0}  # the dashed line ends at it
@@ -140,15 +134,15 @@ def rate_bars(name: str, rows: Sequence[ChartRow], hue: str, every: Sequence[Cha
 
 
 def _draw_rates(axes: Any, rows: Sequence[ChartRow], hue: str, every: Sequence[ChartRow]) -> None:
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         bars = [(row.forecast, FORECAST_ALPHA), *([(row.measured, 1.0)] if row.measured else [])]
         height = 0.8 / len(bars)
-        for index, (interval, alpha) in enumerate(bars):
-            at = place + (index - (len(bars) - 1) / 2) * height
+        for number, (interval, alpha) in enumerate(bars):
+            at = index + (number - (len(bars) - 1) / 2) * height
             axes.barh(at, interval.estimate, height, xerr=_reach([interval]), color=hue, alpha=alpha, ecolor=INK)
         axes.annotate(
             f"{row.speedup:.2f}×",
-            (max(interval.high for interval, _ in bars), place),
+            (max(interval.high for interval, _ in bars), index),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
@@ -174,12 +168,12 @@ def speedups(name: str, rows: Sequence[tuple[str, Interval, bool, str]]) -> Mark
     """
     figure, axes = _panel(len(rows) * 0.5 + 0.55)
     _ratio_scale(axes, "x", [row[1] for row in rows])
-    for place, (label, interval, measured, hue) in enumerate(rows):
+    for index, (label, interval, measured, hue) in enumerate(rows):
         face = hue if measured else SURFACE
-        axes.errorbar(interval.estimate, place, xerr=_reach([interval]), fmt="s", color=hue, markerfacecolor=face)
+        axes.errorbar(interval.estimate, index, xerr=_reach([interval]), fmt="s", color=hue, markerfacecolor=face)
         style = {"transform": axes.get_yaxis_transform(), "va": "center"}
-        axes.text(0.0, place - 0.42, label, bbox=LABEL_BOX, **style)
-        axes.text(1.0, place - 0.42, f"{interval.estimate:.2f}", ha="right", fontweight="bold", **style)
+        axes.text(0.0, index - 0.42, label, bbox=LABEL_BOX, **style)
+        axes.text(1.0, index - 0.42, f"{interval.estimate:.2f}", ha="right", fontweight="bold", **style)
     axes.axvline(1.0, **PLAIN_LINE)
     axes.set(ylim=(len(rows) - 0.6, -0.7), yticks=[], xlabel="times as fast as plain decoding")
     return _inline(figure, name, "forest plot: speed-up with its interval by domain, and a line at 1")

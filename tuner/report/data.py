@@ -125,8 +125,8 @@ class ReportData:
     standing: tuple[Choice, ...]
 
     def __post_init__(self) -> None:
-        known = self.version == REPORT_DATA_VERSION
-        require(known, f"version {self.version}: this draftpick knows {REPORT_DATA_VERSION}")
+        is_read = self.version == REPORT_DATA_VERSION
+        require(is_read, f"version {self.version}: this draftpick knows {REPORT_DATA_VERSION}")
         complete = bool(self.loads) and all(load.points for load in self.loads)
         require(complete, "report data needs a load, and every load an operating point")
 

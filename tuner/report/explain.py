@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from rich.text import Text
 from scipy.optimize import brentq
 
 from profiles.records.core import PLAIN, Interval
@@ -81,8 +80,7 @@ def explain(figures: PointFigures, instead: str | None = None) -> Explanation:
     for name in (PLAIN.name, chosen_name, instead or chosen_name):
         allowed = ", ".join(candidates)
         require(
-            name in candidates,
-            f"setup {name!r} is no candidate for domain {choice.domain!r}; allowed are {allowed}",
+            name in candidates, f"setup {name!r} is no candidate for domain {choice.domain!r}; allowed are {allowed}"
         )
     if instead == chosen_name:
         raise InputError(f"setup {instead!r} is what was chosen for domain {choice.domain!r}; name another one")
@@ -182,8 +180,8 @@ def _why_not(account: Account, chosen: Account, reason: str) -> str:
     if account.state in ("infeasible", "pruned in the race"):
         return f"{account.state}: {reason}"
     if account.setup_name == PLAIN.name:
-        known = f"measured at {chosen.measured:.2f}" if chosen.measured else f"forecast at {chosen.speedup:.2f}"
-        return f"{chosen.setup_name} is {known} times it"
+        figure = f"measured at {chosen.measured:.2f}" if chosen.measured else f"forecast at {chosen.speedup:.2f}"
+        return f"{chosen.setup_name} is {figure} times it"
     if account.measured is not None:
         return f"not proven: measured at {account.measured:.2f}; {reason}"
     if account.race_speedup is not None:
@@ -239,7 +237,7 @@ def _round_sentence(account: Account) -> str:
 
 def comparison(accounts: Sequence[Account]) -> Table:
     """The first candidates side by side: tokens a round against what it needs, and where its time goes."""
-    title = Text("forecast of the mean round: tokens, and milliseconds")
+    title = "forecast of the mean round: tokens, and milliseconds"
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left")
     table.add_column("setup", overflow="fold")
     for name in ("tokens", "needed", "draft", "verify", "overhead", "speed-up"):
@@ -249,7 +247,7 @@ def comparison(accounts: Sequence[Account]) -> Table:
         times = (_ms(account.draft_s), _ms(account.verify_s), _ms(account.overhead_s))
         cells = (f"{account.acceptance_length:.2f}", needed, *times, f"{account.speedup.estimate:.2f}")
         style = "bold" if not account.why_not else "dim" if account.state == "infeasible" else ""
-        table.add_row(Text(account.setup_name), *cells, style=style)
+        table.add_row(account.setup_name, *cells, style=style)
     return table
 
 

@@ -225,7 +225,7 @@ def test_the_table_shows_rows_reasons_and_notes(tiny_folders: dict[str, Path]) -
     """On 80 columns nothing is cut off; a file's name may look like markup."""
     report = run(tiny_folders["llama"], "/nowhere", "early-exit:1", context_length=100)
     report = dataclasses.replace(report, target="[red]llama")
-    console = Console(width=80, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO(), markup=False)
     console.print(check_table(report))
     text = console.export_text()
     assert "[red]llama, float32 on" in text
