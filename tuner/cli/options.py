@@ -44,7 +44,22 @@ Drafts = Annotated[
 DType = Annotated[DTypeName | None, _model("Data type.", default="float32 on a CPU, bfloat16 on a GPU")]
 Device = Annotated[str | None, _engine("Device: cpu, cuda or cuda:N.", default="a GPU where there is one")]
 
+PlanTarget = Annotated[
+    str,
+    _model("Target: a config.json, a directory, a .gguf file, a published name or a hub id.", "--target"),
+]
+PlanDrafts = Annotated[
+    list[str],
+    _model("Draft: as --target, ngram, early-exit:LAYERS or native:METHOD, and @DTYPE. Repeatable.", "--draft"),
+]
+WeightsType = Annotated[
+    str | None,
+    _model("Type of the weights: bfloat16, fp8, Q4_K_M ...", "--dtype", default="the files', bfloat16"),
+]
+
 # the engine
+Hardware = Annotated[str, _engine("Device and count, such as H100x4, or a JSON file that describes one.")]
+PlanEngine = Annotated[str, _engine("Engine: vllm, sglang, llamacpp, exllamav2, transformers ...", "--engine")]
 Engine = Annotated[
     EngineName | None, _engine("Engine that decodes.", default="vllm where it is installed beside a GPU, else torch")
 ]
@@ -100,6 +115,14 @@ Temperature = Annotated[float, _load("Temperature; 0 decodes greedily.")]
 QueryTemperature = Annotated[float | None, _load("Temperature.", default="the one tuned last")]
 TopP = Annotated[float, _load("Nucleus sampling; 1 is off.")]
 TopK = Annotated[int, _load("Number of tokens to sample among; 0 is off.")]
+
+AcceptanceFrom = Annotated[
+    str, _load("store, published, a JSON file, or a rate per token such as 0.85.", "--acceptance")
+]
+DomainPrompts = Annotated[
+    list[str] | None, _load("Prompts whose domains count. Repeatable.", "--prompts", default="all domains")
+]
+PlanContext = Annotated[int, _load("Tokens cached per sequence.", "--context")]
 
 # search and limits
 Lengths = Annotated[str, _search("Speculation lengths: 1-8, 1,2,4 or 3.")]

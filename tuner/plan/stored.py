@@ -1,0 +1,118 @@
+"""What a store has for a plan: exact rounds by domain from traces, and step times that win over the model."""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import select, text
+
+from profiles.acceptance.expected_rounds import expected_rounds
+from profiles.hardware.device import family
+from profiles.records.errors import NotMeasuredError
+from store import tables
+from store.evidence_store import EvidenceStore
+from tuner.deploy.stored_policies import find_targets
+from tuner.plan.acceptance import MIXED, Acceptance, RoundMean
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredTimes:
+    """Median seconds by component (`target`, or a draft's name) and width, at one batch and context.
+
+    Where the target has width 1 alone, a draft's times are those of whole rounds.
+    """
+
+    device: str
+    context: int
+    seconds: Mapping[str, Mapping[int, float]]
+
+    def round_s(self, draft: str, length: int, has_steps: bool) -> float | None:
+        """Seconds of a round that drafts `length` tokens; None: not measured. `has_steps`: a model drafts them."""
+        target, own = self.seconds["target"], self.seconds.get(draft, {})
+        if length == 0:
+            return target[1]
+        if set(target) == {1}:
+            return own.get(length + 1)
+        steps = [2, *[1] * (length - 1)] if has_steps else [length]  # the first step takes in the token before too
+        if length + 1 not in target or not set(steps) <= own.keys():
+            return None
+        return target[length + 1] + sum(own[width] for width in steps)
+
+
+def acceptance(
+    store: EvidenceStore, target: str, draft: str, lengths: Sequence[int], domains: Collection[str] = ()
+) -> list[Acceptance]:
+    """Rounds of `draft` by domain, and of all domains together, computed from the traces of the target.
+
+    `domains`: only these. Raises NotMeasuredError: the store has no trace of the pair.
+    """
+    model = find_targets(store, target)[0]
+    totals: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
+    num_traces = 0
+    for domain, trace, accepted in _traces(store, model.run_digest, draft):
+        if domains and domain not in domains:
+            continue
+        num_traces += 1
+        for length in lengths:
+            if getattr(accepted, "max_length", length) < length:
+                continue
+            counts = expected_rounds(trace, accepted, length, len(trace.token_ids))
+            drafted = sum(count.proposed * weight for count, weight in counts.rounds.items())
+            for name in {domain, MIXED}:
+                sums = totals[name][length]
+                sums[:] = (sums[0] + len(trace.token_ids) - 1, sums[1] + counts.num_rounds, sums[2] + drafted)
+    if not totals:
+        raise NotMeasuredError(f"acceptance of {draft}: the store has no trace of it for {target}; state one, like 0.7")
+    source = f"exact, from {num_traces} traces of {model.name} in {model.weights_type} in the store"
+    return [
+        Acceptance(draft=draft, domain=name, kind="store", source=source, rounds=_means(totals[name]))
+        for name in sorted(totals, key=lambda name: (name != MIXED, name))
+    ]
+
+
+def _means(totals: Mapping[int, Sequence[float]]) -> dict[int, RoundMean]:
+    means = {length: (tokens / count, drafted / count) for length, (tokens, count, drafted) in totals.items() if count}
+    return {k: RoundMean(tokens=mean, low=mean, high=mean, drafted=drafted) for k, (mean, drafted) in means.items()}
+
+
+def _traces(store: EvidenceStore, target_key: str, draft: str) -> Iterator[tuple[str, Any, Any]]:
+    """(domain, target trace, the draft's acceptance over it)."""
+    pairs: list[tuple[Any, Any]] = [
+        (tables.acceptance_traces, tables.acceptance_record),
+        (tables.lookup_traces, tables.lookup_record),
+    ]
+    with store.reading() as connection:
+        query = select(tables.target_traces).filter_by(target_key=target_key)
+        targets = {
+            (row["sampling_digest"], row["prompt_digest"]): tables.target_trace_record(row)
+            for row in connection.execute(query).mappings()
+        }
+        prompts = connection.execute(select(tables.prompts.c.digest, tables.prompts.c.domain))
+        domains = {row.digest: row.domain for row in prompts}
+        for table, record in pairs:
+            query = select(table).filter_by(target_key=target_key, draft_name=draft)
+            for row in connection.execute(query).mappings():
+                trace = targets[row["sampling_digest"], row["prompt_digest"]]
+                yield domains.get(trace.prompt_digest) or MIXED, trace, record(row)
+
+
+def step_times(store: EvidenceStore, target: str, device: str, engine: str) -> dict[int, MeasuredTimes]:
+    """By batch size, the newest step times of the target on this device or its family; empty where there are none."""
+    query = text("SELECT * FROM step_ms WHERE target = :target ORDER BY measured_at")
+    times: dict[int, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    contexts: dict[int, tuple[str, int]] = {}
+    with store.reading() as connection:
+        for row in connection.execute(query, {"target": target}).mappings():
+            engines = (row["engine"], row["engine"].removeprefix("draftpick-"))
+            if family(device) == family(row["device"]) and engine in engines:
+                batch, measured_at = row["batch_size"], (row["device"], row["context_length"])
+                if contexts.setdefault(batch, measured_at) != measured_at:
+                    times[batch].clear()
+                    contexts[batch] = measured_at
+                times[batch][row["component"]][row["width"]] = row["median_ms"] / 1e3
+    return {
+        batch: MeasuredTimes(device=contexts[batch][0], context=contexts[batch][1], seconds=seconds)
+        for batch, seconds in times.items()
+        if 1 in seconds.get("target", {})
+    }
