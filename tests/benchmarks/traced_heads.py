@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6, 7, 8])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--kinds", nargs="+", default=["model", "native", "ngram"], help="kinds of drafts")
     parser.add_argument("--no-times", action="store_true", help="leave the timed rounds and cost_ratio out")
     parser.add_argument("--v2", action="store_true", help="Model Runner V2")
     options = parser.parse_args()
@@ -93,12 +94,12 @@ def main() -> None:
     prompts = spread_over_domains(texts, options.prompts)
     held_out = [list(prompt.token_ids) for prompt in texts if prompt not in prompts]
     head = write_eagle_head(Path(tempfile.mkdtemp()), target, held_out[:: max(1, len(held_out) // HEAD_TEXTS)])
-    drafts = [
+    kinds = [
         Draft(kind="model", model=loader.describe("builtin:draft-general", dtype="float32").record),
         Draft(kind="native", method="eagle", model=loader.describe_head(str(head), dtype="float32")),
+        Draft(kind="ngram", max_match=4, min_match=2),
     ]
-    if not options.v2:
-        drafts.append(Draft(kind="ngram", max_match=4, min_match=2))
+    drafts = [draft for draft in kinds if draft.kind in options.kinds and not (options.v2 and draft.kind == "ngram")]
     engine_options = VllmOptions(
         python=str(RUNNING.python), max_length=longest, max_batch_size=8, context_length=CONTEXT + longest
     )
