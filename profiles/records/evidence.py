@@ -74,7 +74,7 @@ class AcceptanceTrace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LookupTrace:
-    """An n-gram draft over a target trace: for a round starting at i, tokens proposed and tokens accepted of them.
+    """Proposals over a target trace, of a look-up or recorded: for a round starting at i, tokens proposed and accepted.
 
     Both are for a speculation length of `max_length`; a shorter one proposes a prefix.
     """
