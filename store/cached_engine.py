@@ -13,7 +13,7 @@ from profiles.engines.base import Engine
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload
 from profiles.records.errors import EngineError
 from profiles.records.evidence import Acceptance, Infeasible, Sample, StepTimes, TargetTrace, covers
-from profiles.records.keys import run_point, trace_point, unit_digest
+from profiles.records.keys import run_point, sampling_settings, trace_point, unit_digest
 from store.evidence_store import EvidenceStore, Scope
 from store.shared_traces import SharedTraces
 
@@ -82,7 +82,7 @@ class CachedEngine:
         return self._measured(self._store.save_acceptance(scope, prompt, draft, acceptance), point)
 
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
-        scope, point = self._scope(workload), (workload.batch_size, context_length)
+        scope, point = self._scope(workload), (workload.batch_size, context_length, sampling_settings(workload))
         longest, times = self._sweeps.get(point, (0, {}))
         if longest >= max_length and covers(times, self.target, self._timed, max_length):
             return self._reused(times, point)

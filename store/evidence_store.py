@@ -22,7 +22,7 @@ from profiles.records.core import Draft, Environment, Model, Prompt, Setup, Work
 from profiles.records.errors import StoreError
 from profiles.records.evidence import Acceptance, Infeasible, LookupTrace, Sample, StepTimes, TargetTrace, covers
 from profiles.records.files import real_path
-from profiles.records.keys import run_point, trace_point, unit_digest
+from profiles.records.keys import run_point, sampling_settings, trace_point, unit_digest
 from store import migrations, tables
 from store.database import Database, Location, connect
 from store.tables import Row, Values
@@ -131,6 +131,7 @@ class EvidenceStore(AbstractContextManager["EvidenceStore"]):
         sweeps, steps = tables.sweeps, tables.step_times
         key = _about(scope.target, scope.environment)
         key |= {"batch_size": scope.workload.batch_size, "context_length": context_length}
+        key["sampling"] = sampling_settings(scope.workload)
         query = select(sweeps.c.batch_size, sweeps.c.context_length, steps).join(steps).filter_by(**key)
         query = query.where(sweeps.c.max_length >= max_length, sweeps.c.measured_at >= since)
 
@@ -159,6 +160,7 @@ class EvidenceStore(AbstractContextManager["EvidenceStore"]):
             "batch_size": scope.workload.batch_size,
             "context_length": context_length,
             "max_length": max_length,
+            "sampling": sampling_settings(scope.workload),
         }
 
         def save(connection: Connection) -> None:

@@ -1,7 +1,7 @@
 """The store's tables, and the functions that turn each record into rows and back.
 
 Evidence is found by digests; names, domains and batch sizes are stored beside them for people and for the views of
-revision 0005. Times are UTC text. Rows are ordered by their ids, never by their times.
+revision 0006. Times are UTC text. Rows are ordered by their ids, never by their times.
 """
 
 import json
@@ -271,6 +271,7 @@ sweeps = Table(
     _run_id(),
     *_columns(String, "digest"),
     *_columns(Integer, "batch_size", "context_length", "max_length"),
+    *_columns(String, "sampling", null=True),  # of the tokens that were chosen; null is greedy
     UniqueConstraint("digest"),
     Index("ix_sweeps_target", "target_key", "environment_digest", "batch_size", "context_length"),
 )

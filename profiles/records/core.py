@@ -243,7 +243,8 @@ class Environment:
     """The machine and the software that times are true for.
 
     `compute_capability` (`9.0`) and `memory_bandwidth_bytes_s` follow from the device: None where they are not known.
-    `engine_options`: how a serving engine was started, as far as no other field says it and times depend on it.
+    `engine_options`: how a serving engine was started, as far as no other field says it and times depend on it; on a
+    GPU the attention kernel of the torch engine.
     """
 
     device: str

@@ -32,6 +32,13 @@ def run_point(workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Set
     return workload.timing_digest, queue_digest(prompts), purpose, *(setup.digest for setup in setups)
 
 
+def sampling_settings(workload: Workload) -> str | None:
+    """The settings that choosing a token costs time by, part of the key of step times; None when greedy."""
+    if workload.temperature == 0.0:
+        return None
+    return f"temperature {workload.temperature:g}, top-p {workload.top_p:g}, top-k {workload.top_k}"
+
+
 def unit_digest(target: Model, environment: Environment, point: Key) -> str:
     """The id of a unit of timed runs, in the store and in a policy's evidence."""
     return digest_of([target.run_digest, environment.digest, *point])

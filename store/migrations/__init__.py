@@ -12,7 +12,7 @@ from profiles.records.errors import NewerStoreError, StoreError
 from profiles.records.text import command
 
 LOCATION = Path(__file__).parent
-REVISIONS = ("0001", "0002", "0003", "0004", "0005")  # those in `versions/`, oldest first
+REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006")  # those in `versions/`, oldest first
 HEAD = REVISIONS[-1]
 
 _VERSION = sqlalchemy.table("alembic_version", column("version_num"))

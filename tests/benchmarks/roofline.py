@@ -9,6 +9,7 @@ from profiles.engines.torch.batch_model import RowModel
 from profiles.engines.torch.step_times import time_steps
 from profiles.models.footprint import GIB
 from profiles.models.memory import cached_values_per_token
+from profiles.records.core import Workload
 from profiles.stats import median
 from profiles.timing.clock import Clock, quietest
 
@@ -61,8 +62,10 @@ def step_s(name: str, device: str) -> float:
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPE, attn_implementation="sdpa")
     model.eval().requires_grad_(False)
     rows = {name: RowModel(model, 1, CONTEXT_LENGTH + 3)}
+    greedy = Workload(context_length=CONTEXT_LENGTH, max_new_tokens=2)
     times, _ = quietest(
-        lambda: time_steps(rows, Clock(device), target=name, context_length=CONTEXT_LENGTH, max_length=1), [device]
+        lambda: time_steps(rows, Clock(device), greedy, target=name, context_length=CONTEXT_LENGTH, max_length=1),
+        [device],
     )
     return median(times[name].samples_s[1])
 

@@ -102,6 +102,23 @@ class TestEvidence:
             is None
         )
 
+    def test_sampled_step_times_are_told_apart(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
+        """Choosing a token costs time by its settings; a greedy sweep never answers for them, nor the other way."""
+        scopes = [
+            replace(SCOPE, workload=replace(GREEDY, temperature=temperature, top_p=top_p))
+            for temperature, top_p in ((0.0, 1.0), (0.8, 1.0), (0.8, 0.9))
+        ]
+        for seed, scope in enumerate(scopes):
+            assert evidence_store.find_step_times(scope, DRAFTS, context_length=96, max_length=4) is None
+            evidence_store.save_step_times(scope, DRAFTS, 4, FakeEngine(seed=seed).time_steps(GREEDY, 96, 4))
+        found = [evidence_store.find_step_times(scope, DRAFTS, context_length=96, max_length=4) for scope in scopes]
+        assert found == [FakeEngine(seed=seed).time_steps(GREEDY, 96, 4) for seed in range(3)]
+        assert ask(evidence_store, "SELECT DISTINCT sampling FROM step_ms ORDER BY sampling IS NOT NULL, sampling") == [
+            (None,),
+            ("temperature 0.8, top-p 0.9, top-k 0",),
+            ("temperature 0.8, top-p 1, top-k 0",),
+        ]
+
     def test_the_newest_complete_sweep_answers(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
         """A newer sweep wins as a whole; parts of two sweeps are never mixed."""
         old, new = fake.time_steps(GREEDY, 96, 4), FakeEngine(seed=1).time_steps(GREEDY, 96, 4)
@@ -378,7 +395,7 @@ class TestReadOnly:
     ) -> None:
         """An older one says how it is upgraded, a newer one that draftpick must be; neither is touched."""
         ask(evidence_store, f"UPDATE alembic_version SET version_num = '{version}'")
-        reasons = {"0002": "the older schema 0002, .* reads 0005: `tune.py show`", "9998": "schema 9998, .* up to 0005"}
+        reasons = {"0002": "the older schema 0002, .* reads 0006: `tune.py show`", "9998": "schema 9998, .* up to 0006"}
         with pytest.raises(error, match=reasons[version]):
             EvidenceStore.open_read_only(location)
         assert ask(location, "SELECT version_num FROM alembic_version") == [(version,)]

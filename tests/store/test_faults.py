@@ -125,7 +125,7 @@ def test_a_reader_does_not_upgrade(version: str, tmp_path: Path) -> None:
     shutil.copy(ROOT / "tests" / "assets" / f"store-{version}.sqlite", path)
     before = path.read_bytes()
     with pytest.raises(
-        StoreError, match=f"it has the older schema {version}, this draftpick reads 0005: `tune.py show`"
+        StoreError, match=f"it has the older schema {version}, this draftpick reads 0006: `tune.py show`"
     ):
         EvidenceStore.open_read_only(path)
     assert path.read_bytes() == before
@@ -138,7 +138,7 @@ def test_a_reader_leaves_an_empty_file_empty(tmp_path: Path) -> None:
     """It gets no tables."""
     path = tmp_path / "store.sqlite"
     path.touch()
-    with pytest.raises(StoreError, match="it has no tables yet, this draftpick reads 0005"):
+    with pytest.raises(StoreError, match="it has no tables yet, this draftpick reads 0006"):
         EvidenceStore.open_read_only(path)
     assert path.read_bytes() == b""
 

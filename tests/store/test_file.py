@@ -121,7 +121,7 @@ class TestTheFile:
         shutil.copytree(migrations.LOCATION, scripts)
         monkeypatch.setattr(migrations, "LOCATION", scripts)
         later = scripts / "versions" / "9999_later.py"
-        head = "from alembic import op\nrevision, down_revision = '9999', '0005'\ndef upgrade():\n"
+        head = "from alembic import op\nrevision, down_revision = '9999', '0006'\ndef upgrade():\n"
         add = "    op.execute('ALTER TABLE runs ADD COLUMN host VARCHAR')\n"
         later.write_text(head + add + "    op.execute('ALTER TABLE nowhere ADD COLUMN host VARCHAR')\n")
         with pytest.raises(StoreError, match="no such table: nowhere"):
@@ -138,7 +138,7 @@ class TestTheFile:
         """A file of a later draftpick is left alone, and the error names both versions."""
         EvidenceStore.open(path).close()
         sql(path, "UPDATE alembic_version SET version_num = '9998'")
-        with pytest.raises(NewerStoreError, match="schema 9998, this draftpick reads up to 0005"):
+        with pytest.raises(NewerStoreError, match="schema 9998, this draftpick reads up to 0006"):
             EvidenceStore.open(path)
         assert sql(path, "SELECT version_num FROM alembic_version") == [("9998",)]
 
@@ -258,7 +258,7 @@ class TestMishaps:
         for opener in openers:
             opener.communicate(timeout=60)
             assert opener.returncode == 0
-        assert sql(path, "SELECT version_num FROM alembic_version") == [("0005",)]
+        assert sql(path, "SELECT version_num FROM alembic_version") == [("0006",)]
 
     def test_the_book_loads_no_heavy_library(self, path: Path) -> None:
         """Looking into the store needs neither torch, transformers, optuna, Alembic nor another database's driver."""

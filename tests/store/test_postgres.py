@@ -178,7 +178,7 @@ class TestTheServer:
         for opener in openers:
             opener.communicate("go\n", timeout=60)
         assert [opener.returncode for opener in openers] == [0, 0, 0]
-        assert ask(url, "SELECT version_num FROM alembic_version") == [("0005",)]
+        assert ask(url, "SELECT version_num FROM alembic_version") == [("0006",)]
 
     @pytest.mark.parametrize("name", ['My "own" schema', "back\\slash"])
     def test_studies_have_a_schema_beside_the_stores(self, name: str) -> None:

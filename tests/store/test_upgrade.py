@@ -18,7 +18,7 @@ from store import migrations
 from store.database import connect
 from store.evidence_store import EvidenceStore, Scope
 from tests import ROOT
-from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, TARGET, prompts, sql
+from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts, sql
 from tuner.deploy.lookup import Query, lookup
 
 ASSETS = ROOT / "tests" / "assets"
@@ -133,3 +133,20 @@ def test_a_damaged_row_is_left_out(old: Path) -> None:
         [prompt] = prompts(1)
         assert evidence_store.find_samples(scope, (prompt,), (PLAIN, Setup(draft=DRAFT_A, length=4)), "proof 0")
     assert sql(old, "SELECT count(*) FROM target_traces") == [(before - 2,)]
+
+
+def test_step_times_of_schema_0005_are_greedy(tmp_path: Path) -> None:
+    """They answer for greedy workloads as before, and for none that samples."""
+    path = tmp_path / "store.sqlite"
+    shutil.copy(ASSETS / "store-0005.sqlite", path)
+    with EvidenceStore.open(path) as evidence_store:
+        scopes = [
+            Scope(target=TARGET, environment=MACHINE, workload=replace(GREEDY, temperature=temperature))
+            for temperature in (0.0, 0.8)
+        ]
+        greedy, sampled = (
+            evidence_store.find_step_times(scope, (DRAFT_A, NGRAM), context_length=96, max_length=2) for scope in scopes
+        )
+    assert greedy == FakeEngine().time_steps(GREEDY, 96, 2)
+    assert sampled is None
+    assert sql(path, "SELECT DISTINCT sampling FROM step_ms") == [(None,)]

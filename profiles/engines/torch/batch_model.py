@@ -6,6 +6,7 @@ Runs any architecture through its transformers class, or through a leaner forwar
 import contextlib
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -13,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from profiles.engines.torch import llama_forward
+from profiles.engines.torch.attention import pack_heads
 from profiles.engines.torch.kv_cache import RowCache, TransformersCache, added_mask
 from profiles.records.draft_spec import MAX_LENGTH
 from profiles.records.errors import ModelError
@@ -51,6 +53,7 @@ class RowModel:
     def __init__(self, model: PreTrainedModel, num_rows: int, capacity: int) -> None:
         self.num_rows = num_rows
         self.device = model.device
+        self.context_slots: int | None = None  # of the longest text to come, so that no other text changes a view
         self._cache = RowCache(num_rows, capacity, model.device)
         self._forward: Forward = (
             llama_forward.LlamaForward(model, capacity)
@@ -72,7 +75,7 @@ class RowModel:
         if self._graphs is None or row is not None or tokens.shape[1] > WIDEST_GRAPH:
             self._cache.set_positions(positions, reach, row)
             return self._forward(tokens, self._cache, keep)
-        view = min(graph_view(reach), self._cache.width)
+        view = min(graph_view(reach), self.context_slots or self._cache.width)
         key = (tokens.shape[1], keep, view)
         if key not in self._graphs:
             assert self._resources is not None
@@ -153,7 +156,9 @@ class _Graph:
 def _no_host_syncs() -> Iterator[None]:
     """Raises RuntimeError where the host waits for the device: refused here, a failing capture would corrupt state."""
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says once that this mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
@@ -167,6 +172,8 @@ class _TransformersForward:
         self._model = model
         config = model.config.get_text_config(decoder=True)
         self._cache = TransformersCache(cache, config.num_hidden_layers)
+        if model.device.type == "cuda":
+            pack_heads(model)
         self._window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         self._chunk = getattr(config, "attention_chunk_size", None)
         self._kinds = sorted(set(getattr(config, "layer_types", None) or ()))

@@ -179,7 +179,8 @@ class Decoder:
             row.run.decode_s = now - row.first_s
             row.run.token_ids = self.text.host[number][row.prompt_tokens :]
             self.rows[number] = None
-            self._active[number] = 0
+            self._active[number].fill_(0)
+            self.text.clear(number)
         return [number for number, _ in done], now
 
     def _refill(
@@ -207,8 +208,8 @@ class Decoder:
                 continue
             prompt_tokens = len(prompt.token_ids)
             self.rows[number] = Row(prompt=prompt, prompt_tokens=prompt_tokens, first_s=first_s, run=run)
-            self._prompt_lengths[number] = prompt_tokens
-            self._active[number] = 1
+            self._prompt_lengths[number].fill_(prompt_tokens)
+            self._active[number].fill_(1)
 
     def _prefill(self, number: int, prompt: Prompt, run: Generation) -> int:
         tokens = torch.tensor([prompt.token_ids], device=self._target.device)

@@ -20,6 +20,11 @@ from profiles.engines.torch.sampling import KeyedRandom, Proposal, draw, samplin
 from profiles.records.core import Draft
 
 
+def to_device(values: Sequence[object], device: torch.device) -> torch.Tensor:
+    """Integers as a tensor; the host does not wait for a GPU to take them."""
+    return torch.tensor(values, dtype=torch.long, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
 class Text:
     """The committed tokens of every row, on the device for forwards and on the host for look-ups.
 
@@ -39,8 +44,13 @@ class Text:
     def load(self, row: int, token_ids: list[int]) -> None:
         """From now on `row` holds this text."""
         self.host[row] = token_ids
-        self.token_ids[row, : len(token_ids)] = torch.tensor(token_ids)
-        self.lengths[row] = len(token_ids)
+        self.token_ids[row, : len(token_ids)] = to_device(token_ids, self.lengths.device)
+        self.lengths[row].fill_(len(token_ids))  # assigning would wait for a GPU
+
+    def clear(self, row: int) -> None:
+        """The row is empty: it no longer widens what a step sees."""
+        self.host[row] = [0]
+        self.lengths[row].fill_(1)
 
     def last(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The last `width` tokens of every row and their positions, (B, width); positions below 0 are padding."""
@@ -129,7 +139,7 @@ class ModelDrafter:
         tokens, token_positions, width = self._catch_up(text, limits)
         drafted: list[torch.Tensor] = []
         draft_probs: list[torch.Tensor] = []
-        counts, limit = torch.zeros_like(positions), torch.tensor(limits, device=positions.device)
+        counts, limit = torch.zeros_like(positions), to_device(limits, positions.device)
         proposing, steps = limit > 0, 0
         for number in range(max(limits)):
             logits = self._model.step(tokens, token_positions, text.reach + number)[:, 0]  # (B, V)
@@ -201,10 +211,12 @@ class NgramDrafter:
             for index, host, limit in zip(self._indexes, text.host, limits, strict=True)
         ]
         width = max(map(len, matches))
-        padded = [[*tokens, *[0] * (width - len(tokens))] for tokens in matches]
+        counted = to_device(
+            [[len(tokens), *tokens, *[0] * (width - len(tokens))] for tokens in matches], positions.device
+        )
         proposal = Proposal(
-            token_ids=torch.tensor(padded, dtype=torch.long).to(positions.device),
-            counts=torch.tensor([len(tokens) for tokens in matches]).to(positions.device),
+            token_ids=counted[:, 1:],
+            counts=counted[:, 0],
             draft_probs=None,
             certain=torch.ones_like(positions, dtype=torch.bool),
         )

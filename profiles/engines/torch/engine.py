@@ -6,6 +6,7 @@ Every method measures one unit. Timed units are repeated while other processes d
 import contextlib
 import functools
 import gc
+import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from profiles.engines.base import TORCH, EngineCapabilities, RoundController
 from profiles.engines.lossless import check_queues
 from profiles.engines.torch import step_times
 from profiles.engines.torch.adaptive import AdaptiveLoop, AdaptiveRun, SwitchableDrafter, warm_up
+from profiles.engines.torch.attention import kernel_name
 from profiles.engines.torch.batch_model import RowModel
 from profiles.engines.torch.decoder import Decoder, Generation
 from profiles.engines.torch.drafters import ComponentDrafter, DraftSource, ModelDrafter, NgramDrafter
@@ -25,7 +27,7 @@ from profiles.engines.torch.sampling import KeyedRandom
 from profiles.engines.torch.trace import trace_model
 from profiles.hardware.fingerprint import fingerprint
 from profiles.models import loader
-from profiles.models.footprint import SPARE_SLOTS
+from profiles.models.footprint import SPARE_SLOTS, cache_slots
 from profiles.records.core import PLAIN, Draft, Environment, Model, Prompt, Setup, Workload, digest_of
 from profiles.records.draft_spec import MAX_BATCH, MAX_LENGTH
 from profiles.records.errors import BadNumbersError, InputError, OutOfMemoryError
@@ -50,7 +52,10 @@ class TorchEngine:
         self._gpus = sorted(str(device) for device in devices if device.type == "cuda")
         self._clock = Clock(device, wait=self._synchronize if self._gpus else None)
         self._environment = fingerprint(device)
-        self._warm: set[tuple[object, int]] = set()  # (a setup, or an adaptive run's sizes; batch size)
+        if self._gpus:
+            options = {"attention": kernel_name(target.model)}
+            self._environment = replace(self._environment, engine_options=json.dumps(options))
+        self._warm: set[tuple[object, int, int]] = set()  # a setup or an adaptive run's length; batch size; context
         self._rows: dict[int, dict[str, RowModel]] = {}  # by batch size and component: caches are kept between runs
         self._capacity = 0
         gc.collect()
@@ -108,6 +113,7 @@ class TorchEngine:
                 lambda: step_times.time_steps(
                     timed,
                     self._clock,
+                    workload,
                     target=self.target.run_digest,
                     context_length=context_length,
                     max_length=max_length,
@@ -155,12 +161,12 @@ class TorchEngine:
         self._check(workload, prompts, max_length)
         rng = KeyedRandom(workload.batch_size, workload, self._target.model.device)
         drafter = SwitchableDrafter(functools.partial(self._component_drafter, rng), max_length)
-        sizes = workload.context_length, max_length
         with self._guarded():
             target = self._row_model(self.target.run_digest, workload)
-            if (sizes, workload.batch_size) not in self._warm:
+            warm = max_length, workload.batch_size, workload.context_length
+            if warm not in self._warm:
                 self._run_all_steps(self._models, workload, max_length)
-                self._warm.add((sizes, workload.batch_size))
+                self._warm.add(warm)
             decoder = Decoder(target, drafter, rng, length=max_length)
             return AdaptiveLoop(decoder, drafter, controller).run(prompts, self._clock)
 
@@ -214,21 +220,25 @@ class TorchEngine:
             model = self._models[digest]
             assert model is not None
             self._rows[size][digest] = RowModel(model, size, self._capacity)
-        return self._rows[size][digest]
+        rows = self._rows[size][digest]
+        rows.context_slots = cache_slots(workload.context_length)
+        return rows
 
     def _drop_rows(self, sizes: Sequence[int]) -> None:
         """Frees the caches of these batch sizes; their next run of a setup will not be timed."""
         self._rows = {size: rows for size, rows in self._rows.items() if size not in sizes}
-        self._warm = {(setup, size) for setup, size in self._warm if size not in sizes}
+        self._warm = {warm for warm in self._warm if warm[1] not in sizes}
 
     def _warm_up(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
         """The first runs of a setup pay for allocation and lazy set-up, on a GPU for captures: one is thrown away."""
-        if (setup, workload.batch_size) not in self._warm:
+        # what is captured on a GPU depends on the context too
+        warm = setup, workload.batch_size, workload.context_length if self._gpus else 0
+        if warm not in self._warm:
             if self._gpus:
                 components = () if setup.draft is None else setup.draft.components
                 self._run_all_steps([component.digest for component in components], workload, setup.length)
             self._generate(workload, prompts[: workload.batch_size], setup)
-            self._warm.add((setup, workload.batch_size))
+            self._warm.add(warm)
 
     def _run_all_steps(self, components: Iterable[str], workload: Workload, max_length: int) -> None:
         """Runs every step that rounds of these components can take, so that none is new in a timed round."""

@@ -32,6 +32,7 @@ class RowCache:
         self._rows = slice(0, num_rows)
         self.view = 0
         self.needs_mask = True
+        self.is_prompt = False
         self.query_positions = self._row_starts
 
     def set_positions(self, positions: torch.Tensor, view: int, row: int | None = None, *, exact: bool = True) -> None:
@@ -45,6 +46,7 @@ class RowCache:
         self.query_positions = positions.clamp_min(0)
         self.view = view
         self.needs_mask = not exact or positions.shape != (1, 1)
+        self.is_prompt = exact and row is not None and positions.shape[1] == view  # a text from its first token on
 
     def mask(self, window: int | None = None, chunk: int | None = None) -> torch.Tensor:
         """(B, 1, width, view) bool: the slots each query sees, of the last `window` ones or of its own `chunk`."""

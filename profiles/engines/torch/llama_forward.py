@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from profiles.engines.torch.attention import attend, per_group
 from profiles.engines.torch.kv_cache import RowCache, added_mask
 
 _FIXED_ROTATIONS = {"default", "linear", "llama3"}  # the others change their angles with the length of the text
@@ -72,12 +73,11 @@ class LlamaForward:
         """`tokens` (B, width) at the positions set in the cache."""
         rows, width = tokens.shape
         cos, sin = self._cos[cache.query_positions], self._sin[cache.query_positions]
-        groups = self._heads // self._key_heads
+        is_causal = cache.is_prompt and tokens.is_cuda  # a mask of a long prompt takes gigabytes
         mask = None
-        if cache.needs_mask:
+        if cache.needs_mask and not is_causal:
             # added to scores, as attention kernels would turn a boolean mask into that in every layer
-            mask = added_mask(cache.mask(), self._cos.dtype)
-            mask = mask.repeat(1, 1, groups, 1) if groups > 1 else mask
+            mask = per_group(added_mask(cache.mask(), self._cos.dtype), self._heads // self._key_heads)
         hidden = functional.embedding(tokens, self._embedding)
         size = hidden.shape[-1:]
         for number, layer in enumerate(self._layers):
@@ -87,24 +87,14 @@ class LlamaForward:
             turned = torch.addcmul(turned * cos, turned.roll(self._head_size // 2, -1), sin)
             queries, keys = turned[:, :, : self._heads], turned[:, :, self._heads :]
             keys, values = cache.write(number, keys, joined[:, :, self._heads + self._key_heads :])
-            hidden = hidden + functional.linear(self._attend(queries, keys, values, mask), layer.out)
+            queries, keys, values = (heads.transpose(1, 2) for heads in (queries, keys, values))
+            mixed = attend(queries, keys, values, mask, is_causal=is_causal)
+            hidden = hidden + functional.linear(mixed.flatten(2), layer.out)
             normed = functional.rms_norm(hidden, size, layer.mlp_norm, self._eps)
             gate, up = functional.linear(normed, layer.gate_up).chunk(2, -1)
             hidden = hidden + functional.linear(functional.silu(gate) * up, layer.down)
         hidden = functional.rms_norm(hidden[:, -keep:], size, self._norm, self._eps)
         return functional.linear(hidden, self._head)
-
-    def _attend(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """(B, width, hidden); query heads that share keys are laid along the width, so that no key is copied."""
-        rows, width = queries.shape[:2]
-        grouped = queries.view(rows, width, self._key_heads, -1, self._head_size).permute(0, 2, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(
-            grouped.flatten(2, 3), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask
-        )
-        # only the third dimension is split: the layout in memory depends on the kernel
-        return mixed.view(rows, self._key_heads, -1, width, self._head_size).permute(0, 3, 1, 2, 4).flatten(2)
 
 
 def _joined(layer: Any) -> _Weights:
@@ -119,6 +109,8 @@ def _joined(layer: Any) -> _Weights:
             gate_up=_join(mlp.gate_proj, mlp.up_proj),
             down=mlp.down_proj.weight,
         )
+        if mlp.down_proj.weight.is_cuda:
+            torch.cuda.empty_cache()  # the separate blocks are as large as the joined ones
     return _JOINED[layer]
 
 

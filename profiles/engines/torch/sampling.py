@@ -13,6 +13,7 @@ import torch
 from profiles.records.core import Prompt, Workload
 
 PURPOSES = ("target", "accept", "draft")
+_LIKELIEST = 1024  # tokens in which top-p is looked for first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,16 +78,30 @@ def sampling_probs(logits: torch.Tensor, workload: Workload) -> torch.Tensor:
     if workload.temperature == 0.0:
         return torch.softmax(logits, -1)
     logits = logits / workload.temperature
+    order = None
     if 0 < workload.top_k < logits.shape[-1]:
-        threshold = logits.topk(workload.top_k, -1).values[..., -1:]
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
+        highest, order = logits.topk(workload.top_k, -1)
+        logits = logits.masked_fill(logits < highest[..., -1:], -torch.inf)
     probs = torch.softmax(logits, -1)
-    if workload.top_p < 1.0:
-        ordered, order = probs.sort(-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= workload.top_p
-        probs = probs.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0.0)
-        probs = probs / probs.sum(-1, keepdim=True)
-    return probs
+    return probs if workload.top_p == 1.0 else _nucleus(probs, workload.top_p, order)
+
+
+def _nucleus(probs: torch.Tensor, top_p: float, order: torch.Tensor | None) -> torch.Tensor:
+    """`probs` (..., V) without what lies outside of top-p; `order`: the indices of all that top-k left, likely first.
+
+    Without top-k a processor looks whether the likeliest tokens hold the mass before it sorts the whole vocabulary; a
+    GPU would have to wait for the answer.
+    """
+    if order is None and probs.device.type == "cpu" and probs.shape[-1] > _LIKELIEST:
+        order = probs.topk(_LIKELIEST, -1).indices
+        order = order if bool((probs.gather(-1, order).cumsum(-1)[..., -1] >= top_p).all()) else None
+    if order is None:
+        order = probs.sort(-1, descending=True).indices
+    ordered = probs.gather(-1, order)
+    cumulative = ordered.cumsum(-1)
+    outside = (cumulative[..., -1:] >= top_p).expand(probs.shape).scatter(-1, order, cumulative - ordered >= top_p)
+    probs = probs.masked_fill(outside, 0.0)
+    return probs / probs.sum(-1, keepdim=True)
 
 
 def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Step times: how long a step of a whole batch takes at each width, for the target and every draft, in turn.
 
 All components and widths are visited once per cycle in a shuffled order, so that drift of the machine falls on all
-alike. What is timed is what a round does: run the forward, choose, and for the target bring the choice to the host.
+alike. What is timed is what a round does: run the forward, choose as the workload says (greedily, or by sampling and
+rejection), and for the target bring the choice to the host.
 """
 
 import logging
@@ -13,7 +14,8 @@ import torch
 
 from profiles.acceptance.ngram import NgramIndex
 from profiles.engines.torch.batch_model import RowStepper
-from profiles.records.core import CATCH_UP_WIDTHS, Draft
+from profiles.engines.torch.sampling import KeyedRandom, Proposal, accept_sampled, draw, sampling_probs
+from profiles.records.core import CATCH_UP_WIDTHS, Draft, Workload
 from profiles.records.evidence import StepTimes
 from profiles.timing.clock import Clock
 
@@ -35,7 +37,13 @@ class _TimedStep(NamedTuple):
 
 
 def time_steps(
-    components: Mapping[str, RowStepper | Draft], clock: Clock, *, target: str, context_length: int, max_length: int
+    components: Mapping[str, RowStepper | Draft],
+    clock: Clock,
+    workload: Workload,
+    *,
+    target: str,
+    context_length: int,
+    max_length: int,
 ) -> dict[str, StepTimes]:
     """Step times by component digest, of models and of n-gram drafts; `target` is the target's digest.
 
@@ -46,16 +54,19 @@ def time_steps(
     token_ids = [index % 97 for index in range(context_length)]
     models = {digest: model for digest, model in components.items() if not isinstance(model, Draft)}
     batch_size = models[target].num_rows
+    rng = KeyedRandom(batch_size, workload, models[target].device)
     steps: list[_TimedStep] = []
     with torch.inference_mode():
         for digest, model in models.items():
             _fill(model, token_ids)
             if digest == target:
                 widths = range(1, max_length + 2)
-                steps += [_TimedStep(digest, width, _verify(model, context_length, width)) for width in widths]
+                steps += [_TimedStep(digest, width, _verify(model, context_length, width, rng)) for width in widths]
             else:
-                first = [_TimedStep(digest, width, _first(model, context_length, width)) for width in CATCH_UP_WIDTHS]
-                steps += [*first, _TimedStep(digest, 1, _single_steps(model, context_length), CHAIN)]
+                steps += [
+                    _TimedStep(digest, width, _first(model, context_length, width, rng)) for width in CATCH_UP_WIDTHS
+                ]
+                steps.append(_TimedStep(digest, 1, _single_steps(model, context_length, rng), CHAIN))
         for digest, draft in components.items():
             if isinstance(draft, Draft):
                 limits = range(1, max_length + 1)
@@ -86,25 +97,44 @@ def _inputs(model: RowStepper, start: int, width: int) -> tuple[torch.Tensor, to
     return torch.zeros_like(positions), positions
 
 
-def _verify(model: RowStepper, context_length: int, width: int) -> Callable[[], object]:
+def _verify(model: RowStepper, context_length: int, width: int, rng: KeyedRandom) -> Callable[[], object]:
+    """The target's step over a token and `width` - 1 proposals, accepted as in a round."""
     tokens, positions = _inputs(model, context_length, width)
-    return lambda: model.step(tokens, positions, context_length + width, keep=width).argmax(-1).tolist()
+    counts = torch.full_like(tokens[:, 0], width - 1)
+    proposal = Proposal(token_ids=tokens[:, 1:], counts=counts, draft_probs=None, certain=counts >= 0)
+    first_position = torch.zeros_like(counts)
+
+    def run() -> object:
+        logits = model.step(tokens, positions, context_length + width, keep=width)
+        if rng.is_greedy:
+            return logits.argmax(-1).tolist()
+        return torch.stack(accept_sampled(proposal, sampling_probs(logits, rng.workload), rng, first_position)).tolist()
+
+    return run
 
 
-def _first(model: RowStepper, context_length: int, width: int) -> Callable[[], object]:
+def _first(model: RowStepper, context_length: int, width: int, rng: KeyedRandom) -> Callable[[], object]:
     tokens, positions = _inputs(model, max(0, context_length - width), width)
-    return lambda: model.step(tokens, positions, max(context_length, width))[:, 0].argmax(-1)
+    return lambda: _draft_token(model.step(tokens, positions, max(context_length, width)), rng)
 
 
-def _single_steps(model: RowStepper, context_length: int) -> Callable[[], object]:
+def _single_steps(model: RowStepper, context_length: int, rng: KeyedRandom) -> Callable[[], object]:
     tokens, positions = _inputs(model, context_length, 1)
 
     def run() -> None:
         token = tokens
         for ahead in range(CHAIN):
-            token = model.step(token, positions + ahead, context_length + ahead + 1).argmax(-1)
+            token = _draft_token(model.step(token, positions + ahead, context_length + ahead + 1), rng)[:, None]
 
     return run
+
+
+def _draft_token(logits: torch.Tensor, rng: KeyedRandom) -> torch.Tensor:
+    """(B,) tokens from a draft's logits (B, 1, V)."""
+    if rng.is_greedy:
+        return logits[:, 0].argmax(-1)
+    first_position = torch.zeros((len(logits), 1), dtype=torch.long, device=logits.device)
+    return draw(sampling_probs(logits[:, 0], rng.workload), rng.at("draft", first_position)[:, 0])
 
 
 def _look_up(draft: Draft, token_ids: list[int], limit: int, num_rows: int) -> Callable[[], object]:

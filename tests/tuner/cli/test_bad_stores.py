@@ -82,7 +82,7 @@ def nothing(folder: Path, store: Path) -> None:
 READERS = ("show", "lookup", "explain", "report")
 VERBS = ("run", *READERS)
 BAD_STORES = [
-    *((verb, newer, 2, "schema 0999, this draftpick reads up to 0005") for verb in VERBS),
+    *((verb, newer, 2, "schema 0999, this draftpick reads up to 0006") for verb in VERBS),
     *(
         (verb, not_sqlite, 2, "file is not a database: it is not a SQLite database: name another store")
         for verb in VERBS

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from profiles.engines.torch.engine import TorchEngine
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload, digest_of
 from profiles.records.evidence import AcceptanceTrace, LookupTrace, TargetTrace
 from tests.support import tiny
-from tests.support.toys import TableModel, near, run, run_queue
+from tests.support.toys import TableModel, TableRows, near, run, run_queue
 
 KINDS = ("self", "other model", "early exit", "ngram", "composite", "composite of itself")
 LENGTHS = {  # by batch size and whether outputs end early; together every k = 1..16
@@ -178,4 +179,23 @@ def test_caches_of_batch_1_outlive_larger_batches(engine: TorchEngine) -> None:
         engine.run_together(replace(WORKLOAD, batch_size=batch_size), PROMPTS[:4], (PLAIN,), "test")
         assert engine._rows[1] is alone
         assert set(engine._rows) == {1, batch_size}
-        assert {size for _, size in engine._warm} <= {1, batch_size}
+        assert {size for _, size, _ in engine._warm} <= {1, batch_size}
+
+
+@pytest.mark.parametrize("draft", [None, near(TableModel(seed=1), 2, 1.0), "ngram"], ids=["plain", "model", "ngram"])
+def test_rows_that_are_done_do_not_widen_a_step(draft: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the long text in the second row, the short one that is left is stepped at its own length."""
+    reaches: list[int] = []
+    step = TableRows.step
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        if options.get("row") is None:
+            reaches.append(arguments[3])
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(TableRows, "step", noted)
+    short, long = (Prompt(domain="toy", token_ids=(1, 2, 3) * times) for times in (1, 20))
+    workload = Workload(batch_size=2, context_length=96, max_new_tokens=4)
+    run_queue(TableModel(seed=1), draft, 3, workload, [short, long, short])
+    assert max(reaches) > 60
+    assert reaches[-1] < 12
