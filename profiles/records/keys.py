@@ -17,19 +17,15 @@ def trace_point(workload: Workload, prompt: Prompt, origin: str = "") -> Key:
     return sampling_digest(workload, origin), prompt.digest
 
 
-def queue_digest(prompts: tuple[Prompt, ...]) -> str:
+def queue_digest(prompt_digests: Sequence[str]) -> str:
     """Identity of the prompts of a unit in their order; a single one's is its own."""
-    return joint_digest([prompt.digest for prompt in prompts])
-
-
-def joint_digest(prompt_digests: Sequence[str]) -> str:
-    """As `queue_digest`, of prompts of which only the digests are stored."""
     return prompt_digests[0] if len(prompt_digests) == 1 else digest_of(list(prompt_digests))
 
 
 def run_point(workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], purpose: str) -> Key:
     """The key of a unit of timed runs, beside target and machine; the order of prompts and setups matters."""
-    return workload.timing_digest, queue_digest(prompts), purpose, *(setup.digest for setup in setups)
+    queue = queue_digest([prompt.digest for prompt in prompts])
+    return workload.timing_digest, queue, purpose, *(setup.digest for setup in setups)
 
 
 def sampling_settings(workload: Workload) -> str | None:

@@ -197,7 +197,7 @@ class _Merging:
             child = CHILDREN.get(name)
             children = [self._linked(child, each) for each in item.children] if child is not None else []
             new = {column: value for column, value in row.items() if column != "id"}
-            if new.get("measured_at", "") > self._now and "measured_at" not in _identity(table, row):
+            if new.get("measured_at", "") > self._now and table is not tables.infeasible:  # found by its time
                 self.clamped += 1
                 new["measured_at"] = self._now
             self._keys[name, item.id] = _insert(connection, table, new, children)

@@ -16,7 +16,7 @@ from profiles.records.core import Environment, Model, Workload, digest_of
 from profiles.records.draft_spec import RefusedDraft
 from profiles.records.errors import InputError, require
 from profiles.records.evidence import AcceptanceTrace, Infeasible, LookupTrace, Sample, TargetTrace
-from profiles.records.keys import joint_digest
+from profiles.records.keys import queue_digest
 from store import tables
 from store.bundle.sanitize import clean
 from store.tables import Row, Values
@@ -244,7 +244,7 @@ def _unit_digest(connection: Connection, row: Values) -> str:
     for num_prompts in range(1, len(pairs) + 1):
         setups, queue = [setup for setup, _ in pairs[::num_prompts]], [prompt for _, prompt in pairs[:num_prompts]]
         if len(pairs) % num_prompts == 0 and pairs == list(itertools.product(setups, queue)):
-            point = (timing_digest, joint_digest(queue), row["purpose"], *setups)
+            point = (timing_digest, queue_digest(queue), row["purpose"], *setups)
             digests.append(digest_of([row["target_key"], row["environment_digest"], *point]))
     return str(row["digest"]) if row["digest"] in digests or len(digests) != 1 else digests[0]
 

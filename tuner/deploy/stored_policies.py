@@ -49,11 +49,9 @@ def _targets_query() -> Select[Any]:
     models = tables.models
     tuned = select(func.max(tables.policies.c.id)).where(tables.policies.c.target_key == models.c.key)
     named = bindparam("name").in_([models.c.key, models.c.digest, models.c.name])
-    marked = models.c.name.in_(
-        [bindparam("imported"), bindparam("imported_before"), bindparam("path"), bindparam("real_path")]
-    )
+    spelled = models.c.name.in_(bindparam("spellings", expanding=True))
     last_part = models.c.name.like(bindparam("last_part"), escape="\\")
-    condition = bindparam("any_name") | named | marked | last_part
+    condition = bindparam("any_name") | named | spelled | last_part
     return select(models).where(condition).order_by(tuned.scalar_subquery().desc().nulls_last())
 
 
@@ -62,10 +60,9 @@ def find_targets(evidence_store: EvidenceStore, name: str | None) -> list[Model]
 
     Raises NotMeasuredError: there is none.
     """
-    imported, imported_before = (f"{mark}{Path(name or '').name}" for mark in IMPORTED_MARKS)
-    values = {"name": name, "any_name": name is None, "imported": imported, "imported_before": imported_before}
-    values |= {"path": os.path.abspath(name or ""), "real_path": real_path(name or "")}
-    values |= {"last_part": like_last_part(name or "")}
+    path = name or ""
+    spellings = [os.path.abspath(path), real_path(path), *(f"{mark}{Path(path).name}" for mark in IMPORTED_MARKS)]
+    values = {"name": name, "any_name": name is None, "spellings": spellings, "last_part": like_last_part(path)}
     with evidence_store.reading() as connection:
         rows = connection.execute(_targets_query(), values).mappings().all()
     if not rows:

@@ -36,7 +36,8 @@ def pair_order(workload: Workload, queue: Queue, setup: Setup) -> tuple[Setup, S
 
 
 def _plain_first(workload: Workload, queue: Queue, setup: Setup) -> bool:
-    return random.Random(f"{workload.seed}/{queue_digest(queue)}/{setup.digest}").random() < 0.5
+    prompts = queue_digest([prompt.digest for prompt in queue])
+    return random.Random(f"{workload.seed}/{prompts}/{setup.digest}").random() < 0.5
 
 
 def run_pairs(engine: Engine, workload: Workload, queue: Queue, setup: Setup, purpose: str) -> list[Pair]:

@@ -20,6 +20,7 @@ from alembic import op
 from sqlalchemy import Column, Connection, Integer, MetaData, String, Table, insert
 
 from profiles.records.core import digest_of
+from profiles.records.errors import require
 from store.migrations import execute_script
 
 revision = "0005"
@@ -91,14 +92,9 @@ def _copy(connection: Connection, name: str, convert: Callable[[Row], Row]) -> N
     _fill(connection, name, converted())
 
 
-def _require(condition: bool, problem: str) -> None:
-    if not condition:
-        raise ValueError(problem)
-
-
 def _packed(values: list[Any]) -> bytes:
     """A byte that names the smallest type of `array` that holds all values exactly, then little-endian values."""
-    _require(all(map(math.isfinite, values)), "not finite")
+    require(all(map(math.isfinite, values)), "not finite")
     if all(value in (0, 1) for value in values):
         values = list(map(int, values))
     for code in "bhiqfd":
@@ -149,20 +145,17 @@ def _choice(choice: Row) -> Row:
     figures = choice[bases[0]] if bases else {}
     is_plain = setup["draft"] is None
     speedup = figures.get("speedup") or {"estimate": 1.0 if is_plain else None}
-    rates = {
-        "end_to_end": figures.get("end_to_end"),
-        "tok_per_s": measured.get("plain_tok_per_s") if is_plain else figures.get("tok_per_s"),
-        "plain_tok_per_s": measured.get("plain_tok_per_s"),
-    }
+    plain = measured.get("plain_tok_per_s")
+    rates = {"tok_per_s": plain if is_plain else figures.get("tok_per_s"), "plain_tok_per_s": plain}
+    rates["end_to_end"] = figures.get("end_to_end")
     names = ("batch_size", "context_length", "domain", "temperature", "top_p", "top_k", "proven", "reason")
     return {
         **{name: choice[name] for name in names},
         **{"setup" if name == "name" else name: value for name, value in setup.items()},
         "basis": bases[0] if bases else None,
         "speedup": speedup["estimate"],
-        "low": speedup.get("low"),
-        "high": speedup.get("high"),
-        **{name: None if rate is None else rate["estimate"] for name, rate in rates.items()},
+        **{name: speedup.get(name) for name in ("low", "high")},
+        **{name: rate and rate["estimate"] for name, rate in rates.items()},
     }
 
 
@@ -183,7 +176,7 @@ def _workloads(connection: Connection) -> Workloads:
 def _copy_traces(connection: Connection, workloads: Workloads) -> None:
     def trace(row: Row, **arrays: list[Any]) -> Row:
         size = len(next(iter(arrays.values())))
-        _require(size > 0 and all(len(values) == size for values in arrays.values()), "unequal or empty")
+        require(size > 0 and all(len(values) == size for values in arrays.values()), "unequal or empty")
         return {
             **{name: row[name] for name in ("sampling_digest", "prompt_digest")},
             "temperature": workloads.get(row["sampling_digest"], {}).get("temperature"),
@@ -196,7 +189,7 @@ def _copy_traces(connection: Connection, workloads: Workloads) -> None:
 
     def acceptance_trace(row: Row) -> Row:
         accepted, confidences = _json(row["keep_probs"]), _json(row["confidences"])
-        _require(all(0.0 <= value <= 1.0 for value in accepted), "no probability")
+        require(all(0.0 <= value <= 1.0 for value in accepted), "no probability")
         arrays = trace(row, accept_probs=accepted, confidences=confidences)
         counts = {"num_proposed": len(accepted) - 1, "num_accepted": math.fsum(accepted[1:])}  # [0] is the prefill's
         return {**arrays, **counts, **{name: row[name] for name in ("draft_digest", "draft_name")}}
@@ -205,7 +198,7 @@ def _copy_traces(connection: Connection, workloads: Workloads) -> None:
         proposed, accepted = _json(row["proposed"]), _json(row["kept"])
         arrays = trace(row, proposed=proposed, accepted=accepted)
         in_order = all(0 <= a <= p <= row["max_length"] for a, p in zip(accepted, proposed, strict=True))
-        _require(in_order, "more accepted than proposed")
+        require(in_order, "more accepted than proposed")
         counts = {"num_proposed": sum(proposed), "num_accepted": float(sum(accepted))}
         return {**arrays, **counts, **{name: row[name] for name in ("draft_digest", "draft_name", "max_length")}}
 
@@ -219,12 +212,8 @@ def _step_times(connection: Connection) -> Iterator[Row]:
     for row in _rows(connection, query):
         about = {"sweep_id": row["sweep_id"], "component_digest": row["part_digest"], "component": row["part_name"]}
         with contextlib.suppress(*DAMAGES):
-            widths = {
-                width: {"samples_s": _packed(list(map(float, s))), "median_s": median(s)}
-                for width, s in _json(row["samples_s"])
-            }
-            _require(all(width >= 1 and times["median_s"] > 0.0 for width, times in widths.items()), "no step times")
-            for width, times in widths.items():
+            for width, seconds in _json(row["samples_s"]):
+                times = {"samples_s": _packed(list(map(float, seconds))), "median_s": median(seconds)}
                 yield {**about, "width": width, **times, "disturbed": bool(row["disturbed"])}
 
 

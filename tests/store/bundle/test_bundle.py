@@ -367,8 +367,10 @@ def test_a_unit_answers_for_what_it_holds(evidence_store: EvidenceStore, tmp_pat
         assert other.find_samples(SCOPE, tuple(prompts(1)), (PLAIN,), "proof 0") is not None
 
 
-def test_a_merge_holds_the_lock_for_a_hundred_items(packed: Path, tmp_path: Path) -> None:
+def test_a_merge_holds_the_lock_for_a_few_items(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another writer gets its turn between two transactions."""
+    assert bundle.BATCH <= 100
+    monkeypatch.setattr(bundle, "BATCH", 10)
     with EvidenceStore.open(tmp_path / "here.db") as evidence_store:
         writing, sizes = evidence_store.writing, []
 
