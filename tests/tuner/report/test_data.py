@@ -134,7 +134,7 @@ def test_a_budget_that_ends_early() -> None:
     made = report_data_of(FakeEngine(), Watch(out_of_time=lambda: True))
     assert made.points[0].candidates == ()
     assert made.loads[0].curves == made.loads[0].step_time_curves == ()
-    assert made.points[0].stopped == "the budget ended before the evidence was complete"
+    assert made.points[0].stopped == "the budget ended before anything could be compared, after loading: give more"
     assert ReportData.from_json(made.to_json()) == made
 
 

@@ -167,7 +167,7 @@ def test_a_run_without_evidence(tmp_path: Path) -> None:
     made = report_data_of(FakeEngine(), watch=Watch(out_of_time=lambda: True))
     text = written(made, tmp_path)
     assert "<svg" not in text
-    assert "Nothing was forecast: the budget ended before the evidence was complete." in text
+    assert "Nothing was forecast: the budget ended before anything could be compared, after loading: give more." in text
     with pytest.raises(InputError, match="there is no setup to draw"):
         write(made, tmp_path / "chart.png")
 
