@@ -64,6 +64,8 @@ def trace(prompt: list[int], length: int, sampling: dict[str, int], fault: str) 
         (start, [token + (place not in right) for place, token in enumerate(tokens[start : start + length])])
         for start in range(1, len(tokens))
     ]
+    if fault == "hidden":
+        proposals = [(start, [-1] * len(proposal)) for start, proposal in proposals]
     return record | {"proposals": proposals}
 
 

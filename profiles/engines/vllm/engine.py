@@ -288,7 +288,9 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         emitted = tuple(run["token_ids"])
         if emitted != trace.token_ids and workload.temperature == 0.0 and self.target.dtype == "float32":
             raise EngineError(f"{self._label} with {setup.name} diverges from plain decoding while it verifies nothing")
-        proposals = dict(run["proposals"])
+        proposals = {start: tokens[: setup.length] for start, tokens in run["proposals"]}
+        if any(min(tokens, default=0) < 0 for tokens in proposals.values()):  # placeholders of Model Runner V2
+            raise EngineError(f"{self._label} with {setup.name} does not tell which tokens it proposed: no trace")
         acceptance = acceptance_of(
             setup.draft, prompt, emitted, proposals, size=len(trace.token_ids), max_length=setup.length
         )

@@ -80,6 +80,10 @@ def test_a_block_draft_is_not_traced(vllm: VllmEngine, monkeypatch: pytest.Monke
     vllm.close()
     with pytest.raises(EngineError, match=r"after 1 tokens it proposed and accepted \[1, 1\], its trace at 3 says"):
         vllm.trace_draft(WORKLOAD, PROMPTS[0], trace, NATIVE, 3)
+    monkeypatch.setenv("FAKE_VLLM", "hidden")
+    vllm.close()
+    with pytest.raises(EngineError, match="does not tell which tokens it proposed"):
+        vllm.trace_draft(WORKLOAD, PROMPTS[0], trace, NATIVE, 3)
     blocks = tuple(replace(NATIVE, method=method) for method in ("dflash", "eagle,draft-sample-method=probabilistic"))
     with VllmEngine(TARGET, blocks, OPTIONS) as engine:
         assert engine.capabilities.timed(blocks) == ()
