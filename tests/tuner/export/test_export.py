@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -185,10 +186,17 @@ def test_transformers_before_5() -> None:
 
 
 @pytest.mark.parametrize("form", ["transformers", "vllm", "sglang"])
-def test_padded_vocabularies_are_refused(form: Form, tmp_path: Path) -> None:
-    """A draft whose embeddings are padded to another size ends these engines, so it is not emitted."""
+@pytest.mark.parametrize("by_hub_id", [False, True])
+def test_padded_vocabularies_are_refused(form: Form, by_hub_id: bool, tmp_path: Path) -> None:
+    """A draft whose embeddings are padded to another size ends these engines, so it is not emitted.
+
+    Of models that lie elsewhere the sizes are those that the run recorded.
+    """
     target = model_record(write_model(tmp_path / "target"))
     padded = model_record(write_model(tmp_path / "draft", num_layers=1, vocab_size=320))
+    if by_hub_id:
+        target = replace(target, name="org/target", vocab_size=300)
+        padded = replace(padded, name="org/draft", vocab_size=320)
     export = emit(deployment(choice(Setup(draft=Draft(kind="model", model=padded), length=2)), target=target), form)
     assert export.text == ""
     assert "needs equal vocabulary sizes, and the target has 300, the draft 320" in str(export.note)
