@@ -113,11 +113,11 @@ class TestEvidence:
             evidence_store.save_step_times(scope, DRAFTS, 4, FakeEngine(seed=seed).time_steps(GREEDY, 96, 4))
         found = [evidence_store.find_step_times(scope, DRAFTS, context_length=96, max_length=4) for scope in scopes]
         assert found == [FakeEngine(seed=seed).time_steps(GREEDY, 96, 4) for seed in range(3)]
-        assert ask(evidence_store, "SELECT DISTINCT sampling FROM step_ms ORDER BY sampling IS NOT NULL, sampling") == [
+        assert set(ask(evidence_store, "SELECT DISTINCT sampling FROM step_ms")) == {
             (None,),
             ("temperature 0.8, top-p 0.9, top-k 0",),
             ("temperature 0.8, top-p 1, top-k 0",),
-        ]
+        }
 
     def test_the_newest_complete_sweep_answers(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
         """A newer sweep wins as a whole; parts of two sweeps are never mixed."""

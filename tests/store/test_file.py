@@ -90,7 +90,8 @@ class TestTheFile:
         shutil.copy(ROOT / "tests" / "assets" / f"store-{version}.sqlite", path)
         fake = FakeEngine()
         assert sql(path, "SELECT version_num FROM alembic_version") == [(version,)]
-        decode_s = sql(path, f"SELECT decode_s FROM samples WHERE environment_digest = '{MACHINE.digest}' ORDER BY id")
+        rows = f"WHERE environment_digest = '{MACHINE.digest}' ORDER BY id" if version < "0005" else "ORDER BY position"
+        decode_s = sql(path, f"SELECT decode_s FROM samples {rows}")
         with EvidenceStore.open(path) as evidence_store:
             trace = fake.trace_target(GREEDY, PROMPT)
             assert evidence_store.find_target_trace(SCOPE, PROMPT) == trace

@@ -145,8 +145,8 @@ def test_step_times_of_schema_0005_are_greedy(tmp_path: Path) -> None:
             for temperature in (0.0, 0.8)
         ]
         greedy, sampled = (
-            evidence_store.find_step_times(scope, (DRAFT_A, NGRAM), context_length=96, max_length=2) for scope in scopes
+            evidence_store.find_step_times(scope, (DRAFT_A, NGRAM), context_length=96, max_length=4) for scope in scopes
         )
-    assert greedy == FakeEngine().time_steps(GREEDY, 96, 2)
+    assert greedy == FakeEngine().time_steps(GREEDY, 96, 4)
     assert sampled is None
     assert sql(path, "SELECT DISTINCT sampling FROM step_ms") == [(None,)]
