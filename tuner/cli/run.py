@@ -75,6 +75,7 @@ def run(
     max_age_s = None if max_age is None else parse_age(max_age)
     with console(stderr=True).status("loading"):
         from profiles.engines.bench import Question
+        from store.location import store_name
         from tuner.pipeline.pipeline import Options
         from tuner.run import utc_ago
         from tuner.search.limits import Limits
@@ -96,6 +97,8 @@ def run(
         bench = _open_bench(spec, question, target, draft, dtype=dtype)
     with contextlib.closing(bench):  # ends the servers that it started
         loads, requests = _read_loads(bench, question, prompts, domain=domain, num_prompts=num_prompts)
+        print_notes(f"target {target} on {_describe(bench.engine.environment)}; store {store_name(store_location)}")
+        print_notes(*(f"left out: {refused.name}: {refused.detail}" for refused in bench.refused))
         tuner_options = Options(
             lengths=question.lengths,
             objective=objective,
@@ -146,7 +149,6 @@ def _checked_location(store: str | None, device: str | None, *, dry_run: bool) -
         with EvidenceStore.open(store_location) as evidence_store:
             TuningSession.of(evidence_store)
         _check_load(device)
-    print_notes(f"store {location.store_name(store_location)}")
     return store_location
 
 
@@ -190,8 +192,6 @@ def _read_loads(
         plan_points(workload, tokenized)  # refuses a domain's name before anything is measured
     too_few = prompt_notes(Counter(prompt.domain for prompt in loads[0][1]))
     print_notes(*(loaded.note for loaded in bench.loaded if loaded.note is not None), *bench.notes, *warnings, *too_few)
-    print_notes(f"target {bench.engine.target.name} on {_describe(bench.engine.environment)}")
-    print_notes(*(f"left out: {refused.name}: {refused.detail}" for refused in bench.refused))
     return loads, requests
 
 
