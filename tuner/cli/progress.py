@@ -20,6 +20,7 @@ from tuner.policy.estimates import Standing
 MIN_SECONDS_BETWEEN_DRAWS = 0.25
 SECONDS_BETWEEN_LINES = 30.0
 MOST_ROWS = 12
+WIDE = 80  # columns from which intervals are spelled out
 LINES_OF_BAR = 2  # and of the cursor under it
 
 
@@ -96,14 +97,17 @@ class StageProgress:
         if not self._rows:
             return self._bar
         for most_rows in range(MOST_ROWS, 0, -1):  # down to what leaves the bar in sight, however names are folded
-            table = standings_table(self._rows, most_rows)
+            table = standings_table(self._rows, most_rows, wide=self._console.width >= WIDE)
             if len(self._console.render_lines(table)) + LINES_OF_BAR <= self._console.height:
                 break
         return Group(table, self._bar)
 
 
-def standings_table(rows: Sequence[Standing], most_rows: int = MOST_ROWS) -> Table:
-    """The best forecasts first, `most_rows` at most, plain decoding always among them; what has no forecast last."""
+def standings_table(rows: Sequence[Standing], most_rows: int = MOST_ROWS, *, wide: bool = True) -> Table:
+    """The best forecasts first, `most_rows` at most, plain decoding always among them; what has no forecast last.
+
+    Not `wide` spells intervals shorter, for 60 columns.
+    """
     ordered = sorted(rows, key=_rank)
     shown = ordered[:most_rows]
     plain = next((row for row in ordered if row.setup_name == PLAIN.name), None)
@@ -112,7 +116,7 @@ def standings_table(rows: Sequence[Standing], most_rows: int = MOST_ROWS) -> Tab
     left_out = len(ordered) - len(shown)
     table = Table(
         box=None,
-        padding=(0, 2, 0, 0),
+        padding=(0, 2 if wide else 1, 0, 0),
         title=Text(f"{rows[0].domain}: speed-up over plain decoding (95 %)", style="bold") if rows else None,
         title_justify="left",
         caption=f"and {left_out} more" if left_out else None,
@@ -124,7 +128,7 @@ def standings_table(rows: Sequence[Standing], most_rows: int = MOST_ROWS) -> Tab
     table.add_column("state", overflow="fold")
     for row in shown:
         style = "bold" if row.measured is not None else "dim" if row.setup_name == PLAIN.name else ""
-        figures = (_figure(row.forecast), _figure(row.measured))
+        figures = (_figure(row.forecast, wide=wide), _figure(row.measured, wide=wide))
         table.add_row(Text(row.setup_name), *figures, Text(row.state), style=style)
     return table
 
@@ -145,7 +149,9 @@ def _rank(row: Standing) -> tuple[float, str]:
     return -(row.forecast.estimate if row.forecast is not None else unknown), row.setup_name
 
 
-def _figure(ratio: Interval | None) -> str:
+def _figure(ratio: Interval | None, *, wide: bool = True) -> str:
     if ratio is None:
         return ""
-    return f"{ratio.estimate:.2f}" if ratio.low == ratio.high else f"{ratio:.2f}"
+    if ratio.low == ratio.high:
+        return f"{ratio.estimate:.2f}"
+    return f"{ratio:.2f}" if wide else f"{ratio.estimate:.2f} {ratio.low:.2f}-{ratio.high:.2f}"

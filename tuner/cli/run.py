@@ -75,7 +75,6 @@ def run(
     max_age_s = None if max_age is None else parse_age(max_age)
     with console(stderr=True).status("loading"):
         from profiles.engines.bench import Question
-        from store.location import store_name
         from tuner.pipeline.pipeline import Options
         from tuner.run import utc_ago
         from tuner.search.limits import Limits
@@ -97,8 +96,7 @@ def run(
         bench = _open_bench(spec, question, target, draft, dtype=dtype)
     with contextlib.closing(bench):  # ends the servers that it started
         loads, requests = _read_loads(bench, question, prompts, domain=domain, num_prompts=num_prompts)
-        print_notes(f"target {target} on {_describe(bench.engine.environment)}; store {store_name(store_location)}")
-        print_notes(*(f"left out: {refused.name}: {refused.detail}" for refused in bench.refused))
+        _print_start(bench, target, store_location)
         tuner_options = Options(
             lengths=question.lengths,
             objective=objective,
@@ -193,6 +191,13 @@ def _read_loads(
     too_few = prompt_notes(Counter(prompt.domain for prompt in loads[0][1]))
     print_notes(*(loaded.note for loaded in bench.loaded if loaded.note is not None), *bench.notes, *warnings, *too_few)
     return loads, requests
+
+
+def _print_start(bench: "Bench", target: str, store_location: "Location") -> None:
+    from store.location import store_name
+
+    print_notes(f"target {target} on {_describe(bench.engine.environment)}; store {store_name(store_location)}")
+    print_notes(*(f"left out: {refused.name}: {refused.detail}" for refused in bench.refused))
 
 
 def _describe(environment: Environment) -> str:
