@@ -77,7 +77,7 @@ def explain(figures: PointFigures, instead: str | None = None) -> Explanation:
     """
     choice, candidates = figures.choice, _forecast_candidates(figures)
     chosen_name = choice.setup.name
-    for name in (PLAIN.name, chosen_name, instead or chosen_name):
+    for name in (PLAIN.name, chosen_name, chosen_name if instead is None else instead):
         allowed = ", ".join(candidates)
         require(
             name in candidates, f"setup {name!r} is no candidate for domain {choice.domain!r}; allowed are {allowed}"
