@@ -19,7 +19,7 @@ from profiles.stats import LogRatio
 FARTHEST_Z = 8.0  # beyond this nothing happens
 SMALLEST_P = 1e-15
 MIN_STEP = 0.005  # of information between looks
-_NODES, _WEIGHTS = numpy.polynomial.legendre.leggauss(64)
+_NODES, _WEIGHTS = numpy.polynomial.legendre.leggauss(48)
 
 
 class Look(NamedTuple):
@@ -141,7 +141,7 @@ def interval(looks: Sequence[Look], level: float, *, coverage: float = 0.95) -> 
     *earlier, last = looks
     ratio = last.ratio
     tail = (1.0 - coverage) / 2.0
-    if not earlier or ratio.error == 0.0:
+    if not earlier or min(look.ratio.error for look in looks) == 0.0:
         return ratio.interval(1.0 - coverage)
     fractions = [look.fraction for look in earlier]
     limits = bounds(fractions, level)
@@ -157,8 +157,9 @@ def interval(looks: Sequence[Look], level: float, *, coverage: float = 0.95) -> 
         return reached + _above(paths, last.fraction, z)
 
     reach = 2.0 * FARTHEST_Z * max(look.ratio.error for look in looks)
+    around = ratio.value - reach, ratio.value + reach
     ends = [
-        float(brentq(lambda truth, tail=tail: above(truth) - tail, ratio.value - reach, ratio.value + reach))
+        float(brentq(lambda truth, tail=tail: above(truth) - tail, *around, xtol=1e-3 * ratio.error))
         for tail in (tail, 1.0 - tail)
     ]
     low, high = min(ends[0], ratio.value), max(ends[1], ratio.value)

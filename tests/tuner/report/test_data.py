@@ -20,6 +20,7 @@ from tuner.policy.policy import Policy
 from tuner.report.build import report_data
 from tuner.report.curves import design_effect, share_interval
 from tuner.report.data import Candidate, PointFigures, ReportData
+from tuner.report.tables import document
 
 TWO_DOMAINS = (*prompts(48, "code"), *prompts(48, "prose"))
 LENGTHS = (1, 2, 3, 4)
@@ -127,6 +128,10 @@ def test_a_winner_that_is_not_proven() -> None:
     (one,) = [one for one in made.points[0].candidates if one.state == "not proven"]
     assert "of only 7 prompts, 8 are needed (12 in all)" in one.reason
     assert one.measured_speedup is not None
+    shown = document(policy_of(outcome), cost={}, store=None, policy_path=None)["not_proven"]
+    assert (shown["setup"], shown["num_prompts"]) == (one.setup_name, 7)
+    assert shown["speedup"]["low"] == one.measured_speedup.low
+    assert shown["minimum_detectable_speedup"] > 1.0
 
 
 def test_a_budget_that_ends_early() -> None:
