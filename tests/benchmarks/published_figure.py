@@ -83,7 +83,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             error = [[row["forecast"] - row["low"]], [row["high"] - row["forecast"]]]
             label = "planned, 90 % interval" if position == 1 else None
             axes.errorbar(
-                x + 0.27, row["forecast"], yerror=error, fmt="o", color="black", capsize=4, markersize=5, label=label
+                x + 0.43, row["forecast"], yerr=error, fmt="o", color="black", capsize=4, markersize=5, label=label
             )
     axes.axhline(1.0, linestyle="--", linewidth=1, color="#555555", label="plain decoding")
     for x, name in ((1, "Llama-3.1-70B, one H800"), (4.7, "Llama-3.1-405B, three H800")):

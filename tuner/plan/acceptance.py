@@ -19,12 +19,12 @@ MIXED = "mixed"  # all domains together
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundMean:
-    """Means of a round: tokens it emits, the range that its source leaves open, and tokens it drafts."""
+    """Tokens that a round emits on average, with the range left open, and the shares of rounds by drafted tokens."""
 
     tokens: float
     low: float
     high: float
-    drafted: float
+    drafted: Mapping[int, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ def _rounds(rates: Sequence[float], lengths: Sequence[int]) -> dict[int, RoundMe
     rounds = {}
     for length in lengths:
         low, tokens, high = (tokens_per_round(pick(rates), length) for pick in (min, median, max))
-        rounds[length] = RoundMean(tokens=tokens, low=low, high=high, drafted=length)
+        rounds[length] = RoundMean(tokens=tokens, low=low, high=high, drafted={length: 1.0})
     return rounds
 
 
@@ -95,7 +95,9 @@ def _file_rounds(value: Any, lengths: Sequence[int]) -> dict[int, RoundMean]:
     if not isinstance(value, list):
         return _rounds(shares, lengths)
     means = {length: 1.0 + sum(shares[:length]) for length in lengths if length <= len(shares)}
-    return {length: RoundMean(tokens=mean, low=mean, high=mean, drafted=length) for length, mean in means.items()}
+    return {
+        length: RoundMean(tokens=mean, low=mean, high=mean, drafted={length: 1.0}) for length, mean in means.items()
+    }
 
 
 def published(target: str, draft: str, kind: str, lengths: Sequence[int]) -> Acceptance:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tuner.plan.stored import MeasuredTimes
 
 MOST_BATCH = 1024
-_MEASURED_HALF_WIDTH = 0.10  # of log speed-up; same-machine forecasts are off by 2.8 % in the median, 8 % at worst
+_MEASURED_HALF_WIDTH = 0.2  # of log speed-up: rounds cost more than their steps, which only `run` calibrates
 _HALF_RATE = 0.1  # that a stated acceptance rate leaves open
 _UNCERTAIN = {"rows": 0.4, "draft": 0.4, "host": 0.6, "plain": 0.15}  # relative, of parts that the model estimates
 
@@ -166,24 +166,24 @@ class Planner:
         rows = acceptance.from_file(Path(query.acceptance), name, query.lengths)
         return [row for row in rows if not query.domains or row.domain in query.domains]
 
-    def parts(self, draft: PlannedDraft, mean: RoundMean, batch: int) -> RoundParts:
+    def parts(self, draft: PlannedDraft, drafted: int, batch: int) -> RoundParts:
+        """Of a round that drafts this many tokens; a model that drafts none takes no step."""
         shape, context = draft.shape, self.query.context
-        return self.steps.round(self.target, shape, k=mean.drafted, batch=batch, context=context, passes=draft.passes)
+        return self.steps.round(self.target, shape, k=drafted, batch=batch, context=context, passes=draft.passes)
 
     def setup(self, draft: PlannedDraft, accepted: Acceptance, k: int, batch: int) -> PlannedSetup:
         """The forecast of one setup; measured step times win over the model."""
         mean = accepted.rounds[k]
-        parts = self.parts(draft, mean, batch)
-        cost, plain_s, basis = corrected_cost(parts, self.residual["coefficients"]), parts.plain, "model"
+        rounds = [(share, self.parts(draft, drafted, batch)) for drafted, share in mean.drafted.items()]
+        cost = sum(share * corrected_cost(parts, self.residual["coefficients"]) for share, parts in rounds)
+        plain_s, basis = rounds[0][1].plain, "model"
         half = self.residual["log_half_width"] * log_scale(cost)
         if measured := self.measured.get(batch):
-            plain_s, low = measured.seconds["target"][1], math.floor(mean.drafted)
-            around = [
-                measured.round_s(draft.spec.name, length, draft.shape is not None) for length in (low, min(low + 1, k))
-            ]
-            if around[0] is not None and around[1] is not None:
-                round_s = around[0] + (mean.drafted - low) * (around[1] - around[0])
-                cost, half, basis = round_s / plain_s, _MEASURED_HALF_WIDTH, "measured"
+            plain_s = measured.seconds["target"][1]
+            seconds = [measured.round_s(draft.spec.name, drafted, draft.shape is not None) for drafted in mean.drafted]
+            if None not in seconds:
+                cost = math.fsum(map(math.prod, zip(seconds, mean.drafted.values(), strict=True))) / plain_s  # type: ignore[arg-type]
+                half, basis = _MEASURED_HALF_WIDTH, "measured"
         return PlannedSetup(
             draft=draft.spec.name,
             k=k,
@@ -198,7 +198,7 @@ class Planner:
             cost=cost,
             basis=basis,
             acceptance=accepted.kind,
-            break_even=rate_of(cost, mean.drafted) if 1.0 <= cost <= mean.drafted + 1.0 else None,
+            break_even=rate_of(cost, k) if 1.0 <= cost <= k + 1.0 else None,
         )
 
     def crossover(self, draft: PlannedDraft, accepted: Acceptance) -> tuple[int | None, int]:
@@ -223,9 +223,7 @@ class Planner:
             "reason": reason(best),
             "crossover_batch": crossover,
             "largest_batch_tried": tried,
-            "narrow": narrowing(
-                self.parts(draft, accepted.rounds[best.k], best.batch_size), best, accepted.rounds[best.k]
-            ),
+            "narrow": narrowing(self.parts(draft, best.k, best.batch_size), best, accepted.rounds[best.k]),
         }
 
     def rests_on(self, accepted: Collection[Acceptance]) -> list[str]:
@@ -310,9 +308,9 @@ def narrowing(parts: RoundParts, best: PlannedSetup, mean: RoundMean) -> list[di
     """The three figures that would narrow the interval most, and the relative range that each leaves open."""
     low, high, total = mean.low, mean.high, parts.total
     if best.acceptance == "assumed":
-        rate = rate_of(mean.tokens, mean.drafted)
-        low = tokens_per_round(max(0.0, rate - _HALF_RATE), mean.drafted)
-        high = tokens_per_round(min(1.0, rate + _HALF_RATE), mean.drafted)
+        rate = rate_of(mean.tokens, best.k)
+        low = tokens_per_round(max(0.0, rate - _HALF_RATE), best.k)
+        high = tokens_per_round(min(1.0, rate + _HALF_RATE), best.k)
     ranges = {f"tokens per round of {best.draft} on your prompts, now {mean.tokens:.2f}": math.log(high / low)}
     if best.basis == "model":
         shares = {

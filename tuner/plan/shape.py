@@ -195,7 +195,16 @@ def head_shape(target: Shape, method: str) -> Shape:
     dense = (5 if is_block else 1) * (3 * target.hidden**2 + 3 * target.hidden * inner) + 3 * target.hidden**2
     head = target.head if is_block else min(target.head, 32000 * target.hidden)
     form: dict[str, Any] = {"format": "bfloat16", "bits": 16.0, "head_bits": 16.0}
-    return replace(first, layers=5 if is_block else 1, dense=dense, expert=0.0, num_experts=0, head=head, **form)
+    return replace(
+        first,
+        layers=5 if is_block else 1,
+        dense=dense,
+        expert=0.0,
+        num_experts=0,
+        experts_per_token=0,
+        head=head,
+        **form,
+    )
 
 
 def model_key(name: str) -> str | None:

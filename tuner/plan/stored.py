@@ -48,7 +48,8 @@ def acceptance(
     `domains`: only these. Raises NotMeasuredError: the store has no trace of the pair.
     """
     model = find_targets(store, target)[0]
-    totals: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
+    tokens: dict[tuple[str, int], int] = defaultdict(int)
+    rounds: dict[tuple[str, int], dict[int, float]] = defaultdict(lambda: defaultdict(float))  # by drafted tokens
     num_traces = 0
     for domain, trace, accepted in _traces(store, model.run_digest, draft):
         if domains and domain not in domains:
@@ -58,22 +59,22 @@ def acceptance(
             if getattr(accepted, "max_length", length) < length:
                 continue
             counts = expected_rounds(trace, accepted, length, len(trace.token_ids))
-            drafted = sum(count.proposed * weight for count, weight in counts.rounds.items())
             for name in {domain, MIXED}:
-                sums = totals[name][length]
-                sums[:] = (sums[0] + len(trace.token_ids) - 1, sums[1] + counts.num_rounds, sums[2] + drafted)
-    if not totals:
+                tokens[name, length] += len(trace.token_ids) - 1
+                for count, weight in counts.rounds.items():
+                    rounds[name, length][count.proposed] += weight
+    if not rounds:
         raise NotMeasuredError(f"acceptance of {draft}: the store has no trace of it for {target}; state one, like 0.7")
     source = f"exact, from {num_traces} traces of {model.name} in {model.weights_type} in the store"
+    means: dict[str, dict[int, RoundMean]] = defaultdict(dict)
+    for (name, length), counted in rounds.items():
+        total = sum(counted.values())
+        mean, drafted = tokens[name, length] / total, {proposed: count / total for proposed, count in counted.items()}
+        means[name][length] = RoundMean(tokens=mean, low=mean, high=mean, drafted=drafted)
     return [
-        Acceptance(draft=draft, domain=name, kind="store", source=source, rounds=_means(totals[name]))
-        for name in sorted(totals, key=lambda name: (name != MIXED, name))
+        Acceptance(draft=draft, domain=name, kind="store", source=source, rounds=means[name])
+        for name in sorted(means, key=lambda name: (name != MIXED, name))
     ]
-
-
-def _means(totals: Mapping[int, Sequence[float]]) -> dict[int, RoundMean]:
-    means = {length: (tokens / count, drafted / count) for length, (tokens, count, drafted) in totals.items() if count}
-    return {k: RoundMean(tokens=mean, low=mean, high=mean, drafted=drafted) for k, (mean, drafted) in means.items()}
 
 
 def _traces(store: EvidenceStore, target_key: str, draft: str) -> Iterator[tuple[str, Any, Any]]:
