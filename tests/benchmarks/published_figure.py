@@ -128,7 +128,7 @@ def main() -> None:
             row |= {name: setup[name] for name in ("low", "high", "cost", "break_even")}
             row["inside"] = setup["low"] <= bar["speedup"] <= setup["high"]
             figures = f"{bar['speedup']:9.2f}  {setup['speedup']:7.2f}  {setup['low']:.2f} to {setup['high']:.2f}"
-            needed = f"below the floor of {1 / setup['cost']:.2f}x" if fitted is None else f"{fitted:.2f}"
+            needed = f"below the least of {1 / setup['cost']:.2f}x" if fitted is None else f"{fitted:.2f}"
             print(f"{bar['target']:15} {bar['draft']:13} {figures}  {rate:12.2f}  {needed}")
         else:
             print(f"{bar['target']:15} {'plain':13} {bar['speedup']:9.2f}     1.00  by definition")

@@ -114,11 +114,11 @@ def published(target: str, draft: str, kind: str, lengths: Sequence[int]) -> Acc
         "of such drafts on this target": same_target,
         "of such drafts elsewhere": of_kind,
     }
-    for words, rows in nearness.items():
+    for relation, rows in nearness.items():
         if rows:
             rates = [rate_of(row["tokens"], row["k"]) for row in rows]
             spread = f"{min(rates):.2f} to {max(rates):.2f} a token, {len(rows)} values"
-            source = f"published {words}: {spread} ({', '.join(sorted({row['source'] for row in rows}))})"
+            source = f"published {relation}: {spread} ({', '.join(sorted({row['source'] for row in rows}))})"
             return Acceptance(draft=draft, kind="published", source=source, rounds=_rounds(rates, lengths))
     raise NotMeasuredError(f"acceptance of {draft}: none is published for this kind; state one, like --acceptance 0.7")
 

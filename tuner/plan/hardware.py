@@ -45,8 +45,8 @@ def read_hardware(text: str) -> Hardware:
         units = {unit: float(row["tflops"][unit]) * 1e12 for unit in ("vector", "fp16", "fp8")}
         sizes = {size: float(row[f"{size}_gb"]) * 1e9 for size in ("bandwidth", "memory", "link")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        known = ", ".join(read_data("hardware"))
-        raise InputError(f"hardware {text!r}: {error}; known are {known}, or a JSON file of the same form") from error
+        names = ", ".join(read_data("hardware"))
+        raise InputError(f"hardware {text!r}: {error}; known are {names}, or a JSON file of the same form") from error
     if min(*units.values(), sizes["bandwidth"], sizes["memory"]) <= 0.0:
         raise InputError(f"hardware {text!r}: bandwidth, memory and tflops above 0 are needed")
     return Hardware(name=key, count=count, **units, **sizes, source=row.get("source", "the given file"))

@@ -46,7 +46,7 @@ class PlannedDraft:
 def planned_draft(spec: DraftSpec, target: Shape, format_name: str | None) -> PlannedDraft:
     """What a draft costs. Raises ModelError, and InputError for a composite."""
     if spec.kind == "composite":
-        raise InputError(f"draft {spec.name!r}: a plan takes its parts one by one, the look-up and the model")
+        raise InputError(f"draft {spec.name!r}: a plan takes its parts singly, the look-up and the model")
     if spec.kind == "ngram":
         return PlannedDraft(spec=spec, shape=None)
     if spec.num_layers is not None:

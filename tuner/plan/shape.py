@@ -116,16 +116,20 @@ def shape_of(name: str, config: Config, format_name: str | None = None, size: fl
     method = str((config.get("quantization_config") or {}).get("quant_method"))
     given = format_name or formats["quant_methods"].get(method) or config.get("dtype") or config.get("torch_dtype")
     spelling = formats["aliases"].get(str(given or "bfloat16").lower(), given or "bfloat16")
-    found = next((key for key in formats["bits"] if key.lower() == spelling.lower()), None)
-    if found is None:
+    format_key = next((key for key in formats["bits"] if key.lower() == spelling.lower()), None)
+    if format_key is None:
         raise ModelError(f"dtype {given!r} of {name!r}: allowed are {', '.join(formats['bits'])}")
-    bits = formats["bits"][found]
-    head_bits = max(bits, 6.56) if found[0] in "QI" else max(bits, 16.0)  # a GGUF's head is Q6_K, others keep 16 bits
-    shape = replace(_count(name, config), format=found, bits=bits, head_bits=head_bits)
+    bits = formats["bits"][format_key]
+    head_bits = (
+        max(bits, 6.56) if format_key[0] in "QI" else max(bits, 16.0)
+    )  # a GGUF's head is Q6_K, others keep 16 bits
+    shape = replace(_count(name, config), format=format_key, bits=bits, head_bits=head_bits)
     if size and format_name is None:
         bits = shape.bits * size / shape.weight_bytes
-        found = min(formats["bits"], key=lambda key: (round(abs(formats["bits"][key] - bits), 1), key != found))
-        shape = replace(shape, format=found, bits=bits, head_bits=head_bits * size / shape.weight_bytes)
+        format_key = min(
+            formats["bits"], key=lambda key: (round(abs(formats["bits"][key] - bits), 1), key != format_key)
+        )
+        shape = replace(shape, format=format_key, bits=bits, head_bits=head_bits * size / shape.weight_bytes)
     return shape
 
 

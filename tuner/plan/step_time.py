@@ -1,4 +1,4 @@
-"""Seconds of a forward pass: a roofline with shares of its limits, a floor of launches, and kernels' steps of rows.
+"""Seconds of a forward pass: a roofline with shares of its limits, least times of launches, and kernels' steps of rows.
 
 The verify curve is a step function of rows where a kernel works in blocks, with a slope inside a step: docs/plan.md.
 """
@@ -16,7 +16,7 @@ _TENSOR_SHARE = 0.5  # of tensor units' peak that thin matrix products reach
 _OVERLAP = 1.5  # 1: computing waits for reading; infinite: the longer one hides the other
 _LINK_LATENCY_S = 10e-6  # of one all-reduce beyond its bytes
 _HOP_S = 20e-6  # activations from one device to the next where layers are split
-_EAGER = 6.0  # times a captured layer's floor
+_EAGER = 6.0  # times a captured layer's least time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,7 @@ class StepModel:
     ) -> RoundParts:
         """A round that drafts `k` tokens (a mean, perhaps) and verifies k + 1; `passes` of the draft: None is k."""
         plain = self.step_s(target, batch, 1, context)
-        low = math.floor(k)
+        low = int(k)
         verify = self.step_s(target, batch, low + 1, context)
         if k > low:
             verify += (k - low) * (self.step_s(target, batch, low + 2, context) - verify)
@@ -117,10 +117,10 @@ class StepModel:
         touched_s = shape.step_bytes(batch * width) / rate - read_s
         cache_s = batch * context * shape.cache * 2.0 / rate
         eager = bool(engine.graph_rows) and rows > engine.graph_rows[-1]
-        floor_s = shape.layers * engine.layer_s * (_EAGER if eager else 1.0)
+        least_s = shape.layers * engine.layer_s * (_EAGER if eager else 1.0)
         routing_s = shape.layers * engine.expert_layer_s if shape.num_experts else 0.0
         device_s = read_s + touched_s + cache_s + self._more_rows_s(shape, rows, read_s, devices)
-        return max(device_s, floor_s) + routing_s + self._link_s(shape, rows)
+        return max(device_s, least_s) + routing_s + self._link_s(shape, rows)
 
     def _more_rows_s(self, shape: Shape, rows: int, read_s: float, devices: int) -> float:
         """Seconds that rows add to reading the weights once."""

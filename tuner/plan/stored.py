@@ -29,15 +29,15 @@ class MeasuredTimes:
 
     def round_s(self, draft: str, length: int, has_steps: bool) -> float | None:
         """Seconds of a round that drafts `length` tokens; None: not measured. `has_steps`: a model drafts them."""
-        target, own = self.seconds["target"], self.seconds.get(draft, {})
+        target, drafting = self.seconds["target"], self.seconds.get(draft, {})
         if length == 0:
             return target[1]
         if set(target) == {1}:
-            return own.get(length + 1)
+            return drafting.get(length + 1)
         steps = [2, *[1] * (length - 1)] if has_steps else [length]  # the first step takes in the token before too
-        if length + 1 not in target or not set(steps) <= own.keys():
+        if length + 1 not in target or not set(steps) <= drafting.keys():
             return None
-        return target[length + 1] + sum(own[width] for width in steps)
+        return target[length + 1] + sum(drafting[width] for width in steps)
 
 
 def acceptance(

@@ -118,11 +118,11 @@ def test_a_gptq_kernel_of_four_rows_makes_a_kink_between_four_and_five() -> None
 @pytest.mark.parametrize(("engine", "slope"), [("llamacpp", (0.15, 0.4)), ("vllm", (0.0, 0.02))])
 def test_rows_cost_what_the_kernels_of_the_engine_make_of_them(engine: str, slope: tuple[float, float]) -> None:
     steps, target = step_model(engine, "RTX3090"), read_shape("Qwen3.5-27B", "Q4_K_M")
-    one, two = (steps.step_s(target, 1, width, 1000) for width in (1, 2))
-    assert slope[0] <= two / one - 1 <= slope[1]
+    narrow, wide = (steps.step_s(target, 1, width, 1000) for width in (1, 2))
+    assert slope[0] <= wide / narrow - 1 <= slope[1]
 
 
-def test_cached_tokens_devices_and_floors_count() -> None:
+def test_cached_tokens_devices_and_launches_count() -> None:
     steps, target = step_model("vllm"), read_shape("Llama-3.1-8B")
     assert steps.step_s(target, 8, 1, 100_000) > 2 * steps.step_s(target, 8, 1, 1000)
     assert steps.step_s(target, 1, 1, 1000) > step_model("vllm", "H100x4").step_s(target, 1, 1, 1000)
