@@ -268,11 +268,11 @@ def direct_load(scene: Scene) -> Row:
 
 def small_tune(scene: Scene) -> Row:
     """A whole run with its proof: of the models that ship, or of a tiny one."""
-    words = f"run --engine torch --device cuda --json --budget {TUNE_S:g} --max-new-tokens 32".split()
+    command = f"run --engine torch --device cuda --json --budget {TUNE_S:g} --max-new-tokens 32".split()
     if scene.is_emulated:
-        words += ["--target", str(scene.folders["llama"]), "--draft", "ngram", "--lengths", "1-2", "--num-prompts", "6"]
+        command += f"--target {scene.folders['llama']} --draft ngram --lengths 1-2 --num-prompts 6".split()
     with tempfile.TemporaryDirectory() as store, contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(sys, "argv", ["tune.py", *words, "--store", store]))
+        stack.enter_context(mock.patch.object(sys, "argv", ["tune.py", *command, "--store", store]))
         output = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         errors = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         try:
