@@ -59,7 +59,7 @@ def call(store: Path, *words: str | Path, stdin: bytes = b"") -> Said:
 def assert_refused(said: Said, code: int, wanted: str) -> None:
     """One line that starts with `error:` and holds `wanted`, nothing on stdout, and the code."""
     assert said.stderr.startswith("error: ")
-    assert wanted in said.stderr
+    assert wanted in said.stderr, said.stderr
     assert said.stderr.count("\n") == 1
     assert said.stderr.endswith("\n")
     assert said.stdout == ""

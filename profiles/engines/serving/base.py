@@ -125,7 +125,12 @@ class ServedEngine(ABC, Generic[Key, Member]):
             self._checked_sampling.add(key)
 
     def _check_effect(self, setup: Setup, runs: Sequence[Run]) -> None:
-        """Raises EngineError: rounds proposed another number of tokens than the setup's, which was ignored."""
+        """Raises EngineError: rounds proposed another number of tokens than the setup's, which was ignored.
+
+        How a server that others started was set is not known.
+        """
+        if self._watched_gpus is None:
+            return
         most = max((count.proposed for run in runs for count in run.rounds), default=setup.length)
         has_room = max(len(run.token_ids) for run in runs) > setup.length + 2
         if most > setup.length or (most < setup.length and has_room and self._proposes_all(setup)):
@@ -135,7 +140,7 @@ class ServedEngine(ABC, Generic[Key, Member]):
             )
 
     def _proposes_all(self, setup: Setup) -> bool:
-        """Whether a round with room for it proposes the whole length."""
+        """Whether a round proposes the whole length, unless the output ends in it."""
         return setup.draft is not None and setup.draft.kind == "model" and setup.stop_below is None
 
     def _check_draft(self, draft: Draft | None) -> None:

@@ -18,7 +18,7 @@ from tests.support.cli import assert_refused, call, content
 BAD_TARGETS = {
     "{models}/missing": "models/missing': no such directory or file; allowed are a model directory, a .gguf file",
     "{models}/notes.txt": "notes.txt': a file; allowed are",
-    "{models}/empty": "models/empty': has no config.json; a transformers model directory is needed",
+    "{models}/empty": "models/empty': has no config.json; name a transformers model",
     "{models}/no-weights": "models/no-weights': has no model.safetensors or model.safetensors.index.json",
     "{models}/pickled": "pickled weights (pytorch_model.bin) can run code and are refused; convert it to safetensors",
     "{models}/truncated": "models/truncated': model.safetensors is not a whole safetensors file",
@@ -48,7 +48,7 @@ BAD_TARGETS = {
 BAD_DRAFTS = {
     "{models}/missing": "models/missing': no such directory or file",
     "{models}/notes.txt": "notes.txt': a file",
-    "{models}/empty": "models/empty': has no config.json; a transformers model directory is needed",
+    "{models}/empty": "models/empty': has no config.json; name a transformers model",
     "{models}/no-weights": "models/no-weights': has no model.safetensors or model.safetensors.index.json",
     "{models}/pickled": "pickled weights (pytorch_model.bin)",
     "{models}/truncated": "models/truncated': ",

@@ -74,7 +74,8 @@ def test_a_pool_is_emptied_before_every_try(
     starts = engine.num_starts
     samples = engine.run_together(WORKLOAD, code[:2], (POOL,), "race 0")
     assert engine.num_starts == starts + 2
-    assert [dict(run.rounds) for run in again[0]] == [dict(sample.rounds) for sample in samples]
+    [(runs, _)] = again
+    assert [dict(run.rounds) for run in runs] == [dict(sample.rounds) for sample in samples]
 
 
 def test_a_draft_may_sample(engine: ServerEngine, code: tuple[Prompt, ...]) -> None:
