@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -198,7 +199,7 @@ class TestAWin:
         assert document["choice"]["draft"] in ("early-exit:1", "early-exit:2")
         assert document["speedup"]["low"] > 1.0
         assert document["chosen_tok_per_s"] > document["plain_tok_per_s"] > 0.0
-        assert "times as fast as plain decoding on 24 other prompts" in document["reason"]
+        assert re.search(r"times as fast as plain decoding on \d\d other prompts", document["reason"])
 
     def test_forecasts_and_race_are_both_kept(self, won: Tuned) -> None:
         """The race's first trial is plain against plain, and each of its steps is one prompt."""
