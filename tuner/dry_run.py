@@ -104,9 +104,12 @@ def _copy(location: Location, copy: Path, target: Model) -> None:
         scratch.writing() as duplicate,
     ):
         for table in tables.metadata.sorted_tables:
-            query = select(table)
-            if "target_key" in table.c:
-                query = query.where(table.c.target_key == target.run_digest)
+            query, about = select(table), table
+            owners = [key.column.table for key in table.foreign_keys if "target_key" in key.column.table.c]
+            if "target_key" not in table.c and owners:
+                query, about = query.join(owners[0]), owners[0]
+            if "target_key" in about.c:
+                query = query.where(about.c.target_key == target.run_digest)
             rows = [dict(row) for row in source.execute(query).mappings()]
             if rows:
                 duplicate.execute(insert(table), rows)

@@ -1,11 +1,14 @@
 """The rehearsal foresees the units a run measures, counts what is known, and leaves the book as it was."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from profiles.records.core import digest_of
 from profiles.records.errors import BadNumbersError
 from store.evidence_store import EvidenceStore
+from tests.support import fakes
 from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts, sql
 from tuner.dry_run import dry_run
 from tuner.pipeline.pipeline import Options, Watch
@@ -42,6 +45,18 @@ def test_a_finished_run_leaves_nothing_to_measure(tmp_path: Path) -> None:
     assert foreseen.seconds == 0.0
     assert foreseen.known_units >= done.cost["measured_units"]
     assert sql(path, "SELECT count(*) FROM runs") == [(1,)]
+
+
+def test_other_targets_in_the_store_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their runs, step times and choices are not copied; the units of the target itself are known."""
+    path, loads = tmp_path / "evidence.db", [(GREEDY, prompts(14))]
+    with EvidenceStore.open(path) as evidence_store:
+        tune(FakeEngine(keep=0.9), loads, TuningSession.of(evidence_store), OPTIONS, Watch())
+    assert dry_run(FakeEngine(keep=0.9), loads, path, OPTIONS).new_units == {}
+    monkeypatch.setattr(fakes, "TARGET", replace(fakes.TARGET, digest=digest_of("another")))
+    foreseen = dry_run(FakeEngine(keep=0.9), loads, path, OPTIONS)
+    assert foreseen.known_units == 0
+    assert foreseen.new_units["calibration"] == 3
 
 
 def test_a_draft_that_fails_at_a_glance_is_not_counted(tmp_path: Path) -> None:
