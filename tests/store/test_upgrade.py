@@ -150,3 +150,9 @@ def test_step_times_of_schema_0005_are_greedy(tmp_path: Path) -> None:
     assert greedy == FakeEngine().time_steps(GREEDY, 96, 4)
     assert sampled is None
     assert sql(path, "SELECT DISTINCT sampling FROM step_ms") == [(None,)]
+
+
+def test_a_run_that_never_ended_has_no_outcome(old: Path) -> None:
+    sql(old, "UPDATE runs SET finished_at = NULL, outcome = NULL")
+    EvidenceStore.open(old).close()
+    assert {kind for (kind,) in sql(old, "SELECT typeof(outcome) FROM runs")} == {"null"}

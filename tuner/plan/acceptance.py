@@ -79,12 +79,16 @@ def from_file(path: Path, draft: str, lengths: Sequence[int]) -> list[Acceptance
         value = json.loads(path.read_text(encoding="utf-8"))[draft]
         domains = value if isinstance(value, dict) else {MIXED: value}
         rounds = {domain: _file_rounds(each, lengths) for domain, each in domains.items()}
+        if not any(rounds.values()):
+            raise ValueError(f"{value} has no share for lengths of {min(lengths)} and more")
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"{type(error).__name__} {error}; JSON like {{DRAFT: {{DOMAIN: 0.8}}}} with this draft is needed"
         raise InputError(f"acceptance {str(path)!r} of {draft!r}: {what}") from error
     source = f"file {path.name}"
     return [
-        Acceptance(draft=draft, domain=name, kind="file", source=source, rounds=each) for name, each in rounds.items()
+        Acceptance(draft=draft, domain=name, kind="file", source=source, rounds=each)
+        for name, each in rounds.items()
+        if each
     ]
 
 
@@ -106,7 +110,8 @@ def published(target: str, draft: str, kind: str, lengths: Sequence[int]) -> Acc
     Raises NotMeasuredError: nothing is published for this kind of draft.
     """
     of_kind = [row for row in read_data("published") if row["kind"] == kind]
-    same_target = [row for row in of_kind if model_key(row["target"]) == model_key(target)]
+    key = model_key(target)
+    same_target = [row for row in of_kind if key is not None and model_key(row["target"]) == key]
     name = _last_part(draft.rpartition("+")[2])
     of_pair = [row for row in same_target if _last_part(row["draft"]) == name]
     nearness = {

@@ -47,12 +47,15 @@ def planned_draft(spec: DraftSpec, target: Shape, format_name: str | None) -> Pl
     """What a draft costs. Raises ModelError, and InputError for a composite."""
     if spec.kind == "composite":
         raise InputError(f"draft {spec.name!r}: a plan takes its parts singly, the look-up and the model")
-    if spec.kind == "ngram":
+    if (spec.method or spec.kind).startswith(("ngram", "suffix")):
         return PlannedDraft(spec=spec, shape=None)
     if spec.num_layers is not None:
         return PlannedDraft(spec=spec, shape=target.first_layers(min(spec.num_layers, target.layers)))
     passes = 1.0 if "flash" in (spec.method or "") else None
-    shape = head_shape(target, str(spec.method)) if spec.path is None else read_shape(spec.path, format_name)
+    if spec.method is not None and not Path(spec.path or "").is_absolute():  # no file here, or none needed
+        shape = head_shape(target, spec.method)
+    else:
+        shape = read_shape(str(spec.path), format_name)
     return PlannedDraft(spec=spec, shape=shape, passes=passes)
 
 
@@ -129,10 +132,14 @@ class Planner:
                 f"batch sizes {sizes}, context {query.context}: 1 to {MOST_BATCH} and 1 to 10000000 are allowed"
             )
         self.measured: Mapping[int, MeasuredTimes] = {}
-        if query.evidence_store is not None:
+        engine = self.steps.engine
+        # engines are measured on one device, or with layers on several, which take turns
+        if query.evidence_store is not None and (hardware.count == 1 or engine.parallel == "layers"):
             from tuner.plan import stored
 
-            self.measured = stored.step_times(query.evidence_store, query.target, hardware.name, self.steps.engine.name)
+            self.measured = stored.step_times(
+                query.evidence_store, query.target, self.target.format, hardware.name, engine.name
+            )
         self.check_memory(self.target)
 
     def needed_bytes(self, batch: int, *shapes: Shape) -> float:
@@ -164,7 +171,13 @@ class Planner:
         if re.fullmatch(r"\d*\.?\d+", query.acceptance):
             return [acceptance.assumed(float(query.acceptance), name, query.lengths)]
         rows = acceptance.from_file(Path(query.acceptance), name, query.lengths)
-        return [row for row in rows if not query.domains or row.domain in query.domains]
+        rows = [row for row in rows if not query.domains or row.domain in {acceptance.MIXED, *query.domains}]
+        if not rows:
+            domains = ", ".join(sorted(query.domains))
+            raise NotMeasuredError(
+                f"acceptance {query.acceptance!r} of {name} has no domain {domains}: add one of them"
+            )
+        return rows
 
     def parts(self, draft: PlannedDraft, drafted: int, batch: int) -> RoundParts:
         """Of a round that drafts this many tokens; a model that drafts none takes no step."""

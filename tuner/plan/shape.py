@@ -4,6 +4,7 @@ Standard library only: no weight is read and no model library is loaded.
 """
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from profiles.records.errors import ModelError
 _ALLOWED = "allowed are a directory, a config.json, a .gguf file, a hub id and a name of tuner/plan/models.json"
 _GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes by type of a value
 _GGUF_FLOATS, _GGUF_TEXT, _GGUF_LIST = (6, 12), 8, 9
+_LONGEST_TEXT = 1 << 26  # bytes
+_ANOTHER_MODEL = re.compile(r"\db\b|distill|eagle|specul|flash|medusa")  # behind a published name
 Config = Mapping[str, Any]
 
 
@@ -98,12 +101,16 @@ def read_shape(name: str, format_name: str | None = None) -> Shape:
             config = json.loads(config_file.read_text(encoding="utf-8"))
             size = sum(map(_tensor_bytes, path.glob("*.safetensors")))
         elif key := model_key(name):
-            config = read_data("models")[key]
+            config, methods = read_data("models")[key], read_data("formats")["quant_methods"]
+            format_name = format_name or next((methods[part] for part in methods if part in name.lower()), None)
         else:
             config = _hub_config(name)
         return shape_of(name, config, format_name, size)
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, struct.error) as error:
-        raise ModelError(f"model {name!r}: {type(error).__name__} {error}; {_ALLOWED}") from error
+        what = " ".join(str(error).split())
+        raise ModelError(f"model {name!r}: {type(error).__name__} {what}; {_ALLOWED}") from error
 
 
 def shape_of(name: str, config: Config, format_name: str | None = None, size: float = 0) -> Shape:
@@ -134,11 +141,8 @@ def shape_of(name: str, config: Config, format_name: str | None = None, size: fl
 
 
 def _count(name: str, config: Config) -> Shape:
-    hidden, layers, head = (
-        config["hidden_size"],
-        config["num_hidden_layers"],
-        config["hidden_size"] * config["vocab_size"],
-    )
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    head = hidden * (config.get("draft_vocab_size") or config["vocab_size"])  # EAGLE-3 heads choose from fewer tokens
     types = config.get("layer_types") or ()
     full = layers // (config.get("full_attention_interval") or 1)
     if any("linear" in kind for kind in types):
@@ -212,9 +216,13 @@ def head_shape(target: Shape, method: str) -> Shape:
 
 
 def model_key(name: str) -> str | None:
-    """The published model that a name begins with: `meta-llama/Llama-3.1-70B-Instruct` is `Llama-3.1-70B`."""
+    """The published model that a name begins with: `meta-llama/Llama-3.1-70B-Instruct` is `Llama-3.1-70B`.
+
+    None for another model that is named after it: `DeepSeek-R1-Distill-Qwen-7B`, a draft head of it.
+    """
     short = name.rpartition("/")[2].lower()
-    return max((key for key in read_data("models") if short.startswith(key.lower())), key=len, default=None)
+    key = max((key for key in read_data("models") if short.startswith(key.lower())), key=len, default="")
+    return key if key and not _ANOTHER_MODEL.search(short[len(key) :]) else None
 
 
 def _hub_config(name: str) -> Config:
@@ -229,6 +237,8 @@ def _tensor_bytes(path: Path) -> int:
     """Bytes of the tensors of a safetensors file, from its header."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
+        if length > path.stat().st_size:
+            raise ValueError(f"{path.name} is not a whole safetensors file, download it again")
         header = json.loads(file.read(length))
     return max((tensor["data_offsets"][1] for key, tensor in header.items() if key != "__metadata__"), default=0)
 
@@ -255,7 +265,10 @@ def _unpack(file: BinaryIO, layout: str) -> tuple[Any, ...]:
 def _gguf_value(file: BinaryIO, kind: int) -> Any:
     """A metadata value: integers and texts as they are, lists as their lengths, other numbers as None."""
     if kind == _GGUF_TEXT:
-        return file.read(*_unpack(file, "<Q")).decode(errors="replace")
+        (length,) = _unpack(file, "<Q")
+        if length > _LONGEST_TEXT:
+            raise ValueError("not a whole GGUF file")
+        return file.read(length).decode(errors="replace")
     if kind == _GGUF_LIST:
         item, count = _unpack(file, "<IQ")
         if item in _GGUF_SIZES:

@@ -9,6 +9,7 @@ from sqlalchemy import select, text
 
 from profiles.acceptance.expected_rounds import expected_rounds
 from profiles.hardware.device import family
+from profiles.records.core import DTYPES
 from profiles.records.errors import NotMeasuredError
 from store import tables
 from store.evidence_store import EvidenceStore
@@ -94,17 +95,33 @@ def _traces(store: EvidenceStore, target_key: str, draft: str) -> Iterator[tuple
         for table, record in pairs:
             query = select(table).filter_by(target_key=target_key, draft_name=draft)
             for row in connection.execute(query).mappings():
-                trace = targets[row["sampling_digest"], row["prompt_digest"]]
-                yield domains.get(trace.prompt_digest) or MIXED, trace, record(row)
+                if trace := targets.get((row["sampling_digest"], row["prompt_digest"])):
+                    yield domains.get(trace.prompt_digest) or MIXED, trace, record(row)
 
 
-def step_times(store: EvidenceStore, target: str, device: str, engine: str) -> dict[int, MeasuredTimes]:
-    """By batch size, the newest step times of the target on this device or its family; empty where there are none."""
-    query = text("SELECT * FROM step_ms WHERE target = :target ORDER BY measured_at")
+def step_times(
+    store: EvidenceStore, target: str, format_name: str, device: str, engine: str
+) -> dict[int, MeasuredTimes]:
+    """By batch size, the newest greedy step times of the target on this device or its family; empty without any.
+
+    `format_name`: of the target's weights; the store does not tell how weights that are no GGUF are quantised.
+    """
+    try:
+        models = find_targets(store, target)
+    except NotMeasuredError:
+        return {}
+    is_float = format_name in DTYPES
+    models = [model for model in models if format_name == model.weights_type or not (is_float or model.stored_type)]
+    if not models:
+        return {}
+    about = {"target": models[0].name, "dtype": models[0].dtype}
+    query = text(
+        "SELECT * FROM step_ms WHERE target = :target AND dtype = :dtype AND sampling IS NULL ORDER BY measured_at"
+    )
     times: dict[int, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     contexts: dict[int, tuple[str, int]] = {}
     with store.reading() as connection:
-        for row in connection.execute(query, {"target": target}).mappings():
+        for row in connection.execute(query, about).mappings():
             engines = (row["engine"], row["engine"].removeprefix("draftpick-"))
             if family(device) == family(row["device"]) and engine in engines:
                 batch, measured_at = row["batch_size"], (row["device"], row["context_length"])

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from alembic import op
-from sqlalchemy import Column, Connection, Integer, MetaData, String, Table, insert
+from sqlalchemy import JSON, Column, Connection, Integer, MetaData, String, Table, insert
 
 from profiles.records.core import digest_of
 from profiles.records.errors import require
@@ -75,6 +75,9 @@ def _json(value: Any) -> Any:
 
 def _fill(connection: Connection, name: str, rows: Iterable[Row]) -> None:
     table = Table(name, MetaData(), autoload_with=connection, resolve_fks=False)
+    for column in table.c:
+        if isinstance(column.type, JSON):
+            column.type.none_as_null = True
     rows = iter(rows)
     while chunk := list(islice(rows, 1000)):
         connection.execute(insert(table), chunk)

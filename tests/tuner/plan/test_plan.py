@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from profiles.builtin import BUILTIN_FOLDER, TARGET
+from profiles.records.draft_spec import parse_draft
 from profiles.records.errors import InputError, ModelError, NotMeasuredError
 from store.evidence_store import EvidenceStore, Scope
 from tests import ROOT
@@ -19,7 +20,7 @@ from tests.support.fakes import TARGET as FAKE_TARGET
 from tuner.plan import acceptance, stored
 from tuner.plan.acceptance import rate_of, tokens_per_round
 from tuner.plan.hardware import read_hardware
-from tuner.plan.plan import PlanQuery, make_plan
+from tuner.plan.plan import PlanQuery, make_plan, planned_draft
 from tuner.plan.shape import head_shape, read_data, read_shape, shape_of
 from tuner.plan.step_time import StepModel, read_engine
 
@@ -146,6 +147,21 @@ def test_heads_are_small_parts_of_their_target() -> None:
     assert eagle.active < mtp.active < 0.06 * target.active
 
 
+def test_a_published_head_is_no_copy_of_the_target_in_its_name_and_a_suffix_has_no_weights() -> None:
+    target = read_shape("Qwen3-8B-AWQ")
+    assert target.format == "awq-int4"
+    named = planned_draft(parse_draft("eagle3:RedHatAI/Qwen3-8B-speculator.eagle3"), target, None).shape
+    assert named == planned_draft(parse_draft("eagle3"), target, None).shape
+    assert planned_draft(parse_draft("suffix"), target, None).shape is None
+
+
+def test_files_that_were_not_downloaded_are_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(read_data("models")["Qwen3-8B"]))
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ModelError, match="not a whole safetensors file"):
+        read_shape(str(tmp_path))
+
+
 def test_a_plan_covers_every_draft_length_and_batch() -> None:
     plan = make_plan(changed(drafts=["Llama-3.2-1B", "native:eagle3"], batch_sizes=(1, 16), lengths=(1, 4)))
     assert len(plan["setups"]) == 2 * 2 * 2
@@ -194,6 +210,7 @@ def test_gains_of_a_dense_target_end_at_a_batch() -> None:
         ({"drafts": ["ngram+Llama-3.2-1B"]}, "ngram"),
         ({"drafts": ["ngram"], "acceptance": "published"}, "ngram"),
         ({"acceptance": "store"}, "--store"),
+        ({"target": "DeepSeek-R1-Distill-Qwen-7B"}, "no such directory"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_one_line(fields: dict[str, object], part: str) -> None:
@@ -217,6 +234,11 @@ def test_acceptance_of_a_file_is_by_domain_and_by_position(tmp_path: Path) -> No
         ("code", 1): 1.9, ("code", 2): 2.4, ("prose", 1): 1.5, ("prose", 2): 1.75, ("prose", 3): 1.875
     }  # fmt: skip
     assert {row["domain"] for row in make_plan(changed(acceptance=str(path), domains={"code"}))["setups"]} == {"code"}
+    with pytest.raises(NotMeasuredError, match="no domain chat"):
+        make_plan(changed(acceptance=str(path), domains={"chat"}))
+    path.write_text(json.dumps({"Llama-3.2-1B": [0.9]}))
+    with pytest.raises(InputError, match="no share for lengths of 2"):
+        make_plan(changed(acceptance=str(path), lengths=(2, 3)))
 
 
 def test_published_acceptance_says_how_near_it_is() -> None:
@@ -227,6 +249,7 @@ def test_published_acceptance_says_how_near_it_is() -> None:
     assert "of this pair" in pair.source
     assert "on this target" in target.source
     assert "elsewhere" in other.source
+    assert "elsewhere" in acceptance.published("my-model", "mtp", "mtp", (3,)).source
     assert other.rounds[3].low < other.rounds[3].tokens < other.rounds[3].high
 
 
@@ -239,8 +262,10 @@ def test_the_store_gives_exact_rounds_and_its_step_times_win(tmp_path: Path) -> 
         store.save_step_times(scope, (DRAFT_A,), 4, engine.time_steps(GREEDY, 100, 4))
         [mixed, *_] = stored.acceptance(store, FAKE_TARGET.name, DRAFT_A.name, (1, 2))
         assert 1.0 <= mixed.rounds[1].tokens <= mixed.rounds[2].tokens <= 3.0
-        measured = stored.step_times(store, FAKE_TARGET.name, MACHINE.device, MACHINE.engine)[GREEDY.batch_size]
+        about = FAKE_TARGET.name, "float32", MACHINE.device, MACHINE.engine
+        measured = stored.step_times(store, *about)[GREEDY.batch_size]
         assert measured.round_s(DRAFT_A.name, 2, True) is not None
+        assert stored.step_times(store, FAKE_TARGET.name, "bfloat16", MACHINE.device, MACHINE.engine) == {}
         with pytest.raises(NotMeasuredError):
             stored.acceptance(store, FAKE_TARGET.name, "another", (1,))
 
