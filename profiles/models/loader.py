@@ -304,8 +304,8 @@ def _check_complete(source: Source, model: PreTrainedModel, info: dict[str, Any]
             advice = "they are scales of quantised weights, and its config.json has no quantization_config"
             if source.files("hf_quant_config.json"):
                 advice = "they are scales of weights quantised by ModelOpt (hf_quant_config.json), read by vLLM only"
-        place = f"no place in {type(model).__name__}"
-        raise source.error(f"{len(left_over)} tensors in its files have {place}, first {left_over[0]}; {advice}")
+        reason = f"no place in {type(model).__name__}"
+        raise source.error(f"{len(left_over)} tensors in its files have {reason}, first {left_over[0]}; {advice}")
     parts = ", ".join(dict.fromkeys(key.partition(".")[0] for key in unread))
     note = f"model {source.name!r}: {len(unread)} tensors beside the language model are not read ({parts})"
     return [note] if unread else []
