@@ -50,7 +50,8 @@ class TableRows:
     ) -> torch.Tensor:
         assert tokens.shape == positions.shape == (self.num_rows if row is None else 1, tokens.shape[1])
         assert reach > int(positions.max())
-        return self._table[tokens[:, -keep:]]
+        last = len(self._table) - 1  # of a row that is done any token is stepped, a prompt's odd first one too
+        return self._table[tokens[:, -keep:].clamp(max=last)]
 
 
 def near(model: TableModel, seed: int, distance: float) -> TableModel:
