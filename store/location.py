@@ -22,7 +22,7 @@ def store_location(option: str | None) -> Location:
     """
     named = option or os.environ.get("DRAFTPICK_STORE")
     if named and named.startswith("sqlite:"):
-        database = make_url(named).database
+        database = make_url(named).database if named.startswith("sqlite://") else None
         if not database or database == ":memory:":
             raise StoreError(f"store {named}: sqlite:///FILE, or sqlite:////FILE from the root, is needed")
         return Path(database)

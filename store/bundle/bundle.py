@@ -390,7 +390,7 @@ def _require_schema(connection: Connection) -> None:
     schema = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
     if schema > int(migrations.HEAD):
         raise InputError(f"it has schema {schema:04}, this draftpick reads up to {migrations.HEAD}: upgrade draftpick")
-    if strange := _schema(connection) ^ _own_schema():
+    if strange := _schema(connection) ^ _expected_schema():
         kind, name, *_ = min(strange)
         raise InputError(f"its {kind} {name[:60]!r} is not of schema {migrations.HEAD}")
     for check in ("quick_check", "foreign_key_check"):
@@ -400,7 +400,7 @@ def _require_schema(connection: Connection) -> None:
 
 
 @cache
-def _own_schema() -> set[tuple[str, str, str, str]]:
+def _expected_schema() -> set[tuple[str, str, str, str]]:
     empty = sqlalchemy.create_engine("sqlite://")
     with empty.begin() as connection:
         tables.metadata.create_all(connection)

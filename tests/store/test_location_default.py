@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from profiles.records.errors import StoreError
 from store import location
 
 
@@ -20,3 +21,9 @@ def test_a_checkout_reads_the_store_of_make_tune(tmp_path: Path, monkeypatch: py
     assert location.store_location(None) == tmp_path / ".draftpick" / "evidence.db"
     monkeypatch.setenv("DRAFTPICK_STORE", str(tmp_path / "other"))
     assert location.store_location(None) == tmp_path / "other" / "evidence.db"
+
+
+@pytest.mark.parametrize("url", ["sqlite:evidence.db", "sqlite://"])
+def test_a_sqlite_url_without_a_file_is_refused(url: str) -> None:
+    with pytest.raises(StoreError, match="sqlite:///FILE"):
+        location.store_location(url)

@@ -111,7 +111,7 @@ def release_of_build(version: str | None) -> LlamaRelease:
     return LlamaRelease(engine="llamacpp", version=release.version, note=release.note, flags=flags)
 
 
-def known_builds() -> str:
+def builds_with_flags() -> str:
     return ", ".join(flags.builds for flags in FLAG_SETS)
 
 
@@ -125,7 +125,7 @@ def objection(target: Model, setup: Setup, release: EngineRelease) -> str | None
     """Why llama.cpp cannot be told a setup; short look-up drafts are dropped (`common_ngram_simple_draft`)."""
     assert isinstance(release, LlamaRelease)
     if release.flags is None:
-        return f"the flags of {release.name} are not known: they are for {known_builds()}"
+        return f"the flags of {release.name} are not known: they are for {builds_with_flags()}"
     min_match = setup.draft.min_match if setup.draft is not None and setup.draft.kind == "ngram" else None
     if min_match is not None and setup.length < min_match:
         return f"llama.cpp drops look-up drafts shorter than the match, {min_match} tokens here"

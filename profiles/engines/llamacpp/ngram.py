@@ -29,18 +29,18 @@ def trace_lookup(draft: Draft, prompt: Prompt, trace: TargetTrace, max_length: i
     indexed = 1  # n-grams before it are in `latest`; llama.cpp never finds the one at 0
     proposals: dict[int, list[int]] = {}
     for start in range(1, len(trace.token_ids)):
-        num_known = len(prompt.token_ids) + start - 1  # the last token is looked up but not yet in the text
-        while indexed < num_known - size:
+        size_before = len(prompt.token_ids) + start - 1  # the last token is looked up but not yet in the text
+        while indexed < size_before - size:
             latest[tuple(text[indexed : indexed + size])] = indexed
             indexed += 1
-        match = latest.get(tuple(text[num_known + 1 - size : num_known + 1]))
-        tokens = [] if match is None else text[match + size : min(match + size + max_length, num_known)]
-        longest = num_known - size - 2  # the greatest length that drafts in so short a text
+        match = latest.get(tuple(text[size_before + 1 - size : size_before + 1]))
+        tokens = [] if match is None else text[match + size : min(match + size + max_length, size_before)]
+        longest = size_before - size - 2  # the greatest length that drafts in so short a text
         if len(tokens) < size or longest < size:
             tokens = []
         elif longest < max_length:
             raise EngineError(
-                f"draft {draft.name}: in a text of {num_known + 1} tokens llama.cpp drafts for lengths up to {longest} "
+                f"draft {draft.name}: in a text of {size_before + 1} tokens llama.cpp drafts lengths up to {longest} "
                 f"alone; for lengths up to {max_length} prompts of {size + max_length + 2} tokens are needed"
             )
         proposals[start] = tokens

@@ -8,7 +8,7 @@ from typing import Any
 
 from profiles.engines import rules
 from profiles.engines.llamacpp import responses, xllamacpp_server
-from profiles.engines.llamacpp.flags import FlagSet, LlamaRelease, args_for, flags_of_help, known_builds
+from profiles.engines.llamacpp.flags import FlagSet, LlamaRelease, args_for, builds_with_flags, flags_of_help
 from profiles.engines.llamacpp.responses import LlamaCompletion
 from profiles.engines.serving.http_load import drive
 from profiles.engines.serving.pool import ServerPool
@@ -70,7 +70,7 @@ def find_program(path: str | None = None) -> Program:
         raise InputError(f"llama-server {path!r}: it cannot be run, or does not report its version")
     flags = flags_of_help(text)
     if flags is None:
-        raise InputError(f"llama-server {path!r}: its flags are not known; known are those of {known_builds()}")
+        raise InputError(f"llama-server {path!r}: its flags are not known; known are those of {builds_with_flags()}")
     has_rates = "--spec-synth-rates" in text
     return Program(command=tuple(command), version=version, flags=flags, has_synthetic_rates=has_rates)
 

@@ -132,8 +132,8 @@ class ServedEngine(ABC, Generic[Key, Member]):
         if self._watched_gpus is None:
             return
         most = max((count.proposed for run in runs for count in run.rounds), default=setup.length)
-        has_room = max(len(run.token_ids) for run in runs) > setup.length + 2
-        if most > setup.length or (most < setup.length and has_room and self._proposes_all(setup)):
+        is_long = max(len(run.token_ids) for run in runs) > setup.length + 2
+        if most > setup.length or (most < setup.length and is_long and self._proposes_all(setup)):
             raise EngineError(
                 f"{self._label} was started for {setup.name} and proposes up to {most} tokens a round: it ignores the "
                 f"setting; leave this draft out, or measure it with another version"

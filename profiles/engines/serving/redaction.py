@@ -13,9 +13,7 @@ _PATTERNS = (
     re.compile(rf"(?i)(\b\w*{_NAME}=\[?)(?!\{{){_VALUE}"),  # NAME_TOKEN=value, --api-key=value
     re.compile(rf"(?i)((?<![\w-])--?[\w-]*(?:{_NAME}|authorization)\s+)(?![-{{]){_VALUE}"),  # --api-key value
     re.compile(rf"(?i)(['\"][\w-]*{_NAME}\\?['\"]\s*:\s*\[?\\?){_VALUE}"),  # {"api_key": "value"}
-    re.compile(
-        r"(?i)((?<![\w-])(?:x-[\w-]*(?:key|token|secret|auth)|api-?key|authorization)\s*:(?!\s*bearer\b)\s*)[^\"'\n]+"
-    ),  # a header
+    re.compile(rf"(?i)({_HEADER}\s*:(?!\s*bearer\b)\s*)[^\"'\n]+"),  # a header
     re.compile(r"(?i)(\bbearer\s+)[^\s\"']+"),
     re.compile(r"(?i)([?&](?:key|sig|signature|auth|code)=)[^&\s\"']+"),
     re.compile(r"(://)[^/\s?#\"']+(?=@)"),  # user:password of a URL

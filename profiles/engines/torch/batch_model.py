@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from profiles.engines.torch import llama_forward
-from profiles.engines.torch.attention import pack_heads
+from profiles.engines.torch.attention import disable_cudnn, pack_heads
 from profiles.engines.torch.kv_cache import RowCache, TransformersCache, added_mask
 from profiles.records.draft_spec import MAX_LENGTH
 from profiles.records.errors import ModelError
@@ -65,8 +65,7 @@ class RowModel:
         self._graphs: dict[tuple[int, int, int], _Graph] | None = {} if on_one_gpu else None
         self._resources = _GraphResources(model.device) if on_one_gpu else None
         if model.device.type == "cuda":
-            # cuDNN builds a plan for every new shape, 0.4 s each: in every prompt's time to first token
-            torch.backends.cuda.enable_cudnn_sdp(False)
+            disable_cudnn()
 
     def step(
         self, tokens: torch.Tensor, positions: torch.Tensor, reach: int, keep: int = 1, row: int | None = None
