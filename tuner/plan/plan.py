@@ -267,7 +267,9 @@ def make_plan(query: PlanQuery) -> dict[str, Any]:
     planner = Planner(query)
     plans, left_out = [], []
     for text in query.drafts:
-        name, _, format_name = text.partition("@")
+        name, at, format_name = text.rpartition("@")
+        if not at or "/" in format_name:  # of a path
+            name, format_name = text, ""
         try:
             draft = planned_draft(parse_draft(name), planner.target, format_name or query.dtype)
             if draft.shape is not None and draft.spec.path is not None:

@@ -221,8 +221,9 @@ def test_what_cannot_be_planned_is_refused_in_one_line(fields: dict[str, object]
 
 
 def test_one_unusable_draft_is_left_out() -> None:
-    plan = make_plan(changed(drafts=["Llama-3.2-1B", "nobody-1B"]))
-    assert [row["draft"] for row in plan["left_out"]] == ["nobody-1B"]
+    plan = make_plan(changed(drafts=["Llama-3.2-1B@fp8", "/no@body/1B"]))
+    assert [row["draft"] for row in plan["left_out"]] == ["/no@body/1B"]
+    assert "/no@body/1B" in plan["left_out"][0]["reason"]
 
 
 def test_acceptance_of_a_file_is_by_domain_and_by_position(tmp_path: Path) -> None:
