@@ -31,7 +31,7 @@ from tuner.policy.prior import Prior
 from tuner.search import control, proof, race
 from tuner.search.limits import Limits
 from tuner.search.objective import MIN_SPEEDUP, among_equals, candidates, worth_racing
-from tuner.search.pairs import Pair, Queue, pair_order, run_pairs, speedup_so_far
+from tuner.search.pairs import Pair, Queue, pair_order, run_pairs, speedup_so_far, timed_pairs
 from tuner.search.sequential import Look
 from tuner.search.studies import Storage, search_forecasts
 
@@ -315,7 +315,16 @@ class _PointTrial:
                 return
             self._num_races += 1
             name = self._name if self._num_races == 1 else f"{self._name}, again {self._num_races}"
-            self._point = replace(self._point, race=None, candidate=None, measured=None, units=(), stopped=None)
+            self._point = replace(
+                self._point,
+                race=None,
+                candidate=None,
+                measured=None,
+                units=(),
+                objection=None,
+                cores=None,
+                stopped=None,
+            )
             try:
                 self._race(hopeful, f"race, {name}")
             except OutOfTimeError:
@@ -332,7 +341,9 @@ class _PointTrial:
         if self._proof is not None and self._proof.is_over:
             runner_up, self._proof = self._runner_up(), None
             self._unproven.append(self._point)
-            self._point = replace(self._point, candidate=runner_up, measured=None, units=())
+            self._point = replace(
+                self._point, candidate=runner_up, measured=None, units=(), objection=None, cores=None, stopped=None
+            )
         candidate = self._point.candidate
         assert candidate is not None
         try:
@@ -350,9 +361,12 @@ class _PointTrial:
 
     def _closest(self) -> PointDecision:
         """The present candidate; of a runner-up that is not proven either the first one."""
-        if self._unproven and _p_value(self._point) > proof.LEVEL:
+        if not self._unproven or _p_value(self._point) <= proof.LEVEL:
+            return self._point
+        if not self._point.out_of_time or self._point.candidate is None:
             return self._unproven[0]
-        return self._point
+        stopped = f"the budget ended before {self._point.candidate.name} was proven"
+        return replace(self._unproven[0], out_of_time=True, stopped=stopped)
 
     def _end(self, stopped: str) -> None:
         self._point = replace(self._point, out_of_time=True, stopped=stopped)
@@ -430,11 +444,12 @@ class _PointTrial:
         self._point = replace(self._point, race=result, candidate=winner if is_faster else None)
 
     def _race_speedup(self, setup: Setup, result: race.RaceResult) -> float:
-        """Over all prompts with forecasts, of which the race ran a few; in batches over those that were run."""
+        """Over all prompts with forecasts, of which the race timed two or more; else, and in batches, over its runs."""
         evidence, forecaster = self._point.evidence, self._point.forecaster
         assert evidence is not None
         assert forecaster is not None
-        if self._workload.batch_size > 1 or not evidence.is_traced(setup.draft):
+        few = len(timed_pairs(self._race_pairs[setup])) < 2
+        if few or self._workload.batch_size > 1 or not evidence.is_traced(setup.draft):
             return result.speedups[setup]
         prompts = self._plan.forecast_prompts
         seconds = _forecast_seconds(forecaster, setup, prompts)
@@ -454,12 +469,11 @@ class _PointTrial:
         looks = proof.look_sizes(len(planned), proof.QUEUE_LOOKS if is_batch else proof.LOOKS)
         num_drafts = len({forecast.setup.draft for forecast in self._point.forecasts if forecast.setup != PLAIN})
         share = 1.0 if num_drafts == 1 else (1.0 - proof.SHARE_LEFT) * proof.SHARE_LEFT**self._num_proofs
-        self._num_proofs += 1
         design = proof.Design(
             setup=setup,
             greedy=self._workload.temperature == 0.0,
             queue_size=len(planned[0]),
-            domains={prompt.digest: prompt.domain for prompt in (*prompts, *self._plan.forecast_prompts)},
+            domains={prompt.digest: prompt.domain for prompt in prompts},
             objective=self._options.objective,
             forecasts=None if is_batch or len(looks) == 1 else self._forecasts(setup, [queue[0] for queue in planned]),
             num_pairs=sum(map(len, planned)),
@@ -512,10 +526,11 @@ class _PointTrial:
         running.num_measured = len(pairs)
         self._plain_samples = [pair.plain for pair in pairs]
         self._rule_out(self._options.limits.latency_breach(setup, [pair.chosen for pair in pairs]))
-        if (num_timed := proof.num_timed_prompts(pairs, running.design.queue_size)) < 2:
-            self._point = replace(self._point, stopped=f"only {num_timed} outputs had a second token to time")
+        if (missing := proof.missing_runs(pairs, running.design.queue_size)) is not None:
+            self._point = replace(self._point, stopped=self._point.stopped or missing)
             running.is_over = True
             return
+        self._num_proofs += not running.looks  # one that ended without a look spent nothing
         measured, running.looks = proof.measure(running.design, pairs, running.looks, level=level)
         self._standings.note(setup, "measured", measured.speedup)
         design = running.design

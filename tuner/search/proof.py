@@ -96,7 +96,7 @@ def measure(
         level: Holm's level of the operating point, two-sided.
 
     Raises:
-        InputError: fewer than two prompts have a time per token.
+        InputError: see `missing_runs`.
     """
     is_last = design.num_pairs is None or len(pairs) >= design.num_pairs
     pairs = _without_disturbed_queues(pairs, design.queue_size)
@@ -214,9 +214,13 @@ def _assisted(
     return assisted_log_ratio(_linearised(compared, objective), forecast_s, forecasts.weights[objective], strata)
 
 
-def num_timed_prompts(pairs: Sequence[Pair], queue_size: int) -> int:
-    """How many prompts have a time per token; in a batch a prompt that was run again counts once."""
-    return len(_by_prompt(timed_pairs(pairs), queue_size))
+def missing_runs(pairs: Sequence[Pair], queue_size: int) -> str | None:
+    """What an interval lacks: two prompts with a time per token, in a batch of two queues too; None for nothing."""
+    timed = [number // queue_size for number, pair in enumerate(pairs) if timed_pairs([pair])]
+    num_prompts, num_timed = len(_by_prompt(pairs, queue_size)), len(_by_prompt(timed_pairs(pairs), queue_size))
+    if num_timed < 2:
+        return f"only {num_timed} of the {num_prompts} prompts of the proof had a second token to time: 2 are needed"
+    return "only one queue of the proof was timed: 2 are needed" if queue_size > 1 and len(set(timed)) < 2 else None
 
 
 def prove(measured: Sequence[Measured], objective: Objective = "tpot") -> list[bool]:

@@ -222,6 +222,51 @@ def test_a_proof_that_the_budget_ends_keeps_its_runs() -> None:
     assert "the budget ended" in choice.reason
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_budget_ends_after_the_first_unit_of_a_proof(batch_size: int) -> None:
+    """One prompt, or one queue of a batch, has no interval: plain decoding, because the budget ended."""
+    done: list[str] = []
+    watch = Watch(progress=lambda stage, *_: done.append(stage), out_of_time=lambda: "proof mixed" in done)
+    tuner = Tuner(FakeEngine(keep=0.9), Options(lengths=(1, 2, 3, 4)), watch)
+    (choice,) = tuner.tune([(replace(GREEDY, batch_size=batch_size), prompts(24))]).choices
+    assert choice.out_of_time
+    assert choice.measured is None
+    assert choice.reason.endswith("was not proven, because the budget ended before it was proven.")
+
+
+def test_the_budget_ends_in_the_proof_of_the_runner_up() -> None:
+    """The first draft's figures stay, and the reason names whose proof is missing."""
+    engine, done = ShortProofs(keep=0.97), list[str]()
+    engine.gain = 1.013
+    watch = Watch(progress=lambda stage, *_: done.append(stage), out_of_time=lambda: done.count("proof mixed") >= 73)
+    (choice,) = _tune(engine, prompts(108), watch).choices
+    assert choice.out_of_time
+    assert choice.measured is not None
+    assert choice.measured.setup.draft == DRAFT_A
+    assert "; the budget ended before ngram" in choice.reason
+
+
+def test_a_proof_that_fails_leaves_the_level_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look-up may spend what the draft would have, which was never looked at."""
+    shares = []
+
+    def measure(design: proof.Design, *args: Any, **kwargs: Any) -> Any:
+        shares.append((design.setup.draft, design.share))
+        return measured(design, *args, **kwargs)
+
+    class FailsInProofs(FakeEngine):
+        def run_together(self, workload, prompts, setups, purpose):  # type: ignore[no-untyped-def]
+            if purpose.startswith("proof") and any(setup.draft == DRAFT_A for setup in setups):
+                raise EngineError("draft-a ends")
+            return super().run_together(workload, prompts, setups, purpose)
+
+    measured = proof.measure
+    monkeypatch.setattr(proof, "measure", measure)
+    (choice,) = _tune(FailsInProofs(keep=0.97), prompts(30)).choices
+    assert choice.proven
+    assert shares == [(NGRAM, pytest.approx(1.0 - proof.SHARE_LEFT))]
+
+
 def test_what_differs_between_domains_is_no_uncertainty() -> None:
     """Copying gains 2.5 and prose 1.1 on every prompt: their shares are fixed, so their mean is known."""
     setup = Setup(draft=DRAFT_A, length=2)
@@ -445,6 +490,24 @@ def test_outputs_of_one_token_prove_nothing() -> None:
     outcome = _tune(EndsAtOnce())
     assert all(choice.setup == PLAIN for choice in outcome.choices)
     assert "first token" in outcome.choices[0].reason
+
+
+def test_few_outputs_with_a_second_token() -> None:
+    """A race of 12 prompts, of which one can be timed, still selects; the proof says what it lacks."""
+    load = prompts(90)
+    timed = {prompt.digest for prompt in plan_points(GREEDY, load)[0].forecast_prompts[11:]}
+
+    class MostEndAtOnce(FakeEngine):
+        def _trace(self, workload: Workload, prompt: Prompt) -> TargetTrace:
+            trace = super()._trace(workload, prompt)
+            one = {name: getattr(trace, name)[:1] for name in ("token_ids", "target_probs", "logit_gaps")}
+            return trace if prompt.digest in timed else replace(trace, **one, ended=True)
+
+    outcome = _tune(MostEndAtOnce(keep=0.9), load)
+    (choice,) = outcome.choices
+    assert outcome.points[0].race is not None
+    assert choice.setup == PLAIN
+    assert "only 0 of the 24 prompts of the proof had a second token to time: 2 are needed" in choice.reason
 
 
 def test_near_equals_go_to_no_weights_then_short() -> None:
