@@ -218,6 +218,8 @@ def missing_runs(pairs: Sequence[Pair], queue_size: int) -> str | None:
     """What an interval lacks: two prompts with a time per token, in a batch of two queues too; None for nothing."""
     timed = [number // queue_size for number, pair in enumerate(pairs) if timed_pairs([pair])]
     num_prompts, num_timed = len(_by_prompt(pairs, queue_size)), len(_by_prompt(timed_pairs(pairs), queue_size))
+    if num_prompts < 2:
+        return f"the proof had only one prompt, {MIN_PROOF_PROMPTS} are needed (12 in all)"
     if num_timed < 2:
         return f"only {num_timed} of the {num_prompts} prompts of the proof had a second token to time: 2 are needed"
     return "only one queue of the proof was timed: 2 are needed" if queue_size > 1 and len(set(timed)) < 2 else None

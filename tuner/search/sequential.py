@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy
 from scipy.optimize import brentq
-from scipy.special import ndtr, ndtri, stdtr
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 from profiles.records.core import Interval
 from profiles.stats import LogRatio
@@ -129,6 +129,12 @@ def _p_value(looks: Sequence[Look]) -> float:
     return SMALLEST_P if excess(low) >= 0.0 else math.exp(float(brentq(excess, low, high, xtol=1e-4)))
 
 
+def _z(ratio: LogRatio, difference: float) -> float:
+    """The normal value as far out as the t value of a difference from the truth."""
+    quantile = float(stdtr(ratio.freedom, difference / ratio.error))
+    return float(ndtri(min(1.0 - SMALLEST_P, max(SMALLEST_P, quantile))))
+
+
 def interval(looks: Sequence[Look], level: float, *, coverage: float = 0.95) -> Interval:
     """The ratio with the interval of the stage-wise ordering (Tsiatis, Rosner, Mehta 1984), whose coverage is exact.
 
@@ -149,12 +155,11 @@ def interval(looks: Sequence[Look], level: float, *, coverage: float = 0.95) -> 
     def above(truth: float) -> float:
         paths, reached = _START, 0.0
         for look, limit in zip(earlier, limits, strict=True):
-            shift = truth / look.ratio.error
-            reached += _above(paths, look.fraction, limit - shift)
-            paths = _staying(paths, look.fraction, -limit - shift, limit - shift)
-        quantile = float(stdtr(ratio.freedom, (ratio.value - truth) / ratio.error))
-        z = float(ndtri(min(1.0 - SMALLEST_P, max(SMALLEST_P, quantile))))
-        return reached + _above(paths, last.fraction, z)
+            bound = -float(stdtrit(look.ratio.freedom, ndtr(-limit))) * look.ratio.error
+            low, high = (_z(look.ratio, value - truth) for value in (-bound, bound))
+            reached += _above(paths, look.fraction, high)
+            paths = _staying(paths, look.fraction, low, high)
+        return reached + _above(paths, last.fraction, _z(ratio, ratio.value - truth))
 
     reach = 2.0 * FARTHEST_Z * max(look.ratio.error for look in looks)
     around = ratio.value - reach, ratio.value + reach

@@ -50,6 +50,23 @@ def test_intervals_after_stopping_cover(truth: float) -> None:
         assert (looks[-1].p_value <= 0.05) == (each.low > 1.0 or each.high < 1.0)
 
 
+@pytest.mark.parametrize(("truth", "level"), [(1.0, 0.05), (5.0, 0.01)])
+def test_intervals_of_few_queues_cover(truth: float, level: float) -> None:
+    """6 queues, then 12: each end misses in 2.5 % of 400, also where a gain of five errors is not rejected at first."""
+    rng, missed = numpy.random.default_rng(3), numpy.zeros(2)
+    for _ in range(400):
+        queues = rng.normal(truth, math.sqrt(6), 12)
+        looks: tuple[Look, ...] = ()
+        for size in (6, 12):
+            ratio = LogRatio(queues[:size].mean(), queues[:size].std(ddof=1) / math.sqrt(size), size - 1)
+            looks = (*looks, next_look(ratio, 0.5, looks, is_last=size == 12))
+            if looks[-1].p_value <= level:
+                break
+        measured = interval(looks, level)
+        missed += math.log(measured.low) > truth, math.log(measured.high) < truth
+    assert all(missed / 400 <= 0.05)
+
+
 def test_a_p_value_is_the_level_that_just_rejects() -> None:
     """At each look the bound of that level is the look's z."""
     looks: tuple[Look, ...] = ()
