@@ -15,6 +15,7 @@ from tests import ROOT
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, FakeEngine, prompts
 from tests.support.policies import choice, measured, policy, save_policy
 from tests.support.servers import ask
+from tuner.cli.messages import run_summary
 from tuner.pipeline.pipeline import Options, Watch
 from tuner.policy import policy as policies
 from tuner.run import FinishedRun, TuningSession, tune
@@ -189,3 +190,14 @@ workload = t.Workload(context_length=256, max_new_tokens=64, temperature=float(s
 with EvidenceStore.open(sys.argv[1] if is_url(sys.argv[1]) else Path(sys.argv[1])) as book:
     t.run(TuningSession.of(book), workload, engine=t.FakeEngine(keep=0.95))
 """
+
+
+def test_a_budget_that_ends_after_a_win_is_no_news(session: TuningSession) -> None:
+    """A few queues of the proof may be enough; the summary does not say that it was not proven in time."""
+    done: list[str] = []
+    watch = Watch(progress=lambda stage, *_: done.append(stage), out_of_time=lambda: done.count("proof mixed") >= 5)
+    load = (replace(GREEDY, batch_size=4), PROMPTS)
+    finished = tune(FakeEngine(keep=0.9), [load], session, Options(lengths=(1, 2, 3, 4)), watch)
+    assert finished.outcome.choices[0].proven
+    assert finished.outcome.points[0].stopped is not None
+    assert not any("budget ended" in line for line in run_summary(finished))

@@ -91,11 +91,12 @@ class _Notes(logging.Handler):
 
 
 def _show_notes_of_measuring() -> None:
-    """What `profiles` logs while it measures, such as what disturbs it, is for the user."""
-    logger = logging.getLogger("profiles")
-    if not logger.handlers:
-        logger.addHandler(_Notes())
-        logger.setLevel(logging.INFO)
+    """What is logged while a run measures, such as what disturbs it, is for the user."""
+    for name in ("profiles", "tuner"):
+        logger = logging.getLogger(name)
+        if not logger.handlers:
+            logger.addHandler(_Notes())
+            logger.setLevel(logging.INFO)
 
 
 def _fail(message: str, code: int) -> None:

@@ -52,7 +52,8 @@ def run_summary(finished: "FinishedRun") -> Iterator[str]:
     """What was left out and why, what the run cost, and how quiet the machine was."""
     outcome, cost = finished.outcome, finished.cost
     yield from (f"infeasible: {refused.name} ({refused.reason}): {refused.detail}" for refused in finished.left_out)
-    yield from (f"{point.domain}: {point.stopped}" for point in outcome.points if point.stopped)
+    decided = zip(outcome.points, outcome.choices, strict=True)
+    yield from (f"{point.domain}: {point.stopped}" for point, choice in decided if point.stopped and not choice.proven)
     text = f"measured {cost['measured_seconds']:.0f} s, reused {cost['reused_units']} stored units"
     if outcome.grid_seconds_estimate is not None:
         num_setups = len(outcome.points[0].forecasts)
