@@ -354,9 +354,9 @@ class TestRuns:
     [
         (
             "mysql://me:s3cret@host/base",
-            "a folder, sqlite:///FILE or postgresql.psycopg://USER:PASSWORD@HOST/DATABASE is allowed",
+            "a folder, sqlite:///FILE or postgresql.psycopg://USER:PASSWORD@HOST/DATABASE is needed",
         ),
-        ("postgresql+asyncpg://me:s3cret@host/base", "is allowed"),
+        ("postgresql+asyncpg://me:s3cret@host/base", "is needed"),
         ("postgresql+psycopg://me:s3cret@host", "it names no database"),
         ("postgresql+psycopg://me:s3cret@host:port/base", "URL cannot be read"),
         ("://s3cret", "URL cannot be read"),

@@ -94,7 +94,7 @@ def test_a_machine_that_is_busy_at_the_start_is_not_waited_for(
 def test_a_busy_program_is_named() -> None:
     """By its name, with the cores it uses, where it is no child of ours."""
     started = subprocess.run(
-        ["/bin/sh", "-c", f"{sys.executable} -c 'while True: pass' >/dev/null & echo $!"],
+        ["/bin/sh", "-c", f"{sys.executable} -c 'while True: pass' >/dev/null 2>&1 & echo $!"],
         capture_output=True,
         check=True,
     )
