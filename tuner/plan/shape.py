@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from profiles.builtin import BUILTIN, BUILTIN_FOLDER
 from profiles.records.errors import ModelError
 
-_ALLOWED = "allowed are a directory, a config.json, a .gguf file, a hub id and a name of tuner/plan/models.json"
+_ALLOWED = "give a directory, a config.json, a .gguf file, a hub id or a name of tuner/plan/models.json"
 _GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes by type of a value
 _GGUF_FLOATS, _GGUF_TEXT, _GGUF_LIST = (6, 12), 8, 9
 _LONGEST_TEXT = 1 << 26  # bytes
@@ -227,7 +227,7 @@ def model_key(name: str) -> str | None:
 
 def _hub_config(name: str) -> Config:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError("no such directory or file")
+        raise ModelError(f"model {name!r}: no such directory, file or published name; {_ALLOWED}")
     from huggingface_hub import hf_hub_download
 
     return dict(json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8")))
