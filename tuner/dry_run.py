@@ -34,7 +34,8 @@ from store.database import Location
 from store.evidence_store import EvidenceStore
 from tuner.forecast.evidence import typical_context
 from tuner.forecast.queues import queues, spread_over_domains
-from tuner.pipeline.pipeline import Options, Tuner
+from tuner.pipeline.pipeline import Tuner
+from tuner.pipeline.trial import Options
 from tuner.search.limits import Limits
 
 SAMPLE_PROMPTS = 3

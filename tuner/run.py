@@ -16,7 +16,8 @@ from profiles.records.errors import RunInterruptedError, StoreError
 from profiles.stats import holm
 from store.cached_engine import CachedEngine
 from store.evidence_store import EvidenceStore, Scope
-from tuner.pipeline.pipeline import Options, Outcome, Tuner, Watch
+from tuner.pipeline.pipeline import Outcome, Tuner, Watch
+from tuner.pipeline.trial import Options
 from tuner.policy import policy as policies
 from tuner.policy import prior
 from tuner.report import build

@@ -19,7 +19,8 @@ from profiles.stats import speedup_interval
 from store.evidence_store import EvidenceStore
 from tests.benchmarks.common import LENGTHS, family, finish
 from tuner import run as store_runs
-from tuner.pipeline.pipeline import Options, Watch
+from tuner.pipeline.pipeline import Watch
+from tuner.pipeline.trial import Options
 from tuner.search.objective import candidates
 
 

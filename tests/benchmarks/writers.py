@@ -35,7 +35,8 @@ from store.evidence_store import EvidenceStore, Scope
 from tests.support import servers
 from tests.support.fakes import DRAFT_A, GREEDY, FakeEngine, prompts
 from tests.support.servers import ask
-from tuner.pipeline.pipeline import Options, Watch
+from tuner.pipeline.pipeline import Watch
+from tuner.pipeline.trial import Options
 from tuner.run import TuningSession, tune
 
 DELAY = "DRAFTPICK_FSYNC_DELAY"

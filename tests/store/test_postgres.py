@@ -30,7 +30,8 @@ from tests.support.fakes import GREEDY, MACHINE, TARGET, FakeEngine, prompts
 from tests.support.policies import save_policy
 from tests.support.servers import ask, run_sql
 from tuner.dry_run import dry_run
-from tuner.pipeline.pipeline import Options, Watch
+from tuner.pipeline.pipeline import Watch
+from tuner.pipeline.trial import Options
 from tuner.run import TuningSession, tune
 
 PROMPT, OTHER = prompts(2)

@@ -11,7 +11,8 @@ from profiles.records.evidence import Infeasible
 from store.evidence_store import EvidenceStore, Scope
 from tests import ROOT
 from tests.support.fakes import DRAFT_A, GREEDY, FakeEngine, prompts, sql
-from tuner.pipeline.pipeline import Options, Watch
+from tuner.pipeline.pipeline import Watch
+from tuner.pipeline.trial import Options
 from tuner.run import TuningSession, tune
 
 QUERIES = re.findall(r"```sql\n(.*?)```", (ROOT / "docs" / "sql.md").read_text(encoding="utf-8"), re.DOTALL)

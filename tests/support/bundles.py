@@ -16,7 +16,8 @@ from store.evidence_store import EvidenceStore, Scope
 from tests.support.cli import content
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, TARGET, FakeEngine, prompts
 from tuner.deploy.policy_files import DOCUMENTS
-from tuner.pipeline.pipeline import Options, Watch
+from tuner.pipeline.pipeline import Watch
+from tuner.pipeline.trial import Options
 from tuner.run import TuningSession
 from tuner.run import tune as run
 

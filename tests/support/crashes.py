@@ -30,7 +30,8 @@ from store.evidence_store import EvidenceStore, Scope
 from tests import ROOT
 from tests.support.fakes import GREEDY, FakeEngine, prompts
 from tests.support.recorded_engine import RecordedEngine, Recorder
-from tuner.pipeline.pipeline import Options, Watch
+from tuner.pipeline.pipeline import Watch
+from tuner.pipeline.trial import Options
 from tuner.run import TuningSession, tune
 
 PROMPTS = (*prompts(40, "code"), *prompts(40, "prose"))

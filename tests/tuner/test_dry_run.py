@@ -11,7 +11,8 @@ from store.evidence_store import EvidenceStore
 from tests.support import fakes
 from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts, sql
 from tuner.dry_run import dry_run
-from tuner.pipeline.pipeline import Options, Watch
+from tuner.pipeline.pipeline import Watch
+from tuner.pipeline.trial import Options
 from tuner.run import TuningSession, tune
 
 PROMPTS = (*prompts(40, "code"), *prompts(40, "prose"))

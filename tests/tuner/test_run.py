@@ -16,7 +16,8 @@ from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, FakeEngine, prompts
 from tests.support.policies import choice, measured, policy, save_policy
 from tests.support.servers import ask
 from tuner.cli.messages import run_summary
-from tuner.pipeline.pipeline import Options, Watch
+from tuner.pipeline.pipeline import Watch
+from tuner.pipeline.trial import Options
 from tuner.policy import policy as policies
 from tuner.run import FinishedRun, TuningSession, tune
 from tuner.search.limits import Limits

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from profiles.prompts.reader import Request
     from store.database import Location
     from tuner.dry_run import Loads
-    from tuner.pipeline.pipeline import Options
+    from tuner.pipeline.trial import Options
     from tuner.run import FinishedRun
 
 
@@ -75,7 +75,7 @@ def run(
     max_age_s = None if max_age is None else parse_age(max_age)
     with console(stderr=True).status("loading"):
         from profiles.engines.bench import Question
-        from tuner.pipeline.pipeline import Options
+        from tuner.pipeline.trial import Options
         from tuner.run import utc_ago
         from tuner.search.limits import Limits
 

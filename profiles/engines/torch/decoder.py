@@ -18,7 +18,7 @@ from profiles.engines.torch.drafters import Drafted, Drafter, Text, no_proposal
 from profiles.engines.torch.sampling import KeyedRandom, accept_greedy, accept_sampled, draw, sampling_probs
 from profiles.records.core import Prompt
 from profiles.records.errors import BadNumbersError
-from profiles.records.evidence import RoundCount, StepShape
+from profiles.records.evidence import RoundCount, StepShape, TargetTrace
 from profiles.timing.clock import Clock
 
 NOT_FINITE = "the target's logits are not finite; check its weights, or use a wider dtype"
@@ -37,6 +37,16 @@ class Generation:
     decode_s: float = 0.0
     target_probs: list[float] = field(default_factory=list)
     logit_gaps: list[float] = field(default_factory=list)
+
+    def target_trace(self, prompt: Prompt) -> TargetTrace:
+        """What a plain run that was watched tells of the target."""
+        return TargetTrace(
+            prompt_digest=prompt.digest,
+            token_ids=tuple(self.token_ids),
+            target_probs=tuple(self.target_probs),
+            logit_gaps=tuple(self.logit_gaps),
+            ended=self.ended,
+        )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -82,13 +82,7 @@ class TorchEngine:
         self._check(workload, (prompt,), 0)
         with self._guarded():
             [run] = self._generate(replace(workload, batch_size=1), (prompt,), PLAIN, watch=True)
-        return TargetTrace(
-            prompt_digest=prompt.digest,
-            token_ids=tuple(run.token_ids),
-            target_probs=tuple(run.target_probs),
-            logit_gaps=tuple(run.logit_gaps),
-            ended=run.ended,
-        )
+        return run.target_trace(prompt)
 
     def trace_draft(
         self, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft, max_length: int

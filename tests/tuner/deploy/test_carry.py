@@ -11,7 +11,8 @@ from store.evidence_store import EvidenceStore
 from tests.support.cli import call, database
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, FakeEngine, prompts
 from tests.tuner.deploy import test_lookup
-from tuner.pipeline.pipeline import Options, Watch
+from tuner.pipeline.pipeline import Watch
+from tuner.pipeline.trial import Options
 from tuner.policy.policy import from_json
 from tuner.run import TuningSession, tune
 

@@ -24,7 +24,8 @@ from tuner.deploy.stored_policies import find_policy, find_report_data
 from tuner.forecast.cost_model import RoundCostModel
 from tuner.forecast.evidence import Evidence, gather
 from tuner.forecast.forecaster import Forecaster
-from tuner.pipeline.pipeline import Options, Outcome, Tuner, Watch
+from tuner.pipeline.pipeline import Outcome, Tuner, Watch
+from tuner.pipeline.trial import Options
 from tuner.report import page
 from tuner.run import TuningSession, tune
 

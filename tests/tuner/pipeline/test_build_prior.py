@@ -11,7 +11,8 @@ from profiles.records.evidence import Infeasible, StepShape
 from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts
 from tests.support.policies import learning_policy
 from tuner.pipeline.build_prior import build_prior
-from tuner.pipeline.pipeline import Options, Outcome, Tuner
+from tuner.pipeline.pipeline import Outcome, Tuner
+from tuner.pipeline.trial import Options
 from tuner.policy.prior import Prior, join_priors
 from tuner.policy.query import MIXED, OperatingPoint
 

@@ -14,8 +14,9 @@ from profiles.records.errors import BadNumbersError, EngineError, InputError
 from profiles.records.evidence import Sample, TargetTrace
 from store.evidence_store import EvidenceStore
 from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts
-from tuner.pipeline.pipeline import Options, Outcome, Tuner, Watch
+from tuner.pipeline.pipeline import Outcome, Tuner, Watch
 from tuner.pipeline.points import plan_points
+from tuner.pipeline.trial import Options
 from tuner.policy.estimates import Forecast, Measured, Standing
 from tuner.policy.query import MIXED
 from tuner.run import TuningSession, tune

@@ -15,7 +15,8 @@ from tests import ROOT
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts
 from tests.support.policies import CREATED
 from tests.support.policies import choice as a_choice
-from tuner.pipeline.pipeline import Options, Outcome, Tuner, Watch
+from tuner.pipeline.pipeline import Outcome, Tuner, Watch
+from tuner.pipeline.trial import Options
 from tuner.policy.policy import Policy
 from tuner.report.build import report_data
 from tuner.report.curves import design_effect, share_interval

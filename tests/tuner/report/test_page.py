@@ -12,7 +12,8 @@ from profiles.records.errors import InputError
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, TARGET, FakeEngine, prompts
 from tests.support.policies import CREATED
 from tests.support.policies import choice as a_choice
-from tuner.pipeline.pipeline import Options, Tuner, Watch
+from tuner.pipeline.pipeline import Tuner, Watch
+from tuner.pipeline.trial import Options
 from tuner.policy.policy import Policy
 from tuner.report.build import report_data
 from tuner.report.data import ReportData

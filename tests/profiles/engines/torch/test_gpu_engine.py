@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from profiles.engines.torch.batch_model import RowModel
-from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
-from profiles.models.early_exit import early_exit
-from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload, digest_of
+from profiles.records.core import PLAIN, Prompt, Setup, Workload, digest_of
+from tests.benchmarks.first_gpu_run import engine_on
 from tests.support.toys import ScriptedController, wandering
 
 pytestmark = [
@@ -44,16 +43,7 @@ def test_graphs_equal_eager_steps(tiny_folders: dict[str, Path], architecture: s
 @pytest.fixture(scope="module")
 def engine(tiny_folders: dict[str, Path]) -> TorchEngine:
     """A tiny random target with a draft of every kind."""
-    target = loader.load(str(tiny_folders["llama"]), dtype="float32", device="cuda")
-    other = loader.load(str(tiny_folders["qwen2"]), dtype="float32", device="cuda")
-    ngram = {"max_match": 3, "min_match": 1}
-    sources = (
-        DraftSource(draft=Draft(kind="model", model=other.record), model=other.model),
-        DraftSource(draft=Draft(kind="early_exit", num_layers=2), model=early_exit(target, 2)),
-        DraftSource(draft=Draft(kind="ngram", **ngram), model=None),
-        DraftSource(draft=Draft(kind="composite", model=other.record, **ngram), model=other.model),
-    )
-    return TorchEngine(target, sources, "cuda")
+    return engine_on(tiny_folders, "llama", "cuda")
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])

@@ -90,14 +90,7 @@ class ToyEngine:
         return loop.run([prompt], self.clock)[0]
 
     def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
-        run = self.decode(workload, prompt, Setup(), watch=True)
-        return TargetTrace(
-            prompt_digest=prompt.digest,
-            token_ids=tuple(run.token_ids),
-            target_probs=tuple(run.target_probs),
-            logit_gaps=tuple(run.logit_gaps),
-            ended=run.ended,
-        )
+        return self.decode(workload, prompt, Setup(), watch=True).target_trace(prompt)
 
     def trace_draft(
         self, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft, max_length: int
