@@ -183,10 +183,9 @@ class Patience:
     def check_start(self, max_cores: float = _MAX_CORES, tries: int = 3) -> str | None:
         """What is to be said where other programs use the processor all the time before anything is measured.
 
-        OpenMP's threads then sleep while they wait. By default they spin: beside one busy program steps of a small
-        model took 3 to 40 times as long on two cores, asleep 1.1 to 1.4 times. On a quiet machine sleeping made steps
-        up to half longer, so it is no default; what is timed in a process that sleeps is labelled disturbed, also
-        when the others have ended.
+        OpenMP's threads then sleep while they wait for each other. By default they spin, which costs most where a core
+        is shared and least where it is not, so sleeping is no default; what is timed in a process whose threads sleep
+        is labelled disturbed, also when the others have ended.
         """
         load = other_programs(max_cores=max_cores)
         for _ in range(tries - 1):
