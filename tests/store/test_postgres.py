@@ -47,6 +47,14 @@ def url(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.fixture
+def own_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """A server that no other test uses: this one may be stopped."""
+    monkeypatch.setenv("DRAFTPICK_STORE", str(tmp_path / "home"))
+    with servers.another() as made:
+        yield made
+
+
+@pytest.fixture
 def role(url: str) -> Iterator[str]:
     """A role that may only look into the schema, after a book is in it: the URL with its password."""
     with EvidenceStore.open(url) as evidence_store:
@@ -293,7 +301,7 @@ def stop_and_start(url: str, down_s: float) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_survives_a_server_that_is_down_for_eight_seconds(url: str) -> None:
+def test_a_run_survives_a_server_that_is_down_for_eight_seconds(own_server: str) -> None:
     """Killed in the middle of a run: the run waits, goes on and ends with a policy."""
 
     class Stopping(FakeEngine):
@@ -306,8 +314,8 @@ def test_a_run_survives_a_server_that_is_down_for_eight_seconds(url: str) -> Non
                 time.sleep(0.5)
             return super().run_together(workload, prompts, setups, purpose)
 
-    stopped = threading.Thread(target=stop_and_start, args=(url, 8.0))
-    with EvidenceStore.open(url) as evidence_store:
+    stopped = threading.Thread(target=stop_and_start, args=(own_server, 8.0))
+    with EvidenceStore.open(own_server) as evidence_store:
         session = TuningSession.of(evidence_store)
         done = tune(Stopping(keep=0.9), TestRuns.LOADS, session, TestRuns.OPTIONS, Watch())
         stopped.join()

@@ -6,6 +6,7 @@
 import json
 import os
 import sqlite3
+import subprocess
 import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -18,6 +19,7 @@ import sqlalchemy
 
 from store.database import Location, is_url
 from store.evidence_store import EvidenceStore
+from tests import ROOT
 
 VARIABLE = "DRAFTPICK_TEST_POSTGRES"
 KINDS = ("sqlite", "postgresql")
@@ -48,6 +50,17 @@ def schema() -> Iterator[str]:
         yield url.update_query_dict({"options": f"-csearch_path={name}"}).render_as_string(hide_password=False)
     finally:
         run_sql(url, f"DROP SCHEMA IF EXISTS {name}, {name}_optuna CASCADE")
+
+
+@contextmanager
+def another() -> Iterator[str]:
+    """The URL of a second server, gone afterwards: for a test that stops its server while others use theirs."""
+    server()
+    command = [str(ROOT / ".ci/postgres"), "sh", "-c", f'echo "${VARIABLE}"; exec cat']
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as started:
+        assert started.stdout
+        yield started.stdout.readline().strip()
 
 
 def ask(location: Location | EvidenceStore, query: str) -> list[Any]:
