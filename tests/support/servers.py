@@ -58,7 +58,9 @@ def another() -> Iterator[str]:
     server()
     command = [str(ROOT / ".ci/postgres"), "sh", "-c", f'echo "${VARIABLE}"; exec cat']
     environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as started:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as started:
         assert started.stdout
         yield started.stdout.readline().strip()
 
