@@ -68,7 +68,7 @@ def describe(name: str, *, dtype: str | None) -> DescribedModel:
     """
     source = sources.find(name)
     sources.weight_files(source)
-    with library_errors(f"model {name!r}"):
+    with library_errors(f"model {name!r}", source):
         config, tokenizer = sources.read_config(source), sources.read_tokenizer(source)
         has_generation = bool(source.files("generation_config.json"))
         generation = GenerationConfig.from_pretrained(source.folder) if has_generation else None
@@ -99,7 +99,7 @@ def load(
     check_dtype(dtype)
     source = sources.find(name)
     sources.weight_files(source)
-    with library_errors(f"model {name!r}"):
+    with library_errors(f"model {name!r}", source):
         config = sources.read_config(source)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             lack = f"{config.model_type} has no language model of its own in transformers, which the torch engine needs"
@@ -138,7 +138,7 @@ def load(
 def describe_head(name: str, *, dtype: str) -> Model:
     """A draft that is no model by itself, such as one that reads the target's hidden states. Raises ModelError."""
     source = sources.find(name)
-    with library_errors(f"model {name!r}"):
+    with library_errors(f"model {name!r}", source):
         return _record(source, sources.read_config(source), dtype)
 
 

@@ -178,7 +178,7 @@ def read_config(source: Source) -> PreTrainedConfig:
     for file in ("config.json", *source.files("generation_config.json")):
         _check_file(source, source.folder / file)
     _check_config(source, json.loads(path.read_text(encoding="utf-8")))
-    with library_errors(f"model {source.name!r}: its config.json"):
+    with library_errors(f"model {source.name!r}: its config.json", source):
         return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
 
 
@@ -258,8 +258,11 @@ def digest(source: Source) -> str:
 
 
 @contextlib.contextmanager
-def library_errors(prefix: str) -> Iterator[None]:
-    """Silences the libraries' logs and bars, and turns what they raise into one line that starts with `prefix`."""
+def library_errors(prefix: str, source: Source | None = None) -> Iterator[None]:
+    """Silences the libraries' logs and bars, and turns what they raise into one line that starts with `prefix`.
+
+    With a `source` the line names the key of its config.json whose value transformers does not know.
+    """
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     had_bars = transformers_logging.is_progress_bar_enabled()
@@ -275,10 +278,35 @@ def library_errors(prefix: str) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(f"{prefix}: out of memory while loading") from error
     except Exception as error:  # tokenizers, safetensors and huggingface_hub derive theirs from Exception itself
-        detail = " ".join(str(error).split())
-        raise ModelError(f"{prefix}: {type(error).__name__}: {detail[:300]}") from error
+        unknown = None if source is None else _unknown_value(source, error)
+        detail = unknown or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ModelError(f"{prefix}: {detail}") from error
     finally:
         if had_bars:
             transformers_logging.enable_progress_bar()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _unknown_value(source: Source, error: Exception) -> str | None:
+    """The value of config.json that transformers looked up in vain, in words; None where that is not the cause."""
+    if isinstance(error, KeyError) and error.args:
+        value = error.args[0]
+    elif isinstance(error, AttributeError):
+        value = error.name
+    else:
+        return None
+    path = source.folder / "config.json"
+    raw = json.loads(path.read_text(encoding="utf-8")) if source.gguf is None else {}
+    key = next(_keys_of(value, raw), None)
+    version = f"transformers {transformers.__version__}"
+    return key and f"{key} {value!r} is unknown to {version}; correct config.json, or use a newer version"
+
+
+def _keys_of(value: object, raw: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys of a JSON object that hold `value`."""
+    for key, entry in raw.items():
+        if isinstance(entry, dict):
+            yield from _keys_of(value, entry, f"{prefix}{key}.")
+        elif entry == value:
+            yield f"{prefix}{key}"

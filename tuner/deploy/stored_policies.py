@@ -67,7 +67,10 @@ def find_targets(evidence_store: EvidenceStore, name: str | None) -> list[Model]
         rows = connection.execute(_targets_query(), values).mappings().all()
     if not rows:
         target = "any target" if name is None else f"target {name!r}"
-        raise NotMeasuredError(f"the store {evidence_store.name} does not know {target}: run `{command('run')}` first")
+        moved = f"; a moved model has its old name (`{command('show')}`) until then" if os.path.exists(path) else ""
+        raise NotMeasuredError(
+            f"the store {evidence_store.name} does not know {target}: run `{command('run')}` first{moved}"
+        )
     targets = [tables.model_record(row) for row in rows]
     return targets if name is not None else targets[:1]
 

@@ -160,6 +160,7 @@ def test_weights_that_are_not_finite_are_refused(broken: Path, value: float, dty
         ("config.json", b'{"model_type": "nonesuch"}', "nonesuch"),
         ("config.json", b'{"model_type": "t5"}', "t5 has no language model of its own in transformers"),
         ("config.json", b'{"model_type": "llama", "hidden_size": "wide"}', "hidden_size"),
+        ("config.json", b'{"model_type": "llama", "dtype": "float9"}', "its config.json: dtype 'float9' is unknown to"),
         ("model.safetensors", None, "has no model.safetensors or model.safetensors.index.json; convert it"),
         ("model.safetensors", b"", "model.safetensors is not a whole safetensors file"),
         ("tokenizer.json", None, "has no tokenizer"),
@@ -173,6 +174,27 @@ def test_a_broken_file_is_named(broken: Path, file: str, content: bytes | None, 
     (broken / file).unlink(missing_ok=True)
     if content is not None:
         (broken / file).write_bytes(content)
+    assert words in refusal(broken)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        (
+            "rope_parameters",
+            {"rope_type": "warped", "rope_theta": 1e4},
+            "rope_parameters.rope_type 'warped' is unknown",
+        ),
+        ("rope_scaling", {"type": "warped", "factor": 2.0}, "rope_scaling.type 'warped' is unknown to transformers"),
+        ("hidden_act", "swish9", "hidden_act 'swish9' is unknown to transformers"),
+    ],
+)
+def test_a_value_of_the_config_that_transformers_does_not_know_is_named(
+    broken: Path, key: str, value: object, words: str
+) -> None:
+    """Instead of the KeyError with which the model is built."""
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, key: value}))
     assert words in refusal(broken)
 
 

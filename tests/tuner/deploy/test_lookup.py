@@ -150,6 +150,14 @@ class TestCoverage:
         with pytest.raises(NotMeasuredError, match="does not know target 'nosuch'"):
             ask(evidence_store, MACHINE, target="nosuch")
 
+    def test_a_model_that_may_have_been_moved_is_known_by_its_old_name(
+        self, evidence_store: EvidenceStore, tmp_path: Path
+    ) -> None:
+        """A look-up reads no weights, so it cannot know a folder that no run has seen."""
+        keep(evidence_store, MACHINE)
+        with pytest.raises(NotMeasuredError, match=r"run `tune.py run` first; a moved model has its old name"):
+            ask(evidence_store, MACHINE, target=str(tmp_path))
+
     def test_an_empty_store_is_told(self, evidence_store: EvidenceStore) -> None:
         """There is nothing to fall back from."""
         with pytest.raises(NotMeasuredError, match=r"does not know any target: run `tune.py run` first"):
