@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
@@ -51,14 +51,6 @@ app.command("bench-server")(bench_server.bench_server)
 app.command("load", hidden=True)(bench_server.bench_server)  # its name until 0.5
 
 
-def _usage_message(error: TyperException) -> str:
-    """typer's sentence, with the value that it could not read."""
-    message = error.format_message().replace("Value error, ", "").rstrip(".")
-    invalid: list[dict[str, Any]] = getattr(error.__cause__, "errors", list)()  # pydantic's
-    value = repr(invalid[0]["input"]) if invalid else ""
-    return message if value in message else f"{message}, not {value}"
-
-
 def main() -> None:
     """Runs the command of `sys.argv`; every failure is one line on stderr and an exit code."""
     arguments = sys.argv[1:]
@@ -75,7 +67,7 @@ def main() -> None:
     except OSError as error:  # all others are translated where they arise
         _fail(f"output: {error.strerror or error}", 2)
     except TyperException as error:
-        _fail(_usage_message(error), 2)
+        _fail(error.format_message().rstrip("."), 2)
     except DraftpickError as error:
         _fail(str(error), error.exit_code)
     except ModuleNotFoundError as error:
