@@ -109,14 +109,16 @@ def tune(
 
 
 def _engine_starts(engine: Engine, outcome: Outcome) -> dict[str, Any]:
-    """Starts of servers, their seconds, and the starts of a full grid (one per setup); empty for the torch engine."""
+    """Starts of servers, their seconds and memory, and the starts of a full grid (one per setup); none for torch."""
     num_starts: int | None = getattr(engine, "num_starts", None)
     if num_starts is None:
         return {}
     starting_s: float = getattr(engine, "starting_s", 0.0)
     first_points = {point.workload: point for point in reversed(outcome.points)}  # of each workload: all domains
     cells = sum(len(point.forecasts) for point in first_points.values())
-    return {"engine_starts": num_starts, "starting_seconds": round(starting_s, 2), "grid_starts": cells}
+    costs = {"engine_starts": num_starts, "starting_seconds": round(starting_s, 2), "grid_starts": cells}
+    memory: dict[str, Any] = getattr(engine, "memory", {})
+    return costs | ({"kv_cache": memory} if memory else {})
 
 
 def _with_stored_units(outcome: Outcome, cached_engine: CachedEngine) -> Outcome:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from profiles.records.core import CATCH_UP_WIDTHS
+from profiles.records.core import CATCH_UP_WIDTHS, LOOKUP_LENGTH
 from profiles.records.errors import InputError, NotMeasuredError, require
 from profiles.records.evidence import Acceptance, AcceptanceTrace, LookupTrace, RoundCount, StepShape, TargetTrace
 
@@ -27,10 +27,14 @@ def catch_up_width(behind: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompositeAcceptance:
-    """A composite draft over one target trace: a round asks the model where the look-up finds nothing."""
+    """A composite draft over one target trace: a round asks the model where the look-up finds nothing.
+
+    A model whose proposals were recorded is vLLM's: it drafts in every round, which takes the look-up's tokens instead
+    where there are some: `LOOKUP_LENGTH`, or the model's length where that is longer.
+    """
 
     lookup: LookupTrace
-    model: AcceptanceTrace
+    model: Acceptance
 
 
 DraftAcceptance = Acceptance | CompositeAcceptance
@@ -39,7 +43,7 @@ DraftAcceptance = Acceptance | CompositeAcceptance
 def combine(components: Sequence[Acceptance]) -> DraftAcceptance:
     """The acceptance of a draft from that of its components: a look-up and a model make a composite."""
     match list(components):
-        case [LookupTrace() as lookup, AcceptanceTrace() as model]:
+        case [LookupTrace() as lookup, (AcceptanceTrace() | LookupTrace()) as model]:
             return CompositeAcceptance(lookup=lookup, model=model)
         case [LookupTrace() | AcceptanceTrace() as acceptance]:
             return acceptance
@@ -95,6 +99,7 @@ def expected_rounds(
             rounds={RoundCount(0, 0): count} if count else {}, shapes={StepShape(1): count} if count else {}
         )
     check_length(acceptance, length)
+    catches_up = isinstance(acceptance, CompositeAcceptance) and isinstance(acceptance.model, AcceptanceTrace)
     # mass[start][behind]: probability that a round starts at token `start` with the draft model `behind` tokens behind
     mass: list[defaultdict[int, float]] = [defaultdict(float) for _ in range(size + 1)]
     mass[min(1, size)][1] = 1.0
@@ -110,7 +115,7 @@ def expected_rounds(
             rounds[RoundCount(outcome.proposed, outcome.accepted)] += weight
             draft_steps = (outcome.proposed, catch_up_width(behind)) if outcome.by_model else ()
             shapes[StepShape(outcome.proposed + 1, *draft_steps)] += weight
-            behind_next = outcome.behind(behind) if isinstance(acceptance, CompositeAcceptance) else 1
+            behind_next = outcome.behind(behind) if catches_up else 1
             mass[min(start + outcome.accepted + 1, size)][behind_next] += weight
     return RoundCounts(rounds=dict(sorted(rounds.items())), shapes=dict(sorted(shapes.items())))
 
@@ -118,9 +123,12 @@ def expected_rounds(
 def check_length(acceptance: DraftAcceptance, length: int) -> None:
     """Raises NotMeasuredError: the look-up trace is shorter than `length`. InputError: a draft with length 0."""
     require(length >= 1, f"speculation length {length}: at least 1 is needed with a draft")
-    lookup = acceptance.lookup if isinstance(acceptance, CompositeAcceptance) else acceptance
-    if isinstance(lookup, LookupTrace) and lookup.max_length < length:
-        raise NotMeasuredError(f"look-up measured for lengths up to {lookup.max_length}, not {length}")
+    parts = (acceptance.lookup, acceptance.model) if isinstance(acceptance, CompositeAcceptance) else (acceptance,)
+    lookups = [part for part in parts if isinstance(part, LookupTrace)]
+    needed = [max(LOOKUP_LENGTH, length) if len(lookups) > 1 and part is lookups[0] else length for part in lookups]
+    for part, longest in zip(lookups, needed, strict=True):
+        if part.max_length < longest:
+            raise NotMeasuredError(f"look-up measured for lengths up to {part.max_length}, not {longest}")
 
 
 def round_outcomes(acceptance: DraftAcceptance, start: int, limit: int, size: int) -> Iterator[RoundOutcome]:
@@ -129,7 +137,10 @@ def round_outcomes(acceptance: DraftAcceptance, start: int, limit: int, size: in
         yield RoundOutcome(proposed=0, accepted=0, prob=1.0, by_model=False)
         return
     if isinstance(acceptance, CompositeAcceptance):
-        acceptance = acceptance.lookup if acceptance.lookup.proposed[start] > 0 else acceptance.model
+        lookup, model = acceptance.lookup, acceptance.model
+        is_recorded, finds = isinstance(model, LookupTrace), lookup.proposed[start] > 0
+        limit = max(LOOKUP_LENGTH, limit) if is_recorded and finds else limit
+        acceptance = lookup if finds else model
     if isinstance(acceptance, LookupTrace):
         proposed = min(limit, acceptance.proposed[start])
         accepted = min(proposed, acceptance.accepted[start])

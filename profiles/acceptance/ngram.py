@@ -1,5 +1,6 @@
 """Prompt look-up (an n-gram draft): what it proposes, and its acceptance over a target trace."""
 
+from profiles.acceptance.ngram_index import NgramIndex
 from profiles.acceptance.proposals import acceptance_of
 from profiles.records.core import Draft, Prompt
 from profiles.records.evidence import LookupTrace, TargetTrace
@@ -14,30 +15,3 @@ def trace_lookup(draft: Draft, prompt: Prompt, trace: TargetTrace, max_length: i
         start: index.look_up([*prompt.token_ids, *trace.token_ids[:start]], max_length) for start in range(1, size)
     }
     return acceptance_of(draft, prompt, trace.token_ids, proposals, size=size, max_length=max_length)
-
-
-class NgramIndex:
-    """Prompt look-up in one text: what followed the earliest occurrence of the longest matching suffix.
-
-    Lengths from `max_match` down to `min_match` are tried, the rule of transformers' prompt look-up. Each n-gram is
-    indexed once, when the token after it is known, so a round costs a few dictionary reads however long the text.
-    """
-
-    def __init__(self, max_match: int, min_match: int) -> None:
-        self._sizes = range(max_match, min_match - 1, -1)
-        self._follower: dict[tuple[int, ...], int] = {}
-        self._num_indexed = 0
-
-    def look_up(self, token_ids: list[int], limit: int) -> list[int]:
-        """At most `limit` tokens to follow the text, which is the last one or grew from it."""
-        for follower in range(max(self._num_indexed, 1), len(token_ids)):
-            for size in self._sizes:
-                if size <= follower:
-                    self._follower.setdefault(tuple(token_ids[follower - size : follower]), follower)
-        self._num_indexed = len(token_ids)
-        for size in self._sizes:
-            if size < len(token_ids):
-                start = self._follower.get(tuple(token_ids[-size:]))
-                if start is not None:
-                    return token_ids[start : start + limit]
-        return []

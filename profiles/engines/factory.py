@@ -17,7 +17,7 @@ from profiles.hardware import fingerprint, machine, software
 from profiles.models import loader, sources
 from profiles.models.loader import DescribedModel
 from profiles.models.memory import check_dtype
-from profiles.records.core import Draft, Setup
+from profiles.records.core import LOOKUP_LENGTH, Draft, Setup
 from profiles.records.draft_spec import DraftSpec, RefusedDraft, engine_options
 from profiles.records.errors import InputError, PairError, require
 from profiles.records.files import user_folder
@@ -46,6 +46,7 @@ class EngineSpec:
     version: str | None = None
     draft_args: tuple[str, ...] | None = None  # replace the arguments of any setup that drafts
     threads: int | None = None
+    engine_args: tuple[str, ...] = ()  # further arguments of vLLM's, `KEY=VALUE` each
     device: str | None = None
     max_requests: int = 1  # in flight
     min_length: int = 1  # tokens drafted a round
@@ -140,10 +141,10 @@ def _default_dtype(spec: EngineSpec, models: ModelSpec) -> str | None:
 
 def _describe_draft(spec: DraftSpec, described: dict[str, DescribedModel], target: str, *, engine: str) -> Draft:
     """The record of a draft; its model is described first. Raises InputError: a kind or a model that cannot be used."""
-    if spec.kind not in SERVED_KINDS:
+    if spec.kind not in SERVED_KINDS and (spec.kind, engine) != ("composite", "vllm"):
         raise InputError(f"draft {spec.name!r}: a serving engine drafts with {', '.join(SERVED_KINDS)} only")
     record = None
-    if spec.path is not None and spec.kind == "native":
+    if spec.path is not None and spec.method is not None:
         record = loader.describe_head(spec.path, dtype=described[target].record.dtype)
     elif spec.path is not None:
         if spec.path not in described:
@@ -155,7 +156,7 @@ def _describe_draft(spec: DraftSpec, described: dict[str, DescribedModel], targe
 
 
 def _vllm(spec: EngineSpec, target: DescribedModel) -> EngineBuilder:
-    from profiles.engines.vllm.config import VllmOptions, num_positions
+    from profiles.engines.vllm.config import VllmOptions, engine_arguments, num_positions
     from profiles.engines.vllm.engine import VllmEngine
 
     def check(draft: Draft) -> None:
@@ -163,20 +164,23 @@ def _vllm(spec: EngineSpec, target: DescribedModel) -> EngineBuilder:
             num_positions(sources.find(draft.model.name))
         if draft.method is not None:
             engine_options(draft.method)
-        setup = Setup(draft=draft, length=spec.max_length)
+        setup = Setup(draft=draft.components[-1], length=spec.max_length)
         if reason := rules.vocabulary_objection(target.record, setup, release_of("vllm", spec.version)):
             raise PairError(f"draft {draft.name!r}: {reason}")
 
     def build(drafts: tuple[Draft, ...]) -> ServingEngine:
+        mixed = LOOKUP_LENGTH if any(draft.kind == "composite" for draft in drafts) else 1
         options = VllmOptions(
             python=spec.command,
             max_batch_size=max(MIN_ROWS, 1 << (spec.max_requests - 1).bit_length()),
-            max_length=spec.max_length,
+            max_length=max(spec.max_length, mixed),
             max_alive=len(drafts) + 2,  # the plain engine and one that scores, beside the drafts' engines
+            given=given,
             log_folder=spec.log_folder,
         )
         return VllmEngine(target.record, drafts, options)
 
+    given = engine_arguments(spec.engine_args)
     num_positions(sources.find(target.record.name))  # refuses what vLLM does not read
     return EngineBuilder(check=check, build=build)
 

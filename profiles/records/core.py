@@ -16,8 +16,10 @@ from profiles.records.errors import require
 
 DraftKind = Literal["model", "ngram", "early_exit", "composite", "native"]
 DRAFT_KINDS: tuple[DraftKind, ...] = get_args(DraftKind)
+VLLM_METHODS = ("eagle", "eagle3", "mtp", "dflash", "dspark", "suffix")  # native drafts written without `native:`
 DTYPES = ("float32", "bfloat16", "float16")
 CATCH_UP_WIDTHS = (2, 4, 8, 16, 32, 64)  # of a draft model's first step of a round; wider ones are several of the last
+LOOKUP_LENGTH = 8  # the most tokens that the look-up of a composite drafts where the model drafts in every round (vLLM)
 GREEDY_BELOW = 1e-5  # temperatures below are 0, as in vLLM: a quotient of logits by them overflows
 DECODING_VERSION = 1  # raised when the torch engine would emit or accept other tokens for the same workload
 
@@ -26,6 +28,13 @@ def digest_of(value: object) -> str:
     """Hex SHA-256 (32 digits) of the canonical JSON of `value`: the same value gives the same digest anywhere."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def native_name(method: str, model: str | None) -> str:
+    """How a native draft is written: `eagle3:PATH`, `mtp`; `native:METHOD+PATH` where vLLM has no such method."""
+    if method.partition(",")[0] in VLLM_METHODS:
+        return method if model is None else f"{method}:{model}"
+    return f"native:{method}" if model is None else f"native:{method}+{model}"
 
 
 def all_finite(values: Sequence[float]) -> bool:
@@ -85,12 +94,12 @@ class Draft:
     max_match: int | None = None
     min_match: int | None = None
     num_layers: int | None = None
-    method: str | None = None  # of a native draft: as a serving engine names it
+    method: str | None = None  # of a native draft, alone or in a composite: as a serving engine names it
 
     def __post_init__(self) -> None:
         require(self.kind in DRAFT_KINDS, f"draft kind {self.kind!r}: allowed are {', '.join(DRAFT_KINDS)}")
         has_model, has_match = self.kind in ("model", "composite"), self.kind in ("ngram", "composite")
-        is_native = self.kind == "native"
+        is_native = self.kind == "native" or (self.kind == "composite" and self.method is not None)
         require(is_native or has_model == (self.model is not None), f"draft kind {self.kind!r} and its model disagree")
         require(is_native == bool(self.method), "only native drafts have a method")
         require((self.kind == "early_exit") == (self.num_layers is not None), "only early-exit drafts have layers")
@@ -107,11 +116,11 @@ class Draft:
 
     @property
     def name(self) -> str:
-        """The spelling the command line takes: a model's name, `ngram:max=4,min=2`, `early-exit:4` or a `+` of two."""
+        """The spelling the command line takes: a model's name, `eagle:PATH`, `ngram:max=4,min=2` or a `+` of two."""
         if self.kind == "composite":
             return "+".join(component.name for component in self.components)
-        if self.kind == "native":
-            return f"native:{self.method}" + ("" if self.model is None else f"+{self.model.name}")
+        if self.method is not None:
+            return native_name(self.method, None if self.model is None else self.model.name)
         if self.model is not None:
             return self.model.name
         if self.kind == "ngram":
@@ -135,7 +144,7 @@ class Draft:
         if self.kind != "composite":
             return (self,)
         ngram = Draft(kind="ngram", max_match=self.max_match, min_match=self.min_match)
-        return ngram, Draft(kind="model", model=self.model)
+        return ngram, Draft(kind="model" if self.method is None else "native", model=self.model, method=self.method)
 
     @property
     def looks_up(self) -> bool:

@@ -7,21 +7,21 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from profiles.records.core import Draft, DraftKind
+from profiles.records.core import VLLM_METHODS, Draft, DraftKind, native_name
 from profiles.records.errors import InputError, require
 from profiles.records.files import absolute_name
 
 MAX_LENGTH = 64
 MAX_BATCH = 64  # rows that the torch engine decodes at a time
 MAX_REQUESTS = 1024  # in flight at a server
+HEADS = {"builtin:draft-eagle": "eagle"}  # built-in drafts that are no models by themselves, and their methods
 NGRAM_DEFAULTS = {"max": 4, "min": 2}  # tokens
-_METHODS = ("eagle", "eagle3", "mtp", "dflash", "dspark", "suffix")  # of vLLM's, which need no `native:` before them
 _RESERVED_OPTIONS = {"method", "model", "num_speculative_tokens"}
 _AGE_UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _MAX_AGE_S = 36500 * _AGE_UNITS_S["d"]  # further back the calendar ends
 _ALLOWED = (
-    "a model directory, .gguf file or hub id, ngram[:max=4,min=2], early-exit:LAYERS, ngram+MODEL, eagle3:MODEL, mtp "
-    "or native:METHOD"
+    "a model directory, .gguf file or hub id, ngram[:max=4,min=2], early-exit:LAYERS, eagle3:MODEL, mtp, native:METHOD "
+    "or ngram+ before a model or method"
 )
 
 
@@ -34,17 +34,16 @@ class DraftSpec:
     max_match: int | None = None  # longest n-gram match in tokens
     min_match: int | None = None
     num_layers: int | None = None  # layers of the target that an early-exit draft runs
-    method: str | None = None  # name of a native draft's method, as the serving engine spells it
+    method: str | None = None  # of a native draft, alone or in a composite: as a serving engine names it
 
     @property
     def name(self) -> str:
         """The name that `Draft.name` gives it."""
         if self.num_layers is not None:
             return f"early-exit:{self.num_layers}"
-        prefix = f"ngram:max={self.max_match},min={self.min_match}" if self.max_match is not None else None
-        if self.method is not None:
-            prefix = f"native:{self.method}"
-        return "+".join(part for part in (prefix, self.path) if part is not None)
+        ngram = f"ngram:max={self.max_match},min={self.min_match}" if self.max_match is not None else None
+        drafter = self.path if self.method is None else native_name(self.method, self.path)
+        return "+".join(part for part in (ngram, drafter) if part is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,13 +85,15 @@ def parse_lengths(text: str) -> tuple[int, ...]:
 def parse_draft(text: str) -> DraftSpec:
     """The draft that `text` means.
 
-    `ngram[:max=4,min=2]`, `early-exit:LAYERS`, a directory, GGUF file or hub id, `ngram[...]+MODEL` (the model where
-    the text offers no match), or what only a serving engine has: `eagle3:MODEL`, `mtp` (and the other `_METHODS`, each
-    with options as in `eagle3,key=value:MODEL`), or any method as `native:METHOD[+MODEL]`. Raises InputError: none of
-    these.
+    `ngram[:max=4,min=2]`, `early-exit:LAYERS`, a directory, GGUF file or hub id, or what only a serving engine has:
+    `eagle3:MODEL`, `mtp` (and the other `VLLM_METHODS`, each with options as in `eagle3,key=value:MODEL`), or any
+    method as `native:METHOD[+MODEL]`. `ngram[...]+DRAFT`: the other draft where the text offers no match. Raises
+    InputError: none of these.
     """
     stripped = text.strip()
-    if re.split("[,:]", stripped)[0] in _METHODS:
+    if stripped in HEADS:
+        stripped = f"{HEADS[stripped]}:{stripped}"
+    if re.split("[,:]", stripped)[0] in VLLM_METHODS:
         stripped = f"native:{stripped.replace(':', '+', 1)}"
     head, plus, path = (part.strip() for part in stripped.partition("+"))
     kind, colon, rest = head.partition(":")
@@ -106,9 +107,10 @@ def parse_draft(text: str) -> DraftSpec:
         ngram = _parse_ngram(text, head)
         if not plus:
             return ngram
-        if parse_draft(path).kind != "model":
-            raise InputError(f"draft {text!r}: behind the + a directory, GGUF file or hub id of a model is allowed")
-        return replace(ngram, kind="composite", path=absolute_name(path))
+        drafter = parse_draft(path)
+        if drafter.kind not in ("model", "native"):
+            raise InputError(f"draft {text!r}: behind the + a model or a method such as eagle:PATH is allowed")
+        return replace(ngram, kind="composite", path=drafter.path, method=drafter.method)
     if kind == "early-exit":
         num_layers = _whole_number(rest + plus, f"draft {text!r}", "early-exit:LAYERS, for instance early-exit:4")
         return DraftSpec(kind="early_exit", num_layers=Draft(kind="early_exit", num_layers=num_layers).num_layers)
@@ -133,9 +135,13 @@ def method_options(method: str) -> tuple[str, dict[str, str]]:
 
 
 def engine_options(method: str) -> tuple[str, dict[str, int | str]]:
-    """As `method_options`, for vLLM's configuration: `_` for `-`, digits as numbers, and no option set elsewhere."""
+    """As `method_options`, for vLLM: `_` for `-`, numbers, true and false, and no option that is set elsewhere."""
     name, options = method_options(method)
-    values = {key.replace("-", "_"): int(value) if value.isdecimal() else value for key, value in options.items()}
+    switches = {"true": True, "false": False}
+    values = {
+        key.replace("-", "_"): int(value) if value.isdecimal() else switches.get(value, value)
+        for key, value in options.items()
+    }
     if reserved := sorted(values.keys() & _RESERVED_OPTIONS):
         raise InputError(f"method {method!r}: option {reserved[0]} is set by draftpick itself")
     return name, values

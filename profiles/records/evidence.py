@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
-from profiles.records.core import CATCH_UP_WIDTHS, Draft, Model, Setup, all_finite
+from profiles.records.core import CATCH_UP_WIDTHS, LOOKUP_LENGTH, Draft, Model, Setup, all_finite
 from profiles.records.errors import require
 
 
@@ -160,15 +160,20 @@ def covers(times: Mapping[str, StepTimes], target: Model, drafts: tuple[Draft, .
     """Whether step times, by component digest, are enough for every length up to `max_length` of all `drafts`.
 
     The target is needed at widths 1 to max_length + 1, every component of a draft too, and the model of a composite
-    draft at all widths of a first step. Where whole rounds are timed (the target has width 1 alone), every draft is
-    needed at widths 2 to max_length + 1. `drafts` are those that are timed (`EngineCapabilities.timed`).
+    draft at all widths of a first step. Where whole rounds are timed (the target has width 1 alone), every component is
+    needed at widths 2 to max_length + 1, a composite's look-up as far as it drafts. `drafts` are those that are timed
+    (`EngineCapabilities.timed`).
     """
     target_times = times.get(target.run_digest)
     if target_times is None:
         return False
     if set(target_times.samples_s) == {1}:
-        widths = set(range(2, max_length + 2))
-        return all(draft.digest in times and widths <= times[draft.digest].samples_s.keys() for draft in drafts)
+        longest = {part.digest: max_length for draft in drafts for part in draft.components}
+        longest |= {
+            draft.components[0].digest: max(max_length, LOOKUP_LENGTH) for draft in drafts if draft.kind == "composite"
+        }
+        widths = {part: times[part].samples_s.keys() if part in times else () for part in longest}
+        return all(set(range(2, length + 2)) <= set(widths[part]) for part, length in longest.items())
     if not set(range(1, max_length + 2)) <= target_times.samples_s.keys():
         return False
     if not all(component.digest in times for draft in drafts for component in draft.components):

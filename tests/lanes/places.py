@@ -141,7 +141,8 @@ def ask(lane: Lane, target: Path, lines: Sequence[Sequence[str]], *, serve: bool
         "VLLM_CACHE_ROOT": str(lane.folder / "cache"),
     }
     question = json.dumps({"target": str(target), "lines": [list(line) for line in lines], "serve": serve})
-    command = [sys.executable, "-P", str(HERE / "asked.py"), lane.form]
+    interpreter = lane.python if lane == RUNNING else sys.executable
+    command = [str(interpreter), "-P", str(HERE / "asked.py"), lane.form.removesuffix("-run")]
     done = subprocess.run(
         command, input=question, env=environment, capture_output=True, text=True, timeout=300, check=False
     )

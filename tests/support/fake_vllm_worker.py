@@ -8,12 +8,17 @@ import os
 import sys
 import time
 
+LACKS = {  # what a start with the method behind the colon ends with
+    "lacks": {"error": "ValueError: Unsupported speculative method"},
+    "crowds": {"error": "ValueError: No available memory for the cache blocks", "memory": True},
+}
+
 
 def main() -> None:
     fault, _, at = os.environ.get("FAKE_VLLM", "").partition(":")
     version = None if fault == "none" else os.environ.get("FAKE_VLLM_VERSION", "0.32.0+cpu")
     say({"vllm": version, "torch": "2.13.0+cpu"})
-    length = 0
+    length = lookup = 0
     for line in sys.stdin:
         question = json.loads(line)
         command = question.pop("command")
@@ -22,13 +27,21 @@ def main() -> None:
         if command == "about":
             say(json.loads(os.environ.get("FAKE_VLLM_DEVICE", '{"kind": "cpu"}')))
         elif command == "start":
-            length = (question["speculative"] or {}).get("num_speculative_tokens", 0)
-            say({"in_place": fault != "fixed", "threads": int(os.environ.get("NUMBA_NUM_THREADS", "3")), "runner": 1})
+            speculative = question["speculative"] or {}
+            if fault in LACKS and speculative.get("method") == at:
+                say(LACKS[fault])
+                continue
+            length = speculative.get("num_speculative_tokens", 0)
+            facts = {"kv_tokens": 4096 - 1024 * bool(speculative), "concurrency": 8.0, "runner": 1}
+            say({"in_place": fault != "fixed", "threads": int(os.environ.get("NUMBA_NUM_THREADS", "3")), **facts})
         elif command == "use":
             length = length if fault == "ignored" else question.get("length") or length
+            lookup = (question.get("lookup") or [0])[-1]
             say({})
         elif command == "run":
-            say({"runs": [run(prompt, length, question["sampling"], fault) for prompt in question["prompts"]]})
+            say(
+                {"runs": [run(prompt, lookup or length, question["sampling"], fault) for prompt in question["prompts"]]}
+            )
         elif command == "trace":
             say({"runs": [trace(prompt, length, question["sampling"], fault) for prompt in question["prompts"]]})
         elif command == "rounds":

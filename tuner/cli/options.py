@@ -79,6 +79,10 @@ EngineVersion = Annotated[
     str | None,
     _engine("Version of the engine that --format or --kind names.", default="the installed, else newest known"),
 ]
+EngineArgs = Annotated[
+    list[str] | None,
+    _engine("Engine argument of vLLM's as KEY=VALUE, such as tensor-parallel-size=4. Repeatable.", "--engine-arg"),
+]
 Threads = Annotated[int | None, _engine("Threads of --engine llamacpp.", default="one per core")]
 MeasuredEngine = Annotated[
     Literal["torch", "vllm", "llamacpp", "sglang"] | None,
@@ -170,6 +174,7 @@ ENGINE_OPTIONS = {  # the engines that an option is for
     "kind": ("server",),
     "engine_version": ("server",),
     "threads": ("llamacpp",),
+    "engine_arg": ("vllm",),
 }
 
 
@@ -192,5 +197,6 @@ def engine_spec(engine: EngineName, device: str | None, **given: Any) -> "Engine
         kind=given["kind"] or "vllm",
         version=given["engine_version"],
         threads=threads,
+        engine_args=tuple(given["engine_arg"] or ()),
         device=device,
     )

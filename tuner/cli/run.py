@@ -37,6 +37,7 @@ def run(
     kind: options.Kind = None,
     engine_version: options.EngineVersion = None,
     threads: options.Threads = None,
+    engine_arg: options.EngineArgs = None,
     lengths: options.Lengths = "1-8",
     batch_size: options.BatchSizes = None,
     context: options.Contexts = None,
@@ -70,6 +71,7 @@ def run(
         kind=kind,
         engine_version=engine_version,
         threads=threads,
+        engine_arg=engine_arg,
     )
     seconds_left = _seconds_left(budget)
     max_age_s = None if max_age is None else parse_age(max_age)

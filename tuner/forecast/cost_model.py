@@ -221,15 +221,25 @@ class RoundCostModel(CostModel):
         }
 
     def usage(self, setup: Setup, shapes: Shapes, num_refills: float) -> Usage:
-        """Each round is one step, of plain decoding or of the draft, as wide as the tokens it verifies."""
-        component = self.target_component if setup.draft is None else setup.draft.digest
-        steps: dict[tuple[str, int], float] = {}
+        """Each round is one step, of plain decoding or of the draft, as wide as the tokens it verifies.
+
+        The model of a composite drafts in every round, whose width then counts as the look-up's rounds say.
+        """
+        lookup, model = _components(setup.draft)
+        steps: defaultdict[tuple[str, int], float] = defaultdict(float)
         for shape, count in shapes.items():
-            step = component, shape.target_width
-            steps[step] = steps.get(step, 0.0) + count
-        num_idle = steps.get((component, 1), 0.0)
+            if lookup is None or model is None:
+                steps[model or lookup or self.target_component, shape.target_width] += count
+            else:
+                steps[model, setup.length + 1] += count
+                steps[lookup, shape.target_width] += count
+                steps[lookup, setup.length + 1] -= count
+        num_idle = sum(count for shape, count in shapes.items() if shape.target_width == 1)
         return Usage(
-            steps=steps, num_idle=num_idle, num_proposing=sum(steps.values()) - num_idle, num_refills=num_refills
+            steps={step: count for step, count in steps.items() if count},
+            num_idle=num_idle,
+            num_proposing=sum(shapes.values()) - num_idle,
+            num_refills=num_refills,
         )
 
     def split(self, step_seconds: Mapping[str, float]) -> tuple[float | None, float]:

@@ -122,7 +122,7 @@ def new_model(num_layers: int, seed: int) -> LlamaForCausalLM:
 class Optimizer:
     """Muon for the matrices of the layers, AdamW for the embedding and the norms; warm-up, then linear to zero."""
 
-    def __init__(self, model: LlamaForCausalLM, num_steps: int, scale: float = 1.0) -> None:
+    def __init__(self, model: torch.nn.Module, num_steps: int, scale: float = 1.0) -> None:
         matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
         others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
         self.parts = [

@@ -133,11 +133,15 @@ class ServedEngine(ABC, Generic[Key, Member]):
             return
         most = max((count.proposed for run in runs for count in run.rounds), default=setup.length)
         is_long = max(len(run.token_ids) for run in runs) > setup.length + 2
-        if most > setup.length or (most < setup.length and is_long and self._proposes_all(setup)):
+        if most > self._longest_round(setup) or (most < setup.length and is_long and self._proposes_all(setup)):
             raise EngineError(
                 f"{self._label} was started for {setup.name} and proposes up to {most} tokens a round: it ignores the "
                 f"setting; leave this draft out, or measure it with another version"
             )
+
+    def _longest_round(self, setup: Setup) -> int:
+        """The most tokens that a round may propose."""
+        return setup.length
 
     def _proposes_all(self, setup: Setup) -> bool:
         """Whether a round proposes the whole length, unless the output ends in it."""

@@ -38,6 +38,6 @@ def check_means(name: str, drafted: Sequence[float], plain: Sequence[float]) -> 
     most = float(stats.t.isf(FALSE_ALARM / 2, len(differences) - 1))
     if abs(statistics.fmean(differences)) > most * error:
         raise EngineError(
-            f"{name} samples another text than plain decoding: mean log-probability {means[0]:.2f} "
+            f"{name} writes another text than plain decoding: mean log-probability {means[0]:.2f} "
             f"against {means[1]:.2f} over {len(pairs)} texts; allowed is a difference of {most * error:.2f}"
         )

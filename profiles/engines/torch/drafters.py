@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from profiles.acceptance.expected_rounds import WIDEST_CATCH_UP, catch_up_width
-from profiles.acceptance.ngram import NgramIndex
+from profiles.acceptance.ngram_index import NgramIndex
 from profiles.engines.torch.batch_model import RowStepper
 from profiles.engines.torch.sampling import KeyedRandom, Proposal, draw, sampling_probs
 from profiles.records.core import Draft

@@ -42,7 +42,7 @@ def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str
     for spec in specs:
         if spec.kind == "composite" and spec.path in errors:
             continue  # its model is refused already
-        if spec.kind == "native":
+        if spec.method is not None:
             raise InputError(f"draft {spec.name!r}: only a serving engine has it; --engine says which")
         try:
             if spec.path is not None and spec.path not in by_name:

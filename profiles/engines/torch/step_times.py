@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from profiles.acceptance.ngram import NgramIndex
+from profiles.acceptance.ngram_index import NgramIndex
 from profiles.engines.torch.batch_model import RowStepper
 from profiles.engines.torch.sampling import KeyedRandom, Proposal, accept_sampled, draw, sampling_probs
 from profiles.records.core import CATCH_UP_WIDTHS, Draft, Workload

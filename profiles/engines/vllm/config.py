@@ -1,7 +1,8 @@
 """How vLLM's engines are started and sample, and the device that they run on."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,12 +10,20 @@ from profiles.engines.vllm.flags import speculative_config
 from profiles.hardware import fingerprint, nvml
 from profiles.models import memory, sources
 from profiles.records.core import Draft, Environment, Model, Setup, Workload
-from profiles.records.errors import ModelError
+from profiles.records.errors import ModelError, require
 
 CONTEXT_STEP = 128  # contexts are rounded up to this, so that one engine serves several
 MEMORY_SHARE, SPARE_BYTES = 0.9, 64 * 2**20
+CAPTURED_ROWS = 512  # of the largest CUDA graph that vLLM captures by itself
 LOOK_UP = Draft(kind="ngram", max_match=4, min_match=2)  # its engine serves every look-up: windows change in place
 CPU = "cpu"
+SET_HERE = {"model", "dtype", "max_model_len", "max_num_seqs", "seed", "async_scheduling", "scheduler_cls"} | {
+    "speculative_config",
+    "disable_log_stats",
+    "enable_prefix_caching",
+    "generation_config",
+    "logprobs_mode",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +32,7 @@ class VllmOptions:
 
     Engines are started for `max_batch_size` requests in flight, `max_length` drafted tokens and contexts of at least
     `context_length` tokens; on a CPU `max_alive` of them are kept at a time, on a GPU one: each has the target's
-    weights. `timeout_s`: the longest wait for an answer.
+    weights. `timeout_s`: the longest wait for an answer. `given`: further engine arguments of vLLM's, by name.
     `log_folder`: by default a temporary one, which is kept. `worker` replaces the worker script in tests.
     """
 
@@ -33,8 +42,24 @@ class VllmOptions:
     context_length: int = 256
     max_alive: int = 4
     timeout_s: float = 1800.0
+    given: Mapping[str, Any] = field(default_factory=dict)
     log_folder: Path | None = None
     worker: Path | None = None
+
+
+def engine_arguments(texts: Sequence[str]) -> dict[str, Any]:
+    """Engine arguments as vLLM names them, from `KEY=VALUE`. Raises InputError: another form, or one set elsewhere."""
+    arguments: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.removeprefix("--").partition("=")
+        name = key.strip().replace("-", "_")
+        require(bool(name and equals and value), f"--engine-arg {text!r}: KEY=VALUE is allowed, as in dtype=auto")
+        require(name not in SET_HERE, f"--engine-arg {text!r}: {key} is set by draftpick itself")
+        try:
+            arguments[name] = json.loads(value)
+        except ValueError:
+            arguments[name] = value
+    return arguments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +78,9 @@ class EngineKey:
 
 def engine_key(setup: Setup, target: Model, length: int) -> EngineKey:
     """The engine that runs a setup, and others."""
-    draft = setup.draft
-    if draft is None:
+    if setup.draft is None:
         return EngineKey(model=target.name)
+    draft = setup.draft.components[-1]  # the scheduler mixes the look-up of a composite in
     return EngineKey(model=target.name, draft=LOOK_UP if draft.kind == "ngram" else draft, length=length)
 
 
@@ -84,17 +109,22 @@ def start_arguments(
         "seed": 0,
         "enforce_eager": on_cpu,
         "async_scheduling": False,  # a round's proposals and outputs would belong to different steps
-        "distributed_executor_backend": "uni",
         "disable_log_stats": False,
         "enable_prefix_caching": False,
         "generation_config": "vllm",
         "gpu_memory_utilization": MEMORY_SHARE / (options.max_alive if on_cpu else 1),
-        "kv_cache_memory_bytes": SPARE_BYTES + options.max_batch_size * (longest + CONTEXT_STEP) * bytes_per_token,
         "logprobs_mode": "processed_logprobs" if key.is_processed else "raw_logprobs",
     }
+    if on_cpu:  # on a GPU vLLM takes what target and draft leave, as a server does
+        cache_bytes = SPARE_BYTES + options.max_batch_size * (longest + CONTEXT_STEP) * bytes_per_token
+        arguments["kv_cache_memory_bytes"] = cache_bytes
+    if not on_cpu and (key.length + 1) * options.max_batch_size > CAPTURED_ROWS:  # beyond, rounds run without graphs
+        arguments["max_cudagraph_capture_size"] = (key.length + 1) * options.max_batch_size
+    if options.given.get("tensor_parallel_size", 1) == 1:
+        arguments["distributed_executor_backend"] = "uni"
     if speculative is not None:
         arguments["per_request_spec_decode_metrics"] = "detailed"  # refused without speculation
-    return {"options": arguments, "speculative": speculative}
+    return {"options": arguments, "speculative": speculative, "given": dict(options.given)}
 
 
 def num_positions(source: sources.Source) -> int:

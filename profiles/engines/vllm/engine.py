@@ -7,6 +7,7 @@ speculation length and the n-gram window change within an engine. Whole rounds a
 import contextlib
 import json
 import math
+import operator
 import os
 import statistics
 import tempfile
@@ -24,10 +25,11 @@ from profiles.engines.base import EngineCapabilities
 from profiles.engines.serving.base import Run, ServedEngine
 from profiles.engines.serving.pool import ServerPool
 from profiles.engines.serving.redaction import keyed_variables
-from profiles.engines.serving.sampling_check import texts_of
+from profiles.engines.serving.sampling_check import NUM_TEXTS, check_means, texts_of
 from profiles.engines.vllm.client import WorkerClient, find_python
 from profiles.engines.vllm.config import (
     CONTEXT_STEP,
+    LOOK_UP,
     EngineKey,
     VllmDevice,
     VllmOptions,
@@ -39,7 +41,7 @@ from profiles.engines.vllm.config import (
 from profiles.engines.vllm.flags import SERVER, TRACED, is_traceable, method_of
 from profiles.engines.vllm.timing import Visit, in_turn, rounds_request, visits
 from profiles.models import loader, sources
-from profiles.records.core import PLAIN, Draft, DraftKind, Environment, Model, Prompt, Setup, Workload
+from profiles.records.core import LOOKUP_LENGTH, PLAIN, Draft, DraftKind, Environment, Model, Prompt, Setup, Workload
 from profiles.records.errors import BadNumbersError, EngineError, InputError
 from profiles.records.evidence import (
     Acceptance,
@@ -69,6 +71,10 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         self._logs = self._options.log_folder or Path(tempfile.mkdtemp(prefix="draftpick-vllm-"))
         self._num_tokens = 0  # that a sequence may have in the running engines
         self._fixed: set[str] = set()  # digests of drafts whose length needs an engine of its own
+        self._caches: dict[str, dict[str, Any]] = {}  # facts of the first start with each draft
+        self._checked_texts: set[str] = (
+            set()
+        )  # digests of drafts whose 16-bit texts were compared with plain decoding's
         self._compared: set[str] = set()  # digests of drafts whose trace was compared with real rounds
         self._environment: Environment | None = None
         with self._worker() as worker:
@@ -112,6 +118,8 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
             }
             if not self._device.on_cpu:
                 options |= {"async_scheduling": False, "runner": worker.facts["runner"]}
+            if self._options.given:
+                options["given"] = dict(self._options.given)
             if variables := keyed_variables(os.environ):
                 options["environment"] = variables
             self._environment = replace(
@@ -150,9 +158,10 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         By a plain run beside which it drafts. In versions without `TraceScheduler`: by one prefill of a draft model
         over the trace, or by look-ups in it.
         """
-        self._check_draft(draft)
+        if draft not in self._components(self.drafts):
+            self._check_draft(draft)
         if self._records:
-            return self._record(workload, prompt, trace, Setup(draft=draft, length=max_length))
+            return self._record(workload, prompt, trace, Setup(draft=draft, length=self._longest(draft, max_length)))
         if draft.kind == "ngram":
             return ngram.trace_lookup(draft, prompt, trace, max_length)
         if draft.kind != "model" or draft.model is None:
@@ -169,15 +178,15 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         )
 
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
-        """Whole rounds: of plain decoding, and of every traced draft at every length.
+        """Whole rounds: of plain decoding, and of every traced component at every length.
 
-        A draft whose engine does not start is left out.
+        One whose engine does not start is left out.
         """
         at_context = replace(workload, context_length=context_length)
-        all_visits = visits(self.target, (), max_length)
+        all_visits = [Visit(component=self.target.run_digest, setup=PLAIN, num_drafted=0)]
         self._rounds(at_context, all_visits[0])
-        for draft in self.capabilities.timed(self.drafts):
-            draft_visits = visits(self.target, (draft,), max_length)[1:]
+        for draft in self._components(self.capabilities.timed(self.drafts)):
+            draft_visits = visits(draft, self._longest(draft, max_length))
             with contextlib.suppress(EngineError):
                 for visit in draft_visits:
                     if visit.setup.length <= 1:
@@ -208,6 +217,12 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         return dict(self._drafting(workload, setup).call("counters", self._options.timeout_s)["counters"])
 
     @property
+    def memory(self) -> dict[str, dict[str, Any]]:
+        """By draft: KV-cache tokens, the most requests of the longest context at a time, and preemptions so far."""
+        names = "kv_tokens", "concurrency", "preemptions"
+        return {draft: {name: facts.get(name) for name in names} for draft, facts in self._caches.items()}
+
+    @property
     def _label(self) -> str:
         return f"{NAME} {self._version}"
 
@@ -215,9 +230,15 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
     def _watched_gpus(self) -> tuple[str, ...]:
         return self._device.gpus
 
+    def _longest_round(self, setup: Setup) -> int:
+        is_composite = setup.draft is not None and setup.draft.kind == "composite"
+        return max(LOOKUP_LENGTH, setup.length) if is_composite else setup.length
+
     def _proposes_all(self, setup: Setup) -> bool:
         draft = setup.draft
-        return draft is not None and method_of(draft) not in ("ngram", "suffix") and setup.stop_below is None
+        if draft is None or draft.kind == "composite":
+            return False
+        return method_of(draft) not in ("ngram", "suffix") and setup.stop_below is None
 
     def _sampled_objection(self) -> str | None:
         version = parsed(self._version)  # None: what a local build samples is checked before it is measured
@@ -228,7 +249,7 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
     def _traced_kinds(self) -> tuple[DraftKind, ...]:
         """Without recording heads are run at every length, and on GPUs look-ups: what they match there is not known."""
         if self._records:
-            return "model", "ngram", "native"
+            return "model", "ngram", "native", "composite"
         return ("model", "ngram") if self._device.on_cpu else ("model",)
 
     def _variant(self) -> Iterator[str]:
@@ -256,6 +277,8 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         worker = self._worker()
         worker.facts |= worker.call("start", self._options.timeout_s, **arguments, traces=self._records)
         worker.facts["num_tokens"] = arguments["options"]["max_model_len"]
+        name = "plain" if key.draft is None else "look-ups" if key.draft == LOOK_UP else key.draft.name
+        self._caches.setdefault(name if key.model == self.target.name else key.model, worker.facts)
         return worker
 
     def _key(self, setup: Setup) -> EngineKey:
@@ -273,9 +296,28 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         if not in_place and draft.digest not in self._fixed:
             self._fixed.add(draft.digest)
             return self._drafting(workload, setup)
-        window = [draft.min_match, draft.max_match] if draft.kind == "ngram" else None
-        worker.call("use", self._options.timeout_s, length=setup.length if in_place else None, window=window)
+        lookup = [draft.max_match, draft.min_match, self._longest_round(setup)]
+        if draft.kind == "composite" and (worker.facts["runner"] != 1 or not in_place or not self._records):
+            raise EngineError(
+                f"{self._label} takes tokens from {draft.name} on Model Runner V1 of {' to '.join(TRACED)}"
+            )
+        worker.call(
+            "use",
+            self._options.timeout_s,
+            length=setup.length if in_place else None,
+            window=[draft.min_match, draft.max_match] if draft.kind == "ngram" else None,
+            lookup=lookup if draft.kind == "composite" else None,
+        )
         return worker
+
+    @staticmethod
+    def _components(drafts: Sequence[Draft]) -> tuple[Draft, ...]:
+        return tuple(dict.fromkeys(component for draft in drafts for component in draft.components))
+
+    def _longest(self, draft: Draft, max_length: int) -> int:
+        """How far a component is traced and timed: the look-up of a composite has a length of its own."""
+        mixed = (other.components[0] for other in self.drafts if other.kind == "composite")
+        return max(LOOKUP_LENGTH, max_length) if draft in mixed else max_length
 
     def _record(self, workload: Workload, prompt: Prompt, trace: TargetTrace, setup: Setup) -> LookupTrace:
         """The proposals of a setup at every position, and the accepted ones; the first is compared with real rounds.
@@ -308,6 +350,35 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
             self._decode(workload, prompts[: workload.batch_size], setup)
             worker.warm.add((setup.digest, workload.batch_size))
         self._check_sampling_once(workload, prompts, setup)
+        if workload.temperature == 0.0 and self.target.dtype != "float32" and len(prompts) > 1:
+            self._check_texts_once(workload, prompts[:NUM_TEXTS], setup)
+
+    def _check_texts_once(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
+        """In 16 bits greedy texts may differ by kernel and batch, but not in how likely they are to the target.
+
+        Raises EngineError: they do, with the shares of texts that diverge from plain decoding's, the draft's and those
+        of plain decoding in a batch.
+        """
+        if setup.draft is None or setup.draft.digest in self._checked_texts:
+            return
+        decodings = (PLAIN, 1), (setup, 1), (PLAIN, min(len(prompts), self._options.max_batch_size))
+        plain, drafted, batched = (
+            [list(run.token_ids) for run in self._decode(replace(workload, batch_size=size), prompts, decoded)]
+            for decoded, size in decodings
+        )
+        shares = [statistics.fmean(map(operator.ne, plain, texts)) for texts in (drafted, batched)]
+        worker = self._drafting(workload, PLAIN)
+        means = [
+            [self._mean_score(worker, *text) for text in zip(prompts, texts, strict=True)] for texts in (drafted, plain)
+        ]
+        diverged = f"{shares[0]:.0%} of texts diverge, {shares[1]:.0%} of plain ones in a batch"
+        check_means(f"{self._label} with {setup.name} in {self.target.dtype} ({diverged})", *means)
+        self._checked_texts.add(setup.draft.digest)
+
+    def _mean_score(self, worker: WorkerClient, prompt: Prompt, emitted: Sequence[int]) -> float:
+        """The mean log-probability of a text without its last token, which is not read; NaN for one token."""
+        scores = self._scores(worker, prompt, emitted)
+        return statistics.fmean([score for score, _, _ in scores[:-1]] or [math.nan])
 
     def _decode(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> list[Run]:
         queue = [prompt.token_ids for prompt in prompts]
@@ -334,7 +405,9 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         command: str = "run",
     ) -> list[dict[str, Any]]:
         arguments = {"prompts": queue, "concurrency": concurrency, "sampling": sampling}
-        return list(worker.call(command, self._options.timeout_s, **arguments)["runs"])
+        answer = worker.call(command, self._options.timeout_s, **arguments)
+        worker.facts["preemptions"] = answer.get("preemptions", 0)
+        return list(answer["runs"])
 
     def _scores(self, worker: WorkerClient, prompt: Prompt, emitted: Sequence[int]) -> list[tuple[float, int, float]]:
         """Of every emitted token its log-probability and rank, and the largest log-probability at its position.
@@ -357,8 +430,7 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
             [run] = self._run(worker, [prompt.token_ids], 1, sampling | {"seed": seed})
             texts.append((prompt, run["token_ids"]))
         plain = self._drafting(workload, PLAIN)
-        scores = [self._scores(plain, prompt, emitted) for prompt, emitted in texts]
-        return [statistics.fmean([score for score, _, _ in text[:-1]] or [math.nan]) for text in scores]
+        return [self._mean_score(plain, prompt, emitted) for prompt, emitted in texts]
 
     def _rounds(self, workload: Workload, visit: Visit) -> list[float]:
         """Seconds of a visit's rounds."""

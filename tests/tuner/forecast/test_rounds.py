@@ -9,7 +9,7 @@ import pytest
 from profiles.acceptance.batch_replay import replay
 from profiles.acceptance.expected_rounds import RoundOutcome, expected_rounds
 from profiles.engines.base import TORCH
-from profiles.records.core import PLAIN, Prompt, Setup, Workload
+from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload
 from profiles.records.errors import EngineError, NotMeasuredError
 from profiles.records.evidence import AcceptanceTrace, Sample, StepShape, StepTimes, TargetTrace, covers
 from profiles.stats import median
@@ -59,6 +59,21 @@ def _kept(*keep: int) -> AcceptanceTrace:
     return AcceptanceTrace(
         prompt_digest="p", draft_digest="d", accept_probs=tuple(map(float, keep)), confidences=(1.0,) * len(keep)
     )
+
+
+def test_a_composite_s_round_is_its_model_s_and_wider() -> None:
+    """The model drafts in every round; what it verifies beyond that costs what the look-up's rounds say."""
+    mixed = Draft(kind="composite", model=DRAFT_A.model, max_match=NGRAM.max_match, min_match=NGRAM.min_match)
+    usage = MODEL.usage(Setup(draft=mixed, length=3), {StepShape(4): 5.0, StepShape(9): 2.0}, 0.0)
+    assert usage.steps == {(DRAFT_A.digest, 4): 7.0, (NGRAM.digest, 9): 2.0, (NGRAM.digest, 4): -2.0}
+    assert (usage.num_idle, usage.num_proposing) == (0, 7.0)
+    widths = {TARGET.run_digest: (1,), DRAFT_A.digest: range(2, 5), NGRAM.digest: range(1, 5)}
+    times = {
+        part: StepTimes(component_digest=part, batch_size=1, context_length=9, samples_s=dict.fromkeys(of, (0.1,)))
+        for part, of in widths.items()
+    }
+    assert covers(times, TARGET, (DRAFT_A, NGRAM), 3)
+    assert not covers(times, TARGET, (mixed,), 3)  # its look-up has a length of its own
 
 
 def test_rounds_that_run_past_the_end() -> None:

@@ -147,7 +147,7 @@ def test_sampled_text_must_be_the_target_s(tmp_path: Path, skewed: bool) -> None
         if not skewed:
             assert len(engine.run_together(workload, PROMPTS[:1], (DRAFTED, PLAIN), "race 0")) == 2
         else:
-            with pytest.raises(EngineError, match=r"samples another text than plain decoding.* over 16 texts"):
+            with pytest.raises(EngineError, match=r"writes another text than plain decoding.* over 16 texts"):
                 engine.run_together(workload, PROMPTS[:1], (DRAFTED, PLAIN), "race 0")
 
 

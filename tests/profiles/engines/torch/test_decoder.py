@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from profiles.acceptance.expected_rounds import expected_rounds
-from profiles.acceptance.ngram import NgramIndex, trace_lookup
+from profiles.acceptance.ngram import trace_lookup
+from profiles.acceptance.ngram_index import NgramIndex
 from profiles.engines.torch.decoder import Decoder
 from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine

@@ -9,16 +9,18 @@ from pathlib import Path
 import psutil
 import pytest
 
+from profiles.acceptance.expected_rounds import combine, expected_rounds
 from profiles.engines.base import Engine
 from profiles.engines.serving.sampling_check import check_means
 from profiles.engines.vllm.client import WorkerClient
-from profiles.engines.vllm.config import EngineKey, VllmOptions, start_arguments
+from profiles.engines.vllm.config import EngineKey, VllmOptions, engine_arguments, start_arguments
 from profiles.engines.vllm.engine import VllmEngine
 from profiles.models.loader import describe
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload, digest_of
 from profiles.records.errors import BadNumbersError, EngineError, InputError, ModelError, OutOfMemoryError
 from profiles.records.evidence import AcceptanceTrace, LookupTrace
 from tests import ROOT
+from tuner.forecast.evidence import gather
 
 WORKLOAD = Workload(context_length=64, max_new_tokens=8)
 PROMPTS = (Prompt(domain="a", token_ids=(5, 6, 7)), Prompt(domain="b", token_ids=(9, 8)))
@@ -87,6 +89,57 @@ def test_a_block_draft_is_not_traced(vllm: VllmEngine, monkeypatch: pytest.Monke
     blocks = tuple(replace(NATIVE, method=method) for method in ("dflash", "eagle,draft-sample-method=probabilistic"))
     with VllmEngine(TARGET, blocks, OPTIONS) as engine:
         assert engine.capabilities.timed(blocks) == ()
+
+
+MIXED = Draft(kind="composite", method="eagle", model=OTHER, max_match=3, min_match=1)
+
+
+def test_a_composite_is_a_look_up_before_a_head(vllm: VllmEngine, tmp_path: Path) -> None:
+    """Its parts are traced, the look-up as far as it drafts; a round takes the longer proposal of the two."""
+    with VllmEngine(TARGET, (MIXED,), replace(OPTIONS, log_folder=tmp_path)) as engine:
+        trace = engine.trace_target(WORKLOAD, PROMPTS[0])
+        lookup, head = (engine.trace_draft(WORKLOAD, PROMPTS[0], trace, part, 2) for part in MIXED.components)
+        assert isinstance(lookup, LookupTrace)
+        assert isinstance(head, LookupTrace)
+        assert (lookup.max_length, head.max_length) == (8, 2)
+        assert engine.num_starts == 3  # the look-up's engine, the head's, plain
+        times = engine.time_steps(WORKLOAD, 48, 2)
+        assert {part.name: set(times[part.digest].samples_s) for part in MIXED.components} == {
+            "ngram:max=3,min=1": set(range(1, 10)),
+            MIXED.components[1].name: {2, 3},
+        }
+        [sample, _] = engine.run_together(WORKLOAD, PROMPTS, (Setup(draft=MIXED, length=2),), "test 0")
+        assert dict(sample.rounds) == {(8, 1): 4}
+    walked = expected_rounds(trace, combine([lookup, head]), 2, 8, past_end=True)
+    assert dict(walked.rounds) == {(7, 1): 1, (5, 1): 1, (3, 1): 1, (1, 1): 1}
+
+
+@pytest.mark.parametrize(("fault", "reason"), [("lacks", "EngineError"), ("crowds", "OutOfMemoryError")])
+def test_a_draft_that_cannot_start_is_a_row(monkeypatch: pytest.MonkeyPatch, fault: str, reason: str) -> None:
+    """A method that the version lacks, or a draft that does not fit beside the target: the others go on."""
+    monkeypatch.setenv("FAKE_VLLM", f"{fault}:eagle3")
+    with VllmEngine(TARGET, (MODEL, NATIVE), OPTIONS) as engine:
+        evidence = gather(engine, WORKLOAD, PROMPTS, (1, 2))
+        [row] = evidence.infeasible
+        assert (row.setup.draft, row.reason) == (NATIVE, reason)
+        assert evidence.drafts == (MODEL,)
+        assert engine.memory["plain"]["kv_tokens"] - engine.memory[MODEL.name]["kv_tokens"] == 1024
+
+
+def test_engine_arguments_are_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values are JSON where they can be; what draftpick sets itself is refused."""
+    given = engine_arguments(["--tensor-parallel-size=2", "kv-cache-dtype=fp8"])
+    assert given == {"tensor_parallel_size": 2, "kv_cache_dtype": "fp8"}
+    with VllmEngine(TARGET, (), replace(OPTIONS, given=given)) as engine:
+        assert json.loads(engine.environment.engine_options or "")["given"] == given
+    key = EngineKey(model=TARGET.name)
+    assert (
+        "distributed_executor_backend"
+        not in start_arguments(key, "float32", 128, replace(OPTIONS, given=given), on_cpu=False)["options"]
+    )
+    for text in ("seed=1", "fast", "=2"):
+        with pytest.raises(InputError, match="--engine-arg"):
+            engine_arguments([text])
 
 
 def test_an_unknown_version_is_traced_as_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -301,7 +354,7 @@ def test_sampling_is_refused_by_version(
 
 
 def test_sampling_is_compared_before_it_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Once for each draft and law, where the version is not refused; a draft that samples another text is an error."""
+    """Once for each draft and law, where the version is not refused; a draft that writes another text is an error."""
     monkeypatch.setenv("FAKE_VLLM_VERSION", "0.34.0+cpu")
     sampled = replace(WORKLOAD, temperature=0.7)
     compared = []
@@ -315,8 +368,20 @@ def test_sampling_is_compared_before_it_is_measured(monkeypatch: pytest.MonkeyPa
             engine, "_mean_log_probs", lambda _, __, setup: [-2.0, -2.1] if setup.draft else [-4.0, -4.1]
         )
         engine.run_together(sampled, PROMPTS, (K3,), "test 0")
-        with pytest.raises(EngineError, match="samples another text"):
+        with pytest.raises(EngineError, match="writes another text"):
             engine.run_together(replace(sampled, seed=1), PROMPTS, (K3,), "test 0")
+
+
+def test_16_bit_texts_are_compared_with_plain_decoding_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They may diverge, but not be less likely to the target; a refusal says how many diverge, with and without."""
+    target = replace(TARGET, dtype="bfloat16")
+    monkeypatch.setenv("FAKE_VLLM", "parts")
+    with VllmEngine(target, (MODEL, NGRAM), replace(OPTIONS, log_folder=tmp_path)) as engine:
+        assert len(engine.run_together(WORKLOAD, PROMPTS, (PLAIN, K3), "test 0")) == 4
+        scores = iter([-2.0, -2.1, -4.0, -4.1])
+        monkeypatch.setattr(engine, "_mean_score", lambda *_: next(scores))
+        with pytest.raises(EngineError, match=r"in bfloat16 \(100% of texts diverge, 0% of plain ones in a batch\)"):
+            engine.run_together(WORKLOAD, PROMPTS, (PLAIN, Setup(draft=NGRAM, length=2)), "test 0")
 
 
 def test_a_native_draft_is_started_as_it_is_spelled() -> None:
@@ -327,6 +392,11 @@ def test_a_native_draft_is_started_as_it_is_spelled() -> None:
     speculative = arguments["speculative"]
     assert speculative.pop("model").endswith("draft-general")
     assert speculative == {"method": "eagle3", "num_speculative_tokens": 3, "draft_tensor_parallel_size": 1}
+    for batch_size, captured in ((128, None), (256, 1024)):
+        options = start_arguments(key, "float32", 128, replace(OPTIONS, max_batch_size=batch_size), on_cpu=False)[
+            "options"
+        ]
+        assert options.get("max_cudagraph_capture_size") == captured
     wrong = replace(key, draft=replace(NATIVE, method="eagle3,fast"))
     with pytest.raises(InputError, match="'eagle3,fast'"):
         start_arguments(wrong, "float32", 128, OPTIONS, on_cpu=False)

@@ -194,7 +194,7 @@ def test_sampling_with_a_draft_is_refused(pair: Pair) -> None:
     setup = Setup(draft=pair.draft, length=3)
     with pytest.raises(InputError, match=r"temperature 0.8 with a draft: vllm 0\.32"):
         pair.vllm.run_together(sampled, pair.prompts, (setup,), "test 0")
-    with pytest.raises(EngineError, match="samples another text than plain decoding"):
+    with pytest.raises(EngineError, match="writes another text than plain decoding"):
         pair.vllm.check_sampling(sampled, pair.prompts, setup)
     pair.vllm.check_sampling(sampled, pair.prompts, PLAIN)
     trace = pair.vllm.trace_target(sampled, pair.prompts[0])

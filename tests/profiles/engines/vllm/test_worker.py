@@ -9,7 +9,7 @@ import pytest
 from packaging.version import Version
 
 from profiles.engines.vllm.flags import TRACED
-from profiles.engines.vllm.worker import SCHEDULE, Worker, _drafts_fewer
+from profiles.engines.vllm.worker import SCHEDULE, Worker, _drafts_fewer, _look_up
 from tests.lanes.places import LANES, RUNNING, Lane
 
 HOOKS = {"schedule": ["self", "throttle_prefills"], "update_draft_token_ids": ["self", "draft_token_ids"]}
@@ -52,6 +52,14 @@ def test_the_window_of_either_model_runner(name: str) -> None:
     worker._engine = held
     worker.use(window=[2, 4])
     assert (drafter.min_n, drafter.max_n) == (2, 4)
+
+
+def test_look_ups_of_requests_are_apart() -> None:
+    """Each has an index of its own text, which grows with it."""
+    look_up = _look_up(3, 1, 4)
+    assert look_up("a", [5, 6, 7, 8, 9, 5, 6]) == [7, 8, 9, 5]
+    assert look_up("b", [1, 2, 3]) == []
+    assert look_up("a", [5, 6, 7, 8, 9, 5, 6, 7]) == [8, 9, 5, 6]
 
 
 @pytest.mark.parametrize("lane", LANES_TRACED, ids=lambda lane: lane.folder.name)
