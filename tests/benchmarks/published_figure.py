@@ -1,12 +1,12 @@
 """The published figure that started the project, beside a plan: `python -m tests.benchmarks.published_figure`.
 
 The acceptance of each pair is stated in data/published_figure.json from other published values, before the bars are
-looked at; a value fitted to a bar is printed as such and is no forecast. `--svg FILE` draws the bars. The last line is
-one JSON document.
+looked at; a value fitted to a bar is printed as such and is no forecast. `--write` saves what the report and the docs
+draw. The last line is one JSON document.
 """
 
-import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from tests.benchmarks.plan import DATA, implied_rate, read_rows
 from tuner.plan.acceptance import rate_of
 from tuner.plan.plan import PlanQuery, make_plan
 from tuner.plan.shape import read_data
+from tuner.report import charts
 
 CONTEXT = 1000  # tokens of the figure's prompts
-KERNEL_ROWS = "block"
+FIGURE = Path(charts.__file__).with_name("published_figure.json")
+DOCS = Path(__file__).parents[2] / "docs" / "published-figure.svg"
 
 
 def stated_rates(figure: dict[str, Any]) -> dict[tuple[str, str], float]:
@@ -54,103 +56,60 @@ def fitted_rate(bar: dict[str, Any], cost: float) -> float | None:
     return round(rate_of(tokens, 4), 3) if 1.0 <= tokens <= 5.0 else None
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Published bars and the forecasts with their intervals."""
-    import matplotlib
-
-    matplotlib.use("svg" if path.suffix == ".svg" else "agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8.4, 4.4))
-    colours = {None: "#9aa5b1", "Llama-3.1-8B": "#4878a8", "Llama-3.2-1B": "#d9822b"}
-    names = {None: "plain", "Llama-3.1-8B": "8B draft", "Llama-3.2-1B": "1B draft"}
-    for position, row in enumerate(rows):
-        x = position + (position >= 3) * 0.7
-        axes.bar(x, row["published"], width=0.72, color=colours[row["draft"]])
-        axes.annotate(
-            f"{row['published']:.2f}x",
-            (x, row["published"]),
-            ha="center",
-            va="bottom",
-            fontsize=10,
-            xytext=(0, 3),
-            textcoords="offset points",
-        )
-        axes.annotate(
-            names[row["draft"]], (x, 0), ha="center", va="top", fontsize=9, xytext=(0, -5), textcoords="offset points"
-        )
-        if row["forecast"] is not None:
-            error = [[row["forecast"] - row["low"]], [row["high"] - row["forecast"]]]
-            label = "planned, 90 % interval" if position == 1 else None
-            axes.errorbar(
-                x + 0.43, row["forecast"], yerr=error, fmt="o", color="black", capsize=4, markersize=5, label=label
-            )
-    axes.axhline(1.0, linestyle="--", linewidth=1, color="#555555", label="plain decoding")
-    for x, name in ((1, "Llama-3.1-70B, one H800"), (4.7, "Llama-3.1-405B, three H800")):
-        axes.annotate(
-            name,
-            (x, 0),
-            ha="center",
-            va="top",
-            fontsize=10,
-            fontweight="bold",
-            xytext=(0, -20),
-            textcoords="offset points",
-        )
-    axes.set_xticks([])
-    axes.set_ylabel("tokens/s relative to plain decoding")
-    axes.set_title("ExLlamaV2, GPTQ-INT4, k = 4: published bars and the plan beside them", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper left", fontsize=9)
-    figure.subplots_adjust(bottom=0.16)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=110)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--svg", type=Path, help="where to draw the figure")
-    options = parser.parse_args()
-    figure = json.loads((DATA / "published_figure.json").read_text(encoding="utf-8"))
-    rates, rows = stated_rates(figure), []
-    print("target          draft         published  planned  90 % interval   acceptance  fitted to the bar")
+def plan_bars(figure: dict[str, Any], rates: dict[tuple[str, str], float]) -> list[dict[str, Any]]:
+    """Every bar with its forecast, and the acceptance that would give the bar, which is no forecast of it."""
+    rows = []
     for bar in figure["bars"]:
-        row: dict[str, Any] = {
-            "target": bar["target"],
-            "draft": bar["draft"],
-            "published": bar["speedup"],
-            "forecast": None,
-        }
+        row = {"target": bar["target"], "draft": bar["draft"], "published": bar["speedup"], "forecast": None}
         if bar["draft"] is not None:
             rate = rates[bar["target"], bar["draft"]]
             [setup] = forecast(bar, rate)["setups"]
-            fitted = fitted_rate(bar, setup["cost"])
-            row |= {"forecast": setup["speedup"], "acceptance": rate, "fitted_acceptance": fitted}
+            row |= {"forecast": setup["speedup"], "acceptance": rate}
             row |= {name: setup[name] for name in ("low", "high", "cost", "break_even")}
+            row |= {"fitted_acceptance": fitted_rate(bar, setup["cost"])}
             row["inside"] = setup["low"] <= bar["speedup"] <= setup["high"]
-            figures = f"{bar['speedup']:9.2f}  {setup['speedup']:7.2f}  {setup['low']:.2f} to {setup['high']:.2f}"
-            needed = f"below the least of {1 / setup['cost']:.2f}x" if fitted is None else f"{fitted:.2f}"
-            print(f"{bar['target']:15} {bar['draft']:13} {figures}  {rate:12.2f}  {needed}")
-        else:
-            print(f"{bar['target']:15} {'plain':13} {bar['speedup']:9.2f}     1.00  by definition")
         rows.append(row)
-    last = figure["bars"][-1]
-    refusal = forecast(last, rows[-1]["fitted_acceptance"] or 0.0)["choices"][0]["reason"]
+    return rows
+
+
+def drawn_figures(rows: list[dict[str, Any]], curves: dict[str, Any]) -> dict[str, Any]:
+    """What the report draws."""
+    names = ("target", "draft", "published", "forecast", "low", "high")
+    return {
+        "about": "arXiv 2410.01707, Fig. 3, and its plan; made by python -m tests.benchmarks.published_figure",
+        "title": "Published bars, and the plan with its 90 % interval",
+        "lengths_title": "The plan of 70B with 1B, by length",
+        "bars": [{name: row.get(name) for name in names} for row in rows],
+        "lengths": {engine: [row[:2] for row in rows] for engine, rows in curves.items()},
+    }
+
+
+def main() -> None:
+    figure = json.loads((DATA / "published_figure.json").read_text(encoding="utf-8"))
+    rates = stated_rates(figure)
+    rows = plan_bars(figure, rates)
+    print("target          draft         published  planned  90 % interval   acceptance  fitted to the bar")
+    for row in rows:
+        if row["draft"] is None:
+            print(f"{row['target']:15} {'plain':13} {row['published']:9.2f}     1.00  by definition")
+            continue
+        fitted = row["fitted_acceptance"]
+        figures = f"{row['published']:9.2f}  {row['forecast']:7.2f}  {row['low']:.2f} to {row['high']:.2f}"
+        needed = f"below the least of {1 / row['cost']:.2f}x" if fitted is None else f"{fitted:.2f}"
+        print(f"{row['target']:15} {row['draft']:13} {figures}  {row['acceptance']:12.2f}  {needed}")
+    refusal = forecast(figure["bars"][-1], rows[-1]["fitted_acceptance"] or 0.0)["choices"][0]["reason"]
     print(f"\n405B with the 1B at the acceptance that its bar needs: {refusal}")
     pair, curves = figure["bars"][2], {}
     for engine in ("exllamav2", "vllm"):
         setups = forecast(pair, rates[pair["target"], pair["draft"]], engine, tuple(range(1, 9)))["setups"]
         curves[engine] = [[setup["k"], setup["speedup"], setup["cost"]] for setup in setups]
         print(f"70B + 1B, {engine:10}: " + ", ".join(f"k={k} {speedup:.2f}x" for k, speedup, _ in curves[engine]))
-    if options.svg is not None:
-        draw(rows, options.svg)
-    finish(
-        {
-            "bars": rows,
-            "refusal": refusal,
-            "curves": curves,
-            "default_k": read_data("engines")["exllamav2"]["default_k"],
-        }
-    )
+    if "--write" in sys.argv:
+        drawn = drawn_figures(rows, curves)
+        FIGURE.write_text(json.dumps(drawn, indent=1) + "\n", encoding="utf-8")
+        charts.published_figure(drawn, DOCS)
+    default_k = read_data("engines")["exllamav2"]["default_k"]
+    finish({"bars": rows, "refusal": refusal, "curves": curves, "default_k": default_k})
 
 
 if __name__ == "__main__":

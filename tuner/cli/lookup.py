@@ -1,6 +1,6 @@
 """`lookup`: which setup to use on this machine. Loads no torch, and of a policy file no database either."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from profiles.hardware import machine
 from profiles.hardware.device import ENGINE, Machine
-from profiles.records.errors import InputError, MatchError
+from profiles.records.errors import DraftpickError, InputError, MatchError
 from tuner.cli import options
 from tuner.cli.output import print_json, print_notes, print_text
 from tuner.deploy.lookup import SERVING_ARGUMENTS, LookupResult, Query, lookup_policy
 from tuner.deploy.lookup import lookup as lookup_stored
 from tuner.deploy.match import MEANINGS
 from tuner.policy import policy as policies
+from tuner.policy.policy import Policy
 
 if TYPE_CHECKING:
     from store.evidence_store import EvidenceStore
@@ -49,21 +50,25 @@ def lookup(
         file_policy = policies.read(policy)
         here = _machine(engine_name or file_policy.environment.engine, environment, device)
         result = lookup_policy(file_policy, query, here)
+        planned = _planned(result, query, here, lambda: file_policy)
         document = _document(result, policy_path=policy) if json_only else {}
     else:
         from store import location
         from store.evidence_store import EvidenceStore
-        from tuner.deploy.stored_policies import only_engine
+        from tuner.deploy.stored_policies import find_policy, only_engine
 
         store_location = location.existing_store(store)
         with EvidenceStore.open_read_only(store_location) as evidence_store:
             here = _machine(engine_name or only_engine(evidence_store, target), environment, device)
             result = lookup_stored(evidence_store, query, here)
+            planned = _planned(result, query, here, lambda: find_policy(evidence_store, result.target.run_digest))
             document = (
                 _stored_document(result, evidence_store, location.store_name(store_location)) if json_only else {}
             )
     if json_only:
-        print_json(document)
+        print_json({**document, "plan": planned})
+    elif planned is not None and planned["status"] == "planned":
+        print_notes(f"planned, never proven: {planned['choices'][0]['reason']}")
     if not result.reaches(require or "none"):
         raise MatchError(f"{result.caveat}; required was {require}")
     if not json_only:
@@ -85,6 +90,20 @@ def _machine(engine: str, environment: Path | None, device: str | None) -> Machi
     if environment is None:
         return machine.this_machine(engine, device)
     return machine.read_machine(environment, engine)
+
+
+def _planned(
+    result: LookupResult, query: Query, here: Machine, find_policy: Callable[[], Policy]
+) -> dict[str, Any] | None:
+    """The plan where nothing measured covers the query, or `not planned` with a reason; None where something does."""
+    if result.level != "none":
+        return None
+    from tuner.deploy.offer import offer_plan
+
+    try:
+        return offer_plan(find_policy(), query, here)
+    except DraftpickError as error:
+        return {"status": "not planned", "reason": str(error)}
 
 
 def _text(result: LookupResult, output_format: str | None, engine_version: str | None) -> tuple[str, list[str]]:

@@ -56,8 +56,8 @@ def plan(
     if json_only:
         print_json(document)
     else:
-        print_lines(*_lines(document))
-        console().print(_table(document))
+        print_lines(*lines(document))
+        console().print(table(document))
 
 
 def _domains(prompts: list[str] | None) -> set[str]:
@@ -68,7 +68,7 @@ def _domains(prompts: list[str] | None) -> set[str]:
     return {request.domain for request in reader.read_all(prompts)}
 
 
-def _lines(document: Mapping[str, Any]) -> Iterator[str]:
+def lines(document: Mapping[str, Any]) -> Iterator[str]:
     target, device, engine = document["target"], document["hardware"], document["engine"]["name"]
     yield f"planned: {target['name']} in {target['format']} on {device['name']}x{device['count']} with {engine}"
     for choice in document["choices"]:
@@ -80,17 +80,17 @@ def _lines(document: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"left out: {row['draft']}: {row['reason']}" for row in document["left_out"])
 
 
-def _table(document: Mapping[str, Any]) -> "Table":
+def table(document: Mapping[str, Any]) -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     caption = "cost: plain steps per round (*: measured); even: the acceptance rate that equals plain decoding"
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
-    table.add_column("draft, k", overflow="fold")
+    rows = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
+    rows.add_column("draft, k", overflow="fold")
     for name in ("batch", "domain", "speed-up", "tok/s", "tokens\n/round", "cost", "even"):
-        table.add_column(name, justify="right", no_wrap=True)
+        rows.add_column(name, justify="right", no_wrap=True)
     for row in document["setups"]:
-        table.add_row(
+        rows.add_row(
             f"{row['draft']} k={row['k']}",
             str(row["batch_size"]),
             row["domain"],
@@ -100,4 +100,4 @@ def _table(document: Mapping[str, Any]) -> "Table":
             f"{row['cost']:.2f}{'*' * (row['basis'] == 'measured')}",
             "-" if row["break_even"] is None else f"{row['break_even']:.2f}",
         )
-    return table
+    return rows

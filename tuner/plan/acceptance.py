@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any, Literal
 
 from profiles.records.errors import InputError, NotMeasuredError
@@ -53,11 +53,12 @@ def rate_of(tokens: float, length: float) -> float:
 
 
 def _rounds(rates: Sequence[float], lengths: Sequence[int]) -> dict[int, RoundMean]:
-    """At the median of `rates`, between the lowest and the highest."""
+    """At the median of `rates`, between the 5th and the 95th percentile."""
+    low, *_, high = quantiles([*rates, *rates], n=20, method="inclusive")  # of one rate too
     rounds = {}
     for length in lengths:
-        low, tokens, high = (tokens_per_round(pick(rates), length) for pick in (min, median, max))
-        rounds[length] = RoundMean(tokens=tokens, low=low, high=high, drafted={length: 1.0})
+        tokens = [tokens_per_round(rate, length) for rate in (low, median(rates), high)]
+        rounds[length] = RoundMean(low=tokens[0], tokens=tokens[1], high=tokens[2], drafted={length: 1.0})
     return rounds
 
 
@@ -112,8 +113,7 @@ def published(target: str, draft: str, kind: str, lengths: Sequence[int]) -> Acc
     of_kind = [row for row in read_data("published") if row["kind"] == kind]
     key = model_key(target)
     same_target = [row for row in of_kind if key is not None and model_key(row["target"]) == key]
-    name = _last_part(draft.rpartition("+")[2])
-    of_pair = [row for row in same_target if _last_part(row["draft"]) == name]
+    of_pair = [row for row in same_target if _plain_name(row["draft"]) == _plain_name(draft.rpartition("+")[2])]
     nearness = {
         "of this pair": of_pair,
         "of such drafts on this target": same_target,
@@ -121,12 +121,12 @@ def published(target: str, draft: str, kind: str, lengths: Sequence[int]) -> Acc
     }
     for relation, rows in nearness.items():
         if rows:
-            rates = [rate_of(row["tokens"], row["k"]) for row in rows]
+            rates = [row.get("rate") or rate_of(row["tokens"], row["k"]) for row in rows]
             spread = f"{min(rates):.2f} to {max(rates):.2f} a token, {len(rows)} values"
             source = f"published {relation}: {spread} ({', '.join(sorted({row['source'] for row in rows}))})"
             return Acceptance(draft=draft, kind="published", source=source, rounds=_rounds(rates, lengths))
     raise NotMeasuredError(f"acceptance of {draft}: none is published for this kind; state one, like --acceptance 0.7")
 
 
-def _last_part(name: str) -> str:
-    return name.rpartition("/")[2].lower()
+def _plain_name(name: str) -> str:
+    return model_key(name) or name.rpartition("/")[2].lower()

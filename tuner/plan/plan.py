@@ -102,7 +102,7 @@ class PlannedSetup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanQuery:
-    """What is planned; `acceptance`: `store`, `published`, a file or a rate; `evidence_store` None: there is none."""
+    """What is planned; `acceptance`: `store`, `published`, a file, a rate, or that of each draft; no store is None."""
 
     target: str
     drafts: Sequence[str]
@@ -112,7 +112,7 @@ class PlanQuery:
     batch_sizes: Sequence[int] = (1,)
     context: int = 1024
     lengths: Sequence[int] = tuple(range(1, 9))
-    acceptance: str = "published"
+    acceptance: str | Sequence[Acceptance] = "published"
     domains: Collection[str] = ()
     evidence_store: "EvidenceStore | None" = None
 
@@ -160,6 +160,8 @@ class Planner:
     def accepted(self, draft: PlannedDraft) -> Sequence[Acceptance]:
         """By domain, from the one source of the query. Raises InputError, NotMeasuredError, StoreError."""
         query, name = self.query, draft.spec.name
+        if not isinstance(query.acceptance, str):
+            return [row for row in query.acceptance if row.draft == name]
         if query.acceptance == "store":
             from tuner.plan import stored
 

@@ -19,6 +19,7 @@ _ALLOWED = "give a directory, a config.json, a .gguf file, a hub id or a name of
 _GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes by type of a value
 _GGUF_FLOATS, _GGUF_TEXT, _GGUF_LIST = (6, 12), 8, 9
 _LONGEST_TEXT = 1 << 26  # bytes
+_HUB_TIMEOUT_S = 3.0
 _ANOTHER_MODEL = re.compile(r"\db\b|distill|eagle|specul|flash|medusa")  # behind a published name
 Config = Mapping[str, Any]
 
@@ -225,12 +226,29 @@ def model_key(name: str) -> str | None:
     return key if key and not _ANOTHER_MODEL.search(short[len(key) :]) else None
 
 
+def is_at_hand(name: str) -> bool:
+    """Whether the config of a model is read without the hub: it is a file, a directory, built in or published."""
+    return name.startswith(BUILTIN) or Path(name).exists() or model_key(name) is not None
+
+
 def _hub_config(name: str) -> Config:
+    """From the hub's cache, else from the hub, asked once: a plan takes seconds. Raises ModelError."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelError(f"model {name!r}: no such directory, file or published name; {_ALLOWED}")
-    from huggingface_hub import hf_hub_download
+    try:
+        from huggingface_hub import get_session, get_token, hf_hub_url, try_to_load_from_cache
 
-    return dict(json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8")))
+        if isinstance(cached := try_to_load_from_cache(name, "config.json"), str):
+            return dict(json.loads(Path(cached).read_text(encoding="utf-8")))
+        url = hf_hub_url(name, "config.json")
+        headers = {"authorization": f"Bearer {token}"} if (token := get_token()) else {}
+        answer = get_session().get(url, headers=headers, timeout=_HUB_TIMEOUT_S)
+        return dict(answer.raise_for_status().json())
+    except Exception as error:  # the hub's client derives its errors from Exception itself
+        reason = f"{type(error).__name__} {error}".partition("\n")[0]
+        raise ModelError(
+            f"model {name!r}: the hub cannot be asked for it ({reason}); give its config.json or its directory"
+        ) from error
 
 
 def _tensor_bytes(path: Path) -> int:

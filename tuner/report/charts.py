@@ -240,6 +240,40 @@ def step_times(name: str, curve: StepTimeCurve, hue: str) -> Markup:
     return _inline(figure, name, f"steps: time in {unit} of one {what} against its width")
 
 
+@rc_context(STYLE)
+def published_figure(figures: Mapping[str, Any], path: Path | None = None) -> Markup:
+    """The published bars with a plan and its 90 % interval beside each, and that plan by length on two engines.
+
+    `figures` as in published_figure.json. `path`: draws it there too.
+    """
+    figure = Figure(figsize=(2.6 * PANEL_INCHES, 3.4))
+    bars, lengths = figure.subplots(1, 2, width_ratios=(3, 2))
+    drafts = list(dict.fromkeys(row["draft"] for row in figures["bars"]))
+    for index, row in enumerate(figures["bars"]):
+        hue = PLAIN if row["draft"] is None else SERIES[drafts.index(row["draft"]) - 1]
+        bars.bar(index, row["published"], 0.5, color=hue)
+        bars.annotate(f"{row['published']:.2f}×", (index, row["published"]), ha="center", va="bottom")
+        if row["forecast"] is not None:
+            planned = Interval(estimate=row["forecast"], low=row["low"], high=row["high"])
+            bars.errorbar(index + 0.36, planned.estimate, yerr=_reach([planned]), fmt="D")
+            bars.annotate(
+                f"{planned.estimate:.2f}×", (index + 0.36, planned.high + 0.03), ha="center", fontstyle="italic"
+            )
+    sizes = [[(row[model] or "plain").rpartition("-")[2] for model in ("target", "draft")] for row in figures["bars"]]
+    bars.set_xticks(range(len(sizes)), ["\n".join(pair) for pair in sizes])
+    bars.set(title=figures["title"], ylabel="times as fast as plain decoding")
+    bars.axhline(1.0, **PLAIN_LINE)
+    bars.grid(visible=False, axis="x")
+    for number, (engine, rows) in enumerate(figures["lengths"].items()):
+        lengths.plot([k for k, _ in rows], [speedup for _, speedup in rows], f"{MARKERS[number]}-", label=engine)
+    lengths.axhline(1.0, **PLAIN_LINE)
+    lengths.set(title=figures["lengths_title"], xlabel="k, tokens drafted per round", ylim=(0.0, None))
+    lengths.legend()
+    if path is not None:
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return _inline(figure, "published", "bars: a published figure beside its plan; lines: the plan by length")
+
+
 def _panel(height: float) -> tuple[Figure, Any]:
     figure = Figure(figsize=(PANEL_INCHES, height))
     return figure, figure.add_subplot()

@@ -3,6 +3,7 @@
 Both are drawn from report data alone. The template holds text and style; this module fills it.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from tuner.report.charts import ChartRow
 from tuner.report.data import LoadFigures, PointFigures, ReportData
 from tuner.report.tables import crossover_sentence
 
+PUBLISHED = Path(__file__).with_name("published_figure.json")  # of tests.benchmarks.published_figure
 PAGES = (".html", ".htm")
 LABEL_LENGTH = 40  # characters of a label in the forest plot; names in full stand in the tables
 UNDECIDED = " From an earlier run: this run ended before it could decide."
@@ -110,6 +112,7 @@ def _content(report_data: ReportData, title: Callable[[Choice], str]) -> dict[st
         "noises": [f"{noise:+.1%}" for noise in noises],
         "proofs": [point.choice.measured for point in points if point.choice.measured is not None],
         "environment": asdict(report_data.environment),
+        "published": charts.published_figure(json.loads(PUBLISHED.read_text(encoding="utf-8"))),
     }
 
 

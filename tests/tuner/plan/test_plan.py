@@ -155,6 +155,13 @@ def test_a_published_head_is_no_copy_of_the_target_in_its_name_and_a_suffix_has_
     assert planned_draft(parse_draft("suffix"), target, None).shape is None
 
 
+def test_a_hub_that_cannot_be_reached_is_one_line_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"'nobody/some-model': the hub cannot be asked .*config\.json") as caught:
+        read_shape("nobody/some-model")
+    assert "\n" not in str(caught.value)
+
+
 def test_files_that_were_not_downloaded_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(read_data("models")["Qwen3-8B"]))
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
@@ -251,6 +258,7 @@ def test_published_acceptance_says_how_near_it_is() -> None:
     assert "on this target" in target.source
     assert "elsewhere" in other.source
     assert "elsewhere" in acceptance.published("my-model", "mtp", "mtp", (3,)).source
+    assert "of this pair" in acceptance.published("Qwen2.5-72B-Instruct", "Qwen2.5-7B", "model", (3,)).source
     assert other.rounds[3].low < other.rounds[3].tokens < other.rounds[3].high
 
 

@@ -109,9 +109,9 @@ def test_every_section_is_there(made: ReportData, page: str) -> None:
 
 
 def test_one_picture_per_subject(made: ReportData, page: str) -> None:
-    """Two over all domains, bars per draft, acceptance per domain, a staircase per part; each has a label."""
+    """Two over all domains, bars per draft, acceptance per domain, steps per part, a published one; all have labels."""
     pictures = [attributes for tag, attributes in Reader(page).elements if tag == "svg"]
-    assert len(pictures) == 2 + 2 + 3 + 3
+    assert len(pictures) == 2 + 2 + 3 + 3 + 1
     assert all(attributes["aria-label"] and attributes["role"] == "img" for attributes in pictures)
 
 
@@ -164,10 +164,10 @@ def test_plain_decoding_is_said_plainly(tmp_path: Path) -> None:
 
 
 def test_a_run_without_evidence(tmp_path: Path) -> None:
-    """A budget that ended at once leaves a page without pictures that says why; there is no bar chart to draw."""
+    """A budget that ended at once leaves a page without pictures of its own that says why; no bar chart is drawn."""
     made = report_data_of(FakeEngine(), watch=Watch(out_of_time=lambda: True))
     text = written(made, tmp_path)
-    assert "<svg" not in text
+    assert text.count("<svg") == 1  # the published figure's
     assert "Nothing was forecast: the budget ended before anything could be compared, after loading: give more." in text
     with pytest.raises(InputError, match="there is no setup to draw"):
         write(made, tmp_path / "chart.png")
@@ -188,7 +188,7 @@ def test_several_loads_and_earlier_choices(made: ReportData, tmp_path: Path) -> 
     said = " ".join(reader.words)
     assert said.count("From an earlier run: this run ended before it could decide.") == 3
     assert said.count("From an earlier run.") == 1
-    assert len([tag for tag, _ in reader.elements if tag == "svg"]) == 2 + 2 * 8
+    assert len([tag for tag, _ in reader.elements if tag == "svg"]) == 2 + 2 * 8 + 1
 
 
 def test_pages_repeat(made: ReportData, page: str, tmp_path: Path) -> None:
