@@ -111,8 +111,8 @@ class Comparison:
             longer = self.workload(1, seed, LONGEST)
             traces = [self._engine.trace_target(longer, prompt) for prompt in self._prompts]
             parts = self._draft.components
-            for component in parts:  # starts the engines; the first trace is compared with real rounds
-                self._engine.trace_draft(longer, self._prompts[0], traces[0], component, LONGEST)
+            for component in parts:  # starts and warms up the engines
+                self._engine._decode(longer, self._prompts[:1], Setup(draft=component, length=LONGEST))
             began = time.monotonic()
             self._traced[seed] = [
                 (trace, combine([self._engine.trace_draft(longer, prompt, trace, each, LONGEST) for each in parts]))
@@ -186,6 +186,10 @@ def measure(name: str, folder: Path) -> None:
     part, file = PARTS[name], folder / f"{name}.jsonl"
     there = {(row.get("batch_size"), row.get("k")) for row in rows_of(file)}
     missing = [(batch, k) for batch in part.batch_sizes for k in part.lengths if (batch, k) not in there]
+    if not missing and (not part.times or (None, None) in there):
+        return
+    for variable in V2:  # of the part before
+        os.environ.pop(variable, None)
     os.environ.update({**QUIET, **(V2 if part.is_v2 else {})})
     target = loader.load("builtin:target", dtype="float32", device="cpu")
     texts, _ = tokenize(reader.read_all(["builtin:all"]), target.tokenizer, CONTEXT - part.new_tokens - LONGEST)

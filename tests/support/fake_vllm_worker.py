@@ -45,7 +45,8 @@ def main() -> None:
         elif command == "trace":
             say({"runs": [trace(prompt, length, question["sampling"], fault) for prompt in question["prompts"]]})
         elif command == "rounds":
-            say({"seconds": [0.01 + 0.001 * length] * question["count"]})
+            lengths = [visit["length"] or length for visit in question["visits"]]
+            say({"seconds": [[0.01 + 0.001 * each] * 3 for each in lengths]})
 
 
 def run(prompt: list[int], length: int, sampling: dict[str, int], fault: str) -> dict[str, object]:

@@ -14,9 +14,11 @@ def main() -> None:
     import torch
     import vllm.utils.cpu_triton_utils as kernels
 
-    def expand(output: Any, values: Any, ends: Any, replaced: Any, replacement: Any, *_: Any, **__: Any) -> None:
-        counts = torch.diff(ends, prepend=torch.zeros(1, dtype=ends.dtype))
-        changed = torch.where(values == replaced, torch.full_like(values, replacement), values)
+    def expand(
+        output: Any, input_val: Any, cu_num_tokens: Any, replace_from: Any, replace_to: Any, *_: Any, **__: Any
+    ) -> None:
+        counts = torch.diff(cu_num_tokens, prepend=torch.zeros(1, dtype=cu_num_tokens.dtype))
+        changed = torch.where(input_val == replace_from, torch.full_like(input_val, replace_to), input_val)
         output.copy_(torch.repeat_interleave(changed, counts))
 
     kernels._expand_kernel_impl = expand

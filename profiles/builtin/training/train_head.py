@@ -127,7 +127,11 @@ def write_outputs(target: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, 
 def train(head: EagleHead, target: LlamaForCausalLM, work: Path) -> None:
     """Cross-entropy with the target's distribution at every step of the unrolled head."""
     outputs = [load_file(work / f"head-{number}.safetensors") for number in range(OUTPUT_BATCHES)]
-    embeddings, optimizer, rng = target.get_input_embeddings(), Optimizer(head, STEPS, scale=0.5), random.Random(SEED)
+    embeddings, optimizer, rng = (
+        target.get_input_embeddings(),
+        Optimizer(head, STEPS, scale=0.5),
+        random.Random(SEED),
+    )
     started = time.monotonic()
     for step in range(STEPS):
         rows, picked = outputs[step % OUTPUT_BATCHES], rng.sample(range(OUTPUT_ROWS), BATCH_ROWS)
@@ -214,18 +218,19 @@ def main() -> None:
     config = LlamaConfig(**{**target.config.to_dict(), **replaced})
     head = EagleHead(config)
     stages = STAGES if options.stage == "all" else (options.stage,)
-    if "outputs" in stages:
-        write_outputs(target, tokenizer, options.work)
-    if "train" in stages:
-        train(head, target, options.work)
-        ship(head, config)
-    if "grade" in stages:
-        head.load_state_dict(load_file(evaluate.FAMILY / NAME / "model.safetensors"))
-        figures = {"num_params": sum(p.numel() for p in head.parameters()), **acceptance(head, target, tokenizer)}
-        print(NAME, json.dumps(figures), flush=True)
-        file = evaluate.FAMILY / "training" / "training.json"
-        record = json.loads(file.read_text(encoding="utf-8")) | {NAME: figures}
-        file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    for stage in stages:
+        if stage == "outputs":
+            write_outputs(target, tokenizer, options.work)
+        elif stage == "train":
+            train(head, target, options.work)
+            ship(head, config)
+        else:
+            head.load_state_dict(load_file(evaluate.FAMILY / NAME / "model.safetensors"))
+            figures = {"num_params": sum(p.numel() for p in head.parameters()), **acceptance(head, target, tokenizer)}
+            print(NAME, json.dumps(figures), flush=True)
+            file = evaluate.FAMILY / "training" / "training.json"
+            record = json.loads(file.read_text(encoding="utf-8")) | {NAME: figures}
+            file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from profiles.engines.vllm.config import (
     start_arguments,
 )
 from profiles.engines.vllm.flags import SERVER, TRACED, is_traceable, method_of
-from profiles.engines.vllm.timing import Visit, in_turn, rounds_request, visits
+from profiles.engines.vllm.timing import Visit, in_texts, in_turn, rounds_request, visits
 from profiles.models import loader, sources
 from profiles.records.core import LOOKUP_LENGTH, PLAIN, Draft, DraftKind, Environment, Model, Prompt, Setup, Workload
 from profiles.records.errors import BadNumbersError, EngineError, InputError
@@ -72,6 +72,10 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         self._num_tokens = 0  # that a sequence may have in the running engines
         self._fixed: set[str] = set()  # digests of drafts whose length needs an engine of its own
         self._caches: dict[str, dict[str, Any]] = {}  # facts of the first start with each draft
+        self._traced: dict[str, dict[str, Prompt]] = {}  # by sampling: the prompts whose target was traced
+        self._recorded: dict[
+            tuple[str, str], dict[str, Mapping[str, Any] | None]
+        ] = {}  # by setup and sampling; by prompt
         self._checked_texts: set[str] = (
             set()
         )  # digests of drafts whose 16-bit texts were compared with plain decoding's
@@ -142,6 +146,7 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         scale = workload.temperature if is_sampled else 1.0
         gaps = [min(MAX_GAP, max(0.0, scale * (first - second))) for _, first, second in run["logprobs"]]
         _check_finite(f"target {self.target.name}", (*probs, *gaps))
+        self._traced.setdefault(workload.sampling_digest, {})[prompt.digest] = prompt
         return TargetTrace(
             prompt_digest=prompt.digest,
             token_ids=tuple(run["token_ids"]),
@@ -184,20 +189,18 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         """
         at_context = replace(workload, context_length=context_length)
         all_visits = [Visit(component=self.target.run_digest, setup=PLAIN, num_drafted=0)]
-        self._rounds(at_context, all_visits[0])
+        self._rounds(at_context, all_visits)
         for draft in self._components(self.capabilities.timed(self.drafts)):
             draft_visits = visits(draft, self._longest(draft, max_length))
-            with contextlib.suppress(EngineError):
-                for visit in draft_visits:
-                    if visit.setup.length <= 1:
-                        self._rounds(at_context, visit)  # starts and warms up the engine
+            with contextlib.suppress(EngineError):  # starts and warms up the engine
+                self._rounds(at_context, [visit for visit in draft_visits if visit.setup.length <= 1])
                 all_visits += draft_visits
 
         def visit_all() -> dict[str, dict[int, list[float]]]:
             times: dict[str, dict[int, list[float]]] = {}
-            for visit in in_turn(all_visits, self._key, alone=not self._device.on_cpu):
-                seconds = self._rounds(at_context, visit)
-                times.setdefault(visit.component, {}).setdefault(1 + visit.num_drafted, []).extend(seconds)
+            for group in in_turn(all_visits, self._key, alone=not self._device.on_cpu):
+                for visit, seconds in self._rounds(at_context, group):
+                    times.setdefault(visit.component, {}).setdefault(1 + visit.num_drafted, []).extend(seconds)
             return times
 
         times, disturbed = self._quietest(visit_all)
@@ -325,8 +328,7 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         Raises EngineError: float32 greedy decoding emitted another text than the trace's, or real rounds differ.
         """
         assert setup.draft is not None
-        worker = self._drafting(workload, setup)
-        [run] = self._run(worker, [prompt.token_ids], 1, sampling_of(workload), command="trace")
+        run = self._recorded_run(workload, prompt, setup)
         emitted = tuple(run["token_ids"])
         if emitted != trace.token_ids and workload.temperature == 0.0 and self.target.dtype == "float32":
             raise EngineError(f"{self._label} with {setup.name} diverges from plain decoding while it verifies nothing")
@@ -342,6 +344,21 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
             check_rounds(acceptance, shorter, emitted, real)
             self._compared.add(setup.draft.digest)
         return acceptance
+
+    def _recorded_run(self, workload: Workload, prompt: Prompt, setup: Setup) -> Mapping[str, Any]:
+        """The recorded run of a prompt; one that is still to run brings others along, whose targets were traced."""
+        runs = self._recorded.setdefault((setup.digest, workload.sampling_digest), {})
+        if runs.get(prompt.digest) is None:
+            traced = self._traced.get(workload.sampling_digest, {})
+            others = [other for digest, other in traced.items() if digest not in runs and digest != prompt.digest]
+            queue = [prompt, *others[: self._options.max_batch_size - 1]]
+            texts, worker = [other.token_ids for other in queue], self._drafting(workload, setup)
+            records = self._run(worker, texts, len(texts), sampling_of(workload), command="trace")
+            runs |= {other.digest: record for other, record in zip(queue, records, strict=True)}
+        run = runs[prompt.digest]
+        assert run is not None
+        runs[prompt.digest] = None  # each is asked for once
+        return run
 
     def _prepare(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
         """The first run of a setup on an engine pays for lazy initialisation and is dropped."""
@@ -432,12 +449,16 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         plain = self._drafting(workload, PLAIN)
         return [self._mean_score(plain, prompt, emitted) for prompt, emitted in texts]
 
-    def _rounds(self, workload: Workload, visit: Visit) -> list[float]:
-        """Seconds of a visit's rounds."""
-        worker = self._drafting(workload, visit.setup)
-        request = rounds_request(visit, workload, worker.facts["num_tokens"])
-        worker.call("use", self._options.timeout_s, window=request.pop("window"))
-        return list(worker.call("rounds", self._options.timeout_s, **request)["seconds"])
+    def _rounds(self, workload: Workload, group: Sequence[Visit]) -> list[tuple[Visit, list[float]]]:
+        """Seconds of the rounds of visits to one engine."""
+        timed: list[tuple[Visit, list[float]]] = []
+        for text in in_texts(group, workload.context_length):
+            worker = self._drafting(workload, text[0].setup)
+            is_speculative = worker.facts["in_place"] and text[0].setup.draft is not None
+            request = rounds_request(text, workload, worker.facts["num_tokens"], in_place=is_speculative)
+            answer = worker.call("rounds", self._options.timeout_s, **request)["seconds"]
+            timed += zip(text, answer, strict=True)
+        return timed
 
     def _check(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
         self._check_draft(setup.draft)

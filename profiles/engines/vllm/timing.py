@@ -37,8 +37,10 @@ def visits(draft: Draft, max_length: int) -> list[Visit]:
     return all_visits
 
 
-def in_turn(all_visits: Sequence[Visit], engine_of: Callable[[Setup], Hashable], *, alone: bool) -> Iterator[Visit]:
-    """Every visit once per cycle in a shuffled order, those of an engine together.
+def in_turn(
+    all_visits: Sequence[Visit], engine_of: Callable[[Setup], Hashable], *, alone: bool
+) -> Iterator[list[Visit]]:
+    """Every visit once per cycle, those of an engine together, in a shuffled order.
 
     Where an engine runs `alone` it runs all its cycles before the next one is started.
     """
@@ -49,28 +51,55 @@ def in_turn(all_visits: Sequence[Visit], engine_of: Callable[[Setup], Hashable],
     for _ in range(1 if alone else CYCLES):
         for group in rng.sample(list(by_engine.values()), len(by_engine)):
             for _ in range(CYCLES if alone else 1):
-                yield from rng.sample(group, len(group))
+                yield rng.sample(group, len(group))
 
 
-def rounds_request(visit: Visit, workload: Workload, num_tokens: int) -> dict[str, Any]:
+def in_texts(group: Sequence[Visit], context_length: int) -> Iterator[list[Visit]]:
+    """Visits of one engine that follow each other in one text, which grows by no more than the context."""
+    text: list[Visit] = []
+    for visit in group:
+        if text and sum(map(growth, [*text, visit])) > context_length:
+            yield text
+            text = []
+        text.append(visit)
+    if text:
+        yield text
+
+
+def growth(visit: Visit) -> int:
+    """The most tokens by which a text grows in a visit."""
+    return (visit.setup.length + 1) * (ROUNDS + SPARE) * (SPARSE if visit.looks_up else 1)
+
+
+def rounds_request(text: Sequence[Visit], workload: Workload, num_tokens: int, *, in_place: bool) -> dict[str, Any]:
     """Arguments of the worker's `rounds`, about the workload's context; a sequence may have `num_tokens`.
 
     Rows of a look-up have one text, so that all of them find a draft: soon with a window from 1 token on, never with
     one as long as the prompt.
     """
-    length = visit.setup.length
-    growth = (length + 1) * (ROUNDS + SPARE) * (SPARSE if visit.looks_up else 1)
-    size = max(SPARE, min(workload.context_length - growth // 2, num_tokens - growth - 2 * (length + 1)))
-    shift = 0 if visit.looks_up else SHIFT
-    window = None
-    if visit.looks_up:
+    longest, grown = max(visit.setup.length for visit in text), sum(map(growth, text))
+    size = max(SPARE, min(workload.context_length - grown // 2, num_tokens - grown - 2 * (longest + 1)))
+    shift = 0 if text[0].looks_up else SHIFT
+
+    def window(visit: Visit) -> list[int] | None:
+        if not visit.looks_up:
+            return None
         assert visit.setup.draft is not None
-        window = [1, visit.setup.draft.max_match] if visit.num_drafted else [size - 1, size - 1]
-    rows = range(workload.batch_size)
+        assert visit.setup.draft.max_match is not None
+        return [1, visit.setup.draft.max_match] if visit.num_drafted else [size - 1, size - 1]
+
     return {
-        "prompts": [[(row * shift + position) % PATTERN for position in range(size)] for row in rows],
-        "count": ROUNDS,
-        "drafted": visit.num_drafted,
-        "window": window,
-        "sampling": sampling_of(workload) | {"max_tokens": growth, "stop_token_ids": []},
+        "prompts": [
+            [(row * shift + position) % PATTERN for position in range(size)] for row in range(workload.batch_size)
+        ],
+        "visits": [
+            {
+                "length": visit.setup.length if in_place else None,
+                "window": window(visit),
+                "drafted": visit.num_drafted,
+                "count": ROUNDS,
+            }
+            for visit in text
+        ],
+        "sampling": sampling_of(workload) | {"max_tokens": grown, "stop_token_ids": []},
     }

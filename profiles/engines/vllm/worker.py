@@ -220,26 +220,32 @@ class Worker:
             record["proposals"] = sorted(proposals.get(record["inner_name"], {}).items())
         return answer
 
-    def rounds(self, prompts: list[list[int]], count: int, drafted: int, sampling: dict[str, Any]) -> dict[str, Any]:
-        """Seconds of `count` rounds in which every prompt's row took part and drafted so many tokens.
+    def rounds(
+        self, prompts: list[list[int]], visits: list[dict[str, Any]], sampling: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Of each visit the seconds of `count` rounds in which every prompt's row took part and `drafted` tokens.
 
-        Fewer where a text ends before.
+        A visit's `length` and `window` are set before it, while the texts go on; fewer rounds where one ends before.
         """
         in_flight: dict[str, Flight] = {}
         for prompt in prompts:
             self._add(prompt, sampling, in_flight)
-        seconds: list[float] = []
+        all_seconds: list[list[float]] = []
         num_full = 0
-        while len(in_flight) == len(prompts) and len(seconds) < count:
-            is_full = all(flight.token_ids for flight in in_flight.values())
-            started_s = time.monotonic()
-            num_drafted = self._step(in_flight)
-            round_s = time.monotonic() - started_s
-            num_full += is_full
-            if is_full and num_full > DROPPED_ROUNDS and set(num_drafted) == {drafted}:
-                seconds.append(round_s)
+        for visit in visits:
+            self.use(visit["length"], visit["window"])
+            seconds: list[float] = []
+            all_seconds.append(seconds)
+            while len(in_flight) == len(prompts) and len(seconds) < visit["count"]:
+                is_full = all(flight.token_ids for flight in in_flight.values())
+                started_s = time.monotonic()
+                num_drafted = self._step(in_flight)
+                round_s = time.monotonic() - started_s
+                num_full += is_full
+                if is_full and num_full > DROPPED_ROUNDS and set(num_drafted) == {visit["drafted"]}:
+                    seconds.append(round_s)
         self._abort(in_flight)
-        return {"seconds": seconds}
+        return {"seconds": all_seconds}
 
     def counters(self) -> dict[str, Any]:
         """The engine's own counts since its start, of drafts and of tokens drafted and accepted."""

@@ -29,6 +29,7 @@ def test_the_family_is_small() -> None:
     assert sum(sizes.values()) - copies <= 25 * MEGABYTES
     assert copies <= 20 * MEGABYTES
     assert len(list(BUILTIN_FOLDER.glob("draft-*/model.safetensors"))) >= 4
+    assert sizes[BUILTIN_FOLDER / "draft-eagle/model.safetensors"] <= 2 * MEGABYTES
 
 
 def test_held_out_prompts_of_three_domains() -> None:
