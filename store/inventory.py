@@ -41,12 +41,11 @@ class Entry:
     oldest: str  # UTC, ISO 8601
     newest: str
     disturbed: float | None  # share of the timed runs that other programs disturbed; None without a run
-    is_here: bool | None  # whether the machine is the one that was asked about; None when none was
     failures: tuple[Failure, ...]  # the latest three different ones, newest first
 
 
-def inventory(evidence_store: EvidenceStore, here: str | None = None) -> tuple[Entry, ...]:
-    """One entry per target (float type included) and machine, newest first; `here` is this machine's digest."""
+def inventory(evidence_store: EvidenceStore) -> tuple[Entry, ...]:
+    """One entry per target (float type included) and machine, newest first."""
     with evidence_store.reading() as connection:
         models = _records(connection, tables.models, "key", tables.model_record)
         machines = _records(connection, tables.environments, "digest", tables.environment_record)
@@ -70,7 +69,6 @@ def inventory(evidence_store: EvidenceStore, here: str | None = None) -> tuple[E
             oldest=min(times[key]),
             newest=max(times[key]),
             disturbed=samples[key][1] if key in samples else None,
-            is_here=None if here is None else key[1] == here,
             failures=tuple(failures.get(key, ())),
         )
         for key, counts in rows.items()

@@ -1,23 +1,22 @@
 """What a run would measure and how long that takes: the real decision over predicted evidence.
 
 The decision runs over a copy of the store and an engine that predicts what the copy lacks, so that stored units count
-as reused and no prediction is kept. Only a few prompts are run for real, in a scratch store, to time each kind of unit.
+as reused and no prediction is kept. Of each kind of unit that is missing one is run for real, to time it.
 """
 
-import contextlib
-import itertools
+import functools
 import random
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sqlalchemy import insert, select
 
-from profiles.engines.base import Engine, EngineCapabilities
+from profiles.engines.base import Engine
 from profiles.records.core import CATCH_UP_WIDTHS, PLAIN, Draft, Model, Prompt, Setup, Workload, digest_of
-from profiles.records.errors import EngineError
 from profiles.records.evidence import (
     Acceptance,
     AcceptanceTrace,
@@ -32,33 +31,15 @@ from store import tables
 from store.cached_engine import CachedEngine
 from store.database import Location
 from store.evidence_store import EvidenceStore
-from tuner.forecast.evidence import typical_context
-from tuner.forecast.queues import queues, spread_over_domains
 from tuner.pipeline.pipeline import Tuner
 from tuner.pipeline.trial import Options
 from tuner.search.limits import Limits
 
-SAMPLE_PROMPTS = 3
 # Predictions let drafting win, with other setups in other domains and wide intervals, so that every stage is reached
 # and operating points share little: seconds per token or step, and an acceptance rate.
 PLAIN_S, STEP_S, DRAFTING_S, ACCEPTANCE_RATE, SPREAD = 0.010, 0.001, 0.006, 0.9, (0.5, 0.8, 1.0, 1.2, 1.5)
 
 Loads = Sequence[tuple[Workload, tuple[Prompt, ...]]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnitSeconds:
-    """Seconds of one unit of each kind on this machine, and tokens of a typical output.
-
-    `run_s` is a whole run of plain decoding (None) or of a draft at a middle length; `widths_s` one sweep of step
-    times per width of the target.
-    """
-
-    trace_s: float
-    acceptance_s: Mapping[Draft, float]
-    run_s: Mapping[Draft | None, float]
-    widths_s: float
-    output_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,10 +62,7 @@ def dry_run(engine: Engine, loads: Loads, location: Location, options: Options, 
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy.db"
         _copy(location, copy, engine.target)
-        with EvidenceStore.open(Path(folder) / "scratch.db") as scratch:
-            first = {workload.batch_size: (workload, prompts) for workload, prompts in reversed(loads)}
-            sampled, longest = CachedEngine(engine, scratch), max(options.lengths)
-            predicted = DryRunEngine(engine, {size: time_units(sampled, load, longest) for size, load in first.items()})
+        predicted = DryRunEngine(engine)
         # predicted times must not be checked against real limits
         options = replace(options, limits=Limits(max_memory_gib=options.limits.max_memory_gib))
         with EvidenceStore.open(copy) as evidence_store:
@@ -117,69 +95,25 @@ def _copy(location: Location, copy: Path, target: Model) -> None:
         duplicate.commit()
 
 
-def time_units(engine: CachedEngine, load: tuple[Workload, tuple[Prompt, ...]], max_length: int) -> UnitSeconds:
-    """Times a few units of each kind for real; a draft that fails is left out."""
-    workload, prompts = load
-    chosen = spread_over_domains(prompts, SAMPLE_PROMPTS + 1)
-    engine.trace_target(workload, chosen[-1])  # the first run includes one-time work
-    chosen = chosen[:SAMPLE_PROMPTS]
-    started = engine.measured_seconds
-    traces = [engine.trace_target(workload, prompt) for prompt in chosen]
-    trace_s = (engine.measured_seconds - started) / len(chosen)
-    started = engine.measured_seconds
-    engine.time_steps(workload, typical_context(workload, chosen), 1)
-    widths_s = (engine.measured_seconds - started) / 2  # of the target's two widths; the drafts' are timed beside them
-    acceptance_s: dict[Draft, float] = {}
-    traced = {draft: draft.components if engine.capabilities.traces(draft) else () for draft in engine.drafts}
-    for component in dict.fromkeys(itertools.chain.from_iterable(traced.values())):
-        with contextlib.suppress(EngineError):
-            started = engine.measured_seconds
-            engine.trace_draft(workload, chosen[0], traces[0], component, max_length)
-            acceptance_s[component] = engine.measured_seconds - started
-
-    def mean_run_s(setup: Setup) -> float:
-        sample_queues = queues(chosen, workload.batch_size, max_alone=len(chosen), num_queues=1, batches_per_queue=1)
-        runs = [run for queue in sample_queues for run in engine.run_together(workload, queue, (setup,), "dry run")]
-        return sum(run.ttft_s + run.decode_s for run in runs) / len(runs)
-
-    run_s: dict[Draft | None, float] = {None: mean_run_s(PLAIN)}
-    for draft in engine.drafts:
-        middle = _middle_length(engine.capabilities, draft, max_length)
-        if middle is None or not acceptance_s.keys() >= set(traced[draft]):
-            continue
-        with contextlib.suppress(EngineError):
-            run_s[draft] = mean_run_s(middle)
-    tokens = sum(len(trace.token_ids) for trace in traces) // len(traces)
-    trace_s = max(trace_s, run_s[None])  # with few prompts the warm-up has traced them already
-    return UnitSeconds(trace_s=trace_s, acceptance_s=acceptance_s, run_s=run_s, widths_s=widths_s, output_tokens=tokens)
-
-
-def _middle_length(capabilities: EngineCapabilities, draft: Draft, max_length: int) -> Setup | None:
-    """The draft at the middle of the lengths that the engine can draft; None where there is none."""
-    setups = (Setup(draft=draft, length=length) for length in range(1, max_length + 1))
-    drafting = [setup for setup in setups if capabilities.drafts_with(setup)]
-    return drafting[(len(drafting) - 1) // 2] if drafting else None
-
-
 class DryRunEngine:
-    """An `Engine` that answers at once with predicted evidence and adds up the seconds of the real units."""
+    """An `Engine` that predicts evidence and adds up the seconds of real units: the first of each kind is run."""
 
-    def __init__(self, engine: Engine, unit_seconds: Mapping[int, UnitSeconds]) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.environment = engine.environment
         self.target = engine.target
         self.capabilities = engine.capabilities
-        self.drafts = tuple(
-            draft for draft in engine.drafts if all(draft in cost.run_s for cost in unit_seconds.values())
-        )
+        self.drafts = engine.drafts
         self.units: Counter[str] = Counter()
         self.seconds = 0.0
-        self._unit_seconds = unit_seconds
+        self._engine = engine
+        self._unit_s: dict[tuple[object, ...], float] = {}
+        self._samples: dict[Workload, tuple[Prompt, TargetTrace]] = {}
         self._warm: set[tuple[Setup, int]] = set()
 
     def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
-        cost = self._unit_seconds[workload.batch_size]
-        self._count("target trace", cost.trace_s)
-        size = max(2, min(cost.output_tokens, workload.max_new_tokens))
+        self._sample(workload, prompt)  # the first run includes one-time work
+        self._add("target trace", self._timed((workload,), lambda: self._engine.trace_target(workload, prompt)))
+        size = max(2, workload.max_new_tokens)
         return TargetTrace(
             prompt_digest=prompt.digest,
             token_ids=tuple(range(size)),
@@ -191,7 +125,9 @@ class DryRunEngine:
     def trace_draft(
         self, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft, max_length: int
     ) -> Acceptance:
-        self._count("acceptance", self._unit_seconds[workload.batch_size].acceptance_s[draft])
+        sample = self._sample(workload, prompt)
+        measure = functools.partial(self._engine.trace_draft, workload, *sample, draft, max_length)
+        self._add("acceptance", self._timed((workload, draft), measure))
         names, size = {"prompt_digest": prompt.digest, "draft_digest": draft.digest}, len(trace.token_ids)
         if draft.looks_up:
             proposed = (0, *(min(max_length, size - start) for start in range(1, size)))
@@ -199,7 +135,9 @@ class DryRunEngine:
         return AcceptanceTrace(**names, accept_probs=(ACCEPTANCE_RATE,) * size, confidences=(ACCEPTANCE_RATE,) * size)
 
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
-        self._count("step times", self._unit_seconds[workload.batch_size].widths_s * (max_length + 1))
+        measure = functools.partial(self._engine.time_steps, workload, context_length, 1)
+        widths_s = self._timed((workload, "widths 1 and 2"), measure)  # the drafts' are timed beside them
+        self._add("step times", widths_s / 2 * (max_length + 1))
         widths = sorted({*range(1, max_length + 2), *CATCH_UP_WIDTHS})
         step_seconds = {self.target.run_digest: PLAIN_S}
         step_seconds |= {component.digest: STEP_S for draft in self.drafts for component in draft.components}
@@ -216,17 +154,39 @@ class DryRunEngine:
     def run_together(
         self, workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], purpose: str
     ) -> tuple[Sample, ...]:
-        cost, size = self._unit_seconds[workload.batch_size], workload.batch_size
-        warm_up = {(setup, size) for setup in setups} - self._warm
-        self._warm |= warm_up
-        turns = len(prompts) / size
-        seconds = sum(turns * cost.run_s[setup.draft] for setup in setups)
-        seconds += sum(min(1.0, turns) * cost.run_s[setup.draft] for setup, _ in warm_up)  # of one batch of prompts
-        self._count(purpose.split(maxsplit=1)[0], seconds)
-        size = max(2, min(cost.output_tokens, workload.max_new_tokens))
+        batch_size, seconds = workload.batch_size, 0.0
+        turns = len(prompts) / batch_size
+        for setup in setups:
+            warm_up = min(1.0, turns) if (setup, batch_size) not in self._warm else 0.0  # of one batch of prompts
+            self._warm.add((setup, batch_size))
+            seconds += (turns + warm_up) * self._run_s(workload, prompts[:batch_size], setup)
+        self._add(purpose.split(maxsplit=1)[0], seconds)
+        size = max(2, workload.max_new_tokens)
         return tuple(_predicted_sample(prompt, setup, size) for setup in setups for prompt in prompts)
 
-    def _count(self, stage: str, seconds: float) -> None:
+    def _sample(self, workload: Workload, prompt: Prompt) -> tuple[Prompt, TargetTrace]:
+        """The first prompt that is asked for, with its real trace."""
+        if workload not in self._samples:
+            self._samples[workload] = prompt, self._engine.trace_target(workload, prompt)
+        return self._samples[workload]
+
+    def _run_s(self, workload: Workload, prompts: tuple[Prompt, ...], setup: Setup) -> float:
+        """Seconds of a run of a setup's draft, at the first length that is asked for."""
+        unit = (workload.batch_size, setup.draft)
+        if unit not in self._unit_s:
+            runs = self._engine.run_together(workload, prompts, (setup,), "dry run")
+            self._unit_s[unit] = sum(run.ttft_s + run.decode_s for run in runs) / len(runs)
+        return self._unit_s[unit]
+
+    def _timed(self, unit: tuple[object, ...], measure: Callable[[], object]) -> float:
+        """Seconds of a kind of unit, run when the first is asked for."""
+        if unit not in self._unit_s:
+            started_s = time.perf_counter()
+            measure()
+            self._unit_s[unit] = time.perf_counter() - started_s
+        return self._unit_s[unit]
+
+    def _add(self, stage: str, seconds: float) -> None:
         self.units[stage] += 1
         self.seconds += seconds
 

@@ -8,7 +8,7 @@ from typing import Any
 from profiles.models.footprint import GIB
 
 UUID_PREFIX = "GPU-"
-SM_CLOCK, MEMORY_CLOCK = 1, 2
+MEMORY_CLOCK = 2
 
 
 def query(function: str, *arguments: object) -> Any:

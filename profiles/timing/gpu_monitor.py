@@ -6,14 +6,12 @@ Where NVML or the GPU is missing nothing is measured and nothing counts as distu
 import contextlib
 import os
 import threading
-from dataclasses import dataclass
 from typing import Any, Self
 
-from profiles.hardware.nvml import SM_CLOCK, UUID_PREFIX, device_handle, query
+from profiles.hardware.nvml import UUID_PREFIX, device_handle, query
 
 _SAMPLE_EVERY_S = 0.05
 _MAX_OTHERS_PERCENT = 5  # a desktop that redraws itself stays below
-_GPU_TEMPERATURE = 0
 # NVML's bits of what slows a GPU down. The power cap is no fault; it counts because clocks then follow the work.
 _SLOWDOWNS = {
     0x004: "software power cap",
@@ -25,23 +23,13 @@ _SLOWDOWNS = {
 _REASON_QUERIES = ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")  # new, old
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuState:
-    """One sample; None where NVML does not tell."""
-
-    clock_mhz: int | None
-    power_w: float | None
-    temperature_c: int | None
-    slowdowns: tuple[str, ...]
-
-
 class GpuWatch:
     """Samples a GPU at both ends of a `with` block and every 0.05 s within. Reusable, one block at a time."""
 
     def __init__(self, device: str) -> None:
         self._device = device
         self._handle: Any = None
-        self._samples: list[GpuState] = []
+        self._samples: list[tuple[str, ...]] = []
         self._others_percent: int | None = None
         self._since_us = 0
         self._ended = threading.Event()
@@ -58,7 +46,7 @@ class GpuWatch:
             query("nvmlShutdown")
             return self
         self._since_us = max((sample.timeStamp for sample in self._process_samples()), default=0)
-        self._samples.append(_state(self._handle))
+        self._samples.append(_slowdowns(self._handle))
         thread = threading.Thread(target=self._sample, name="gpu-watch", daemon=True)
         with contextlib.suppress(RuntimeError):  # no more threads: the two ends must do
             thread.start()
@@ -71,14 +59,14 @@ class GpuWatch:
             return
         if self._thread is not None:
             self._thread.join()
-        self._samples.append(_state(self._handle))
+        self._samples.append(_slowdowns(self._handle))
         self._others_percent = self._measure_others()
         self._handle = None
         query("nvmlShutdown")
 
     @property
-    def samples(self) -> tuple[GpuState, ...]:
-        """Samples in order; empty where nothing can be measured."""
+    def samples(self) -> tuple[tuple[str, ...], ...]:
+        """What slowed the GPU down at each sample; empty where nothing can be measured."""
         return tuple(self._samples)
 
     @property
@@ -95,26 +83,15 @@ class GpuWatch:
     def worst(self) -> str | None:
         """One sentence that names what disturbed; None when nothing did."""
         causes = []
-        if slowdowns := sorted({name for state in self._samples for name in state.slowdowns}):
-            causes.append(f"was slowed by {' and '.join(slowdowns)}{self._extremes()}")
+        if slowdowns := sorted({name for sample in self._samples for name in sample}):
+            causes.append(f"was slowed by {' and '.join(slowdowns)}")
         if (self._others_percent or 0) > _MAX_OTHERS_PERCENT:
             causes.append(f"was {self._others_percent} % busy with other processes")
         return f"GPU {self._device} {' and '.join(causes)}" if causes else None
 
     def _sample(self) -> None:
         while not self._ended.wait(_SAMPLE_EVERY_S):
-            self._samples.append(_state(self._handle))
-
-    def _extremes(self) -> str:
-        """Lowest clock, highest power and highest temperature of the slowed samples."""
-        slowed = [state for state in self._samples if state.slowdowns]
-        clocks = [state.clock_mhz for state in slowed if state.clock_mhz is not None]
-        powers = [state.power_w for state in slowed if state.power_w is not None]
-        temperatures = [state.temperature_c for state in slowed if state.temperature_c is not None]
-        parts = [f"down to {min(clocks)} MHz"] if clocks else []
-        parts += [f"up to {max(powers):.0f} W"] if powers else []
-        parts += [f"up to {max(temperatures)} C"] if temperatures else []
-        return f" ({', '.join(parts)})" if parts else ""
+            self._samples.append(_slowdowns(self._handle))
 
     def _process_samples(self) -> list[Any]:
         """Multiprocessor use per process since `_since_us`; empty where nothing computed."""
@@ -139,13 +116,7 @@ class GpuWatch:
         return sum(percent for pid, percent in percents.items() if pid != this_pid)
 
 
-def _state(handle: Any) -> GpuState:
-    power_mw = query("nvmlDeviceGetPowerUsage", handle)
+def _slowdowns(handle: Any) -> tuple[str, ...]:
     masks = (query(function, handle) for function in _REASON_QUERIES)  # the second only where the first fails
     mask = next((mask for mask in masks if mask is not None), 0)
-    return GpuState(
-        clock_mhz=query("nvmlDeviceGetClockInfo", handle, SM_CLOCK),
-        power_w=None if power_mw is None else power_mw / 1000,
-        temperature_c=query("nvmlDeviceGetTemperature", handle, _GPU_TEMPERATURE),
-        slowdowns=tuple(name for bit, name in _SLOWDOWNS.items() if mask & bit),
-    )
+    return tuple(name for bit, name in _SLOWDOWNS.items() if mask & bit)

@@ -266,7 +266,7 @@ def _is_alike(old: Any, new: Any, *, rounded: bool) -> bool:
 # --- out of a store ---
 
 
-def chosen(connection: Connection, table: Table, names: Sequence[str] | None) -> set[str]:
+def _chosen(connection: Connection, table: Table, names: Sequence[str] | None) -> set[str]:
     """The keys of the models or machines that `names` are of. Raises NotMeasuredError: there is none of a name."""
     by = ("key", "digest", "name") if table is tables.models else ("digest", "device")
     rows = connection.execute(select(table)).mappings().all()
@@ -279,8 +279,8 @@ def chosen(connection: Connection, table: Table, names: Sequence[str] | None) ->
 def _conditions(
     connection: Connection, targets: Sequence[str] | None, environments: Sequence[str] | None
 ) -> Iterator[Any]:
-    models = chosen(connection, tables.models, targets)
-    machines = chosen(connection, tables.environments, environments)
+    models = _chosen(connection, tables.models, targets)
+    machines = _chosen(connection, tables.environments, environments)
     yield tables.models.c.key.in_(models)
     for table in tables.ABOUT_TARGETS:
         yield table.c.target_key.in_(models)

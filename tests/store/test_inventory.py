@@ -1,8 +1,6 @@
 """What `show` tells: how much of what the store holds, how old it is, and from which machine."""
 
 import io
-import subprocess
-import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -13,7 +11,6 @@ from profiles.records.core import PLAIN, Draft, Model, Setup
 from profiles.records.evidence import Infeasible
 from store.evidence_store import EvidenceStore, Scope
 from store.inventory import Failure, inventory
-from tests import ROOT
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts
 from tests.support.policies import save_policy
 from tests.support.servers import ask
@@ -51,9 +48,9 @@ def made_at(evidence_store: EvidenceStore, table: str, time: str, machine: str |
     ask(evidence_store, f"UPDATE {table} SET {column} = '{time}'{where}")
 
 
-def shown(evidence_store: EvidenceStore, width: int, here: str | None = None) -> str:
+def shown(evidence_store: EvidenceStore, width: int) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(inventory_table(inventory(evidence_store, here), NOW))
+    console.print(inventory_table(inventory(evidence_store), NOW))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert isinstance(text, str)
     return text
@@ -97,16 +94,6 @@ def test_the_oldest_and_the_newest_row_give_the_age(evidence_store: EvidenceStor
         (False, "2026-11-01", "2026-11-21"),
         (False, "2026-11-20", "2026-11-20"),
     ]
-
-
-def test_this_machine_is_told_from_others(evidence_store: EvidenceStore) -> None:
-    """By the digest of its environment; where none is given nothing is said."""
-    fill(evidence_store)
-    assert {entry.is_here for entry in inventory(evidence_store)} == {None}
-    assert {entry.environment.torch: entry.is_here for entry in inventory(evidence_store, MACHINE.digest)} == {
-        "2.13.0": True,
-        "2.14.0": False,
-    }
 
 
 def test_the_latest_different_failures_are_told(evidence_store: EvidenceStore) -> None:
@@ -167,14 +154,12 @@ def test_the_table_says_whose_where_how_much_and_how_old(evidence_store: Evidenc
     fill(evidence_store)
     for table in ("target_traces", "units", "policies"):
         made_at(evidence_store, table, "2026-11-19T11:00:00.000000+00:00")
-    text = shown(evidence_store, 80, MACHINE.digest)
+    text = shown(evidence_store, 80)
     assert max(map(len, text.splitlines())) <= 80
     for said in (
         f"float32, digest {TARGET.digest[:8]}",
         "fake cpu, 2 threads",
         "torch 2.14.0",
-        "this machine",
-        "another machine or other software",
         "target traces: 1",
         "samples: 2",
         "policies: 1",
@@ -183,9 +168,3 @@ def test_the_table_says_whose_where_how_much_and_how_old(evidence_store: Evidenc
         "oldest: 3 days ago",
     ):
         assert said in text
-
-
-def test_showing_loads_no_torch() -> None:
-    """`show` answers at once."""
-    code = "import sys, store.inventory; sys.exit('torch' in sys.modules or 'optuna' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0

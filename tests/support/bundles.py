@@ -15,7 +15,7 @@ from store.bundle import bundle
 from store.evidence_store import EvidenceStore, Scope
 from tests.support.cli import content
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, TARGET, FakeEngine, prompts
-from tuner.deploy.policy_files import DOCUMENTS
+from tuner.cli.bundle import documents
 from tuner.pipeline.pipeline import Watch
 from tuner.pipeline.trial import Options
 from tuner.run import TuningSession
@@ -66,7 +66,7 @@ def refused(evidence_store: EvidenceStore, path: Path) -> str:
     """What a merge says that must fail, leaving the store as it was."""
     before = content(evidence_store.path.parent) if evidence_store.path.name == "evidence.db" else None
     with pytest.raises(DraftpickError) as caught:
-        bundle.merge(evidence_store, path, DOCUMENTS)
+        bundle.merge(evidence_store, path, documents())
     assert before is None or content(evidence_store.path.parent) == before
     assert "\n" not in str(caught.value)
     return str(caught.value)

@@ -12,6 +12,7 @@ from tuner.cli.output import print_result
 
 if TYPE_CHECKING:
     from store.bundle.bundle import Contents, Merged
+    from store.bundle.rows import Documents
 
 File = Annotated[Path, typer.Argument(help="The bundle.")]
 Targets = Annotated[
@@ -21,7 +22,6 @@ Environments = Annotated[
     list[str] | None,
     typer.Option("--environment", help="Device name or digest of a machine; repeatable; default: all."),
 ]
-Policies = Annotated[Path | None, typer.Option(help="A folder that also gets the latest policies, a file each.")]
 app = typer.Typer(help="Carry evidence, runs and policies between machines in one file.")
 
 
@@ -30,32 +30,25 @@ def pack(
     path: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.")],
     target: Targets = None,
     environment: Environments = None,
-    policies: Policies = None,
     store: options.Store = None,
     json_only: options.JsonOnly = False,
 ) -> None:
     """Write the store's evidence, runs and policies into one file, without paths."""
     from store import location
     from store.bundle import bundle
-    from tuner.deploy.policy_files import DOCUMENTS, export_policies
     from tuner.deploy.stored_policies import open_for_reading
 
-    selected: dict[str, list[str] | None] = {"targets": target, "environments": environment}
     with open_for_reading(location.existing_store(store)) as evidence_store:
-        contents = bundle.pack(evidence_store, path, DOCUMENTS, **selected)
-        paths = () if policies is None else export_policies(evidence_store, policies, **selected)
-    names = [str(policy_path) for policy_path in paths]
-    lines = (f"wrote {path}", *_description(contents), *(f"policy: {name}" for name in names))
-    print_result({**asdict(contents), "policy_paths": names}, *lines, json_only=json_only)
+        contents = bundle.pack(evidence_store, path, documents(), targets=target, environments=environment)
+    print_result(asdict(contents), f"wrote {path}", *_description(contents), json_only=json_only)
 
 
 @app.command()
 def inspect(path: File, json_only: options.JsonOnly = False) -> None:
     """Check a bundle and describe its content; no store is touched."""
     from store.bundle import bundle
-    from tuner.deploy.policy_files import DOCUMENTS
 
-    contents = bundle.inspect(path, DOCUMENTS)
+    contents = bundle.inspect(path, documents())
     print_result(asdict(contents), *_description(contents), json_only=json_only)
 
 
@@ -65,16 +58,28 @@ def merge(path: File, store: options.Store = None, json_only: options.JsonOnly =
     from store import location
     from store.bundle import bundle
     from store.evidence_store import EvidenceStore
-    from tuner.deploy.policy_files import DOCUMENTS
 
-    bundle.inspect(path, DOCUMENTS)  # a refused file makes no store
+    bundle.inspect(path, documents())  # a refused file makes no store
     store_location = location.store_location(store)
     with EvidenceStore.open(store_location) as evidence_store:
-        merged = bundle.merge(evidence_store, path, DOCUMENTS)
+        merged = bundle.merge(evidence_store, path, documents())
     document = asdict(merged)
     document["known"] = document.pop("stored")  # its key in 0.6
     document["store"] = name = location.store_name(store_location)
     print_result(document, f"store {name}", *_counts(merged), json_only=json_only)
+
+
+def documents() -> "Documents":
+    """Checks of the policies and report data in a bundle; of each the text that is stored."""
+    from store.bundle.rows import Documents
+    from tuner.policy import policy as policies
+    from tuner.report.data import ReportData
+
+    def check_policy(text: str) -> tuple[str, str, str]:
+        policy = policies.from_json(text)
+        return policies.to_json(policy), policy.target.run_digest, policy.environment.digest
+
+    return Documents(policy=check_policy, report_data=lambda raw: ReportData.from_json(raw).to_json())
 
 
 def _counts(merged: "Merged") -> Iterator[str]:

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
     from store.inventory import Entry
 
-LOCATIONS = {True: "\nthis machine", False: "\nanother machine or other software", None: ""}
 UNIT_SECONDS = {"year": 365 * 86400, "month": 30 * 86400, "day": 86400, "hour": 3600, "minute": 60}
 
 
@@ -52,7 +51,6 @@ def inventory_table(entries: "Sequence[Entry]", now: datetime) -> "Table":
                 f"\n{machine.device}, {machine.threads} threads",
                 f"\ntorch {machine.torch}",
                 f"\n{machine.engine} {machine.engine_version}",
-                (LOCATIONS[entry.is_here], "green" if entry.is_here else "dim"),
             ),
             "\n".join(_amounts(entry, now)),
         )

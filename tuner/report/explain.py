@@ -10,7 +10,6 @@ from scipy.optimize import brentq
 from profiles.records.core import PLAIN, Interval
 from profiles.records.errors import InputError, require
 from tuner.report.data import Candidate, PointFigures
-from tuner.search.objective import TIE
 
 MOST_ROWS = 12
 
@@ -87,10 +86,7 @@ def explain(figures: PointFigures, instead: str | None = None) -> Explanation:
     plain_s = _plain_token_s(candidates[PLAIN.name])
     accounts = {name: _account(candidate, plain_s) for name, candidate in candidates.items()}
     chosen = accounts.pop(chosen_name)
-    others = [
-        replace(account, why_not=_why_not(account, chosen, candidates[name].reason))
-        for name, account in accounts.items()
-    ]
+    others = [replace(account, why_not=_why_not(candidates[name], chosen)) for name, account in accounts.items()]
     others.sort(key=lambda other: (other.setup_name != instead, other.state == "infeasible", -other.best_known))
     return Explanation(
         domain=choice.domain,
@@ -175,32 +171,12 @@ def _account(candidate: Candidate, plain_s: float) -> Account:
     )
 
 
-def _why_not(account: Account, chosen: Account, reason: str) -> str:
-    """By the strongest evidence there is: it could not run, the proof, the race, the forecast."""
-    if account.state in ("infeasible", "pruned in the race"):
-        return f"{account.state}: {reason}"
-    if account.setup_name == PLAIN.name:
-        figure = f"measured at {chosen.measured:.2f}" if chosen.measured else f"forecast at {chosen.speedup:.2f}"
-        return f"{chosen.setup_name} is {figure} times it"
-    if account.measured is not None:
-        return f"not proven: measured at {account.measured:.2f}; {reason}"
-    if account.race_speedup is not None:
-        return _lost_race(account.race_speedup, chosen.race_speedup, reason)
-    if account.speedup.estimate < chosen.speedup.estimate:
-        plain = chosen.setup_name == PLAIN.name
-        than = "plain decoding" if plain else f"{chosen.speedup:.2f} for {chosen.setup_name}"
-        return f"forecast lower: {account.speedup:.2f} against {than}"
-    return f"forecast at {account.speedup:.2f}, but {account.state}: {reason}"
-
-
-def _lost_race(speedup: float, best: float | None, reason: str) -> str:
-    """`best` is the race's speed-up of what was chosen; None where that did not race."""
-    if best is None:
-        return f"{speedup:.2f} times plain decoding in the race; {reason}"
-    if speedup * (1.0 + TIE) < best:
-        return f"slower in the race: {speedup:.2f} against {best:.2f} times plain decoding"
-    tie = f"within {TIE:.1%} of it in the race, {speedup:.2f} against {best:.2f}"
-    return f"{tie}: ties go to the setup without draft weights, then to the shorter"
+def _why_not(candidate: Candidate, chosen: Account) -> str:
+    """How far it came and why no further; of plain decoding by how much it was beaten."""
+    if candidate.setup_name != PLAIN.name:
+        return f"{candidate.state}: {candidate.reason}"
+    figure = f"measured at {chosen.measured:.2f}" if chosen.measured else f"forecast at {chosen.speedup:.2f}"
+    return f"{chosen.setup_name} is {figure} times it"
 
 
 def sentences(explanation: Explanation) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from profiles.timing.gpu_monitor import GpuState, GpuWatch
+from profiles.timing.gpu_monitor import GpuWatch
 
 UUID, BUS = "11111111-2222-3333-4444-555555555555", "00000000:3b:00.0"
 IDLE, CLOCKS_SET, POWER_CAP, HARDWARE, BOOST, SOFT_HEAT, HARD_HEAT, BRAKE = (1 << bit for bit in range(8))
@@ -50,18 +50,8 @@ class FakeNvml:
             raise FakeError(place)
         return "by bus"
 
-    def nvmlDeviceGetClockInfo(self, handle: str, which: int) -> int:
-        self.asked.append(handle)
-        assert which == 1
-        return 1980 if len(self.masks) > 1 else 1200
-
-    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
-        return 310_500
-
-    def nvmlDeviceGetTemperature(self, handle: str, sensor: int) -> int:
-        return 88
-
     def nvmlDeviceGetCurrentClocksEventReasons(self, handle: str) -> int:
+        self.asked.append(handle)
         return self.masks.pop(0) if len(self.masks) > 1 else self.masks[0]
 
     def nvmlDeviceGetProcessUtilization(self, handle: str, since_us: int) -> list[SimpleNamespace]:
@@ -111,10 +101,9 @@ def used_by(monkeypatch: pytest.MonkeyPatch, processes: dict[int, int], running:
 
 
 def test_a_quiet_gpu_is_sampled_at_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A short block has two samples in MHz, W and degrees, and nothing to say."""
+    """A short block has two samples, and nothing to say."""
     watch = watched(monkeypatch)
-    state = GpuState(clock_mhz=1200, power_w=310.5, temperature_c=88, slowdowns=())
-    assert watch.samples == (state, state)
+    assert watch.samples == ((), ())
     assert not watch.disturbed
     assert watch.worst is None
 
@@ -148,8 +137,8 @@ def test_a_slowdown_disturbs(monkeypatch: pytest.MonkeyPatch, mask: int, name: s
     """Each reason that lowers clocks under work disturbs, also among harmless ones, and is named."""
     watch = watched(monkeypatch, mask | CLOCKS_SET)
     assert watch.disturbed
-    assert watch.samples[0].slowdowns == (name,)
-    assert watch.worst == f"GPU cuda:0 was slowed by {name} (down to 1200 MHz, up to 310 W, up to 88 C)"
+    assert watch.samples[0] == (name,)
+    assert watch.worst == f"GPU cuda:0 was slowed by {name}"
 
 
 @pytest.mark.parametrize("masks", [(HARDWARE, 0), (0, HARDWARE)])
@@ -166,8 +155,7 @@ def test_a_slowdown_in_the_middle_of_a_long_block_is_seen(monkeypatch: pytest.Mo
         while len(watch.samples) < 4 and time.monotonic() < end:
             time.sleep(0.01)
     assert len(watch.samples) >= 5
-    assert watch.worst is not None
-    assert watch.worst.startswith("GPU cuda:0 was slowed by hardware thermal slowdown and software power cap (down to ")
+    assert watch.worst == "GPU cuda:0 was slowed by hardware thermal slowdown and software power cap"
 
 
 def test_one_watch_serves_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +194,7 @@ def test_older_libraries_tell_throttle_reasons(monkeypatch: pytest.MonkeyPatch) 
     install(monkeypatch, Older())
     with GpuWatch("cuda:0") as watch:
         pass
-    assert watch.samples[0].slowdowns == ("hardware thermal slowdown",)
+    assert watch.samples[0] == ("hardware thermal slowdown",)
 
 
 @pytest.mark.parametrize(
@@ -292,21 +280,8 @@ def test_a_gpu_that_tells_nothing_is_not_disturbed(monkeypatch: pytest.MonkeyPat
     install(monkeypatch, Mute())
     with GpuWatch("cuda:0") as watch:
         pass
-    nothing = GpuState(clock_mhz=None, power_w=None, temperature_c=None, slowdowns=())
-    assert watch.samples == (nothing, nothing)
+    assert watch.samples == ((), ())
     assert (watch.others_percent, watch.disturbed) == (None, False)
-
-
-def test_a_slowdown_without_figures_is_still_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sentence leaves out what is not known."""
-
-    class Terse(FakeNvml):
-        nvmlDeviceGetClockInfo = nvmlDeviceGetPowerUsage = nvmlDeviceGetTemperature = None
-
-    install(monkeypatch, Terse(HARDWARE))
-    with GpuWatch("cuda:0") as watch:
-        pass
-    assert watch.worst == "GPU cuda:0 was slowed by hardware slowdown"
 
 
 def test_a_cpu_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,12 +317,10 @@ def test_without_threads_both_ends_are_sampled(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.gpu
-def test_a_real_gpu_tells_its_clock() -> None:
-    """On a GPU with NVML the samples have a clock, power and a temperature."""
+def test_a_real_gpu_is_sampled() -> None:
+    """On a GPU with NVML a block has its two samples."""
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     with GpuWatch("cuda") as watch:
         torch.ones(1000, 1000, device="cuda").square().sum().item()
-    assert watch.samples
-    assert all(state.clock_mhz for state in watch.samples)
-    assert all(state.power_w and state.temperature_c for state in watch.samples)
+    assert len(watch.samples) >= 2

@@ -22,7 +22,7 @@ from tests.support.bundles import ELSEWHERE, SCOPE, fill, named, resealed, save_
 from tests.support.cli import Said, assert_refused, call, content
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts, sql
 from tests.support.policies import save_policy
-from tuner.deploy.policy_files import DOCUMENTS
+from tuner.cli.bundle import documents
 from tuner.policy import policy as policies
 
 A_PATH = "/home/someone/my models/fake-target"
@@ -43,7 +43,7 @@ def packed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That store's bundle."""
     path = tmp_path_factory.mktemp("packed") / "one.bundle"
     with EvidenceStore.open(store / "evidence.db") as evidence_store:
-        bundle.pack(evidence_store, path, DOCUMENTS)
+        bundle.pack(evidence_store, path, documents())
     return path
 
 
@@ -59,18 +59,18 @@ class TestThereAndBack:
         self, store: Path, packed: Path, empty: EvidenceStore, tmp_path: Path
     ) -> None:
         """Every row arrives, and packing it again gives the same bytes."""
-        merged = bundle.merge(empty, packed, DOCUMENTS)
+        merged = bundle.merge(empty, packed, documents())
         assert (merged.stored, merged.unlike) == ({}, {})
         for table in (*merged.added, "samples", "step_times", "choices"):
             query = f"SELECT count(*) FROM {table}"
             assert sql(empty.path, query) == sql(store / "evidence.db", query), table
         assert {"models", "runs", "target_traces", "sweeps", "units", "infeasible", "policies"} <= set(merged.added)
-        bundle.pack(empty, tmp_path / "again.bundle", DOCUMENTS)
+        bundle.pack(empty, tmp_path / "again.bundle", documents())
         assert (tmp_path / "again.bundle").read_bytes() == packed.read_bytes()
 
     def test_the_evidence_answers(self, packed: Path, empty: EvidenceStore) -> None:
         """Traces, timings, the policy and the run's outcome are found as if they had been measured here."""
-        bundle.merge(empty, packed, DOCUMENTS)
+        bundle.merge(empty, packed, documents())
         fake = FakeEngine(keep=0.95)
         [(context_length, max_length)] = sql(empty.path, "SELECT DISTINCT context_length, max_length FROM sweeps")
         assert (
@@ -92,16 +92,16 @@ class TestThereAndBack:
         shutil.copytree(store, tmp_path / "copy")
         before = content(tmp_path / "copy")
         with EvidenceStore.open(tmp_path / "copy" / "evidence.db") as evidence_store:
-            assert bundle.merge(evidence_store, packed, DOCUMENTS).added == {}
+            assert bundle.merge(evidence_store, packed, documents()).added == {}
         assert content(tmp_path / "copy") == before
 
     def test_two_machines_are_joined(self, packed: Path, tmp_path: Path, empty: EvidenceStore) -> None:
         """The second bundle adds what the first does not have."""
         with EvidenceStore.open(tmp_path / "other.db") as evidence_store:
             fill(evidence_store, ELSEWHERE)
-            bundle.pack(evidence_store, tmp_path / "two.bundle", DOCUMENTS)
-        bundle.merge(empty, packed, DOCUMENTS)
-        second = bundle.merge(empty, tmp_path / "two.bundle", DOCUMENTS)
+            bundle.pack(evidence_store, tmp_path / "two.bundle", documents())
+        bundle.merge(empty, packed, documents())
+        second = bundle.merge(empty, tmp_path / "two.bundle", documents())
         assert second.added["policies"] == second.added["runs"] == 1
         assert "target_traces" not in second.added
         assert sql(empty.path, "SELECT count(DISTINCT environment_digest) FROM policies") == [(2,)]
@@ -112,23 +112,23 @@ class TestThereAndBack:
             fill(evidence_store)
             save_sample(evidence_store, 0, ELSEWHERE)
             selected: dict[str, Any] = {"targets": ["fake-target"], "environments": ["other cpu"]}
-            contents = bundle.pack(evidence_store, tmp_path / "a", DOCUMENTS, **selected)
+            contents = bundle.pack(evidence_store, tmp_path / "a", documents(), **selected)
             assert contents.rows["samples"] == 1
             assert contents.rows["target_traces"] > 0
             assert "policies" not in contents.rows
             assert {machine.device for machine in contents.environments} == {"fake cpu", "other cpu"}
             with pytest.raises(NotMeasuredError, match="knows nothing of 'nosuch'"):
-                bundle.pack(evidence_store, tmp_path / "b", DOCUMENTS, targets=["nosuch"])
+                bundle.pack(evidence_store, tmp_path / "b", documents(), targets=["nosuch"])
         with pytest.raises(NotMeasuredError, match="has nothing to pack"):
-            bundle.pack(empty, tmp_path / "b", DOCUMENTS)
+            bundle.pack(empty, tmp_path / "b", documents())
         assert not (tmp_path / "b").exists()
 
     def test_runs_that_never_ended_stay(self, tmp_path: Path, packed: Path, empty: EvidenceStore) -> None:
         """A run that is under way or was killed is not packed; its evidence is."""
-        num_units = bundle.merge(empty, packed, DOCUMENTS).added["units"]
+        num_units = bundle.merge(empty, packed, documents()).added["units"]
         empty.save_run(SCOPE)
         save_sample(empty, 0)
-        contents = bundle.pack(empty, tmp_path / "b", DOCUMENTS)
+        contents = bundle.pack(empty, tmp_path / "b", documents())
         assert (contents.rows["runs"], contents.rows["units"]) == (1, num_units + 1)
         assert contents.left_out == {}
 
@@ -136,15 +136,15 @@ class TestThereAndBack:
         """A store of schema 0001 is upgraded and packed."""
         shutil.copy(RELEASED_0001, tmp_path / "old.sqlite")
         with EvidenceStore.open(tmp_path / "old.sqlite") as evidence_store:
-            contents = bundle.pack(evidence_store, tmp_path / "0001", DOCUMENTS)
+            contents = bundle.pack(evidence_store, tmp_path / "0001", documents())
             assert contents.rows["units"] > 0
-            assert bundle.merge(evidence_store, tmp_path / "0001", DOCUMENTS).added == {}
+            assert bundle.merge(evidence_store, tmp_path / "0001", documents()).added == {}
 
     def test_no_path_leaves_the_machine(self, store: Path, packed: Path) -> None:
         """A model named by a path gets the path's last part and a mark; the store keeps the name."""
         assert "someone" in "".join(content(store))
         assert b"someone" not in packed.read_bytes()
-        contents = bundle.inspect(packed, DOCUMENTS)
+        contents = bundle.inspect(packed, documents())
         assert [model.name for model in contents.targets] == ["imported:fake-target"]
         assert contents.drafts == ("draft-a",)
 
@@ -165,13 +165,13 @@ class TestOddRows:
         shutil.copytree(store, tmp_path / "copy")
         sql(tmp_path / "copy" / "evidence.db", change)
         with EvidenceStore.open(tmp_path / "copy" / "evidence.db") as evidence_store:
-            assert bundle.pack(evidence_store, tmp_path / "b", DOCUMENTS).left_out == {}
+            assert bundle.pack(evidence_store, tmp_path / "b", documents()).left_out == {}
         [(num_units,)] = sql(store / "evidence.db", "SELECT count(*) FROM units")
-        merged = bundle.merge(empty, tmp_path / "b", DOCUMENTS)
+        merged = bundle.merge(empty, tmp_path / "b", documents())
         assert merged.added["units"] == num_units
         assert merged.clamped == (num_units if "2999" in change else 0)
         assert sql(empty.path, "SELECT count(*) FROM units WHERE measured_at > '2998'") == [(0,)]
-        assert bundle.merge(empty, tmp_path / "b", DOCUMENTS).added == {}
+        assert bundle.merge(empty, tmp_path / "b", documents()).added == {}
         kept = sql(empty.path, "SELECT DISTINCT domain FROM prompts")
         assert ("/r/python" in change) == (kept == [("/r/python",)])
 
@@ -179,7 +179,7 @@ class TestOddRows:
         """`/r/python` and `/x/python` are two choices of one policy."""
         policy = made.policy(*(made.choice(domain=name) for name in ("mixed", "/r/python", "/x/python")))
         save_policy(empty, policies.to_json(policy), policy.target, policy.environment)
-        assert bundle.pack(empty, tmp_path / "b", DOCUMENTS).rows["policies"] == 1
+        assert bundle.pack(empty, tmp_path / "b", documents()).rows["policies"] == 1
 
     @pytest.mark.parametrize("as_json", [False, True])
     def test_a_machine_is_packed_without_its_path(self, empty: EvidenceStore, tmp_path: Path, as_json: bool) -> None:
@@ -191,14 +191,14 @@ class TestOddRows:
         save_sample(empty, 0, server)
         policy = replace(made.policy(), environment=server)
         save_policy(empty, policies.to_json(policy), policy.target, server)
-        contents = bundle.pack(empty, tmp_path / "b", DOCUMENTS)
+        contents = bundle.pack(empty, tmp_path / "b", documents())
         assert contents.left_out == {}
         assert (contents.rows["environments"], contents.rows["units"], contents.rows["policies"]) == (2, 2, 1)
         data = (tmp_path / "b").read_bytes()
         assert not [part for part in (b"/opt", b"/srv", b"a b/") if part in data]
         with EvidenceStore.open(tmp_path / "other.db") as other:
-            assert bundle.merge(other, tmp_path / "b", DOCUMENTS).added["units"] == 2
-            assert bundle.merge(other, tmp_path / "b", DOCUMENTS).added == {}
+            assert bundle.merge(other, tmp_path / "b", documents()).added["units"] == 2
+            assert bundle.merge(other, tmp_path / "b", documents()).added == {}
             for machine in contents.environments:  # as an engine of today names the machine of such a launch
                 scope = replace(SCOPE, environment=machine)
                 assert other.find_samples(scope, tuple(prompts(1)), (PLAIN,), "proof 0") is not None
@@ -207,7 +207,7 @@ class TestOddRows:
         """A rotated key made two machines of one: both evidences are packed, with one machine."""
         for number, key in enumerate(("sk-planted12345", "sk-planted67890")):
             save_sample(empty, number, replace(MACHINE, engine_options=f"vllm serve --api-key {key}"))
-        contents = bundle.pack(empty, tmp_path / "b", DOCUMENTS)
+        contents = bundle.pack(empty, tmp_path / "b", documents())
         assert contents.left_out == {}
         assert (contents.rows["environments"], contents.rows["units"]) == (1, 2)
 
@@ -219,17 +219,17 @@ class TestOddRows:
         detail = "http://user:planted-pw@host/v1 refused --api-key sk-planted12345"
         setup = Setup(draft=DRAFT_A, length=64)
         empty.save_infeasible(SCOPE, Infeasible(setup=setup, reason="EngineError", detail=detail))
-        contents = bundle.pack(empty, tmp_path / "b", DOCUMENTS)
+        contents = bundle.pack(empty, tmp_path / "b", documents())
         assert contents.left_out == {}
         assert (contents.rows["infeasible"], contents.rows["units"]) == (1, 2)
         assert b"planted" not in (tmp_path / "b").read_bytes()
 
     def test_a_damaged_row_is_left_out(self, packed: Path, empty: EvidenceStore, tmp_path: Path) -> None:
         """With the acceptance over a trace that is no trace any more."""
-        num_units = bundle.merge(empty, packed, DOCUMENTS).added["units"]
+        num_units = bundle.merge(empty, packed, documents()).added["units"]
         sql(empty.path, "UPDATE samples SET output_tokens = 0 WHERE unit_id = 1")
         sql(empty.path, "UPDATE target_traces SET token_ids = 'x' WHERE id = 1")
-        contents = bundle.pack(empty, tmp_path / "b", DOCUMENTS)
+        contents = bundle.pack(empty, tmp_path / "b", documents())
         assert contents.left_out == {"units": 1, "target_traces": 1, "acceptance_traces": 1}
         assert contents.rows["units"] == num_units - 1
 
@@ -240,10 +240,10 @@ class TestConflicts:
         with EvidenceStore.open(tmp_path / "theirs.db") as evidence_store:
             fill(evidence_store)
             save_sample(evidence_store, 1)
-            num_units = bundle.pack(evidence_store, tmp_path / "theirs", DOCUMENTS).rows["units"]
+            num_units = bundle.pack(evidence_store, tmp_path / "theirs", documents()).rows["units"]
         save_sample(empty, 0)
         [(ours,)] = sql(empty.path, "SELECT ttft_s FROM samples")
-        merged = bundle.merge(empty, tmp_path / "theirs", DOCUMENTS)
+        merged = bundle.merge(empty, tmp_path / "theirs", documents())
         assert merged.unlike == {"units": 1}
         assert merged.added["units"] == num_units - 1
         [conflict] = merged.conflicts
@@ -265,9 +265,9 @@ class TestConflicts:
         self, table: str, change: str, packed: Path, empty: EvidenceStore, tmp_path: Path
     ) -> None:
         """What differs is counted and the store stays as it was."""
-        bundle.merge(empty, packed, DOCUMENTS)
+        bundle.merge(empty, packed, documents())
         before = content(empty.path.parent)
-        merged = bundle.merge(empty, resealed(packed, tmp_path / "changed", change), DOCUMENTS)
+        merged = bundle.merge(empty, resealed(packed, tmp_path / "changed", change), documents())
         assert (merged.added, merged.unlike[table]) == ({}, 1)
         assert content(empty.path.parent) == before
 
@@ -278,9 +278,9 @@ class TestConflicts:
         with EvidenceStore.open(tmp_path / "other.db") as other:
             rounded = tuple(abs(value - 4e-4) for value in trace.target_probs)
             other.save_target_trace(SCOPE, prompt, replace(trace, target_probs=rounded))
-            bundle.pack(other, tmp_path / "b", DOCUMENTS)
+            bundle.pack(other, tmp_path / "b", documents())
         empty.save_target_trace(SCOPE, prompt, trace)
-        merged = bundle.merge(empty, tmp_path / "b", DOCUMENTS)
+        merged = bundle.merge(empty, tmp_path / "b", documents())
         assert (merged.unlike, merged.stored["target_traces"]) == ({}, 1)
 
     def test_acceptance_over_other_tokens_is_not_merged(self, empty: EvidenceStore, tmp_path: Path) -> None:
@@ -290,15 +290,15 @@ class TestConflicts:
         with EvidenceStore.open(tmp_path / "other.db") as other:
             other.save_target_trace(SCOPE, prompt, trace)
             other.save_acceptance(SCOPE, prompt, DRAFT_A, fake.trace_draft(GREEDY, prompt, trace, DRAFT_A, 4))
-            bundle.pack(other, tmp_path / "b", DOCUMENTS)
+            bundle.pack(other, tmp_path / "b", documents())
         empty.save_target_trace(SCOPE, prompt, replace(trace, token_ids=(*trace.token_ids[:-1], 1)))
-        assert bundle.merge(empty, tmp_path / "b", DOCUMENTS).unlike == {"target_traces": 1, "acceptance_traces": 1}
+        assert bundle.merge(empty, tmp_path / "b", documents()).unlike == {"target_traces": 1, "acceptance_traces": 1}
 
     def test_an_older_policy_is_kept_beside(self, packed: Path, empty: EvidenceStore) -> None:
         """The store's policy of another target stays, and so does the generation of the merged one."""
         newer = made.policy()
         save_policy(empty, policies.to_json(newer), newer.target, newer.environment)
-        bundle.merge(empty, packed, DOCUMENTS)
+        bundle.merge(empty, packed, documents())
         assert sql(empty.path, "SELECT count(*), max(generation) FROM policies") == [(2, 1)]
 
 
@@ -308,10 +308,9 @@ class TestCommands:
 
     def test_from_one_store_to_another(self, store: Path, packed: Path, tmp_path: Path) -> None:
         """Pack, inspect and merge say what they did; their last line is JSON when asked."""
-        said = self.said(store, "pack", tmp_path / "b", "--policies", tmp_path / "out", "--json")
+        said = self.said(store, "pack", tmp_path / "b", "--json")
         assert (said.code, said.stderr) == (0, "")
         assert said.document["rows"]["policies"] == 1
-        assert [Path(path).exists() for path in said.document["policy_paths"]] == [True]
         assert (tmp_path / "b").read_bytes() == packed.read_bytes()
         said = self.said(tmp_path, "inspect", tmp_path / "b")
         assert "target imported:fake-target, float32, digest e99e3920" in said.stdout
@@ -355,16 +354,16 @@ def test_units_of_several_setups_and_prompts(evidence_store: EvidenceStore, tmp_
     for number, (queue, setups) in enumerate(runs):
         samples = fake.run_together(GREEDY, queue, setups, f"race {number}")
         evidence_store.save_samples(SCOPE, queue, setups, f"race {number}", samples)
-    assert bundle.pack(evidence_store, tmp_path / "b", DOCUMENTS).rows["samples"] == 12
+    assert bundle.pack(evidence_store, tmp_path / "b", documents()).rows["samples"] == 12
 
 
 def test_a_unit_answers_for_what_it_holds(evidence_store: EvidenceStore, tmp_path: Path) -> None:
     """A bundle that says its samples are another unit's is not believed; the digest is computed again."""
     save_sample(evidence_store, 0)
-    bundle.pack(evidence_store, tmp_path / "b", DOCUMENTS)
+    bundle.pack(evidence_store, tmp_path / "b", documents())
     pretended = resealed(tmp_path / "b", tmp_path / "c", f"UPDATE units SET digest = '{'0' * 32}'")
     with EvidenceStore.open(tmp_path / "other.db") as other:
-        bundle.merge(other, pretended, DOCUMENTS)
+        bundle.merge(other, pretended, documents())
         query = select(tables.units.c.digest)
         digests = [store.database.read(lambda c: c.scalar(query)) for store in (evidence_store, other)]
         assert digests[0] == digests[1]
@@ -383,5 +382,5 @@ def test_a_merge_holds_the_lock_for_a_few_items(packed: Path, tmp_path: Path, mo
             return writing()
 
         evidence_store.writing = counted  # type: ignore[method-assign]
-        bundle.merge(evidence_store, packed, DOCUMENTS)
+        bundle.merge(evidence_store, packed, documents())
     assert len(sizes) >= 2

@@ -13,8 +13,7 @@ from store.evidence_store import EvidenceStore
 from tests.support import policies as made
 from tests.support.bundles import fill, refused, resealed, sealed
 from tests.support.fakes import sql
-from tuner.deploy import policy_files
-from tuner.deploy.policy_files import DOCUMENTS
+from tuner.cli.bundle import documents
 from tuner.policy import policy as policies
 
 
@@ -24,7 +23,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packed")
     with EvidenceStore.open(folder / "evidence.db") as evidence_store:
         fill(evidence_store)
-        bundle.pack(evidence_store, folder / "one.bundle", DOCUMENTS)
+        bundle.pack(evidence_store, folder / "one.bundle", documents())
     return folder / "one.bundle"
 
 
@@ -141,7 +140,7 @@ class TestStrangers:
         path.write_bytes(packed.read_bytes())
         (tmp_path / "b-journal").write_bytes(b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7" + bytes(4096))
         (tmp_path / "b-wal").write_bytes(b"x" * 4096)
-        assert bundle.merge(empty, path, DOCUMENTS).added["policies"] == 1
+        assert bundle.merge(empty, path, documents()).added["policies"] == 1
         assert path.read_bytes() == packed.read_bytes()
 
     def test_a_bundle_is_a_database(self, packed: Path) -> None:
@@ -151,7 +150,7 @@ class TestStrangers:
         connection.close()
 
     def test_names_are_harmless(self, packed: Path, tmp_path: Path, empty: EvidenceStore) -> None:
-        """A name that climbs folders or commands a terminal is cut to what may be shown, and no file is made of it."""
+        """A name that climbs folders or commands a terminal is cut to what may be shown."""
         policy = sql(packed, "SELECT policy FROM policies")[0][0]
         policy = policy.replace('"name":"fake-target"', '"name":"../../../etc/passwd"')
         reason = policies.from_json(policy).headline.reason
@@ -162,13 +161,9 @@ class TestStrangers:
             update("models", "name", "../../../etc/pass\x1b[2Jwd"),
             update("policies", "policy", policy),
         )
-        bundle.merge(empty, strange, DOCUMENTS)
+        bundle.merge(empty, strange, documents())
         assert sql(empty.path, "SELECT name FROM models") == [("imported:pass [2Jwd",)]
-        [path] = policy_files.export_policies(empty, tmp_path / "out" / "side")
-        assert path.parent == tmp_path / "out" / "side"
-        assert path.name == "target=passwd,device_name=fake_cpu,engine=fake-1.json"
-        assert policies.read(path).headline.reason == "see shadow  k=2 100 tok/s"
-        assert not (tmp_path / "etc").exists()
+        assert policies.from_json(str(empty.latest_policy())).headline.reason == "see shadow  k=2 100 tok/s"
 
     @pytest.mark.parametrize(
         ("text", "wanted"),
