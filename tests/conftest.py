@@ -1,11 +1,15 @@
 """Fixtures that several test modules share."""
 
+import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sqlalchemy
 import torch
 
+from store import migrations
 from store.database import Location
 from store.evidence_store import EvidenceStore
 from tests.support import servers, tiny
@@ -71,6 +75,52 @@ def _no_repeats() -> Iterator[None]:
         patch.setattr("profiles.engines.llamacpp.timing.PASSES", 1)
         patch.setattr("profiles.engines.llamacpp.timing.MIN_S", 0.0)
         patch.setattr("profiles.engines.llamacpp.servers.MAX_ALIVE", 16)  # a start takes seconds
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _revisions_once() -> Iterator[None]:
+    """An empty store is given the statements of the first one's revisions: without Alembic that takes a quarter."""
+    run, location = migrations.upgrade, migrations.LOCATION
+    statements: dict[str, list[tuple[str, Any]]] = {}  # by kind of database
+
+    def upgrade(connection: sqlalchemy.Connection, revision: str = "head") -> None:
+        kind, is_empty = connection.dialect.name, not sqlalchemy.inspect(connection).get_table_names()
+        if not is_empty or revision != "head" or location != migrations.LOCATION:
+            run(connection, revision)
+        elif kind in statements:
+            for statement, parameters in statements[kind]:
+                connection.exec_driver_sql(statement, parameters)
+        else:
+            made: list[tuple[str, Any]] = []
+
+            def note(_: object, __: object, statement: str, parameters: Any, *___: object) -> None:
+                if not statement.lstrip().startswith(("SELECT", "PRAGMA")):
+                    made.append((statement, parameters))
+
+            sqlalchemy.event.listen(connection, "before_cursor_execute", note)
+            run(connection)
+            sqlalchemy.event.remove(connection, "before_cursor_execute", note)
+            statements[kind] = made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(migrations, "upgrade", upgrade)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _optuna_revisions_once() -> Iterator[None]:
+    """Optuna loads its ten revisions four times for each storage that it opens."""
+    name = "optuna.storages._rdb.storage._VersionManager._create_alembic_script"
+    create, scripts = pkgutil.resolve_name(name), list[Any]()
+
+    def create_once(manager: object) -> Any:
+        if not scripts:
+            scripts.append(create(manager))
+        return scripts[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(name, create_once)
         yield
 
 

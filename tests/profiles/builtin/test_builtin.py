@@ -19,7 +19,7 @@ from tests.benchmarks.common import DRAFTS
 from tuner.forecast.queues import spread_over_domains
 
 MEGABYTES = 1_000_000
-LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+LENGTHS = (1, 3, 8, 16)
 
 
 def test_the_family_is_small() -> None:

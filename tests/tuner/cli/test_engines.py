@@ -34,7 +34,7 @@ class Ran:
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", 48)
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", 36)
 
 
 @pytest.fixture(scope="module")

@@ -340,7 +340,7 @@ def test_lookup_loads_nothing_heavy(tuned: Tuned) -> None:
 
 def test_a_run_over_batches(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     """A row per batch size, throughput from full queues; traces are shared, and a second run measures nothing."""
-    words = small_run(tiny_folders["llama"], write_prompts(tmp_path / "prompts.jsonl", 30), "--draft")
+    words = small_run(tiny_folders["llama"], write_prompts(tmp_path / "prompts.jsonl", 15), "--draft")
     words += [str(tiny_folders["qwen2"]), "--batch-size", "1", "--batch-size", "3"]
     said = call(tmp_path / "store", *words)
     assert said.code in DECIDED, said.stderr

@@ -2,8 +2,6 @@
 
 import json
 import random
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -11,7 +9,6 @@ import pytest
 from profiles.records.core import PLAIN, Draft, Prompt, Workload
 from profiles.records.errors import BadNumbersError, InputError
 from profiles.records.evidence import Acceptance, TargetTrace
-from tests import ROOT
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts
 from tests.support.policies import CREATED
 from tests.support.policies import choice as a_choice
@@ -279,18 +276,3 @@ def test_json_refuses_what_is_deeper(made: ReportData) -> None:
         ReportData.from_json(raw)
     with pytest.raises(InputError, match="report data is null: Expected `object`"):
         ReportData.from_json(None)
-
-
-@pytest.mark.parametrize(
-    ("module", "heavy"),
-    [
-        ("tuner.report", {"torch", "numpy", "matplotlib", "optuna", "jinja2"}),
-        ("tuner.report.page", {"torch", "transformers", "optuna", "scipy"}),
-    ],
-)
-def test_reading_is_light(module: str, heavy: set[str]) -> None:
-    """A look-up imports the report's names without a heavy library; drawing a page takes matplotlib, but no torch."""
-    script = f"import sys, {module}; print(*sorted(name.split('.')[0] for name in sys.modules))"
-    root = ROOT
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root)
-    assert not heavy & set(done.stdout.split())

@@ -4,8 +4,6 @@ import inspect
 import json
 import random
 import re
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,7 +16,6 @@ import pytest
 from profiles.engines.base import RoundReport
 from profiles.records.core import PLAIN, Setup
 from profiles.records.errors import InputError
-from tests import ROOT
 from tests.support.policies import CODE_DRAFT, NGRAM, choice, learning_policy, policy
 from tests.support.worlds import CODE2, NGRAM8, World, drafted
 from tuner.policy.policy import Policy, read, write
@@ -200,14 +197,6 @@ def test_the_loop_of_the_docstring_runs(tmp_path: Path, monkeypatch: pytest.Monk
     exec(code, names)
     assert names["selector"].num_rounds == 20  # type: ignore[attr-defined]
     assert rounds[0] == CODE2
-
-
-def test_serving_code_loads_nothing_heavy() -> None:
-    """In a fresh process, importing the selector and the policy reader loads no heavy library."""
-    heavy = "{'torch', 'transformers', 'optuna', 'sqlalchemy', 'sklearn', 'numpy', 'scipy', 'matplotlib', 'rich'}"
-    program = f"import sys; from tuner.selector import Selector, read_policy; print(sorted({heavy} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
 
 
 def test_an_impossible_question() -> None:

@@ -23,7 +23,7 @@ from profiles.records.evidence import Acceptance, TargetTrace
 from profiles.timing.clock import Clock
 from tests.support.toys import TableModel, near, run, run_queue
 
-LENGTHS = (*range(1, 9), 11, 16)
+LENGTHS, NEW_TOKENS = (*range(1, 9), 11, 16), 24
 NGRAM = Draft(kind="ngram", max_match=3, min_match=1)
 
 
@@ -56,7 +56,7 @@ def _prompts() -> list[Prompt]:
 
 def _workload(engine: TorchEngine, prompt: Prompt, ends: bool) -> Workload:
     """With `ends`, a token that plain decoding emits midway is declared an end token."""
-    workload = Workload(context_length=128, max_new_tokens=40)
+    workload = Workload(context_length=128, max_new_tokens=NEW_TOKENS)
     if not ends:
         return workload
     emitted = engine.trace_target(workload, prompt).token_ids
@@ -74,10 +74,10 @@ def test_greedy_output_and_rounds(engine: TorchEngine, kind: int, ends: bool) ->
         acceptance = engine.trace_draft(workload, prompt, trace, draft, 16)
         setups = (PLAIN, *(Setup(draft=draft, length=length) for length in LENGTHS))
         plain, *samples = engine.run_together(workload, (prompt,), setups, "test")
-        assert dict(plain.rounds) == dict(expected_rounds(trace, None, 0, 40).rounds)
+        assert dict(plain.rounds) == dict(expected_rounds(trace, None, 0, NEW_TOKENS).rounds)
         for length, sample in zip(LENGTHS, samples, strict=True):
             assert sample.output_digest == plain.output_digest
-            assert dict(sample.rounds) == dict(expected_rounds(trace, acceptance, length, 40).rounds)
+            assert dict(sample.rounds) == dict(expected_rounds(trace, acceptance, length, NEW_TOKENS).rounds)
 
 
 def test_the_target_as_its_own_draft_is_always_kept(engine: TorchEngine) -> None:

@@ -61,8 +61,11 @@ def test_emulated_graphs_equal_eager_steps(
     assert "cudnn" not in {call.kernel for call in gpu.attention}
 
 
-@KINDS
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize(
+    ("device", "cudnn_first", "temperature"),
+    [("cuda:0", False, 0.0), ("cuda:1", True, 0.8)],
+    ids=["greedy on the first GPU", "sampled on the second, cuDNN first"],
+)
 def test_emulated_decoding_captures_nothing_in_timed_units_and_waits_once_a_round(
     tiny_folders: dict[str, Path],
     gpu: EmulatedGpu,
