@@ -1,6 +1,6 @@
 """The Engine protocol, what engines do differently, and the protocol between an engine and a round controller."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -111,11 +111,25 @@ class Engine(Protocol):
         ...
 
 
-class RoundDecision(NamedTuple):
-    """The setup of the next round, for every row of the batch, and the measured operating point that it rests on.
+class RequestInfo(NamedTuple):
+    """A request of a batch, as a controller is told of it.
 
-    `covered`: False where nothing measured covers the question; the round is then plain decoding and is not learned
-    from. `probe`: the round is spent on finding out.
+    `id` is unique while it is served. `domain`: its label, None when not known. `context_length`: tokens of prompt and
+    output, as far as known.
+    """
+
+    id: Hashable
+    domain: str | None = None
+    context_length: int | None = None
+    temperature: float = 0.0
+
+
+class RoundDecision(NamedTuple):
+    """The setup of the next round and the measured operating point that it rests on.
+
+    `covered`: False where nothing measured covers the query; the round is then plain decoding and is not learned from.
+    `probe`: the round is spent on finding out. `requests`: as they were given. `lengths`: by request, where they differ
+    from the setup's; none of them is longer. `catch_up`: the draft first reads text that it missed.
     """
 
     setup: Setup
@@ -125,14 +139,24 @@ class RoundDecision(NamedTuple):
     domain: str
     temperature: float
     probe: bool = False
+    requests: tuple[RequestInfo, ...] = ()
+    lengths: tuple[int, ...] = ()
+    catch_up: bool = False
 
 
 class RoundReport(NamedTuple):
-    """How a round went, by row that took part; `seconds` is the whole round, drafting and catching up included."""
+    """How a round went, by row that took part.
+
+    `seconds`: of the whole round, drafting and catching up included; None where they cannot be told from other work,
+    such as a prefill in the same step. `extra_s`: what rows waited besides for the draft to read prompts, and plain
+    decoding would not. `ids`: the rows' requests; None: those of the decision, all of them and in its order.
+    """
 
     decision: RoundDecision
     rows: tuple[RoundCount, ...]
-    seconds: float
+    seconds: float | None
+    extra_s: float = 0.0
+    ids: tuple[Hashable, ...] | None = None
 
 
 class RoundController(Protocol):
@@ -141,14 +165,20 @@ class RoundController(Protocol):
     def choose(
         self,
         *,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         context_length: int | None = None,
         domain: str | None = None,
         temperature: float = 0.0,
+        requests: Sequence[RequestInfo] = (),
+        per_request: bool = False,
     ) -> RoundDecision:
         """The setup of the next round; `domain` is None when the requests in the batch are of several domains."""
         ...
 
     def observe(self, report: RoundReport) -> bool:
         """Learns from a round; False: the report is impossible and was refused."""
+        ...
+
+    def finish(self, requests: Iterable[Hashable]) -> None:
+        """Forgets requests that ended."""
         ...

@@ -1,21 +1,27 @@
-"""The selector against the best fixed setup in hindsight, published adaptive rules and an oracle, on shifting traffic.
+"""The selector against the best fixed setup in hindsight, look-ups, simple and published rules and an oracle.
 
-    python -m tests.benchmarks.adaptive [--seeds 100] [--store FOLDER]
+    python -m tests.benchmarks.adaptive [--seeds 50] [--real-seeds 3] [--traces FOLDER]
+    python -m tests.benchmarks.adaptive --store STORE
 
-Replay: streams drawn by seed from prompts that the policy was not made from are served by the simulated server, with
-noise as the steps had it. The best static setup is the fastest of the whole grid on the very same stream: after the
-first seeds only those within 15 % of it are simulated on. A ratio is tokens per second over the best static's; each
-figure is the mean over seeds with a 95 % t interval. At batch 1 the oracle runs every request with the setup that is
-best for it; in a batch, where rows share one, every phase of the stream with the static setup that is best in it.
+Replay: streams drawn by seed from prompts that the policy was not made from are served by the simulated server, at
+stated prices (`world.StatedPrices`), with rounds that scatter log-normally. A ratio is tokens per second over the best
+static's: the fastest setup of the whole grid on the very same stream. Seconds are those of the machine as it usually
+is: noise disturbs what controllers see. Each figure is the mean over seeds with a 95 % t interval. `lookup` learns
+nothing; `simple` is `controllers.Simple`. At batch 1 the oracle runs every request with the setup that is best for it;
+in a batch every phase of the stream with the static setup that is best in it.
 
-Real engine: shorter streams, decoded part by part under the selector, plain decoding and the three fixed setups that
-replay finds the best on that very stream, interleaved; the best static is the fastest of these. Keys without `replay_`
-are of these runs.
+Real engine: shorter streams, decoded part by part under the selector, the look-up, plain decoding and the fixed setups
+that replay finds the best, interleaved, with times measured here; the best static is the fastest of these.
+
+With a store: the policy and traces of a `make tune`, its prompts in their order and shuffled, at its own round times.
 """
 
 import argparse
+import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -25,14 +31,17 @@ from profiles.engines.base import RoundController
 from profiles.records.core import PLAIN, Prompt, Setup
 from tests.benchmarks import real, traffic, world
 from tests.benchmarks.common import finish
-from tests.benchmarks.controllers import Ema, Exp3, Oracle, Table, Ucb
+from tests.benchmarks.controllers import Ema, Exp3, Simple, Table, Ucb
 from tests.benchmarks.simulator import Fixed, Record
-from tests.benchmarks.traffic import Phase, Stream
+from tests.benchmarks.traffic import Disturbance, Phase, Stream
 from tests.benchmarks.world import Family
 from tuner.selector.selector import Selector
 
-SCREENED_SEEDS, SCREENED_SHARE = 5, 0.85
-ARM_LENGTHS = (4,)
+NOISES = (0.03, 0.06, 0.17)
+SCREENED_SEEDS, SCREENED_SHARE = 3, 0.9
+PUBLISHED_SEEDS = 10  # of the published rules
+LONG_SEEDS = 10  # of streams of 10,000 rounds
+DRIFT_ROUNDS, DRIFT_SHARE = 10_000, 0.2
 MOST_OVER_PLAIN = 4.0  # a round's speed-up that counts as reward 1
 SHIFT_BATCH = 4  # where drafts differ most by domain; beyond the crossover plain decoding is best in most of them
 DOMAINS = ("code", "copy", "prose")
@@ -40,7 +49,8 @@ DOMAINS = ("code", "copy", "prose")
 LOADS = [
     Phase(num_requests=requests, concurrency=size) for size, requests in ((1, 24), (8, 64), (32, 96), (8, 64), (1, 24))
 ]
-BUILDERS: Mapping[str, Callable[[tuple[Prompt, ...], int], Stream]] = {
+Builder = Callable[[tuple[Prompt, ...], int], Stream]
+BUILDERS: Mapping[str, Builder] = {
     "steady": lambda prompts, seed: traffic.steady(prompts, seed, num_requests=90),
     "steady_in_batch": lambda prompts, seed: traffic.steady(prompts, seed, num_requests=240, concurrency=SHIFT_BATCH),
     "domain_shift": lambda prompts, seed: traffic.shifting(
@@ -48,80 +58,130 @@ BUILDERS: Mapping[str, Callable[[tuple[Prompt, ...], int], Stream]] = {
     ),
     "domain_shift_alone": lambda prompts, seed: traffic.shifting(prompts, seed, domains=DOMAINS * 2),
     "batch_shift": lambda prompts, seed: traffic.stream_of("batch shift", LOADS, prompts, seed),
+    "long": lambda prompts, seed: traffic.steady(prompts, seed, num_requests=600),
+    "bursts": lambda prompts, seed: traffic.bursty(prompts, seed, batches=world.BATCHES[:3], num_bursts=30),
 }
-REAL_BUILDERS: Mapping[str, Callable[[tuple[Prompt, ...], int], Stream]] = {
+REAL_BUILDERS: Mapping[str, Builder] = {
     "steady": lambda prompts, seed: traffic.steady(prompts, seed, num_requests=48),
     "domain_shift": lambda prompts, seed: traffic.shifting(
         prompts, seed, domains=DOMAINS * 2, num_requests=32, concurrency=SHIFT_BATCH
     ),
-    "batch_shift": lambda prompts, seed: traffic.stream_of("batch shift", LOADS, prompts, seed),
+    "batch_shift": BUILDERS["batch_shift"],
 }
 REAL_STATICS = 3
-Rates = dict[str, dict[str, list[float]]]  # stream -> controller -> tokens per second, seed by seed
+Rates = dict[str, list[float]]  # controller -> tokens per second, seed by seed
 
 
-def controllers_for(family: Family, stream: Stream, seed: int) -> dict[str, RoundController]:
-    """What is compared, each fresh."""
-    drafts = tuple(dict.fromkeys(setup.draft for setup in family.setups if setup.draft))
-    arms = (PLAIN, *(Setup(draft=draft, length=length) for draft in drafts for length in ARM_LENGTHS))
-    static = family.look_up(stream.most_rows, None)
-    ema = static if static.draft else family.look_up(1, None)
-    plain_s = family.simulator.arm(PLAIN).seconds(1, (1, 0, 0))
-    arms: dict[str, RoundController] = {
-        "selector": Selector(family.policy, seed=seed),
-        "plain": Fixed(PLAIN),
-        "policy": Table(family.look_up),
-        "policy, one setup": Fixed(static),
-        "ucb": Ucb(arms, MOST_OVER_PLAIN / plain_s),
-        "exp3": Exp3(arms, MOST_OVER_PLAIN / plain_s, seed),
-    }
-    if ema.draft is not None:
-        arms["ema"] = Ema(ema.draft, ema.length)
-    return arms
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A stream of `BUILDERS`, what is told of it and goes wrong; `wrong` names a policy of `world.wrong_policies`."""
+
+    stream: str
+    labelled: bool = True
+    wrong: str | None = None
+    disturbance: Disturbance | None = None
+
+
+RIGHT = ("steady", "steady_in_batch", "domain_shift", "domain_shift_alone", "batch_shift")
+WRONG = ("acceptance_too_good", "labels_permuted", "times_under_load")
+CASES: Mapping[str, Case] = {
+    **{name: Case(stream=name) for name in RIGHT},
+    **{f"unlabelled_{name}": Case(stream=name, labelled=False) for name in RIGHT},
+    **{name: Case(stream="steady", wrong=name) for name in WRONG},
+    "drift": Case(stream="long", disturbance=traffic.drift(DRIFT_ROUNDS, DRIFT_SHARE)),
+    "bursts": Case(stream="bursts"),
+    "spikes": Case(stream="steady", disturbance=traffic.spikes(50, 2, 20.0)),
+    "outages": Case(stream="steady", disturbance=traffic.outages(600, 300)),
+}
+COMPARED = ("selector", "lookup", "simple")
+
+
+def scatter(std: float, seed: int) -> list[float]:
+    """Factors of rounds that scatter log-normally, of mean 1."""
+    rng = random.Random(f"{seed} scatter")
+    return [rng.lognormvariate(-std * std / 2, std) for _ in range(4096)]
 
 
 class Replay:
-    """Streams replayed seed by seed."""
+    """Cases replayed seed by seed; a fixed setup and a look-up do not depend on noise, so they are served once."""
 
     def __init__(self, family: Family) -> None:
-        self.rates: Rates = defaultdict(lambda: defaultdict(list))
-        self.statics: dict[str, dict[Setup, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self.rates: dict[tuple[str, float], Rates] = defaultdict(lambda: defaultdict(list))
         self._family = family
+        self._screened: dict[str, list[dict[Setup, float]]] = defaultdict(list)
+        self._statics: dict[tuple[str, int], tuple[float, float]] = {}
 
     def play(self, name: str, seed: int) -> None:
-        """One stream under every controller and every fixed setup that may be the best."""
-        family, rates = self._family, self.rates[name]
-        stream = BUILDERS[name](family.served, seed)
-        records = {setup: self._serve(stream, Fixed(setup), seed) for setup in self._worth_serving(name)}
-        for setup, record in records.items():
-            self.statics[name][setup].append(record.tok_per_s)
-        rates["best static"].append(max(record.tok_per_s for record in records.values()))
-        for controller_name, controller in controllers_for(family, stream, seed).items():
-            rates[controller_name].append(self._serve(stream, controller, seed).tok_per_s)
-        if stream.most_rows == 1:
-            oracle = self._serve(stream, Oracle(self._best_by_request(stream)), seed).tok_per_s
-        else:
-            oracle = _best_by_phase(list(records.values()))
-        rates["oracle"].append(oracle)
+        """One stream under every controller, at every noise."""
+        case, family = CASES[name], self._family
+        stream = BUILDERS[case.stream](family.served, seed)
+        policy = family.policy if case.wrong is None else world.wrong_policies(family, seed)[case.wrong]
+        key = case.stream if case.disturbance is None else name
+        if (key, seed) not in self._statics:
+            self._statics[key, seed] = self._best_static(key, case, stream, seed)
+        best, oracle = self._statics[key, seed]
+        unmoved: dict[str, RoundController] = {
+            "lookup": Table(lambda rows, domain: world.look_up(policy, rows, domain))
+        }
+        if seed < PUBLISHED_SEEDS:
+            unmoved |= published(family, stream, seed)
+        fixed = {
+            rule: self._serve(case, stream, controller, seed, 0.06).usual_rate for rule, controller in unmoved.items()
+        }
+        for noise in NOISES:
+            rates = self.rates[name, noise]
+            learning: dict[str, RoundController] = {"selector": Selector(policy, seed=seed), "simple": Simple(policy)}
+            for rule, controller in learning.items():
+                rates[rule].append(self._serve(case, stream, controller, seed, noise).usual_rate / best)
+            for rule, rate in fixed.items():
+                rates[rule].append(rate / best)
+            if oracle:
+                rates["oracle"].append(oracle / best)
 
-    def _serve(self, stream: Stream, controller: RoundController, seed: int) -> Record:
-        return self._family.simulator.serve(stream, controller, seed=seed, noise=self._family.noise)
+    def _serve(self, case: Case, stream: Stream, controller: RoundController, seed: int, noise: float) -> Record:
+        return self._family.simulator.serve(
+            stream,
+            controller,
+            seed=seed,
+            noise=scatter(noise, seed),
+            disturbance=case.disturbance,
+            labelled=case.labelled,
+        )
 
-    def _worth_serving(self, name: str) -> list[Setup]:
-        """The grid; after the first seeds what was close to the best of it on any of them."""
-        seen = self.statics[name]
-        if not seen or len(seen[PLAIN]) < SCREENED_SEEDS:
-            return list(self._family.setups)
-        best = [max(rates[seed] for rates in seen.values()) for seed in range(SCREENED_SEEDS)]
-        return [
-            setup
-            for setup, rates in seen.items()
-            if any(rates[seed] >= SCREENED_SHARE * best[seed] for seed in range(SCREENED_SEEDS)) or setup == PLAIN
-        ]
+    def _best_static(self, key: str, case: Case, stream: Stream, seed: int) -> tuple[float, float]:
+        """Tokens per second of the best fixed setup, and of the oracle (0: none)."""
+        family = self._family
+        if stream.most_rows == 1 and case.disturbance is None:
+            alone = [family.alone(request.prompt) for request in stream.requests]
+            tokens = sum(family.output_tokens(request.prompt) for request in stream.requests)
+            best_s = min(sum(seconds[setup] for seconds in alone) for setup in family.setups)
+            return tokens / best_s, tokens / sum(min(seconds.values()) for seconds in alone)
+        seen = self._screened[key]
+        worth = [setup for setup in family.setups if setup == PLAIN or self._may_be_best(seen, setup)]
+        records = {setup: self._serve(case, stream, Fixed(setup), seed, 0.0) for setup in worth}
+        rates = {setup: record.usual_rate for setup, record in records.items()}
+        if len(seen) < SCREENED_SEEDS:
+            seen.append(rates)
+        return max(rates.values()), 0.0 if case.disturbance else _best_by_phase(list(records.values()))
 
-    def _best_by_request(self, stream: Stream) -> list[tuple[Setup, int]]:
-        """Of every request the setup that takes the least, alone and without noise; and the tokens of its rounds."""
-        return [self._family.best_alone(request.prompt) for request in stream.requests]
+    @staticmethod
+    def _may_be_best(seen: list[dict[Setup, float]], setup: Setup) -> bool:
+        """Whether a setup was close to the best on any of the first streams."""
+        near = [rates[setup] >= SCREENED_SHARE * max(rates.values()) for rates in seen if setup in rates]
+        return not near or any(near)
+
+
+def published(family: Family, stream: Stream, seed: int) -> dict[str, RoundController]:
+    """Published adaptive rules, each fresh."""
+    drafts = tuple(dict.fromkeys(setup.draft for setup in family.setups if setup.draft))
+    arms = (PLAIN, *(Setup(draft=draft, length=4) for draft in drafts))
+    static = world.look_up(family.policy, stream.most_rows, None)
+    first = static if static.draft else world.look_up(family.policy, 1, None)
+    most = MOST_OVER_PLAIN / family.simulator.arm(PLAIN).seconds(1, (1, 0, 0))
+    rules: dict[str, RoundController] = {"ucb": Ucb(arms, most), "exp3": Exp3(arms, most, seed)}
+    if first.draft is not None:
+        rules["ema"] = Ema(first.draft, first.length)
+    return rules
 
 
 def _best_by_phase(records: list[Record]) -> float:
@@ -132,7 +192,7 @@ def _best_by_phase(records: list[Record]) -> float:
         seconds: dict[int, float] = defaultdict(float)
         for result in record.rounds:
             tokens[result.phase] += result.tokens
-            seconds[result.phase] += result.seconds
+            seconds[result.phase] += result.seconds / result.slowed
         sums.append((tokens, seconds))
     tokens = sums[0][0]
     return sum(tokens.values()) / sum(
@@ -158,39 +218,54 @@ def over(rates: Mapping[str, list[float]], name: str, base: str) -> list[float]:
     return [rate / base_rate for rate, base_rate in zip(rates[name], rates[base], strict=True)]
 
 
-def show(replayed: Replay) -> None:
-    """A table for every stream: ratio to the best static and share of the oracle."""
-    for stream, rates in replayed.rates.items():
-        statics = replayed.statics[stream]
-        num_seeds = len(rates["oracle"])
-        full = [setup for setup, setup_rates in statics.items() if len(setup_rates) == num_seeds]
-        usual = max(full, key=lambda setup: fmean(statics[setup]))
-        print(
-            f"\n{stream}: {num_seeds} seeds, best static mostly {usual.name}, {fmean(rates['best static']):.1f} tok/s"
-        )
-        for name in sorted(rates, key=lambda name: -fmean(rates[name])):
-            mean, low, high = interval(over(rates, name, "best static"))
-            share = fmean(over(rates, name, "oracle"))
-            print(f"  {name:18} {mean:6.3f} [{low:.3f}, {high:.3f}] of the best static, {share:.3f} of the oracle")
+def show(name: str, noise: float, rates: Rates) -> None:
+    """Ratios to the best static and shares of the oracle."""
+    print(f"\n{name}, noise {noise}: {len(rates['selector'])} seeds, over the best static (share of the oracle)")
+    for rule in sorted(rates, key=lambda rule: -fmean(rates[rule])):
+        mean, low, high = interval(rates[rule])
+        share = f" ({mean / fmean(rates['oracle']):.3f})" if "oracle" in rates else ""
+        print(f"  {rule:9} {mean:6.3f} [{low:.3f}, {high:.3f}]{share}", flush=True)
 
 
 def document(replayed: Replay) -> dict[str, Any]:
     """The replay's part of the last line."""
-    values: dict[str, Any] = {}
-    for stream, rates in replayed.rates.items():
-        values |= figures(f"replay_{stream}_ratio", over(rates, "selector", "best static"))
-        values |= figures(f"replay_{stream}_oracle_share", over(rates, "selector", "oracle"))
-        values[f"replay_{stream}_baselines"] = {
-            name: round(fmean(over(rates, name, "best static")), 4)
-            for name in rates
-            if name not in ("selector", "best static")
-        }
-    steady = replayed.rates.get("steady")
-    return values | (figures("replay_oracle_share", over(steady, "selector", "oracle")) if steady else {})
+    rates = replayed.rates
+    played = list(dict.fromkeys(name for name, _ in rates))
+    values: dict[str, Any] = {"streams": {}}
+    for name, noise in rates:
+        rows = {rule: [round(value, 4) for value in interval(rates[name, noise][rule])] for rule in COMPARED}
+        if "oracle" in rates[name, noise]:
+            rows["oracle_share"] = [round(fmean(over(rates[name, noise], "selector", "oracle")), 4)]
+        values["streams"].setdefault(name, {})[str(noise)] = rows
+    for key, name in (
+        ("unlabelled_steady", "unlabelled_steady"),
+        ("unlabelled_shift", "unlabelled_domain_shift_alone"),
+    ):
+        if name in played:
+            values |= figures(f"{key}_ratio", rates[name, 0.06]["selector"])
+            values[f"{key}_oracle_share"] = round(fmean(over(rates[name, 0.06], "selector", "oracle")), 4)
+    for name in ("steady", "domain_shift", "batch_shift"):
+        if name in played:
+            values |= figures(f"replay_{name}_ratio", rates[name, 0.06]["selector"])
+    over_lookup = {
+        (name, noise): fmean(over(rates[name, noise], "selector", "lookup"))
+        for name in played
+        for noise in NOISES[:2]
+        if CASES[name].disturbance is None and name != "bursts"
+    }
+    wrong = [ratio for (name, _), ratio in over_lookup.items() if name in WRONG]
+    right = [ratio for (name, _), ratio in over_lookup.items() if name not in WRONG]
+    if wrong:
+        values |= {"wrong_evidence_over_lookup": round(fmean(wrong), 4), "wrong_evidence_least": round(min(wrong), 4)}
+    if right:
+        values["least_over_lookup"] = round(min(right), 4)
+    for (name, noise), ratio in over_lookup.items():
+        print(f"  {name:30} noise {noise}: selector over look-up {ratio:.4f}")
+    return values
 
 
 def run_real(family: Family, num_seeds: int) -> dict[str, Any]:
-    """The selector, plain decoding, the best static setups by replay and at batch 1 the oracle, on the real engine."""
+    """The selector, the look-up, plain decoding, the best static setups by replay, the oracle: on the real engine."""
     values: dict[str, Any] = {}
     for name, build in REAL_BUILDERS.items():
         ran: dict[str, list[float]] = defaultdict(list)
@@ -200,38 +275,86 @@ def run_real(family: Family, num_seeds: int) -> dict[str, Any]:
             statics = sorted(family.setups, key=lambda setup: -serve(stream, Fixed(setup)).tok_per_s)
             arms: dict[str, RoundController] = {setup.name: Fixed(setup) for setup in (*statics[:REAL_STATICS], PLAIN)}
             arms["selector"] = Selector(family.policy, seed=seed)
+            arms["lookup"] = Table(lambda rows, domain: world.look_up(family.policy, rows, domain))
             if stream.most_rows == 1:
                 arms["oracle"] = real.oracle(family, stream)
             rates = real.rates(family, stream, arms, seed)
-            best = max((arm for arm in rates if arm not in ("selector", "oracle")), key=lambda arm: rates[arm])
+            best = max(
+                (arm for arm in rates if arm not in ("selector", "lookup", "oracle")), key=lambda arm: rates[arm]
+            )
             shown = ", ".join(f"{arm} {rates[arm]:.1f}" for arm in sorted(rates, key=lambda arm: -rates[arm]))
             print(f"real {name}, seed {seed}, tok/s: {shown}", flush=True)
-            ran["selector"].append(rates["selector"])
+            for arm in ("selector", "lookup", "oracle"):
+                if arm in rates:
+                    ran[arm].append(rates[arm])
             ran["best static"].append(rates[best])
-            if "oracle" in rates:
-                ran["oracle"].append(rates["oracle"])
         values |= figures(f"{name}_ratio", over(ran, "selector", "best static"))
+        values |= figures(f"{name}_lookup_ratio", over(ran, "lookup", "best static"))
         if "oracle" in ran:
             values |= figures("oracle_share", over(ran, "selector", "oracle"))
+    return values
+
+
+def replay_store(store: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The evidence of a `make tune`: its prompts domain by domain in their order, and shuffled."""
+    values: dict[str, Any] = {}
+    with world.tuned_family(options, store) as family:
+        for name, build in {
+            "in_order": lambda seed: traffic.shifting(
+                family.served, seed, domains=DOMAINS, num_requests=len(family.served) // len(DOMAINS)
+            ),
+            "shuffled": lambda seed: traffic.steady(family.served, seed, num_requests=len(family.served)),
+        }.items():
+            for labelled in (True, False):
+                rates: Rates = defaultdict(list)
+                for seed in range(options.seeds):
+                    stream = build(seed)
+                    alone = [family.alone(request.prompt) for request in stream.requests]
+                    tokens = sum(family.output_tokens(request.prompt) for request in stream.requests)
+                    best = tokens / min(sum(seconds[setup] for seconds in alone) for setup in family.setups)
+                    arms: dict[str, RoundController] = {
+                        "selector": Selector(family.policy, seed=seed),
+                        "lookup": Table(lambda rows, domain: world.look_up(family.policy, rows, domain)),
+                        "simple": Simple(family.policy),
+                    }
+                    rates["oracle"].append(tokens / sum(min(seconds.values()) for seconds in alone) / best)
+                    for arm, controller in arms.items():
+                        record = family.simulator.serve(
+                            stream, controller, seed=seed, noise=scatter(0.06, seed), labelled=labelled
+                        )
+                        rates[arm].append(record.usual_rate / best)
+                key = name if labelled else f"unlabelled_{name}"
+                show(f"store, {key}", 0.06, rates)
+                values |= figures(f"store_{key}_ratio", rates["selector"])
     return values
 
 
 def main() -> None:
     """Replay, real runs, tables, JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    world.add_options(parser)
+    world.add_options(parser, seeds=50)
+    parser.add_argument("--store", type=Path, help="folder of a `make tune`: replay its policy and evidence only")
     parser.add_argument("--real-seeds", type=int, default=3, help="on the real engine; 0: replay only")
-    parser.add_argument("--streams", nargs="+", choices=sorted(BUILDERS), default=list(BUILDERS), help="of the replay")
+    parser.add_argument("--streams", nargs="*", choices=sorted(CASES), default=list(CASES), help="of the replay")
     options = parser.parse_args()
-    with world.family(options) as family:
-        replayed = Replay(family)
-        for name in options.streams:
-            for seed in range(options.seeds):
-                replayed.play(name, seed)
-        show(replayed)
-        ran = run_real(family, options.real_seeds) if options.real_seeds else {}
-        seeds = {"replay_seeds": options.seeds, "real_seeds": options.real_seeds}
-        finish({"benchmark": "adaptive", **seeds, **document(replayed), **ran})
+    seeds = {"replay_seeds": options.seeds, "real_seeds": options.real_seeds}
+    if options.store:
+        finish({"benchmark": "adaptive", "replay_seeds": options.seeds, **replay_store(options.store, options)})
+        return
+    values: dict[str, Any] = {}
+    if options.streams:
+        with world.family(options) as family:
+            replayed = Replay(family)
+            for name in options.streams:
+                for seed in range(min(options.seeds, LONG_SEEDS) if CASES[name].stream == "long" else options.seeds):
+                    replayed.play(name, seed)
+                for noise in NOISES:
+                    show(name, noise, replayed.rates[name, noise])
+            values |= document(replayed)
+    if options.real_seeds:
+        with world.family(options, measured=True) as family:
+            values |= run_real(family, options.real_seeds)
+    finish({"benchmark": "adaptive", **seeds, **values})
 
 
 if __name__ == "__main__":

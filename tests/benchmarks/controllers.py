@@ -1,16 +1,19 @@
-"""Controllers to compare a selector with: look-ups, published adaptive rules, and an oracle.
+"""Controllers to compare a selector with: look-ups, the obvious rule, published adaptive rules, and an oracle.
 
-Written from the descriptions of the methods: SGLang's adaptive speculation (exponential average of accepted tokens with
-hysteresis over one draft's step counts) and BanditSpec's UCB and Exp3 (Hou et al. 2025) with (draft, length) as arms.
+`Simple` is the rule one would write first. The published ones are written from descriptions of the methods: SGLang's
+adaptive speculation (exponential average of accepted tokens with hysteresis over one draft's step counts) and
+BanditSpec's UCB and Exp3 (Hou et al. 2025) with (draft, length) as arms.
 """
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 from profiles.engines.base import RoundDecision, RoundReport
 from profiles.records.core import PLAIN, Draft, Setup
+from tuner.policy.policy import Policy
 from tuner.policy.query import MIXED
+from tuner.selector.acceptance import AcceptanceModel
 
 EMA_STEPS: Mapping[int, tuple[int, ...]] = {1: (1, 3, 5, 7), 8: (0, 1, 3), 32: (0, 1), 64: (0,)}  # SGLang's defaults
 EMA_WEIGHT, EMA_INTERVAL, EMA_WARM_UP = 0.2, 5, 10
@@ -22,28 +25,95 @@ def picked(setup: Setup) -> RoundDecision:
     return RoundDecision(setup, True, 1, 1, MIXED, 0.0)
 
 
-class Table:
+class Controller:
+    """Learns nothing of requests that end."""
+
+    def observe(self, report: RoundReport) -> bool:
+        return True
+
+    def finish(self, requests: Iterable[Hashable]) -> None: ...
+
+
+class Table(Controller):
     """Looks the setup up by (rows, domain); learns nothing."""
 
     def __init__(self, look_up: Callable[[int, str | None], Setup]) -> None:
         self._look_up = look_up
 
-    def choose(self, *, batch_size: int = 1, domain: str | None = None, **_: object) -> RoundDecision:
-        return picked(self._look_up(batch_size, domain))
+    def choose(self, *, batch_size: int | None = None, domain: str | None = None, **_: object) -> RoundDecision:
+        return picked(self._look_up(batch_size or 1, domain))
+
+
+class Simple(Controller):
+    """The obvious rule: acceptance by draft and labelled domain with a stored prior, a factor for every setup's time.
+
+    The setup of the highest expected goodput, when it is 2 % above the present one, at most every 8 rounds; one plain
+    round in 256. It has no bound, no probes, and no notion of a request.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        prior = policy.prior
+        assert prior is not None
+        self._policy, self._lengths = policy, prior.lengths
+        self._models = {
+            (prior.drafts[row.draft], row.domain): AcceptanceModel(row, prior.lengths) for row in prior.acceptance
+        }
+        self._seconds = {
+            (None if row.draft is None else prior.drafts[row.draft], row.batch_size): row.seconds
+            for row in prior.round_times
+        }
+        self._batches = sorted({row.batch_size for row in prior.round_times})
+        self._setups = [PLAIN, *(Setup(draft=draft, length=k) for draft in prior.drafts for k in prior.lengths)]
+        self._factors: dict[tuple[Setup, int], float] = {}
+        self._in_use: dict[tuple[int, str], Setup] = {}
+        self._num_rounds = 0
+
+    def choose(self, *, batch_size: int | None = None, domain: str | None = None, **_: object) -> RoundDecision:
+        size = min(size for size in self._batches if size >= (batch_size or 1))
+        point = size, domain or MIXED
+        if point not in self._in_use:
+            self._in_use[point] = self._policy.look_up(batch_size=size, domain=domain).choice.setup
+        self._num_rounds += 1
+        if self._num_rounds % 8 == 0:
+            present = self._in_use[point]
+            best = max(self._setups, key=lambda setup: self._rate(setup, *point))
+            if self._rate(best, *point) > 1.02 * self._rate(present, *point):
+                self._in_use[point] = best
+        setup = PLAIN if self._num_rounds % 256 == 0 else self._in_use[point]
+        return RoundDecision(setup, True, size, 1, point[1], 0.0)
 
     def observe(self, report: RoundReport) -> bool:
+        decision, seconds = report.decision, report.seconds
+        setup, size = decision.setup, decision.batch_size
+        stored_s = self._seconds[setup.draft, size][max(proposed for proposed, _ in report.rows)]
+        factor = self._factors.get((setup, size), 1.0)
+        self._factors[setup, size] = factor + ((seconds or stored_s) / stored_s - factor) / 32.0
+        if setup.draft is not None:
+            model = self._models[setup.draft, decision.domain]
+            for proposed, accepted in report.rows:
+                model.observe(proposed, accepted, 1.0, self._num_rounds)
+            model.update()
         return True
 
+    def _rate(self, setup: Setup, size: int, domain: str) -> float:
+        seconds, factor = self._seconds[setup.draft, size], self._factors.get((setup, size), 1.0)
+        if setup.draft is None:
+            return 1.0 / (seconds[0] * factor)
+        model = self._models[setup.draft, domain]
+        proposes = 1.0 - (1.0 - model.reach[0]) ** size
+        round_s = factor * (proposes * seconds[setup.length] + (1.0 - proposes) * seconds[0])
+        return model.tokens[self._lengths.index(setup.length)] / round_s
 
-class Ema:
+
+class Ema(Controller):
     """SGLang's rule on one draft: one more step than the average round keeps, by batch size; no notion of cost."""
 
     def __init__(self, draft: Draft, first_length: int, steps: Mapping[int, tuple[int, ...]] = EMA_STEPS) -> None:
         self._draft = draft
         self._slots = {size: _Slot(candidates, first_length) for size, candidates in steps.items()}
 
-    def choose(self, *, batch_size: int = 1, **_: object) -> RoundDecision:
-        length = self._slot(batch_size).steps
+    def choose(self, *, batch_size: int | None = None, **_: object) -> RoundDecision:
+        length = self._slot(batch_size or 1).steps
         setup = Setup(draft=self._draft, length=length) if length else PLAIN
         return picked(setup)
 
@@ -84,7 +154,7 @@ class _Slot:
         return self._candidates[index]
 
 
-class Ucb:
+class Ucb(Controller):
     """UCB1 over arms: the mean reward and what may lie above it; every arm once at first."""
 
     def __init__(self, arms: Sequence[Setup], most_per_s: float) -> None:
@@ -112,7 +182,7 @@ class Ucb:
         return True
 
 
-class Exp3:
+class Exp3(Controller):
     """Exponential weights over arms, with a share `explore` of even draws; rewards weighted by how rare they are."""
 
     def __init__(self, arms: Sequence[Setup], most_per_s: float, seed: int, explore: float = 0.1) -> None:
@@ -141,7 +211,7 @@ class Exp3:
         return [(1.0 - self._explore) * weight / total + even for weight in weights]
 
 
-class Oracle:
+class Oracle(Controller):
     """At batch 1, of every request of a stream the setup that is best for it, known beforehand.
 
     `requests`: (setup, tokens its rounds will emit) in the order of the stream.
@@ -166,4 +236,4 @@ class Oracle:
 def reward(report: RoundReport, most_per_s: float) -> float:
     """Tokens per second of a row as a fraction of the most there can be, at most 1."""
     tokens = sum(accepted + 1 for _, accepted in report.rows) / len(report.rows)
-    return min(1.0, tokens / report.seconds / most_per_s)
+    return min(1.0, tokens / (report.seconds or math.inf) / most_per_s)

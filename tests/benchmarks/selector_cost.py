@@ -18,7 +18,7 @@ import tempfile
 import time
 from dataclasses import replace
 
-from profiles.engines.base import RoundReport
+from profiles.engines.base import RequestInfo, RoundReport
 from profiles.records.core import PLAIN, Draft, Model, Setup
 from profiles.stats import median
 from tests import ROOT
@@ -31,6 +31,7 @@ from tuner.selector.selector import Selector
 DOMAINS = ("mixed", "code", "copy", "prose")
 BATCHES = (1, 8)
 LENGTHS = tuple(range(1, 9))
+ROUNDS_PER_REQUEST = 40
 NUM_DRAFTS = 9  # as many as ship, with the composites
 
 
@@ -71,8 +72,9 @@ def microseconds(policy_: Policy, num_rounds: int, rows: int) -> list[float]:
     spent = []
     for number in range(num_rounds):
         domain = DOMAINS[(number // 200) % len(DOMAINS)]
+        requests = [RequestInfo((number // ROUNDS_PER_REQUEST, row), domain, 400) for row in range(rows)]
         started = time.perf_counter_ns()
-        pick = selector.choose(batch_size=rows, context_length=400, domain=domain)
+        pick = selector.choose(requests=requests)
         chosen = time.perf_counter_ns()
         outcomes = tuple(drawn(pick.setup, rng) for _ in range(rows))
         seconds = (0.01 + 0.001 * max(proposed for proposed, _ in outcomes)) * rng.uniform(0.95, 1.05)

@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -15,10 +15,10 @@ from profiles.acceptance.expected_rounds import (
     check_length,
     round_outcomes,
 )
-from profiles.engines.base import RoundController, RoundDecision, RoundReport
+from profiles.engines.base import RequestInfo, RoundController, RoundDecision, RoundReport
 from profiles.records.core import PLAIN, Prompt, Setup, Workload
 from profiles.records.errors import InputError, NotMeasuredError
-from profiles.records.evidence import RoundCount, StepShape, StepTimes
+from profiles.records.evidence import RoundCount, StepShape
 from tests.benchmarks.traffic import Disturbance, Moment, Request, Stream
 from tuner.forecast.evidence import Evidence
 from tuner.forecast.forecaster import Forecaster
@@ -64,6 +64,11 @@ class Record:
         return self.tokens / self.seconds
 
     @property
+    def usual_rate(self) -> float:
+        """Tokens per second of the machine as it usually is: noise and disturbance are the same for all controllers."""
+        return self.tokens / sum(result.seconds / result.slowed for result in self.rounds)
+
+    @property
     def over_plain(self) -> float:
         """Seconds plain decoding would have taken in these very conditions, over those it took."""
         return sum(result.plain_s for result in self.rounds) / self.seconds
@@ -74,11 +79,23 @@ class Record:
         A spike would give the few rounds that it happens to hit the weight of many, though in the long run it hits
         plain decoding as often. All rounds are one window when there are no more.
         """
-        seconds = list(accumulate((result.seconds / result.slowed for result in self.rounds), initial=0.0))
-        plain_s = list(accumulate((result.plain_s / result.slowed for result in self.rounds), initial=0.0))
+        plain_s, seconds = self._sums()
         size = min(size, len(self.rounds))
         starts = range(len(self.rounds) - size + 1)
         return min((plain_s[at + size] - plain_s[at]) / (seconds[at + size] - seconds[at]) for at in starts)
+
+    def worst_prefix(self, size: int) -> float:
+        """The least `over_plain` of the first `size` or more rounds, in seconds of the machine as it usually is."""
+        return min(
+            plain_s / seconds
+            for plain_s, seconds in list(zip(*self._sums(), strict=True))[min(size, len(self.rounds)) :]
+        )
+
+    def _sums(self) -> tuple[list[float], list[float]]:
+        """Plain decoding's seconds and those taken, before every round and in all."""
+        plain_s = accumulate((result.plain_s / result.slowed for result in self.rounds), initial=0.0)
+        seconds = accumulate((result.seconds / result.slowed for result in self.rounds), initial=0.0)
+        return list(plain_s), list(seconds)
 
 
 PLAIN_SHAPE = StepShape(1)
@@ -115,19 +132,22 @@ class Simulator:
         seed: int = 0,
         noise: Sequence[float] = (1.0,),
         disturbance: Disturbance | None = None,
+        labelled: bool = True,
+        num_rounds: int | None = None,
     ) -> Record:
         """Every request of the stream, in its order, as many rows at a time as it says.
 
         The controller decides for the rows in use, as in a server whose batch is as large as its requests; the torch
         engine steps all rows of its batch and decides for those.
 
-        `noise`: factors of which one is drawn for every round's time, plain decoding's included. Drafts that are
-        sampled draw their rng by `seed`; greedy ones have none. Raises: InputError: the stream needs a larger batch
-        than was measured. NotMeasuredError: a prompt, or a setup that was picked, is not in the evidence.
+        `noise`: factors of which one is drawn for every round's time, plain decoding's included. `labelled`: whether
+        the controller is told the domains of requests. `num_rounds`: the stream starts over until so many were run.
+        Drafts that are sampled draw their rng by `seed`; greedy ones have none. Raises: InputError: the stream needs a
+        larger batch than was measured. NotMeasuredError: a prompt, or a setup that was picked, is not in the evidence.
         """
         if stream.most_rows >= len(self._sizes):
             raise InputError(f"stream {stream.name!r} needs batch {stream.most_rows}: {max(self._sizes)} is measured")
-        return _Run(self, stream, seed, noise).play(controller, disturbance)
+        return _Run(self, stream, seed, noise, labelled).play(controller, disturbance, num_rounds)
 
     def digest(self, prompt: Prompt) -> str:
         """Of a prompt; worked out once, as it reads every token."""
@@ -143,11 +163,6 @@ class Simulator:
         return arm
 
 
-def noise_of(times: StepTimes) -> tuple[float, ...]:
-    """How far samples of a staircase lie from the mean of their width, as factors."""
-    return tuple(sample * len(samples) / sum(samples) for samples in times.samples_s.values() for sample in samples)
-
-
 class Fixed:
     """Always the same setup."""
 
@@ -160,6 +175,8 @@ class Fixed:
     def observe(self, report: RoundReport) -> bool:
         return True
 
+    def finish(self, requests: Iterable[Hashable]) -> None: ...
+
 
 class _Row:
     """A request under way.
@@ -167,10 +184,10 @@ class _Row:
     `start` is the next output position; `num_cached` by draft model: tokens of its text in the model's cache.
     """
 
-    __slots__ = ("domain", "key", "num_cached", "phase", "prompt_tokens", "size", "start")
+    __slots__ = ("domain", "info", "key", "num_cached", "phase", "prompt_tokens", "size", "start")
 
-    def __init__(self, request: Request, digest: str, size: int, most: int) -> None:
-        self.domain, self.phase = request.prompt.domain, request.phase
+    def __init__(self, request: Request, digest: str, size: int, most: int, info: RequestInfo) -> None:
+        self.domain, self.phase, self.info = info.domain, request.phase, info
         self.key = digest, size, most
         self.prompt_tokens = len(request.prompt.token_ids)
         self.size = size
@@ -252,8 +269,10 @@ class _Replayed(NamedTuple):
 class _Run:
     """One stream being served."""
 
-    def __init__(self, simulator: Simulator, stream: Stream, seed: int, noise: Sequence[float]) -> None:
+    def __init__(self, simulator: Simulator, stream: Stream, seed: int, noise: Sequence[float], labelled: bool) -> None:
         self._simulator = simulator
+        self._labelled = labelled
+        self._num_requests = 0
         self._workload = simulator.world.workload
         self._waiting = deque(stream.requests)
         self._rng = random.Random(f"{seed} rng")
@@ -267,9 +286,14 @@ class _Run:
         self._seconds = 0.0
         self._results: list[RoundResult] = []
 
-    def play(self, controller: RoundController, disturbance: Disturbance | None) -> Record:
+    def play(
+        self, controller: RoundController, disturbance: Disturbance | None, num_rounds: int | None = None
+    ) -> Record:
+        again = tuple(self._waiting)
         self._let_in()
-        while self._rows:
+        while self._rows and (num_rounds is None or len(self._results) < num_rounds):
+            if num_rounds is not None and len(self._waiting) < len(self._rows) + 1:
+                self._waiting.extend(again)
             first = self._rows[0].domain
             domain = first if all(row.domain == first for row in self._rows) else None
             num_rows = len(self._rows)
@@ -278,20 +302,25 @@ class _Run:
                 context_length=self._workload.context_length,
                 domain=domain,
                 temperature=self._workload.temperature,
+                requests=[row.info for row in self._rows],
             )
             starter, arm = self._switch_to(decision.setup)
             factor, outcomes = self._outcomes(arm, disturbance)
             shape = _shape(arm, self._rows, outcomes)
             round_s = factor * arm.seconds(num_rows, shape)
             tokens = _advance(arm, self._rows, outcomes, shape)
-            controller.observe(
-                RoundReport(decision, tuple([RoundCount(item.proposed, item.accepted) for item in outcomes]), round_s)
-            )
+            refill_s, plain_refill_s = starter.refill_s(num_rows), self._plain.refill_s(num_rows)
+            rows = tuple([RoundCount(item.proposed, item.accepted) for item in outcomes])
+            extra_s = factor * self._refills * max(0.0, refill_s - plain_refill_s)
+            controller.observe(RoundReport(decision, rows, round_s, extra_s))
             phase = self._rows[-1].phase
-            self._rows = [row for row in self._rows if row.start < row.size]
-            seconds = round_s + factor * self._refills * starter.refill_s(num_rows)
+            done = [row.info.id for row in self._rows if row.start >= row.size]
+            if done:
+                controller.finish(done)
+                self._rows = [row for row in self._rows if row.start < row.size]
+            seconds = round_s + factor * self._refills * refill_s
             plain_s = tokens / num_rows * self._plain.seconds(num_rows, PLAIN_SHAPE)
-            plain_s = factor * (plain_s + self._refills * self._plain.refill_s(num_rows))
+            plain_s = factor * (plain_s + self._refills * plain_refill_s)
             self._seconds += seconds
             played = RoundResult(
                 decision.setup, domain, num_rows, tokens, seconds, plain_s, factor, decision.probe, phase
@@ -310,7 +339,10 @@ class _Run:
             most = min(workload.max_new_tokens, request.most_tokens or workload.max_new_tokens)
             if digest not in traces:
                 raise NotMeasuredError(f"a prompt of domain {request.prompt.domain!r} has no target trace: {digest}")
-            row = _Row(request, digest, min(most, len(traces[digest].token_ids)), most)
+            self._num_requests += 1
+            domain = request.prompt.domain if self._labelled else None
+            info = RequestInfo(self._num_requests, domain, workload.context_length, workload.temperature)
+            row = _Row(request, digest, min(most, len(traces[digest].token_ids)), most, info)
             self._refills += bool(self._rows)  # the first of a batch keeps nobody waiting
             if self._in_use is not None and self._in_use.model is not None:
                 row.num_cached[self._in_use.model] = row.prompt_tokens
@@ -338,9 +370,15 @@ class _Run:
         if disturbance is None:
             return factor, outcomes
         moment = Moment(len(self._results), self._seconds, arm.setup, self._rounds_on)
-        if disturbance.spoils(moment):
-            outcomes = [replace(outcome, accepted=0) for outcome in outcomes]
+        fails = disturbance.fails(moment)
+        if fails:
+            outcomes = [replace(outcome, accepted=_cut(outcome.accepted, fails, self._rng)) for outcome in outcomes]
         return factor * disturbance.slows(moment), outcomes
+
+
+def _cut(accepted: int, fails: float, rng: random.Random) -> int:
+    """Accepted tokens where each is rejected with this probability."""
+    return next((number for number in range(accepted) if fails >= 1.0 or rng.random() < fails), accepted)
 
 
 def _shape(arm: _Arm, rows: Sequence[_Row], outcomes: Sequence[RoundOutcome]) -> StepShape:

@@ -151,29 +151,39 @@ class Moment(NamedTuple):
 class Disturbance:
     """What disturbs a simulated server.
 
-    `slows`: how many times longer a round takes, whatever it runs. `spoils`: whether nothing is kept of what is
-    proposed in it.
+    `slows`: how many times longer a round takes, whatever it runs. `fails`: probability with which each token that
+    would be accepted is rejected.
     """
 
     slows: Callable[[Moment], float] = lambda _: 1.0
-    spoils: Callable[[Moment], bool] = lambda _: False
+    fails: Callable[[Moment], float] = lambda _: 0.0
 
 
 def useless_at_first(num_rounds: int) -> Disturbance:
     """A draft is useless for the first rounds after it was switched to, and as it should be later."""
-    return Disturbance(spoils=lambda moment: moment.rounds_on < num_rounds)
+    return Disturbance(fails=lambda moment: moment.rounds_on < num_rounds)
 
 
 def useless_later(num_rounds: int) -> Disturbance:
     """A draft is as it should be for a while after it was switched to, and useless from then on."""
-    return Disturbance(spoils=lambda moment: moment.rounds_on >= num_rounds)
+    return Disturbance(fails=lambda moment: moment.rounds_on >= num_rounds)
 
 
 def outages(period: int, num_rounds: int) -> Disturbance:
     """All drafts are useless for the last `num_rounds` out of every `period`."""
-    return Disturbance(spoils=lambda moment: moment.number % period >= period - num_rounds)
+    return Disturbance(fails=lambda moment: moment.number % period >= period - num_rounds)
 
 
 def spikes(period: int, num_rounds: int, factor: float) -> Disturbance:
     """The last `num_rounds` out of every `period` take `factor` times as long."""
     return Disturbance(slows=lambda moment: factor if moment.number % period >= period - num_rounds else 1.0)
+
+
+def drift(num_rounds: int, share: float) -> Disturbance:
+    """The acceptance of model drafts falls by `share` over so many rounds, and stays there."""
+
+    def fails(moment: Moment) -> float:
+        is_model = moment.setup.draft is not None and moment.setup.draft.kind == "model"
+        return share * min(1.0, moment.number / num_rounds) if is_model else 0.0
+
+    return Disturbance(fails=fails)

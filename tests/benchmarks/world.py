@@ -1,160 +1,332 @@
 """The family's evidence as a simulated server, and a policy made from half of the prompts: the other half is served.
 
-Evidence is measured by the engine through a remembering store, so a second run on the same store measures nothing.
+Traces are the engine's, taken through a caching store. Times are stated prices, so that a replay gives the same figures
+on every machine; measured ones (`measured=True`) go with runs on the real engine, and with `tuned_family` the prices
+are those of the prior that a `make tune` wrote.
 """
 
 import argparse
+import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from profiles import builtin
+from profiles.acceptance.expected_rounds import WIDEST_CATCH_UP
 from profiles.engines import workloads
 from profiles.engines.bench import Bench, Question
 from profiles.engines.torch import load as load_module
 from profiles.records import draft_spec
-from profiles.records.core import PLAIN, Prompt, Setup, Workload
+from profiles.records.core import PLAIN, Draft, Interval, Prompt, Setup, Workload
+from profiles.records.evidence import StepShape
 from store.cached_engine import CachedEngine
 from store.evidence_store import EvidenceStore
-from tests.benchmarks.simulator import Simulator, World, noise_of
+from tests.benchmarks import traffic
+from tests.benchmarks.common import DRAFTS as TUNED_DRAFTS
+from tests.benchmarks.simulator import Fixed, Simulator, World
 from tuner.forecast.evidence import Evidence, gather
 from tuner.forecast.forecaster import Forecaster
 from tuner.forecast.queues import spread_over_domains
 from tuner.pipeline.build_prior import build_prior
-from tuner.pipeline.decision import alternatives
 from tuner.pipeline.points import PointDecision, PointPlan
+from tuner.policy import policy as policies
+from tuner.policy.estimates import Forecast
 from tuner.policy.policy import Choice, Policy
+from tuner.policy.prior import DraftAcceptance, Prior, RoundTimes
 from tuner.policy.query import MIXED
 from tuner.search.objective import candidates
 
 LENGTHS = tuple(range(1, 17))
 BATCHES = (1, 4, 8, 32)
 DRAFTS = ("ngram", "builtin:draft-general", "builtin:draft-code", "builtin:draft-prose")  # composites take long at 32
+TUNED_LENGTHS = tuple(range(1, 9))
+ODDS = 3.0  # by which acceptance that is too good is off
+LOADED_LOG_STD = 0.3  # of the times of drafts measured under load
+
+
+class StatedPrices(Forecaster):
+    """Seconds by a stated rule in place of timed steps.
+
+    A step of the target takes 4.8 ms and 0.3 ms a token, one of the general draft 0.85 ms, of a small one 0.35 ms, with
+    0.01 ms a token; a prefill 8 ms, and a draft's a fifth of its share of a target's.
+    """
+
+    def _calibrated(self) -> tuple[dict[Draft | None, object], dict[Draft | None, object]]:  # type: ignore[override]
+        return {}, {}
+
+    def round_s(self, setup: Setup, shape: StepShape) -> float:
+        rows = self._workload.batch_size
+        draft_s = 0.0
+        if shape.draft_steps:
+            step_s = self._draft_step_s(setup.draft)
+            draft_s = shape.draft_steps * (step_s + 1e-5 * rows) + 1e-5 * rows * shape.first_draft_width
+        lookup_s = 4e-5 * rows if setup.draft is not None and setup.draft.looks_up else 0.0
+        return 0.0048 + 0.0003 * rows * shape.target_width + draft_s + lookup_s
+
+    def refill_s(self, draft: Draft | None) -> float:
+        return 0.008 + (4.0 * self._draft_step_s(draft) if draft is not None and draft.kind != "ngram" else 0.0)
+
+    @staticmethod
+    def _draft_step_s(draft: Draft | None) -> float:
+        return 0.00085 if draft is not None and "general" in draft.name else 0.00035
+
+
+class PriorPrices(StatedPrices):
+    """The round times of a policy's prior at batch 1."""
+
+    def __init__(self, evidence: Evidence, workload: Workload, target_component: str, prior: Prior) -> None:
+        super().__init__(evidence, workload, target_component)
+        self._times = {None if row.draft is None else prior.drafts[row.draft]: row for row in prior.round_times}
+
+    def round_s(self, setup: Setup, shape: StepShape) -> float:
+        row = self._times[setup.draft]
+        late = min(WIDEST_CATCH_UP, max(0, shape.first_draft_width - 2)) if shape.draft_steps else 0
+        return row.seconds[shape.target_width - 1] + late * row.catch_up_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """What was measured of the family, and what follows from it.
+    """What was traced of the family, and what follows from it.
 
-    `policy` holds for every batch, over all domains and for each, the best forecast on prompts that are not `served`;
-    nothing in it is proven. `best[batch, domain]` are the best setups of those forecasts, `noise` the factors by which
-    the target's steps scatter around their mean.
+    `policy` holds for every batch, over all domains and for each, the setup that serves the prompts which are not
+    `served` the fastest; nothing in it is proven.
     """
 
     bench: Bench
     workload: Workload
     simulator: Simulator
     policy: Policy
-    best: Mapping[tuple[int, str], Setup]
     setups: tuple[Setup, ...]
     served: tuple[Prompt, ...]
-    noise: tuple[float, ...]
-    _alone: dict[Prompt, tuple[Setup, int]] = field(default_factory=dict)
+    _alone: dict[Prompt, dict[Setup, float]] = field(default_factory=dict)
 
-    def look_up(self, num_rows: int, domain: str | None) -> Setup:
-        """The policy's answer, which never changes."""
-        size = min(size for size, _ in self.best if size >= num_rows)
-        return self.best[size, domain or MIXED]
+    def alone(self, prompt: Prompt) -> dict[Setup, float]:
+        """Seconds that each setup takes for a prompt at batch 1."""
+        if prompt not in self._alone:
+            forecaster = self.simulator.world.forecasters[1]
+            self._alone[prompt] = {
+                setup: sum(
+                    count * forecaster.round_s(setup, shape)
+                    for shape, count in forecaster.rounds(setup, [prompt]).shapes.items()
+                )
+                for setup in self.setups
+            }
+        return self._alone[prompt]
 
     def best_alone(self, prompt: Prompt) -> tuple[Setup, int]:
         """The setup that takes the least time for a prompt at batch 1, and the tokens its rounds emit."""
-        if prompt not in self._alone:
-            forecaster = self.simulator.world.forecasters[1]
-            seconds = {}
-            for setup in self.setups:
-                shapes = forecaster.rounds(setup, [prompt]).shapes
-                seconds[setup] = sum(count * forecaster.round_s(setup, shape) for shape, count in shapes.items())
-            tokens = len(self.simulator.world.evidence.traces[prompt.digest].token_ids) - 1
-            self._alone[prompt] = min(seconds, key=lambda setup: seconds[setup]), tokens
-        return self._alone[prompt]
+        seconds = self.alone(prompt)
+        return min(seconds, key=lambda setup: seconds[setup]), self.output_tokens(prompt)
+
+    def output_tokens(self, prompt: Prompt) -> int:
+        return len(self.simulator.world.evidence.traces[prompt.digest].token_ids) - 1
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def look_up(policy: Policy, num_rows: int, domain: str | None) -> Setup:
+    """The policy's answer, which never changes."""
+    return policy.look_up(batch_size=num_rows, domain=domain).choice.setup
+
+
+def add_options(parser: argparse.ArgumentParser, seeds: int) -> None:
     """The flags that both benchmarks of the selector share."""
-    parser.add_argument("--seeds", type=int, default=100)
-    parser.add_argument("--store", type=Path, help="folder of a store to keep evidence in; none: measure anew")
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--traces", type=Path, help="folder of a store to keep traces in; none: trace anew")
     parser.add_argument("--prompts", type=int, default=144, help="half make the policy, half are served")
     parser.add_argument("--tokens", type=int, default=48)
 
 
 @contextmanager
-def family(options: argparse.Namespace) -> Iterator[Family]:
-    """Measures or recalls everything; the store is open meanwhile."""
+def family(options: argparse.Namespace, *, measured: bool = False) -> Iterator[Family]:
+    """Traces and, where asked for, measures or recalls everything; the store is open meanwhile."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        EvidenceStore.open((options.store or Path(folder)) / "evidence.db") as evidence_store,
+        EvidenceStore.open((options.traces or Path(folder)) / "evidence.db") as evidence_store,
     ):
         bench = load_module.load(builtin.TARGET, [draft_spec.parse_draft(text) for text in DRAFTS], None, None)
         question = Question(lengths=LENGTHS, max_new_tokens=options.tokens, batch_sizes=BATCHES)
         loads, _ = workloads.workloads(bench, question, [builtin.ALL_PROMPTS])
         prompts = spread_over_domains(loads[0][1], options.prompts)
         engine = CachedEngine(bench.engine, evidence_store)
-        measured = {}
-        for workload, _ in loads:
-            evidence = gather(engine, workload, prompts, LENGTHS)
-            forecaster = Forecaster(evidence, workload, engine.target.run_digest, workload.seed)
-            measured[workload] = evidence, forecaster
-        yield _family(bench, measured, prompts)
+        target = engine.target.run_digest
+        forecasters: dict[int, Forecaster] = {}
+        if measured:
+            gathered = {load: gather(engine, load, prompts, LENGTHS) for load, _ in loads}
+            evidence = gathered[loads[0][0]]
+            for load, found in gathered.items():
+                forecasters[load.batch_size] = Forecaster(found, load, target, load.seed)
+        else:
+            evidence = traced(engine, loads[0][0], prompts)
+            for load, _ in loads:
+                forecasters[load.batch_size] = StatedPrices(evidence, load, target)
+        yield _family(bench, loads[0][0], evidence, forecasters)
 
 
-def _family(
-    bench: Bench, measured: Mapping[Workload, tuple[Evidence, Forecaster]], prompts: Sequence[Prompt]
-) -> Family:
-    alone = next(iter(measured))
-    evidence, _ = measured[alone]
-    setups = candidates(evidence.drafts, LENGTHS)
+def traced(engine: CachedEngine, workload: Workload, prompts: Sequence[Prompt]) -> Evidence:
+    """Evidence without any time."""
+    traces = {prompt.digest: engine.trace_target(workload, prompt) for prompt in prompts}
+    components = {part.digest: part for draft in engine.drafts for part in draft.components}
+    acceptances = {
+        (part.digest, prompt.digest): engine.trace_draft(workload, prompt, traces[prompt.digest], part, max(LENGTHS))
+        for prompt in prompts
+        for part in components.values()
+    }
+    return Evidence(
+        prompts=tuple(prompts),
+        traces=traces,
+        acceptances=acceptances,
+        steps={},
+        calibration=(),
+        drafts=engine.drafts,
+        infeasible=(),
+    )
+
+
+@contextmanager
+def tuned_family(options: argparse.Namespace, store: Path) -> Iterator[Family]:
+    """A policy that `make tune` wrote into `store`, on the prompts that it was made from, at its own prices."""
+    path = max(store.glob("policy-*[0-9a-f].json"), key=lambda file: file.stat().st_mtime)
+    policy = policies.read(path)
+    assert policy.prior is not None
+    tokens = 64  # of `make tune`
+    with EvidenceStore.open(store / "evidence.db") as evidence_store:
+        drafts = draft_spec.with_composites([draft_spec.parse_draft(text) for text in TUNED_DRAFTS])
+        bench = load_module.load(builtin.TARGET, drafts, None, None)
+        question = Question(lengths=TUNED_LENGTHS, max_new_tokens=tokens)
+        ((workload, prompts),), _ = workloads.workloads(bench, question, [builtin.ALL_PROMPTS])
+        engine = CachedEngine(bench.engine, evidence_store)
+        evidence = traced(engine, workload, prompts)
+        forecaster = PriorPrices(evidence, workload, engine.target.run_digest, policy.prior)
+        simulator = Simulator(World(workload=workload, evidence=evidence, forecasters={1: forecaster}))
+        usable = tuple(draft for draft in evidence.drafts if draft in policy.prior.drafts)
+        setups = candidates(usable, TUNED_LENGTHS)
+        yield Family(
+            bench=bench, workload=workload, simulator=simulator, policy=policy, setups=setups, served=tuple(prompts)
+        )
+
+
+def _family(bench: Bench, workload: Workload, evidence: Evidence, forecasters: Mapping[int, Forecaster]) -> Family:
     by_domain: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
+    for prompt in evidence.prompts:
         by_domain.setdefault(prompt.domain, []).append(prompt)
     tuned_on = {domain: in_domain[::2] for domain, in_domain in by_domain.items()}
     pools = {MIXED: [prompt for in_domain in tuned_on.values() for prompt in in_domain], **tuned_on}
+    setups = candidates(evidence.drafts, LENGTHS)
+    simulator = Simulator(World(workload=workload, evidence=evidence, forecasters=forecasters))
+    exact = Interval(estimate=1.0, low=1.0, high=1.0)
     points = [
         PointDecision(
-            plan=PointPlan(workload=workload, domain=domain, forecast_prompts=tuple(pool)),
-            evidence=gathered,
+            plan=PointPlan(
+                workload=replace(workload, batch_size=batch_size), domain=domain, forecast_prompts=tuple(pool)
+            ),
+            evidence=evidence,
             forecaster=forecaster,
-            forecasts=tuple(forecaster.forecast(setup, pool) for setup in setups),
+            forecasts=tuple(
+                Forecast(setup=setup, tok_per_s=exact, speedup=exact, acceptance_length=None) for setup in setups
+            ),
         )
-        for workload, (gathered, forecaster) in measured.items()
+        for batch_size, forecaster in forecasters.items()
         for domain, pool in pools.items()
     ]
-    choices = tuple(_choice(point) for point in points)
+    prior = build_prior(points, LENGTHS)
+    assert prior is not None
+    policy = Policy(
+        created=datetime.now(UTC).isoformat(),
+        target=bench.engine.target,
+        environment=bench.engine.environment,
+        choices=_choices(prior, workload),
+        prior=prior,
+    )
+    choices = []
+    for choice in policy.choices:
+        pool = pools[choice.domain]
+        phase = traffic.Phase(num_requests=max(len(pool), 3 * choice.batch_size), concurrency=choice.batch_size)
+        stream = traffic.stream_of("tuning", [phase], pool, 0)
+        shortlist = (PLAIN, *sorted(setups, key=lambda setup: -_rate(prior, choice, setup))[:12])
+        best = max(shortlist, key=lambda setup: simulator.serve(stream, Fixed(setup)).tok_per_s)
+        choices.append(replace(choice, setup=best))
     return Family(
         bench=bench,
-        workload=alone,
-        simulator=Simulator(
-            World(
-                workload=alone,
-                evidence=evidence,
-                forecasters={load.batch_size: forecaster for load, (_, forecaster) in measured.items()},
-            )
-        ),
-        policy=Policy(
-            created=datetime.now(UTC).isoformat(),
-            target=bench.engine.target,
-            environment=bench.engine.environment,
-            choices=choices,
-            prior=build_prior(points, LENGTHS),
-        ),
-        best={(choice.batch_size, choice.domain): choice.setup for choice in choices},
+        workload=workload,
+        simulator=simulator,
+        policy=replace(policy, choices=tuple(choices)),
         setups=setups,
         served=tuple(prompt for in_domain in by_domain.values() for prompt in in_domain[1::2]),
-        noise=noise_of(evidence.steps[bench.engine.target.run_digest]),
     )
 
 
-def _choice(point: PointDecision) -> Choice:
-    """The best forecast of a point by its low end; plain decoding where none beats it."""
-    best = next(iter(alternatives(point.forecasts)), None)
-    return Choice(
-        batch_size=point.workload.batch_size,
-        context_length=point.workload.context_length,
-        domain=point.domain,
-        temperature=point.workload.temperature,
-        setup=PLAIN if best is None else best.setup,
-        reason="The best forecast; nothing was run to prove it.",
-        forecast=best,
-    )
+def _choices(prior: Prior, workload: Workload) -> tuple[Choice, ...]:
+    """For every domain and batch of a prior the setup of the highest expected goodput."""
+    choices = []
+    for batch_size in sorted({row.batch_size for row in prior.round_times}):
+        for domain in dict.fromkeys(row.domain for row in prior.acceptance):
+            choice = Choice(
+                batch_size=batch_size,
+                context_length=workload.context_length,
+                domain=domain,
+                temperature=workload.temperature,
+                setup=PLAIN,
+                reason="The best by its evidence; nothing was run to prove it.",
+            )
+            setups = (PLAIN, *(Setup(draft=draft, length=k) for draft in prior.drafts for k in prior.lengths))
+            choices.append(replace(choice, setup=max(setups, key=lambda setup: _rate(prior, choice, setup))))
+    return tuple(choices)
+
+
+def _rate(prior: Prior, choice: Choice, setup: Setup) -> float:
+    """Tokens per second of a row by a prior."""
+    times = {row.draft: row for row in prior.round_times if row.batch_size == choice.batch_size}
+    if setup.draft is None:
+        return 1.0 / times[None].seconds[0]
+    number = prior.drafts.index(setup.draft)
+    accepted = next(row for row in prior.acceptance if row.draft == number and row.domain == choice.domain)
+    if number not in times or setup.length not in prior.lengths:
+        return 0.0
+    proposes = 1.0 - (1.0 - accepted.propose_prob) ** choice.batch_size
+    seconds = times[number].seconds
+    round_s = proposes * seconds[setup.length] + (1.0 - proposes) * seconds[0]
+    return accepted.mean_tokens[prior.lengths.index(setup.length)] / round_s
+
+
+def wrong_policies(family: Family, seed: int) -> dict[str, Policy]:
+    """Policies as wrong evidence gives them, under names of what is wrong."""
+    prior, rng = family.policy.prior, random.Random(f"{seed} wrong evidence")
+    assert prior is not None
+    drafts = {number: rng.gauss(0.0, LOADED_LOG_STD) for number in range(len(prior.drafts))}
+    domains = [name for name in dict.fromkeys(row.domain for row in prior.acceptance) if name != MIXED]
+    renamed = {MIXED: MIXED, **dict(zip(domains, (*domains[1:], *domains[:1]), strict=True))}
+    priors = {
+        "acceptance_too_good": replace(prior, acceptance=tuple(_too_good(prior, row) for row in prior.acceptance)),
+        "labels_permuted": replace(
+            prior, acceptance=tuple(replace(row, domain=renamed[row.domain]) for row in prior.acceptance)
+        ),
+        "times_under_load": replace(
+            prior,
+            round_times=tuple(
+                _loaded(row, drafts.get(-1 if row.draft is None else row.draft, 0.0)) for row in prior.round_times
+            ),
+        ),
+    }
+    return {
+        name: replace(family.policy, prior=wrong, choices=_choices(wrong, family.workload))
+        for name, wrong in priors.items()
+    }
+
+
+def _too_good(prior: Prior, row: DraftAcceptance) -> DraftAcceptance:
+    """Model drafts accepted at three times the odds."""
+    if prior.drafts[row.draft].kind == "ngram":
+        return row
+    probs = tuple(ODDS * prob / (1.0 + (ODDS - 1.0) * prob) for prob in row.accept_probs)
+    reached, tokens = row.propose_prob, [1.0]
+    for prob in probs:
+        reached *= prob
+        tokens.append(tokens[-1] + reached)
+    return replace(row, accept_probs=probs, mean_tokens=tuple(tokens[length] for length in prior.lengths))
+
+
+def _loaded(row: RoundTimes, log_factor: float) -> RoundTimes:
+    factor = 2.718281828459045**log_factor
+    return replace(row, seconds=tuple(seconds * factor for seconds in row.seconds))

@@ -5,14 +5,14 @@ And a toy controller, which decides as scripted, whatever it observes.
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from scipy import stats
 
-from profiles.engines.base import RoundController, RoundDecision, RoundReport
+from profiles.engines.base import RequestInfo, RoundController, RoundDecision, RoundReport
 from profiles.engines.torch.adaptive import AdaptiveLoop, AdaptiveRun, SwitchableDrafter
 from profiles.engines.torch.decoder import Decoder, Generation
 from profiles.engines.torch.drafters import Drafter, ModelDrafter, NgramDrafter
@@ -108,9 +108,14 @@ def p_value(law: Mapping[tuple[int, ...], float], outputs: Sequence[tuple[int, .
 
 
 class ScriptedController:
-    """Decides for the next of `setups` every round; keeps the questions and the reports."""
+    """Decides for the next of `setups` every round; keeps the questions and the reports.
 
-    def __init__(self, setups: Iterable[Setup]) -> None:
+    `uneven`: every request has a length of its own, drawn up to the setup's.
+    """
+
+    def __init__(self, setups: Iterable[Setup], *, uneven: bool = False) -> None:
+        self.finished: set[Hashable] = set()
+        self._rng = random.Random(0) if uneven else None
         self.questions: list[tuple[int, int | None, str | None, float]] = []
         self.reports: list[RoundReport] = []
         self._setups = iter(setups)
@@ -118,17 +123,26 @@ class ScriptedController:
     def choose(
         self,
         *,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         context_length: int | None = None,
         domain: str | None = None,
         temperature: float = 0.0,
+        requests: Sequence[RequestInfo] = (),
+        **_: object,
     ) -> RoundDecision:
-        self.questions.append((batch_size, context_length, domain, temperature))
-        return RoundDecision(next(self._setups), True, batch_size, context_length or 0, domain or "mixed", temperature)
+        rows = batch_size or 1
+        self.questions.append((rows, context_length, domain, temperature))
+        setup = next(self._setups)
+        point = rows, context_length or 0, domain or "mixed", temperature
+        lengths = tuple(self._rng.randint(0, setup.length) for _ in requests) if self._rng else ()
+        return RoundDecision(setup, True, *point, lengths=lengths, requests=tuple(requests))
 
     def observe(self, report: RoundReport) -> bool:
         self.reports.append(report)
         return True
+
+    def finish(self, requests: Iterable[Hashable]) -> None:
+        self.finished.update(requests)
 
 
 def wandering(setups: Sequence[Setup], seed: int, longest: int = 1) -> Iterator[Setup]:

@@ -39,7 +39,8 @@ class World:
                     accepted += 1
             seconds = (0.01 + proposed * self.step_s.get(draft, 0.0)) * self.slowness
             seconds *= self.rng.uniform(1.0 - self.noise, 1.0 + self.noise)
-            assert selector.observe(RoundReport(pick, ((proposed, accepted),), seconds))
+            rows = ((proposed, accepted),) * max(1, len(pick.requests))
+            assert selector.observe(RoundReport(pick, rows, seconds))
             self.tokens += accepted + 1
             self.seconds += seconds
             self.picks.append(pick)

@@ -7,9 +7,9 @@ Example:
     selector.observe(RoundReport(decision, ((proposed, accepted),), seconds))
 """
 
-from profiles.engines.base import RoundDecision, RoundReport
+from profiles.engines.base import RequestInfo, RoundDecision, RoundReport
 from tuner.policy.policy import read as read_policy
 from tuner.selector.policy_file import PolicyFile
-from tuner.selector.selector import Selector
+from tuner.selector.selector import Selector, SelectorStats
 
-__all__ = ["PolicyFile", "RoundDecision", "RoundReport", "Selector", "read_policy"]
+__all__ = ["PolicyFile", "RequestInfo", "RoundDecision", "RoundReport", "Selector", "SelectorStats", "read_policy"]

@@ -1,4 +1,8 @@
-"""What speculation has lost against plain decoding, and how much more it may lose."""
+"""What speculation has lost against plain decoding, and how much more it may lose.
+
+As in conservative bandits (Wu et al., "Conservative Bandits", 2016): what is not the baseline is run only while its
+worst outcome leaves the total above a share of the baseline's, so gains earn the right to explore.
+"""
 
 import math
 from collections import deque
@@ -7,26 +11,28 @@ from typing import Any
 
 from profiles.records.errors import require
 
-WINDOW = 1000  # rounds
-MAX_LOSS_SHARE = 0.012  # of a window's plain rounds: 1,000 rounds in the time of 1,012 run at 0.988 of plain decoding
+RESERVE = 0.75  # of what the guarantee allows is used: the time of plain decoding is an estimate
 RISK_DIVISOR = 4.0  # a round may risk a quarter of what is left
-FULL_BUDGET_GAIN = 0.4  # gain of a plain round's time from which on the whole budget may be used
-MIN_BUDGET_SHARE = 0.7  # of the budget, for what gains nothing
 
 
 class LossBudget:
     """Bounds what any `window` consecutive rounds lose against plain decoding, in plain rounds.
 
-    A round's loss is its time less what plain decoding takes for its tokens, in the time of a plain round of that
-    batch. `loss` is the largest sum over the latest 1, 2, ... rounds of the window. A round may risk a quarter of what
-    is left, so speculation fades out before the budget is spent and returns by its gains or as losses leave the window.
-    Setups that gain little may use less of it: they would take long to earn it back and block the others meanwhile.
+    A round's loss is what it takes, in plain rounds, less its tokens per row. `loss` is the largest sum over the latest
+    1, 2, ... rounds of the window.
+
+    Args:
+        guarantee: least throughput over plain decoding; None: no bound.
     """
 
-    def __init__(self, window: int = WINDOW) -> None:
-        require(window >= 1, f"loss window of {window} rounds: at least 1 is needed")
+    def __init__(self, guarantee: float | None, window: int) -> None:
+        require(window >= 1, f"window of {window} rounds: at least 1 is needed")
+        require(
+            guarantee is None or 0.0 < guarantee < 1.0,
+            f"guarantee {guarantee}: a fraction of plain decoding's throughput, or None, is needed",
+        )
         self.window = window
-        self._max_loss = MAX_LOSS_SHARE * window
+        self._max_loss = math.inf if guarantee is None else RESERVE * (1.0 / guarantee - 1.0) * window
         self._now = 0
         self._total = 0.0
         self._minima: deque[tuple[int, float]] = deque([(0, 0.0)])  # increasing totals before rounds of the window
@@ -35,28 +41,25 @@ class LossBudget:
     def loss(self) -> float:
         return self._total - self._minima[0][1]
 
-    def left(self, gain: float = FULL_BUDGET_GAIN) -> float:
-        """Plain rounds that may still be lost in all.
+    @property
+    def allowed(self) -> float:
+        """Plain rounds that the next round may lose at worst."""
+        return (self._max_loss - self.loss) / RISK_DIVISOR
 
-        Args:
-            gain: tokens that the setup is expected to yield in the time of a plain round, less one.
-        """
-        share = MIN_BUDGET_SHARE + (1.0 - MIN_BUDGET_SHARE) * gain / FULL_BUDGET_GAIN
-        return self._max_loss * min(1.0, share) - self.loss
+    @property
+    def left(self) -> float:
+        """Share of the budget."""
+        return 1.0 if self._max_loss == math.inf else 1.0 - self.loss / self._max_loss
 
-    def allowed(self, gain: float = FULL_BUDGET_GAIN) -> float:
-        """Plain rounds that the next round may lose at worst; see `left`."""
-        return self.left(gain) / RISK_DIVISOR
-
-    def add(self, lost: float) -> None:
-        """Counts a round that lost so many plain rounds; below 0 it gained."""
+    def add(self, lost: float, count: int = 1) -> None:
+        """Counts rounds that lost so many plain rounds in all; below 0 they gained."""
         minima = self._minima
-        self._now += 1
+        self._now += count
         self._total = total = self._total + lost
         while minima and minima[-1][1] >= total:
             minima.pop()
         minima.append((self._now, total))
-        if minima[0][0] < self._now - self.window:
+        while minima[0][0] < self._now - self.window:
             minima.popleft()
 
     def snapshot(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 from profiles.records.errors import PolicyError
 from tuner.policy.policy import read
@@ -15,17 +16,17 @@ class PolicyFile:
     `error` says why the newest file could not be used; the policy before it then stays in force.
 
     Args:
-        seed: the selector's.
+        options: of the selector, by name.
 
     Raises:
         PolicyError: the first file cannot be read.
     """
 
-    def __init__(self, path: str | Path, *, seed: int = 0) -> None:
+    def __init__(self, path: str | Path, **options: Any) -> None:
         self.path = Path(path)
         self.error: PolicyError | None = None
         self._stamp = self._read_stamp()
-        self._selector = Selector(read(self.path), seed=seed)
+        self._selector = Selector(read(self.path), **options)
         self._reading = threading.Lock()
 
     @property

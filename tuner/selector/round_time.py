@@ -1,82 +1,125 @@
-"""Round times at run time: stored seconds, and how much longer rounds really last."""
+"""What rounds take beside plain ones: stored ratios, corrected by the rounds that are run."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from typing import Any
 
-MIN_ROUND_WEIGHT = 1.0 / 16.0  # of the latest round in the mean; the first rounds weigh more
-MIN_PLAIN_ROUND_WEIGHT = 1.0 / 64.0  # the same for plain decoding, which all losses are measured against
-FIRST_ROUND_WEIGHT = 1.0 / 4.0  # the stored time counts as three rounds
-INITIAL_LOG_VARIANCE = 0.05**2  # of a round's time, until it is known
-JUMP_LOG_RATIO, JUMP_ROUNDS = math.log(1.2), 3  # a round counts as at most so much longer or shorter than expected
+PRIOR_LOG_STD = 0.027  # of a setup's stored time over plain's: at rounds that scatter by 17 % the weight of 40 rounds
+MAX_ROUNDS = 400.0  # that the mean of a setup's deviation is taken over
+AGING_ROUNDS = 2048  # after which the rounds behind a deviation weigh half
+MACHINE_WEIGHT = 1.0 / 16.0  # of the latest round in the machine's factor
+NOISE_ROUNDS = 64  # that the scatter of rounds is taken over
+INITIAL_NOISE = 0.06  # standard deviation of a round's logarithm until it is known
+JUMP_LOG_RATIO, JUMP_NOISES, JUMP_ROUNDS = math.log(1.2), 2.5, 3
+FIRST_ROUNDS = 16  # of all, which tell the machine's factor
+SETTLING_ROUNDS = 8  # after a change of setup, in which a jump is the setup's and not the machine's
 
 
-@dataclass(slots=True)
-class TimeFactor:
-    """How many times longer rounds of one setup last than stored: exponential of a running mean of logarithms.
+class Deviation:
+    """How far the rounds of a setup lie from the stored ones, as a logarithm, beside the machine's factor."""
 
-    `value` is 0 while no round was observed, or not for long. Three rounds in a row that deviate by a fifth to the same
-    side are a jump by the smallest of the three: two spikes and an ordinary round are none. From there on the earlier
-    rounds, and the stored time, count little.
-    """
+    __slots__ = ("last", "log", "rounds")
 
-    min_weight: float  # of the latest round in the mean
-    value: float = 0.0
-    last: int = 0  # when it was observed, in rounds of the selector
-    log: float = 0.0
-    weight: float = FIRST_ROUND_WEIGHT
-    variance: float = INITIAL_LOG_VARIANCE
-    same_side: int = 0  # rounds in a row that deviated: positive when longer, negative when shorter
-    smallest: float = 0.0  # deviation of these rounds
+    def __init__(self) -> None:
+        self.log = self.rounds = 0.0
+        self.last = -(10**9)  # in rounds of the selector
 
-    @property
-    def low(self) -> float:
-        """The value less a standard error."""
-        return self.value * (1.0 - math.sqrt(self.variance * self.weight))
-
-    def observe(self, ratio: float, now: int, *, expected: float) -> bool:
-        """A round took `ratio` times its stored seconds. Returns whether it completed a jump.
-
-        Args:
-            expected: the factor assumed as long as none is known.
-        """
-        if not self.value:
-            self.log, self.weight, self.same_side = math.log(expected), FIRST_ROUND_WEIGHT, 0
-        deviation = math.log(ratio) - self.log
-        side = (deviation > JUMP_LOG_RATIO) - (deviation < -JUMP_LOG_RATIO)
-        continues = side * self.same_side > 0
-        self.smallest = min(self.smallest, deviation, key=abs) if continues else deviation
-        self.same_side = self.same_side + side if continues else side
-        jumped = abs(self.same_side) >= JUMP_ROUNDS
-        if jumped:
-            deviation, self.weight, self.same_side = self.smallest, 1.0, 0
-        else:
-            deviation = min(max(deviation, -JUMP_LOG_RATIO), JUMP_LOG_RATIO)
-            self.variance += MIN_ROUND_WEIGHT * (deviation * deviation - self.variance)
-        self.weight = max(self.min_weight, self.weight / (1.0 + self.weight))  # 1/2, 1/3, 1/4 ...
-        self.log += self.weight * deviation
-        self.value, self.last = math.exp(self.log), now
-        return jumped
+    def observe(self, residual: float, prior_rounds: float, now: int, count: int) -> None:
+        if now - self.last > AGING_ROUNDS:
+            self.rounds *= 0.5 ** ((now - self.last) / AGING_ROUNDS)
+        self.rounds = min(MAX_ROUNDS, self.rounds + count)
+        self.log += residual * min(1.0, count / (self.rounds + prior_rounds))
+        self.last = now
 
 
 class RoundTimeModel:
-    """Round times of one draft (or plain decoding) at one batch size and context.
+    """Round times at one batch size, context and temperature, by option and length; option 0 is plain decoding.
 
-    `seconds[p]` is the stored time of a round whose widest row proposes p tokens, `factors[i]` belongs to the i-th
-    length. `catch_up_s`: time in which a draft model takes in text of half the context.
+    The logarithm of a round's seconds over the stored ones is the sum of the machine's factor, which every round tells,
+    of the draft's deviation and of the length's, both shrunk to 0, and of noise. Three rounds in a row that deviate to
+    the same side are a jump by the smallest of the three: of the setup if it was just changed to, else of the machine.
+
+    Args:
+        seconds: by option, stored seconds of a round by the tokens that its widest row proposes.
+        num_lengths: by option.
     """
 
-    def __init__(self, seconds: Sequence[float], num_lengths: int, catch_up_s: float = 0.0) -> None:
-        self.seconds = tuple(seconds)
-        self.catch_up_s = catch_up_s
-        min_weight = MIN_PLAIN_ROUND_WEIGHT if len(self.seconds) == 1 else MIN_ROUND_WEIGHT
-        self.factors = [TimeFactor(min_weight) for _ in range(num_lengths)]
+    def __init__(self, seconds: Sequence[Sequence[float]], num_lengths: Sequence[int]) -> None:
+        self.seconds = [tuple(row) for row in seconds]
+        self.drafts = [Deviation() for _ in seconds]
+        self.lengths = [[Deviation() for _ in range(count)] for count in num_lengths]
+        self.machine: float | None = None  # log factor; None before the first round
+        self.variance, self._count = INITIAL_NOISE**2, 8
+        self._setup, self._since = (-1, -1), 0
+        self._same_side, self._smallest = 0, 0.0
 
-    def snapshot(self) -> list[list[float]]:
-        return [list(astuple(factor)) for factor in self.factors]
+    @property
+    def prior_rounds(self) -> float:
+        """Rounds that the stored ratios weigh: fewer where those of other drafts turned out wrong."""
+        heard = [draft.log for draft in self.drafts if draft.rounds]
+        return self.variance / (PRIOR_LOG_STD**2 + sum([log * log for log in heard]) / (1 + len(heard)))
 
-    def restore(self, snapshot: Sequence[Sequence[float]]) -> None:
-        """Raises ValueError or TypeError: not the times of so many lengths, or not finite."""
-        if len(snapshot) != len(self.factors) or not all(math.isfinite(value) for row in snapshot for value in row):
+    def factor(self, option: int, index: int) -> float:
+        """Of a setup, beside the machine's."""
+        return math.exp(self.drafts[option].log + self.lengths[option][index].log)
+
+    def relative_error(self, option: int, now: int) -> float:
+        """Standard error of an option's factor."""
+        deviation = self.drafts[option]
+        rounds = deviation.rounds * 0.5 ** ((now - deviation.last) / AGING_ROUNDS)
+        return math.sqrt(self.variance / (rounds + self.prior_rounds))
+
+    def observe(self, setup: tuple[int, int], ratio: float, now: int, *, idle: bool = False, count: int = 1) -> None:
+        """Rounds of a setup took `ratio` times the stored seconds.
+
+        Args:
+            now: rounds so far.
+            idle: nothing was proposed: a plain round, with a look-up that found nothing.
+            count: rounds behind the ratio.
+        """
+        option, index = (0, 0) if idle else setup
+        draft, length = self.drafts[option], self.lengths[option][index]
+        expected = draft.log + length.log
+        if self.machine is None:
+            self.machine = math.log(ratio) - expected
+        residual = math.log(ratio) - expected - self.machine
+        if self._setup != setup:
+            self._setup, self._since = setup, 0
+        self._since += count
+        limit = max(JUMP_LOG_RATIO, JUMP_NOISES * math.sqrt(self.variance))
+        side = (residual > limit) - (residual < -limit)
+        continues = side * self._same_side > 0
+        self._smallest = min(self._smallest, residual, key=abs) if continues else residual
+        self._same_side = self._same_side + side if continues else side
+        if abs(self._same_side) >= JUMP_ROUNDS:
+            self._same_side = 0
+            if self._since <= SETTLING_ROUNDS and self._count >= FIRST_ROUNDS and not idle:
+                draft.log += self._smallest
+            else:
+                self.machine += self._smallest
+            return
+        residual = min(max(residual, -limit), limit)
+        self._count = min(self._count + count, NOISE_ROUNDS)
+        self.variance += min(1.0, count / self._count) * (residual * residual * count - self.variance)
+        self.machine += (1.0 - (1.0 - MACHINE_WEIGHT) ** count) * residual
+        prior_rounds = self.prior_rounds
+        draft.observe(residual, prior_rounds, now, count)
+        if option:
+            length.observe(residual, 2.0 * prior_rounds, now, count)
+
+    def snapshot(self) -> list[Any]:
+        deviations = [*self.drafts, *(each for row in self.lengths for each in row)]
+        values = [[each.log, each.rounds, each.last] for each in deviations]
+        return [self.machine, self.variance, self._count, self._since, self._same_side, self._smallest, values]
+
+    def restore(self, values: Sequence[Any]) -> None:
+        """Raises ValueError or TypeError: not of these options, or not finite."""
+        machine, variance, count, since, same_side, smallest, saved = values
+        deviations = [*self.drafts, *(each for row in self.lengths for each in row)]
+        for each, (log, rounds, last) in zip(deviations, saved, strict=True):
+            each.log, each.rounds, each.last = float(log), float(rounds), int(last)
+        numbers = [machine or 0.0, variance, smallest, *(each.log for each in deviations)]
+        if not all(math.isfinite(number) for number in numbers) or variance <= 0.0:
             raise ValueError("impossible round times")
-        self.factors = [TimeFactor(*row) for row in snapshot]  # type: ignore[arg-type]
+        self.machine, self.variance, self._smallest = machine, variance, smallest
+        self._count, self._since, self._same_side = int(count), int(since), int(same_side)

@@ -3,39 +3,136 @@
 It starts from a policy and the measurements behind it, and does no I/O and reads no clock, so any server can hold one.
 Serving code:
 
-    from tuner.selector import RoundReport, Selector, read_policy
+    from tuner.selector import RequestInfo, RoundReport, Selector, read_policy
 
     selector = Selector(read_policy("policy.json"))
     for request in requests:
         while not request.done:
-            decision = selector.choose(batch_size=1, context_length=request.context_length, domain=request.domain)
+            info = RequestInfo(request.id, request.domain, request.context_length)
+            decision = selector.choose(requests=[info])
             started = time.perf_counter()
             proposed, accepted = decode_round(request, decision.setup)
             seconds = time.perf_counter() - started
             selector.observe(RoundReport(decision, ((proposed, accepted),), seconds))
+        selector.finish([request.id])
 
-A batch runs one setup for all rows. When its requests are of several domains, pass `domain=None`: the choice over all
-domains answers, and learns. Beyond what was measured the setup is plain decoding, and nothing is learned.
+Decisions and reports pair with any delay and in any order.
 """
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from threading import Lock
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from profiles.engines.base import RoundDecision, RoundReport
+from profiles.engines.base import RequestInfo, RoundDecision, RoundReport
+from profiles.records.core import PLAIN, Setup, digest_of
 from profiles.records.errors import InputError
-from tuner.policy.policy import Policy
-from tuner.selector.loss_budget import WINDOW, LossBudget
-from tuner.selector.operating_point import DraftOption, PointState
-from tuner.selector.state import SelectorState
+from profiles.records.evidence import RoundCount
+from tuner.policy.policy import Policy, to_json
+from tuner.policy.query import MIXED, OperatingPoint, check_query
+from tuner.selector.acceptance import Domains
+from tuner.selector.index import PolicyIndex
+from tuner.selector.loss_budget import LossBudget
+from tuner.selector.point import MIN_SHARE, PLAIN_ARM, Arm, Point
 
-SNAPSHOT_VERSION = 2  # 1 had other keys
-PROBE_TOKEN_SHARE = 0.0025  # of all tokens: what probes may lose against the setup in use
-INITIAL_PROBE_CREDIT, MAX_PROBE_CREDIT = 8.0, 32.0  # tokens
+GUARANTEE, WINDOW = 0.98, 5000
+SNAPSHOT_VERSION = 3
+MARGIN = 0.02  # another setup must promise so much more than the one in use
+CERTAIN = 0.75  # weight of a request's main domain, under which rounds are also chosen for what they tell
+DWELL_ROUNDS = 4.0  # before the next change; new requests shorten it
+PAYBACK_ROUNDS = 24  # in which a change must earn the time of catching up
 PROBE_ROUNDS = 4
 PROBE_CHECK_ROUNDS = 24  # between two looks for something to probe, on average
-PLAIN_TIME_MAX_AGE = 256  # rounds after which the time of plain decoding is probed again
+PLAIN_ROUNDS = 1024  # without a plain round, after which its time is probed
+PROBE_ERRORS = 1.5  # standard errors that an option may be better than expected
+PROBE_GAIN_SHARE, PROBE_ROUND_SHARE = 0.05, 0.001  # of what is gained over plain decoding, and of all rounds
+INITIAL_PROBE_CREDIT, MAX_PROBE_CREDIT = 8.0, 32.0  # plain rounds
+ANONYMOUS_SHARE = 0.8  # of rounds before in the domains of rows that are told without their requests
+MAX_REQUESTS = 4096  # that are remembered
+STATS_WEIGHT = 1.0 / 256.0  # of a round in the figures of `stats`
 MIN_ROUND_S, MAX_ROUND_S = 1e-9, 1e6
+
+
+class SelectorStats(NamedTuple):
+    """Figures for gauges.
+
+    `expected_acceptance`, `seen_acceptance`: accepted over proposed tokens of the latest drafting rounds, as expected
+    when they were decided and as reported. `gain`: tokens per second over plain decoding's since the start.
+    `budget`: share of the guarantee's budget that is left.
+    """
+
+    num_rounds: int
+    num_refused: int
+    expected_acceptance: float
+    seen_acceptance: float
+    gain: float
+    budget: float
+
+
+class _Stream:
+    """The setup in use for queries that one choice of the policy answers."""
+
+    __slots__ = ("arm", "dwell", "fixed", "key", "point")
+
+    def __init__(self, key: OperatingPoint, point: Point | None, arm: Arm, fixed: Setup) -> None:
+        self.key, self.point, self.arm, self.fixed = key, point, arm, fixed
+        self.dwell = 0.0
+
+
+class _State:
+    """A policy's streams, their operating points and the domains of its prior."""
+
+    def __init__(
+        self, policy: Policy, drafts: Collection[str] | None, *, max_length: int | None, baseline: str
+    ) -> None:
+        self.policy, self.digest, self.index = policy, digest_of(to_json(policy)), PolicyIndex(policy)
+        self.temperatures = sorted({choice.temperature for choice in policy.choices})
+        self.longest = max(choice.context_length for choice in policy.choices)
+        self.domains = None if policy.prior is None else Domains(policy.prior)
+        self.points: dict[tuple[int, int, float], Point] = {}
+        self.streams: dict[OperatingPoint, _Stream] = {}
+        plain, times = {}, {}
+        for row in () if policy.prior is None else policy.prior.round_times:
+            where = row.batch_size, row.context_length, row.temperature
+            if row.draft is None:
+                plain[where] = row
+            else:
+                times.setdefault(where, {})[row.draft] = row
+        for choice in policy.choices:
+            where = choice.batch_size, choice.context_length, choice.temperature
+            if where in plain and where not in self.points:
+                assert policy.prior is not None
+                assert self.domains is not None
+                self.points[where] = Point(
+                    policy.prior,
+                    self.domains,
+                    plain[where],
+                    times.get(where, {}),
+                    usable=drafts,
+                    max_length=max_length,
+                    baseline=baseline,
+                )
+            point = self.points.get(where)
+            draft = choice.setup.draft
+            setup = choice.setup if draft is None or drafts is None or draft.name in drafts else PLAIN
+            setup = setup if setup.length <= (max_length or setup.length) else PLAIN
+            arm = None if point is None else point.find(setup)
+            if arm is None:  # the prior does not cover the policy's choice, which is applied as it stands
+                point = None
+            elif point is not None:
+                point.times.drafts[arm[0]].rounds = 40.0  # it was measured against plain decoding
+            self.streams[choice.point] = _Stream(choice.point, point, arm or PLAIN_ARM, setup)
+
+    def find(
+        self, batch_size: int, context_length: int | None, domain: str | None, temperature: float
+    ) -> _Stream | None:
+        """The stream of a query; None: its batch is beyond the largest measured. Raises InputError."""
+        check_query(batch_size, context_length, temperature)
+        nearest = min(self.temperatures, key=lambda value: abs(value - temperature))
+        point = self.index.find(batch_size, context_length, domain, nearest)
+        if point is None and context_length is not None:  # beyond the longest: that one is the nearest
+            point = self.index.find(batch_size, None, domain, nearest)
+        return None if point is None else self.streams[point]
 
 
 class Selector:
@@ -45,25 +142,42 @@ class Selector:
 
     Args:
         drafts: names of the drafts that the engine has loaded; None: it can run all of the policy's.
-        loss_window: rounds of which speculation loses at most 1.2 % in a row; a longer window interrupts setups that
-            gain little less often.
+        guarantee: least throughput over plain decoding, of any `window` consecutive rounds; None: no bound. It costs
+            what docs/selector.md says.
+        baseline: whose time plain decoding is. `k0`: a round of no drafted token in this very loop. `server`: a server
+            without speculation, as it was measured.
+        max_length: the longest length that the engine was started with; None: as measured.
         seed: shifts the moments of probes.
 
     Raises:
-        InputError: the policy holds a number that is not finite, or the window is empty.
+        InputError: the policy holds a number that is not finite, or the guarantee or the window is impossible.
     """
 
     def __init__(
-        self, policy: Policy, *, drafts: Collection[str] | None = None, loss_window: int = WINDOW, seed: int = 0
+        self,
+        policy: Policy,
+        *,
+        drafts: Collection[str] | None = None,
+        guarantee: float | None = GUARANTEE,
+        window: int = WINDOW,
+        baseline: Literal["k0", "server"] = "k0",
+        max_length: int | None = None,
+        seed: int = 0,
     ) -> None:
-        self._state = SelectorState(policy, drafts)
+        self._options: dict[str, Any] = {"drafts": drafts, "max_length": max_length, "baseline": baseline}
+        self._guarantee, self._window = guarantee, window
+        self._state = _State(policy, **self._options)
         self._lock = Lock()
-        self._loss_budget = LossBudget(loss_window)
+        self._budget = LossBudget(guarantee, window)
+        self._requests: dict[Hashable, list[float]] = {}  # weights of domains, oldest request first
         self._now = 0
         self._probe_credit = INITIAL_PROBE_CREDIT
         self._random = seed % 2**64
-        self._next_probe_check = PROBE_ROUNDS
-        self._probe: _Probe | None = None
+        self._next_probe = PROBE_ROUNDS + seed % PROBE_CHECK_ROUNDS
+        self._probe: tuple[_Stream, Arm] | None = None
+        self._probe_left = 0
+        self._last_option: tuple[Point | None, int] = (None, 0)
+        self._totals = [0.0] * 5  # tokens and seconds over plain's; proposed, expected and accepted tokens
         self.num_refused = 0
 
     @property
@@ -75,88 +189,322 @@ class Selector:
         """Rounds that were learned from."""
         return self._now
 
-    @property
-    def loss(self) -> float:
-        """What the latest rounds lost against plain decoding, in plain rounds; see `LossBudget`."""
-        return self._loss_budget.loss
+    def stats(self) -> SelectorStats:
+        with self._lock:
+            plain, taken, proposed, expected, accepted = self._totals
+            return SelectorStats(
+                self._now,
+                self.num_refused,
+                expected / proposed if proposed else 0.0,
+                accepted / proposed if proposed else 0.0,
+                plain / taken if taken else 1.0,
+                self._budget.left,
+            )
 
     def choose(
         self,
         *,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         context_length: int | None = None,
         domain: str | None = None,
         temperature: float = 0.0,
+        requests: Sequence[RequestInfo] = (),
+        per_request: bool = False,
     ) -> RoundDecision:
         """The setup of the next round, at the measured operating point that `Policy.look_up` finds.
 
+        A temperature, or a context beyond the longest, takes the nearest measured one.
+
         Args:
+            batch_size: rows of the batch; None: as many as requests, or 1.
             context_length: tokens of prompt and output; None: not known.
+            requests: the requests of the batch. Without them rows are told by `domain` alone.
+            per_request: `lengths` may differ by request.
 
         Raises:
             InputError: an impossible value.
         """
         with self._lock:
-            point = self._state.find(batch_size, context_length, domain, temperature)
-            if point is None:
-                return self._state.uncovered
-            probe = self._probe
-            if probe is not None and probe.point is point:
-                if probe.rounds_left > 0 and probe.worst_loss <= self._loss_budget.allowed():
-                    probe.rounds_left -= 1
-                    return probe.decision
-                self._probe = None
-            if self._now >= self._next_probe_check and point.options:
-                self._probe = self._plan_probe(point)
-                if self._probe is not None:
-                    return self._probe.decision
-            gain = point.gain
-            return point.decide(self._loss_budget.allowed(gain), max_catch_up=self._loss_budget.left(gain))
+            if requests:
+                first = requests[0]
+                same = len(requests) == 1
+                domain = first.domain if same or all(each.domain == first.domain for each in requests) else None
+                temperature = first.temperature if same else sum(each.temperature for each in requests) / len(requests)
+                contexts = [each.context_length for each in requests if each.context_length is not None]
+                context_length = max(contexts) if contexts else context_length
+            batch_size = max(1, len(requests)) if batch_size is None else batch_size
+            stream = self._state.find(batch_size, context_length, domain, temperature)
+            if stream is None:
+                return RoundDecision(PLAIN, False, 1, 1, MIXED, 0.0, False, tuple(requests))
+            if stream.point is None:
+                return RoundDecision(stream.fixed, True, *stream.key, False, tuple(requests))
+            return self._decide(stream, stream.point, tuple(requests), per_request)
+
+    def _decide(
+        self, stream: _Stream, point: Point, requests: tuple[RequestInfo, ...], per_request: bool
+    ) -> RoundDecision:
+        weights, num_new = self._weights(stream, requests)
+        shares = [(share, domain) for domain, share in enumerate(weights) if share > MIN_SHARE]
+        probing = self._probe is not None and self._probe[0] is stream and self._probe_left > 0
+        if self._probe is not None and probing:
+            arm = self._probe[1]
+            self._probe_left -= 1
+        else:
+            self._probe = None
+            stream.dwell -= 1.0 + DWELL_ROUNDS * num_new / max(1, len(requests))
+            self._switch(stream, point, shares)
+            arm = stream.arm
+            if len(requests) == 1 and max(weights) < CERTAIN:
+                arms = [arm, *({point.best[domain] for _, domain in shares} - {arm})]
+                arm = point.informed(arms, weights, [self._catch_up_s(point, option) for option, _ in arms])
+            if self._now >= self._next_probe:
+                probe = self._plan_probe(stream, point, shares)
+                if probe is not None:
+                    arm, probing, self._probe, self._probe_left = probe, True, (stream, probe), PROBE_ROUNDS - 1
+        arm = self._affordable(point, arm)
+        catch_up = self._catch_up_s(point, arm[0]) > 0.0
+        self._last_option = point, arm[0]
+        lengths = ()
+        if per_request and len(requests) > 1 and arm[0]:
+            lengths = self._lengths(point, arm, requests, shares)
+        setup = point.setups[arm[0]][arm[1]]
+        return RoundDecision(setup, True, *stream.key, probing, requests, lengths, catch_up)
+
+    def _weights(self, stream: _Stream, requests: tuple[RequestInfo, ...]) -> tuple[list[float], int]:
+        """Mean shares of domains in the batch, and how many requests are new."""
+        domains = self._state.domains
+        assert domains is not None
+        if not requests:
+            return self._requests.get((stream.key.domain,)) or domains.start(_label(stream.key.domain)), 0
+        num_new, rows = 0, []
+        for request in requests:
+            weights = self._requests.get(request.id)
+            if weights is None:
+                num_new += 1
+                weights = self._remember(request.id, list(domains.start(request.domain)))
+            rows.append(weights)
+        if len(rows) == 1:
+            return rows[0], num_new
+        return [sum(column) / len(rows) for column in zip(*rows, strict=True)], num_new
+
+    def _remember(self, request: Hashable, weights: list[float]) -> list[float]:
+        if request not in self._requests and len(self._requests) >= MAX_REQUESTS:
+            del self._requests[next(iter(self._requests))]
+        self._requests[request] = weights
+        return weights
+
+    def _switch(self, stream: _Stream, point: Point, shares: Sequence[tuple[float, int]]) -> None:
+        """Takes the setup of the highest expected goodput into use, if it is a margin above the present one."""
+        rate, plain_rate = point.value(stream.arm, shares), 1.0 / point.costs[0][0]
+        if stream.arm[0] and rate <= plain_rate and stream.dwell <= DWELL_ROUNDS / 2:
+            stream.arm, stream.dwell, rate = PLAIN_ARM, DWELL_ROUNDS, plain_rate
+        elif stream.dwell > 0.0:
+            return
+        best, best_rate = stream.arm, rate * (1.0 + MARGIN)
+        for arm in {point.best[domain] for _, domain in shares}:
+            if arm != stream.arm and arm[0]:
+                extra_s = self._catch_up_s(point, arm[0]) / PAYBACK_ROUNDS
+                arm_rate = point.value(arm, shares, extra_s=extra_s) * point.discount(arm)
+                if arm_rate > best_rate:
+                    best, best_rate = arm, arm_rate
+        if best != stream.arm:
+            stream.arm, stream.dwell = best, DWELL_ROUNDS
+
+    def _catch_up_s(self, point: Point, option: int) -> float:
+        """Seconds in which a draft reads the text it missed; 0 for the one that ran last."""
+        last_point, last_option = self._last_option
+        if last_point is None or (last_point is point and last_option == option):
+            return 0.0
+        if option and last_option and last_point.drafts[last_option] == point.drafts[option]:
+            return 0.0
+        return point.catch_up_s[option]
+
+    def _affordable(self, point: Point, arm: Arm) -> Arm:
+        """The setup, shortened until a round of which nothing is accepted can be paid; else plain decoding."""
+        option, index = arm
+        if option:
+            allowed_s = (1.0 + self._budget.allowed) * point.plain_s
+            if self._catch_up_s(point, option) + point.costs[option][0] > 4.0 * allowed_s:
+                return PLAIN_ARM
+            for shorter in range(index, -1, -1):
+                if point.costs[option][shorter] <= allowed_s:
+                    return option, shorter
+            return PLAIN_ARM
+        return arm
+
+    def _plan_probe(self, stream: _Stream, point: Point, shares: Sequence[tuple[float, int]]) -> Arm | None:
+        """Of the options that may be better than the setup in use, the one that may be best, if it can be paid."""
+        self._random = (self._random * 6364136223846793005 + 1442695040888963407) % 2**64  # Knuth's MMIX
+        self._next_probe = self._now + PROBE_CHECK_ROUNDS // 2 + (self._random >> 33) % PROBE_CHECK_ROUNDS
+        rate = point.value(stream.arm, shares)
+        if stream.arm[0] and self._now - point.times.drafts[0].last >= PLAIN_ROUNDS:
+            return PLAIN_ARM
+        chosen, highest = None, rate * (1.0 + MARGIN)
+        _, main = max(shares)
+        for option in range(len(point.lengths)):
+            if option == stream.arm[0]:
+                continue
+            arm = option, point.peak_index(option, main)
+            value = point.value(arm, shares)
+            hopeful = value * (1.0 + PROBE_ERRORS * point.error(arm, shares, self._now))
+            if hopeful > highest:
+                catch_up = self._catch_up_s(point, option) / point.plain_s
+                cost = PROBE_ROUNDS * max(0.0, 1.0 - value / rate) + catch_up
+                if cost <= self._probe_credit and (not option or self._affordable(point, arm) == arm):
+                    chosen, highest = arm, hopeful
+        return chosen
+
+    def _lengths(
+        self, point: Point, arm: Arm, requests: tuple[RequestInfo, ...], shares: Sequence[tuple[float, int]]
+    ) -> tuple[int, ...]:
+        """By request: the longest length whose last token is expected to earn its part of the round's time."""
+        option, index = arm
+        lengths, costs, models = point.lengths[option], point.costs[option], point.models[option]
+        worth = point.value(arm, shares)  # tokens per second of a row: what a second is worth
+        chosen = []
+        for request in requests:
+            weights = self._requests[request.id]
+            best = 0
+            for shorter in range(1, index + 1):
+                more = sum(
+                    w * (m.tokens[shorter] - m.tokens[shorter - 1]) for w, m in zip(weights, models, strict=True)
+                )
+                if more < worth * (costs[shorter] - costs[shorter - 1]):
+                    break
+                best = shorter
+            chosen.append(lengths[best])
+        return tuple(chosen)
 
     def observe(self, report: RoundReport) -> bool:
         """Learns from a round that was run as decided. Returns False for an impossible report: it is only counted."""
+        return self._observe(report, 1)
+
+    def observe_many(self, decision: RoundDecision, rounds: Sequence[RoundCount], seconds: float) -> bool:
+        """Learns from all rounds of one request that were run as decided; `seconds` in all.
+
+        Returns False for an impossible report.
+        """
+        ids = tuple(request.id for request in decision.requests[:1])
+        return self._observe(RoundReport(decision, tuple(rounds), seconds, ids=ids * len(rounds)), len(rounds))
+
+    def _observe(self, report: RoundReport, num_rounds: int) -> bool:
         decision = report.decision
-        setup = decision.setup
-        key = decision.batch_size, decision.context_length, decision.domain, decision.temperature
         with self._lock:
-            point = self._state.points.get(key)
-            possible = _is_possible(report, setup.length)
-            if not possible or (point is None and decision.covered):
+            stream = self._state.streams.get(OperatingPoint(*decision[2:6])) if decision.covered else None
+            arm = None if stream is None or stream.point is None else stream.point.find(decision.setup)
+            lost = decision.covered and (stream is None or (stream.point is not None and arm is None))
+            if lost or not _is_possible(report, decision.setup.length, num_rounds):
                 self.num_refused += 1
                 return False
-            if point is None or not point.options:
-                return True
-            drafted = point.find(setup) if setup.length else None
-            if setup.length and drafted is None:
-                self.num_refused += 1
-                return False
-            self._now += 1
-            self._learn(point, drafted, report)
+            if stream is not None and stream.point is not None and arm is not None:
+                self._now += num_rounds
+                self._learn(stream, stream.point, arm, report, num_rounds)
             return True
+
+    def _learn(self, stream: _Stream, point: Point, arm: Arm, report: RoundReport, num_rounds: int) -> None:
+        option = arm[0]
+        rows, decision, budget = report.rows, report.decision, self._budget
+        proposed = [row[0] for row in rows]
+        accepted = sum([row[1] for row in rows])
+        widths = proposed if num_rounds > 1 else [max(proposed)]
+        taken_s = sum([point.round_s(arm, width) for width in widths])  # the machine's noise is not the draft's
+        if report.seconds is not None:
+            stored_s = sum([point.times.seconds[option][width] for width in widths])
+            if not decision.catch_up:
+                point.times.observe(
+                    arm, report.seconds / stored_s, self._now, idle=bool(option) and not max(proposed), count=num_rounds
+                )
+            elif point.times.machine is not None:
+                caught_up_s = report.seconds / math.exp(point.times.machine) - taken_s
+                taken_s += min(max(0.0, caught_up_s), 4.0 * point.catch_up_s[option])
+        taken_s += report.extra_s / math.exp(point.times.machine or 0.0)
+        heaviest = 0
+        if option:
+            heaviest = self._learn_acceptance(stream, point, arm, report)
+        tokens = (accepted + len(rows)) / len(rows) * num_rounds
+        taken = taken_s / point.plain_s
+        scale = 1.0 if num_rounds == 1 else 1.0 / max(1, len(decision.requests))
+        budget.add((taken - tokens) * scale, num_rounds)
+        self._totals[0] += tokens
+        self._totals[1] += taken
+        if taken < tokens:
+            self._probe_credit += PROBE_GAIN_SHARE * (tokens - taken)
+        if decision.probe:
+            shares = [(share, domain) for domain, share in enumerate(self._weights(stream, decision.requests)[0])]
+            self._probe_credit -= max(0.0, taken * point.plain_s * point.value(stream.arm, shares) - tokens)
+        credit = self._probe_credit + PROBE_ROUND_SHARE * num_rounds
+        self._probe_credit = min(MAX_PROBE_CREDIT, max(-MAX_PROBE_CREDIT, credit))
+        if option:
+            point.models[option][heaviest].update()
+        point.refresh(option, heaviest)
+        point.refresh_next()
+
+    def _learn_acceptance(self, stream: _Stream, point: Point, arm: Arm, report: RoundReport) -> int:
+        """Updates requests and acceptance; returns a domain of which the round told most."""
+        domains, (option, index) = self._state.domains, arm
+        assert domains is not None
+        models, draft, decision = point.models[option], point.drafts[option], report.decision
+        infos = {request.id: request for request in decision.requests}
+        ids = report.ids if report.ids is not None else tuple(infos) or ((stream.key.domain,),) * len(report.rows)
+        heaviest, num_rows = 0, len(report.rows)
+        after: dict[Hashable, list[list[float]]] = {}
+        for request, row in zip(ids, report.rows, strict=True):
+            info = infos.get(request)
+            label = info.domain if info is not None else _label(stream.key.domain)
+            weights = self._requests.get(request) or domains.start(label)
+            if info is not None and info.temperature != point.temperature:
+                nearest = min(domains.temperatures, key=lambda value: abs(value - info.temperature))
+                models = domains.models[nearest][draft]
+            expected = sum([w * m.tokens[index] for w, m in zip(weights, models, strict=True)]) - 1.0
+            new_weights, heaviest = domains.learn(weights, label, models, row)
+            if info is None:
+                after.setdefault(request, []).append(new_weights)
+            else:
+                self._remember(request, new_weights)
+            for at, value in ((2, row[0]), (3, expected), (4, row[1])):
+                self._totals[at] += STATS_WEIGHT * (value - self._totals[at]) / num_rows
+        for request, rows in after.items():  # rows of many requests: what one of them is like says little of the next
+            start, share = domains.start(_label(stream.key.domain)), ANONYMOUS_SHARE / len(rows)
+            means = [share * sum(column) for column in zip(*rows, strict=True)]
+            self._remember(
+                request, [mean + (1.0 - ANONYMOUS_SHARE) * first for mean, first in zip(means, start, strict=True)]
+            )
+        return heaviest
+
+    def finish(self, requests: Iterable[Hashable]) -> None:
+        """Forgets requests that ended."""
+        with self._lock:
+            for request in requests:
+                self._requests.pop(request, None)
 
     def replace(self, policy: Policy) -> None:
         """Switches to another policy and keeps what was learned of drafts and domains that both have.
 
         The new state is prepared beside the one in use, so nobody waits for it. Raises as the constructor.
         """
-        state = SelectorState(policy, self._state.drafts)
+        state = _State(policy, **self._options)
         with self._lock:
-            state.take_over(self._state, self._now)
-            self._state, self._probe = state, None
+            _take_over(state, self._state)
+            self._state, self._probe, self._last_option = state, None, (None, 0)
+            self._requests.clear()
 
     def snapshot(self) -> dict[str, Any]:
-        """All that was learned, as JSON values for `restore`, in another process too."""
+        """All that was learned, as JSON values for `restore`, in another process too; requests are left out."""
         with self._lock:
+            state = self._state
             return {
                 "version": SNAPSHOT_VERSION,
-                "policy": self._state.digest,
+                "policy": state.digest,
                 "num_rounds": self._now,
-                "probe_credit": self._probe_credit,
-                "random": self._random,
-                "next_probe_check": self._next_probe_check,
                 "num_refused": self.num_refused,
-                "loss_budget": self._loss_budget.snapshot(),
-                "state": self._state.snapshot(self._now),
+                "random": self._random,
+                "next_probe": self._next_probe,
+                "probe_credit": self._probe_credit,
+                "totals": list(self._totals),
+                "loss_budget": self._budget.snapshot(),
+                "domains": None if state.domains is None else state.domains.snapshot(),
+                "times": [point.times.snapshot() for point in state.points.values()],
+                "streams": [[*stream.arm, stream.dwell] for stream in state.streams.values()],
             }
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
@@ -168,90 +516,67 @@ class Selector:
         version = snapshot.get("version")
         if version != SNAPSHOT_VERSION:
             raise InputError(f"snapshot version {version!r}: this draftpick reads version {SNAPSHOT_VERSION}")
-        state = SelectorState(self.policy, self._state.drafts)
-        loss_budget = LossBudget(self._loss_budget.window)
+        state, budget = _State(self.policy, **self._options), LossBudget(self._guarantee, self._window)
         if snapshot.get("policy") != state.digest:
             raise InputError("the snapshot was made under another policy: restore it before `replace`")
         try:
-            now, random = int(snapshot["num_rounds"]), int(snapshot["random"]) % 2**64
-            next_probe_check, num_refused = int(snapshot["next_probe_check"]), int(snapshot["num_refused"])
-            probe_credit = float(snapshot["probe_credit"])
-            loss_budget.restore(snapshot["loss_budget"])
-            state.restore(snapshot["state"], now)
-            if not -MAX_PROBE_CREDIT <= probe_credit <= 2 * MAX_PROBE_CREDIT:
-                raise ValueError(f"probe credit {probe_credit}")
+            numbers = [int(snapshot[key]) for key in ("num_rounds", "num_refused", "random", "next_probe")]
+            credit, totals = float(snapshot["probe_credit"]), [float(value) for value in snapshot["totals"]]
+            budget.restore(snapshot["loss_budget"])
+            if state.domains is not None:
+                state.domains.restore(snapshot["domains"])
+            for point, values in zip(state.points.values(), snapshot["times"], strict=True):
+                point.times.restore(values)
+                point.update()
+            for stream, (option, index, dwell) in zip(state.streams.values(), snapshot["streams"], strict=True):
+                stream.arm, stream.dwell = (int(option), int(index)), float(dwell)
+                if stream.point is not None and min(stream.arm) < 0:
+                    raise ValueError(f"setup {stream.arm}")
+                if stream.point is not None:
+                    stream.fixed = stream.point.setups[stream.arm[0]][stream.arm[1]]
+            if not abs(credit) <= MAX_PROBE_CREDIT or len(totals) != len(self._totals):
+                raise ValueError(f"probe credit {credit}")
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"the snapshot is damaged: {type(error).__name__} {error}") from error
         with self._lock:
-            self._state, self._probe, self._loss_budget = state, None, loss_budget
-            self._now, self._random, self._probe_credit = now, random, probe_credit
-            self._next_probe_check, self.num_refused = next_probe_check, num_refused
-
-    def _plan_probe(self, point: PointState) -> "_Probe | None":
-        """A probe to run now, if one is worth it and its likely loss against the setup in use can be paid.
-
-        Plain decoding first, when its time was not observed lately; then the draft that may be faster and was probed
-        longest ago, at its best length.
-        """
-        self._random = (self._random * 6364136223846793005 + 1442695040888963407) % 2**64  # Knuth's MMIX
-        self._next_probe_check = self._now + PROBE_CHECK_ROUNDS // 2 + (self._random >> 33) % PROBE_CHECK_ROUNDS
-        plain_time = point.plain.factors[0]
-        is_old = not plain_time.value or self._now - plain_time.last >= PLAIN_TIME_MAX_AGE
-        affordable = min(MAX_PROBE_CREDIT, PROBE_ROUNDS * point.gain) <= self._probe_credit
-        if point.current is not None and is_old and affordable:
-            return _Probe(point, point.plain_decision, 0.0)
-        option = point.to_probe(self._now)
-        if option is None:
-            return None
-        tokens_lost = option.acceptance.mean_tokens[option.best] * (point.rate / option.rate - 1.0)
-        likely_loss = option.times.catch_up_s * point.rate + PROBE_ROUNDS * max(0.0, tokens_lost)
-        worst_loss = point.worst_loss(option)
-        catch_up = 0.0 if option is point.last_run else point.catch_up_rounds(option)
-        budget = self._loss_budget
-        if likely_loss > self._probe_credit or worst_loss > budget.allowed() or worst_loss + catch_up > budget.left():
-            return None
-        option.last_probe = self._now
-        return _Probe(point, option.decisions[option.best], worst_loss)
-
-    def _learn(self, point: PointState, drafted: tuple[DraftOption, int] | None, report: RoundReport) -> None:
-        """Learns from a round of an option and the index of its length; None: of plain decoding."""
-        if drafted is None:
-            option, outcome = None, point.observe_plain(report.seconds, self._now)
-        else:
-            option, index = drafted
-            outcome = point.observe_draft(option, index, report.rows, report.seconds, now=self._now)
-        if outcome.jumped:  # the machine may have changed: probe plain decoding at once
-            point.plain.factors[0].last = self._next_probe_check = self._now - PLAIN_TIME_MAX_AGE
-        self._loss_budget.add(outcome.loss)
-        if self._probe_credit < MAX_PROBE_CREDIT:
-            self._probe_credit += PROBE_TOKEN_SHARE * outcome.tokens
-        if report.decision.probe:
-            lost = max(0.0, outcome.seconds * point.rate - outcome.tokens)
-            self._probe_credit = max(-MAX_PROBE_CREDIT, self._probe_credit - lost)
-        point.review(option, self._now)
+            self._state, self._budget, self._probe, self._last_option = state, budget, None, (None, 0)
+            self._now, self.num_refused, self._random, self._next_probe = numbers
+            self._probe_credit, self._totals = credit, totals
+            self._requests.clear()
 
 
-class _Probe:
-    """A few rounds in a row that are spent on learning; the first is decided when it is made."""
+def _take_over(state: _State, earlier: _State) -> None:
+    """What was learned of the same drafts on the same domains at the same lengths."""
+    new, old, new_prior, old_prior = state.domains, earlier.domains, state.policy.prior, earlier.policy.prior
+    if new is None or old is None or new_prior is None or old_prior is None or new_prior.lengths != old_prior.lengths:
+        return
+    for temperature in set(new.temperatures) & set(old.temperatures):
+        for number, draft in enumerate(new_prior.drafts):
+            if draft in old_prior.drafts:
+                learned = old.models[temperature][old_prior.drafts.index(draft)]
+                for name, model in zip(new.names, new.models[temperature][number], strict=True):
+                    if name in old.names:
+                        model.restore(learned[old.names.index(name)].snapshot())
+    new.rounds = [old.rounds[old.names.index(name)] if name in old.names else 0.0 for name in new.names]
+    for point in state.points.values():
+        point.update()
 
-    __slots__ = ("decision", "point", "rounds_left", "worst_loss")
 
-    def __init__(self, point: PointState, decision: RoundDecision, worst_loss: float) -> None:
-        self.point = point
-        self.decision = decision._replace(probe=True)
-        self.worst_loss = worst_loss
-        self.rounds_left = PROBE_ROUNDS - 1
+def _label(domain: str) -> str | None:
+    return None if domain == MIXED else domain
 
 
-def _is_possible(report: RoundReport, length: int) -> bool:
-    """Whether one round of up to `length` proposed tokens can report such rows and seconds."""
-    rows, seconds = report.rows, report.seconds
-    if not isinstance(seconds, float | int) or not MIN_ROUND_S < seconds < MAX_ROUND_S:
+def _is_possible(report: RoundReport, length: int, num_rounds: int) -> bool:
+    """Whether rounds of up to `length` proposed tokens can report such rows and seconds."""
+    rows, seconds, decision = report.rows, report.seconds, report.decision
+    for value in (MAX_ROUND_S / 2 if seconds is None else seconds, report.extra_s + 2 * MIN_ROUND_S):
+        if not isinstance(value, float | int) or not MIN_ROUND_S < value < MAX_ROUND_S:
+            return False
+    if not isinstance(rows, tuple | list) or not rows:
         return False
-    if (
-        not isinstance(rows, tuple | list)
-        or not rows
-        or (report.decision.covered and len(rows) > report.decision.batch_size)
+    num_rows = len(decision.requests) if report.ids is None else len(report.ids)
+    if (num_rows and len(rows) != num_rows) or (
+        num_rounds == 1 and decision.covered and len(rows) > decision.batch_size
     ):
         return False
     for row in rows:

@@ -3,13 +3,13 @@
 Drafts stay ready between rounds: one that is switched to takes in the text it missed as part of its first round.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from profiles.engines.base import RoundController, RoundDecision, RoundReport
+from profiles.engines.base import RequestInfo, RoundController, RoundDecision, RoundReport
 from profiles.engines.torch.batch_model import SMALLEST_VIEW, RowStepper, graph_view
 from profiles.engines.torch.decoder import Decoder, Generation
 from profiles.engines.torch.drafters import ComponentDrafter, Drafted, Drafter, ModelDrafter, Text, combined_drafter
@@ -107,40 +107,50 @@ class AdaptiveLoop:
         """Decodes the queue. Raises BadNumbersError, and InputError for a setup that cannot be run."""
         # decided ahead, so that the first rows' prompts are taken in by the draft that was chosen for them
         first = prompts[: self._decoder.workload.batch_size]
-        ahead: RoundDecision | None = self._decide(first)
+        ahead: RoundDecision | None = self._decide({id(prompt): prompt for prompt in first})
+        served: set[int] = set()
 
         def run_round() -> None:
-            nonlocal ahead
-            in_use = [row.prompt for row in self._decoder.rows if row is not None]
-            if ahead is None or [prompt.domain for prompt in first] != [prompt.domain for prompt in in_use]:
+            nonlocal ahead, served
+            # a row's generation tells its request apart
+            in_use = {id(row.run): row.prompt for row in self._decoder.rows if row is not None}
+            self._controller.finish(served - in_use.keys())
+            if ahead is None or [prompt.domain for prompt in first] != [prompt.domain for prompt in in_use.values()]:
                 ahead = self._decide(in_use)
-            decision, ahead = ahead, None
-            self._run_round(decision, clock)
+            decision, ahead, served = ahead, None, set(in_use)
+            self._run_round(decision, clock, tuple(in_use))
 
         generations = self._decoder.run(prompts, clock, run_round)
+        self._controller.finish(served)
         return AdaptiveRun(generations=tuple(generations), rounds=tuple(self._rounds))
 
-    def _decide(self, prompts: Sequence[Prompt]) -> RoundDecision:
-        """The decision for rows of these prompts; its draft and length are the ones in use from now on."""
-        workload, domains = self._decoder.workload, {prompt.domain for prompt in prompts}
+    def _decide(self, prompts: Mapping[int, Prompt]) -> RoundDecision:
+        """The decision for requests of these prompts; its draft and lengths are the ones in use from now on."""
+        workload, domains = self._decoder.workload, {prompt.domain for prompt in prompts.values()}
         decision = self._controller.choose(
             batch_size=workload.batch_size,  # a step runs all rows, in use or not
             context_length=workload.context_length,
             domain=domains.pop() if len(domains) == 1 else None,
             temperature=workload.temperature,
+            requests=[
+                RequestInfo(number, prompt.domain, workload.context_length, workload.temperature)
+                for number, prompt in prompts.items()
+            ],
         )
         self._drafter.use(decision.setup)
         self._decoder.length = decision.setup.length
+        in_use = [number for number, row in enumerate(self._decoder.rows) if row is not None]
+        self._decoder.row_lengths = dict(zip(in_use, decision.lengths, strict=False))
         return decision
 
-    def _run_round(self, decision: RoundDecision, clock: Clock) -> None:
+    def _run_round(self, decision: RoundDecision, clock: Clock, ids: tuple[int, ...]) -> None:
         text = self._decoder.text
         before = sum(map(len, text.host))
         started_s = clock.read()
         rows = self._decoder.round()
         seconds = clock.read() - started_s
         tokens = sum(map(len, text.host)) - before
-        self._controller.observe(RoundReport(decision, tuple(rows), seconds))
+        self._controller.observe(RoundReport(decision, tuple(rows), seconds, ids=ids))
         self._rounds.append(AdaptiveRound(decision.setup, len(rows), tokens, seconds))
 
 

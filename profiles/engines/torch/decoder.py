@@ -66,7 +66,8 @@ class Decoder:
         target: The model that verifies.
         drafter: What proposes; None for plain decoding.
         rng: The random numbers, and with them the workload.
-        length: Proposed tokens a row and round at most; may be lowered and raised again between rounds.
+        length: Proposed tokens a row and round at most; may be lowered and raised again between rounds. `row_lengths`
+            may lower it by row number; rows that it does not name have `length`.
         watch: Keep the target's probability and logit gap of every emitted token; rows are then read separately.
     """
 
@@ -78,6 +79,7 @@ class Decoder:
         self.workload = rng.workload
         self._rng = rng
         self.length = length
+        self.row_lengths: dict[int, int] = {}
         self._watch = watch
         self._end_tokens = frozenset(rng.workload.end_token_ids)
         capacity = rng.workload.context_length + length + 2  # what is proposed past the last token is written too
@@ -114,7 +116,8 @@ class Decoder:
 
         # draft: never more than the output still needs beside the bonus token
         limits = [
-            0 if row is None else min(self.length, self._remaining(number) - 1) for number, row in enumerate(self.rows)
+            0 if row is None else min(self.row_lengths.get(number, self.length), self._remaining(number) - 1)
+            for number, row in enumerate(self.rows)
         ]
         drafted = Drafted(proposal=no_proposal(len(limits), text.lengths.device))
         if self._drafter is not None and max(limits) > 0:

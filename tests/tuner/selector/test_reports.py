@@ -47,12 +47,11 @@ from tuner.selector.selector import Selector
 def test_impossible_reports_are_refused(rows: Any, seconds: Any) -> None:
     """They are counted and change nothing."""
     selector = Selector(learning_policy())
+    decision = selector.choose()
     before = selector.snapshot()
-    assert not selector.observe(RoundReport(selector.choose(), rows, seconds))
+    assert not selector.observe(RoundReport(decision, rows, seconds))
     assert selector.num_refused == 1
-    after = selector.snapshot()
-    assert after["state"] == before["state"]
-    assert after["loss_budget"] == before["loss_budget"]
+    assert selector.snapshot() == {**before, "num_refused": 1}
 
 
 def test_a_report_of_what_was_never_picked_is_refused() -> None:
@@ -90,19 +89,19 @@ def test_a_draft_that_broke_a_limit_is_never_picked() -> None:
     prior = replace(known.prior, round_times=times)
     limited = replace(known, choices=(choice(NGRAM8), choice(PLAIN, batch_size=8)), prior=prior)
     world = World(keep={NGRAM: 0.1, CODE_DRAFT: 0.99})
-    picks = world.play(Selector(limited), 3000)
+    picks = world.play(Selector(limited), 1500)
     assert all(pick.setup.draft != CODE_DRAFT for pick in picks)
 
 
 def test_only_loaded_drafts_are_used() -> None:
     """The others are no options, also where the policy chose one; `replace` and `restore` keep to it."""
     selector, world = Selector(learning_policy(), drafts=[NGRAM.name]), World(keep={NGRAM: 0.4, CODE_DRAFT: 0.99})
-    assert selector.choose(domain="code").setup == PLAIN
+    assert selector.choose(domain="code").setup.draft in (None, NGRAM)
     assert selector.choose().setup == NGRAM8
     selector.restore(selector.snapshot())
     selector.replace(learning_policy())
-    decisions = world.play(selector, 3000, domain="code")
-    assert {decision.setup.draft for decision in decisions} == {None, NGRAM}
+    decisions = world.play(selector, 1500, domain="code")
+    assert {decision.setup.draft for decision in decisions} <= {None, NGRAM}
     alone = Selector(policy(choice(CODE2)), drafts=[NGRAM.name])
     assert alone.choose().setup == PLAIN
 
@@ -112,12 +111,12 @@ def test_the_same_reports_give_the_same_picks() -> None:
     runs = []
     for seed in (1, 1, 2):
         selector, world = Selector(learning_policy(), seed=seed), World()
-        world.play(selector, 1000)
+        world.play(selector, 1000, domain="code")
         after = Selector(learning_policy(), seed=9)
         after.restore(json.loads(json.dumps(selector.snapshot())))
         twin = World(rng=random.Random())
         twin.rng.setstate(world.rng.getstate())
-        assert world.play(selector, 500) == twin.play(after, 500)
+        assert world.play(selector, 500, domain="code") == twin.play(after, 500, domain="code")
         runs.append([(pick.setup, pick.probe) for pick in world.picks])
     assert runs[0] == runs[1] != runs[2]
 
@@ -125,10 +124,12 @@ def test_the_same_reports_give_the_same_picks() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 1}, "snapshot version 1: this draftpick reads version 2"),
+        ({"version": 1}, "snapshot version 1: this draftpick reads version 3"),
         ({"policy": "00"}, "made under another policy"),
         ({"num_rounds": None}, "the snapshot is damaged"),
-        ({"state": {}}, "the snapshot is damaged"),
+        ({"domains": {}}, "the snapshot is damaged"),
+        ({"times": []}, "the snapshot is damaged"),
+        ({"streams": [[7, 0, 0.0]] * 3}, "the snapshot is damaged"),
         ({"loss_budget": {"now": 1, "total": "x", "minima": [[0, 0]]}}, "the snapshot is damaged"),
         ({"loss_budget": {"now": 1, "total": 0.0, "minima": []}}, "the snapshot is damaged"),
         ({"probe_credit": float("nan")}, "the snapshot is damaged"),
@@ -149,12 +150,12 @@ def test_a_replaced_policy_keeps_what_was_learned() -> None:
     selector, world = Selector(learning_policy()), World()
     world.keep = {NGRAM: 0.1, CODE_DRAFT: 0.1}
     world.play(selector, 600, domain="code")
-    learned = selector.snapshot()["state"]["acceptance"]
+    learned = selector.snapshot()["domains"]["models"]
     newer = learning_policy()
     newer = replace(newer, created="2026-11-22T09:30:00+00:00", choices=(newer.choices[1], newer.choices[0]))
     selector.replace(newer)
     assert selector.policy is newer
-    assert selector.snapshot()["state"]["acceptance"] == learned != Selector(newer).snapshot()["state"]["acceptance"]
+    assert selector.snapshot()["domains"]["models"] == learned != Selector(newer).snapshot()["domains"]["models"]
     assert drafted(world.play(selector, 200, domain="code")) < 0.2
 
 
@@ -181,11 +182,11 @@ def test_the_loop_of_the_docstring_runs(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     write("policy.json", learning_policy())
     assert module.__doc__ is not None
-    found = re.search(r"Serving code:\n\n(.*?)\n\nA batch", module.__doc__, re.DOTALL)
+    found = re.search(r"Serving code:\n\n(.*?)\n\nDecisions", module.__doc__, re.DOTALL)
     assert found is not None
     code = inspect.cleandoc(found[1])
-    assert len(code.splitlines()) <= 15
-    request = SimpleNamespace(done=False, context_length=300, domain="code")
+    assert len(code.splitlines()) <= 16
+    request = SimpleNamespace(id="r1", done=False, context_length=300, domain="code")
     rounds = []
 
     def decode_round(request: SimpleNamespace, setup: Setup) -> tuple[int, int]:

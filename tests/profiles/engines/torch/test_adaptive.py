@@ -146,6 +146,21 @@ def test_no_switch_costs_a_token_or_an_acceptance(
         assert [list(report.rows) for report in controller.reports] == replayed(workload, traces, accepted, setups)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_every_request_may_have_a_length_of_its_own(
+    engine: TorchEngine, plain: dict[bool, Plain], batch_size: int
+) -> None:
+    """No row proposes more than its own length, outputs are plain decoding's, and requests that end are told."""
+    workload = replace(plain[False].workload, batch_size=batch_size)
+    controller = ScriptedController(wandering(every_setup(engine), 5), uneven=True)
+    check_lossless(engine.run_adaptive(workload, plain[False].prompts, controller, 8), plain[False].traces)
+    told = [report for report in controller.reports if report.decision.requests]
+    assert any(len(set(report.decision.lengths)) > 1 for report in told) == (batch_size > 1)
+    for report in told:
+        assert all(row.proposed <= k for row, k in zip(report.rows, report.decision.lengths, strict=True))
+    assert {number for report in told for number in report.ids or ()} <= controller.finished
+
+
 def test_stopping_early_belongs_to_the_setup(engine: TorchEngine) -> None:
     """Setups that share a draft stop each as it says."""
     [never, always] = [Setup(draft=engine.drafts[OTHER], length=4, stop_below=stop) for stop in (1e-9, 1.0 - 1e-9)]

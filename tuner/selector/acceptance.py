@@ -1,0 +1,238 @@
+"""How many tokens a draft yields on each domain, and which domain the text of a request is like.
+
+Stored evidence is the prior; rounds that are run update it. Plain loops over short lists: this runs in every round.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tuner.policy.prior import DraftAcceptance, Prior
+from tuner.policy.query import MIXED
+
+MAX_PRIOR_ROUNDS = 64.0  # weight of the stored evidence at most, because the text served may differ from it
+HALF_LIFE_ROUNDS = 1024.0  # of the domain's own rounds
+DECAY_ROUNDS = 16.0  # counts decay in steps of so many
+AGING_ROUNDS = 2000.0  # without a round of a draft, after which one more standard error of it is doubtful
+REJECTED = "rejected"  # text of which no draft gets anything right, beside the policy's domains
+REJECTED_ACCEPT_PROB = 0.02
+OUTSIDE_SHARE = 0.06  # of the prior for domains other than the labelled one
+REJECTED_SHARE = 0.02
+TEMPER = 0.9  # exponent of a round's likelihood: rounds of one request are alike
+CHANGE_PROB = 0.01  # that a request's text changes its domain in a round
+MIX_RATE = 1.0 / 100.0  # of a round in the shares of domains under a label
+LABEL_SHARE = 0.5  # of a labelled round that counts as its label says, whatever its text is like
+MIN_WEIGHT = 0.03  # of a domain, under which a round does not count for it
+
+
+class AcceptanceModel:
+    """Posterior acceptance by position of one draft on one domain.
+
+    A position's probability is (stored probability x its weight + accepted) / (weight + tested); a position behind a
+    rejection was not tested. Counts decay with the domain's own rounds. `reach[j]`: probability that a round accepts
+    at least j tokens; `reach[0]` that it proposes any. `tokens[i]`: of a mean round at `lengths[i]`, the bonus token
+    included.
+    """
+
+    __slots__ = (
+        "_accepted",
+        "_calibration",
+        "_prior",
+        "_tested",
+        "age",
+        "last",
+        "lengths",
+        "reach",
+        "tokens",
+        "weight",
+    )
+
+    def __init__(self, stored: DraftAcceptance, lengths: Sequence[int]) -> None:
+        self.lengths = tuple(lengths)
+        self._prior = (stored.propose_prob, *stored.accept_probs)  # index 0: whether anything is proposed
+        self.weight = min(MAX_PRIOR_ROUNDS, max(1.0, stored.num_rounds))
+        self._tested, self._accepted = [0.0] * len(self._prior), [0.0] * len(self._prior)
+        self.last = self.age = 0.0  # rounds of the domain when counts decayed, and since a round was seen
+        self._calibration = [1.0] * len(self.lengths)
+        self.update()
+        self._calibration = [
+            (measured - 1.0) / (computed - 1.0) if measured > 1.0 < computed else 1.0
+            for measured, computed in zip(stored.mean_tokens, self.tokens, strict=True)
+        ]  # rounds of a length start elsewhere in the text than the longest ones, which the probabilities are of
+        self.update()
+
+    def likelihood(self, proposed: int, accepted: int) -> float:
+        """Probability of a round that accepts so many."""
+        reach = self.reach
+        if not proposed:
+            return 1.0 - reach[0]
+        return reach[accepted] - reach[accepted + 1] if accepted < proposed else reach[accepted]
+
+    def observe(self, proposed: int, accepted: int, weight: float, now: float) -> None:
+        """Counts a round; `update` makes the figures follow. `now`: rounds of the domain so far."""
+        self.decay(now)
+        tested, counts = self._tested, self._accepted
+        tested[0] += weight
+        self.age = now
+        if proposed:
+            counts[0] += weight
+            for position in range(1, accepted + 1):
+                tested[position] += weight
+                counts[position] += weight
+            if accepted < proposed:
+                tested[accepted + 1] += weight
+
+    def decay(self, now: float) -> None:
+        if now - self.last >= DECAY_ROUNDS:
+            factor = 0.5 ** ((now - self.last) / HALF_LIFE_ROUNDS)
+            self._tested = [count * factor for count in self._tested]
+            self._accepted = [count * factor for count in self._accepted]
+            self.last = now
+
+    def update(self) -> None:
+        """Recomputes `reach` and `tokens`."""
+        weight, product = self.weight, 1.0
+        reach = []
+        for prior, tested, accepted in zip(self._prior, self._tested, self._accepted, strict=True):
+            product *= (weight * prior + accepted) / (weight + tested)
+            reach.append(product)
+        self.reach, tokens, position, total = reach, [], 0, 0.0
+        for length, calibration in zip(self.lengths, self._calibration, strict=True):
+            total += sum(reach[position + 1 : length + 1])
+            position = length
+            tokens.append(1.0 + total * calibration)
+        self.tokens = tokens
+
+    def error(self, index: int, now: float) -> float:
+        """Standard error of `tokens[index]`, which grows while the draft is not run."""
+        length = self.lengths[index]
+        mean = self.tokens[index] - 1.0
+        squares = sum((2 * position - 1) * self.reach[position] for position in range(1, length + 1))
+        spread = math.sqrt(max(squares - mean * mean, 0.05) / (self.weight + self._tested[0]))
+        return spread * (1.0 + (now - self.age) / AGING_ROUNDS)
+
+    def snapshot(self) -> list[Any]:
+        return [list(self._tested), list(self._accepted), self.last, self.age]
+
+    def restore(self, values: Sequence[Any]) -> None:
+        """Raises ValueError or TypeError: impossible counts."""
+        tested, accepted, last, age = values
+        counts = [float(count) for count in (*tested, *accepted)]
+        if len(counts) != 2 * len(self._prior) or not 0.0 <= min(counts) <= max(counts) < math.inf:
+            raise ValueError("impossible acceptance counts")
+        self._tested, self._accepted = counts[: len(self._prior)], counts[len(self._prior) :]
+        self.last, self.age = float(last), float(age)
+        self.update()
+
+
+class Domains:
+    """The policy's domains as components of every request's text; the last one is text that no draft gets right.
+
+    A request starts at the shares of domains under its label, which are learned too, so a wrong label does little harm.
+    Every round multiplies in the likelihoods of what was accepted; a round counts for every domain by its weight.
+    `rounds[c]` counts the rounds of a domain.
+    """
+
+    def __init__(self, prior: Prior) -> None:
+        names = dict.fromkeys(stored.domain for stored in prior.acceptance)
+        self.names = (*names, REJECTED)
+        self.rounds = [0.0] * len(self.names)
+        self._mixes: dict[str | None, tuple[list[float], list[float]]] = {}
+        stored = {(item.draft, item.domain, item.temperature): item for item in prior.acceptance}
+        self.temperatures = sorted({item.temperature for item in prior.acceptance})
+        self.models: dict[float, list[list[AcceptanceModel]]] = {}
+        for temperature in self.temperatures:
+            self.models[temperature] = []
+            for draft in range(len(prior.drafts)):
+                rows = [stored.get((draft, name, temperature)) for name in names]
+                useful = [row for row in rows if row is not None]
+                propose_prob = sum(row.propose_prob for row in useful) / max(1, len(useful))
+                rejected = _rejected(draft, temperature, propose_prob, prior.lengths)
+                self.models[temperature].append(
+                    [AcceptanceModel(row or rejected, prior.lengths) for row in (*rows, rejected)]
+                )
+
+    def start(self, label: str | None) -> list[float]:
+        """The shares of domains that a request under this label starts with; do not change the list."""
+        return self._mix(label)[0]
+
+    def _mix(self, label: str | None) -> tuple[list[float], list[float]]:
+        """Shares under a label: as learned, and as they were at first."""
+        mix = self._mixes.get(label)
+        if mix is None:
+            if len(self._mixes) > 256:  # a caller that puts anything into the label
+                self._mixes.clear()
+            known = label in self.names[:-1] and label != MIXED
+            outside = OUTSIDE_SHARE if known else 1.0 - REJECTED_SHARE
+            main = label if known else MIXED
+            # half of what is outside a label is text over all domains, which the policy's choice over all is for
+            shares = {name: outside / (2.0 * (len(self.names) - 1)) for name in self.names[:-1]}
+            first = [*shares.values(), REJECTED_SHARE]
+            if MIXED in shares:
+                first[self.names.index(MIXED)] += outside / 2.0
+            first[self.names.index(main) if main in shares else 0] += 1.0 - sum(first)
+            mix = self._mixes[label] = list(first), first
+        return mix
+
+    def learn(
+        self, weights: list[float], label: str | None, models: Sequence[AcceptanceModel], row: tuple[int, int]
+    ) -> tuple[list[float], int]:
+        """A request's weights after a round of a draft with these models, and the domain that weighs most."""
+        proposed, accepted = row
+        scores = [
+            weight * model.likelihood(proposed, accepted) ** TEMPER
+            for weight, model in zip(weights, models, strict=True)
+        ]
+        total = sum(scores)
+        mix, first = self._mix(label)
+        stay = (1.0 - CHANGE_PROB) / total if total > 1e-30 else 0.0
+        leave = CHANGE_PROB if stay else 1.0
+        after = [stay * score + leave * share for score, share in zip(scores, mix, strict=True)]
+        for index, weight in enumerate(after):
+            mix[index] += MIX_RATE * (0.98 * weight + 0.02 * first[index] - mix[index])
+        # a draft that turned useless looks like text that none gets right: those rounds count for the domains too
+        lost = after[-1] / max(1e-9, 1.0 - mix[-1])
+        heaviest, most = 0, 0.0
+        told = LABEL_SHARE if label in self.names else 0.0
+        for index in range(len(after) - 1):
+            weight = (1.0 - told) * (after[index] + lost * mix[index]) + told * mix[index]
+            if weight > MIN_WEIGHT:
+                self.rounds[index] += weight
+                models[index].observe(proposed, accepted, weight, self.rounds[index])
+            if weight > most:
+                heaviest, most = index, weight
+        return after, heaviest
+
+    def snapshot(self) -> dict[str, Any]:
+        return {
+            "rounds": list(self.rounds),
+            "mixes": [[label, list(mix)] for label, (mix, _) in self._mixes.items()],
+            "models": [[[m.snapshot() for m in row] for row in rows] for rows in self.models.values()],
+        }
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """Raises ValueError, TypeError or LookupError: not of these drafts and domains, or impossible."""
+        for rows, row_values in zip(self.models.values(), values["models"], strict=True):
+            for row, model_values in zip(rows, row_values, strict=True):
+                for model, saved in zip(row, model_values, strict=True):
+                    model.restore(saved)
+        self.rounds = [float(count) for _, count in zip(self.names, values["rounds"], strict=True)]
+        for label, shares in values["mixes"]:
+            mix = self._mix(label)[0]
+            mix[:] = [float(share) for _, share in zip(mix, shares, strict=True)]
+            if not 0.99 < sum(mix) < 1.01 or min(mix) < 0.0:
+                raise ValueError("impossible shares of domains")
+
+
+def _rejected(draft: int, temperature: float, propose_prob: float, lengths: Sequence[int]) -> DraftAcceptance:
+    """A draft that gets next to nothing right."""
+    reach = [propose_prob * REJECTED_ACCEPT_PROB**position for position in range(1, lengths[-1] + 1)]
+    return DraftAcceptance(
+        draft=draft,
+        domain=REJECTED,
+        temperature=temperature,
+        propose_prob=propose_prob,
+        accept_probs=(REJECTED_ACCEPT_PROB,) * lengths[-1],
+        mean_tokens=tuple(1.0 + sum(reach[:length]) for length in lengths),
+        num_rounds=0.0,
+    )
