@@ -14,6 +14,10 @@ MAX_PRIOR_ROUNDS = 64.0  # weight of the stored evidence at most, because the te
 HALF_LIFE_ROUNDS = 1024.0  # of the domain's own rounds
 DECAY_ROUNDS = 16.0  # counts decay in steps of so many
 AGING_ROUNDS = 2000.0  # without a round of a draft, after which one more standard error of it is doubtful
+SHIFT_PRIOR = 40.0  # accepted and rejected tokens of even odds that a draft's stored acceptance weighs
+SHIFT_MEMORY = 1.0 - 1.0 / 1024.0  # of rounds of the draft
+MAX_SHIFT = 2.0  # of the logarithm of odds
+MIN_PROB = 0.001  # of a stored acceptance whose odds are shifted
 REJECTED = "rejected"  # text of which no draft gets anything right, beside the policy's domains
 REJECTED_ACCEPT_PROB = 0.02
 OUTSIDE_SHARE = 0.06  # of the prior for domains other than the labelled one
@@ -23,6 +27,29 @@ CHANGE_PROB = 0.01  # that a request's text changes its domain in a round
 MIX_RATE = 1.0 / 100.0  # of a round in the shares of domains under a label
 LABEL_SHARE = 0.5  # of a labelled round that counts as its label says, whatever its text is like
 MIN_WEIGHT = 0.03  # of a domain, under which a round does not count for it
+
+
+class Shift:
+    """By how much the odds of a draft's acceptance are off on all domains alike, as labelled rounds show.
+
+    One Newton step of a logistic regression with a normal prior: accepted less expected tokens over their variance.
+    """
+
+    __slots__ = ("excess", "information", "odds")
+
+    def __init__(self) -> None:
+        self.excess, self.information, self.odds = 0.0, SHIFT_PRIOR, 1.0
+
+    def observe(self, probs: Sequence[float], proposed: int, accepted: int) -> None:
+        """A round of a labelled request; `probs`: stored acceptance by position, from position 1."""
+        tested = probs[: min(proposed, accepted + 1)]
+        self.excess += SHIFT_MEMORY * (accepted - sum(tested)) - (1.0 - SHIFT_MEMORY) * self.excess
+        information = sum([prob * (1.0 - prob) for prob in tested])
+        self.information += information - (1.0 - SHIFT_MEMORY) * (self.information - SHIFT_PRIOR)
+        self.update()
+
+    def update(self) -> None:
+        self.odds = math.exp(min(MAX_SHIFT, max(-MAX_SHIFT, self.excess / self.information)))
 
 
 class AcceptanceModel:
@@ -37,19 +64,23 @@ class AcceptanceModel:
     __slots__ = (
         "_accepted",
         "_calibration",
+        "_odds",
         "_prior",
         "_tested",
         "age",
         "last",
         "lengths",
         "reach",
+        "shift",
         "tokens",
         "weight",
     )
 
-    def __init__(self, stored: DraftAcceptance, lengths: Sequence[int]) -> None:
-        self.lengths = tuple(lengths)
+    def __init__(self, stored: DraftAcceptance, lengths: Sequence[int], shift: Shift | None = None) -> None:
+        self.lengths, self.shift = tuple(lengths), shift or Shift()
         self._prior = (stored.propose_prob, *stored.accept_probs)  # index 0: whether anything is proposed
+        clipped = [min(1.0 - MIN_PROB, max(MIN_PROB, prob)) for prob in stored.accept_probs]
+        self._odds = [prob / (1.0 - prob) for prob in clipped]
         self.weight = min(MAX_PRIOR_ROUNDS, max(1.0, stored.num_rounds))
         self._tested, self._accepted = [0.0] * len(self._prior), [0.0] * len(self._prior)
         self.last = self.age = 0.0  # rounds of the domain when counts decayed, and since a round was seen
@@ -91,9 +122,11 @@ class AcceptanceModel:
 
     def update(self) -> None:
         """Recomputes `reach` and `tokens`."""
-        weight, product = self.weight, 1.0
-        reach = []
-        for prior, tested, accepted in zip(self._prior, self._tested, self._accepted, strict=True):
+        weight, product, shift = self.weight, 1.0, self.shift.odds
+        reach, priors = [], self._prior
+        if shift != 1.0:
+            priors = (priors[0], *[odds * shift / (1.0 + odds * shift) for odds in self._odds])
+        for prior, tested, accepted in zip(priors, self._tested, self._accepted, strict=True):
             product *= (weight * prior + accepted) / (weight + tested)
             reach.append(product)
         self.reach, tokens, position, total = reach, [], 0, 0.0
@@ -111,17 +144,24 @@ class AcceptanceModel:
         spread = math.sqrt(max(squares - mean * mean, 0.05) / (self.weight + self._tested[0]))
         return spread * (1.0 + (now - self.age) / AGING_ROUNDS)
 
+    @property
+    def stored_probs(self) -> Sequence[float]:
+        return self._prior[1:]
+
     def snapshot(self) -> list[Any]:
-        return [list(self._tested), list(self._accepted), self.last, self.age]
+        shift = self.shift
+        return [list(self._tested), list(self._accepted), self.last, self.age, shift.excess, shift.information]
 
     def restore(self, values: Sequence[Any]) -> None:
         """Raises ValueError or TypeError: impossible counts."""
-        tested, accepted, last, age = values
+        tested, accepted, last, age, excess, information = values
         counts = [float(count) for count in (*tested, *accepted)]
         if len(counts) != 2 * len(self._prior) or not 0.0 <= min(counts) <= max(counts) < math.inf:
             raise ValueError("impossible acceptance counts")
         self._tested, self._accepted = counts[: len(self._prior)], counts[len(self._prior) :]
         self.last, self.age = float(last), float(age)
+        self.shift.excess, self.shift.information = float(excess), float(information)
+        self.shift.update()
         self.update()
 
 
@@ -147,9 +187,13 @@ class Domains:
                 rows = [stored.get((draft, name, temperature)) for name in names]
                 useful = [row for row in rows if row is not None]
                 propose_prob = sum(row.propose_prob for row in useful) / max(1, len(useful))
+                shift = Shift()
                 rejected = _rejected(draft, temperature, propose_prob, prior.lengths)
                 self.models[temperature].append(
-                    [AcceptanceModel(row or rejected, prior.lengths) for row in (*rows, rejected)]
+                    [
+                        *(AcceptanceModel(row or rejected, prior.lengths, shift) for row in rows),
+                        AcceptanceModel(rejected, prior.lengths),
+                    ]
                 )
 
     def start(self, label: str | None) -> list[float]:
@@ -165,12 +209,10 @@ class Domains:
             known = label in self.names[:-1] and label != MIXED
             outside = OUTSIDE_SHARE if known else 1.0 - REJECTED_SHARE
             main = label if known else MIXED
-            # half of what is outside a label is text over all domains, which the policy's choice over all is for
-            shares = {name: outside / (2.0 * (len(self.names) - 1)) for name in self.names[:-1]}
-            first = [*shares.values(), REJECTED_SHARE]
-            if MIXED in shares:
-                first[self.names.index(MIXED)] += outside / 2.0
-            first[self.names.index(main) if main in shares else 0] += 1.0 - sum(first)
+            # the fewer domains have a name, the more text is of none of them
+            parts = {name: max(1, 5 - len(self.names)) if name == MIXED else 1 for name in self.names[:-1]}
+            first = [*(outside * part / sum(parts.values()) for part in parts.values()), REJECTED_SHARE]
+            first[self.names.index(main) if main in self.names else 0] += 1.0 - sum(first)
             mix = self._mixes[label] = list(first), first
         return mix
 
@@ -193,7 +235,10 @@ class Domains:
         # a draft that turned useless looks like text that none gets right: those rounds count for the domains too
         lost = after[-1] / max(1e-9, 1.0 - mix[-1])
         heaviest, most = 0, 0.0
-        told = LABEL_SHARE if label in self.names else 0.0
+        told = 0.0
+        if label in self.names:
+            told, own = LABEL_SHARE, models[self.names.index(label or MIXED)]
+            own.shift.observe(own.stored_probs, proposed, accepted)
         for index in range(len(after) - 1):
             weight = (1.0 - told) * (after[index] + lost * mix[index]) + told * mix[index]
             if weight > MIN_WEIGHT:

@@ -1,6 +1,7 @@
 """What every setup yields at one batch size, context and temperature."""
 
 from collections.abc import Collection, Iterator, Sequence
+from math import exp
 from operator import mul, sub
 
 from profiles.records.core import PLAIN, Setup
@@ -11,7 +12,8 @@ from tuner.selector.round_time import RoundTimeModel
 Arm = tuple[int, int]  # option, index of its length
 PLAIN_ARM: Arm = (0, 0)
 MIN_SHARE = 0.02  # of a domain in a batch, under which it says nothing
-REMAINING_ROUNDS = 12.0  # of a request
+REMAINING_ROUNDS = 16.0  # of a request
+TRIAL_ROUNDS = 4.0  # in which the text that a draft has to read is paid
 UNHEARD_DISCOUNT = 0.03  # of what was forecast and never run here
 HEARD_ROUNDS = 8.0  # after which half of the discount is left
 
@@ -66,6 +68,7 @@ class Point:
         self.models = ([], *(models[draft] for draft in drafts))
         self._by_id = {id(setup): arm for setup, arm in self._arms()}
         self.costs = [[0.0] for _ in self.lengths]
+        self._factors = [[1.0] * len(lengths) for lengths in self.lengths]
         self.probed = [0] * len(self.lengths)  # when an option was probed
         self._peaks: list[list[tuple[float, int]]] = [[(0.0, 0)] * len(self.lengths) for _ in domains.names]
         self.best = [PLAIN_ARM] * len(domains.names)
@@ -91,8 +94,8 @@ class Point:
         """Seconds of a round whose widest row proposes so many."""
         option, index = arm
         if not option or not proposed:
-            return self.times.seconds[option][0] * self.times.factor(0, 0)
-        return self.times.seconds[option][proposed] * self.times.factor(option, index)
+            return self.times.seconds[option][0] * self._factors[0][0]
+        return self.times.seconds[option][proposed] * self._factors[option][index]
 
     def value(self, arm: Arm, shares: Sequence[tuple[float, int]], *, extra_s: float = 0.0) -> float:
         """Tokens per second of a mean row; `shares`: (share, domain). `extra_s`: what a round takes besides."""
@@ -105,7 +108,7 @@ class Point:
             tokens += share * model.tokens[index]
             proposes += share * model.reach[0]
         proposes = proposes if self.batch_size == 1 else 1.0 - (1.0 - proposes) ** self.batch_size
-        idle_s = self.round_s(arm, 0)
+        idle_s = self.times.seconds[option][0] * self._factors[0][0]
         return tokens / (idle_s + proposes * (self.costs[option][index] - idle_s) + extra_s)
 
     def informed(self, arms: Sequence[Arm], weights: Sequence[float], extra_s: Sequence[float]) -> Arm:
@@ -129,7 +132,7 @@ class Point:
                 none = list(map(sub, weights, some))
                 after = sum([sum(map(mul, part, part)) / max(sum(part), 1e-9) for part in (some, none)])
                 told = (after - purity) / (1.0 - purity)
-            worth.append(rate + REMAINING_ROUNDS * told * gain - best * best * seconds)
+            worth.append(rate + REMAINING_ROUNDS * told * gain - best * best * seconds / TRIAL_ROUNDS)
         return arms[worth.index(max(worth))]
 
     def error(self, arm: Arm, shares: Sequence[tuple[float, int]], now: int) -> float:
@@ -154,14 +157,14 @@ class Point:
 
     def refresh(self, option: int, domain: int) -> None:
         """Recomputes an option's costs and its best length on a domain."""
+        draft, seconds = self.times.drafts[option].log, self.times.seconds[option]
+        self._factors[option] = factors = [exp(draft + length.log) for length in self.times.lengths[option]]
+        self.costs[option] = costs = [
+            seconds[length] * factor for length, factor in zip(self.lengths[option], factors, strict=True)
+        ]
         if not option:
-            self.costs[0] = [self.round_s(PLAIN_ARM, 0)]
-            peak = 1.0 / self.costs[0][0], 0
+            peak = 1.0 / costs[0], 0
         else:
-            seconds = self.times.seconds[option]
-            self.costs[option] = costs = [
-                seconds[length] * self.times.factor(option, index) for index, length in enumerate(self.lengths[option])
-            ]
             model = self.models[option][domain]
             proposes = model.reach[0] if self.batch_size == 1 else 1.0 - (1.0 - model.reach[0]) ** self.batch_size
             idle_s = (1.0 - proposes) * self.round_s((option, 0), 0)
@@ -174,15 +177,23 @@ class Point:
         option = peaks.index(best)
         self.best[domain] = option, best[1]
 
-    def refresh_next(self) -> None:
-        """Recomputes one option on one domain, in turn."""
-        self._turn = (self._turn + 1) % (len(self.lengths) * len(self.best))
-        option, domain = divmod(self._turn, len(self.best))
-        if option:
+    def refresh_after(self, option: int, domain: int) -> None:
+        """After a round of an option on text of a domain: recomputes a part of its figures, or of others in turn."""
+        turn = self._turn = (self._turn + 1) % (4 * len(self.lengths) * len(self.best))
+        if turn % 4 > 1:
+            option, domain = divmod(turn // 4, len(self.best))
+        if turn % 2:
+            self.refresh(option, domain)
+        elif option:
             self.models[option][domain].update()
-        self.refresh(option, domain)
+        else:
+            self.times.update()
 
     def update(self) -> None:
         """Recomputes everything."""
-        for _ in range(len(self.lengths) * len(self.best)):
-            self.refresh_next()
+        self.times.update()
+        for option, models in enumerate(self.models):
+            for domain in range(len(self.best)):
+                if models:
+                    models[domain].update()
+                self.refresh(option, domain)

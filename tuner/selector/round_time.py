@@ -50,14 +50,19 @@ class RoundTimeModel:
         self.lengths = [[Deviation() for _ in range(count)] for count in num_lengths]
         self.machine: float | None = None  # log factor; None before the first round
         self.variance, self._count = INITIAL_NOISE**2, 8
+        self._prior_variance = PRIOR_LOG_STD**2
         self._setup, self._since = (-1, -1), 0
         self._same_side, self._smallest = 0, 0.0
 
     @property
     def prior_rounds(self) -> float:
         """Rounds that the stored ratios weigh: fewer where those of other drafts turned out wrong."""
+        return self.variance / self._prior_variance
+
+    def update(self) -> None:
+        """Recomputes how far stored ratios may be off."""
         heard = [draft.log for draft in self.drafts if draft.rounds]
-        return self.variance / (PRIOR_LOG_STD**2 + sum([log * log for log in heard]) / (1 + len(heard)))
+        self._prior_variance = PRIOR_LOG_STD**2 + sum([log * log for log in heard]) / (1 + len(heard))
 
     def factor(self, option: int, index: int) -> float:
         """Of a setup, beside the machine's."""

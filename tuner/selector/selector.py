@@ -21,6 +21,7 @@ Decisions and reports pair with any delay and in any order.
 
 import math
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from threading import Lock
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +30,7 @@ from profiles.records.core import PLAIN, Setup, digest_of
 from profiles.records.errors import InputError
 from profiles.records.evidence import RoundCount
 from tuner.policy.policy import Policy, to_json
+from tuner.policy.prior import RoundTimes
 from tuner.policy.query import MIXED, OperatingPoint, check_query
 from tuner.selector.acceptance import Domains
 from tuner.selector.index import PolicyIndex
@@ -39,6 +41,7 @@ GUARANTEE, WINDOW = 0.98, 5000
 SNAPSHOT_VERSION = 3
 MARGIN = 0.02  # another setup must promise so much more than the one in use
 CERTAIN = 0.75  # weight of a request's main domain, under which rounds are also chosen for what they tell
+REVIEW_ROUNDS = 2.0  # between two looks for a better setup
 DWELL_ROUNDS = 4.0  # before the next change; new requests shorten it
 PAYBACK_ROUNDS = 24  # in which a change must earn the time of catching up
 PROBE_ROUNDS = 4
@@ -48,6 +51,7 @@ PROBE_ERRORS = 1.5  # standard errors that an option may be better than expected
 PROBE_GAIN_SHARE, PROBE_ROUND_SHARE = 0.05, 0.001  # of what is gained over plain decoding, and of all rounds
 INITIAL_PROBE_CREDIT, MAX_PROBE_CREDIT = 8.0, 32.0  # plain rounds
 ANONYMOUS_SHARE = 0.8  # of rounds before in the domains of rows that are told without their requests
+CACHED_QUERIES = 4096
 MAX_REQUESTS = 4096  # that are remembered
 STATS_WEIGHT = 1.0 / 256.0  # of a round in the figures of `stats`
 MIN_ROUND_S, MAX_ROUND_S = 1e-9, 1e6
@@ -87,11 +91,12 @@ class _State:
     ) -> None:
         self.policy, self.digest, self.index = policy, digest_of(to_json(policy)), PolicyIndex(policy)
         self.temperatures = sorted({choice.temperature for choice in policy.choices})
-        self.longest = max(choice.context_length for choice in policy.choices)
         self.domains = None if policy.prior is None else Domains(policy.prior)
+        self.find = lru_cache(CACHED_QUERIES)(self._find)
         self.points: dict[tuple[int, int, float], Point] = {}
         self.streams: dict[OperatingPoint, _Stream] = {}
-        plain, times = {}, {}
+        plain: dict[tuple[int, int, float], RoundTimes] = {}
+        times: dict[tuple[int, int, float], dict[int, RoundTimes]] = {}
         for row in () if policy.prior is None else policy.prior.round_times:
             where = row.batch_size, row.context_length, row.temperature
             if row.draft is None:
@@ -123,7 +128,7 @@ class _State:
                 point.times.drafts[arm[0]].rounds = 40.0  # it was measured against plain decoding
             self.streams[choice.point] = _Stream(choice.point, point, arm or PLAIN_ARM, setup)
 
-    def find(
+    def _find(
         self, batch_size: int, context_length: int | None, domain: str | None, temperature: float
     ) -> _Stream | None:
         """The stream of a query; None: its batch is beyond the largest measured. Raises InputError."""
@@ -264,7 +269,7 @@ class Selector:
         arm = self._affordable(point, arm)
         catch_up = self._catch_up_s(point, arm[0]) > 0.0
         self._last_option = point, arm[0]
-        lengths = ()
+        lengths: tuple[int, ...] = ()
         if per_request and len(requests) > 1 and arm[0]:
             lengths = self._lengths(point, arm, requests, shares)
         setup = point.setups[arm[0]][arm[1]]
@@ -295,20 +300,21 @@ class Selector:
 
     def _switch(self, stream: _Stream, point: Point, shares: Sequence[tuple[float, int]]) -> None:
         """Takes the setup of the highest expected goodput into use, if it is a margin above the present one."""
-        rate, plain_rate = point.value(stream.arm, shares), 1.0 / point.costs[0][0]
-        if stream.arm[0] and rate <= plain_rate and stream.dwell <= DWELL_ROUNDS / 2:
-            stream.arm, stream.dwell, rate = PLAIN_ARM, DWELL_ROUNDS, plain_rate
-        elif stream.dwell > 0.0:
+        if stream.dwell > 0.0:
             return
-        best, best_rate = stream.arm, rate * (1.0 + MARGIN)
+        rate, plain_rate, best = point.value(stream.arm, shares), 1.0 / point.costs[0][0], stream.arm
+        if rate <= plain_rate:
+            best, rate = PLAIN_ARM, plain_rate
+        best_rate = rate * (1.0 + MARGIN)
         for arm in {point.best[domain] for _, domain in shares}:
             if arm != stream.arm and arm[0]:
                 extra_s = self._catch_up_s(point, arm[0]) / PAYBACK_ROUNDS
                 arm_rate = point.value(arm, shares, extra_s=extra_s) * point.discount(arm)
                 if arm_rate > best_rate:
                     best, best_rate = arm, arm_rate
-        if best != stream.arm:
-            stream.arm, stream.dwell = best, DWELL_ROUNDS
+        # what is in use is looked at again in a moment: estimates move little from round to round
+        stream.dwell = REVIEW_ROUNDS if best == stream.arm else DWELL_ROUNDS
+        stream.arm = best
 
     def _catch_up_s(self, point: Point, option: int) -> float:
         """Seconds in which a draft reads the text it missed; 0 for the one that ran last."""
@@ -434,16 +440,13 @@ class Selector:
             self._probe_credit -= max(0.0, taken * point.plain_s * point.value(stream.arm, shares) - tokens)
         credit = self._probe_credit + PROBE_ROUND_SHARE * num_rounds
         self._probe_credit = min(MAX_PROBE_CREDIT, max(-MAX_PROBE_CREDIT, credit))
-        if option:
-            point.models[option][heaviest].update()
-        point.refresh(option, heaviest)
-        point.refresh_next()
+        point.refresh_after(option, heaviest)
 
     def _learn_acceptance(self, stream: _Stream, point: Point, arm: Arm, report: RoundReport) -> int:
         """Updates requests and acceptance; returns a domain of which the round told most."""
         domains, (option, index) = self._state.domains, arm
         assert domains is not None
-        models, draft, decision = point.models[option], point.drafts[option], report.decision
+        draft, decision = point.drafts[option], report.decision
         infos = {request.id: request for request in decision.requests}
         ids = report.ids if report.ids is not None else tuple(infos) or ((stream.key.domain,),) * len(report.rows)
         heaviest, num_rows = 0, len(report.rows)
@@ -452,17 +455,21 @@ class Selector:
             info = infos.get(request)
             label = info.domain if info is not None else _label(stream.key.domain)
             weights = self._requests.get(request) or domains.start(label)
+            models = point.models[option]
             if info is not None and info.temperature != point.temperature:
                 nearest = min(domains.temperatures, key=lambda value: abs(value - info.temperature))
                 models = domains.models[nearest][draft]
-            expected = sum([w * m.tokens[index] for w, m in zip(weights, models, strict=True)]) - 1.0
+            main = models[weights.index(max(weights))]
+            expected = main.tokens[index] - 1.0
             new_weights, heaviest = domains.learn(weights, label, models, row)
             if info is None:
                 after.setdefault(request, []).append(new_weights)
             else:
                 self._remember(request, new_weights)
-            for at, value in ((2, row[0]), (3, expected), (4, row[1])):
-                self._totals[at] += STATS_WEIGHT * (value - self._totals[at]) / num_rows
+            totals, rate = self._totals, STATS_WEIGHT / num_rows
+            totals[2] += rate * (row[0] - totals[2])
+            totals[3] += rate * (expected - totals[3])
+            totals[4] += rate * (row[1] - totals[4])
         for request, rows in after.items():  # rows of many requests: what one of them is like says little of the next
             start, share = domains.start(_label(stream.key.domain)), ANONYMOUS_SHARE / len(rows)
             means = [share * sum(column) for column in zip(*rows, strict=True)]

@@ -139,12 +139,12 @@ class AdaptiveLoop:
         )
         self._drafter.use(decision.setup)
         self._decoder.length = decision.setup.length
-        in_use = [number for number, row in enumerate(self._decoder.rows) if row is not None]
-        self._decoder.row_lengths = dict(zip(in_use, decision.lengths, strict=False))
         return decision
 
     def _run_round(self, decision: RoundDecision, clock: Clock, ids: tuple[int, ...]) -> None:
         text = self._decoder.text
+        numbers = [number for number, row in enumerate(self._decoder.rows) if row is not None]
+        self._decoder.row_lengths = dict(zip(numbers, decision.lengths, strict=bool(decision.lengths)))
         before = sum(map(len, text.host))
         started_s = clock.read()
         rows = self._decoder.round()
