@@ -13,7 +13,6 @@ Arm = tuple[int, int]  # option, index of its length
 PLAIN_ARM: Arm = (0, 0)
 MIN_SHARE = 0.02  # of a domain in a batch, under which it says nothing
 REMAINING_ROUNDS = 16.0  # of a request
-TRIAL_ROUNDS = 4.0  # in which the text that a draft has to read is paid
 UNHEARD_DISCOUNT = 0.03  # of what was forecast and never run here
 HEARD_ROUNDS = 8.0  # after which half of the discount is left
 
@@ -132,7 +131,7 @@ class Point:
                 none = list(map(sub, weights, some))
                 after = sum([sum(map(mul, part, part)) / max(sum(part), 1e-9) for part in (some, none)])
                 told = (after - purity) / (1.0 - purity)
-            worth.append(rate + REMAINING_ROUNDS * told * gain - best * best * seconds / TRIAL_ROUNDS)
+            worth.append(rate + REMAINING_ROUNDS * told * gain - best * best * seconds / REMAINING_ROUNDS)
         return arms[worth.index(max(worth))]
 
     def error(self, arm: Arm, shares: Sequence[tuple[float, int]], now: int) -> float:
