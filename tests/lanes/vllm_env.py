@@ -1,4 +1,4 @@
-"""Makes the environment that runs vLLM on the processor: `python -m tests.lanes.vllm_env`.
+"""Makes the environments that run vLLM on the processor: `python -m tests.lanes.vllm_env [vllm] [triton]`, or both.
 
 A virtual environment beside the other lanes: the CPU build asks for packages for sound and pictures, which
 text needs none of, so its needs are installed from its own list without these. In a folder of its own Triton, with the
@@ -39,12 +39,12 @@ def make(lane: Lane) -> float:
     shutil.rmtree(lane.folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", str(lane.folder)], check=True)
     pip = [str(lane.python), "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "--quiet", *lane.needs], check=True)
+    subprocess.run([*pip, "install", "--quiet", "--no-compile", *lane.needs], check=True)
     wheels = lane.folder / "wheels"
     subprocess.run([*pip, "download", "--quiet", "--no-deps", "--dest", str(wheels), lane.package], check=True)
     wheel = next(wheels.glob("*.whl"))
-    subprocess.run([*pip, "install", "--quiet", *lane.needs, *needs_of(wheel)], check=True)
-    subprocess.run([*pip, "install", "--quiet", "--no-deps", str(wheel)], check=True)
+    subprocess.run([*pip, "install", "--quiet", "--no-compile", *lane.needs, *needs_of(wheel)], check=True)
+    subprocess.run([*pip, "install", "--quiet", "--no-compile", "--no-deps", str(wheel)], check=True)
     subprocess.run([*pip, "uninstall", "--quiet", "--yes", "triton"], check=True)  # a need of a need; has no CPU part
     shutil.rmtree(wheels)
     call_it_for_cpus(next(lane.folder.glob("lib/python*/site-packages")), lane.version)
@@ -56,7 +56,8 @@ def make_triton(lane: Lane) -> float:
     """As `make`, for Triton."""
     began = time.perf_counter()
     shutil.rmtree(lane.folder, ignore_errors=True)
-    pip = [str(RUNNING.python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
+    pip = [str(RUNNING.python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    pip += ["--no-compile", "--no-deps"]
     subprocess.run([*pip, "--target", str(lane.folder), lane.package], check=True)
     shutil.copytree(HERE / "triton_cpu", lane.folder / "triton/backends/cpu", ignore=shutil.ignore_patterns("__pyc*"))
     interpreter = lane.folder / "triton/runtime/interpreter.py"
@@ -67,8 +68,13 @@ def make_triton(lane: Lane) -> float:
 
 
 def main() -> None:
-    for name, lane, make_lane in (("vLLM", RUNNING, make), ("Triton", TRITON, make_triton)):
-        done = "there already" if lane.is_whole else f"{make_lane(lane):.0f} s"
+    lanes = {"vllm": (RUNNING, make), "triton": (TRITON, make_triton)}
+    for name in sys.argv[1:] or lanes:
+        lane, make_lane = lanes[name]
+        try:
+            done = "there already" if lane.is_whole else f"{make_lane(lane):.0f} s"
+        except (OSError, subprocess.CalledProcessError) as error:
+            sys.exit(f"{name} {lane.version}: it cannot be installed here: {' '.join(str(error).split())[:160]}")
         sys.stdout.write(f"{name} {lane.version}: {done}; {lane.folder}\n")
 
 

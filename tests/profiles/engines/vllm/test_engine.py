@@ -3,6 +3,7 @@
 Run by `make test-vllm`, which installs the lane (gigabytes).
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections import Counter
@@ -222,9 +223,10 @@ def test_a_killed_engine_is_an_error_and_the_next_call_works(pair: Pair, monkeyp
     decode = pair.vllm._decode
 
     def killed(*asked: object) -> object:
-        for pid in pair.vllm.pids:
-            if psutil.Process(pid).cmdline()[-1].endswith("vllm/worker.py"):
-                psutil.Process(pid).kill()
+        processes = map(psutil.Process, pair.vllm.pids)
+        for worker in [one for one in processes if one.cmdline()[-1].endswith("vllm/worker.py")]:
+            with contextlib.suppress(psutil.NoSuchProcess):  # ended with its supervisor
+                worker.kill()
         return decode(*asked)  # type: ignore[arg-type]
 
     monkeypatch.setattr(pair.vllm, "_decode", functools.partial(killed))

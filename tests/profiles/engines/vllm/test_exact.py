@@ -1,4 +1,4 @@
-"""The adapter on Model Runner V2, which GPUs use, with its kernels in Triton's interpreter: exact, and slow."""
+"""The adapter on both model runners: V1, of the CPU build, and V2, of GPUs, its kernels in Triton's interpreter."""
 
 from pathlib import Path
 
@@ -14,26 +14,28 @@ from tests.lanes.places import RUNNING, TRITON, V2
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(not (RUNNING.is_whole and TRITON.is_whole), reason="no lane: make test-vllm"),
+    pytest.mark.skipif(not RUNNING.is_whole, reason="no lane: make test-vllm"),
 ]
+interpreted = pytest.mark.skipif(not TRITON.is_whole, reason="no lane: make test-vllm")
 LONGEST, NEW = 3, 16
 WORKLOAD = Workload(context_length=120, max_new_tokens=NEW)
 LONGER = Workload(context_length=120 + LONGEST, max_new_tokens=NEW + LONGEST)
 
 
-def test_one_trace_tells_the_rounds_of_every_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The proposals are read back from where V2 keeps them; each length has an engine, as its drafter drafts no fewer.
+@pytest.mark.parametrize("v2", [pytest.param(False, id="v1"), pytest.param(True, id="v2", marks=interpreted)])
+def test_one_trace_tells_the_rounds_of_every_length(v2: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """V2's proposals are read back from where it keeps them; each length has an engine, as its drafter drafts no fewer.
 
-    Outputs are those of plain decoding, and of Model Runner V1.
+    Outputs are those of plain decoding.
     """
-    for name, value in {**V2, "OMP_NUM_THREADS": "1"}.items():
+    for name, value in {**(V2 if v2 else {}), "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
     target = loader.load("builtin:target", dtype="float32", device="cpu")
     draft = Draft(kind="model", model=loader.describe("builtin:draft-general", dtype="float32").record)
     prompts, _ = tokenize(read("builtin:code")[:1] + read("builtin:prose")[:1], target.tokenizer, 100)
     options = VllmOptions(python=str(RUNNING.python), max_length=LONGEST, max_alive=6, log_folder=tmp_path)
     with VllmEngine(target.record, (draft,), options) as engine:
-        assert engine.capabilities.origin == "vllm 0.32.0+cpu v2=1 float32"
+        assert engine.capabilities.origin == f"vllm 0.32.0+cpu {'v2=1 ' if v2 else ''}float32"
         traces = [engine.trace_target(LONGER, prompt) for prompt in prompts]
         acceptances = [
             engine.trace_draft(LONGER, prompt, trace, draft, LONGEST)
@@ -49,4 +51,4 @@ def test_one_trace_tells_the_rounds_of_every_length(tmp_path: Path, monkeypatch:
             ]
             assert [dict(run.rounds) for run in runs] == walked
             assert [run.token_ids for run in runs] == [run.token_ids for run in plain]
-        assert engine.num_starts == 3  # plain, and one for each length
+        assert engine.num_starts == (3 if v2 else 2)  # plain, and one for each length where it cannot be changed
