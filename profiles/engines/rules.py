@@ -17,7 +17,7 @@ EQUAL_VOCABULARIES = ("sglang", "transformers", "vllm")
 def kind_objection(setup: Setup, release: EngineRelease) -> str | None:
     """What no serving engine takes: two sources, the target's own layers, a stop before a proposal."""
     assert setup.draft is not None  # only setups that draft are checked
-    if setup.draft.kind == "composite":
+    if setup.draft.kind == "composite" and release.engine != "vllm":
         return f"{release.title} takes a look-up or a draft model, not both"
     if setup.draft.kind == "early_exit" and release.engine != "transformers":
         return f"{release.title} cannot draft with the target's own layers"

@@ -30,6 +30,7 @@ def lookup(
     engine: options.MeasuredEngine = None,
     output_format: options.Format = None,
     engine_version: options.EngineVersion = None,
+    adaptive: options.Adaptive = False,
     require: options.Require = None,
     environment: options.MachineFile = None,
     device: options.QueryDevice = None,
@@ -40,6 +41,8 @@ def lookup(
     """Look up the setup to use on this machine, and how well that is known; changes nothing."""
     if engine_version is not None and output_format is None:
         raise InputError(f"engine version {engine_version!r}: name the engine with --format")
+    if adaptive and output_format is None:
+        raise InputError("--adaptive: name the engine with --format")
     if device is not None and environment is not None:
         raise InputError(f"device {device!r}: --environment says which device it is")
     if policy is not None and store is not None:
@@ -62,6 +65,8 @@ def lookup(
             here = _machine(engine_name or only_engine(evidence_store, target), environment, device)
             result = lookup_stored(evidence_store, query, here)
             planned = _planned(result, query, here, lambda: find_policy(evidence_store, result.target.run_digest))
+            if result.policy is not None:
+                policy = evidence_store.folder / result.policy.file_name
             document = (
                 _stored_document(result, evidence_store, location.store_name(store_location)) if json_only else {}
             )
@@ -72,7 +77,8 @@ def lookup(
     if not result.reaches(require or "none"):
         raise MatchError(f"{result.caveat}; required was {require}")
     if not json_only:
-        text, notes = _text(result, output_format, engine_version)
+        text, notes = _text(result, output_format, engine_version, adaptive=adaptive)
+        notes += [f"export DRAFTPICK_POLICY={policy}"] if text and adaptive else []
         print_notes(*notes)
         print_text(text)
 
@@ -106,7 +112,9 @@ def _planned(
         return {"status": "not planned", "reason": str(error)}
 
 
-def _text(result: LookupResult, output_format: str | None, engine_version: str | None) -> tuple[str, list[str]]:
+def _text(
+    result: LookupResult, output_format: str | None, engine_version: str | None, *, adaptive: bool
+) -> tuple[str, list[str]]:
     """What goes to standard output, for an engine or for people, and the notes beside it.
 
     Raises InputError: not a version of the engine.
@@ -119,7 +127,7 @@ def _text(result: LookupResult, output_format: str | None, engine_version: str |
         return "\n".join([*lines, ""]), notes
     from tuner import export
 
-    made = export.emit(result.deployment(), output_format, engine_version)
+    made = export.emit(result.deployment(), output_format, engine_version, adaptive=result.policy if adaptive else None)
     if made.text and made.setup is not None:
         notes.append(f"{made.setup.name}: {made.label}")
     return made.text, [*notes, *([] if made.note is None else [made.note])]

@@ -91,6 +91,7 @@ MeasuredEngine = Annotated[
 Format = Annotated[
     FormatName | None, _output("What an engine takes, instead of sentences.", "--format", default="sentences")
 ]
+Adaptive = Annotated[bool, _output("With --format vllm: a scheduler that chooses k as the server runs.", "--adaptive")]
 ServerFormat = Annotated[ServerKind, _engine("Engine that is started.", "--format")]
 Url = Annotated[str, _engine("Address of the server: http://HOST:PORT.")]
 

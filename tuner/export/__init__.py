@@ -3,7 +3,6 @@
 The text goes to stdout and the note to stderr, so that a script reads one and a person the other.
 """
 
-import functools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from profiles.records.core import Model, Setup
 from profiles.records.errors import InputError
 from tuner.export import servers, transformers, trtllm, vllm
 from tuner.export.select import Deployment, Export, Pick, Written, label_of, one_length_claims, pick
+from tuner.policy.policy import Policy
 
 __all__ = ["FORMS", "Deployment", "Export", "Form", "emit"]
 
@@ -44,16 +44,19 @@ EXPORTERS = {
     "sglang": Exporter(write=servers.write_sglang, objection=_for_target(sglang_flags.objection)),
     "transformers": Exporter(write=transformers.write, objection=transformers.objection, first=transformers.FIRST),
     "trtllm": Exporter(write=trtllm.write, objection=trtllm.objection, first=trtllm.FIRST),
-    "vllm": Exporter(write=vllm.write, objection=_for_target(vllm_flags.objection), first=vllm_flags.FIRST),
+    "vllm": Exporter(write=vllm.write, objection=vllm.objection, first=vllm_flags.FIRST),
 }
 
 
-def emit(deployment: Deployment, form: str, version: str | None = None) -> Export:
+def emit(deployment: Deployment, form: str, version: str | None = None, *, adaptive: Policy | None = None) -> Export:
     """The best setup that the engine can be told, in the form of its `version`; or the choice as a JSON document.
 
-    `version` None: the installed engine's, without one the newest known, which the note says. Raises InputError: an
-    unknown form, a version that is none.
+    `version` None: the installed engine's, without one the newest known, which the note says. `adaptive`: the policy
+    that the engine follows as it runs. Raises InputError: an unknown form, a version that is none, `adaptive` for an
+    engine that cannot.
     """
+    if adaptive is not None and form != "vllm":
+        raise InputError(f"--adaptive with format {form!r}: only vllm takes a scheduler that chooses as it runs")
     if form == "json":
         choice = deployment.choice
         text = json.dumps(asdict(choice), indent=2, allow_nan=False) + "\n"
@@ -65,10 +68,17 @@ def emit(deployment: Deployment, form: str, version: str | None = None) -> Expor
     release = llamacpp_flags.release_of_build(version) if form == "llamacpp" else release_of(form, version)
     if exporter.first is not None and release.is_before(exporter.first):
         return Export(text="", note=f"{release.name} is not known: from {exporter.first} on it is")
-    picked = pick(deployment, release, functools.partial(_objection, exporter, deployment, release))
+
+    def objection(setup: Setup) -> str | None:
+        reason = exporter.objection(deployment, setup, release)
+        if reason is None and adaptive is not None:
+            return vllm.adaptive_objection(adaptive, setup, release)
+        return reason
+
+    picked = pick(deployment, release, objection)
     if isinstance(picked, Export):
         return picked
-    written = exporter.write(picked)
+    written = exporter.write(picked) if adaptive is None else vllm.write_adaptive(picked, adaptive)
     claims = one_length_claims(deployment, written.setup) if written.claims is None else written.claims
     return Export(
         text=written.text,
@@ -77,7 +87,3 @@ def emit(deployment: Deployment, form: str, version: str | None = None) -> Expor
         label=label_of(deployment, form, written.setup),
         claims=claims,
     )
-
-
-def _objection(exporter: Exporter, deployment: Deployment, release: EngineRelease, setup: Setup) -> str | None:
-    return exporter.objection(deployment, setup, release)

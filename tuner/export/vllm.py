@@ -1,13 +1,36 @@
 """A choice as vLLM's `--speculative-config`."""
 
-import json
+from collections.abc import Sequence
 
-from profiles.engines.vllm.flags import DRAFT_FEWER, SCHEDULE, TRACED, allowed_keys, speculative_config
+from profiles.engines.releases import EngineRelease
+from profiles.engines.vllm.flags import (
+    DRAFT_FEWER,
+    SCHEDULE,
+    TRACED,
+    allowed_keys,
+    args_for,
+    config_args,
+    every_length,
+    speculative_config,
+    steering_objection,
+)
+from profiles.engines.vllm.flags import objection as flags_objection
+from profiles.records.core import LOOKUP_LENGTH, Setup
 from profiles.records.text import command
 from tuner.export.schedule import Range, as_scheduled, claims_of, ranges_of
-from tuner.export.select import Pick, Written, one_length_claims, one_length_note
+from tuner.export.select import Deployment, Pick, Written, one_length_claims, one_length_note
+from tuner.policy.policy import Policy
 
+SCHEDULER = "tuner.selector.vllm_scheduler.DraftpickScheduler"
 LAST_BATCH = 65_536  # ends the last range; vLLM carries the last length on beyond it
+
+
+def objection(deployment: Deployment, setup: Setup, release: EngineRelease) -> str | None:
+    """Why vLLM cannot be told a setup."""
+    assert setup.draft is not None
+    if setup.draft.kind == "composite" and deployment.engine != "vllm":
+        return "vLLM takes a look-up or a draft model, not both unless that was measured on vLLM"
+    return flags_objection(deployment.target, setup, release)
 
 
 def write(pick: Pick) -> Written:
@@ -15,7 +38,11 @@ def write(pick: Pick) -> Written:
     deployment, release, setup = pick.deployment, pick.release, pick.setup
     draft = setup.draft
     assert draft is not None
-    notes: list[str] = []
+    if draft.kind == "composite":
+        length = one_length_note(deployment, setup, "--max-num-seqs")
+        notes = [f"draftpick must be installed where vLLM is; with --max-num-seqs of {LOOKUP_LENGTH} or more", length]
+        return Written(text=_text(args_for(setup, release)), setup=setup, notes=notes)
+    notes = []
     ranges, allowed = ranges_of(deployment, draft, pick.objection), allowed_keys(release)
     if len(ranges) > 1 and SCHEDULE not in allowed:
         notes.append(f"{release.name} has no length per batch size")
@@ -24,13 +51,7 @@ def write(pick: Pick) -> Written:
     schedule = _schedule(ranges) if SCHEDULE in allowed else []
     longest = max((length for _, _, length in schedule), default=setup.length)
     config = speculative_config(draft, longest)
-    # drafts were sampled where they were measured; vLLM drafts greedily unless it is told
-    is_sampled = deployment.choice.temperature > 0.0 and deployment.engine != "vllm"
-    if is_sampled and "model" in config:
-        if "draft_sample_method" in allowed:
-            config["draft_sample_method"] = "probabilistic"
-        elif config["method"] == "draft_model":
-            notes.append("this version drafts greedily, the choice was measured with sampled drafts")
+    notes += _sampling(config, pick)
     if schedule:
         config[SCHEDULE] = schedule
         claims = claims_of(setup, ranges, deployment)
@@ -49,9 +70,7 @@ def write(pick: Pick) -> Written:
             f"on a GPU this draft proposes {longest} tokens at every batch size, of which {min(shorter)} are verified: "
             "slower there than a server of that length (Model Runner V2)"
         )
-    # a quote inside the JSON is written as an escape, so that the shell sees one plain quoted word
-    text = json.dumps(config).replace("'", "\\u0027")
-    return Written(text=f"--speculative-config '{text}'\n", setup=setup, notes=notes, claims=claims)
+    return Written(text=_text(config_args(config)), setup=setup, notes=notes, claims=claims)
 
 
 def _schedule(ranges: tuple[Range, ...]) -> list[list[int]]:
@@ -67,3 +86,52 @@ def _schedule(ranges: tuple[Range, ...]) -> list[list[int]]:
         rows.append([rows[-1][1] + 1, 0, 0])
     rows[-1][1] = LAST_BATCH
     return rows
+
+
+def adaptive_objection(policy: Policy, setup: Setup, release: EngineRelease) -> str | None:
+    """Why a server cannot choose a draft's lengths as it runs."""
+    if (reason := steering_objection(release.version)) is not None:
+        return reason
+    if setup.draft is not None and setup.draft.kind == "composite":
+        return "a look-up mixed into a draft keeps its lengths"
+    if policy.prior is None or setup.draft not in policy.prior.drafts:
+        return "the policy has no figures to start from"
+    return None
+
+
+def write_adaptive(pick: Pick, policy: Policy) -> Written:
+    """Arguments of a server whose scheduler follows a policy, up to the draft's longest length in it.
+
+    A batch size for every length, so that each gets its CUDA graph.
+    """
+    setup = pick.setup
+    assert setup.draft is not None
+    named = [choice.setup for choice in policy.choices]
+    named += [forecast.setup for choice in policy.choices for forecast in choice.alternatives]
+    longest = max(other.length for other in (setup, *named) if other.draft == setup.draft)
+    config = speculative_config(setup.draft, longest)
+    notes = [
+        *_sampling(config, pick),
+        f"k from 0 to {longest} is chosen as the server runs, by draftpick, which must be installed where vLLM is, and "
+        f"the policy file that DRAFTPICK_POLICY names; keep --max-num-seqs at {longest} or more",
+    ]
+    args = ["--scheduler-cls", SCHEDULER, *config_args(every_length(config, longest))]
+    return Written(text=_text(args), setup=setup, notes=notes, claims={})
+
+
+def _sampling(config: dict[str, object], pick: Pick) -> list[str]:
+    """Asks for sampled drafts where they were measured: vLLM drafts greedily unless it is told; or the caveat."""
+    deployment, release = pick.deployment, pick.release
+    if deployment.choice.temperature == 0.0 or deployment.engine == "vllm" or "model" not in config:
+        return []
+    if "draft_sample_method" in allowed_keys(release):
+        config["draft_sample_method"] = "probabilistic"
+        return []
+    greedily = "this version drafts greedily, the choice was measured with sampled drafts"
+    return [greedily] if config["method"] == "draft_model" else []
+
+
+def _text(args: Sequence[str]) -> str:
+    # a quote inside the JSON is written as an escape, so that the shell sees one plain quoted word
+    quoted = ("'" + word.replace("'", "\\u0027") + "'" if word.startswith("{") else word for word in args)
+    return " ".join(quoted) + "\n"

@@ -5,7 +5,7 @@ from profiles.engines.llamacpp.responses import SERVER as LLAMA_CPP
 from profiles.engines.releases import TITLES, EngineRelease, release_of
 from profiles.engines.serving.server_kind import ServerKind, openai_body
 from profiles.engines.sglang.flags import SERVER as SGLANG
-from profiles.engines.vllm.flags import SERVER as VLLM
+from profiles.engines.vllm.responses import SERVER as VLLM
 from profiles.records.errors import require
 
 SERVER_KINDS = {

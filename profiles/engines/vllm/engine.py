@@ -38,7 +38,8 @@ from profiles.engines.vllm.config import (
     sampling_of,
     start_arguments,
 )
-from profiles.engines.vllm.flags import SERVER, TRACED, is_traceable, method_of
+from profiles.engines.vllm.flags import TRACED, is_traceable, method_of
+from profiles.engines.vllm.responses import SERVER
 from profiles.engines.vllm.timing import Visit, in_texts, in_turn, rounds_request, visits
 from profiles.models import loader, sources
 from profiles.records.core import LOOKUP_LENGTH, PLAIN, Draft, DraftKind, Environment, Model, Prompt, Setup, Workload

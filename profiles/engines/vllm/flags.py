@@ -5,19 +5,13 @@ refuses unknown keys, and the lane in `tests/lanes` runs it on what is written h
 """
 
 import json
-from typing import TYPE_CHECKING
+
+from packaging.version import Version
 
 from profiles.engines import rules
 from profiles.engines.releases import EngineRelease
-from profiles.engines.serving import metrics
-from profiles.engines.serving.completion import CountedRounds, last_events
-from profiles.engines.serving.server_kind import ServerKind, rounds_in_histogram, salted_body
-from profiles.records.core import Draft, Model, Setup
+from profiles.records.core import LOOKUP_LENGTH, Draft, Model, Setup
 from profiles.records.draft_spec import engine_options
-from profiles.records.evidence import RoundCount
-
-if TYPE_CHECKING:
-    from profiles.engines.serving.http_load import Answer
 
 SCHEDULE = "num_speculative_tokens_per_batch_size"
 FIRST = "0.10.0"  # older ones have another engine and other names
@@ -37,15 +31,27 @@ KEYS = {
 # (an error), `draft_tensor_parallel_size` (the target's is the default), `num_speculative_tokens` of 0 (an error)
 # first and last version in which `trace_scheduler.py` was run (0.32.0) or its hooks were read
 TRACED = ("0.32.0", "0.33.0")
+STEERED = ("0.24.0", "0.33.0")  # the same of `tuner/selector/vllm_scheduler.py`
+LOOKUP_KEY = "draftpick_lookup"  # of `tuner/selector/vllm_lookup.py`, in `--additional-config`
 BLOCK_METHODS = ("dflash", "dspark")  # they attend over the whole block: at another length other first tokens
 DRAFT_FEWER = ("ngram", "eagle", "eagle3", "mtp")  # save drafting too where a round's length is shorter, on any runner
-RECORD_ARGS = ("--per-request-spec-decode-metrics", "detailed", "--enable-per-request-metrics")
-FIRST_RECORDS = "0.32.0"  # in no release from 0.10.2 to 0.24.0
 
 
 def allowed_keys(release: EngineRelease) -> frozenset[str]:
     """The keys that a version takes, of those that are written here."""
     return frozenset(key for key, first in KEYS.items() if not release.is_before(first))
+
+
+def steering_objection(version: str) -> str | None:
+    """Why the scheduler of `tuner/selector/vllm_scheduler.py` does not run in a version of vLLM."""
+    if is_between(version, STEERED):
+        return None
+    return f"the scheduler of vLLM {version} is not known, those of {STEERED[0]} to {STEERED[1]} are"
+
+
+def is_between(version: str, known: tuple[str, str]) -> bool:
+    first, last = map(Version, known)
+    return first <= Version(Version(version).public) <= last
 
 
 def method_of(draft: Draft) -> str:
@@ -67,6 +73,8 @@ def objection(target: Model, setup: Setup, release: EngineRelease) -> str | None
     reason = rules.objection(target, setup, release)
     assert setup.draft is not None
     first = METHODS.get(method_of(setup.draft), FIRST) if reason is None else FIRST
+    if reason is None and setup.draft.kind == "composite" and not is_between(release.version, TRACED):
+        return f"{release.name} cannot mix a look-up into a draft model, {TRACED[0]} to {TRACED[1]} can"
     if reason is None and release.is_before(first):
         if setup.draft.kind == "model":
             return f"{release.name} cannot run a draft model, {first} is the first that can again"
@@ -86,32 +94,25 @@ def speculative_config(draft: Draft, length: int) -> dict[str, object]:
     return config if draft.method is None else config | engine_options(draft.method)[1]
 
 
+def every_length(config: dict[str, object], longest: int) -> dict[str, object]:
+    """A config whose schedule has a batch size for every length, so that each gets its CUDA graph."""
+    schedule = [[length, length, length] for length in range(1, longest + 1)]
+    return config | {"num_speculative_tokens": longest, SCHEDULE: schedule}
+
+
 def config_args(config: dict[str, object]) -> list[str]:
     return ["--speculative-config", json.dumps(config)]
 
 
-def _args_for(setup: Setup, release: EngineRelease) -> list[str]:  # noqa: ARG001 -- one form for all versions
-    assert setup.draft is not None
-    return config_args(speculative_config(setup.draft, setup.length))
-
-
-def _counted_in(answer: "Answer") -> CountedRounds | None:
-    records = [event.get("speculative_decoding") for event in last_events(answer, "metrics")]
-    record = next((record for record in records if record), None)
-    if record is None:
-        return None
-    drafted, accepted = record.get("per_step_drafted"), record.get("per_step_accepted")
-    if drafted is None or accepted is None:
-        return rounds_in_histogram(record["acceptance_histogram"], record["num_draft_tokens"], record["num_spec_steps"])
-    return [(RoundCount(*pair), 1) for pair in zip(drafted, accepted, strict=True)]
-
-
-SERVER = ServerKind(
-    body_of=salted_body,
-    log_probs_of=lambda count: {"logprobs": count, "return_tokens_as_token_ids": True},
-    counted_in=_counted_in,
-    objection=objection,
-    args_for=_args_for,
-    record_args=lambda release: () if release.is_before(FIRST_RECORDS) else RECORD_ARGS,
-    counters=metrics.VLLM,
-)
+def args_for(setup: Setup, release: EngineRelease) -> list[str]:  # noqa: ARG001 -- one form for all versions
+    """Arguments of a server that runs a setup; a composite's have a scheduler and a worker of draftpick's."""
+    draft = setup.draft
+    assert draft is not None
+    config = speculative_config(draft, setup.length)
+    if draft.kind != "composite":
+        return config_args(config)
+    lookup = json.dumps({LOOKUP_KEY: [draft.max_match, draft.min_match, setup.length]})
+    module = "tuner.selector.vllm_lookup"
+    classes = ["--scheduler-cls", f"{module}.LookupScheduler", "--worker-cls", f"{module}.LookupWorker"]
+    config = every_length(config, max(LOOKUP_LENGTH, setup.length))
+    return [*classes, "--no-async-scheduling", "--additional-config", lookup, *config_args(config)]

@@ -147,6 +147,7 @@ BAD_OTHERS = {
     "lookup --policy nosuch.json": (2, "policy file nosuch.json cannot be read: No such file"),
     "lookup --policy nosuch.json --store here": (2, "policy nosuch.json: --store names another source"),
     "lookup --format vllm --engine-version new": (2, "engine version 'new'"),
+    "lookup --adaptive": (2, "--adaptive: name the engine with --format"),
     "lookup --require best": (2, "'--require': 'best' is not one of 'exact', 'version'"),
     "lookup --environment nosuch.json": (2, "environment nosuch.json cannot be read"),
     "lookup --device tpu": (2, "device 'tpu': allowed are cpu and cuda"),

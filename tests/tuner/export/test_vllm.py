@@ -15,7 +15,7 @@ from profiles.engines.vllm.flags import KEYS, allowed_keys
 from profiles.records.core import PLAIN, Draft, Setup
 from profiles.records.errors import InputError
 from tests.lanes.cases import cases, deployment, draft_at, model_at
-from tests.support.policies import CODE_DRAFT, EARLY_EXIT, NGRAM, TARGET, choice, forecast
+from tests.support.policies import CODE_DRAFT, EARLY_EXIT, NGRAM, TARGET, choice, forecast, learning_policy
 from tuner.export import Deployment, Export, emit
 
 SCHEDULE = "num_speculative_tokens_per_batch_size"
@@ -301,3 +301,57 @@ def test_plain_at_the_asked_batch_gives_nothing() -> None:
     """Where plain decoding is the choice at the asked batch nothing is emitted, though smaller batches draft."""
     case = cases(TARGET, CODE_DRAFT)["schedule"]
     assert emit(replace(case, choice=case.rows[2]), "vllm", "0.32.0").text == ""
+
+
+def test_a_scheduler_that_chooses() -> None:
+    """Every length up to the policy's longest of this draft gets a batch size, and with it a CUDA graph."""
+    file = learning_policy()
+    [code] = [row for row in file.choices if row.domain == "code"]
+    sql = replace(code, domain="sql", setup=Setup(draft=CODE_DRAFT, length=3), proven=False)
+    longer = replace(file, choices=(*file.choices, sql))
+    export = emit(deployment(code, *file.choices), "vllm", "0.33.0+cu130", adaptive=longer)
+    words = shlex.split(export.text)
+    assert words[:2] == ["--scheduler-cls", "tuner.selector.vllm_scheduler.DraftpickScheduler"]
+    config = json.loads(words[3])
+    assert (config["model"], config["num_speculative_tokens"]) == ("family/draft-code", 3)
+    assert config[SCHEDULE] == [[1, 1, 1], [2, 2, 2], [3, 3, 3]]
+    assert "the policy file that DRAFTPICK_POLICY names" in str(export.note)
+
+
+@pytest.mark.parametrize(
+    ("version", "changes", "reason"),
+    [
+        ("0.23.0", {}, "the scheduler of vLLM 0.23.0 is not known, those of 0.24.0 to 0.33.0 are"),
+        ("0.34.0", {}, "the scheduler of vLLM 0.34.0 is not known"),
+        ("0.33.0", {"prior": None}, "the policy has no figures to start from"),
+    ],
+)
+def test_where_nothing_chooses(version: str, changes: dict[str, object], reason: str) -> None:
+    """Refused with the reason, never left to a scheduler that was not read."""
+    file = replace(learning_policy(), **changes)  # type: ignore[arg-type]
+    export = emit(deployment(file.headline), "vllm", version, adaptive=file)
+    assert export.text == ""
+    assert reason in str(export.note)
+
+
+def test_only_vllm_chooses() -> None:
+    with pytest.raises(InputError, match="--adaptive with format 'sglang': only vllm takes a scheduler"):
+        emit(deployment(choice(WITH_MODEL)), "sglang", adaptive=learning_policy())
+
+
+def test_a_composite_that_was_measured_on_vllm() -> None:
+    """It goes out with a scheduler and a worker of draftpick's, where the version has what they use."""
+    composite = Setup(draft=Draft(kind="composite", model=CODE_DRAFT.model, max_match=4, min_match=2), length=3)
+    case = deployment(choice(composite, alternatives=(forecast(WITH_MODEL),)), measured_on="draftpick-vllm")
+    words = shlex.split(emit(case, "vllm", "0.32.0").text)
+    assert words[:4] == [
+        *("--scheduler-cls", "tuner.selector.vllm_lookup.LookupScheduler"),
+        *("--worker-cls", "tuner.selector.vllm_lookup.LookupWorker"),
+    ]
+    assert words[4:6] == ["--no-async-scheduling", "--additional-config"]
+    assert json.loads(words[6]) == {"draftpick_lookup": [4, 2, 3]}
+    config = json.loads(words[8])
+    assert (config["method"], config["num_speculative_tokens"], len(config[SCHEDULE])) == ("draft_model", 8, 8)
+    older = emit(case, "vllm", "0.24.0")
+    assert older.setup == WITH_MODEL
+    assert "vLLM 0.24.0 cannot mix a look-up into a draft model, 0.32.0 to 0.33.0 can" in str(older.note)

@@ -1,0 +1,37 @@
+"""What vLLM's server is asked and answers."""
+
+from typing import TYPE_CHECKING
+
+from profiles.engines.serving import metrics
+from profiles.engines.serving.completion import CountedRounds, last_events
+from profiles.engines.serving.server_kind import ServerKind, rounds_in_histogram, salted_body
+from profiles.engines.vllm.flags import args_for, objection
+from profiles.records.evidence import RoundCount
+
+if TYPE_CHECKING:
+    from profiles.engines.serving.http_load import Answer
+
+RECORD_ARGS = ("--per-request-spec-decode-metrics", "detailed", "--enable-per-request-metrics")
+FIRST_RECORDS = "0.32.0"  # in no release from 0.10.2 to 0.24.0
+
+
+def _counted_in(answer: "Answer") -> CountedRounds | None:
+    records = [event.get("speculative_decoding") for event in last_events(answer, "metrics")]
+    record = next((record for record in records if record), None)
+    if record is None:
+        return None
+    drafted, accepted = record.get("per_step_drafted"), record.get("per_step_accepted")
+    if drafted is None or accepted is None:
+        return rounds_in_histogram(record["acceptance_histogram"], record["num_draft_tokens"], record["num_spec_steps"])
+    return [(RoundCount(*pair), 1) for pair in zip(drafted, accepted, strict=True)]
+
+
+SERVER = ServerKind(
+    body_of=salted_body,
+    log_probs_of=lambda count: {"logprobs": count, "return_tokens_as_token_ids": True},
+    counted_in=_counted_in,
+    objection=objection,
+    args_for=args_for,
+    record_args=lambda release: () if release.is_before(FIRST_RECORDS) else RECORD_ARGS,
+    counters=metrics.VLLM,
+)
