@@ -34,6 +34,10 @@ class CycleController(StepController):
         self._lengths = itertools.cycle(CYCLE)
 
     @property
+    def is_stale(self) -> bool:
+        return False
+
+    @property
     def stats(self) -> SelectorStats:
         return SelectorStats(0, 0, 0.0, 0.0, 1.0, 1.0)
 

@@ -44,6 +44,11 @@ class StepController:
     def stats(self) -> SelectorStats:
         return self.policy_file.selector.stats()
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether the newest policy file could not be read, so that the one before it holds."""
+        return self.policy_file.error is not None
+
     def verify(self, num_drafted: Mapping[str, int], *, started_s: float, prefills: bool) -> Step:
         """The step that verifies so many drafted tokens of each request; those without a plan are not reported."""
         rows = {name: (self.plans.pop(name), count) for name, count in num_drafted.items() if name in self.plans}

@@ -180,6 +180,7 @@ class Reporter:
                 "seen_acceptance": stats.seen_acceptance,
                 "gain": stats.gain,
                 "refused_reports": stats.num_refused,
+                "stale_policy": self._controller.is_stale,
                 "python_seconds": python_s,
             }
             for name, value in values.items():
@@ -199,6 +200,7 @@ def _gauges() -> dict[str, Gauge]:
         "seen_acceptance": "Accepted share of drafted tokens, as seen.",
         "gain": "Tokens per second over plain decoding, since the start.",
         "refused_reports": "Reports of rounds that were impossible.",
+        "stale_policy": "1: the newest policy file could not be read, the one before it holds.",
         "python_seconds": "Python time of choosing and reporting in the latest step.",
     }
     made = {

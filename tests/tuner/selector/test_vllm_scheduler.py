@@ -202,7 +202,8 @@ def test_a_server_follows_its_policy(plain: list[list[int]], tmp_path: Path) -> 
         ask()
         assert lengths() <= {0, 1}
         metrics = httpx2.get(f"http://127.0.0.1:{port}/metrics", timeout=10.0).text
-        assert 'draftpick_refused_reports{engine="0"} 0.0' in metrics
+        for gauge in ("refused_reports", "stale_policy"):
+            assert f'draftpick_{gauge}{{engine="0"}} 0.0' in metrics
         pids = server.pids
         [api_server] = [pid for pid in pids if "serve" in psutil.Process(pid).cmdline()][-1:]
         psutil.Process(api_server).kill()
