@@ -5,6 +5,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from profiles.records.core import CATCH_UP_WIDTHS, LOOKUP_LENGTH
 from profiles.records.errors import InputError, NotMeasuredError, require
@@ -64,22 +65,37 @@ class RoundCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundOutcome:
-    """One way a round can go and its probability; `by_model`: the draft model ran."""
+    """One way a round can go and its probability; `by_model`: the draft model ran.
+
+    `stopped`: its confidence fell, so that its last step proposed nothing.
+    """
 
     proposed: int
     accepted: int
     prob: float
     by_model: bool
+    stopped: bool = False
+
+    @property
+    def draft_steps(self) -> int:
+        """Steps of the draft model."""
+        return self.proposed + self.stopped if self.by_model else 0
 
     def behind(self, before: int) -> int:
-        """Tokens the draft model is behind afterwards; it has not taken in its own last proposal."""
+        """Tokens the draft model is behind afterwards; unless it stopped it has not taken in its last proposal."""
         if not self.by_model:
             return before + self.accepted + 1
-        return 2 if self.accepted == self.proposed else 1
+        return 2 if self.accepted == self.proposed and not self.stopped else 1
 
 
 def expected_rounds(
-    trace: TargetTrace, acceptance: DraftAcceptance | None, length: int, max_new_tokens: int, *, past_end: bool = False
+    trace: TargetTrace,
+    acceptance: DraftAcceptance | None,
+    length: int,
+    max_new_tokens: int,
+    *,
+    past_end: bool = False,
+    stop_below: float | None = None,
 ) -> RoundCounts:
     """The rounds of an engine, in expectation over the draft's random numbers given the emitted tokens.
 
@@ -88,7 +104,7 @@ def expected_rounds(
     prefill; a round drafts at most `max_new_tokens - generated - 1`; no bonus token follows an accepted end token.
 
     `acceptance`: None for plain decoding. `past_end`: rounds draft their full length whatever the limit and count what
-    they accept beyond it, as far as the trace is longer.
+    they accept beyond it, as far as the trace is longer. `stop_below`: see `round_outcomes`.
     Raises: NotMeasuredError: the look-up trace is shorter than `length`. InputError: a draft with length 0.
     """
     size = len(trace.token_ids)
@@ -105,15 +121,16 @@ def expected_rounds(
     mass[min(1, size)][1] = 1.0
     rounds: defaultdict[RoundCount, float] = defaultdict(float)
     shapes: defaultdict[StepShape, float] = defaultdict(float)
+    stop = None if stop_below is None else _stop_rule(acceptance, stop_below)
     for start in range(1, emitted):
         if not mass[start]:
             continue
         limit = min(length, (NO_END if past_end else max_new_tokens) - start - 1)
-        outcomes = round_outcomes(acceptance, start, limit, size)
+        outcomes = round_outcomes(acceptance, start, limit, size, stop)
         for (behind, prob), outcome in itertools.product(mass[start].items(), outcomes):
             weight = prob * outcome.prob
             rounds[RoundCount(outcome.proposed, outcome.accepted)] += weight
-            draft_steps = (outcome.proposed, catch_up_width(behind)) if outcome.by_model else ()
+            draft_steps = (outcome.draft_steps, catch_up_width(behind)) if outcome.by_model else ()
             shapes[StepShape(outcome.proposed + 1, *draft_steps)] += weight
             behind_next = outcome.behind(behind) if catches_up else 1
             mass[min(start + outcome.accepted + 1, size)][behind_next] += weight
@@ -131,8 +148,32 @@ def check_length(acceptance: DraftAcceptance, length: int) -> None:
             raise NotMeasuredError(f"look-up measured for lengths up to {part.max_length}, not {longest}")
 
 
-def round_outcomes(acceptance: DraftAcceptance, start: int, limit: int, size: int) -> Iterator[RoundOutcome]:
-    """The ways in which a round can go that starts at token `start` of `size` and may draft `limit` tokens."""
+class StopRule(NamedTuple):
+    """A round stops before a proposal whose confidence is under `below`.
+
+    `past_rejection`: proposals that follow a rejected one on average. The trace does not hold the confidences of a text
+    that was not emitted, so the draft is taken to be as often under `below` there as on the trace.
+    """
+
+    below: float
+    past_rejection: float
+
+
+def _stop_rule(acceptance: DraftAcceptance, below: float) -> StopRule:
+    model = acceptance.model if isinstance(acceptance, CompositeAcceptance) else acceptance
+    require(isinstance(model, AcceptanceTrace), "a look-up has no confidence to stop below")
+    assert isinstance(model, AcceptanceTrace)
+    sure = sum(confidence >= below for confidence in model.confidences[1:])
+    return StopRule(below, sure / (1.0 + len(model.confidences[1:]) - sure))
+
+
+def round_outcomes(
+    acceptance: DraftAcceptance, start: int, limit: int, size: int, stop: StopRule | None = None
+) -> Iterator[RoundOutcome]:
+    """The ways in which a round can go that starts at token `start` of `size` and may draft `limit` tokens.
+
+    What is accepted is exact; with `stop` what is proposed after a rejected token is a mean.
+    """
     if limit <= 0:
         yield RoundOutcome(proposed=0, accepted=0, prob=1.0, by_model=False)
         return
@@ -149,9 +190,19 @@ def round_outcomes(acceptance: DraftAcceptance, start: int, limit: int, size: in
     survival = 1.0
     longest = min(limit, size - start)  # nothing is accepted past an end token
     for accepted in range(longest):
+        if stop is not None and acceptance.confidences[start + accepted] < stop.below:
+            yield RoundOutcome(proposed=accepted, accepted=accepted, prob=survival, by_model=True, stopped=True)
+            return
         accept_prob = acceptance.accept_probs[start + accepted]
         if accept_prob < 1.0:
-            yield RoundOutcome(proposed=limit, accepted=accepted, prob=survival * (1.0 - accept_prob), by_model=True)
+            proposed = limit if stop is None else min(limit, accepted + 1 + round(stop.past_rejection))
+            yield RoundOutcome(
+                proposed=proposed,
+                accepted=accepted,
+                prob=survival * (1.0 - accept_prob),
+                by_model=True,
+                stopped=proposed < limit,
+            )
         survival *= accept_prob
         if survival == 0.0:
             return

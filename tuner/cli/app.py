@@ -11,7 +11,7 @@ from typer.exceptions import TyperException
 from profiles.hardware.software import draftpick_version
 from profiles.records.errors import DraftpickError
 from profiles.records.text import command
-from tuner.cli import bench_server, bundle, check, explain, forget, lookup, plan, report, run, show, verify
+from tuner.cli import bench_server, bundle, check, explain, forget, lookup, plan, report, run, search, show, verify
 from tuner.cli.messages import EXIT_INTERRUPTED, missing_extra
 from tuner.cli.output import print_notes
 
@@ -39,6 +39,7 @@ def _app(
 
 app.command("run")(run.run)
 app.command("check")(check.check)
+app.command("search")(search.search)
 app.command("show")(show.show)
 app.command("lookup")(lookup.lookup)
 app.command("plan")(plan.plan)

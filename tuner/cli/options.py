@@ -145,6 +145,17 @@ Budget = Annotated[
     float | None,
     _search("Seconds, shared among the stages, after which no measurement is started.", default="no limit"),
 ]
+SearchEngine = Annotated[EngineName, _engine("Engine that is started.", "--engine")]
+SearchBudget = Annotated[float, _search("Seconds after which no configuration is started.", "--budget")]
+SpaceFile = Annotated[
+    Path | None,
+    _search(
+        "TOML file with the values of every option, such as threads = [1, 2]: draft (none is plain), k, batch_size, "
+        "dtype, threads, vLLM's engine arguments, or what stands in braces in --launch.",
+        "--space",
+        default="none: forecasts alone are searched",
+    ),
+]
 MaxAge = Annotated[
     str | None, _search("Oldest stored times that are used: 90s, 30m, 12h or 7d; traces never age.", default="any age")
 ]

@@ -274,8 +274,8 @@ class Forecaster:
         return usages
 
     def _acceptance(self, setup: Setup, prompt: HasDigest) -> DraftAcceptance | None:
-        if setup.stop_below is not None:
-            raise NotMeasuredError(f"{setup.name}: rounds that stop below a confidence are not replayed yet")
+        if setup.stop_below is not None and self._workload.batch_size > 1:
+            raise NotMeasuredError(f"{setup.name}: rounds that stop below a confidence are not replayed in a batch")
         if not self._evidence.is_traced(setup.draft):
             raise NotMeasuredError(f"{setup.name}: its acceptance was not traced, it was only run")
         return None if setup.draft is None else self._evidence.acceptance(setup.draft, prompt)
@@ -286,7 +286,12 @@ class Forecaster:
             trace, acceptance = self._evidence.traces[prompt.digest], self._acceptance(setup, prompt)
             past_end = self._evidence.capabilities.past_end
             self._rounds[key] = expected_rounds(
-                trace, acceptance, setup.length, self._workload.max_new_tokens, past_end=past_end
+                trace,
+                acceptance,
+                setup.length,
+                self._workload.max_new_tokens,
+                past_end=past_end,
+                stop_below=setup.stop_below,
             )
         return self._rounds[key]
 

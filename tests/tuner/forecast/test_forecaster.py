@@ -62,11 +62,11 @@ def test_forecast_of_the_unknown_raises(evidence: Evidence) -> None:
         forecaster.forecast(Setup(draft=DRAFT_A, length=9), evidence.prompts)
 
 
-def test_stopping_below_a_confidence_is_not_forecast(evidence: Evidence) -> None:
-    """Its rounds are not replayed, so no figure is made up."""
+def test_stopping_below_a_confidence_is_not_forecast_in_a_batch(evidence: Evidence) -> None:
+    """Its rounds are not replayed there, so no figure is made up."""
     setup = Setup(draft=DRAFT_A, length=4, stop_below=0.5)
-    with pytest.raises(NotMeasuredError, match="not replayed"):
-        Forecaster(evidence, GREEDY, TARGET.run_digest).forecast(setup, evidence.prompts)
+    with pytest.raises(NotMeasuredError, match="not replayed in a batch"):
+        Forecaster(evidence, replace(GREEDY, batch_size=2), TARGET.run_digest).forecast(setup, evidence.prompts)
 
 
 def test_calibration_lengths() -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,6 +98,29 @@ def test_stopping_early_keeps_the_output(engine: TorchEngine) -> None:
     plain, full, stopped = engine.run_together(workload, (prompt,), setups, "test")
     assert plain.output_digest == full.output_digest == stopped.output_digest
     assert _drafted(stopped.rounds) < _drafted(full.rounds)
+
+
+@pytest.mark.parametrize("stop_below", [0.2, 0.5, 0.8])
+def test_rounds_that_stop_are_replayed_from_the_trace(engine: TorchEngine, stop_below: float) -> None:
+    """Rounds and acceptances exactly; what is drafted past a rejection is a mean, so drafted tokens only roughly."""
+    workload = Workload(context_length=128, max_new_tokens=40)
+    setup = Setup(draft=engine.drafts[1], length=6, stop_below=stop_below)
+    real: Counter[int] = Counter()
+    replayed: Counter[int] = Counter()
+    drafted, expected = 0.0, 0.0
+    for prompt in _prompts():
+        (sample,) = engine.run_together(workload, (prompt,), (setup,), "test")
+        trace = engine.trace_target(workload, prompt)
+        acceptance = engine.trace_draft(workload, prompt, trace, engine.drafts[1], 6)
+        counts = expected_rounds(trace, acceptance, 6, 40, stop_below=stop_below)
+        for (proposed, accepted), count in sample.rounds.items():
+            real[accepted] += count
+            drafted += proposed * count
+        for (proposed, accepted), count in counts.rounds.items():
+            replayed[accepted] += int(count)
+            expected += proposed * count
+    assert replayed == real
+    assert expected == pytest.approx(drafted, rel=0.35)
 
 
 def _drafted(rounds: object) -> int:
