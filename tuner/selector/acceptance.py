@@ -26,7 +26,7 @@ TEMPER = 0.9  # exponent of a round's likelihood: rounds of one request are alik
 CHANGE_PROB = 0.01  # that a request's text changes its domain in a round
 MIX_RATE = 1.0 / 100.0  # of a round in the shares of domains under a label
 LABEL_SHARE = 0.5  # of a labelled round that counts as its label says, whatever its text is like
-MIN_WEIGHT = 0.03  # of a domain, under which a round does not count for it
+MIN_WEIGHT = 0.1  # of a domain, under which a round does not count for it
 
 
 class Shift:
@@ -177,7 +177,7 @@ class Domains:
         names = dict.fromkeys(stored.domain for stored in prior.acceptance)
         self.names = (*names, REJECTED)
         self.rounds = [0.0] * len(self.names)
-        self._mixes: dict[str | None, tuple[list[float], list[float]]] = {}
+        self.mixes: dict[str | None, tuple[list[float], list[float]]] = {}
         stored = {(item.draft, item.domain, item.temperature): item for item in prior.acceptance}
         self.temperatures = sorted({item.temperature for item in prior.acceptance})
         self.models: dict[float, list[list[AcceptanceModel]]] = {}
@@ -202,10 +202,10 @@ class Domains:
 
     def _mix(self, label: str | None) -> tuple[list[float], list[float]]:
         """Shares under a label: as learned, and as they were at first."""
-        mix = self._mixes.get(label)
+        mix = self.mixes.get(label)
         if mix is None:
-            if len(self._mixes) > 256:  # a caller that puts anything into the label
-                self._mixes.clear()
+            if len(self.mixes) > 256:  # a caller that puts anything into the label
+                self.mixes.clear()
             known = label in self.names[:-1] and label != MIXED
             outside = OUTSIDE_SHARE if known else 1.0 - REJECTED_SHARE
             main = label if known else MIXED
@@ -213,7 +213,7 @@ class Domains:
             parts = {name: max(1, 5 - len(self.names)) if name == MIXED else 1 for name in self.names[:-1]}
             first = [*(outside * part / sum(parts.values()) for part in parts.values()), REJECTED_SHARE]
             first[self.names.index(main) if main in self.names else 0] += 1.0 - sum(first)
-            mix = self._mixes[label] = list(first), first
+            mix = self.mixes[label] = list(first), first
         return mix
 
     def learn(
@@ -235,15 +235,16 @@ class Domains:
         # a draft that turned useless looks like text that none gets right: those rounds count for the domains too
         lost = after[-1] / max(1e-9, 1.0 - mix[-1])
         heaviest, most = 0, 0.0
+        own = self.names.index(label) if label in self.names else -1
         told = 0.0
-        if label in self.names:
-            told, own = LABEL_SHARE, models[self.names.index(label or MIXED)]
-            own.shift.observe(own.stored_probs, proposed, accepted)
+        if own >= 0:
+            told = LABEL_SHARE
+            models[own].shift.observe(models[own].stored_probs, proposed, accepted)
         for index in range(len(after) - 1):
-            weight = (1.0 - told) * (after[index] + lost * mix[index]) + told * mix[index]
-            if weight > MIN_WEIGHT:
-                self.rounds[index] += weight
-                models[index].observe(proposed, accepted, weight, self.rounds[index])
+            weight = (1.0 - told) * (after[index] + lost * mix[index]) + (told if index == own else 0.0)
+            if weight > MIN_WEIGHT:  # squared: rounds of uncertain domains would make these alike
+                self.rounds[index] += weight * weight
+                models[index].observe(proposed, accepted, weight * weight, self.rounds[index])
             if weight > most:
                 heaviest, most = index, weight
         return after, heaviest
@@ -251,7 +252,7 @@ class Domains:
     def snapshot(self) -> dict[str, Any]:
         return {
             "rounds": list(self.rounds),
-            "mixes": [[label, list(mix)] for label, (mix, _) in self._mixes.items()],
+            "mixes": [[label, list(mix)] for label, (mix, _) in self.mixes.items()],
             "models": [[[m.snapshot() for m in row] for row in rows] for rows in self.models.values()],
         }
 

@@ -190,6 +190,7 @@ class Point:
 
     def update(self) -> None:
         """Recomputes everything."""
+        self._turn = 0
         self.times.update()
         for option, models in enumerate(self.models):
             for domain in range(len(self.best)):

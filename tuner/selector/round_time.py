@@ -115,11 +115,12 @@ class RoundTimeModel:
     def snapshot(self) -> list[Any]:
         deviations = [*self.drafts, *(each for row in self.lengths for each in row)]
         values = [[each.log, each.rounds, each.last] for each in deviations]
-        return [self.machine, self.variance, self._count, self._since, self._same_side, self._smallest, values]
+        runs = [*self._setup, self._since, self._same_side, self._smallest]
+        return [self.machine, self.variance, self._count, runs, values]
 
     def restore(self, values: Sequence[Any]) -> None:
         """Raises ValueError or TypeError: not of these options, or not finite."""
-        machine, variance, count, since, same_side, smallest, saved = values
+        machine, variance, count, (option, index, since, same_side, smallest), saved = values
         deviations = [*self.drafts, *(each for row in self.lengths for each in row)]
         for each, (log, rounds, last) in zip(deviations, saved, strict=True):
             each.log, each.rounds, each.last = float(log), float(rounds), int(last)
@@ -128,3 +129,5 @@ class RoundTimeModel:
             raise ValueError("impossible round times")
         self.machine, self.variance, self._smallest = machine, variance, smallest
         self._count, self._since, self._same_side = int(count), int(since), int(same_side)
+        self._setup = int(option), int(index)
+        self.update()

@@ -73,6 +73,12 @@ class SelectorStats(NamedTuple):
     budget: float
 
 
+class _Rows(NamedTuple):
+    """Stands for all rows of a domain that are told without their requests."""
+
+    domain: str
+
+
 class _Stream:
     """The setup in use for queries that one choice of the policy answers."""
 
@@ -280,7 +286,7 @@ class Selector:
         domains = self._state.domains
         assert domains is not None
         if not requests:
-            return self._requests.get((stream.key.domain,)) or domains.start(_label(stream.key.domain)), 0
+            return self._requests.get(_Rows(stream.key.domain)) or domains.start(_label(stream.key.domain)), 0
         num_new, rows = 0, []
         for request in requests:
             weights = self._requests.get(request.id)
@@ -448,7 +454,7 @@ class Selector:
         assert domains is not None
         draft, decision = point.drafts[option], report.decision
         infos = {request.id: request for request in decision.requests}
-        ids = report.ids if report.ids is not None else tuple(infos) or ((stream.key.domain,),) * len(report.rows)
+        ids = report.ids if report.ids is not None else tuple(infos) or (_Rows(stream.key.domain),) * len(report.rows)
         heaviest, num_rows = 0, len(report.rows)
         after: dict[Hashable, list[list[float]]] = {}
         for request, row in zip(ids, report.rows, strict=True):
@@ -499,6 +505,9 @@ class Selector:
         """All that was learned, as JSON values for `restore`, in another process too; requests are left out."""
         with self._lock:
             state = self._state
+            for point in state.points.values():
+                point.update()  # as `restore` does
+            rows = [[key.domain, list(weights)] for key, weights in self._requests.items() if isinstance(key, _Rows)]
             return {
                 "version": SNAPSHOT_VERSION,
                 "policy": state.digest,
@@ -511,6 +520,7 @@ class Selector:
                 "loss_budget": self._budget.snapshot(),
                 "domains": None if state.domains is None else state.domains.snapshot(),
                 "times": [point.times.snapshot() for point in state.points.values()],
+                "rows": rows,
                 "streams": [[*stream.arm, stream.dwell] for stream in state.streams.values()],
             }
 
@@ -541,6 +551,9 @@ class Selector:
                     raise ValueError(f"setup {stream.arm}")
                 if stream.point is not None:
                     stream.fixed = stream.point.setups[stream.arm[0]][stream.arm[1]]
+            rows: dict[Hashable, list[float]] = {
+                _Rows(str(domain)): [float(weight) for weight in weights] for domain, weights in snapshot["rows"]
+            }
             if not abs(credit) <= MAX_PROBE_CREDIT or len(totals) != len(self._totals):
                 raise ValueError(f"probe credit {credit}")
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -548,8 +561,7 @@ class Selector:
         with self._lock:
             self._state, self._budget, self._probe, self._last_option = state, budget, None, (None, 0)
             self._now, self.num_refused, self._random, self._next_probe = numbers
-            self._probe_credit, self._totals = credit, totals
-            self._requests.clear()
+            self._probe_credit, self._totals, self._requests = credit, totals, rows
 
 
 def _take_over(state: _State, earlier: _State) -> None:
@@ -564,6 +576,8 @@ def _take_over(state: _State, earlier: _State) -> None:
                 for name, model in zip(new.names, new.models[temperature][number], strict=True):
                     if name in old.names:
                         model.restore(learned[old.names.index(name)].snapshot())
+    if new.names == old.names:
+        new.mixes = old.mixes
     new.rounds = [old.rounds[old.names.index(name)] if name in old.names else 0.0 for name in new.names]
     for point in state.points.values():
         point.update()
