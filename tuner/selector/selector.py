@@ -21,21 +21,18 @@ Decisions and reports pair with any delay and in any order.
 
 import math
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from functools import lru_cache
 from threading import Lock
 from typing import Any, Literal, NamedTuple
 
 from profiles.engines.base import RequestInfo, RoundDecision, RoundReport
-from profiles.records.core import PLAIN, Setup, digest_of
+from profiles.records.core import PLAIN
 from profiles.records.errors import InputError
 from profiles.records.evidence import RoundCount
-from tuner.policy.policy import Policy, to_json
-from tuner.policy.prior import RoundTimes
-from tuner.policy.query import MIXED, OperatingPoint, check_query
-from tuner.selector.acceptance import Domains
-from tuner.selector.index import PolicyIndex
+from tuner.policy.policy import Policy
+from tuner.policy.query import MIXED, OperatingPoint
 from tuner.selector.loss_budget import LossBudget
 from tuner.selector.point import MIN_SHARE, PLAIN_ARM, Arm, Point
+from tuner.selector.state import SelectorState, Stream
 
 GUARANTEE, WINDOW = 0.98, 5000
 SNAPSHOT_VERSION = 3
@@ -51,7 +48,6 @@ PROBE_ERRORS = 1.5  # standard errors that an option may be better than expected
 PROBE_GAIN_SHARE, PROBE_ROUND_SHARE = 0.05, 0.001  # of what is gained over plain decoding, and of all rounds
 INITIAL_PROBE_CREDIT, MAX_PROBE_CREDIT = 8.0, 32.0  # plain rounds
 ANONYMOUS_SHARE = 0.8  # of rounds before in the domains of rows that are told without their requests
-CACHED_QUERIES = 4096
 MAX_REQUESTS = 4096  # that are remembered
 STATS_WEIGHT = 1.0 / 256.0  # of a round in the figures of `stats`
 MIN_ROUND_S, MAX_ROUND_S = 1e-9, 1e6
@@ -77,73 +73,6 @@ class _Rows(NamedTuple):
     """Stands for all rows of a domain that are told without their requests."""
 
     domain: str
-
-
-class _Stream:
-    """The setup in use for queries that one choice of the policy answers."""
-
-    __slots__ = ("arm", "dwell", "fixed", "key", "point")
-
-    def __init__(self, key: OperatingPoint, point: Point | None, arm: Arm, fixed: Setup) -> None:
-        self.key, self.point, self.arm, self.fixed = key, point, arm, fixed
-        self.dwell = 0.0
-
-
-class _State:
-    """A policy's streams, their operating points and the domains of its prior."""
-
-    def __init__(
-        self, policy: Policy, drafts: Collection[str] | None, *, max_length: int | None, baseline: str
-    ) -> None:
-        self.policy, self.digest, self.index = policy, digest_of(to_json(policy)), PolicyIndex(policy)
-        self.temperatures = sorted({choice.temperature for choice in policy.choices})
-        self.domains = None if policy.prior is None else Domains(policy.prior)
-        self.find = lru_cache(CACHED_QUERIES)(self._find)
-        self.points: dict[tuple[int, int, float], Point] = {}
-        self.streams: dict[OperatingPoint, _Stream] = {}
-        plain: dict[tuple[int, int, float], RoundTimes] = {}
-        times: dict[tuple[int, int, float], dict[int, RoundTimes]] = {}
-        for row in () if policy.prior is None else policy.prior.round_times:
-            where = row.batch_size, row.context_length, row.temperature
-            if row.draft is None:
-                plain[where] = row
-            else:
-                times.setdefault(where, {})[row.draft] = row
-        for choice in policy.choices:
-            where = choice.batch_size, choice.context_length, choice.temperature
-            if where in plain and where not in self.points:
-                assert policy.prior is not None
-                assert self.domains is not None
-                self.points[where] = Point(
-                    policy.prior,
-                    self.domains,
-                    plain[where],
-                    times.get(where, {}),
-                    usable=drafts,
-                    max_length=max_length,
-                    baseline=baseline,
-                )
-            point = self.points.get(where)
-            draft = choice.setup.draft
-            setup = choice.setup if draft is None or drafts is None or draft.name in drafts else PLAIN
-            setup = setup if setup.length <= (max_length or setup.length) else PLAIN
-            arm = None if point is None else point.find(setup)
-            if arm is None:  # the prior does not cover the policy's choice, which is applied as it stands
-                point = None
-            elif point is not None:
-                point.times.drafts[arm[0]].rounds = 40.0  # it was measured against plain decoding
-            self.streams[choice.point] = _Stream(choice.point, point, arm or PLAIN_ARM, setup)
-
-    def _find(
-        self, batch_size: int, context_length: int | None, domain: str | None, temperature: float
-    ) -> _Stream | None:
-        """The stream of a query; None: its batch is beyond the largest measured. Raises InputError."""
-        check_query(batch_size, context_length, temperature)
-        nearest = min(self.temperatures, key=lambda value: abs(value - temperature))
-        point = self.index.find(batch_size, context_length, domain, nearest)
-        if point is None and context_length is not None:  # beyond the longest: that one is the nearest
-            point = self.index.find(batch_size, None, domain, nearest)
-        return None if point is None else self.streams[point]
 
 
 class Selector:
@@ -177,7 +106,7 @@ class Selector:
     ) -> None:
         self._options: dict[str, Any] = {"drafts": drafts, "max_length": max_length, "baseline": baseline}
         self._guarantee, self._window = guarantee, window
-        self._state = _State(policy, **self._options)
+        self._state = SelectorState(policy, **self._options)
         self._lock = Lock()
         self._budget = LossBudget(guarantee, window)
         self._requests: dict[Hashable, list[float]] = {}  # weights of domains, oldest request first
@@ -185,7 +114,7 @@ class Selector:
         self._probe_credit = INITIAL_PROBE_CREDIT
         self._random = seed % 2**64
         self._next_probe = PROBE_ROUNDS + seed % PROBE_CHECK_ROUNDS
-        self._probe: tuple[_Stream, Arm] | None = None
+        self._probe: tuple[Stream, Arm] | None = None
         self._probe_left = 0
         self._last_option: tuple[Point | None, int] = (None, 0)
         self._totals = [0.0] * 5  # tokens and seconds over plain's; proposed, expected and accepted tokens
@@ -252,7 +181,7 @@ class Selector:
             return self._decide(stream, stream.point, tuple(requests), per_request)
 
     def _decide(
-        self, stream: _Stream, point: Point, requests: tuple[RequestInfo, ...], per_request: bool
+        self, stream: Stream, point: Point, requests: tuple[RequestInfo, ...], per_request: bool
     ) -> RoundDecision:
         weights, num_new = self._weights(stream, requests)
         shares = [(share, domain) for domain, share in enumerate(weights) if share > MIN_SHARE]
@@ -281,7 +210,7 @@ class Selector:
         setup = point.setups[arm[0]][arm[1]]
         return RoundDecision(setup, True, *stream.key, probing, requests, lengths, catch_up)
 
-    def _weights(self, stream: _Stream, requests: tuple[RequestInfo, ...]) -> tuple[list[float], int]:
+    def _weights(self, stream: Stream, requests: tuple[RequestInfo, ...]) -> tuple[list[float], int]:
         """Mean shares of domains in the batch, and how many requests are new."""
         domains = self._state.domains
         assert domains is not None
@@ -304,7 +233,7 @@ class Selector:
         self._requests[request] = weights
         return weights
 
-    def _switch(self, stream: _Stream, point: Point, shares: Sequence[tuple[float, int]]) -> None:
+    def _switch(self, stream: Stream, point: Point, shares: Sequence[tuple[float, int]]) -> None:
         """Takes the setup of the highest expected goodput into use, if it is a margin above the present one."""
         if stream.dwell > 0.0:
             return
@@ -344,7 +273,7 @@ class Selector:
             return PLAIN_ARM
         return arm
 
-    def _plan_probe(self, stream: _Stream, point: Point, shares: Sequence[tuple[float, int]]) -> Arm | None:
+    def _plan_probe(self, stream: Stream, point: Point, shares: Sequence[tuple[float, int]]) -> Arm | None:
         """Of the options that may be better than the setup in use, the one that may be best, if it can be paid."""
         self._random = (self._random * 6364136223846793005 + 1442695040888963407) % 2**64  # Knuth's MMIX
         self._next_probe = self._now + PROBE_CHECK_ROUNDS // 2 + (self._random >> 33) % PROBE_CHECK_ROUNDS
@@ -413,7 +342,7 @@ class Selector:
                 self._learn(stream, stream.point, arm, report, num_rounds)
             return True
 
-    def _learn(self, stream: _Stream, point: Point, arm: Arm, report: RoundReport, num_rounds: int) -> None:
+    def _learn(self, stream: Stream, point: Point, arm: Arm, report: RoundReport, num_rounds: int) -> None:
         option = arm[0]
         rows, decision, budget = report.rows, report.decision, self._budget
         proposed = [row[0] for row in rows]
@@ -448,7 +377,7 @@ class Selector:
         self._probe_credit = min(MAX_PROBE_CREDIT, max(-MAX_PROBE_CREDIT, credit))
         point.refresh_after(option, heaviest)
 
-    def _learn_acceptance(self, stream: _Stream, point: Point, arm: Arm, report: RoundReport) -> int:
+    def _learn_acceptance(self, stream: Stream, point: Point, arm: Arm, report: RoundReport) -> int:
         """Updates requests and acceptance; returns a domain of which the round told most."""
         domains, (option, index) = self._state.domains, arm
         assert domains is not None
@@ -495,9 +424,9 @@ class Selector:
 
         The new state is prepared beside the one in use, so nobody waits for it. Raises as the constructor.
         """
-        state = _State(policy, **self._options)
+        state = SelectorState(policy, **self._options)
         with self._lock:
-            _take_over(state, self._state)
+            state.take_over(self._state)
             self._state, self._probe, self._last_option = state, None, (None, 0)
             self._requests.clear()
 
@@ -533,7 +462,7 @@ class Selector:
         version = snapshot.get("version")
         if version != SNAPSHOT_VERSION:
             raise InputError(f"snapshot version {version!r}: this draftpick reads version {SNAPSHOT_VERSION}")
-        state, budget = _State(self.policy, **self._options), LossBudget(self._guarantee, self._window)
+        state, budget = SelectorState(self.policy, **self._options), LossBudget(self._guarantee, self._window)
         if snapshot.get("policy") != state.digest:
             raise InputError("the snapshot was made under another policy: restore it before `replace`")
         try:
@@ -562,25 +491,6 @@ class Selector:
             self._state, self._budget, self._probe, self._last_option = state, budget, None, (None, 0)
             self._now, self.num_refused, self._random, self._next_probe = numbers
             self._probe_credit, self._totals, self._requests = credit, totals, rows
-
-
-def _take_over(state: _State, earlier: _State) -> None:
-    """What was learned of the same drafts on the same domains at the same lengths."""
-    new, old, new_prior, old_prior = state.domains, earlier.domains, state.policy.prior, earlier.policy.prior
-    if new is None or old is None or new_prior is None or old_prior is None or new_prior.lengths != old_prior.lengths:
-        return
-    for temperature in set(new.temperatures) & set(old.temperatures):
-        for number, draft in enumerate(new_prior.drafts):
-            if draft in old_prior.drafts:
-                learned = old.models[temperature][old_prior.drafts.index(draft)]
-                for name, model in zip(new.names, new.models[temperature][number], strict=True):
-                    if name in old.names:
-                        model.restore(learned[old.names.index(name)].snapshot())
-    if new.names == old.names:
-        new.mixes = old.mixes
-    new.rounds = [old.rounds[old.names.index(name)] if name in old.names else 0.0 for name in new.names]
-    for point in state.points.values():
-        point.update()
 
 
 def _label(domain: str) -> str | None:
