@@ -5,6 +5,7 @@ Stored evidence is the prior; rounds that are run update it. Plain loops over sh
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from tuner.policy.prior import DraftAcceptance, Prior
@@ -15,7 +16,7 @@ HALF_LIFE_ROUNDS = 1024.0  # of the domain's own rounds
 DECAY_ROUNDS = 16.0  # counts decay in steps of so many
 AGING_ROUNDS = 2000.0  # without a round of a draft, after which one more standard error of it is doubtful
 SHIFT_PRIOR = 40.0  # accepted and rejected tokens of even odds that a draft's stored acceptance weighs
-SHIFT_MEMORY = 1.0 - 1.0 / 1024.0  # of rounds of the draft
+SHIFT_ROUNDS = 1024.0  # of the draft that it is taken over
 MAX_SHIFT = 2.0  # of the logarithm of odds
 MIN_PROB = 0.001  # of a stored acceptance whose odds are shifted
 REJECTED = "rejected"  # text of which no draft gets anything right, beside the policy's domains
@@ -35,21 +36,19 @@ class Shift:
     One Newton step of a logistic regression with a normal prior: accepted less expected tokens over their variance.
     """
 
-    __slots__ = ("excess", "information", "odds")
+    __slots__ = ("excess", "information")
 
     def __init__(self) -> None:
-        self.excess, self.information, self.odds = 0.0, SHIFT_PRIOR, 1.0
+        self.excess, self.information = 0.0, SHIFT_PRIOR
 
-    def observe(self, probs: Sequence[float], proposed: int, accepted: int) -> None:
-        """A round of a labelled request; `probs`: stored acceptance by position, from position 1."""
-        tested = probs[: min(proposed, accepted + 1)]
-        self.excess += SHIFT_MEMORY * (accepted - sum(tested)) - (1.0 - SHIFT_MEMORY) * self.excess
-        information = sum([prob * (1.0 - prob) for prob in tested])
-        self.information += information - (1.0 - SHIFT_MEMORY) * (self.information - SHIFT_PRIOR)
-        self.update()
+    def observe(self, expected: float, information: float, accepted: int) -> None:
+        """A round of a labelled request: tokens that were expected to be accepted of those tested, their variance."""
+        self.excess += accepted - expected - (self.excess + accepted - expected) / SHIFT_ROUNDS
+        self.information += information - (self.information - SHIFT_PRIOR) / SHIFT_ROUNDS
 
-    def update(self) -> None:
-        self.odds = math.exp(min(MAX_SHIFT, max(-MAX_SHIFT, self.excess / self.information)))
+    @property
+    def odds(self) -> float:
+        return math.exp(min(MAX_SHIFT, max(-MAX_SHIFT, self.excess / self.information)))
 
 
 class AcceptanceModel:
@@ -68,6 +67,8 @@ class AcceptanceModel:
         "_prior",
         "_tested",
         "age",
+        "expected",
+        "information",
         "last",
         "lengths",
         "reach",
@@ -81,6 +82,9 @@ class AcceptanceModel:
         self._prior = (stored.propose_prob, *stored.accept_probs)  # index 0: whether anything is proposed
         clipped = [min(1.0 - MIN_PROB, max(MIN_PROB, prob)) for prob in stored.accept_probs]
         self._odds = [prob / (1.0 - prob) for prob in clipped]
+        # of the first so many positions: tokens accepted where all are tested, and their variance
+        self.expected = [0.0, *accumulate(clipped)]
+        self.information = [0.0, *accumulate(prob * (1.0 - prob) for prob in clipped)]
         self.weight = min(MAX_PRIOR_ROUNDS, max(1.0, stored.num_rounds))
         self._tested, self._accepted = [0.0] * len(self._prior), [0.0] * len(self._prior)
         self.last = self.age = 0.0  # rounds of the domain when counts decayed, and since a round was seen
@@ -91,13 +95,6 @@ class AcceptanceModel:
             for measured, computed in zip(stored.mean_tokens, self.tokens, strict=True)
         ]  # rounds of a length start elsewhere in the text than the longest ones, which the probabilities are of
         self.update()
-
-    def likelihood(self, proposed: int, accepted: int) -> float:
-        """Probability of a round that accepts so many."""
-        reach = self.reach
-        if not proposed:
-            return 1.0 - reach[0]
-        return reach[accepted] - reach[accepted + 1] if accepted < proposed else reach[accepted]
 
     def observe(self, proposed: int, accepted: int, weight: float, now: float) -> None:
         """Counts a round; `update` makes the figures follow. `now`: rounds of the domain so far."""
@@ -144,10 +141,6 @@ class AcceptanceModel:
         spread = math.sqrt(max(squares - mean * mean, 0.05) / (self.weight + self._tested[0]))
         return spread * (1.0 + (now - self.age) / AGING_ROUNDS)
 
-    @property
-    def stored_probs(self) -> Sequence[float]:
-        return self._prior[1:]
-
     def snapshot(self) -> list[Any]:
         shift = self.shift
         return [list(self._tested), list(self._accepted), self.last, self.age, shift.excess, shift.information]
@@ -161,7 +154,6 @@ class AcceptanceModel:
         self._tested, self._accepted = counts[: len(self._prior)], counts[len(self._prior) :]
         self.last, self.age = float(last), float(age)
         self.shift.excess, self.shift.information = float(excess), float(information)
-        self.shift.update()
         self.update()
 
 
@@ -221,17 +213,20 @@ class Domains:
     ) -> tuple[list[float], int]:
         """A request's weights after a round of a draft with these models, and the domain that weighs most."""
         proposed, accepted = row
-        scores = [
-            weight * model.likelihood(proposed, accepted) ** TEMPER
-            for weight, model in zip(weights, models, strict=True)
-        ]
+        if accepted < proposed:
+            likelihoods = [model.reach[accepted] - model.reach[accepted + 1] for model in models]
+        else:
+            likelihoods = [model.reach[accepted] if proposed else 1.0 - model.reach[0] for model in models]
+        scores = [weight * likelihood**TEMPER for weight, likelihood in zip(weights, likelihoods, strict=True)]
         total = sum(scores)
         mix, first = self._mix(label)
         stay = (1.0 - CHANGE_PROB) / total if total > 1e-30 else 0.0
         leave = CHANGE_PROB if stay else 1.0
         after = [stay * score + leave * share for score, share in zip(scores, mix, strict=True)]
-        for index, weight in enumerate(after):
-            mix[index] += MIX_RATE * (0.98 * weight + 0.02 * first[index] - mix[index])
+        mix[:] = [
+            share + MIX_RATE * (0.98 * weight + 0.02 * start - share)
+            for share, weight, start in zip(mix, after, first, strict=True)
+        ]
         # a draft that turned useless looks like text that none gets right: those rounds count for the domains too
         lost = after[-1] / max(1e-9, 1.0 - mix[-1])
         heaviest, most = 0, 0.0
@@ -239,7 +234,8 @@ class Domains:
         told = 0.0
         if own >= 0:
             told = LABEL_SHARE
-            models[own].shift.observe(models[own].stored_probs, proposed, accepted)
+            model, tested = models[own], min(proposed, accepted + 1)
+            model.shift.observe(model.expected[tested], model.information[tested], accepted)
         for index in range(len(after) - 1):
             weight = (1.0 - told) * (after[index] + lost * mix[index]) + (told if index == own else 0.0)
             if weight > MIN_WEIGHT:  # squared: rounds of uncertain domains would make these alike
