@@ -4,7 +4,7 @@ Stored evidence is the prior; rounds that are run update it. Plain loops over sh
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -36,7 +36,8 @@ class Shift:
     One Newton step of a logistic regression with a normal prior: accepted less expected tokens over their variance.
     """
 
-    __slots__ = ("excess", "information")
+    LEARNED = ("excess", "information")
+    __slots__ = LEARNED
 
     def __init__(self) -> None:
         self.excess, self.information = 0.0, SHIFT_PRIOR
@@ -60,6 +61,7 @@ class AcceptanceModel:
     included.
     """
 
+    LEARNED = ("_tested", "_accepted", "last", "age")
     __slots__ = (
         "_accepted",
         "_calibration",
@@ -141,21 +143,6 @@ class AcceptanceModel:
         spread = math.sqrt(max(squares - mean * mean, 0.05) / (self.weight + self._tested[0]))
         return spread * (1.0 + (now - self.age) / AGING_ROUNDS)
 
-    def snapshot(self) -> list[Any]:
-        shift = self.shift
-        return [list(self._tested), list(self._accepted), self.last, self.age, shift.excess, shift.information]
-
-    def restore(self, values: Sequence[Any]) -> None:
-        """Raises ValueError or TypeError: impossible counts."""
-        tested, accepted, last, age, excess, information = values
-        counts = [float(count) for count in (*tested, *accepted)]
-        if len(counts) != 2 * len(self._prior) or not 0.0 <= min(counts) <= max(counts) < math.inf:
-            raise ValueError("impossible acceptance counts")
-        self._tested, self._accepted = counts[: len(self._prior)], counts[len(self._prior) :]
-        self.last, self.age = float(last), float(age)
-        self.shift.excess, self.shift.information = float(excess), float(information)
-        self.update()
-
 
 class Domains:
     """The policy's domains as components of every request's text; the last one is text that no draft gets right.
@@ -164,6 +151,8 @@ class Domains:
     Every round multiplies in the likelihoods of what was accepted; a round counts for every domain by its weight.
     `rounds[c]` counts the rounds of a domain.
     """
+
+    LEARNED = ("rounds",)
 
     def __init__(self, prior: Prior) -> None:
         names = dict.fromkeys(stored.domain for stored in prior.acceptance)
@@ -245,25 +234,12 @@ class Domains:
                 heaviest, most = index, weight
         return after, heaviest
 
-    def snapshot(self) -> dict[str, Any]:
-        return {
-            "rounds": list(self.rounds),
-            "mixes": [[label, list(mix)] for label, (mix, _) in self.mixes.items()],
-            "models": [[[m.snapshot() for m in row] for row in rows] for rows in self.models.values()],
-        }
-
-    def restore(self, values: Mapping[str, Any]) -> None:
-        """Raises ValueError, TypeError or LookupError: not of these drafts and domains, or impossible."""
-        for rows, row_values in zip(self.models.values(), values["models"], strict=True):
-            for row, model_values in zip(rows, row_values, strict=True):
-                for model, saved in zip(row, model_values, strict=True):
-                    model.restore(saved)
-        self.rounds = [float(count) for _, count in zip(self.names, values["rounds"], strict=True)]
-        for label, shares in values["mixes"]:
-            mix = self._mix(label)[0]
-            mix[:] = [float(share) for _, share in zip(mix, shares, strict=True)]
-            if not 0.99 < sum(mix) < 1.01 or min(mix) < 0.0:
-                raise ValueError("impossible shares of domains")
+    def parts(self) -> Iterator[Any]:
+        """What learns, for snapshots; the shares under labels are apart."""
+        yield self
+        for drafts in self.models.values():
+            for models in drafts:
+                yield from (*models, models[0].shift)
 
 
 def _rejected(draft: int, temperature: float, propose_prob: float, lengths: Sequence[int]) -> DraftAcceptance:

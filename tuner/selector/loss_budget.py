@@ -6,8 +6,6 @@ worst outcome leaves the total above a share of the baseline's, so gains earn th
 
 import math
 from collections import deque
-from collections.abc import Mapping
-from typing import Any
 
 from profiles.records.errors import require
 
@@ -25,6 +23,8 @@ class LossBudget:
         guarantee: least throughput over plain decoding; None: no bound.
     """
 
+    LEARNED = ("_now", "_total")
+
     def __init__(self, guarantee: float | None, window: int) -> None:
         require(window >= 1, f"window of {window} rounds: at least 1 is needed")
         require(
@@ -35,11 +35,11 @@ class LossBudget:
         self._max_loss = math.inf if guarantee is None else RESERVE * (1.0 / guarantee - 1.0) * window
         self._now = 0
         self._total = 0.0
-        self._minima: deque[tuple[int, float]] = deque([(0, 0.0)])  # increasing totals before rounds of the window
+        self.minima: deque[tuple[int, float]] = deque([(0, 0.0)])  # increasing totals before rounds of the window
 
     @property
     def loss(self) -> float:
-        return self._total - self._minima[0][1]
+        return self._total - self.minima[0][1]
 
     @property
     def allowed(self) -> float:
@@ -53,7 +53,7 @@ class LossBudget:
 
     def add(self, lost: float, count: int = 1) -> None:
         """Counts rounds that lost so many plain rounds in all; below 0 they gained."""
-        minima = self._minima
+        minima = self.minima
         self._now += count
         self._total = total = self._total + lost
         while minima and minima[-1][1] >= total:
@@ -61,14 +61,3 @@ class LossBudget:
         minima.append((self._now, total))
         while minima[0][0] < self._now - self.window:
             minima.popleft()
-
-    def snapshot(self) -> dict[str, Any]:
-        """The state as JSON values."""
-        return {"now": self._now, "total": self._total, "minima": [list(minimum) for minimum in self._minima]}
-
-    def restore(self, snapshot: Mapping[str, Any]) -> None:
-        """Takes over a snapshot. Raises ValueError: impossible values."""
-        self._now, self._total = int(snapshot["now"]), float(snapshot["total"])
-        self._minima = deque((int(now), float(total)) for now, total in snapshot["minima"])
-        if not self._minima or not 0.0 <= self.loss < math.inf:
-            raise ValueError("an impossible loss")

@@ -1,7 +1,7 @@
 """What rounds take beside plain ones: stored ratios, corrected by the rounds that are run."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 PRIOR_LOG_STD = 0.027  # of a setup's stored time over plain's: at rounds that scatter by 17 % the weight of 40 rounds
@@ -9,7 +9,7 @@ MAX_ROUNDS = 400.0  # that the mean of a setup's deviation is taken over
 AGING_ROUNDS = 2048  # after which the rounds behind a deviation weigh half
 MACHINE_WEIGHT = 1.0 / 16.0  # of the latest round in the machine's factor
 NOISE_ROUNDS = 64  # that the scatter of rounds is taken over
-INITIAL_NOISE = 0.06  # standard deviation of a round's logarithm until it is known
+INITIAL_NOISE, INITIAL_ROUNDS = 0.06, 8  # standard deviation of a round's logarithm until it is known; its weight
 JUMP_LOG_RATIO, JUMP_NOISES, JUMP_ROUNDS = math.log(1.2), 2.5, 3
 FIRST_ROUNDS = 16  # of all, which tell the machine's factor
 SETTLING_ROUNDS = 8  # after a change of setup, in which a jump is the setup's and not the machine's
@@ -18,7 +18,8 @@ SETTLING_ROUNDS = 8  # after a change of setup, in which a jump is the setup's a
 class Deviation:
     """How far the rounds of a setup lie from the stored ones, as a logarithm, beside the machine's factor."""
 
-    __slots__ = ("last", "log", "rounds")
+    LEARNED = ("last", "log", "rounds")
+    __slots__ = LEARNED
 
     def __init__(self) -> None:
         self.log = self.rounds = 0.0
@@ -44,12 +45,14 @@ class RoundTimeModel:
         num_lengths: by option.
     """
 
+    LEARNED = ("machine", "variance", "_count", "_setup", "_since", "_same_side", "_smallest")
+
     def __init__(self, seconds: Sequence[Sequence[float]], num_lengths: Sequence[int]) -> None:
         self.seconds = [tuple(row) for row in seconds]
         self.drafts = [Deviation() for _ in seconds]
         self.lengths = [[Deviation() for _ in range(count)] for count in num_lengths]
-        self.machine: float | None = None  # log factor; None before the first round
-        self.variance, self._count = INITIAL_NOISE**2, 8
+        self.machine = 0.0  # log factor
+        self.variance, self._count = INITIAL_NOISE**2, INITIAL_ROUNDS
         self._prior_variance = PRIOR_LOG_STD**2
         self._setup, self._since = (-1, -1), 0
         self._same_side, self._smallest = 0, 0.0
@@ -85,7 +88,7 @@ class RoundTimeModel:
         option, index = (0, 0) if idle else setup
         draft, length = self.drafts[option], self.lengths[option][index]
         expected = draft.log + length.log
-        if self.machine is None:
+        if self._count == INITIAL_ROUNDS:
             self.machine = math.log(ratio) - expected
         residual = math.log(ratio) - expected - self.machine
         if self._setup != setup:
@@ -112,22 +115,6 @@ class RoundTimeModel:
         if option:
             length.observe(residual, 2.0 * prior_rounds, now, count)
 
-    def snapshot(self) -> list[Any]:
-        deviations = [*self.drafts, *(each for row in self.lengths for each in row)]
-        values = [[each.log, each.rounds, each.last] for each in deviations]
-        runs = [*self._setup, self._since, self._same_side, self._smallest]
-        return [self.machine, self.variance, self._count, runs, values]
-
-    def restore(self, values: Sequence[Any]) -> None:
-        """Raises ValueError or TypeError: not of these options, or not finite."""
-        machine, variance, count, (option, index, since, same_side, smallest), saved = values
-        deviations = [*self.drafts, *(each for row in self.lengths for each in row)]
-        for each, (log, rounds, last) in zip(deviations, saved, strict=True):
-            each.log, each.rounds, each.last = float(log), float(rounds), int(last)
-        numbers = [machine or 0.0, variance, smallest, *(each.log for each in deviations)]
-        if not all(math.isfinite(number) for number in numbers) or variance <= 0.0:
-            raise ValueError("impossible round times")
-        self.machine, self.variance, self._smallest = machine, variance, smallest
-        self._count, self._since, self._same_side = int(count), int(since), int(same_side)
-        self._setup = int(option), int(index)
-        self.update()
+    def parts(self) -> Iterator[Any]:
+        """What learns, for snapshots."""
+        yield from (self, *self.drafts, *(length for row in self.lengths for length in row))

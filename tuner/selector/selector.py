@@ -32,6 +32,7 @@ from tuner.policy.policy import Policy
 from tuner.policy.query import MIXED, OperatingPoint
 from tuner.selector.loss_budget import LossBudget
 from tuner.selector.point import MIN_SHARE, PLAIN_ARM, Arm, Point
+from tuner.selector.snapshot import load, save
 from tuner.selector.state import SelectorState, Stream
 
 GUARANTEE, WINDOW = 0.98, 5000
@@ -92,6 +93,8 @@ class Selector:
     Raises:
         InputError: the policy holds a number that is not finite, or the guarantee or the window is impossible.
     """
+
+    LEARNED = ("_now", "num_refused", "_random", "_next_probe", "_probe_credit", "_totals")
 
     def __init__(
         self,
@@ -355,10 +358,10 @@ class Selector:
                 point.times.observe(
                     arm, report.seconds / stored_s, self._now, idle=bool(option) and not max(proposed), count=num_rounds
                 )
-            elif point.times.machine is not None:
+            else:
                 caught_up_s = report.seconds / math.exp(point.times.machine) - taken_s
                 taken_s += min(max(0.0, caught_up_s), 4.0 * point.catch_up_s[option])
-        taken_s += report.extra_s / math.exp(point.times.machine or 0.0)
+        taken_s += report.extra_s / math.exp(point.times.machine)
         heaviest = 0
         if option:
             heaviest = self._learn_acceptance(stream, point, arm, report)
@@ -433,24 +436,18 @@ class Selector:
     def snapshot(self) -> dict[str, Any]:
         """All that was learned, as JSON values for `restore`, in another process too; requests are left out."""
         with self._lock:
-            state = self._state
-            for point in state.points.values():
-                point.update()  # as `restore` does
+            state, domains = self._state, self._state.domains
+            state.update()  # as `restore` does
             rows = [[key.domain, list(weights)] for key, weights in self._requests.items() if isinstance(key, _Rows)]
+            mixes = [] if domains is None else [[label, list(mix)] for label, (mix, _) in domains.mixes.items()]
             return {
                 "version": SNAPSHOT_VERSION,
                 "policy": state.digest,
-                "num_rounds": self._now,
-                "num_refused": self.num_refused,
-                "random": self._random,
-                "next_probe": self._next_probe,
-                "probe_credit": self._probe_credit,
-                "totals": list(self._totals),
-                "loss_budget": self._budget.snapshot(),
-                "domains": None if state.domains is None else state.domains.snapshot(),
-                "times": [point.times.snapshot() for point in state.points.values()],
+                "selector": save([self, self._budget]),
+                "state": save(state.parts()),
+                "minima": [list(minimum) for minimum in self._budget.minima],
+                "mixes": mixes,
                 "rows": rows,
-                "streams": [[*stream.arm, stream.dwell] for stream in state.streams.values()],
             }
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
@@ -462,35 +459,28 @@ class Selector:
         version = snapshot.get("version")
         if version != SNAPSHOT_VERSION:
             raise InputError(f"snapshot version {version!r}: this draftpick reads version {SNAPSHOT_VERSION}")
-        state, budget = SelectorState(self.policy, **self._options), LossBudget(self._guarantee, self._window)
+        fresh = Selector(self.policy, guarantee=self._guarantee, window=self._window, **self._options)
+        state, budget = fresh._state, fresh._budget
         if snapshot.get("policy") != state.digest:
             raise InputError("the snapshot was made under another policy: restore it before `replace`")
         try:
-            numbers = [int(snapshot[key]) for key in ("num_rounds", "num_refused", "random", "next_probe")]
-            credit, totals = float(snapshot["probe_credit"]), [float(value) for value in snapshot["totals"]]
-            budget.restore(snapshot["loss_budget"])
-            if state.domains is not None:
-                state.domains.restore(snapshot["domains"])
-            for point, values in zip(state.points.values(), snapshot["times"], strict=True):
-                point.times.restore(values)
-                point.update()
-            for stream, (option, index, dwell) in zip(state.streams.values(), snapshot["streams"], strict=True):
-                stream.arm, stream.dwell = (int(option), int(index)), float(dwell)
-                if stream.point is not None and min(stream.arm) < 0:
-                    raise ValueError(f"setup {stream.arm}")
-                if stream.point is not None:
-                    stream.fixed = stream.point.setups[stream.arm[0]][stream.arm[1]]
-            rows: dict[Hashable, list[float]] = {
-                _Rows(str(domain)): [float(weight) for weight in weights] for domain, weights in snapshot["rows"]
-            }
-            if not abs(credit) <= MAX_PROBE_CREDIT or len(totals) != len(self._totals):
-                raise ValueError(f"probe credit {credit}")
+            load([fresh, budget], snapshot["selector"])
+            load(state.parts(), snapshot["state"])
+            budget.minima.clear()
+            budget.minima.extend((int(now), float(total)) for now, total in snapshot["minima"])
+            if not 0.0 <= budget.loss < math.inf:
+                raise ValueError("an impossible loss")
+            for label, mix in snapshot["mixes"] if state.domains is not None else ():
+                assert state.domains is not None
+                state.domains.start(label)[:] = [float(share) for share in mix]
+            rows = {_Rows(domain): [float(weight) for weight in weights] for domain, weights in snapshot["rows"]}
+            state.update()
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"the snapshot is damaged: {type(error).__name__} {error}") from error
         with self._lock:
             self._state, self._budget, self._probe, self._last_option = state, budget, None, (None, 0)
-            self._now, self.num_refused, self._random, self._next_probe = numbers
-            self._probe_credit, self._totals, self._requests = credit, totals, rows
+            load([self], snapshot["selector"][:1])
+            self._requests = dict(rows)
 
 
 def _label(domain: str) -> str | None:

@@ -1,7 +1,8 @@
 """What a selector holds of one policy: its choices, their operating points, and the domains of its prior."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import lru_cache
+from typing import Any
 
 from profiles.records.core import PLAIN, Setup, digest_of
 from tuner.policy.policy import Policy, to_json
@@ -10,6 +11,7 @@ from tuner.policy.query import OperatingPoint, check_query
 from tuner.selector.acceptance import Domains
 from tuner.selector.index import PolicyIndex
 from tuner.selector.point import PLAIN_ARM, Arm, Point
+from tuner.selector.snapshot import load, save
 
 CACHED_QUERIES = 4096
 PROVEN_ROUNDS = 40.0  # that a setup counts as run, which the policy chose
@@ -18,6 +20,7 @@ PROVEN_ROUNDS = 40.0  # that a setup counts as run, which the policy chose
 class Stream:
     """The setup in use for queries that one choice of the policy answers."""
 
+    LEARNED = ("arm", "dwell")
     __slots__ = ("arm", "dwell", "fixed", "key", "point")
 
     def __init__(self, key: OperatingPoint, point: Point | None, arm: Arm, fixed: Setup) -> None:
@@ -81,6 +84,18 @@ class SelectorState:
             point = self.index.find(batch_size, None, domain, nearest)
         return None if point is None else self.streams[point]
 
+    def parts(self) -> Iterator[Any]:
+        """What learns, for snapshots."""
+        yield from () if self.domains is None else self.domains.parts()
+        for point in self.points.values():
+            yield from point.times.parts()
+        yield from self.streams.values()
+
+    def update(self) -> None:
+        """Recomputes all figures."""
+        for point in self.points.values():
+            point.update()
+
     def take_over(self, earlier: "SelectorState") -> None:
         """What was learned of the same drafts on the same domains at the same lengths."""
         new, old, new_prior, old_prior = self.domains, earlier.domains, self.policy.prior, earlier.policy.prior
@@ -98,9 +113,9 @@ class SelectorState:
                     learned = old.models[temperature][old_prior.drafts.index(draft)]
                     for name, model in zip(new.names, new.models[temperature][number], strict=True):
                         if name in old.names:
-                            model.restore(learned[old.names.index(name)].snapshot())
+                            load([model], save([learned[old.names.index(name)]]))
+                    load([new.models[temperature][number][0].shift], save([learned[0].shift]))
         if new.names == old.names:
             new.mixes = old.mixes
         new.rounds = [old.rounds[old.names.index(name)] if name in old.names else 0.0 for name in new.names]
-        for point in self.points.values():
-            point.update()
+        self.update()
