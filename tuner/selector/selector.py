@@ -473,14 +473,16 @@ class Selector:
             for label, mix in snapshot["mixes"] if state.domains is not None else ():
                 assert state.domains is not None
                 state.domains.start(label)[:] = [float(share) for share in mix]
-            rows = {_Rows(domain): [float(weight) for weight in weights] for domain, weights in snapshot["rows"]}
+            rows: dict[Hashable, list[float]] = {
+                _Rows(domain): [float(weight) for weight in weights] for domain, weights in snapshot["rows"]
+            }
             state.update()
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"the snapshot is damaged: {type(error).__name__} {error}") from error
         with self._lock:
             self._state, self._budget, self._probe, self._last_option = state, budget, None, (None, 0)
             load([self], snapshot["selector"][:1])
-            self._requests = dict(rows)
+            self._requests = rows
 
 
 def _label(domain: str) -> str | None:
