@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(not RUNNING.is_whole, reason="no lane: make test-vllm"),
 ]
 interpreted = pytest.mark.skipif(not TRITON.is_whole, reason="no lane: make test-vllm")
-LONGEST, NEW = 3, 16
+LONGEST, NEW = 3, 10
 WORKLOAD = Workload(context_length=120, max_new_tokens=NEW)
 LONGER = Workload(context_length=120 + LONGEST, max_new_tokens=NEW + LONGEST)
 
