@@ -190,8 +190,9 @@ class Domains:
             known = label in self.names[:-1] and label != MIXED
             outside = OUTSIDE_SHARE if known else 1.0 - REJECTED_SHARE
             main = label if known else MIXED
-            # the fewer domains have a name, the more text is of none of them
-            parts = {name: max(1, 5 - len(self.names)) if name == MIXED else 1 for name in self.names[:-1]}
+            # beside a label, or one domain alone, other text may be anything; without, it is of one of the domains
+            unnamed = 3.0 if known or len(self.names) <= 3 else 0.1
+            parts = {name: unnamed if name == MIXED else 1.0 for name in self.names[:-1]}
             first = [*(outside * part / sum(parts.values()) for part in parts.values()), REJECTED_SHARE]
             first[self.names.index(main) if main in self.names else 0] += 1.0 - sum(first)
             mix = self.mixes[label] = list(first), first

@@ -14,6 +14,8 @@ PLAIN_ARM: Arm = (0, 0)
 MIN_SHARE = 0.02  # of a domain in a batch, under which it says nothing
 REMAINING_ROUNDS = 16.0  # of a request
 UNHEARD_DISCOUNT = 0.03  # of what was forecast and never run here
+MAX_DOUBT = 0.15
+DOUBT_ROUNDS = 64.0  # of a setup, after which half of the policy's doubt is left
 HEARD_ROUNDS = 8.0  # after which half of the discount is left
 
 
@@ -68,7 +70,7 @@ class Point:
         self._by_id = {id(setup): arm for setup, arm in self._arms()}
         self.costs = [[0.0] for _ in self.lengths]
         self._factors = [[1.0] * len(lengths) for lengths in self.lengths]
-        self.probed = [0] * len(self.lengths)  # when an option was probed
+        self.chosen: set[Arm] = set()  # by the policy, on any domain
         self._peaks: list[list[tuple[float, int]]] = [[(0.0, 0)] * len(self.lengths) for _ in domains.names]
         self.best = [PLAIN_ARM] * len(domains.names)
         self._turn = 0
@@ -145,10 +147,25 @@ class Point:
             variance += (spread / tokens) ** 2
         return float(variance**0.5)
 
-    def discount(self, arm: Arm) -> float:
-        """Factor of the value of a setup that was only forecast."""
-        heard = self.times.drafts[arm[0]].rounds
-        return 1.0 - UNHEARD_DISCOUNT * HEARD_ROUNDS / (HEARD_ROUNDS + heard) if arm[0] else 1.0
+    def doubt(self, arm: Arm, domain: str) -> float:
+        """By how much the best setup exceeds this one on a domain, by the figures so far."""
+        if domain not in self._domains.names:
+            return 0.0
+        number = self._domains.names.index(domain)
+        shares = ((1.0, number),)
+        return max(0.0, min(MAX_DOUBT, self.value(self.best[number], shares) / self.value(arm, shares) - 1.0))
+
+    def discount(self, arm: Arm, doubt: float) -> float:
+        """Factor of the value of a setup that was only forecast.
+
+        Args:
+            doubt: by how much a setup must be better by the prior that the policy did not choose.
+        """
+        option, index = arm
+        heard, alike = self.times.drafts[option].rounds, self.times.lengths[option][index].rounds
+        unheard = UNHEARD_DISCOUNT * HEARD_ROUNDS / (HEARD_ROUNDS + heard)
+        doubt = 0.0 if arm in self.chosen else doubt * DOUBT_ROUNDS / (DOUBT_ROUNDS + alike)
+        return 1.0 - unheard - doubt
 
     def peak_index(self, option: int, domain: int) -> int:
         """The index of an option's best length on a domain."""

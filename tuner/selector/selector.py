@@ -46,7 +46,7 @@ PROBE_ROUNDS = 4
 PROBE_CHECK_ROUNDS = 24  # between two looks for something to probe, on average
 PLAIN_ROUNDS = 1024  # without a plain round, after which its time is probed
 PROBE_ERRORS = 1.5  # standard errors that an option may be better than expected
-PROBE_GAIN_SHARE, PROBE_ROUND_SHARE = 0.05, 0.001  # of what is gained over plain decoding, and of all rounds
+PROBE_GAIN_SHARE, PROBE_ROUND_SHARE = 0.02, 0.001  # of what is gained over plain decoding, and of all rounds
 INITIAL_PROBE_CREDIT, MAX_PROBE_CREDIT = 8.0, 32.0  # plain rounds
 ANONYMOUS_SHARE = 0.8  # of rounds before in the domains of rows that are told without their requests
 MAX_REQUESTS = 4096  # that are remembered
@@ -244,10 +244,14 @@ class Selector:
         if rate <= plain_rate:
             best, rate = PLAIN_ARM, plain_rate
         best_rate = rate * (1.0 + MARGIN)
-        for arm in {point.best[domain] for _, domain in shares}:
+        candidates, (share, main) = {point.best[domain] for _, domain in shares}, max(shares)
+        if share < CERTAIN:  # a setup may be the best of no domain, and good for all
+            option = self._now % len(point.lengths)
+            candidates.add((option, point.peak_index(option, main)))
+        for arm in candidates:
             if arm != stream.arm and arm[0]:
                 extra_s = self._catch_up_s(point, arm[0]) / PAYBACK_ROUNDS
-                arm_rate = point.value(arm, shares, extra_s=extra_s) * point.discount(arm)
+                arm_rate = point.value(arm, shares, extra_s=extra_s) * point.discount(arm, stream.doubt)
                 if arm_rate > best_rate:
                     best, best_rate = arm, arm_rate
         # what is in use is looked at again in a moment: estimates move little from round to round

@@ -21,11 +21,13 @@ class Stream:
     """The setup in use for queries that one choice of the policy answers."""
 
     LEARNED = ("arm", "dwell")
-    __slots__ = ("arm", "dwell", "fixed", "key", "point")
+    __slots__ = ("arm", "doubt", "dwell", "fixed", "key", "point")
 
     def __init__(self, key: OperatingPoint, point: Point | None, arm: Arm, fixed: Setup) -> None:
         self.key, self.point, self.arm, self.fixed = key, point, arm, fixed
-        self.dwell = 0.0
+        self.dwell = self.doubt = 0.0
+        if point is not None and self.arm[0]:
+            self.doubt = point.doubt(arm, key.domain)
 
 
 class SelectorState:
@@ -71,6 +73,7 @@ class SelectorState:
                 point = None
             elif point is not None:
                 point.times.drafts[arm[0]].rounds = PROVEN_ROUNDS
+                point.chosen.add(arm)
             self.streams[choice.point] = Stream(choice.point, point, arm or PLAIN_ARM, setup)
 
     def _find(
