@@ -42,19 +42,19 @@ def test_a_draft_that_turns_useless_is_left_and_taken_up_again() -> None:
     assert sum(pick.setup.draft == NGRAM and pick.setup.length >= 6 for pick in world.play(selector, 500)) > 400
 
 
-@pytest.mark.parametrize("guarantee", [0.98, None])
-def test_the_loss_against_plain_decoding_is_bounded(guarantee: float | None) -> None:
-    """Drafts turn useless whenever they are trusted: at most 2 % of a window is lost; without the guarantee, more."""
-    selector, world = Selector(learning_policy(), guarantee=guarantee, window=1000), World()
+@pytest.mark.parametrize("trust", [0, 3, 12])
+def test_the_loss_against_plain_decoding_is_bounded(trust: int) -> None:
+    """Drafts turn useless whenever they were trusted for some rounds: at most 2 % of a window is lost."""
+    selector, world = Selector(learning_policy(), window=1000), World()
     lost, trusted = [0.0], 0
-    for _ in range(6000):
-        world.keep = dict.fromkeys(world.keep, 0.0 if trusted > 3 else 0.9)
+    for _ in range(3000):
+        world.keep = dict.fromkeys(world.keep, 0.0 if trusted >= trust else 0.9)
         before = world.tokens, world.seconds
         pick = world.play(selector, 1)[0]
         trusted = trusted + 1 if pick.setup.draft else 0
         lost.append(lost[-1] + (world.seconds - before[1]) / 0.01 - (world.tokens - before[0]))
     worst = max(late - early for early, late in zip(lost, lost[1000:], strict=False))
-    assert (worst < 1000 * (1 / 0.98 - 1)) == (guarantee is not None)
+    assert worst < 1000 * (1 / 0.98 - 1)
 
 
 def test_another_draft_is_found() -> None:
@@ -141,6 +141,7 @@ def test_catching_up_and_prefills_are_charged() -> None:
 def test_a_request_needs_no_label() -> None:
     """Two kinds of unlabelled requests in turn: each soon runs what is best for its text."""
     selector, world = Selector(learning_policy()), World()
+    num_best = 0
     for number in range(120):
         is_code = number % 2 == 1
         world.hit = {NGRAM: 0.05 if is_code else 0.5, CODE_DRAFT: 1.0}
@@ -149,7 +150,8 @@ def test_a_request_needs_no_label() -> None:
         selector.finish([number])
         if number >= 60:
             best = CODE_DRAFT if is_code else NGRAM
-            assert sum(pick.setup.draft == best for pick in picks[10:]) > 10, number
+            num_best += sum(pick.setup.draft == best for pick in picks[10:])
+    assert num_best > 0.8 * 60 * 20
 
 
 def test_every_request_of_a_batch_may_have_its_own_length() -> None:
