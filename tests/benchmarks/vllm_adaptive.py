@@ -4,8 +4,8 @@ On vLLM's CPU build (`python -m tests.lanes.vllm_env`), float32, greedy, with a 
 number of requests in flight change, phase by phase in all servers in turn, several passes. The fixed k and plain
 decoding are servers of their own, with vLLM's own scheduler and no schedule; the best fixed k is the one with the most
 tokens per second over all phases, known afterwards. Beside them a look-up alone, and mixed into the draft model.
-`python_us`: Python time of choosing and reporting a step. `--policy FILE` is read, or measured on other prompts and
-written, which ends the call: choices are the best forecasts.
+Requests name no domain; every pass sends the same prompts. `python_us`: Python time of choosing and reporting a step.
+`--policy FILE` is read, or measured on other prompts and written, which ends the call: choices are the best forecasts.
 """
 
 import argparse
@@ -94,11 +94,11 @@ def _choice(point: PointDecision) -> Choice:
 def queues(count: int, max_new_tokens: int) -> dict[str, list[list[int]]]:
     """Token ids of prompts by domain."""
     target = loader.load("builtin:target", dtype="float32", device="cpu")
-    found = {}
+    by_domain = {}
     for domain, _ in PHASES:
         prompts, _ = tokenize(read(f"builtin:{domain}"), target.tokenizer, CONTEXT - max_new_tokens)
-        found[domain] = [list(prompt.token_ids) for prompt in prompts[:count]]
-    return found
+        by_domain[domain] = [list(prompt.token_ids) for prompt in prompts[:count]]
+    return by_domain
 
 
 def main() -> None:
@@ -164,6 +164,10 @@ def main() -> None:
             "best_fixed": best,
             "over_best_fixed": round(overall[ADAPTIVE] / overall[best], 3),
             "over_best_fixed_by_phase": [round(a / b, 3) for a, b in zip(rates[ADAPTIVE], rates[best], strict=True)],
+            "over_best_of_phase": [
+                round(rate / max(rates[name][index] for name in rates if name.startswith("k=")), 3)
+                for index, rate in enumerate(rates[ADAPTIVE])
+            ],
             "over_plain": round(overall[ADAPTIVE] / overall[BASE], 3),
             "queues_that_differ": num_differ,
             "python_us": {

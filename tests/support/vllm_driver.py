@@ -19,7 +19,7 @@ from profiles.engines.base import RequestInfo, RoundDecision
 from profiles.records.core import Draft, Setup
 from tuner.selector import vllm_lookup
 from tuner.selector.selector import SelectorStats
-from tuner.selector.step_controller import Plan, StepController
+from tuner.selector.step_controller import Plan, Step, StepController
 from tuner.selector.vllm_scheduler import DraftpickScheduler
 
 CYCLE = (1, 6, 0, 3, 2)
@@ -41,7 +41,7 @@ class CycleController(StepController):
     def stats(self) -> SelectorStats:
         return SelectorStats(0, 0, 0.0, 0.0, 1.0, 1.0)
 
-    def decide(self, requests: Sequence[RequestInfo]) -> int:
+    def decide(self, _: Step, requests: Sequence[RequestInfo]) -> int:
         decision = RoundDecision(SETUP, True, 1, 1, "mixed", 0.0)
         lengths = [next(self._lengths) for _ in requests]
         self.plans |= {str(info.id): Plan(decision, length) for info, length in zip(requests, lengths, strict=True)}

@@ -115,6 +115,8 @@ def write_adaptive(pick: Pick, policy: Policy) -> Written:
         f"k from 0 to {longest} is chosen as the server runs, by draftpick, which must be installed where vLLM is, and "
         f"the policy file that DRAFTPICK_POLICY names; keep --max-num-seqs at {longest} or more",
     ]
+    if policy.environment.engine != "vllm":
+        notes.append(f"the policy was measured on {policy.environment.engine}: measure it with --engine vllm")
     args = ["--scheduler-cls", SCHEDULER, *config_args(every_length(config, longest))]
     return Written(text=_text(args), setup=setup, notes=notes, claims={})
 

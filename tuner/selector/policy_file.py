@@ -2,11 +2,12 @@
 
 import os
 import threading
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from profiles.records.errors import PolicyError
-from tuner.policy.policy import read
+from profiles.records.errors import DraftpickError
+from tuner.policy.policy import Policy, read
 from tuner.selector.selector import Selector
 
 
@@ -16,17 +17,25 @@ class PolicyFile:
     `error` says why the newest file could not be used; the policy before it then stays in force.
 
     Args:
+        drafts_of: names of a policy's drafts that the engine has loaded, asked for every new policy; it raises
+            InputError where that cannot be used. None: it can run all of them.
         options: of the selector, by name.
 
     Raises:
         PolicyError: the first file cannot be read.
+        InputError: `drafts_of` refuses it.
     """
 
-    def __init__(self, path: str | Path, **options: Any) -> None:
+    def __init__(
+        self, path: str | Path, *, drafts_of: Callable[[Policy], Collection[str]] | None = None, **options: Any
+    ) -> None:
         self.path = Path(path)
-        self.error: PolicyError | None = None
+        self.error: Exception | None = None
+        self._drafts_of, self._options = drafts_of, options
         self._stamp = self._read_stamp()
-        self._selector = Selector(read(self.path), **options)
+        policy = read(self.path)
+        self._drafts = self._loaded(policy)
+        self._selector = Selector(policy, drafts=self._drafts, **options)
         self._reading = threading.Lock()
 
     @property
@@ -36,16 +45,24 @@ class PolicyFile:
         if stamp != self._stamp:
             with self._reading:
                 if stamp != self._stamp:
-                    self._reload()
                     self._stamp = stamp
+                    self._reload()
         return self._selector
 
     def _reload(self) -> None:
         try:
-            self._selector.replace(read(self.path))
+            policy = read(self.path)
+            drafts = self._loaded(policy)
+            if drafts == self._drafts:
+                self._selector.replace(policy)
+            else:
+                self._selector, self._drafts = Selector(policy, drafts=drafts, **self._options), drafts
             self.error = None
-        except PolicyError as error:
-            self.error = error
+        except (DraftpickError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            self.error = error  # a server must go on, whatever the file holds
+
+    def _loaded(self, policy: Policy) -> frozenset[str] | None:
+        return None if self._drafts_of is None else frozenset(self._drafts_of(policy))
 
     def _read_stamp(self) -> tuple[int, int, int] | None:
         """What changes when the file does; None where there is none."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from profiles.engines.base import RequestInfo, RoundDecision, RoundReport
+from profiles.records.core import Setup
 from profiles.records.evidence import RoundCount
 from tuner.selector.policy_file import PolicyFile
 from tuner.selector.selector import SelectorStats
@@ -19,11 +20,15 @@ class Plan(NamedTuple):
 
 @dataclass(slots=True)
 class Step:
-    """A scheduled step: the rows whose drafts it verifies, with the tokens proposed; `prefills`: it also reads text."""
+    """A scheduled step: the rows whose drafts it verifies, with the tokens proposed.
+
+    `prefills`: it also reads text. `drafts_for`: the setup that its rows draft for, and how many tokens.
+    """
 
     started_s: float
     rows: Mapping[str, tuple[Plan, int]]
     prefills: bool
+    drafts_for: tuple[Setup, int] | None = None
 
 
 class StepController:
@@ -50,12 +55,12 @@ class StepController:
         return self.policy_file.error is not None
 
     def verify(self, num_drafted: Mapping[str, int], *, started_s: float, prefills: bool) -> Step:
-        """The step that verifies so many drafted tokens of each request; those without a plan are not reported."""
+        """The step that verifies so many drafted tokens of each decoding request; those without a plan are left out."""
         rows = {name: (self.plans.pop(name), count) for name, count in num_drafted.items() if name in self.plans}
         return Step(started_s=started_s, rows=rows, prefills=prefills)
 
-    def decide(self, requests: Sequence[RequestInfo]) -> int:
-        """Plans the next round of these requests. Returns the most tokens that any of them is to draft for it."""
+    def decide(self, step: Step, requests: Sequence[RequestInfo]) -> int:
+        """Plans the next round of these requests, which `step` drafts for. Returns the most tokens of any of them."""
         if not requests:
             return 0
         decision = self.policy_file.selector.choose(requests=requests, per_request=self.per_request)
@@ -63,6 +68,7 @@ class StepController:
         self.plans |= {
             str(request.id): Plan(decision, length) for request, length in zip(requests, lengths, strict=True)
         }
+        step.drafts_for = decision.setup, max(lengths)
         return max(lengths)
 
     def forget(self, names: Iterable[str]) -> None:
@@ -74,9 +80,11 @@ class StepController:
             self.policy_file.selector.finish(names)
 
     def report(self, step: Step, num_emitted: Mapping[str, int], ended_s: float, *, idle: bool) -> None:
-        """Reports a step's rows that emitted tokens; its seconds are learned where its rows share one decision.
+        """Reports a step's rows that emitted tokens.
 
-        They count from the end of the step before, where that did not leave the server `idle`.
+        Its seconds are those of a round where its rows share one decision and draft for the next as that one did: it
+        verifies one decision's tokens and drafts another's. They count from the end of the step before, where that did
+        not leave the server `idle`.
         """
         seconds = ended_s - (step.started_s if self._busy_since_s is None else self._busy_since_s)
         self._busy_since_s = None if idle else ended_s
@@ -85,9 +93,9 @@ class StepController:
             if emitted := num_emitted.get(name, 0):
                 counted = RoundCount(proposed, min(proposed, emitted - 1))
                 groups.setdefault(id(plan.decision), []).append((name, plan, counted))
-        is_timed = len(groups) == 1 and not step.prefills
         for group in groups.values():
             names, plans, counts = zip(*group, strict=True)
-            self.policy_file.selector.observe(
-                RoundReport(plans[0].decision, counts, seconds if is_timed else None, ids=names)
-            )
+            decision = plans[0].decision
+            verifies = decision.setup, max(decision.lengths, default=decision.setup.length)
+            is_timed = len(groups) == 1 and not step.prefills and step.drafts_for == verifies
+            self.policy_file.selector.observe(RoundReport(decision, counts, seconds if is_timed else None, ids=names))

@@ -31,8 +31,8 @@ class LookupScheduler(Scheduler):  # type: ignore[misc]  # vLLM is not installed
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        known = is_between(version("vllm"), TRACED)
-        require(known, f"vLLM {version('vllm')}: a look-up can be mixed in from {TRACED[0]} to {TRACED[1]}")
+        is_run = is_between(version("vllm"), TRACED)
+        require(is_run, f"vLLM {version('vllm')}: a look-up can be mixed in from {TRACED[0]} to {TRACED[1]}")
         require(LOOKUP_KEY in self.vllm_config.additional_config, f"--additional-config has no {LOOKUP_KEY}")
         require(not self.scheduler_config.async_scheduling, "a look-up mixed in needs --no-async-scheduling")
         is_v2 = self.vllm_config.use_v2_model_runner

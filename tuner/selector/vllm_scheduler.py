@@ -7,8 +7,7 @@ The policy file is re-read when it is replaced. A request names its domain in `v
 (`{"draftpick_domain": "code"}`); without one the selector finds out. Environment variables: `DRAFTPICK_METRICS`,
 HOST:PORT of Prometheus gauges (127.0.0.1:9431; empty: none), on vLLM's own endpoint instead where
 PROMETHEUS_MULTIPROC_DIR is set before the start. `DRAFTPICK_STEPS`: a file for a JSON line per step.
-`DRAFTPICK_PER_REQUEST`: 1 or 0, lengths by request within a batch; by default where there are no CUDA graphs, which
-need one length.
+`DRAFTPICK_PER_REQUEST=1`: lengths by request within a batch, which leave vLLM's CUDA graphs of one length.
 
 The scheduler's interface is not declared stable: this module alone uses it, in the versions `flags.STEERED`. The step
 that verifies a decision's drafts is the one after that which made them: a decision is for the next step.
@@ -18,7 +17,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,10 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from profiles.engines.base import SERVED_KINDS, RequestInfo
-from profiles.engines.vllm.flags import speculative_config, steering_objection
-from profiles.records.core import Draft
+from profiles.engines.base import RequestInfo
+from profiles.engines.vllm.flags import is_loaded, speculative_config, steering_objection
 from profiles.records.errors import InputError
-from tuner.policy.policy import Policy, read
+from tuner.policy.policy import Policy
 from tuner.selector.policy_file import PolicyFile
 from tuner.selector.step_controller import Step, StepController
 
@@ -71,10 +69,9 @@ class DraftpickScheduler(Scheduler):  # type: ignore[misc]  # vLLM is not instal
         path = os.environ.get(POLICY)
         if path is None:
             raise InputError(f"{POLICY} is not set: it names the policy file")
-        names = loaded_drafts(read(path), self.vllm_config.speculative_config)
-        policy_file = PolicyFile(path, drafts=names, max_length=self.num_spec_tokens)
-        is_eager = self.vllm_config.model_config.enforce_eager
-        return StepController(policy_file, per_request=os.environ.get(PER_REQUEST, str(int(is_eager))) == "1")
+        drafts_of = partial(loaded_drafts, config=self.vllm_config.speculative_config)
+        policy_file = PolicyFile(path, drafts_of=drafts_of, max_length=self.num_spec_tokens)
+        return StepController(policy_file, per_request=os.environ.get(PER_REQUEST) == "1")
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self._started_s = time.perf_counter()
@@ -91,16 +88,22 @@ class DraftpickScheduler(Scheduler):  # type: ignore[misc]  # vLLM is not instal
         controller, scheduled = self._controller, scheduler_output.num_scheduled_tokens
         controller.forget(scheduler_output.finished_req_ids)
         drafts = scheduler_output.scheduled_spec_decode_tokens
-        num_drafted = {name: len(drafts.get(name, ())) for name in scheduled}
-        prefills = any(count != 1 + num_drafted[name] for name, count in scheduled.items())
-        step = controller.verify(num_drafted, started_s=self._started_s, prefills=prefills)
+        decoding = {
+            name: num_drafted
+            for name, count in scheduled.items()
+            if count == 1 + (num_drafted := len(drafts.get(name, ())))
+        }
+        prefilling = scheduled.keys() - decoding.keys()
+        for name in prefilling:  # also a request that was preempted: what it drafted is gone
+            controller.plans.pop(name, None)
+        step = controller.verify(decoding, started_s=self._started_s, prefills=bool(prefilling))
         requests = [  # that have read all their text after this step
             request
             for name, count in scheduled.items()
             if (request := self.requests[name]).num_computed_tokens + count
             >= request.num_tokens + request.num_output_placeholders
         ]
-        scheduler_output.num_spec_tokens_to_schedule = controller.decide([_info(request) for request in requests])
+        scheduler_output.num_spec_tokens_to_schedule = controller.decide(step, [_info(request) for request in requests])
         self._steps[id(scheduler_output)] = step, self._cut_s + time.perf_counter() - began
         super()._update_after_schedule(scheduler_output)
 
@@ -130,19 +133,13 @@ class AsyncDraftpickScheduler(DraftpickScheduler, AsyncScheduler):  # type: igno
 def loaded_drafts(policy: Policy, config: Any) -> list[str]:
     """Names of the policy's drafts that a server with this speculative config runs. Raises InputError: none is."""
     drafts = () if policy.prior is None else policy.prior.drafts
-    names = [draft.name for draft in drafts if _is_loaded(draft, config)]
+    names = [draft.name for draft in drafts if is_loaded(draft, config)]
     if not names:
-        known = ", ".join(draft.name for draft in drafts) or "none"
-        raise InputError(f"the server drafts with {config.method} {config.model}; the policy knows {known}")
+        others = ", ".join(json.dumps(speculative_config(draft, 1)) for draft in drafts) or "none"
+        raise InputError(f"the server drafts with {config.method} {config.model}; the policy has figures of {others}")
+    if policy.environment.engine != "vllm":
+        logger.warning("the policy was measured on %s: its times are not this server's", policy.environment.engine)
     return names
-
-
-def _is_loaded(draft: Draft, config: Any) -> bool:
-    if draft.kind not in SERVED_KINDS:
-        return False
-    wanted = speculative_config(draft, 1)
-    keys = {"model", "prompt_lookup_max", "prompt_lookup_min"} & set(wanted) or {"method"}
-    return all(getattr(config, key, None) == wanted[key] for key in keys)
 
 
 def _info(request: Any) -> RequestInfo:
@@ -151,7 +148,7 @@ def _info(request: Any) -> RequestInfo:
     return RequestInfo(
         id=request.request_id,
         domain=domain if isinstance(domain, str) else None,
-        context_length=request.num_prompt_tokens + request.max_tokens,
+        context_length=request.num_tokens,  # clients seldom say how many will come
         temperature=getattr(sampling, "temperature", None) or 0.0,
     )
 
@@ -163,14 +160,18 @@ class Reporter:
         self._controller = controller
         self._gauges = {name: gauge.labels(engine) for name, gauge in _gauges().items()}
         path = os.environ.get(STEPS)
-        self._file = None if path is None else Path(path).open("a", buffering=1, encoding="utf-8")  # noqa: SIM115 -- until `close`
+        self._file = None if path is None else Path(path).open("ab", buffering=0)  # noqa: SIM115 -- until `close`
         self._num_steps = 0
 
     def add(self, step: Step, num_emitted: Mapping[str, int], ended_s: float, python_s: float) -> None:
         rows = [(plan.length, proposed, num_emitted.get(name, 0)) for name, (plan, proposed) in step.rows.items()]
         if self._file is not None:
             line = {"ended_s": ended_s, "rows": rows, "python_us": round(1e6 * python_s, 1)}
-            self._file.write(json.dumps(line) + "\n")
+            try:
+                self._file.write(json.dumps(line).encode() + b"\n")
+            except OSError as error:  # serving goes on
+                logger.warning("%s: no further steps are written (%s)", STEPS, error)
+                self.close()
         self._num_steps += 1
         if rows and self._num_steps % GAUGE_STEPS == 1:
             stats = self._controller.stats
@@ -189,6 +190,7 @@ class Reporter:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+            self._file = None
 
 
 @cache
@@ -198,9 +200,9 @@ def _gauges() -> dict[str, Gauge]:
         "k": "Drafted tokens per request that the latest step verified.",
         "expected_acceptance": "Accepted share of drafted tokens, as expected when they were chosen.",
         "seen_acceptance": "Accepted share of drafted tokens, as seen.",
-        "gain": "Tokens per second over plain decoding, since the start.",
+        "gain": "Tokens per second over plain decoding since the start, as expected.",
         "refused_reports": "Reports of rounds that were impossible.",
-        "stale_policy": "1: the newest policy file could not be read, the one before it holds.",
+        "stale_policy": "1: the newest policy file was not taken, the one before it holds.",
         "python_seconds": "Python time of choosing and reporting in the latest step.",
     }
     made = {

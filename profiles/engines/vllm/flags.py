@@ -9,6 +9,7 @@ import json
 from packaging.version import Version
 
 from profiles.engines import rules
+from profiles.engines.base import SERVED_KINDS
 from profiles.engines.releases import EngineRelease
 from profiles.records.core import LOOKUP_LENGTH, Draft, Model, Setup
 from profiles.records.draft_spec import engine_options
@@ -92,6 +93,16 @@ def speculative_config(draft: Draft, length: int) -> dict[str, object]:
     elif draft.kind == "ngram":
         config |= {"prompt_lookup_max": draft.max_match, "prompt_lookup_min": draft.min_match}
     return config if draft.method is None else config | engine_options(draft.method)[1]
+
+
+def is_loaded(draft: Draft, config: object) -> bool:
+    """Whether a server with this speculative config of vLLM's runs a draft, by all that tells drafts apart."""
+    if draft.kind not in SERVED_KINDS:
+        return False
+    options = {**speculative_config(draft, 1), "revision": None, "num_speculative_tokens": None}
+    if str(options["method"]).endswith("_mtp"):
+        options["method"] = "mtp"  # as vLLM calls all of them
+    return all(str(getattr(config, key, None)) == str(value) for key, value in options.items() if value is not None)
 
 
 def every_length(config: dict[str, object], longest: int) -> dict[str, object]:

@@ -4,6 +4,7 @@ import json
 import shlex
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 
 from profiles.builtin import IMPORTED_MARKS
 from profiles.engines.releases import release_of
-from profiles.engines.vllm.flags import KEYS, allowed_keys
-from profiles.records.core import PLAIN, Draft, Setup
+from profiles.engines.vllm.flags import KEYS, allowed_keys, is_loaded
+from profiles.records.core import PLAIN, Draft, Model, Setup
 from profiles.records.errors import InputError
 from tests.lanes.cases import cases, deployment, draft_at, model_at
 from tests.support.policies import CODE_DRAFT, EARLY_EXIT, NGRAM, TARGET, choice, forecast, learning_policy
@@ -316,6 +317,24 @@ def test_a_scheduler_that_chooses() -> None:
     assert (config["model"], config["num_speculative_tokens"]) == ("family/draft-code", 3)
     assert config[SCHEDULE] == [[1, 1, 1], [2, 2, 2], [3, 3, 3]]
     assert "the policy file that DRAFTPICK_POLICY names" in str(export.note)
+    assert "the policy was measured on torch: measure it with --engine vllm" in str(export.note)
+
+
+def test_a_draft_is_told_by_method_model_and_options() -> None:
+    """vLLM calls every method of multi-token prediction `mtp`; heads of one path differ by method and options."""
+    head = CODE_DRAFT.model
+
+    def native(method: str, model: Model | None = head) -> Draft:
+        return Draft(kind="native", method=method, model=model)
+
+    served = SimpleNamespace(method="eagle", model="family/draft-code", num_speculative_tokens=4)
+    assert is_loaded(native("eagle"), served)
+    others = (native("eagle3"), native("eagle,draft_sample_method=probabilistic"), CODE_DRAFT, NGRAM, EARLY_EXIT)
+    assert not any(is_loaded(draft, served) for draft in others)
+    assert is_loaded(native("deepseek_mtp", None), SimpleNamespace(method="mtp", model="the target"))
+    lookup = SimpleNamespace(method="ngram", prompt_lookup_max=4, prompt_lookup_min=2)
+    assert is_loaded(NGRAM, lookup)
+    assert not is_loaded(replace(NGRAM, min_match=3), lookup)
 
 
 @pytest.mark.parametrize(

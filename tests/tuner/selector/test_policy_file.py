@@ -1,14 +1,16 @@
 """Serving code sees a replaced policy file at its next question, and never half of one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from profiles.records.core import PLAIN, Setup
-from profiles.records.errors import PolicyError
-from tests.support.policies import NGRAM, choice, policy
-from tuner.policy.policy import write
+from profiles.records.core import PLAIN, Draft, Setup
+from profiles.records.errors import InputError, PolicyError
+from tests.support.policies import CODE_DRAFT, NGRAM, choice, learning_policy, policy
+from tuner.policy.policy import Policy, write
 from tuner.selector.policy_file import PolicyFile
+from tuner.selector.selector import Selector
 
 N2 = Setup(draft=NGRAM, length=2)
 
@@ -45,3 +47,50 @@ def test_the_first_file_must_be_good(tmp_path: Path) -> None:
     """Serving does not begin without a policy."""
     with pytest.raises(PolicyError, match="cannot be read"):
         PolicyFile(tmp_path / "policy.json")
+
+
+def test_a_policy_of_other_drafts_is_not_taken(tmp_path: Path) -> None:
+    """`drafts_of` is asked for every policy: refused, the old one holds; of other names, a new selector has them."""
+
+    def drafts_of(new: Policy) -> list[str]:
+        assert new.prior is not None
+        names = [draft.name for draft in new.prior.drafts if draft != CODE_DRAFT]
+        if not names:
+            raise InputError("nothing is loaded")
+        return names
+
+    path = tmp_path / "policy.json"
+    stored = learning_policy()
+    assert stored.prior is not None
+    write(path, stored)
+    live = PolicyFile(path, drafts_of=drafts_of)
+    first = live.selector
+    acceptance_of_code = tuple(replace(row, draft=0) for row in stored.prior.acceptance if row.draft == 1)
+    times = tuple(replace(row, draft=row.draft and 0) for row in stored.prior.round_times if row.draft != 0)
+    code_only = replace(stored.prior, drafts=(CODE_DRAFT,), acceptance=acceptance_of_code, round_times=times)
+    write(path, replace(stored, prior=code_only, choices=(choice(PLAIN),)))
+    assert live.selector is first
+    assert str(live.error) == "nothing is loaded"
+    other = Draft(kind="ngram", max_match=3, min_match=2)
+    write(path, replace(stored, prior=replace(code_only, drafts=(other,)), choices=(choice(PLAIN),)))
+    assert live.selector is not first
+    assert live.error is None
+
+
+def test_a_policy_that_no_selector_takes_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a file makes the selector raise, serving goes on under the policy before it."""
+    path = tmp_path / "policy.json"
+    write(path, policy(choice(N2)))
+    live = PolicyFile(path)
+    calls = []
+
+    def replaced(_: object, new: Policy) -> None:
+        calls.append(new)
+        raise ValueError("min() of nothing")
+
+    monkeypatch.setattr(Selector, "replace", replaced)
+    write(path, policy(choice(PLAIN)))
+    for _ in range(3):
+        assert live.selector.choose().setup == N2
+    assert str(live.error) == "min() of nothing"
+    assert len(calls) == 1

@@ -4,23 +4,23 @@ from types import SimpleNamespace
 from typing import Any
 
 from profiles.engines.base import RequestInfo, RoundDecision, RoundReport
-from profiles.records.core import Setup
+from profiles.records.core import PLAIN, Setup
 from tests.support.policies import CODE_DRAFT
 from tuner.selector.step_controller import StepController
 
-SETUP = Setup(draft=CODE_DRAFT, length=4)
-
 
 class Recorder:
-    """Decides 4 tokens, one less for each request that came before; keeps what it is told."""
+    """Decides `k` tokens, one less for each request that came before; keeps what it is told."""
 
     def __init__(self) -> None:
+        self.k = 4
         self.reports: list[RoundReport] = []
         self.finished: list[str] = []
 
     def choose(self, *, requests: list[RequestInfo], per_request: bool) -> RoundDecision:
-        lengths = tuple(4 - index for index in range(len(requests))) if per_request else ()
-        return RoundDecision(SETUP, True, 1, 512, "mixed", 0.0, requests=tuple(requests), lengths=lengths)
+        setup = Setup(draft=CODE_DRAFT, length=self.k) if self.k else PLAIN
+        lengths = tuple(self.k - index for index in range(len(requests))) if per_request else ()
+        return RoundDecision(setup, True, 1, 512, "mixed", 0.0, requests=tuple(requests), lengths=lengths)
 
     def observe(self, report: RoundReport) -> bool:
         self.reports.append(report)
@@ -39,7 +39,7 @@ def controller(*, per_request: bool = False) -> tuple[StepController, Recorder]:
 def play(steps: StepController, drafted: dict[str, int], at_s: float, *names: str, prefills: bool = False) -> None:
     """A step that verifies `drafted`, keeps all of it, and decides for `names`; it takes a second."""
     step = steps.verify(drafted, started_s=at_s, prefills=prefills)
-    steps.decide([RequestInfo(name) for name in names])
+    steps.decide(step, [RequestInfo(name) for name in names])
     emitted = {name: count + 1 for name, count in drafted.items()}
     steps.report(step, emitted, at_s + 1.0, idle=not names)
 
@@ -58,7 +58,7 @@ def test_a_step_is_reported_under_the_decision_before_it() -> None:
     assert rows == [
         (("a",), ((4, 4),), 1.25),  # from the end of the step before: the server was not idle
         (("a",), ((3, 3),), None),  # its seconds are also those of b's prompt
-        (("b",), ((4, 4),), 1.0),
+        (("b",), ((4, 4),), None),  # drafts for nobody, so it is no whole round
         (("c",), ((4, 4),), 1.0),
     ]
     assert [len(report.decision.requests) for report in recorder.reports] == [1, 1, 2, 1]
@@ -69,7 +69,7 @@ def test_rows_of_two_decisions_are_not_timed() -> None:
     steps, recorder = controller()
     play(steps, {}, 0.0, "a", "b")
     play(steps, {"a": 4}, 1.0, "a")
-    play(steps, {"a": 4, "b": 4}, 2.0)
+    play(steps, {"a": 4, "b": 4}, 2.0, "a", "b")
     assert [(report.ids, report.seconds) for report in recorder.reports] == [
         (("a",), 1.0),
         (("a",), None),
@@ -77,12 +77,26 @@ def test_rows_of_two_decisions_are_not_timed() -> None:
     ]
 
 
+def test_a_change_of_length_is_not_timed() -> None:
+    """Its step verifies one decision's tokens and drafts another's: seconds of neither."""
+    steps, recorder = controller()
+    decided = [4, 4, 0, 0, 0, 4, 4, 4]
+    drafted = 0
+    for number, k in enumerate(decided):
+        recorder.k = k
+        play(steps, {"a": drafted}, float(number), "a", prefills=number == 0)
+        drafted = k
+    timed = [(report.decision.setup.length, report.seconds is not None) for report in recorder.reports]
+    assert timed == [(4, True), (4, False), (0, True), (0, True), (0, False), (4, True), (4, True)]
+
+
 def test_lengths_by_request_and_requests_that_ended() -> None:
     """The batch drafts what its longest asks for; a finished request is forgotten here and by the selector."""
     steps, recorder = controller(per_request=True)
-    assert steps.decide([RequestInfo("a"), RequestInfo("b")]) == 4
+    step = steps.verify({}, started_s=0.0, prefills=True)
+    assert steps.decide(step, [RequestInfo("a"), RequestInfo("b")]) == 4
     assert {name: plan.length for name, plan in steps.plans.items()} == {"a": 4, "b": 3}
     steps.forget(["a", "never seen"])
     assert set(steps.plans) == {"b"}
     assert recorder.finished == ["a", "never seen"]
-    assert steps.decide([]) == 0
+    assert steps.decide(step, []) == 0

@@ -41,8 +41,8 @@ NEW, DRAFTED, LOOKUP = 20, 3, 8
 @cache
 def prompts() -> list[list[int]]:
     target = loader.load("builtin:target", dtype="float32", device="cpu")
-    found, _ = tokenize(read("builtin:code")[:2] + read("builtin:prose")[:2], target.tokenizer, 120)
-    return [list(prompt.token_ids) for prompt in found]
+    tokenized, _ = tokenize(read("builtin:code")[:2] + read("builtin:prose")[:2], target.tokenizer, 120)
+    return [list(prompt.token_ids) for prompt in tokenized]
 
 
 @cache
@@ -181,7 +181,7 @@ def test_a_server_follows_its_policy(plain: list[list[int]], tmp_path: Path) -> 
     variables |= QUIET | {"PYTHONPATH": str(ROOT), "DRAFTPICK_METRICS": f"127.0.0.1:{port}"}
     body = {"model": "target", "temperature": 0.0, "max_tokens": NEW, "ignore_eos": True, "return_token_ids": True}
 
-    def ask() -> None:
+    def complete() -> None:
         answer = httpx2.post(
             f"{server.url}/v1/completions",
             json=body | {"prompt": prompts()[0], "vllm_xargs": {"draftpick_domain": "code"}},
@@ -195,11 +195,11 @@ def test_a_server_follows_its_policy(plain: list[list[int]], tmp_path: Path) -> 
 
     with Server(command, tmp_path / "log", environment=variables) as server:
         server.wait_ready(180.0)
-        ask()
+        complete()
         assert max(lengths()) > 1
         write(path, policy_of(1))
         steps.write_text("")
-        ask()
+        complete()
         assert lengths() <= {0, 1}
         metrics = httpx2.get(f"http://127.0.0.1:{port}/metrics", timeout=10.0).text
         for gauge in ("refused_reports", "stale_policy"):
