@@ -332,8 +332,8 @@ class Selector:
 
         Returns False for an impossible report.
         """
-        ids = tuple(request.id for request in decision.requests[:1])
-        return self._observe(RoundReport(decision, tuple(rounds), seconds, ids=ids * len(rounds)), len(rounds))
+        ids = tuple(request.id for request in decision.requests[:1]) * len(rounds) or None
+        return self._observe(RoundReport(decision, tuple(rounds), seconds, ids=ids), len(rounds))
 
     def _observe(self, report: RoundReport, num_rounds: int) -> bool:
         decision = report.decision

@@ -188,6 +188,7 @@ def test_whole_requests_may_be_reported() -> None:
         assert selector.observe_many(decision, rounds, 10 * 0.01 + sum(row.proposed for row in rounds) * 0.001)
     assert selector.num_rounds == 400
     assert decision.setup == PLAIN
+    assert selector.observe_many(selector.choose(), [RoundCount(0, 0)] * 3, 0.03)
     assert not selector.observe(RoundReport(decision, tuple(rounds), 0.4))
     assert selector.num_refused == 1
 
