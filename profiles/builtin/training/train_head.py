@@ -33,7 +33,7 @@ STREAM = 8  # of examples, which no draft was trained on
 INTERMEDIATE = 672
 OUTPUT_BATCHES, OUTPUT_ROWS, HALF = 6, 96, 128  # batches, rows of each, tokens of a row's first half
 STEPS, BATCH_ROWS, UNROLLED = 300, 12, 3
-TESTED_LENGTHS, TESTED_PROMPTS = (1, 3, 8), 48
+TESTED_LENGTHS, TESTED_PROMPTS = (1, 3, 8), 24
 STAGES = ("outputs", "train", "grade")
 TARGET = evaluate.FAMILY / "target"
 

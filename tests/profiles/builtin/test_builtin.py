@@ -45,6 +45,7 @@ def test_the_training_record_tells_loss_and_loops() -> None:
     record = json.loads((BUILTIN_FOLDER / "training" / "training.json").read_text(encoding="utf-8"))
     for domain in corpus.DOMAINS:
         assert record["target"][domain]["loss"] > 0.0
+        assert 0.0 < record["draft-eagle"][domain]["accepted_per_round_k1"] < 1.0
         assert 0.0 <= record["target"][domain]["repeated_4grams"] <= 1.0
 
 
