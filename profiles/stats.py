@@ -9,6 +9,7 @@ import numpy
 from profiles.records.core import Interval
 from profiles.records.errors import InputError
 
+MAX_LEVERAGE = 0.9  # a share near 1 would make an error without bound
 Z_95 = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 
 
@@ -37,7 +38,11 @@ class LogRatio(NamedTuple):
 
 
 class Linearised(NamedTuple):
-    """A log ratio of totals whose error is the mean of `terms`, one per prompt (Cochran 1977, 6.3)."""
+    """A log ratio of totals whose error is the mean of `terms`, one per prompt (Cochran 1977, 6.3).
+
+    A prompt with a large share of a total pulls the ratio towards itself, so its term is divided by sqrt(1 - share),
+    relative to one of an equal share (HC2; MacKinnon and White 1985).
+    """
 
     value: float
     terms: numpy.ndarray
@@ -45,13 +50,15 @@ class Linearised(NamedTuple):
     @classmethod
     def of(cls, tops: Sequence[Sequence[float]], bottoms: Sequence[Sequence[float]]) -> "Linearised":
         """Product of the totals of `tops` over those of `bottoms`. Raises InputError where a total is not above 0."""
-        totals = [float(numpy.sum(part)) for part in (*tops, *bottoms)]
+        parts = (*tops, *bottoms)
+        totals = [float(numpy.sum(part)) for part in parts]
         if not totals or min(totals) <= 0.0:
             raise InputError("a ratio of nothing: there are no tokens or no seconds")
-        logs = [math.log(total) for total in totals]
-        terms = [numpy.asarray(part, float) / numpy.mean(part) for part in (*tops, *bottoms)]
-        value, size = sum(logs[: len(tops)]) - sum(logs[len(tops) :]), len(tops)
-        return cls(value, numpy.sum(terms[:size], axis=0) - numpy.sum(terms[size:], axis=0))
+        shares = numpy.array([numpy.asarray(part, float) / total for part, total in zip(parts, totals, strict=True)])
+        signs, size = numpy.repeat([1.0, -1.0], [len(tops), len(bottoms)]), shares.shape[1]
+        leverages = numpy.minimum(shares.max(axis=0), MAX_LEVERAGE)
+        terms = signs @ shares * size * numpy.sqrt((1.0 - 1.0 / size) / (1.0 - leverages))
+        return cls(float(signs @ numpy.log(totals)), terms)
 
 
 def rate_interval(seconds: Sequence[float], tokens: Sequence[int]) -> Interval:

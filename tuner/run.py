@@ -10,13 +10,13 @@ from typing import Any
 from sqlalchemy.pool import NullPool
 
 from profiles.engines.base import Engine
-from profiles.records.core import PLAIN, Prompt, Workload
+from profiles.records.core import PLAIN
 from profiles.records.draft_spec import RefusedDraft
-from profiles.records.errors import RunInterruptedError, StoreError
+from profiles.records.errors import DraftpickError, RunInterruptedError, StoreError
 from profiles.stats import holm
 from store.cached_engine import CachedEngine
 from store.evidence_store import EvidenceStore, Scope
-from tuner.pipeline.pipeline import Outcome, Tuner, Watch
+from tuner.pipeline.pipeline import Load, Outcome, Tuner, Watch
 from tuner.pipeline.trial import Options
 from tuner.policy import policy as policies
 from tuner.policy import prior
@@ -70,7 +70,7 @@ class FinishedRun:
 
 def tune(
     engine: Engine,
-    loads: Sequence[tuple[Workload, tuple[Prompt, ...]]],
+    loads: Sequence[Load],
     session: TuningSession,
     options: Options,
     watch: Watch,
@@ -87,7 +87,12 @@ def tune(
     cached_engine = CachedEngine(engine, evidence_store, session.since)
     scope = Scope(target=engine.target, environment=engine.environment, workload=loads[0][0])
     run_id = evidence_store.save_run(scope, [prompt for _, prompts in loads for prompt in prompts])
-    options = replace(options, storage=session.studies, run_name=f"run {run_id} of {_utc_now()}")
+    options = replace(
+        options,
+        storage=session.studies,
+        run_name=f"run {run_id} of {_utc_now()}",
+        standing_p_values=_standing_p_values(evidence_store, engine, loads),
+    )
     with _interruptible(cached_engine, session.name):
         outcome = Tuner(cached_engine, options, watch).tune(loads)
     outcome = _with_stored_units(outcome, cached_engine)
@@ -106,6 +111,20 @@ def tune(
         run_id, {"cost": cost, "left_out": [asdict(draft) for draft in left_out], "dossier": report_data}
     )
     return FinishedRun(policy=policy, policy_path=path, outcome=outcome, left_out=left_out, cost=cost)
+
+
+def _standing_p_values(evidence_store: EvidenceStore, engine: Engine, loads: Sequence[Load]) -> tuple[float, ...]:
+    """Of the latest policy's proofs at workloads that this run does not decide; none where it cannot be read."""
+    latest = evidence_store.latest_policy(engine.target.run_digest, engine.environment)
+    workloads = {(load.batch_size, load.context_length, load.temperature) for load, _ in loads}
+    with contextlib.suppress(DraftpickError):
+        return tuple(
+            choice.measured.p_value
+            for choice in (() if latest is None else policies.from_json(latest).choices)
+            if choice.measured is not None
+            and (choice.batch_size, choice.context_length, choice.temperature) not in workloads
+        )
+    return ()
 
 
 def _engine_starts(engine: Engine, outcome: Outcome) -> dict[str, Any]:

@@ -131,6 +131,7 @@ class Sample:
     output_digest: str
     disturbed: bool = False  # other processes used the machine although the run was repeated
     cores: float | None = field(default=None, compare=False)  # processor seconds per second of the run; not stored
+    threads: int | None = field(default=None, compare=False)  # of the process that ran it, where it says; not stored
 
     def __post_init__(self) -> None:
         require(self.output_tokens >= 1, f"a run emitted {self.output_tokens} tokens")

@@ -25,7 +25,7 @@ from tuner.forecast.forecaster import Forecaster
 from tuner.forecast.queues import queues, spread_over_domains
 from tuner.search.objective import candidates
 from tuner.search.pairs import Pair, run_pairs
-from tuner.search.proof import measure
+from tuner.search.proof import Design, measure
 
 LENGTHS = (1, 2, 3, 4, 6, 8)
 DRAFTS = ("ngram", "builtin:draft-general", "builtin:draft-prose", "ngram+builtin:draft-general")
@@ -69,7 +69,7 @@ def measure_point(bench: Bench, workload: Workload, prompts: Sequence[Prompt], s
     for setup in chosen:
         ran = dict.fromkeys(plain.prompt_digest for plain, _ in pairs[setup])
         forecast = forecaster.forecast(setup, [by_digest[digest] for digest in ran])
-        measured = measure(setup, pairs[setup], greedy=True, queue_size=size)
+        measured, _ = measure(Design(setup=setup, greedy=True, queue_size=size), pairs[setup])
         rows.append(
             {
                 "batch_size": workload.batch_size,

@@ -1,4 +1,4 @@
-"""How often a decision is right, on made-up timings: `python -m tests.benchmarks.decision [--repetitions N]`.
+"""How often a decision is right, on made-up timings: `python -m tests.benchmarks.decision [--cases NAME ...]`.
 
 The real `worth_racing`, `race`, `among_equals`, `proof.measure` and `proof.prove` decide one operating point over and
 over; no model runs. A prompt's speed-up is log-normal around the true one with the case's spread, half of which all
@@ -13,13 +13,17 @@ Printed for each case: proofs attempted, share of claims, share of intervals tha
 """
 
 import argparse
+import json
 import math
+import multiprocessing.pool
+import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 from optuna.pruners import _wilcoxon
@@ -28,6 +32,7 @@ from profiles.records.core import PLAIN, Draft, Interval, Model, Prompt, Setup, 
 from profiles.stats import Linearised, log_ratio
 from tests.benchmarks.common import finish
 from tuner.forecast.queues import spread_over_domains
+from tuner.pipeline.points import num_proof_prompts
 from tuner.policy.estimates import Forecast, Measured
 from tuner.search import proof
 from tuner.search.objective import MIN_SPEEDUP, among_equals, worth_racing
@@ -36,6 +41,7 @@ from tuner.search.race import race
 
 RACE_PROMPTS, NUM_FINALISTS = 12, 3
 BEFORE_PROMPTS = 30
+CHUNK = 50  # repetitions
 NUM_SELECTION, NUM_PROOF = 72, 144
 TOKENS, PLAIN_S, TTFT_S = 65, 0.32, 0.05
 PROMPT_ERROR = 0.03
@@ -70,8 +76,8 @@ class Case:
         """Prompts of choice and proof, as `plan_points` splits them."""
         if self.num_prompts is None:
             return NUM_SELECTION, NUM_PROOF
-        num_selection = round(self.num_prompts / 3)
-        return num_selection, self.num_prompts - num_selection
+        num_proof = num_proof_prompts(self.num_prompts)
+        return self.num_prompts - num_proof, num_proof
 
 
 SMALL = {"spread": 0.25, "speedups": (1.0,) * 6}
@@ -176,9 +182,14 @@ class Tally:
 
     def add(self, claimed: bool, covered: bool, timed: int) -> None:
         self.attempts += 1
-        self.claims += claimed
-        self.covered += covered
+        self.claims += int(claimed)
+        self.covered += int(covered)
         self.timed += timed
+
+    @classmethod
+    def of(cls, parts: Sequence["Tally"]) -> "Tally":
+        """What several together came to."""
+        return cls(*(sum(values) for values in zip(*map(astuple, parts), strict=True)))
 
     def figures(self, repetitions: int) -> dict[str, float | int | None]:
         attempts = self.attempts
@@ -313,39 +324,73 @@ def signed_rank_test(differences: numpy.ndarray, alternative: str, zero_method: 
     return SimpleNamespace(pvalue=rank_sums(len(ranks))[int(ranks[sign * differences > 0.0].sum())])
 
 
+def repeat(number: int, repetitions: range) -> Result:
+    """Some repetitions of a case; each has a seed of its own."""
+    _wilcoxon.ss = SimpleNamespace(wilcoxon=signed_rank_test)
+    result = Result()
+    for repetition in repetitions:
+        decide(CASES[number], 1_000_003 * number + repetition, result)
+    return result
+
+
 def main() -> None:
     """All cases, a table, and one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=2000, help="of every case")
-    parser.add_argument("--case", help="only cases with this in their name")
+    parser.add_argument("--reps", type=int, default=2000, help="of each case")
+    parser.add_argument("--cases", nargs="+", default=[""], help="only cases with one of these in their name")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--merge", nargs="+", type=Path, default=[], help="print outputs of earlier runs instead")
     options = parser.parse_args()
-    _wilcoxon.ss = SimpleNamespace(wilcoxon=signed_rank_test)
     started = time.monotonic()
-    rows = []
-    print(f"{'case':36} {'attempts':>8} {'claimed':>16} {'coverage':>16} {'timed prompts':>15}   (before -> after)")
-    for number, case in enumerate(CASES):
-        if options.case and options.case not in case.name:
-            continue
-        result = Result()
-        for repetition in range(options.repetitions):
-            decide(case, 1_000_003 * number + repetition, result)
-        before, after = (tally.figures(options.repetitions) for tally in (result.before, result.after))
-        rows.append({"case": case.name, "null": case.is_null, "before": before, "after": after})
-        pairs = [f"{before[name]} -> {after[name]}" for name in ("claimed", "coverage", "timed_prompts")]
-        print(f"{case.name:36} {after['attempts']:8} {pairs[0]:>16} {pairs[1]:>16} {pairs[2]:>15}", flush=True)
+    print(f"{'case':38} {'attempts':>8} {'claimed':>16} {'coverage':>16} {'timed prompts':>15}   (before -> after)")
+    if options.merge:
+        documents = [json.loads(path.read_text().splitlines()[-1]) for path in options.merge]
+        rows = [row for document in documents for row in document["cases"]]
+        seconds = sum(document["seconds"] for document in documents)
+        for row in rows:
+            show(row)
+    else:
+        with multiprocessing.get_context("fork").Pool(options.processes) as pool:
+            rows = [run_case(pool, number, options) for number in selected(options.cases)]
+        seconds = round(time.monotonic() - started, 1)
     finish(
         {
             "benchmark": "decision",
             **summary(rows, "after"),
             "before": summary(rows, "before"),
             "cases": rows,
-            "repetitions": options.repetitions,
-            "seconds": round(time.monotonic() - started, 1),
+            "seconds": seconds,
         }
     )
 
 
-def summary(rows: list[dict[str, object]], which: str) -> dict[str, float]:
+def selected(names: Sequence[str]) -> list[int]:
+    """The numbers of the cases with one of these in their name."""
+    return [number for number, case in enumerate(CASES) if any(name in case.name for name in names)]
+
+
+def run_case(pool: multiprocessing.pool.Pool, number: int, options: argparse.Namespace) -> dict[str, Any]:
+    """A row of the table: the repetitions of a case in chunks, on all processes."""
+    case = CASES[number]
+    starts = range(0, options.reps, CHUNK)
+    chunks = [(number, range(start, min(start + CHUNK, options.reps))) for start in starts]
+    results = pool.starmap(repeat, chunks, chunksize=1)
+    before, after = (
+        Tally.of([getattr(result, which) for result in results]).figures(options.reps) for which in ("before", "after")
+    )
+    row = {"case": case.name, "null": case.is_null, "repetitions": options.reps, "before": before, "after": after}
+    show(row)
+    return row
+
+
+def show(row: dict[str, Any]) -> None:
+    """One line of the table."""
+    before, after = row["before"], row["after"]
+    pairs = [f"{before[name]} -> {after[name]}" for name in ("claimed", "coverage", "timed_prompts")]
+    print(f"{row['case']:38} {after['attempts']:8} {pairs[0]:>16} {pairs[1]:>16} {pairs[2]:>15}", flush=True)
+
+
+def summary(rows: list[dict[str, Any]], which: str) -> dict[str, float]:
     """The figures that are asked for."""
     claims = {row["case"]: row[which]["claimed"] for row in rows}
     coverage = [row[which]["coverage"] for row in rows if row[which]["coverage"] is not None]

@@ -63,6 +63,7 @@ def run(prompt: list[int], length: int, sampling: dict[str, int], fault: str) ->
         "rounds": [[length, min(length, 1)]] * (size // 2 if length else size - 1),
         "widths": [length + 1] * (size // 2 if length else size - 1),
         "refills": 2,
+        "threads": 1 if fault == "halved" and not length else 2,
         "ended": False,
         "logprobs": [(logprob, logprob, -2.0)] * size,
         "prompt_logprobs": [(-1.0, 1 + place % 2, -1.0) for place in range(1, len(prompt))],

@@ -53,6 +53,10 @@ class TableRows:
         last = len(self._table) - 1  # of a row that is done any token is stepped, a prompt's odd first one too
         return self._table[tokens[:, -keep:].clamp(max=last)]
 
+    def prefill(self, tokens: torch.Tensor, row: int) -> tuple[torch.Tensor, float]:
+        positions = torch.arange(tokens.shape[1])[None]
+        return self.step(tokens, positions, tokens.shape[1], row=row)[:, 0], 0.0
+
 
 def near(model: TableModel, seed: int, distance: float) -> TableModel:
     """A draft for `model`: the same table, disturbed."""

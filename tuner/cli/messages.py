@@ -75,8 +75,9 @@ def run_summary(finished: "FinishedRun") -> Iterator[str]:
         yield f"noise of the races, plain decoding against itself: {', '.join(noises)}"
     for point in outcome.points:
         if point.cores is not None and point.candidate is not None:
-            plain, chosen = point.cores
-            yield f"{point.domain}: plain decoding used {plain:.1f} cores, {point.candidate.name} {chosen:.1f}"
+            threads = ["" if count is None else f" with {count} threads" for count in point.threads or (None, None)]
+            plain, chosen = (f"{cores:.1f} cores{count}" for cores, count in zip(point.cores, threads, strict=True))
+            yield f"{point.domain}: plain decoding used {plain}, {point.candidate.name} {chosen}"
     yield f"policy: {finished.policy_path}"
 
 

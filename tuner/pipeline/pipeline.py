@@ -176,11 +176,12 @@ class Tuner:
         """The first look at every proof, then the next at those that Holm's step-down does not reject, and so on.
 
         A rejected point's share of the level goes to the others (Maurer and Bretz 2013); points of later workloads
-        count as not rejected.
+        count as not rejected, those of earlier runs with their p-values.
         """
+        others = (*self._options.standing_p_values, *itertools.repeat(1.0, num_later))
         while True:
             tested = [trial for trial in trials if trial.decision.candidate is not None]
-            rejected = holm([*(trial.p_value for trial in tested), *itertools.repeat(1.0, num_later)], proof.LEVEL)
+            rejected = holm([*(trial.p_value for trial in tested), *others], proof.LEVEL)
             pending = [trial for trial, passes in zip(tested, rejected, strict=False) if not passes and trial.goes_on]
             if not pending:
                 return

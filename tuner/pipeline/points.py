@@ -15,6 +15,9 @@ from tuner.policy.policy import MIN_DOMAIN_PROMPTS
 from tuner.policy.query import MIXED
 from tuner.search.race import RaceResult
 
+FEW_PROMPTS = 36  # of fewer a smaller share chooses
+MIN_SELECTION = 4  # prompts that choose: a race needs as many
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PointPlan:
@@ -33,7 +36,7 @@ class PointDecision:
 
     `candidate` is the setup that went to the proof, `units` the digests of the proof's runs as stored. `rejected` are
     proofs of setups that were ruled out by them. `objection`: why the proof's runs are no fair comparison. `cores`:
-    processor seconds per second of plain decoding and of the candidate in the proof, where they were measured.
+    processor seconds per second of plain decoding and of the candidate in the proof, and `threads` theirs, where known.
     `stopped` tells why the decision ended early.
     """
 
@@ -49,6 +52,7 @@ class PointDecision:
     infeasible: tuple[Infeasible, ...] = ()
     objection: str | None = None
     cores: tuple[float, float] | None = None
+    threads: tuple[int, int] | None = None
     stopped: str | None = None
     out_of_time: bool = False
 
@@ -72,8 +76,14 @@ class PointDecision:
 
 
 def num_proof_prompts(num_prompts: int) -> int:
-    """How many of the prompts of all domains are for the proof; a third is for the choice."""
-    return num_prompts - round(num_prompts / 3)
+    """How many of the prompts of all domains are for the proof; a third, of few prompts a little less, chooses.
+
+    A dozen prompts tell a large gain's draft from the others sooner than they prove it.
+    """
+    num_selection = round(num_prompts / 3)
+    if num_prompts < FEW_PROMPTS:
+        num_selection = min(num_selection, max(MIN_SELECTION, round(num_prompts / 3 - 1)))
+    return num_prompts - num_selection
 
 
 def plan_points(workload: Workload, prompts: Sequence[Prompt], objective: Objective = "tpot") -> list[PointPlan]:

@@ -47,6 +47,7 @@ class Options:
         refused: drafts that were asked for and cannot be used.
         storage: keeps Optuna's studies.
         run_name: the studies' names begin with it.
+        standing_p_values: of earlier runs' proofs that stay in the policy; Holm's step-down is over these too.
     """
 
     lengths: tuple[int, ...] = tuple(range(1, 9))
@@ -59,6 +60,7 @@ class Options:
     refused: tuple[RefusedDraft, ...] = ()
     storage: Storage | None = None
     run_name: str = "run"
+    standing_p_values: tuple[float, ...] = ()
 
 
 class PointTrial:
@@ -145,6 +147,7 @@ class PointTrial:
                 units=(),
                 objection=None,
                 cores=None,
+                threads=None,
                 stopped=None,
             )
             try:
@@ -164,7 +167,14 @@ class PointTrial:
             runner_up, self._proof = self._runner_up(), None
             self._unproven.append(self._point)
             self._point = replace(
-                self._point, candidate=runner_up, measured=None, units=(), objection=None, cores=None, stopped=None
+                self._point,
+                candidate=runner_up,
+                measured=None,
+                units=(),
+                objection=None,
+                cores=None,
+                threads=None,
+                stopped=None,
             )
         candidate = self._point.candidate
         assert candidate is not None
@@ -362,6 +372,7 @@ class PointTrial:
             units=tuple(running.units),
             objection=control.objection(setup, pairs, batch_size=self._workload.batch_size, greedy=design.greedy),
             cores=control.cores_used(pairs),
+            threads=control.threads_used(pairs),
         )
         is_slower = measured.compared(objective).estimate < 1.0 and measured.p_value <= level
         running.is_over = is_slower or len(running.looks) == len(running.sizes)

@@ -14,7 +14,18 @@ DIVERGENCES_PER_TOKEN = 0.01  # of greedy outputs in 16-bit types, by rounding a
 
 def objection(setup: Setup, pairs: Sequence[Pair], *, batch_size: int, greedy: bool) -> str | None:
     """Why the pairs are no fair comparison, in one sentence; None where nothing speaks against it."""
-    return _prefill_objection(setup, pairs, batch_size) or (_divergence_objection(pairs) if greedy else None)
+    return (
+        _threads_objection(setup, pairs)
+        or _prefill_objection(setup, pairs, batch_size)
+        or (_divergence_objection(pairs) if greedy else None)
+    )
+
+
+def threads_used(pairs: Sequence[Pair]) -> tuple[int, int] | None:
+    """Threads of plain decoding and of the setup, the fewest of any run; None where they are not known."""
+    threads = [(pair.plain.threads, pair.chosen.threads) for pair in pairs]
+    both = [(plain, chosen) for plain, chosen in threads if plain is not None and chosen is not None]
+    return (min(plain for plain, _ in both), min(chosen for _, chosen in both)) if both else None
 
 
 def cores_used(pairs: Sequence[Pair]) -> tuple[float, float] | None:
@@ -22,6 +33,17 @@ def cores_used(pairs: Sequence[Pair]) -> tuple[float, float] | None:
     cores = [(pair.plain.cores, pair.chosen.cores) for pair in pairs]
     both = [(plain, chosen) for plain, chosen in cores if plain is not None and chosen is not None]
     return (fmean(plain for plain, _ in both), fmean(chosen for _, chosen in both)) if both else None
+
+
+def _threads_objection(setup: Setup, pairs: Sequence[Pair]) -> str | None:
+    """Threads that differ tell on a busy machine too, where no prefill is the same twice."""
+    threads = threads_used(pairs)
+    if threads is None or threads[0] == threads[1]:
+        return None
+    return (
+        f"plain decoding ran with threads={threads[0]}, {setup.name} with threads={threads[1]}: "
+        "set OMP_NUM_THREADS and run again"
+    )
 
 
 def _prefill_objection(setup: Setup, pairs: Sequence[Pair], batch_size: int) -> str | None:

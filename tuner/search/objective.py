@@ -24,7 +24,7 @@ def worth_racing(forecasts: Sequence[Forecast]) -> tuple[Setup, ...]:
 
 
 def among_equals(speedups: Mapping[Setup, float]) -> Setup | None:
-    """The setup to take of those within 1.5 % of the fastest: without weights of its own first, then the shortest.
+    """The setup to take of those within 1.5 % of the fastest: without weights first, then the shortest, the fastest.
 
     A setup that is too slow to be claimed is never preferred to one that is not.
     """
@@ -33,7 +33,7 @@ def among_equals(speedups: Mapping[Setup, float]) -> Setup | None:
     fastest = max(speedups.values())
     bar = max(fastest / (1.0 + TIE), min(fastest, MIN_SPEEDUP))
     equals = [setup for setup, speedup in speedups.items() if speedup >= bar]
-    return min(equals, key=lambda s: (s.draft is not None and s.draft.has_weights, s.length, s.name))
+    return min(equals, key=lambda s: (s.draft is not None and s.draft.has_weights, s.length, -speedups[s]))
 
 
 def candidates(drafts: Sequence[Draft], lengths: Sequence[int]) -> tuple[Setup, ...]:

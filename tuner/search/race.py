@@ -14,7 +14,7 @@ from tuner.policy.estimates import Objective
 from tuner.search.pairs import Pair, Queue, columns, timed_pairs
 from tuner.search.studies import Storage, store_study
 
-PRUNE_P = 0.1
+PRUNE_P = 0.05
 PRUNE_AFTER_QUEUES = 4
 MORE_LENGTHS = 2  # of the fastest draft, that are raced once it is known
 NOISE_QUEUES = 6  # plain against plain needs no more to show the noise

@@ -30,6 +30,7 @@ class Run:
     rounds: Rounds = field(default_factory=dict)
     shapes: Shapes = field(default_factory=dict)
     refills: int = 0
+    threads: int | None = None  # of the process, where it says
 
 
 class ServedEngine(ABC, Generic[Key, Member]):
@@ -105,6 +106,7 @@ class ServedEngine(ABC, Generic[Key, Member]):
                 output_digest=digest_of(list(run.token_ids)),
                 disturbed=disturbed,
                 cores=cores,
+                threads=run.threads,
             )
             for setup, runs, cores, disturbed in queues
             for prompt, run in zip(prompts, runs, strict=True)

@@ -78,12 +78,11 @@ class SwitchableDrafter:
             drafters.append(self._components[component.digest])
         return combined_drafter(drafters), [drafter for drafter in drafters if isinstance(drafter, ModelDrafter)]
 
-    def start(self, row: int, text: Text) -> None:
+    def start(self, row: int, text: Text) -> float:
         """Only the draft in use takes in a new prompt; others do when they are switched to."""
         for component in self._components.values():
             component.forget(row)
-        if self._in_use is not None:
-            self._in_use.start(row, text)
+        return 0.0 if self._in_use is None else self._in_use.start(row, text)
 
     def propose(self, text: Text, limits: list[int], positions: torch.Tensor) -> Drafted:
         assert self._in_use is not None

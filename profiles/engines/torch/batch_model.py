@@ -8,7 +8,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -18,9 +18,11 @@ from profiles.engines.torch.attention import disable_cudnn, pack_heads
 from profiles.engines.torch.kv_cache import RowCache, TransformersCache, added_mask
 from profiles.records.draft_spec import MAX_LENGTH
 from profiles.records.errors import ModelError
+from profiles.timing.clock import Clock
 
 SMALLEST_VIEW = 256  # slots
 WIDEST_GRAPH = MAX_LENGTH + 1  # tokens a row: a round of the longest speculation length
+MAX_PREFILL_BYTES = 2**30  # of copies, per model
 _WARM_UPS = 3
 _LOG = logging.getLogger(__name__)
 _TOLERANCE = 2e-3  # of the largest logit, in float32; wrong masks or positions are off by far more
@@ -46,6 +48,26 @@ class RowStepper(Protocol):
         """
         ...
 
+    def prefill(self, tokens: torch.Tensor, row: int) -> tuple[torch.Tensor, float]:
+        """Logits (1, V) after `tokens` (1, width), with which the text of a row begins, and the seconds spared.
+
+        These are what running the tokens took before, less what it took to copy their keys and values; below 0 where
+        they were run, and copied for later.
+        """
+        ...
+
+
+class _Prefill(NamedTuple):
+    """Keys and values of a text, layer by layer, the logits after it, and the seconds that running it took."""
+
+    cached: list[torch.Tensor]
+    logits: torch.Tensor
+    seconds: float
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.nbytes for part in self.cached)
+
 
 class RowModel:
     """A model with the cache of `num_rows` sequences of `capacity` tokens; on a GPU, decoding steps are CUDA graphs."""
@@ -55,6 +77,9 @@ class RowModel:
         self.device = model.device
         self.context_slots: int | None = None  # of the longest text to come, so that no other text changes a view
         self._cache = RowCache(num_rows, capacity, model.device)
+        self._prefills: dict[tuple[int, ...], _Prefill] = {}  # of a single row, the least recently used first
+        self._clock = Clock(str(model.device))
+        self._is_warm = False
         self._forward: Forward = (
             llama_forward.LlamaForward(model, capacity)
             if llama_forward.fits(model)
@@ -90,6 +115,24 @@ class RowModel:
                 self._graphs = None
                 return self.step(tokens, positions, reach, keep)
         return self._graphs[key].replay(tokens, positions)
+
+    def prefill(self, tokens: torch.Tensor, row: int) -> tuple[torch.Tensor, float]:
+        """See `RowStepper`. Only a model of a single row keeps copies, up to a GiB, and not of its first prefill."""
+        began_s = self._clock.read()
+        key = tuple(tokens[0].tolist())
+        if (earlier := self._prefills.pop(key, None)) is not None:
+            self._prefills[key] = earlier
+            self._cache.restore_row(row, earlier.cached)
+            return earlier.logits, earlier.seconds - (self._clock.read() - began_s)
+        positions = torch.arange(len(key), device=self.device)[None]
+        logits = self.step(tokens, positions, len(key), row=row)[:, 0].clone()
+        ran_s = self._clock.read()
+        if self.num_rows == 1 and self._is_warm:
+            self._prefills[key] = _Prefill(self._cache.copy_row(row, len(key)), logits, ran_s - began_s)
+            while sum(each.num_bytes for each in self._prefills.values()) > MAX_PREFILL_BYTES:
+                self._prefills.pop(next(iter(self._prefills)))
+        self._is_warm = True
+        return logits, ran_s - self._clock.read()
 
     def step_in_view(self, view: int, keep: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """A step of one shape for all texts of up to `view` tokens."""

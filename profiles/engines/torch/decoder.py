@@ -210,12 +210,12 @@ class Decoder:
                 if other is not None:
                     other.run.refills += 1
             self._rng.load(number, prompt)
-            token = self._prefill(number, prompt, run)
+            token, spared_s = self._prefill(number, prompt, run)
             self.text.load(number, [*prompt.token_ids, token])
             if self._drafter is not None:
-                self._drafter.start(number, self.text)
+                spared_s += self._drafter.start(number, self.text)
             first_s = clock.read()
-            run.ttft_s, run.ended = first_s - free_since_s, token in self._end_tokens
+            run.ttft_s, run.ended = first_s - free_since_s + spared_s, token in self._end_tokens
             if run.ended:
                 run.token_ids, free_since_s = [token], first_s
                 continue
@@ -224,17 +224,17 @@ class Decoder:
             self._prompt_lengths[number].fill_(prompt_tokens)
             self._active[number].fill_(1)
 
-    def _prefill(self, number: int, prompt: Prompt, run: Generation) -> int:
+    def _prefill(self, number: int, prompt: Prompt, run: Generation) -> tuple[int, float]:
+        """The first token, and the seconds that were spared (see `RowStepper.prefill`)."""
         tokens = torch.tensor([prompt.token_ids], device=self._target.device)
-        positions = torch.arange(tokens.shape[1], device=self._target.device)[None]
-        logits = self._target.step(tokens, positions, tokens.shape[1], row=number)[:, 0]  # (1, V)
+        logits, spared_s = self._target.prefill(tokens, number)  # (1, V)
         if not bool(torch.isfinite(logits).all()):
             raise BadNumbersError(NOT_FINITE)
         probs = sampling_probs(logits, self.workload) if self._watch or not self._rng.is_greedy else logits
         token = int(logits.argmax(-1)) if self._rng.is_greedy else int(draw(probs, self._rng.first(number)))
         if self._watch:
             self._note(run, logits[0], float(probs[0, token]))
-        return token
+        return token, spared_s
 
     def _note(self, run: Generation, logits: torch.Tensor, prob: float) -> None:
         first, second = logits.float().topk(2).values.tolist()

@@ -82,8 +82,11 @@ class DraftSource:
 class Drafter(Protocol):
     """Proposes tokens for the rows of a batch."""
 
-    def start(self, row: int, text: Text) -> None:
-        """Takes in a new row's text, a prompt and its first token; part of the time to first token."""
+    def start(self, row: int, text: Text) -> float:
+        """Takes in a new row's text, a prompt and its first token; part of the time to first token.
+
+        Returns the seconds that were spared (see `RowStepper.prefill`).
+        """
         ...
 
     def propose(self, text: Text, limits: list[int], positions: torch.Tensor) -> Drafted:
@@ -117,12 +120,12 @@ class ModelDrafter:
         self._taken_in = [0] * model.num_rows  # tokens of the row's text whose keys and values are cached
         self._last_proposal = [(0, 0)] * model.num_rows  # (text length then, proposed tokens taken in since)
 
-    def start(self, row: int, text: Text) -> None:
-        prompt = text.host[row][:-1]
-        positions = torch.arange(len(prompt), device=self._model.device)[None]
-        self._model.step(text.token_ids[row : row + 1, : len(prompt)], positions, len(prompt), row=row)
+    def start(self, row: int, text: Text) -> float:
+        num_prompt = len(text.host[row]) - 1
+        _, spared_s = self._model.prefill(text.token_ids[row : row + 1, :num_prompt], row)
         self.forget(row)
-        self._taken_in[row] = len(prompt)
+        self._taken_in[row] = num_prompt
+        return spared_s
 
     def forget(self, row: int) -> None:
         """The row's text is another one from now on, of which nothing was taken in."""
@@ -194,9 +197,10 @@ class NgramDrafter:
         self._sizes = (max_match, min_match)
         self._indexes = [NgramIndex(*self._sizes) for _ in range(num_rows)]
 
-    def start(self, row: int, text: Text) -> None:
+    def start(self, row: int, text: Text) -> float:
         self.forget(row)
         self._indexes[row].look_up(text.host[row], 0)
+        return 0.0
 
     def forget(self, row: int) -> None:
         """The row's text is another one from now on, of which nothing was read."""
@@ -230,9 +234,8 @@ class CompositeDrafter:
         self._ngram = ngram
         self._model = model
 
-    def start(self, row: int, text: Text) -> None:
-        self._ngram.start(row, text)
-        self._model.start(row, text)
+    def start(self, row: int, text: Text) -> float:
+        return self._ngram.start(row, text) + self._model.start(row, text)
 
     def propose(self, text: Text, limits: list[int], positions: torch.Tensor) -> Drafted:
         looked_up = self._ngram.propose(text, limits, positions)

@@ -131,16 +131,19 @@ class TorchEngine:
                 self._warm_up(workload, prompts, setup)
             queues, disturbed = quietest(
                 lambda: [
-                    cores_used(functools.partial(self._generate, workload, prompts, setup), time.process_time)
+                    (
+                        *cores_used(functools.partial(self._generate, workload, prompts, setup), time.process_time),
+                        torch.get_num_threads(),
+                    )
                     for setup in setups
                 ],
                 self._gpus,
             )
-        outputs = [(setup, [run.token_ids for run in runs]) for setup, (runs, _) in zip(setups, queues, strict=True)]
+        outputs = [(setup, [run.token_ids for run in runs]) for setup, (runs, *_) in zip(setups, queues, strict=True)]
         check_queues(self.target, workload, prompts, outputs, self.trace_target)
         return tuple(
-            _sample(setup, prompt, run, disturbed=disturbed, cores=cores)
-            for setup, (runs, cores) in zip(setups, queues, strict=True)
+            _sample(setup, prompt, run, disturbed=disturbed, cores=cores, threads=threads)
+            for setup, (runs, cores, threads) in zip(setups, queues, strict=True)
             for prompt, run in zip(prompts, runs, strict=True)
         )
 
@@ -260,7 +263,7 @@ class TorchEngine:
         loader.check_prompts(workload, prompts)
 
 
-def _sample(setup: Setup, prompt: Prompt, run: Generation, *, disturbed: bool, cores: float) -> Sample:
+def _sample(setup: Setup, prompt: Prompt, run: Generation, *, disturbed: bool, cores: float, threads: int) -> Sample:
     return Sample(
         setup_digest=setup.digest,
         prompt_digest=prompt.digest,
@@ -273,4 +276,5 @@ def _sample(setup: Setup, prompt: Prompt, run: Generation, *, disturbed: bool, c
         output_digest=digest_of(run.token_ids),
         disturbed=disturbed,
         cores=cores,
+        threads=threads,
     )

@@ -58,6 +58,19 @@ class RowCache:
             seen = seen & (keys // chunk == queries // chunk)
         return seen
 
+    def copy_row(self, row: int, length: int) -> list[torch.Tensor]:
+        """The keys and values of the first `length` tokens of a row, layer by layer."""
+        return [part[row, :length].clone() for part in self._parts()]
+
+    def restore_row(self, row: int, copied: list[torch.Tensor]) -> None:
+        """Puts back what `copy_row` returned, into a row of the same model."""
+        for part, values in zip(self._parts(), copied, strict=True):
+            part[row, : len(values)].copy_(values)
+
+    def _parts(self) -> list[torch.Tensor]:
+        stores = [store[layer] for layer in sorted(self._keys) for store in (self._keys, self._values)]
+        return [store.view(self.num_rows, self.width, *store.shape[1:]) for store in stores]
+
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores (B, width, heads, head size) of a layer; returns all in view as (B, view, heads, head size)."""
         if layer not in self._keys:

@@ -409,6 +409,7 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
                 rounds=Counter(RoundCount(*pair) for pair in record["rounds"]),
                 shapes=Counter(StepShape(width) for width in record["widths"]),
                 refills=record["refills"],
+                threads=record.get("threads"),
             )
             for record in records
         ]

@@ -204,8 +204,11 @@ class Worker:
                 flights.append(self._add(prompt, sampling, in_flight))
             self._step(in_flight)
         self._abort(in_flight)
+        import torch
+
+        threads = torch.get_num_threads()  # a drafter may have changed it
         preempted = [metric.value for metric in self._engine.get_metrics() if metric.name == "vllm:num_preemptions"]
-        records = [dataclasses.asdict(flight) for flight in flights[: len(prompts)]]
+        records = [dataclasses.asdict(flight) | {"threads": threads} for flight in flights[: len(prompts)]]
         return {"runs": records, "preemptions": int(sum(preempted))}
 
     def trace(self, prompts: list[list[int]], concurrency: int, sampling: dict[str, Any]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def test_a_domain_may_not_be_called_mixed() -> None:
         plan_points(GREEDY, prompts(30, "mixed"))
 
 
-@pytest.mark.parametrize(("count", "num_proof"), [(11, 7), (12, 8), (20, 13), (24, 16), (36, 24), (216, 144)])
+@pytest.mark.parametrize(("count", "num_proof"), [(11, 7), (12, 8), (20, 14), (24, 17), (36, 24), (216, 144)])
 def test_the_proof_shares_no_prompt_with_the_choice(count: int, num_proof: int) -> None:
     """A third of the prompts for the choice, the rest for the proof, however few there are."""
     (plan,) = plan_points(GREEDY, prompts(count))
@@ -106,7 +106,7 @@ def test_domains_of_one_prompt_are_split_too() -> None:
 
 def test_few_prompts_are_proven() -> None:
     """From 12 prompts on a large gain is proven on those that had no part in the choice; with 11 nothing is."""
-    for count, num_proof in ((20, 13), (12, 8)):
+    for count, num_proof in ((20, 14), (12, 8)):
         (choice,) = _tune(FakeEngine(keep=0.9), prompts(count)).choices
         assert choice.proven
         assert f"on {num_proof} other prompts" in choice.reason
@@ -204,6 +204,18 @@ def test_looks_at_all_rows_take_turns() -> None:
     assert first == again == ["proof mixed", "proof code", "proof prose"]
     assert stages.index((first[-1], 0)) < stages.index((again[0], 24))
     assert [point.measured.num_prompts for point in outcome.points if point.measured] == [128, 64, 64]
+
+
+def test_rows_of_earlier_runs_share_the_level() -> None:
+    """Beside many rows that are not rejected a proof goes on, where alone it ends at its first look."""
+    num_timed = []
+    for standing in ((), (1.0,) * 2000):
+        engine = ShortProofs(keep=0.9)
+        engine.drafts, engine.gain = (DRAFT_A,), 1.1
+        (choice,) = _tune(engine, prompts(150), standing_p_values=standing).choices
+        assert choice.measured is not None
+        num_timed.append(choice.measured.num_prompts)
+    assert num_timed[0] < num_timed[1]
 
 
 def test_a_proof_that_the_budget_ends_keeps_its_runs() -> None:

@@ -5,12 +5,15 @@ import itertools
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from profiles.acceptance.expected_rounds import expected_rounds
 from profiles.acceptance.ngram import trace_lookup
 from profiles.acceptance.ngram_index import NgramIndex
+from profiles.engines.torch.batch_model import RowModel
 from profiles.engines.torch.decoder import Decoder
 from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
@@ -218,3 +221,24 @@ def _z(real: list[int], walked: list[float]) -> float:
     error = float(numpy.sqrt(numpy.var(real, ddof=1) / len(real) + numpy.var(walked, ddof=1) / len(walked)))
     assert error / means[0] < 0.01, "too few runs to tell a difference of a few percent"
     return float((means[0] - means[1]) / error)
+
+
+def test_a_prompt_is_prefilled_once(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later runs decode from a copy of its cache, to the same tokens; their time to first token counts the prefill."""
+    ran: list[int] = []
+    step = RowModel.step
+
+    def counted(self: RowModel, tokens: torch.Tensor, *arguments: Any, row: int | None = None, **more: Any) -> Any:
+        ran.append(tokens.shape[1] if row is not None else 0)
+        return step(self, tokens, *arguments, row=row, **more)
+
+    monkeypatch.setattr(RowModel, "step", counted)
+    workload = Workload(context_length=64, max_new_tokens=8)
+    first, second = (Prompt(domain="a", token_ids=tuple(range(start, start + 20))) for start in (60, 90))
+    setups = (PLAIN, Setup(draft=engine.drafts[1], length=2))
+    engine.run_together(workload, (second,), setups, "test 0")
+    before = sum(map(bool, ran))
+    outputs = [engine.run_together(workload, (first,), setups, f"test {number}") for number in range(3)]
+    assert sum(map(bool, ran)) - before == 2  # the target's and the draft's
+    assert len({sample.output_digest for samples in outputs for sample in samples}) == 1
+    assert all(sample.ttft_s > 0.0 for samples in outputs for sample in samples)

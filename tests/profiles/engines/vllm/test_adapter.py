@@ -21,6 +21,8 @@ from profiles.records.errors import BadNumbersError, EngineError, InputError, Mo
 from profiles.records.evidence import AcceptanceTrace, LookupTrace
 from tests import ROOT
 from tuner.forecast.evidence import gather
+from tuner.search.control import objection
+from tuner.search.pairs import run_pairs
 
 WORKLOAD = Workload(context_length=64, max_new_tokens=8)
 PROMPTS = (Prompt(domain="a", token_ids=(5, 6, 7)), Prompt(domain="b", token_ids=(9, 8)))
@@ -168,6 +170,16 @@ def test_rounds_are_timed_whole(vllm: VllmEngine) -> None:
     }
     assert all(len(seconds) >= 7 for one in times.values() for seconds in one.samples_s.values())
     assert times[MODEL.digest].context_length == 48
+
+
+def test_half_the_threads_in_plain_decoding_are_told(vllm: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run says how many threads its process has; those of the two arms must be equal."""
+    monkeypatch.setenv("FAKE_VLLM", "halved:")
+    setup = Setup(draft=NGRAM, length=3)
+    pairs = run_pairs(vllm, WORKLOAD, PROMPTS, setup, "proof 0")
+    reason = objection(setup, pairs, batch_size=1, greedy=True)
+    assert reason is not None
+    assert reason.startswith("plain decoding ran with threads=1, ngram:max=3,min=1 k=3 with threads=2")
 
 
 def test_environment_says_how_it_was_started(vllm: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
