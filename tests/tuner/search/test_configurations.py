@@ -130,7 +130,7 @@ def test_the_command_searches_the_torch_engine(tmp_path: Path) -> None:
     refused = call(tmp_path, "search", "--space", space, "--json")
     assert refused.code == 6
     assert any("has no such option" in trial["reason"] for trial in refused.document["trials"])
-    space.write_text('k = [0, 4]\ndraft = ["none", "ngram"]\nbatch_size = [1, 2]\n')
-    done = call(tmp_path, "search", "--space", space, "--json", "--max-new-tokens", "8", "--budget", "30")
+    space.write_text('k = [2]\ndraft = ["ngram"]\n')
+    done = call(tmp_path, "search", "--space", space, "--json", "--max-new-tokens", "4")
     assert done.document["best"]["measurement"]["tok_per_s"] > 0.0
-    assert {trial["num_prompts"] for trial in done.document["trials"]} >= {0, 18}
+    assert done.document["best"]["num_prompts"] == 18
