@@ -43,7 +43,7 @@ def tpe(
     space: Space, speedup: Callable[[Setup], float], grid: Sequence[Setup], evaluations: int, seed: int
 ) -> dict[Setup, float]:
     """Optuna's TPE by ask and tell, warm-started at the grid; a setup that it proposes again is no evaluation."""
-    sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, warn_independent_sampling=False)
+    sampler = optuna.samplers.TPESampler(seed=seed)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     names = {draft.name: draft for draft in space.drafts}
     values: dict[Setup, float] = {}
