@@ -161,8 +161,8 @@ def configurations(num_seeds: int) -> dict[str, Any]:
         together = {pair: rng.normal(0.0, 0.1) for pair in itertools.product(options["threads"], options["batch_size"])}
 
         def rate(configuration: Mapping[str, Any], effects: Any = effects, together: Any = together) -> float:
-            own = sum(effects[option][value] for option, value in configuration.items())
-            return 100.0 * math.exp(own + together[configuration["threads"], configuration["batch_size"]])
+            total = sum(effects[option][value] for option, value in configuration.items())
+            return 100.0 * math.exp(total + together[configuration["threads"], configuration["batch_size"]])
 
         def fails(configuration: Mapping[str, Any]) -> bool:
             return configuration["dtype"] == "int8" and configuration["batch_size"] == 32

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from profiles.prompts.reader import Request
     from tuner.search.configurations import Configuration, Measure, Trial
 
-OWN = ("draft", "k", "batch_size", "dtype", "threads")  # of every engine; others are the engine's own
+COMMON_OPTIONS = ("draft", "k", "batch_size", "dtype", "threads")  # of every engine; others are the engine's own
 
 
 def search(
@@ -59,7 +59,7 @@ def search(
     values = read_space(space)
     requests = reader.sample(reader.read_all(prompts or [builtin.ALL_PROMPTS]), 64, seed)
     starter = Starter(spec=spec, target=target, requests=requests, max_new_tokens=max_new_tokens, seed=seed)
-    found = ConfigurationSearch(
+    configuration_search = ConfigurationSearch(
         space=values,
         start=starter,
         budget_s=budget,
@@ -69,10 +69,15 @@ def search(
         seed=seed,
     )
     with EvidenceStore.open(location.store_location(store)) as evidence_store:
-        best = found.run(TuningSession.of(evidence_store).studies, f"configurations of {target} on {engine}")
+        best = configuration_search.run(
+            TuningSession.of(evidence_store).studies, f"configurations of {target} on {engine}"
+        )
     if json_only:
         print_json(
-            {"best": None if best is None else asdict(best), "trials": [asdict(trial) for trial in found.trials]}
+            {
+                "best": None if best is None else asdict(best),
+                "trials": [asdict(trial) for trial in configuration_search.trials],
+            }
         )
     elif best is not None:
         print_lines(f"fastest: {_line(best)}; prove it: `run` with these options")
@@ -181,12 +186,14 @@ class Starter:
 
 def _open(spec: "EngineSpec", target: str, draft: str, configuration: Mapping[str, Any]) -> Any:
     """The engine with the configuration's options. Raises InputError: an option that the engine does not have."""
-    own = {name: value for name, value in configuration.items() if name not in OWN}
+    engine_options = {name: value for name, value in configuration.items() if name not in COMMON_OPTIONS}
     dtype, threads = configuration.get("dtype"), configuration.get("threads")
     specs = [] if draft == "none" else [parse_draft(draft)]
     if spec.engine == "torch":
-        if own:
-            raise InputError(f"{', '.join(own)}: --engine torch has no such option; it has {', '.join(OWN)}")
+        if engine_options:
+            raise InputError(
+                f"{', '.join(engine_options)}: --engine torch has no such option; it has {', '.join(COMMON_OPTIONS)}"
+            )
         import torch
 
         from profiles.engines.torch import load
@@ -198,13 +205,13 @@ def _open(spec: "EngineSpec", target: str, draft: str, configuration: Mapping[st
 
     launch = spec.launch
     if launch is not None:
-        for name, value in own.items():
+        for name, value in engine_options.items():
             launch = launch.replace(f"{{{name}}}", str(value))
     spec = replace(
         spec,
         launch=launch,
         threads=threads,
-        engine_args=tuple(f"{name}={value}" for name, value in own.items()) if spec.engine == "vllm" else (),
+        engine_args=tuple(f"{name}={value}" for name, value in engine_options.items()) if spec.engine == "vllm" else (),
         max_requests=int(configuration.get("batch_size", 1)),
         max_length=max(1, int(configuration.get("k", 0))),
     )

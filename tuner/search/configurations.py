@@ -94,21 +94,21 @@ class ConfigurationSearch:
         end_s, rng = self.clock() + self.budget_s, random.Random(self.seed)
         tried: dict[frozenset[tuple[str, Value]], Trial] = {}
         while self.clock() < end_s and len(tried) < math.prod(map(len, self.space.values())):
-            asked = study.ask(distributions)
-            key = frozenset(asked.params.items())
+            proposal = study.ask(distributions)
+            key = frozenset(proposal.params.items())
             if key in tried:  # the sampler is sure; a random one is next
                 study.enqueue_trial({name: rng.choice(values) for name, values in self.space.items()})
             else:
-                tried[key] = self._try(asked, end_s)
+                tried[key] = self._try(proposal, end_s)
                 self.trials.append(tried[key])
                 self.show(tried[key])
-            self._tell(study, asked, tried[key])
+            self._tell(study, proposal, tried[key])
         store_study(study_name, "maximize", study.trials, storage)
         measured = [trial for trial in self.trials if trial.measurement is not None and trial.feasible]
         return max(measured, key=_rank, default=None)
 
-    def _try(self, asked: optuna.Trial, end_s: float) -> Trial:
-        trial = Trial(configuration=dict(asked.params))
+    def _try(self, proposal: optuna.Trial, end_s: float) -> Trial:
+        trial = Trial(configuration=dict(proposal.params))
         try:
             with self.start(trial.configuration) as measure:
                 for num_prompts in self.rungs:
@@ -121,7 +121,7 @@ class ConfigurationSearch:
                         reason=breach,
                         feasible=not breach,
                     )
-                    asked.report(measurement.tok_per_s, num_prompts)
+                    proposal.report(measurement.tok_per_s, num_prompts)
                     if breach or not self._goes_on(trial) or self.clock() >= end_s:
                         break
         except DraftpickError as error:
@@ -149,18 +149,18 @@ class ConfigurationSearch:
         ]
         return "; ".join(broken)
 
-    def _tell(self, study: optuna.Study, asked: optuna.Trial, trial: Trial) -> None:
+    def _tell(self, study: optuna.Study, proposal: optuna.Trial, trial: Trial) -> None:
         if trial.measurement is None:
-            asked.set_user_attr("reason", trial.reason)
-            study.tell(asked, state=optuna.trial.TrialState.FAIL)
+            proposal.set_user_attr("reason", trial.reason)
+            study.tell(proposal, state=optuna.trial.TrialState.FAIL)
             return
         for name, value, most in (
             ("memory", trial.measurement.memory_gib, self.max_memory_gib),
             ("p95 tpot", trial.measurement.p95_tpot_ms, self.max_p95_tpot_ms),
         ):
             if value is not None and math.isfinite(most):
-                asked.set_constraint(name, value - most)
-        study.tell(asked, trial.measurement.tok_per_s)
+                proposal.set_constraint(name, value - most)
+        study.tell(proposal, trial.measurement.tok_per_s)
 
 
 def _rank(trial: Trial) -> tuple[int, float]:
