@@ -50,8 +50,8 @@ def steering_objection(version: str) -> str | None:
     return f"the scheduler of vLLM {version} is not known, those of {STEERED[0]} to {STEERED[1]} are"
 
 
-def is_between(version: str, known: tuple[str, str]) -> bool:
-    first, last = map(Version, known)
+def is_between(version: str, versions: tuple[str, str]) -> bool:
+    first, last = map(Version, versions)
     return first <= Version(Version(version).public) <= last
 
 

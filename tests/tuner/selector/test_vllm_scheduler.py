@@ -103,8 +103,8 @@ def forecast() -> list[list[tuple[int, int]]]:
                 accepted = lookup.accepted[start]
             else:
                 proposed = DRAFTED
-                kept = model.accept_probs[start : start + DRAFTED]
-                accepted = next((index for index, prob in enumerate(kept) if prob == 0.0), len(kept))
+                probs = model.accept_probs[start : start + DRAFTED]
+                accepted = next((index for index, prob in enumerate(probs) if prob == 0.0), len(probs))
             of_prompt.append((proposed, accepted + 1))
             start += accepted + 1
         rounds.append(of_prompt)

@@ -224,7 +224,7 @@ def test_a_killed_engine_is_an_error_and_the_next_call_works(pair: Pair, monkeyp
 
     def killed(*asked: object) -> object:
         processes = map(psutil.Process, pair.vllm.pids)
-        for worker in [one for one in processes if one.cmdline()[-1].endswith("vllm/worker.py")]:
+        for worker in [process for process in processes if process.cmdline()[-1].endswith("vllm/worker.py")]:
             with contextlib.suppress(psutil.NoSuchProcess):  # ended with its supervisor
                 worker.kill()
         return decode(*asked)  # type: ignore[arg-type]
