@@ -314,7 +314,7 @@ def test_a_run_survives_a_server_that_is_down_for_seconds(own_server: str) -> No
                 time.sleep(0.5)
             return super().run_together(workload, prompts, setups, purpose)
 
-    stopped = threading.Thread(target=stop_and_start, args=(own_server, 4.0))
+    stopped = threading.Thread(target=stop_and_start, args=(own_server, 8.0))
     with EvidenceStore.open(own_server) as evidence_store:
         session = TuningSession.of(evidence_store)
         done = tune(Stopping(keep=0.9), TestRuns.LOADS, session, TestRuns.OPTIONS, Watch())
