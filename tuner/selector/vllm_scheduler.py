@@ -28,6 +28,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from profiles.engines.base import RequestInfo
+from profiles.engines.rules import model_path
 from profiles.engines.vllm.flags import is_loaded, speculative_config, steering_objection
 from profiles.records.errors import InputError
 from tuner.policy.policy import Policy
@@ -69,7 +70,7 @@ class DraftpickScheduler(Scheduler):  # type: ignore[misc]  # vLLM is not instal
         path = os.environ.get(POLICY)
         if path is None:
             raise InputError(f"{POLICY} is not set: it names the policy file")
-        drafts_of = partial(loaded_drafts, config=self.vllm_config.speculative_config)
+        drafts_of = partial(loaded_drafts, config=self.vllm_config)
         policy_file = PolicyFile(path, drafts_of=drafts_of, max_length=self.num_spec_tokens)
         return StepController(policy_file, per_request=os.environ.get(PER_REQUEST) == "1")
 
@@ -131,14 +132,17 @@ class AsyncDraftpickScheduler(DraftpickScheduler, AsyncScheduler):  # type: igno
 
 
 def loaded_drafts(policy: Policy, config: Any) -> list[str]:
-    """Names of the policy's drafts that a server with this speculative config runs. Raises InputError: none is."""
+    """Names of the policy's drafts that a server of this config of vLLM's runs. Raises InputError: none is."""
+    server, model = config.speculative_config, config.model_config.model
     drafts = () if policy.prior is None else policy.prior.drafts
-    names = [draft.name for draft in drafts if is_loaded(draft, config)]
+    names = [draft.name for draft in drafts if is_loaded(draft, server)]
     if not names:
         others = ", ".join(json.dumps(speculative_config(draft, 1)) for draft in drafts) or "none"
-        raise InputError(f"the server drafts with {config.method} {config.model}; the policy has figures of {others}")
+        raise InputError(f"the server drafts with {server.method} {server.model}; the policy has figures of {others}")
     if policy.environment.engine != "vllm":
         logger.warning("the policy was measured on %s: its times are not this server's", policy.environment.engine)
+    if model_path(policy.target) != model:
+        logger.warning("the policy is of the target %s, the server runs %s", policy.target.name, model)
     return names
 
 

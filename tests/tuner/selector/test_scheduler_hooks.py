@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from profiles.records.errors import InputError
 from tests.support.policies import learning_policy
 from tuner.policy.policy import write
 
@@ -75,9 +76,16 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
         del sys.modules["tuner.selector.vllm_scheduler"]
 
 
+def vllm_config(speculative: SimpleNamespace, *, asynchronous: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(
+        scheduler_config=SimpleNamespace(async_scheduling=asynchronous),
+        speculative_config=speculative,
+        model_config=SimpleNamespace(model="the target"),
+    )
+
+
 def scheduler_of(module: ModuleType, *, asynchronous: bool = False) -> Any:
-    scheduling = SimpleNamespace(async_scheduling=asynchronous)
-    config = SimpleNamespace(scheduler_config=scheduling, speculative_config=SimpleNamespace(**NGRAM))
+    config = vllm_config(SimpleNamespace(**NGRAM), asynchronous=asynchronous)
     made = module.DraftpickScheduler(vllm_config=config)
     sampling = SimpleNamespace(temperature=0.0, extra_args=None)
     for name in ("a", "b"):
@@ -131,7 +139,14 @@ def test_a_full_disk_does_not_end_serving(module: ModuleType, monkeypatch: pytes
     assert scheduler._reporter._file is None
 
 
-def test_a_draft_that_no_policy_knows_is_refused(module: ModuleType) -> None:
-    """By what the policy has figures of, as vLLM is told."""
-    with pytest.raises(Exception, match=r"the server drafts with eagle P; .*\"method\": \"ngram\""):
-        module.loaded_drafts(learning_policy(), SimpleNamespace(method="eagle", model="P"))
+def test_a_policy_of_another_server_is_refused_or_warned_of(
+    module: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Refused where it has no figures of the draft; another engine's or target's is a warning."""
+    with pytest.raises(InputError, match=r"the server drafts with eagle P; .*\"method\": \"ngram\""):
+        module.loaded_drafts(learning_policy(), vllm_config(SimpleNamespace(method="eagle", model="P")))
+    module.loaded_drafts(learning_policy(), vllm_config(SimpleNamespace(**NGRAM)))
+    assert [record.getMessage() for record in caplog.records] == [
+        "the policy was measured on torch: its times are not this server's",
+        "the policy is of the target family/target, the server runs the target",
+    ]
