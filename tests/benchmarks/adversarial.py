@@ -45,6 +45,9 @@ DISTURBANCES: Mapping[str, Disturbance] = {
     "outages 20 of 40": traffic.outages(40, 20),
     "outages 300 of 600": traffic.outages(600, 300),
     "spikes 2 of 50": traffic.spikes(50, 2, 20.0),
+    "spikes 3 of 50": traffic.spikes(50, 3, 20.0),
+    "spikes 4 of 50": traffic.spikes(50, 4, 20.0),
+    "spikes 5 of 200": traffic.spikes(200, 5, 20.0),
     "spikes 200 of 500": traffic.spikes(500, 200, 3.0),
 }
 

@@ -54,6 +54,8 @@ class Point:
         drafts = [draft for draft, lengths in zip(longest, self.lengths[1:], strict=True) if lengths]
         self.lengths = [lengths for lengths in self.lengths if lengths]
         self.drafts = (-1, *drafts)  # by option: number in the prior
+        # a look-up without a match takes a plain round; a model drafts in every round
+        self.is_lookup = (True, *(prior.drafts[draft].kind == "ngram" for draft in drafts))
         self.setups = [
             [PLAIN],
             *(
@@ -94,7 +96,7 @@ class Point:
     def round_s(self, arm: Arm, proposed: int) -> float:
         """Seconds of a round whose widest row proposes so many."""
         option, index = arm
-        if not option or not proposed:
+        if not proposed and self.is_lookup[option]:
             return self.times.seconds[option][0] * self._factors[0][0]
         return self.times.seconds[option][proposed] * self._factors[option][index]
 
@@ -108,9 +110,15 @@ class Point:
             model = models[domain]
             tokens += share * model.tokens[index]
             proposes += share * model.reach[0]
-        proposes = proposes if self.batch_size == 1 else 1.0 - (1.0 - proposes) ** self.batch_size
+        proposes = self._proposes(option, proposes)
         idle_s = self.times.seconds[option][0] * self._factors[0][0]
         return tokens / (idle_s + proposes * (self.costs[option][index] - idle_s) + extra_s)
+
+    def _proposes(self, option: int, prob: float) -> float:
+        """How likely a round drafts, by how likely a row does."""
+        if not self.is_lookup[option]:
+            return 1.0
+        return prob if self.batch_size == 1 else 1.0 - (1.0 - prob) ** self.batch_size
 
     def informed(self, arms: Sequence[Arm], weights: Sequence[float], extra_s: Sequence[float]) -> Arm:
         """Of these setups the best for a request of an unknown domain, with what a round of it tells.
@@ -182,7 +190,7 @@ class Point:
             peak = 1.0 / costs[0], 0
         else:
             model = self.models[option][domain]
-            proposes = model.reach[0] if self.batch_size == 1 else 1.0 - (1.0 - model.reach[0]) ** self.batch_size
+            proposes = self._proposes(option, model.reach[0])
             idle_s = (1.0 - proposes) * self.round_s((option, 0), 0)
             rates = [tokens / (idle_s + proposes * cost) for tokens, cost in zip(model.tokens, costs, strict=False)]
             rate = max(rates)

@@ -11,8 +11,8 @@ MACHINE_WEIGHT = 1.0 / 16.0  # of the latest round in the machine's factor
 NOISE_ROUNDS = 64  # that the scatter of rounds is taken over
 INITIAL_NOISE, INITIAL_ROUNDS = 0.06, 8  # standard deviation of a round's logarithm until it is known; its weight
 JUMP_LOG_RATIO, JUMP_NOISES, JUMP_ROUNDS = math.log(1.2), 2.5, 3
-FIRST_ROUNDS = 16  # of all, which tell the machine's factor
-SETTLING_ROUNDS = 8  # after a change of setup, in which a jump is the setup's and not the machine's
+SETTLING_ROUNDS = 8  # after a change to a draft, in which a jump to slower rounds is the draft's
+MAX_DRAFT_JUMP = math.log(2.0)  # a stall of the machine looks alike, and must not shut a draft out
 
 
 class Deviation:
@@ -38,7 +38,8 @@ class RoundTimeModel:
 
     The logarithm of a round's seconds over the stored ones is the sum of the machine's factor, which every round tells,
     of the draft's deviation and of the length's, both shrunk to 0, and of noise. Three rounds in a row that deviate to
-    the same side are a jump by the smallest of the three: of the setup if it was just changed to, else of the machine.
+    the same side are a jump by the smallest of the three: of a draft that was just changed to and is slower, up to 2x,
+    else of the machine. Plain decoding never jumps by itself: all gains and losses are told over it.
 
     Args:
         seconds: by option, stored seconds of a round by the tokens that its widest row proposes.
@@ -101,8 +102,8 @@ class RoundTimeModel:
         self._same_side = self._same_side + side if continues else side
         if abs(self._same_side) >= JUMP_ROUNDS:
             self._same_side = 0
-            if self._since <= SETTLING_ROUNDS and self._count >= FIRST_ROUNDS and not idle:
-                draft.log += self._smallest
+            if option and self._smallest > 0.0 and self._since <= SETTLING_ROUNDS:
+                draft.log += min(MAX_DRAFT_JUMP, self._smallest)
             else:
                 self.machine += self._smallest
             return

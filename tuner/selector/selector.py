@@ -355,8 +355,15 @@ class Selector:
         proposed = [row[0] for row in rows]
         accepted = sum([row[1] for row in rows])
         widths = proposed if num_rounds > 1 else [max(proposed)]
+        length = max(decision.lengths, default=decision.setup.length)
+        # a model drafts what was decided, also where an engine drops its tokens or a request ends before
+        is_whole = point.is_lookup[option] or min(widths) == length
         taken_s = sum([point.round_s(arm, width) for width in widths])  # the machine's noise is not the draft's
-        if report.seconds is not None:
+        if not is_whole:
+            longest_s = len(widths) * point.round_s(arm, length)
+            heard_s = longest_s if report.seconds is None else report.seconds / math.exp(point.times.machine)
+            taken_s = min(longest_s, max(taken_s, heard_s))
+        elif report.seconds is not None:
             stored_s = sum([point.times.seconds[option][width] for width in widths])
             if not decision.catch_up:
                 point.times.observe(

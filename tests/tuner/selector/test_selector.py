@@ -65,6 +65,34 @@ def test_another_draft_is_found() -> None:
     assert sum(pick.setup.draft == CODE_DRAFT for pick in world.play(selector, 500)) > 400
 
 
+def test_a_model_drafts_whether_its_tokens_are_used_or_not() -> None:
+    """A grammar drops all that a draft model proposes: its rounds cost what drafting costs, so it is left."""
+    selector, plain_s, seconds = Selector(learning_policy(), drafts=[CODE_DRAFT.name]), 0.0, 0.0
+    for number in range(3000):
+        decision = selector.choose(requests=[RequestInfo(number // 50, "code")])
+        plain_s += 0.01
+        round_s = 0.01 + 0.003 * decision.setup.length
+        seconds += round_s
+        assert selector.observe(RoundReport(decision, ((0, 0),), round_s))
+    assert plain_s / seconds > 0.97
+    assert selector.stats().gain == pytest.approx(plain_s / seconds, abs=0.01)
+
+
+@pytest.mark.parametrize(("keep", "least"), [(0.1, 0.98), (0.8, 1.1)])
+def test_stalls_of_three_to_five_rounds(keep: float, least: float) -> None:
+    """They tell nothing of a setup, plain decoding included: a useless draft stays useless, a good one in use."""
+    for every, stalled, seed in ((50, 3, 0), (50, 4, 1), (200, 5, 0)):
+        selector, world = Selector(learning_policy(), seed=seed), World()
+        world.hit, world.keep = {NGRAM: 1.0, CODE_DRAFT: 1.0}, {NGRAM: keep, CODE_DRAFT: keep}
+        usual_s = 0.0
+        for number in range(3000):
+            world.slowness = 20.0 if number % every >= every - stalled else 1.0
+            before_s = world.seconds
+            world.play(selector, 1)
+            usual_s += (world.seconds - before_s) / world.slowness
+        assert world.tokens * 0.01 / usual_s > least
+
+
 def test_the_length_follows_acceptance() -> None:
     """Where less is kept rounds get shorter, where more is kept longer."""
     lengths = []
