@@ -123,7 +123,7 @@ class Replay:
         unmoved: dict[str, RoundController] = {
             "lookup": Table(lambda rows, domain: world.look_up(policy, rows, domain))
         }
-        if seed < PUBLISHED_SEEDS:
+        if len(self.rates[name, NOISES[0]]["selector"]) < PUBLISHED_SEEDS:
             unmoved |= published(family, stream, seed)
         fixed = {
             rule: self._serve(case, stream, controller, seed, 0.06).usual_rate for rule, controller in unmoved.items()
@@ -264,12 +264,12 @@ def document(replayed: Replay) -> dict[str, Any]:
     return values
 
 
-def run_real(family: Family, num_seeds: int) -> dict[str, Any]:
+def run_real(family: Family, seeds: range) -> dict[str, Any]:
     """The selector, the look-up, plain decoding, the best static setups by replay, the oracle: on the real engine."""
     values: dict[str, Any] = {}
     for name, build in REAL_BUILDERS.items():
         ran: dict[str, list[float]] = defaultdict(list)
-        for seed in range(num_seeds):
+        for seed in seeds:
             stream = build(family.served, seed)
             serve = family.simulator.serve
             statics = sorted(family.setups, key=lambda setup: -serve(stream, Fixed(setup)).tok_per_s)
@@ -307,7 +307,7 @@ def replay_store(store: Path, options: argparse.Namespace) -> dict[str, Any]:
         }.items():
             for labelled in (True, False):
                 rates: Rates = defaultdict(list)
-                for seed in range(options.seeds):
+                for seed in range(options.first_seed, options.first_seed + options.seeds):
                     stream = build(seed)
                     alone = [family.alone(request.prompt) for request in stream.requests]
                     tokens = sum(family.output_tokens(request.prompt) for request in stream.requests)
@@ -337,7 +337,8 @@ def main() -> None:
     parser.add_argument("--real-seeds", type=int, default=3, help="on the real engine; 0: replay only")
     parser.add_argument("--streams", nargs="*", choices=sorted(CASES), default=list(CASES), help="of the replay")
     options = parser.parse_args()
-    seeds = {"replay_seeds": options.seeds, "real_seeds": options.real_seeds}
+    first = options.first_seed
+    seeds = range(first, first + options.seeds)
     if options.store:
         finish({"benchmark": "adaptive", "replay_seeds": options.seeds, **replay_store(options.store, options)})
         return
@@ -346,15 +347,23 @@ def main() -> None:
         with world.family(options) as family:
             replayed = Replay(family)
             for name in options.streams:
-                for seed in range(min(options.seeds, LONG_SEEDS) if CASES[name].stream == "long" else options.seeds):
+                for seed in seeds[:LONG_SEEDS] if CASES[name].stream == "long" else seeds:
                     replayed.play(name, seed)
                 for noise in NOISES:
                     show(name, noise, replayed.rates[name, noise])
             values |= document(replayed)
     if options.real_seeds:
         with world.family(options, measured=True) as family:
-            values |= run_real(family, options.real_seeds)
-    finish({"benchmark": "adaptive", **seeds, **values})
+            values |= run_real(family, range(first, first + options.real_seeds))
+    finish(
+        {
+            "benchmark": "adaptive",
+            "first_seed": first,
+            "replay_seeds": options.seeds,
+            "real_seeds": options.real_seeds,
+            **values,
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -53,12 +53,12 @@ DISTURBANCES: Mapping[str, Disturbance] = {
 
 
 def worst(
-    family: Family, case: tuple[str, str], noise: float, *, num_seeds: int, guarantee: float | None
+    family: Family, case: tuple[str, str], noise: float, *, seeds: range, guarantee: float | None
 ) -> tuple[float, float, int]:
     """(least prefix over seeds, least window, the fewest rounds of a stream)."""
     stream, disturbance = case
     prefixes, windows, rounds = [], [], []
-    for seed in range(num_seeds):
+    for seed in seeds:
         record = family.simulator.serve(
             BUILDERS[stream](family.served, seed),
             Selector(family.policy, seed=seed, guarantee=guarantee),
@@ -80,7 +80,12 @@ def main() -> None:
     parser.add_argument("--noises", type=float, nargs="+", default=NOISES)
     parser.add_argument("--streams", nargs="+", choices=sorted(BUILDERS), default=list(BUILDERS))
     options = parser.parse_args()
-    document: dict[str, Any] = {"benchmark": "adversarial", "seeds": options.seeds, "window_rounds": WINDOW}
+    document: dict[str, Any] = {
+        "benchmark": "adversarial",
+        "first_seed": options.first_seed,
+        "seeds": options.seeds,
+        "window_rounds": WINDOW,
+    }
     rounds: list[int] = []
     with world.family(options) as family:
         for guarantee, suffix in ((GUARANTEE, ""), (None, "_no_guarantee")):
@@ -88,8 +93,8 @@ def main() -> None:
             windows: dict[str, float] = {}
             for noise in options.noises:
                 for case in ((stream, name) for stream in options.streams for name in DISTURBANCES):
-                    num_seeds = options.seeds if guarantee else 1
-                    prefix, window, fewest = worst(family, case, noise, num_seeds=num_seeds, guarantee=guarantee)
+                    seeds = range(options.first_seed, options.first_seed + (options.seeds if guarantee else 1))
+                    prefix, window, fewest = worst(family, case, noise, seeds=seeds, guarantee=guarantee)
                     key = str(noise)
                     prefixes[key], windows[key] = (
                         min(prefix, prefixes.get(key, prefix)),

@@ -133,6 +133,9 @@ def look_up(policy: Policy, num_rows: int, domain: str | None) -> Setup:
 def add_options(parser: argparse.ArgumentParser, seeds: int) -> None:
     """The flags that both benchmarks of the selector share."""
     parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument(
+        "--first-seed", type=int, default=1000, help="the selector's constants were set at seeds 0 to 3"
+    )
     parser.add_argument("--traces", type=Path, help="folder of a store to keep traces in; none: trace anew")
     parser.add_argument("--prompts", type=int, default=144, help="half make the policy, half are served")
     parser.add_argument("--tokens", type=int, default=48)
