@@ -33,9 +33,9 @@ class LossBudget:
         )
         self.window = window
         self._max_loss = math.inf if guarantee is None else RESERVE * (1.0 / guarantee - 1.0) * window
-        self._now = 0
+        self._now = 0.0
         self._total = 0.0
-        self.minima: deque[tuple[int, float]] = deque([(0, 0.0)])  # increasing totals before rounds of the window
+        self.minima: deque[tuple[float, float]] = deque([(0.0, 0.0)])  # increasing totals before rounds of the window
 
     @property
     def loss(self) -> float:
@@ -51,7 +51,7 @@ class LossBudget:
         """Share of the budget."""
         return 1.0 if self._max_loss == math.inf else 1.0 - self.loss / self._max_loss
 
-    def add(self, lost: float, count: int = 1) -> None:
+    def add(self, lost: float, count: float = 1.0) -> None:
         """Counts rounds that lost so many plain rounds in all; below 0 they gained."""
         minima = self.minima
         self._now += count

@@ -39,7 +39,7 @@ class RoundTimeModel:
     The logarithm of a round's seconds over the stored ones is the sum of the machine's factor, which every round tells,
     of the draft's deviation and of the length's, both shrunk to 0, and of noise. Three rounds in a row that deviate to
     the same side are a jump by the smallest of the three: of a draft that was just changed to and is slower, up to 2x,
-    else of the machine. Plain decoding never jumps by itself: all gains and losses are told over it.
+    or no longer is, else of the machine. Plain decoding never jumps by itself: all gains and losses are told over it.
 
     Args:
         seconds: by option, stored seconds of a round by the tokens that its widest row proposes.
@@ -102,8 +102,9 @@ class RoundTimeModel:
         self._same_side = self._same_side + side if continues else side
         if abs(self._same_side) >= JUMP_ROUNDS:
             self._same_side = 0
-            if option and self._smallest > 0.0 and self._since <= SETTLING_ROUNDS:
-                draft.log += min(MAX_DRAFT_JUMP, self._smallest)
+            is_slower = self._smallest > 0.0
+            if option and self._since <= SETTLING_ROUNDS and (is_slower or draft.log > limit):
+                draft.log = draft.log + min(MAX_DRAFT_JUMP, self._smallest) if is_slower else 0.0
             else:
                 self.machine += self._smallest
             return

@@ -122,6 +122,7 @@ class Selector:
         self._last_option: tuple[Point | None, int] = (None, 0)
         self._totals = [0.0] * 5  # tokens and seconds over plain's; proposed, expected and accepted tokens
         self.num_refused = 0
+        self._replaced: frozenset[OperatingPoint] = frozenset()  # points of the policy before
 
     @property
     def policy(self) -> Policy:
@@ -325,42 +326,58 @@ class Selector:
 
     def observe(self, report: RoundReport) -> bool:
         """Learns from a round that was run as decided. Returns False for an impossible report: it is only counted."""
-        return self._observe(report, 1)
+        return self._observe(report)
 
-    def observe_many(self, decision: RoundDecision, rounds: Sequence[RoundCount], seconds: float) -> bool:
+    def observe_many(
+        self,
+        decision: RoundDecision,
+        rounds: Sequence[RoundCount],
+        seconds: float,
+        *,
+        request: Hashable | None = None,
+    ) -> bool:
         """Learns from all rounds of one request that were run as decided; `seconds` in all.
 
-        Returns False for an impossible report.
-        """
-        ids = tuple(request.id for request in decision.requests[:1]) * len(rounds) or None
-        return self._observe(RoundReport(decision, tuple(rounds), seconds, ids=ids), len(rounds))
+        Rounds of a batch count once: each request's by its share of the batch. Returns False for an impossible report.
 
-    def _observe(self, report: RoundReport, num_rounds: int) -> bool:
+        Args:
+            request: id of the request; None: the decision's only one, or none where it was made without.
+        """
+        ids = [each.id for each in decision.requests]
+        if request is None and len(ids) == 1:
+            request = ids[0]
+        named = (request,) * len(rounds) if request in ids else () if ids or request is not None else None
+        return self._observe(RoundReport(decision, tuple(rounds), seconds, ids=named), many=True)
+
+    def _observe(self, report: RoundReport, *, many: bool = False) -> bool:
         decision = report.decision
         with self._lock:
-            stream = self._state.streams.get(OperatingPoint(*decision[2:6])) if decision.covered else None
+            key = OperatingPoint(*decision[2:6])
+            stream = self._state.streams.get(key) if decision.covered else None
             arm = None if stream is None or stream.point is None else stream.point.find(decision.setup)
             lost = decision.covered and (stream is None or (stream.point is not None and arm is None))
-            if lost or not _is_possible(report, decision.setup.length, num_rounds):
-                self.num_refused += 1
+            if lost or not _is_possible(report, decision.setup.length, many):
+                self.num_refused += not (lost and key in self._replaced)  # it was under way when the policy changed
                 return False
             if stream is not None and stream.point is not None and arm is not None:
-                self._now += num_rounds
-                self._learn(stream, stream.point, arm, report, num_rounds)
+                self._learn(stream, stream.point, arm, report, many)
             return True
 
-    def _learn(self, stream: Stream, point: Point, arm: Arm, report: RoundReport, num_rounds: int) -> None:
+    def _learn(self, stream: Stream, point: Point, arm: Arm, report: RoundReport, many: bool) -> None:
         option = arm[0]
-        rows, decision, budget = report.rows, report.decision, self._budget
+        rows, decision = report.rows, report.decision
+        num_rounds = len(rows) if many else 1
+        scale = 1.0 / max(1, len(decision.requests)) if many else 1.0  # of a request's rounds
+        self._now += max(1, round(scale * num_rounds))
         proposed = [row[0] for row in rows]
         accepted = sum([row[1] for row in rows])
-        widths = proposed if num_rounds > 1 else [max(proposed)]
+        widths = proposed if many else [max(proposed)]
         length = max(decision.lengths, default=decision.setup.length)
         # a model drafts what was decided, also where an engine drops its tokens or a request ends before
         is_whole = point.is_lookup[option] or min(widths) == length
         taken_s = sum([point.round_s(arm, width) for width in widths])  # the machine's noise is not the draft's
         if not is_whole:
-            longest_s = len(widths) * point.round_s(arm, length)
+            longest_s = len(widths) * point.round_s(arm, length) + decision.catch_up * 4.0 * point.catch_up_s[option]
             heard_s = longest_s if report.seconds is None else report.seconds / math.exp(point.times.machine)
             taken_s = min(longest_s, max(taken_s, heard_s))
         elif report.seconds is not None:
@@ -377,9 +394,9 @@ class Selector:
         if option:
             heaviest = self._learn_acceptance(stream, point, arm, report)
         tokens = (accepted + len(rows)) / len(rows) * num_rounds
-        taken = taken_s / point.plain_s
-        scale = 1.0 if num_rounds == 1 else 1.0 / max(1, len(decision.requests))
-        budget.add((taken - tokens) * scale, num_rounds)
+        taken = scale * taken_s / point.plain_s
+        tokens *= scale
+        self._budget.add(taken - tokens, scale * num_rounds)
         self._totals[0] += tokens
         self._totals[1] += taken
         if taken < tokens:
@@ -387,7 +404,7 @@ class Selector:
         if decision.probe:
             shares = [(share, domain) for domain, share in enumerate(self._weights(stream, decision.requests)[0])]
             self._probe_credit -= max(0.0, taken * point.plain_s * point.value(stream.arm, shares) - tokens)
-        credit = self._probe_credit + PROBE_ROUND_SHARE * num_rounds
+        credit = self._probe_credit + PROBE_ROUND_SHARE * scale * num_rounds
         self._probe_credit = min(MAX_PROBE_CREDIT, max(-MAX_PROBE_CREDIT, credit))
         point.refresh_after(option, heaviest)
 
@@ -441,6 +458,7 @@ class Selector:
         state = SelectorState(policy, **self._options)
         with self._lock:
             state.take_over(self._state)
+            self._replaced = frozenset(self._state.streams)
             self._state, self._probe, self._last_option = state, None, (None, 0)
             self._requests.clear()
 
@@ -478,7 +496,7 @@ class Selector:
             load([fresh, budget], snapshot["selector"])
             load(state.parts(), snapshot["state"])
             budget.minima.clear()
-            budget.minima.extend((int(now), float(total)) for now, total in snapshot["minima"])
+            budget.minima.extend((float(now), float(total)) for now, total in snapshot["minima"])
             if not 0.0 <= budget.loss < math.inf:
                 raise ValueError("an impossible loss")
             for label, mix in snapshot["mixes"] if state.domains is not None else ():
@@ -500,23 +518,24 @@ def _label(domain: str) -> str | None:
     return None if domain == MIXED else domain
 
 
-def _is_possible(report: RoundReport, length: int, num_rounds: int) -> bool:
+def _is_possible(report: RoundReport, length: int, many: bool) -> bool:
     """Whether rounds of up to `length` proposed tokens can report such rows and seconds."""
     rows, seconds, decision = report.rows, report.seconds, report.decision
+    ids = [request.id for request in decision.requests] if report.ids is None and not many else report.ids
     for value in (MAX_ROUND_S / 2 if seconds is None else seconds, report.extra_s + 2 * MIN_ROUND_S):
         if not isinstance(value, float | int) or not MIN_ROUND_S < value < MAX_ROUND_S:
             return False
     if not isinstance(rows, tuple | list) or not rows:
         return False
-    num_rows = len(decision.requests) if report.ids is None else len(report.ids)
-    if (num_rows and len(rows) != num_rows) or (
-        num_rounds == 1 and decision.covered and len(rows) > decision.batch_size
-    ):
-        return False
+    if many:
+        fits = ids != ()
+    else:
+        fits = not ids or len(rows) == len(ids) == len(set(ids))
+        fits &= not decision.covered or len(rows) <= decision.batch_size
     for row in rows:
         if not isinstance(row, tuple | list) or len(row) != 2:
             return False
         proposed, accepted = row
         if type(proposed) is not int or type(accepted) is not int or not 0 <= accepted <= proposed <= length:
             return False  # bool, and the integers of arrays, are not int
-    return True
+    return fits

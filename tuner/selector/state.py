@@ -100,7 +100,7 @@ class SelectorState:
             point.update()
 
     def take_over(self, earlier: "SelectorState") -> None:
-        """What was learned of the same drafts on the same domains at the same lengths."""
+        """What was learned of the same drafts on the same domains at the same lengths, and of times stored alike."""
         new, old, new_prior, old_prior = self.domains, earlier.domains, self.policy.prior, earlier.policy.prior
         if (
             new is None
@@ -118,6 +118,10 @@ class SelectorState:
                         if name in old.names:
                             load([model], save([learned[old.names.index(name)]]))
                     load([new.models[temperature][number][0].shift], save([learned[0].shift]))
+        for where, point in self.points.items():
+            before = earlier.points.get(where)
+            if before is not None and (before.setups, before.times.seconds) == (point.setups, point.times.seconds):
+                load(point.times.parts(), save(before.times.parts()))
         if new.names == old.names:
             new.mixes = old.mixes
         new.rounds = [old.rounds[old.names.index(name)] if name in old.names else 0.0 for name in new.names]

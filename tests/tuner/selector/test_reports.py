@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import random
 import re
 import time
@@ -158,6 +159,19 @@ def test_a_replaced_policy_keeps_what_was_learned() -> None:
     assert selector.policy is newer
     assert selector.snapshot()["state"][1:8] == learned != Selector(newer).snapshot()["state"][1:8]
     assert drafted(world.play(selector, 200, domain="code")) < 0.2
+
+
+def test_a_replaced_policy_keeps_times_and_reports_under_way() -> None:
+    """Times that are stored alike go on as learned; a report of a point that went teaches nothing and is no fault."""
+    selector, world = Selector(learning_policy()), World(slowness=1.5)
+    world.play(selector, 300)
+    decision = selector.choose(domain="code")
+    newer = learning_policy()
+    selector.replace(replace(newer, choices=tuple(row for row in newer.choices if row.domain != "code")))
+    (point,) = (point for where, point in selector._state.points.items() if where[0] == 1)
+    assert point.times.machine == pytest.approx(math.log(1.5), abs=0.1)
+    assert not selector.observe(RoundReport(decision, ((0, 0),), 0.01))
+    assert selector.num_refused == 0
 
 
 def test_threads_share_a_selector() -> None:

@@ -221,6 +221,21 @@ def test_whole_requests_may_be_reported() -> None:
     assert selector.num_refused == 1
 
 
+def test_whole_requests_of_a_batch_may_be_reported() -> None:
+    """Each report names its request and counts as its share of the batch; another name, or one twice, is refused."""
+    requests = [RequestInfo(name) for name in "abcdefgh"]
+    selector = Selector(learning_policy())
+    decision = selector.choose(requests=requests)
+    for request in requests:
+        assert selector.observe_many(decision, [RoundCount(0, 0)] * 16, 0.16, request=request.id)
+    assert selector.num_rounds == 16
+    assert not selector.observe_many(decision, [RoundCount(0, 0)], 0.01)
+    assert not selector.observe_many(decision, [RoundCount(0, 0)], 0.01, request="z")
+    twice = selector.choose(requests=[RequestInfo("a"), RequestInfo("a")])
+    assert not selector.observe(RoundReport(twice, (RoundCount(0, 0),) * 2, 0.01))
+    assert selector.num_refused == 3
+
+
 def test_the_nearest_measured_point_answers() -> None:
     """Another temperature, a longer context; a larger batch than any measured is plain decoding."""
     selector = Selector(learning_policy())
