@@ -21,7 +21,7 @@ EMA_DOWN, EMA_UP = -0.25, 0.0  # moves the thresholds half a token under a step 
 
 
 def picked(setup: Setup) -> RoundDecision:
-    """A pick that rests on no measured point: these controllers_for have none."""
+    """A pick that rests on no measured point: these controllers have none."""
     return RoundDecision(setup, True, 1, 1, MIXED, 0.0)
 
 

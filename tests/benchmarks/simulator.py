@@ -142,7 +142,7 @@ class Simulator:
 
         `noise`: factors of which one is drawn for every round's time, plain decoding's included. `labelled`: whether
         the controller is told the domains of requests. `num_rounds`: the stream starts over until so many were run.
-        Drafts that are sampled draw their rng by `seed`; greedy ones have none. Raises: InputError: the stream needs a
+        Drafts that are sampled are drawn by `seed`; greedy ones have none. Raises: InputError: the stream needs a
         larger batch than was measured. NotMeasuredError: a prompt, or a setup that was picked, is not in the evidence.
         """
         if stream.most_rows >= len(self._sizes):

@@ -158,8 +158,8 @@ def family(options: argparse.Namespace, *, measured: bool = False) -> Iterator[F
         if measured:
             gathered = {load: gather(engine, load, prompts, LENGTHS) for load, _ in loads}
             evidence = gathered[loads[0][0]]
-            for load, found in gathered.items():
-                forecasters[load.batch_size] = Forecaster(found, load, target, load.seed)
+            for load, measured_evidence in gathered.items():
+                forecasters[load.batch_size] = Forecaster(measured_evidence, load, target, load.seed)
         else:
             evidence = traced(engine, loads[0][0], prompts)
             for load, _ in loads:

@@ -187,11 +187,11 @@ class Domains:
         if mix is None:
             if len(self.mixes) > 256:  # a caller that puts anything into the label
                 self.mixes.clear()
-            known = label in self.names[:-1] and label != MIXED
-            outside = OUTSIDE_SHARE if known else 1.0 - REJECTED_SHARE
-            main = label if known else MIXED
+            is_domain = label in self.names[:-1] and label != MIXED
+            outside = OUTSIDE_SHARE if is_domain else 1.0 - REJECTED_SHARE
+            main = label if is_domain else MIXED
             # beside a label, or one domain alone, other text may be anything; without, it is of one of the domains
-            unnamed = 3.0 if known or len(self.names) <= 3 else 0.1
+            unnamed = 3.0 if is_domain or len(self.names) <= 3 else 0.1
             parts = {name: unnamed if name == MIXED else 1.0 for name in self.names[:-1]}
             first = [*(outside * part / sum(parts.values()) for part in parts.values()), REJECTED_SHARE]
             first[self.names.index(main) if main in self.names else 0] += 1.0 - sum(first)
@@ -220,14 +220,16 @@ class Domains:
         # a draft that turned useless looks like text that none gets right: those rounds count for the domains too
         lost = after[-1] / max(1e-9, 1.0 - mix[-1])
         heaviest, most = 0, 0.0
-        own = self.names.index(label) if label in self.names else -1
-        told = 0.0
-        if own >= 0:
-            told = LABEL_SHARE
-            model, tested = models[own], min(proposed, accepted + 1)
+        labelled = self.names.index(label) if label in self.names else -1
+        label_share = 0.0
+        if labelled >= 0:
+            label_share = LABEL_SHARE
+            model, tested = models[labelled], min(proposed, accepted + 1)
             model.shift.observe(model.expected[tested], model.information[tested], accepted)
         for index in range(len(after) - 1):
-            weight = (1.0 - told) * (after[index] + lost * mix[index]) + (told if index == own else 0.0)
+            weight = (1.0 - label_share) * (after[index] + lost * mix[index]) + (
+                label_share if index == labelled else 0.0
+            )
             if weight > MIN_WEIGHT:  # squared: rounds of uncertain domains would make these alike
                 self.rounds[index] += weight * weight
                 models[index].observe(proposed, accepted, weight * weight, self.rounds[index])

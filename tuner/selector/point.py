@@ -135,13 +135,13 @@ class Point:
         gain = sum(map(mul, weights, map(max, zip(*rates, strict=True)))) - best
         worth = []
         for (option, _), rate, seconds in zip(arms, now, extra_s, strict=True):
-            told = 0.0
+            gained = 0.0
             if option:
                 some = [weight * model.reach[1] for weight, model in zip(weights, self.models[option], strict=True)]
                 none = list(map(sub, weights, some))
                 after = sum([sum(map(mul, part, part)) / max(sum(part), 1e-9) for part in (some, none)])
-                told = (after - purity) / (1.0 - purity)
-            worth.append(rate + REMAINING_ROUNDS * told * gain - best * best * seconds / REMAINING_ROUNDS)
+                gained = (after - purity) / (1.0 - purity)
+            worth.append(rate + REMAINING_ROUNDS * gained * gain - best * best * seconds / REMAINING_ROUNDS)
         return arms[worth.index(max(worth))]
 
     def error(self, arm: Arm, shares: Sequence[tuple[float, int]], now: int) -> float:

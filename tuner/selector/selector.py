@@ -378,8 +378,8 @@ class Selector:
         taken_s = sum([point.round_s(arm, width) for width in widths])  # the machine's noise is not the draft's
         if not is_whole:
             longest_s = len(widths) * point.round_s(arm, length) + decision.catch_up * 4.0 * point.catch_up_s[option]
-            heard_s = longest_s if report.seconds is None else report.seconds / math.exp(point.times.machine)
-            taken_s = min(longest_s, max(taken_s, heard_s))
+            taken_here_s = longest_s if report.seconds is None else report.seconds / math.exp(point.times.machine)
+            taken_s = min(longest_s, max(taken_s, taken_here_s))
         elif report.seconds is not None:
             stored_s = sum([point.times.seconds[option][width] for width in widths])
             if not decision.catch_up:

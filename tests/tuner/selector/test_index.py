@@ -30,11 +30,11 @@ def test_same_answers_as_the_policy(
     batch_size: int, context_length: int | None, domain: str | None, temperature: float
 ) -> None:
     """The index gives the answer of the rule itself, between the measured points and beyond them."""
-    found = PolicyIndex(RAGGED).find(batch_size, context_length, domain, temperature)
+    answered = PolicyIndex(RAGGED).find(batch_size, context_length, domain, temperature)
     answer = RAGGED.look_up(
         batch_size=batch_size, context_length=context_length, domain=domain, temperature=temperature
     )
-    assert found == (answer.choice.point if answer.matched else None)
+    assert answered == (answer.choice.point if answer.matched else None)
 
 
 @pytest.mark.parametrize(

@@ -86,11 +86,11 @@ def test_a_policy_without_a_prior_is_applied_as_it_stands() -> None:
 
 def test_a_draft_that_broke_a_limit_is_never_picked() -> None:
     """Without round times at a point the draft is no option there."""
-    known = learning_policy()
-    assert known.prior is not None
-    times = tuple(times for times in known.prior.round_times if times.draft != 1 or times.batch_size != 1)
-    prior = replace(known.prior, round_times=times)
-    limited = replace(known, choices=(choice(NGRAM8), choice(PLAIN, batch_size=8)), prior=prior)
+    stored = learning_policy()
+    assert stored.prior is not None
+    times = tuple(times for times in stored.prior.round_times if times.draft != 1 or times.batch_size != 1)
+    prior = replace(stored.prior, round_times=times)
+    limited = replace(stored, choices=(choice(NGRAM8), choice(PLAIN, batch_size=8)), prior=prior)
     world = World(keep={NGRAM: 0.1, CODE_DRAFT: 0.99})
     picks = world.play(Selector(limited), 1500)
     assert all(pick.setup.draft != CODE_DRAFT for pick in picks)
@@ -197,9 +197,9 @@ def test_the_loop_of_the_docstring_runs(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     write("policy.json", learning_policy())
     assert module.__doc__ is not None
-    found = re.search(r"Serving code:\n\n(.*?)\n\nDecisions", module.__doc__, re.DOTALL)
-    assert found is not None
-    code = inspect.cleandoc(found[1])
+    match = re.search(r"Serving code:\n\n(.*?)\n\nDecisions", module.__doc__, re.DOTALL)
+    assert match is not None
+    code = inspect.cleandoc(match[1])
     assert len(code.splitlines()) <= 16
     request = SimpleNamespace(id="r1", done=False, context_length=300, domain="code")
     rounds = []

@@ -126,14 +126,14 @@ def test_a_change_of_batch_changes_the_setup_at_once() -> None:
 
 def test_sampling_is_probed_too() -> None:
     """A draft that is switched off at a temperature above 0 comes back by probes."""
-    known = learning_policy()
-    assert known.prior is not None
+    stored = learning_policy()
+    assert stored.prior is not None
     prior = replace(
-        known.prior,
-        acceptance=tuple(replace(acceptance, temperature=0.7) for acceptance in known.prior.acceptance),
-        round_times=tuple(replace(times, temperature=0.7) for times in known.prior.round_times),
+        stored.prior,
+        acceptance=tuple(replace(acceptance, temperature=0.7) for acceptance in stored.prior.acceptance),
+        round_times=tuple(replace(times, temperature=0.7) for times in stored.prior.round_times),
     )
-    sampled = replace(known, choices=(choice(PLAIN, temperature=0.7),), prior=prior)
+    sampled = replace(stored, choices=(choice(PLAIN, temperature=0.7),), prior=prior)
     world = World(keep={NGRAM: 0.95, CODE_DRAFT: 0.95})
     assert drafted(world.play(Selector(sampled), 3000, temperature=0.7)[-500:]) > 0.9
 
@@ -184,18 +184,18 @@ def test_a_request_needs_no_label() -> None:
 
 def test_every_request_of_a_batch_may_have_its_own_length() -> None:
     """Requests of which more is accepted draft longer; none drafts longer than the setup."""
-    known = learning_policy()
-    assert known.prior is not None
+    stored = learning_policy()
+    assert stored.prior is not None
     cheap = tuple(
         replace(row, seconds=tuple(0.01 + 0.0005 * proposed for proposed in range(len(row.seconds))))
-        for row in known.prior.round_times
+        for row in stored.prior.round_times
         if row.batch_size == 8
     )
-    prior = replace(known.prior, round_times=tuple(row for row in cheap if row.draft is not None))
-    plain = tuple(row for row in known.prior.round_times if row.draft is None)
+    prior = replace(stored.prior, round_times=tuple(row for row in cheap if row.draft is not None))
+    plain = tuple(row for row in stored.prior.round_times if row.draft is None)
     prior = replace(prior, round_times=(*plain, *prior.round_times))
     rows = (choice(Setup(draft=CODE_DRAFT, length=8), batch_size=8), choice(PLAIN))
-    selector = Selector(replace(known, choices=rows, prior=prior))
+    selector = Selector(replace(stored, choices=rows, prior=prior))
     requests = [RequestInfo("a"), RequestInfo("b")]
     for _ in range(30):
         decision = selector.choose(batch_size=8, requests=requests, per_request=True)
