@@ -254,7 +254,7 @@ def _run(row: Values, _: Any, documents: Documents) -> Values:
     outcome = row["outcome"] or {}
     require(isinstance(outcome, dict), "its outcome is a list: an object is needed")
     from_builtins(tuple[RefusedDraft, ...], outcome.get("left_out", []), "left_out")
-    from_builtins(dict[str, float | None], outcome.get("cost", {}), "cost")
+    from_builtins(dict[str, float | dict[str, dict[str, float | None]] | None], outcome.get("cost", {}), "cost")
     if "dossier" in outcome:
         outcome = {**outcome, "dossier": documents.report_data(outcome["dossier"])}
     return {**row, "outcome": outcome}

@@ -102,7 +102,7 @@ def assert_packs(store: Path, folder: Path) -> None:
         patch.setattr(EvidenceStore, "open", None)
         packed = call(store, "bundle", "pack", "--json", folder / "run.bundle")
     assert packed.code == 0, packed.stderr
-    assert packed.document["left_out"] == {}
+    assert packed.document["left_out"] == {}, packed.document["left_out"]
     merged = call(folder / "other", "bundle", "merge", "--json", folder / "run.bundle")
     assert merged.code == 0, merged.stderr
     assert (merged.document["known"], merged.document["unlike"]) == ({}, {})

@@ -102,10 +102,10 @@ def plan_points(workload: Workload, prompts: Sequence[Prompt], objective: Object
     domains = dict.fromkeys(prompt.domain for prompt in prompts)
     selection: dict[str, tuple[Prompt, ...]] = {}
     proof: dict[str, tuple[Prompt, ...]] = {}
-    num_before = 0
+    share, num_before = 1.0 - num_proof_prompts(len(prompts)) / len(prompts), 0
     for domain in domains:
         members = sorted((each for each in prompts if each.domain == domain), key=lambda prompt: prompt.digest)
-        num_selection = len(members) - num_proof_prompts(num_before + len(members)) + num_proof_prompts(num_before)
+        num_selection = round(share * (num_before + len(members))) - round(share * num_before)
         num_before += len(members)
         selection[domain], proof[domain] = tuple(members[:num_selection]), tuple(members[num_selection:])
     groups = {MIXED: list(domains)}

@@ -14,6 +14,7 @@ from tuner.selector.point import PLAIN_ARM, Arm, Point
 from tuner.selector.snapshot import load, save
 
 CACHED_QUERIES = 4096
+FIRST_ROUNDS = 4.0  # of the policy's choice, which rests on real runs, before estimates may say otherwise
 PROVEN_ROUNDS = 40.0  # that a setup counts as run, which the policy chose
 
 
@@ -25,7 +26,7 @@ class Stream:
 
     def __init__(self, key: OperatingPoint, point: Point | None, arm: Arm, fixed: Setup) -> None:
         self.key, self.point, self.arm, self.fixed = key, point, arm, fixed
-        self.dwell = self.doubt = 0.0
+        self.dwell, self.doubt = FIRST_ROUNDS, 0.0
         if point is not None and self.arm[0]:
             self.doubt = point.doubt(arm, key.domain)
 

@@ -24,6 +24,7 @@ from tests.support import tiny
 from tests.support.cli import DECIDED, Said, assert_packs, call, database, evidence, small_run, write_prompts
 from tests.support.fakes import sql
 from tuner.policy import policy as policies
+from tuner.search import studies
 from tuner.selector.selector import Selector
 
 DRAFTS = ["--draft", "ngram", "--draft", "early-exit:1"]
@@ -33,7 +34,7 @@ KEYS = {
     "anchors", "crossover_batch", "cost", "store", "policy",
 }  # fmt: skip
 NUM_RACED_PROMPTS = 40  # 24 are left to the proof, which is enough for a race on the others
-NUM_CHOICE_PROMPTS = 10  # a third of them; the others are traced for a proof alone
+NUM_CHOICE_PROMPTS = 9  # under a third of them; the others are traced for a proof alone
 UNITS_BEFORE_CALIBRATION = NUM_CHOICE_PROMPTS * 3 + 1  # a target trace and two drafts' traces a prompt; step times
 
 
@@ -203,7 +204,7 @@ class TestAWin:
 
     def test_forecasts_and_race_are_both_kept(self, won: Tuned) -> None:
         """The race's first trial is plain against plain, and each of its steps is one prompt."""
-        assert len(load_study(won.store, "forecasts").trials) == 7
+        assert len(load_study(won.store, "forecasts").trials) == studies.STORED_TRIALS
         race = load_study(won.store, "race").trials
         assert race[0].params == {"setup": "plain"}
         assert len(race[0].intermediate_values) == 6
@@ -232,17 +233,17 @@ class TestInterruptions:
     def test_ctrl_c_keeps_what_was_measured(
         self, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Stopped after 10 target traces and 5 of a draft, a run says so and goes on from there when repeated."""
+        """Stopped after 9 target traces and 5 of a draft, a run says so and goes on from there when repeated."""
         with monkeypatch.context() as patch:
             patch.setattr(TorchEngine, "trace_draft", interrupted_after(5, TorchEngine.trace_draft))
             said = call(tmp_path, *words)
         assert said.code == 130
         assert said.stdout == ""
         last = said.stderr.splitlines()[-1]
-        assert last.startswith("error: interrupted: 15 units of this run are saved in ")
-        assert sum(evidence(tmp_path).values()) == 15
+        assert last.startswith("error: interrupted: 14 units of this run are saved in ")
+        assert sum(evidence(tmp_path).values()) == 14
         assert_packs(tmp_path, tmp_path / "packed")
-        assert_completes(words, tmp_path, 15)
+        assert_completes(words, tmp_path, 14)
 
     def test_ctrl_c_while_loading_is_one_line(
         self, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -299,4 +299,4 @@ def test_the_command_loads_no_model_library_and_takes_a_file_of_hardware(tmp_pat
 def test_people_see_what_a_plan_rests_on(tmp_path: Path) -> None:
     done = call(tmp_path, "plan", "--target", "Llama-3.1-8B", "--draft", "native:eagle3", "--hardware", "H100")
     assert done.stdout.startswith("planned: Llama-3.1-8B in bfloat16 on H100x1 with vllm")
-    assert "rests on acceptance of native:eagle3: published" in done.stdout
+    assert "rests on acceptance of eagle3: published" in done.stdout

@@ -91,7 +91,7 @@ def test_draft_names_parse_back() -> None:
         ("ngram:max=2,min=3", "ngram matches max=2,min=3: allowed are 1 <= min <= max"),
         ("ngram:min=0", "ngram matches max=4,min=0: allowed are 1 <= min <= max"),
         ("ngram+", "draft '': allowed are"),
-        ("ngram+ngram", "draft 'ngram+ngram': behind the + a directory, GGUF file or hub id of a model is allowed"),
+        ("ngram+ngram", "draft 'ngram+ngram': behind the + a model or a method such as eagle:PATH is allowed"),
         ("ngram:size=3+a", "draft 'ngram:size=3+a': 'size=3' is not one of max=N and min=N"),
         ("early-exit", "draft 'early-exit': '' is not a whole number; allowed is early-exit:LAYERS"),
         ("early-exit:half", "draft 'early-exit:half': 'half' is not a whole number"),

@@ -150,7 +150,7 @@ def test_a_snapshot_that_does_not_fit(change: dict[str, Any], message: str) -> N
 def test_a_replaced_policy_keeps_what_was_learned() -> None:
     """Of the drafts and domains that both know; the choices are the new policy's."""
     selector, world = Selector(learning_policy()), World()
-    world.keep = {NGRAM: 0.1, CODE_DRAFT: 0.1}
+    world.keep = {NGRAM: 0.03, CODE_DRAFT: 0.03}  # at 0.1 one look-up token breaks even
     world.play(selector, 600, domain="code")
     learned = selector.snapshot()["state"][1:8]  # of the domains
     newer = learning_policy()
