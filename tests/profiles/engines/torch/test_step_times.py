@@ -111,7 +111,7 @@ class ToyEngine:
         self, workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], purpose: str
     ) -> tuple[Sample, ...]:
         return tuple(
-            _sample(setup, prompt, self.decode(workload, prompt, setup), disturbed=False, cores=None)
+            _sample(setup, prompt, self.decode(workload, prompt, setup), disturbed=False, cores=None, threads=None)
             for setup in setups
             for prompt in prompts
         )
