@@ -290,8 +290,11 @@ def _round_numbers(most: int) -> MaxNLocator:
 
 
 def _ratio_scale(axes: Any, side: str, intervals: Sequence[Interval]) -> None:
-    """A logarithmic axis that shows 1 and every interval, with ticks at round numbers."""
-    low = min(1.0, *(interval.low for interval in intervals)) / 1.06
+    """A logarithmic axis that shows 1 and every interval, with ticks at round numbers.
+
+    It ends at a tenth: the low end of an interval over few prompts may be 0 or less.
+    """
+    low = max(0.1, min(1.0, *(interval.low for interval in intervals)) / 1.06)
     high = max(1.0, *(interval.high for interval in intervals)) * 1.06
     ticks = sorted({round(tick, 6) for tick in (*_round_numbers(6).tick_values(low, high), 1.0) if low < tick < high})
     axes.set(**{f"{side}scale": "log", f"{side}lim": (low, high)})

@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
-from profiles.records.core import PLAIN, Draft, Model, digest_of
+from profiles.records.core import PLAIN, Draft, Interval, Model, digest_of
 from profiles.records.errors import InputError
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, TARGET, FakeEngine, prompts
 from tests.support.policies import CREATED
@@ -16,6 +17,7 @@ from tuner.pipeline.pipeline import Tuner, Watch
 from tuner.pipeline.trial import Options
 from tuner.policy.policy import Policy
 from tuner.report.build import report_data
+from tuner.report.charts import _ratio_scale
 from tuner.report.data import ReportData
 from tuner.report.page import chart_rows, write
 
@@ -220,3 +222,11 @@ def test_page_refusals(made: ReportData, tmp_path: Path) -> None:
     for name in ("report.html", "chart.png"):
         with pytest.raises(InputError, match="cannot be written: No such file"):
             write(made, tmp_path / "missing" / name)
+
+
+@pytest.mark.parametrize("low", [0.0, -0.4])
+def test_a_ratio_scale_ends_at_a_tenth(low: float) -> None:
+    """The interval of few prompts may reach 0 and less, which no logarithmic axis shows."""
+    axes = Figure().subplots()
+    _ratio_scale(axes, "x", [Interval(estimate=1.2, low=low, high=2.0)])
+    assert axes.get_xlim() == (0.1, pytest.approx(2.12))
