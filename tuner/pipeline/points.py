@@ -76,14 +76,19 @@ class PointDecision:
 
 
 def num_proof_prompts(num_prompts: int) -> int:
-    """How many of the prompts of all domains are for the proof; a third, of few prompts a little less, chooses.
+    """How many of the prompts of all domains are for the proof."""
+    return num_prompts - round(_selection_share(num_prompts) * num_prompts)
+
+
+def _selection_share(num_prompts: int) -> float:
+    """The share of the prompts that choose: a third, of few prompts a little less.
 
     A dozen prompts tell a large gain's draft from the others sooner than they prove it.
     """
-    num_selection = round(num_prompts / 3)
-    if num_prompts < FEW_PROMPTS:
-        num_selection = min(num_selection, max(MIN_SELECTION, round(num_prompts / 3 - 1)))
-    return num_prompts - num_selection
+    third = num_prompts / 3
+    if not 0 < num_prompts < FEW_PROMPTS:
+        return 1 / 3
+    return min(round(third), max(MIN_SELECTION, round(third - 1))) / num_prompts
 
 
 def plan_points(workload: Workload, prompts: Sequence[Prompt], objective: Objective = "tpot") -> list[PointPlan]:
@@ -102,7 +107,7 @@ def plan_points(workload: Workload, prompts: Sequence[Prompt], objective: Object
     domains = dict.fromkeys(prompt.domain for prompt in prompts)
     selection: dict[str, tuple[Prompt, ...]] = {}
     proof: dict[str, tuple[Prompt, ...]] = {}
-    share, num_before = 1.0 - num_proof_prompts(len(prompts)) / len(prompts), 0
+    share, num_before = _selection_share(len(prompts)), 0
     for domain in domains:
         members = sorted((each for each in prompts if each.domain == domain), key=lambda prompt: prompt.digest)
         num_selection = round(share * (num_before + len(members))) - round(share * num_before)
