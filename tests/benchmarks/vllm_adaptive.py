@@ -129,7 +129,7 @@ def main() -> None:
     }
     arms["look-up"] = {"speculative_config": lookup}
     arms["mixed k=3"] = {
-        "scheduler_cls": "tuner.selector.vllm_lookup.LookupScheduler",
+        "scheduler_cls": "profiles.engines.vllm.lookup_scheduler.LookupScheduler",
         "additional_config": {LOOKUP_KEY: [4, 2, 3]},
         "speculative_config": speculative(LOOKUP_LENGTH, scheduled=True),
     }

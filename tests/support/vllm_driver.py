@@ -16,8 +16,8 @@ from typing import Any
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 from profiles.engines.base import RequestInfo, RoundDecision
+from profiles.engines.vllm import lookup_scheduler
 from profiles.records.core import Draft, Setup
-from tuner.selector import vllm_lookup
 from tuner.selector.selector import SelectorStats
 from tuner.selector.step_controller import Plan, Step, StepController
 from tuner.selector.vllm_scheduler import DraftpickScheduler
@@ -54,7 +54,7 @@ class CycleController(StepController):
     def report(self, *args: Any, **kwargs: Any) -> None: ...
 
 
-class LookupScheduler(vllm_lookup.LookupScheduler):
+class LookupScheduler(lookup_scheduler.LookupScheduler):
     """Writes a line for every row that decoded: request, tokens proposed, tokens emitted."""
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:

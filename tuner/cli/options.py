@@ -193,22 +193,23 @@ ENGINE_OPTIONS = {  # the engines that an option is for
 def engine_spec(engine: EngineName, device: str | None, **given: Any) -> "EngineSpec":
     """How the engine is started. Raises InputError: an option for another engine, no --launch, no threads."""
     for name, engines in ENGINE_OPTIONS.items():
-        fits = given[name] is None or engine in engines
+        value = given.get(name)
+        fits = value is None or engine in engines
         option = name.replace("_", "-")
-        require(fits, f"{option} {given[name]!r}: it is for --engine {' or '.join(engines)}, not {engine}")
-    launch, threads = given["launch"], given["threads"]
-    is_complete = engine != "server" or launch
+        require(fits, f"{option} {value!r}: it is for --engine {' or '.join(engines)}, not {engine}")
+    launch, threads = given.get("launch"), given.get("threads")
+    is_complete = engine != "server" or bool(launch)
     require(is_complete, "engine server: --launch COMMAND is needed, with {port} and {speculative} in it")
     require(threads is None or threads >= 1, f"threads {threads}: whole numbers from 1 are allowed")
     from profiles.engines.factory import EngineSpec
 
     return EngineSpec(
         engine=engine,
-        command=given["engine_command"],
+        command=given.get("engine_command"),
         launch=launch,
-        kind=given["kind"] or "vllm",
-        version=given["engine_version"],
+        kind=given.get("kind") or "vllm",
+        version=given.get("engine_version"),
         threads=threads,
-        engine_args=tuple(given["engine_arg"] or ()),
+        engine_args=tuple(given.get("engine_arg") or ()),
         device=device,
     )

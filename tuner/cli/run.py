@@ -64,15 +64,9 @@ def run(
     """Measure every draft at every length, choose, prove the choice, and write the policy."""
     engine = engine or _default_engine(target, draft, device)
     spec = options.engine_spec(
-        engine,
-        device,
-        engine_command=engine_command,
-        launch=launch,
-        kind=kind,
-        engine_version=engine_version,
-        threads=threads,
-        engine_arg=engine_arg,
-    )
+        engine, device, engine_command=engine_command, launch=launch, kind=kind, engine_version=engine_version,
+        threads=threads, engine_arg=engine_arg,
+    )  # fmt: skip
     seconds_left = _seconds_left(budget)
     max_age_s = None if max_age is None else parse_age(max_age)
     with console(stderr=True).status("loading"):

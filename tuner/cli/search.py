@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from profiles import builtin
 from profiles.records.core import PLAIN, Setup
 from profiles.records.draft_spec import parse_draft, with_composites
-from profiles.records.errors import InputError
+from profiles.records.errors import InputError, require
 from tuner.cli import options
 from tuner.cli.check import drafts_for
 from tuner.cli.messages import EXIT_NOTHING_FEASIBLE
@@ -42,10 +42,7 @@ def search(
     json_only: options.JsonOnly = False,
 ) -> int:
     """Search look-up windows and lengths up to 64 by forecasts; with --space, what needs an engine to start anew."""
-    spec = options.engine_spec(
-        engine, device, engine_command=engine_command, launch=launch, kind=kind, engine_version=None, threads=None,
-        engine_arg=None,
-    )  # fmt: skip
+    spec = options.engine_spec(engine, device, engine_command=engine_command, launch=launch, kind=kind)
     from profiles.prompts import reader
     from store import location
     from store.evidence_store import EvidenceStore
@@ -53,6 +50,8 @@ def search(
     from tuner.search.configurations import ConfigurationSearch, read_space
 
     if space is None:
+        fits = engine == "torch" and max_memory is None and max_p95_tpot is None
+        require(fits, f"engine {engine} or a limit without --space: forecasts are torch's and have none; give --space")
         return _search_forecasts(
             target, draft, prompts, max_new_tokens=max_new_tokens, device=device, store=store, json_only=json_only
         )
@@ -141,11 +140,8 @@ class Starter:
     max_new_tokens: int
     seed: int
 
-    def __call__(self, configuration: "Configuration") -> "AbstractContextManager[Measure]":
-        return self._started(configuration)
-
     @contextmanager
-    def _started(self, configuration: "Configuration") -> "Iterator[Measure]":
+    def __call__(self, configuration: "Configuration") -> "Iterator[Measure]":
         import numpy
 
         from profiles.engines import workloads

@@ -139,17 +139,7 @@ class PointTrial:
                 return
             self._num_races += 1
             name = self._name if self._num_races == 1 else f"{self._name}, again {self._num_races}"
-            self._point = replace(
-                self._point,
-                race=None,
-                candidate=None,
-                measured=None,
-                units=(),
-                objection=None,
-                cores=None,
-                threads=None,
-                stopped=None,
-            )
+            self._point = replace(_unmeasured(self._point, None), race=None)
             try:
                 self._race(hopeful, f"race, {name}")
             except OutOfTimeError:
@@ -166,16 +156,7 @@ class PointTrial:
         if self._proof is not None and self._proof.is_over:
             runner_up, self._proof = self._runner_up(), None
             self._unproven.append(self._point)
-            self._point = replace(
-                self._point,
-                candidate=runner_up,
-                measured=None,
-                units=(),
-                objection=None,
-                cores=None,
-                threads=None,
-                stopped=None,
-            )
+            self._point = _unmeasured(self._point, runner_up)
         candidate = self._point.candidate
         assert candidate is not None
         try:
@@ -426,3 +407,10 @@ def _forecast_seconds(forecaster: Forecaster, setup: Setup, prompts: Sequence[Pr
         )
         result[objective] = {digest: (plain[digest], chosen[digest]) for digest in plain}
     return result
+
+
+def _unmeasured(point: PointDecision, candidate: Setup | None) -> PointDecision:
+    """The point with another candidate, of which no proof was run."""
+    return replace(
+        point, candidate=candidate, measured=None, units=(), objection=None, cores=None, threads=None, stopped=None
+    )

@@ -68,10 +68,6 @@ class RoundTimeModel:
         heard = [draft.log for draft in self.drafts if draft.rounds]
         self._prior_variance = PRIOR_LOG_STD**2 + sum([log * log for log in heard]) / (1 + len(heard))
 
-    def factor(self, option: int, index: int) -> float:
-        """Of a setup, beside the machine's."""
-        return math.exp(self.drafts[option].log + self.lengths[option][index].log)
-
     def relative_error(self, option: int, now: int) -> float:
         """Standard error of an option's factor."""
         deviation = self.drafts[option]

@@ -1,7 +1,6 @@
 """What a selector holds of one policy: its choices, their operating points, and the domains of its prior."""
 
 from collections.abc import Collection, Iterator
-from functools import lru_cache
 from typing import Any
 
 from profiles.records.core import PLAIN, Setup, digest_of
@@ -13,7 +12,6 @@ from tuner.selector.index import PolicyIndex
 from tuner.selector.point import PLAIN_ARM, Arm, Point
 from tuner.selector.snapshot import load, save
 
-CACHED_QUERIES = 4096
 FIRST_ROUNDS = 4.0  # of the policy's choice, which rests on real runs, before estimates may say otherwise
 PROVEN_ROUNDS = 40.0  # that a setup counts as run, which the policy chose
 
@@ -40,7 +38,6 @@ class SelectorState:
         self.policy, self.digest, self.index = policy, digest_of(to_json(policy)), PolicyIndex(policy)
         self.temperatures = sorted({choice.temperature for choice in policy.choices})
         self.domains = None if policy.prior is None else Domains(policy.prior)
-        self.find = lru_cache(CACHED_QUERIES)(self._find)
         self.points: dict[tuple[int, int, float], Point] = {}
         self.streams: dict[OperatingPoint, Stream] = {}
         plain: dict[tuple[int, int, float], RoundTimes] = {}
@@ -77,7 +74,7 @@ class SelectorState:
                 point.chosen.add(arm)
             self.streams[choice.point] = Stream(choice.point, point, arm or PLAIN_ARM, setup)
 
-    def _find(
+    def find(
         self, batch_size: int, context_length: int | None, domain: str | None, temperature: float
     ) -> Stream | None:
         """The stream of a query; None: its batch is beyond the largest measured. Raises InputError."""

@@ -17,13 +17,10 @@ MEMORY_SHARE, SPARE_BYTES = 0.9, 64 * 2**20
 CAPTURED_ROWS = 512  # of the largest CUDA graph that vLLM captures by itself
 LOOK_UP = Draft(kind="ngram", max_match=4, min_match=2)  # its engine serves every look-up: windows change in place
 CPU = "cpu"
-SET_HERE = {"model", "dtype", "max_model_len", "max_num_seqs", "seed", "async_scheduling", "scheduler_cls"} | {
-    "speculative_config",
-    "disable_log_stats",
-    "enable_prefix_caching",
-    "generation_config",
-    "logprobs_mode",
-}
+SET_HERE = {
+    "async_scheduling", "disable_log_stats", "dtype", "enable_prefix_caching", "generation_config", "logprobs_mode",
+    "max_model_len", "max_num_seqs", "model", "scheduler_cls", "seed", "speculative_config",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,7 +33,7 @@ KEYS = {
 # first and last version in which `trace_scheduler.py` was run (0.32.0) or its hooks were read
 TRACED = ("0.32.0", "0.33.0")
 STEERED = ("0.24.0", "0.33.0")  # the same of `tuner/selector/vllm_scheduler.py`
-LOOKUP_KEY = "draftpick_lookup"  # of `tuner/selector/vllm_lookup.py`, in `--additional-config`
+LOOKUP_KEY = "draftpick_lookup"  # of `lookup_scheduler.py`, in `--additional-config`
 BLOCK_METHODS = ("dflash", "dspark")  # they attend over the whole block: at another length other first tokens
 DRAFT_FEWER = ("ngram", "eagle", "eagle3", "mtp")  # save drafting too where a round's length is shorter, on any runner
 
@@ -123,7 +123,7 @@ def args_for(setup: Setup, release: EngineRelease) -> list[str]:  # noqa: ARG001
     if draft.kind != "composite":
         return config_args(config)
     lookup = json.dumps({LOOKUP_KEY: [draft.max_match, draft.min_match, setup.length]})
-    module = "tuner.selector.vllm_lookup"
+    module = "profiles.engines.vllm.lookup_scheduler"
     classes = ["--scheduler-cls", f"{module}.LookupScheduler", "--worker-cls", f"{module}.LookupWorker"]
     config = every_length(config, max(LOOKUP_LENGTH, setup.length))
     return [*classes, "--no-async-scheduling", "--additional-config", lookup, *config_args(config)]

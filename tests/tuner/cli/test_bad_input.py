@@ -156,6 +156,8 @@ BAD_OTHERS = {
     "lookup --context 0": (2, "context 0"),
     "lookup --temperature nan": (2, "temperature nan"),
     "lookup --temperature hot": (2, "'--temperature': 'hot' is not a valid float"),
+    "search --engine vllm": (2, "engine vllm or a limit without --space: forecasts are torch's and have none"),
+    "search --max-memory 8": (2, "engine torch or a limit without --space"),
     "check --target {llama} --foo": (2, "--foo"),
     "check --target {llama} --batch-size 0": (2, "batch size 0"),
     "check --target {llama} --batch-size x": (2, "'--batch-size': 'x' is not a valid int"),

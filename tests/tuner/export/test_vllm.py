@@ -364,8 +364,8 @@ def test_a_composite_that_was_measured_on_vllm() -> None:
     case = deployment(choice(composite, alternatives=(forecast(WITH_MODEL),)), measured_on="draftpick-vllm")
     words = shlex.split(emit(case, "vllm", "0.32.0").text)
     assert words[:4] == [
-        *("--scheduler-cls", "tuner.selector.vllm_lookup.LookupScheduler"),
-        *("--worker-cls", "tuner.selector.vllm_lookup.LookupWorker"),
+        *("--scheduler-cls", "profiles.engines.vllm.lookup_scheduler.LookupScheduler"),
+        *("--worker-cls", "profiles.engines.vllm.lookup_scheduler.LookupWorker"),
     ]
     assert words[4:6] == ["--no-async-scheduling", "--additional-config"]
     assert json.loads(words[6]) == {"draftpick_lookup": [4, 2, 3]}

@@ -118,7 +118,7 @@ def test_a_look_up_goes_before_the_drafter(v2: bool, plain: list[list[int]], tmp
     """Outputs are those of plain decoding, and every prompt's rounds those that two traces tell."""
     options = {
         "scheduler_cls": "tests.support.vllm_driver.LookupScheduler",
-        "worker_cls": "tuner.selector.vllm_lookup.LookupWorker",
+        "worker_cls": "profiles.engines.vllm.lookup_scheduler.LookupWorker",
         "additional_config": {LOOKUP_KEY: [4, 2, DRAFTED]},
         "speculative_config": speculative(LOOKUP, scheduled=True),
     }
@@ -137,8 +137,8 @@ def test_a_look_up_goes_before_the_drafter(v2: bool, plain: list[list[int]], tmp
         pytest.param(False, SCHEDULER, "DRAFTPICK_POLICY is not set: it names the policy file", id="v1", marks=runs),
         pytest.param(
             True,
-            "tuner.selector.vllm_lookup.LookupScheduler",
-            "Model Runner V2 needs --worker-cls tuner.selector.vllm_lookup.LookupWorker",
+            "profiles.engines.vllm.lookup_scheduler.LookupScheduler",
+            "Model Runner V2 needs --worker-cls profiles.engines.vllm.lookup_scheduler.LookupWorker",
             id="v2",
             marks=interpreted,
         ),

@@ -6,7 +6,7 @@ tokens must be written. `--additional-config '{"draftpick_lookup": [MAX, MIN, K]
 K tokens of the drafter; the look-up has up to `num_speculative_tokens`. With asynchronous scheduling the next length is
 fixed before the tokens are known, so it must be off.
 
-As in `vllm_scheduler.py` the interfaces are not declared stable: run on 0.32, read in 0.33 (`flags.TRACED`).
+The interfaces are not declared stable: run on 0.32, read in 0.33 (`flags.TRACED`).
 """
 
 from collections import defaultdict
@@ -31,8 +31,8 @@ class LookupScheduler(Scheduler):  # type: ignore[misc]  # vLLM is not installed
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        is_run = is_between(version("vllm"), TRACED)
-        require(is_run, f"vLLM {version('vllm')}: a look-up can be mixed in from {TRACED[0]} to {TRACED[1]}")
+        is_supported = is_between(version("vllm"), TRACED)
+        require(is_supported, f"vLLM {version('vllm')}: a look-up can be mixed in from {TRACED[0]} to {TRACED[1]}")
         require(LOOKUP_KEY in self.vllm_config.additional_config, f"--additional-config has no {LOOKUP_KEY}")
         require(not self.scheduler_config.async_scheduling, "a look-up mixed in needs --no-async-scheduling")
         is_v2 = self.vllm_config.use_v2_model_runner
