@@ -74,12 +74,10 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         self._fixed: set[str] = set()  # digests of drafts whose length needs an engine of its own
         self._caches: dict[str, dict[str, Any]] = {}  # facts of the first start with each draft
         self._traced: dict[str, dict[str, Prompt]] = {}  # by sampling: the prompts whose target was traced
-        self._recorded: dict[
-            tuple[str, str], dict[str, Mapping[str, Any] | None]
-        ] = {}  # by setup and sampling; by prompt
-        self._checked_texts: set[str] = (
-            set()
-        )  # digests of drafts whose 16-bit texts were compared with plain decoding's
+        # by setup and sampling, then by prompt
+        self._recorded: dict[tuple[str, str], dict[str, Mapping[str, Any] | None]] = {}
+        # digests of drafts whose 16-bit texts were compared with plain decoding's
+        self._checked_texts: set[str] = set()
         self._compared: set[str] = set()  # digests of drafts whose trace was compared with real rounds
         self._environment: Environment | None = None
         with self._worker() as worker:
