@@ -202,3 +202,11 @@ def test_a_budget_that_ends_after_a_win_is_no_news(session: TuningSession) -> No
     assert finished.outcome.choices[0].proven
     assert finished.outcome.points[0].stopped is not None
     assert not any("budget ended" in line for line in run_summary(finished))
+
+
+def test_a_vllm_that_tells_less_of_its_cache_ends_no_run(session: TuningSession) -> None:
+    """What a version does not tell is left out of the summary."""
+    finished = tune(FakeEngine(keep=0.9), [(GREEDY, PROMPTS)], session, Options(lengths=(1, 2)), Watch())
+    cache = {"kv_tokens": 4096, "concurrency": None, "preemptions": None}
+    finished = replace(finished, cost=finished.cost | {"kv_cache": {"plain": cache}})
+    assert "KV cache, plain: 4096 tokens; preempted 0 times" in run_summary(finished)

@@ -64,8 +64,10 @@ def run_summary(finished: "FinishedRun") -> Iterator[str]:
         yield f"engine started {starts} times, {each_s:.1f} s each; running all setups would take {grid_starts} starts"
     for draft, cache in cost.get("kv_cache", {}).items():
         if cache["kv_tokens"] is not None:
-            capacity = f"{cache['kv_tokens']} tokens, {cache['concurrency']:.1f} requests of the longest context"
-            yield f"KV cache, {draft}: {capacity}; preempted {cache['preemptions'] or 0} times"
+            facts = [f"{cache['kv_tokens']} tokens"]
+            if cache["concurrency"] is not None:
+                facts.append(f"{cache['concurrency']:.1f} requests of the longest context")
+            yield f"KV cache, {draft}: {', '.join(facts)}; preempted {cache['preemptions'] or 0} times"
     measured = [choice.measured for choice in outcome.choices if choice.measured is not None]
     divergences = sum(proof.num_divergences for proof in measured)
     disturbed = sum(proof.num_disturbed for proof in measured)
