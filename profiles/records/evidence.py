@@ -157,13 +157,18 @@ class Infeasible:
     detail: str
 
 
+def sparse_lengths(max_length: int) -> list[int]:
+    """Powers of two and the longest length: where whole rounds are timed; those between are interpolated."""
+    return sorted({2**power for power in range(max_length.bit_length())} | {max_length})
+
+
 def covers(times: Mapping[str, StepTimes], target: Model, drafts: tuple[Draft, ...], max_length: int) -> bool:
     """Whether step times, by component digest, are enough for every length up to `max_length` of all `drafts`.
 
     The target is needed at widths 1 to max_length + 1, every component of a draft too, and the model of a composite
     draft at all widths of a first step. Where whole rounds are timed (the target has width 1 alone), every component is
-    needed at widths 2 to max_length + 1, a composite's look-up as far as it drafts. `drafts` are those that are timed
-    (`EngineCapabilities.timed`).
+    needed at the widths of `sparse_lengths`, a composite's look-up as far as it drafts. `drafts` are those that are
+    timed (`EngineCapabilities.timed`).
     """
     target_times = times.get(target.run_digest)
     if target_times is None:
@@ -174,7 +179,7 @@ def covers(times: Mapping[str, StepTimes], target: Model, drafts: tuple[Draft, .
             draft.components[0].digest: max(max_length, LOOKUP_LENGTH) for draft in drafts if draft.kind == "composite"
         }
         widths = {part: times[part].samples_s.keys() if part in times else () for part in longest}
-        return all(set(range(2, length + 2)) <= set(widths[part]) for part, length in longest.items())
+        return all({k + 1 for k in sparse_lengths(length)} <= set(widths[part]) for part, length in longest.items())
     if not set(range(1, max_length + 2)) <= target_times.samples_s.keys():
         return False
     if not all(component.digest in times for draft in drafts for component in draft.components):

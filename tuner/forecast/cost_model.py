@@ -214,10 +214,14 @@ class RoundCostModel(CostModel):
     calibration_prompts = 6  # they are the only check of the timed rounds, and runs are short
 
     def complete(self, steps: Steps) -> Steps:
-        """A draft that always proposes has no timed round without a proposal: a plain round stands for it."""
+        """Adds rounds without a proposal (a plain round, if the draft always proposes) and widths between those timed.
+
+        Every width drafts and verifies one token more, so quantiles lie on a line between two timed widths.
+        """
         plain_s = steps[self.target_component].samples_s[1]
         return {
-            component: replace(times, samples_s={1: plain_s, **times.samples_s}) for component, times in steps.items()
+            component: replace(times, samples_s=_interpolated({1: plain_s, **times.samples_s}))
+            for component, times in steps.items()
         }
 
     def usage(self, setup: Setup, shapes: Shapes, num_refills: float) -> Usage:
@@ -256,6 +260,18 @@ class RoundCostModel(CostModel):
             ]
             overheads[draft] = Overhead(refill_s=refill_s, factor=_weighted_median(factors) if factors else 1.0)
         return overheads
+
+
+def _interpolated(samples_s: Mapping[int, Sequence[float]]) -> dict[int, tuple[float, ...]]:
+    """Seconds by width, without a gap between widths."""
+    levels = numpy.linspace(0.0, 1.0, min(map(len, samples_s.values())))
+    completed = {width: tuple(seconds) for width, seconds in samples_s.items()}
+    for low, high in itertools.pairwise(sorted(samples_s)):
+        below, above = (numpy.quantile(samples_s[width], levels) for width in (low, high))
+        for width in range(low + 1, high):
+            share = (width - low) / (high - low)
+            completed[width] = tuple(map(float, (1.0 - share) * below + share * above))
+    return completed
 
 
 class _MeanRound(NamedTuple):

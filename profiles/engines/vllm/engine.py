@@ -52,6 +52,7 @@ from profiles.records.evidence import (
     StepShape,
     StepTimes,
     TargetTrace,
+    sparse_lengths,
 )
 
 NAME = "vllm"
@@ -182,7 +183,8 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         )
 
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
-        """Whole rounds: of plain decoding, and of every traced component at every length.
+        """Whole rounds: of plain decoding, and of every traced component at `sparse_lengths`; on a GPU at every length,
+        because captured graphs make steps of them.
 
         One whose engine does not start is left out.
         """
@@ -190,7 +192,8 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         all_visits = [Visit(component=self.target.run_digest, setup=PLAIN, num_drafted=0)]
         self._rounds(at_context, all_visits)
         for draft in self._components(self.capabilities.timed(self.drafts)):
-            draft_visits = visits(draft, self._longest(draft, max_length))
+            longest = self._longest(draft, max_length)
+            draft_visits = visits(draft, sparse_lengths(longest) if self._device.on_cpu else range(1, longest + 1))
             with contextlib.suppress(EngineError):  # starts and warms up the engine
                 self._rounds(at_context, [visit for visit in draft_visits if visit.setup.length <= 1])
                 all_visits += draft_visits

@@ -1,7 +1,7 @@
 """Which whole rounds of vLLM are timed, in which order and over which texts."""
 
 import random
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +28,9 @@ class Visit:
         return self.setup.draft is not None and self.setup.draft.kind == "ngram"
 
 
-def visits(draft: Draft, max_length: int) -> list[Visit]:
-    """Rounds of a draft at every length, and those in which a look-up finds nothing."""
-    setups = [Setup(draft=draft, length=length) for length in range(1, max_length + 1)]
+def visits(draft: Draft, lengths: Iterable[int]) -> list[Visit]:
+    """Rounds of a draft at these lengths, and those in which a look-up finds nothing."""
+    setups = [Setup(draft=draft, length=length) for length in lengths]
     all_visits = [Visit(component=draft.digest, setup=setup, num_drafted=setup.length) for setup in setups]
     if draft.kind == "ngram":
         all_visits.append(Visit(component=draft.digest, setup=setups[0], num_drafted=0))

@@ -105,6 +105,19 @@ def test_what_a_sweep_of_rounds_needs() -> None:
     assert not covers({TARGET.run_digest: times[TARGET.run_digest]}, TARGET, (DRAFT_A,), 4)
 
 
+def test_widths_between_timed_ones_lie_on_a_line() -> None:
+    """Quantile by quantile; a plain round stands for one without a proposal, and nothing is invented beyond."""
+    timed = {TARGET.run_digest: {1: (1.0, 3.0)}, DRAFT_A.digest: {2: (3.0, 5.0, 4.0), 5: (6.0, 11.0, 8.5)}}
+    steps = {
+        part: StepTimes(component_digest=part, batch_size=1, context_length=9, samples_s=by_width)
+        for part, by_width in timed.items()
+    }
+    completed = MODEL.complete(steps)[DRAFT_A.digest].samples_s
+    assert completed == {1: (1.0, 3.0), 2: (3.0, 5.0, 4.0), 3: (4.0, 7.0), 4: (5.0, 9.0), 5: (6.0, 11.0, 8.5)}
+    assert covers(steps, TARGET, (DRAFT_A,), 1)
+    assert not covers(steps, TARGET, (DRAFT_A,), 4)  # from 2 tokens to 4 is no more than double
+
+
 def test_a_continuous_batch_is_kept_full() -> None:
     """Two rows, prompts of 2, 4 and 4 rounds that draft 4, 0 and 2: the last one ends beside the first one's repeat.
 

@@ -107,7 +107,7 @@ def test_a_composite_is_a_look_up_before_a_head(vllm: VllmEngine, tmp_path: Path
         assert engine.num_starts == 3  # the look-up's engine, the head's, plain
         times = engine.time_steps(WORKLOAD, 48, 2)
         assert {part.name: set(times[part.digest].samples_s) for part in MIXED.components} == {
-            "ngram:max=3,min=1": set(range(1, 10)),
+            "ngram:max=3,min=1": {1, 2, 3, 5, 9},
             MIXED.components[1].name: {2, 3},
         }
         [sample, _] = engine.run_together(WORKLOAD, PROMPTS, (Setup(draft=MIXED, length=2),), "test 0")
