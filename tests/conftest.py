@@ -74,7 +74,7 @@ def _no_repeats() -> Iterator[None]:
         patch.setattr("profiles.timing.clock.MAX_REPEATS", 0)
         patch.setattr("profiles.engines.llamacpp.timing.PASSES", 1)
         patch.setattr("profiles.engines.llamacpp.timing.MIN_S", 0.0)
-        patch.setattr("profiles.engines.llamacpp.servers.MAX_ALIVE", 16)  # a start takes seconds
+        patch.setattr("profiles.engines.llamacpp.engine.MAX_ALIVE", 16)  # a start takes seconds
         patch.setattr("tuner.search.studies.STORED_TRIALS", 5)  # a transaction each
         yield
 

@@ -152,7 +152,7 @@ def _describe_draft(spec: DraftSpec, described: dict[str, DescribedModel], targe
             loader.check_pair(described[target], model, engine=engine)
             described[spec.path] = model
         record = described[spec.path].record
-    return Draft(kind=spec.kind, model=record, max_match=spec.max_match, min_match=spec.min_match, method=spec.method)
+    return spec.draft(record)
 
 
 def _vllm(spec: EngineSpec, target: DescribedModel) -> EngineBuilder:
@@ -208,8 +208,7 @@ def _llamacpp(spec: EngineSpec, target: DescribedModel) -> EngineBuilder:
 def _server(spec: EngineSpec, target: DescribedModel) -> EngineBuilder:
     from profiles.engines.llamacpp.ngram import match_size
     from profiles.engines.openai.engine import ServerEngine
-    from profiles.engines.openai.kinds import release_for, server_kind
-    from profiles.engines.openai.launch import Launch
+    from profiles.engines.openai.launch import Launch, release_for, server_kind
 
     kind, release = server_kind(spec.kind), release_for(spec.kind, spec.version)
     source = sources.find(target.record.name)

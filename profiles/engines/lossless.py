@@ -1,6 +1,5 @@
 """Whether outputs are lossless: greedy ones equal the target's own with any draft, all end where they must."""
 
-import functools
 from collections.abc import Callable, Sequence
 
 from profiles.records.core import Model, Prompt, Setup, Workload
@@ -10,29 +9,6 @@ from profiles.records.evidence import TargetTrace
 NEAR_TIE = 1e-4  # greedy float32 outputs may differ only where the two largest logits lie this close
 
 
-def check_divergences(
-    target: Model, setups: Sequence[Setup], outputs: Sequence[Sequence[int]], trace_target: Callable[[], TargetTrace]
-) -> None:
-    """Greedy outputs of one prompt, one per setup, must equal the target's trace, except at near-ties.
-
-    16-bit types are not compared. `trace_target` is called only where outputs differ. Raises EngineError when an
-    output diverges where the target was sure, or ends before or after the trace.
-    """
-    if target.dtype != "float32" or all(output == outputs[0] for output in outputs):
-        return
-    trace = trace_target()
-    for setup, output in zip(setups, outputs, strict=True):
-        pairs = enumerate(zip(trace.token_ids, output, strict=False))
-        divergence = next((index for index, (expected, token) in pairs if expected != token), None)
-        diverged, prompt = f"{setup.name} diverged from plain decoding", f"prompt {trace.prompt_digest}"
-        if divergence is None and len(output) != len(trace.token_ids):
-            size = len(trace.token_ids)
-            raise EngineError(f"{diverged}: {len(output)} tokens of {prompt} where the target has {size}")
-        if divergence is not None and trace.logit_gaps[divergence] > NEAR_TIE:
-            gap = f"the two largest logits are {trace.logit_gaps[divergence]:.2g} apart; allowed is {NEAR_TIE:g}"
-            raise EngineError(f"{diverged} at token {divergence} of {prompt} where {gap}")
-
-
 def check_queues(
     target: Model,
     workload: Workload,
@@ -40,13 +16,31 @@ def check_queues(
     outputs: Sequence[tuple[Setup, Sequence[Sequence[int]]]],
     trace_target: Callable[[Workload, Prompt], TargetTrace],
 ) -> None:
-    """As `check_divergences`, of a queue that several setups decoded, one output per prompt; not of sampled ones."""
-    if workload.temperature > 0.0:
+    """Greedy outputs of a queue, one per prompt under each setup, must equal the target's traces, except at near-ties.
+
+    16-bit types and sampled outputs are not compared. `trace_target` is called only where outputs differ. Raises
+    EngineError when an output diverges where the target was sure, or ends before or after the trace.
+    """
+    if workload.temperature > 0.0 or target.dtype != "float32":
         return
-    setups = [setup for setup, _ in outputs]
     for number, prompt in enumerate(prompts):
-        trace = functools.partial(trace_target, workload, prompt)
-        check_divergences(target, setups, [queue[number] for _, queue in outputs], trace)
+        texts = [(setup, queue[number]) for setup, queue in outputs]
+        if any(output != texts[0][1] for _, output in texts):
+            trace = trace_target(workload, prompt)
+            for setup, output in texts:
+                _check_output(setup, output, trace)
+
+
+def _check_output(setup: Setup, output: Sequence[int], trace: TargetTrace) -> None:
+    size, diverged = len(trace.token_ids), f"{setup.name} diverged from plain decoding"
+    prompt = f"prompt {trace.prompt_digest}"
+    pairs = enumerate(zip(trace.token_ids, output, strict=False))
+    divergence = next((index for index, (expected, token) in pairs if expected != token), None)
+    if divergence is None and len(output) != size:
+        raise EngineError(f"{diverged}: {len(output)} tokens of {prompt} where the target has {size}")
+    if divergence is not None and trace.logit_gaps[divergence] > NEAR_TIE:
+        gap = f"the two largest logits are {trace.logit_gaps[divergence]:.2g} apart; allowed is {NEAR_TIE:g}"
+        raise EngineError(f"{diverged} at token {divergence} of {prompt} where {gap}")
 
 
 def check_end(source: str, workload: Workload, token_ids: Sequence[int]) -> None:

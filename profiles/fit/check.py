@@ -5,14 +5,14 @@ Loads the models as a run does; nothing is timed or stored.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from profiles.acceptance.expected_rounds import combine, expected_rounds
 from profiles.acceptance.rates import acceptance_length, acceptance_rate
 from profiles.builtin import ALL_PROMPTS
 from profiles.engines.bench import Bench
 from profiles.engines.torch import load
-from profiles.fit.report import DraftCheck, FitReport, QuickAcceptance
 from profiles.hardware import fingerprint
 from profiles.models import loader, memory, sources
 from profiles.models.footprint import Footprint
@@ -43,6 +43,61 @@ class Shape:
         require(self.batch_size >= 1, f"batch size {self.batch_size}: at least 1 is needed")
         context = self.context_length
         require(context is None or context >= 1, f"context {context}: at least 1 token is needed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuickAcceptance:
+    """Acceptance over a few short outputs at one speculation length; None where no round was drafted."""
+
+    num_prompts: int
+    num_tokens: int
+    length: int
+    acceptance_rate: float | None  # accepted / drafted tokens
+    acceptance_length: float | None  # 1 + accepted tokens / rounds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftCheck:
+    """One draft; what is unknown is None."""
+
+    name: str
+    same_tokens: bool | None
+    max_positions: int | None  # None for a draft without a model
+    need: Footprint | None  # what the draft adds to the target's memory
+    quick_acceptance: QuickAcceptance | None
+    problem: str | None  # why it cannot be used
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitReport:
+    """A target and its drafts; `free_bytes` is the device's free memory before anything was loaded."""
+
+    target: str
+    dtype: str
+    device: str
+    batch_size: int
+    context_length: int
+    max_positions: int
+    need: Footprint
+    free_bytes: int
+    drafts: tuple[DraftCheck, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens cached at the batch and context of the report."""
+        return self.batch_size * self.context_length
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values only; every `need` has its `total_bytes`, and quick acceptance keeps its key of 0.5.0."""
+        raw = asdict(self)
+        for draft in raw["drafts"]:
+            draft["glance"] = draft.pop("quick_acceptance")
+        needs = (self.need, *(draft.need for draft in self.drafts))
+        for entry, need in zip((raw, *raw["drafts"]), needs, strict=True):
+            if need is not None:
+                entry["need"]["total_bytes"] = need.total_bytes(self.num_tokens)
+        return raw
 
 
 Traces = Sequence[tuple[Prompt, TargetTrace]]  # short greedy outputs of the target
@@ -141,14 +196,8 @@ def _check_draft(
 def _loaded_draft(bench: Bench, spec: DraftSpec) -> tuple[Draft, DescribedModel | None]:
     """The engine's draft (equal weights under two names are one), and the model that it runs."""
     named = next((loaded for loaded in bench.loaded if loaded.record.name == spec.path), None)
-    wanted = Draft(
-        kind=spec.kind,
-        model=None if named is None else named.record,
-        max_match=spec.max_match,
-        min_match=spec.min_match,
-        num_layers=spec.num_layers,
-    )
-    draft = next(draft for draft in bench.engine.drafts if draft.digest == wanted.digest)
+    digest = spec.draft(None if named is None else named.record).digest
+    draft = next(draft for draft in bench.engine.drafts if draft.digest == digest)
     return draft, bench.loaded[0] if spec.num_layers is not None else named
 
 

@@ -129,11 +129,11 @@ def _token_ids(request: Request, tokenizer: Tokenizer) -> tuple[list[int], bool]
             {"role": role, "content": content, **extra}
             for (role, content), extra in zip(request.messages, extras, strict=True)
         ]
-        text = _render(tokenizer, conversation, request)
+        text = _apply(tokenizer, conversation, request, tokenize=False)
         if not _holds(text, request):  # the template may read contents as lists of parts
             parts = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in conversation]
             with contextlib.suppress(PromptError):
-                rendered = _render(tokenizer, parts, request)
+                rendered = _apply(tokenizer, parts, request, tokenize=False)
                 conversation, text = (parts, rendered) if _holds(rendered, request) else (conversation, text)
         if not _holds(text, request):
             raise PromptError("the chat template leaves out the text of its last message")
@@ -142,10 +142,6 @@ def _token_ids(request: Request, tokenizer: Tokenizer) -> tuple[list[int], bool]
     if not token_ids:
         raise PromptError("no token is left of it; a prompt needs at least 1")
     return token_ids, has_tools
-
-
-def _render(tokenizer: Tokenizer, conversation: list[dict[str, Any]], request: Request) -> str:
-    return str(_apply(tokenizer, conversation, request, tokenize=False))
 
 
 def _apply(tokenizer: Tokenizer, conversation: list[dict[str, Any]], request: Request, *, tokenize: bool) -> Any:

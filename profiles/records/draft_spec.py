@@ -5,9 +5,9 @@ Whether a draft's model exists and fits the target shows when it is loaded.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
-from profiles.records.core import VLLM_METHODS, Draft, DraftKind, native_name
+from profiles.records.core import VLLM_METHODS, Draft, DraftKind, Model, native_name
 from profiles.records.errors import InputError, require
 from profiles.records.files import absolute_name
 
@@ -44,6 +44,11 @@ class DraftSpec:
         ngram = f"ngram:max={self.max_match},min={self.min_match}" if self.max_match is not None else None
         drafter = self.path if self.method is None else native_name(self.method, self.path)
         return "+".join(part for part in (ngram, drafter) if part is not None)
+
+    def draft(self, model: Model | None) -> Draft:
+        """The draft with this model."""
+        fields = {name: value for name, value in asdict(self).items() if name != "path"}
+        return Draft(model=model, **fields)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

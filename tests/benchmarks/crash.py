@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.crash
 
-Fifty runs over a recording are killed with SIGKILL, then one that measures the family that ships. Of five, one dies at
-any moment after its start, two after their first new unit, two when a unit is about to be saved. A store is resumed
+Fifty runs of a made-up engine are killed with SIGKILL, then one that measures the family that ships. Of five, one dies
+at any moment after its start, two after their first new unit, two when a unit is about to be saved. A store is resumed
 until it is done, then the next one is begun; a finished store must hold what a run that nobody killed has saved.
 `rows_lost`: rows that were committed, or that a run was told are saved, and that are gone or changed after a kill;
 `torn`: units of which a part is there.
@@ -20,25 +20,23 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks.common import finish
-from tests.support.crashes import TORCH, Kill, Moment, Starter, Victim, evidence_of, record
+from tests.support.crashes import TORCH, Kill, Moment, Starter, Victim, evidence_of, whole_evidence
 
 PAUSE_S = 0.010  # for measuring, or hardly any kill would land in it
 WITHIN_S = 1.0
 MOMENTS: tuple[Moment, ...] = ("commit", "measuring", "commit", "measuring", "any")
 
 
-def kill_recorded(
+def kill_made_up(
     starter: Starter, folder: Path, num_kills: int, rng: random.Random
 ) -> tuple[list[Kill], list[int], int]:
     """The kills, units measured again by the runs that came to the end, and finished stores unlike the whole one."""
-    recording = folder / "recording.json"
-    record(recording)
-    whole = evidence_of(recording.with_name("recorded.db"))
+    whole = whole_evidence(folder / "whole.db")
     kills: list[Kill] = []
     finished: list[int] = []
     unlike = 0
     while len(kills) < num_kills:
-        victim = Victim(folder=folder / f"store-{len(finished)}", recording=str(recording), starter=starter)
+        victim = Victim(folder=folder / f"store-{len(finished)}", starter=starter)
         ended: int | None = None
         while ended is None:
             if len(kills) == num_kills:
@@ -59,7 +57,7 @@ def kill_torch(starter: Starter, folder: Path, rng: random.Random) -> tuple[Kill
     """The kill, units measured again by the run that went on, and units of the whole."""
     kill: Kill | int = 0
     while not isinstance(kill, Kill):
-        victim = Victim(folder=Path(tempfile.mkdtemp(dir=folder)), recording=TORCH, starter=starter)
+        victim = Victim(folder=Path(tempfile.mkdtemp(dir=folder)), kind=TORCH, starter=starter)
         kill = victim.kill(rng, 4.0, "measuring")
     repeated = victim.finish()
     return kill, repeated, len(victim.begun)
@@ -76,14 +74,14 @@ def table_of(kills: list[Kill]) -> Table:
 
 
 def main() -> None:
-    """Recorded runs, a measured one, the table, JSON."""
+    """Made-up runs, a measured one, the table, JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=50, help="of recorded runs")
+    parser.add_argument("--kills", type=int, default=50, help="of made-up runs")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng, started = random.Random(options.seed), time.monotonic()
     with tempfile.TemporaryDirectory() as name, Starter() as starter:
-        kills, finished, unlike = kill_recorded(starter, Path(name), options.kills, rng)
+        kills, finished, unlike = kill_made_up(starter, Path(name), options.kills, rng)
         torch_kill, torch_repeated, torch_units = kill_torch(starter, Path(name), rng)
     console = Console()
     console.print(table_of(kills))

@@ -12,8 +12,6 @@ from pathlib import Path
 
 def main() -> None:
     spec = importlib.util.spec_from_file_location("lane", Path(__file__).with_name(f"{sys.argv[1]}_lane.py"))
-    assert spec is not None
-    assert spec.loader is not None
     lane = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(lane)
     question = json.load(sys.stdin)

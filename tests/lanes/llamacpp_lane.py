@@ -26,13 +26,7 @@ def parse(words: list[str]) -> tuple[Any, bool]:
     library = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("*.so"))))
     function = library[PARSER]
     function.restype = ctypes.c_bool
-    function.argtypes = [
-        ctypes.c_int,
-        ctypes.POINTER(ctypes.c_char_p),
-        ctypes.c_void_p,
-        ctypes.c_int,
-        ctypes.c_void_p,
-    ]
+    function.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p), ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
     record = xllamacpp.CommonParams()
     given = ["llama-server", *words]
     array = (ctypes.c_char_p * (len(given) + 1))(*[word.encode() for word in given], None)

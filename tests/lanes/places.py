@@ -21,30 +21,10 @@ MARK = "lane.json"  # written last: a lane without it is not whole
 _WEB = ("aiohappyeyeballs", "aiohttp", "aiosignal", "attrs", "frozenlist", "multidict", "propcache", "yarl")
 _VLLM = (
     *_WEB,
-    "apache-tvm-ffi",
-    "blake3",
-    "cachetools",
-    "cbor2",
-    "compressed-tensors",
-    "einops",
-    "fastapi",
-    "llguidance",
-    "loguru",
-    "msgspec",
-    "openai",
-    "openai-harmony",
-    "opentelemetry-api",
-    "partial-json-parser",
-    "prometheus-client",
-    "py-cpuinfo",
-    "pybase64",
-    "pyzmq",
-    "setproctitle",
-    "sniffio",
-    "starlette",
-    "uvloop",
-    "xgrammar",
-)
+    "apache-tvm-ffi", "blake3", "cachetools", "cbor2", "compressed-tensors", "einops", "fastapi", "llguidance",
+    "loguru", "msgspec", "openai", "openai-harmony", "opentelemetry-api", "partial-json-parser", "prometheus-client",
+    "py-cpuinfo", "pybase64", "pyzmq", "setproctitle", "sniffio", "starlette", "uvloop", "xgrammar",
+)  # fmt: skip
 _BEFORE_TRANSFORMERS_5 = ("transformers==4.57.6", "huggingface-hub==0.36.0", "tokenizers==0.22.1")
 _SGLANG = (*_WEB, "ipython", "msgspec", "orjson", "pybase64", "pyzmq", "starlette", "traitlets")
 

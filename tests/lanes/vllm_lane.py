@@ -42,9 +42,7 @@ def lookup(speculative: Any) -> list[int] | None:
     schedule = getattr(speculative, SCHEDULE, None)
     if schedule is None:
         return None
-    from vllm.v1.spec_decode.dynamic.utils import (
-        build_dynamic_sd_schedule_lookup,
-    )
+    from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
     most = speculative.num_speculative_tokens
     dense = build_dynamic_sd_schedule_lookup(schedule, vllm_max_batch_size=32, vllm_num_speculative_tokens=most)

@@ -1,7 +1,7 @@
 """A tuning run that is killed at a random moment, what it left, and what the run after it measures again.
 
 This module starts such runs, each in a process forked from it, so that libraries are loaded once. A run
-answers from a recording (or, `torch`, measures the family that ships) and notes in a journal when a unit is begun,
+asks the fake engine (or, `torch`, measures the family that ships) and notes in a journal when a unit is begun,
 measured and saved. A note is one `write`, which outlives the process. Who kills it asks the file with raw SQL and
 trusts nothing that it tests.
 """
@@ -29,7 +29,6 @@ from profiles.records.keys import run_point, unit_digest
 from store.evidence_store import EvidenceStore, Scope
 from tests import ROOT
 from tests.support.fakes import GREEDY, FakeEngine, prompts
-from tests.support.recorded_engine import RecordedEngine, Recorder
 from tuner.pipeline.pipeline import Watch
 from tuner.pipeline.trial import Options
 from tuner.run import TuningSession, tune
@@ -54,8 +53,8 @@ ROWS = {  # the rows of each evidence table, by a key in the first column
         FROM samples JOIN units ON units.id = unit_id JOIN workloads ON workloads.id = workload_id
             JOIN setups ON setups.id = setup_id JOIN prompts ON prompts.id = prompt_id""",
 }
-MADE_ANEW = {"id", "measured_at", "sweep"}  # differ between two runs of the same recording
-TORCH = "torch"
+MADE_ANEW = {"id", "measured_at", "sweep"}  # differ between two runs of the fake engine
+FAKE, TORCH = "fake", "torch"
 
 Moment = Literal["any", "measuring", "commit"]
 Rows = dict[str, dict[Any, dict[str, Any]]]  # table -> primary key -> row
@@ -157,19 +156,17 @@ class RecordingStore(EvidenceStore):
         self.journal.note("saved", table=table, key=key)
 
 
-def run(store: Path, journal_path: Path, recording: str, pause_s: float) -> None:
+def run(store: Path, journal_path: Path, kind: str, pause_s: float) -> None:
     """One run of `tune`; notes `ready` before it opens the store."""
     loads, options = [(GREEDY, PROMPTS)], OPTIONS
-    engine: Engine
-    if recording == TORCH:
+    engine: Engine = FakeEngine(keep=0.9)
+    if kind == TORCH:
         from profiles.timing import clock
         from tests.benchmarks.common import family
 
         bench, workload, chosen = family(6, 8)
         clock.OtherLoad.disturbed = False  # other programs must not make the second run measure again
         engine, loads, options = bench.engine, [(workload, chosen)], Options(lengths=(1, 2))
-    else:
-        engine = RecordedEngine.load(Path(recording))
     journal = Journal(journal_path)
     journal.note("ready")
     with RecordingStore.open(store) as evidence_store:
@@ -181,12 +178,12 @@ def run(store: Path, journal_path: Path, recording: str, pause_s: float) -> None
 def serve() -> None:
     """For every line of words a run in a process of its own: prints its id and, after one more line, how it ended."""
     for line in iter(sys.stdin.readline, ""):
-        store, journal, recording, pause_s = json.loads(line)
+        store, journal, kind, pause_s = json.loads(line)
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
-                run(Path(store), Path(journal), recording, pause_s)
+                run(Path(store), Path(journal), kind, pause_s)
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -235,8 +232,6 @@ class Starter:
         return self._ask("")
 
     def _ask(self, line: str) -> int:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(f"{line}\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
@@ -253,7 +248,7 @@ class Victim:
     """A store and the runs that were killed over it."""
 
     folder: Path
-    recording: str
+    kind: str = FAKE
     starter: Starter
     begun: set[str] = field(default_factory=set)
     notes: list[dict[str, Any]] = field(default_factory=list)
@@ -267,7 +262,7 @@ class Victim:
         """The next run, when it is about to open the store."""
         self.num_runs += 1
         self.folder.mkdir(exist_ok=True)
-        pid = self.starter.start(str(self.store), str(self._journal), self.recording, pause_s)
+        pid = self.starter.start(str(self.store), str(self._journal), self.kind, pause_s)
         deadline = time.monotonic() + 120.0
         while not self._last():
             assert time.monotonic() < deadline, "the run does not start"
@@ -381,19 +376,18 @@ def torn(store: Path, rows: Rows, notes: list[dict[str, Any]]) -> int:
 
 
 def evidence_of(store: Path) -> Mapping[str, list[str]]:
-    """What two runs of the same recording must agree on."""
+    """What two runs of the fake engine must agree on."""
     return {
         table: sorted(str({name: row[name] for name in row if name not in MADE_ANEW}) for row in rows.values())
         for table, rows in rows_of(store).items()
     }
 
 
-def record(path: Path) -> None:
-    """The answers to everything that a whole run asks."""
-    recorder = Recorder(FakeEngine(keep=0.9))
-    with EvidenceStore.open(path.with_name("recorded.db")) as evidence_store:
-        tune(recorder, [(GREEDY, PROMPTS)], TuningSession.of(evidence_store), OPTIONS, Watch())
-    recorder.recording.save(path)
+def whole_evidence(store: Path) -> Mapping[str, list[str]]:
+    """What a run that nobody kills saves in a new store."""
+    with EvidenceStore.open(store) as evidence_store:
+        tune(FakeEngine(keep=0.9), [(GREEDY, PROMPTS)], TuningSession.of(evidence_store), OPTIONS, Watch())
+    return evidence_of(store)
 
 
 if __name__ == "__main__":

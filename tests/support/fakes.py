@@ -7,7 +7,7 @@ order and in any process; `calls` counts the questions.
 import random
 import sqlite3
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,7 @@ from profiles.records.evidence import Acceptance, AcceptanceTrace, LookupTrace, 
 
 TARGET = Model(name="fake-target", dtype="float32", digest=digest_of("fake-target"), num_params=8_000_000)
 DRAFT_A = Draft(
-    kind="model",
-    model=Model(name="draft-a", dtype="float32", digest=digest_of("draft-a"), num_params=500_000),
+    kind="model", model=Model(name="draft-a", dtype="float32", digest=digest_of("draft-a"), num_params=500_000)
 )
 NGRAM = Draft(kind="ngram", max_match=4, min_match=2)
 MACHINE = Environment(
@@ -99,12 +98,22 @@ class FakeEngine:
             NGRAM.digest: dict.fromkeys(lengths, LOOK_UP_S),
         }
         rng = self._random("steps", workload.batch_size, context_length, max_length)
+        return self._timed(typical, workload, context_length, lambda step_s: _noisy(step_s, rng))
+
+    def _timed(
+        self,
+        typical: Mapping[str, Mapping[int, float]],
+        workload: Workload,
+        context_length: int,
+        noisy: Callable[[float], float],
+    ) -> dict[str, StepTimes]:
+        """Seven samples of the typical seconds by component and width."""
         return {
             part: StepTimes(
                 component_digest=part,
                 batch_size=workload.batch_size,
                 context_length=context_length,
-                samples_s={width: tuple(_noisy(step_s, rng) for _ in range(7)) for width, step_s in steps.items()},
+                samples_s={width: tuple(noisy(step_s) for _ in range(7)) for width, step_s in steps.items()},
                 disturbed=self.disturbed,
             )
             for part, steps in typical.items()

@@ -23,8 +23,6 @@ def main() -> None:
 
     kernels._expand_kernel_impl = expand
     spec = importlib.util.spec_from_file_location("worker", WORKER)
-    assert spec is not None
-    assert spec.loader is not None
     worker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(worker)
     worker.main()

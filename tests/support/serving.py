@@ -32,14 +32,4 @@ class FakeServer(FakeEngine):
             DRAFT_A.digest: {k + 1: target_step_s(k + 1) + drafting_s(DRAFT_A, k, 2) for k in range(1, max_length + 1)},
             NGRAM.digest: {k + 1: target_step_s(k + 1) + drafting_s(NGRAM, 0, 0) for k in range(max_length + 1)},
         }
-        return {
-            part: StepTimes(
-                component_digest=part,
-                batch_size=workload.batch_size,
-                context_length=context_length,
-                samples_s={
-                    width: tuple(round_s * rng.gauss(1.0, 0.01) for _ in range(7)) for width, round_s in own.items()
-                },
-            )
-            for part, own in rounds.items()
-        }
+        return self._timed(rounds, workload, context_length, lambda round_s: round_s * rng.gauss(1.0, 0.01))

@@ -14,7 +14,7 @@ from tuner.cli.output import console, print_json, print_notes
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from profiles.fit.report import DraftCheck, FitReport
+    from profiles.fit.check import DraftCheck, FitReport
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 UNKNOWN = "-"

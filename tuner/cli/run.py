@@ -151,7 +151,7 @@ def _open_bench(
 ) -> "Bench":
     """The engine with target and drafts."""
     from profiles.engines import factory
-    from profiles.engines.openai.kinds import server_kind
+    from profiles.engines.openai.launch import server_kind
     from profiles.engines.torch import load
 
     if spec.engine == "torch":

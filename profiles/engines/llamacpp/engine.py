@@ -4,6 +4,7 @@ Drafting cannot be changed while a server runs, so a setup is a server; a few ar
 stream of each request, times are the server's own.
 """
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,19 +12,28 @@ from dataclasses import replace
 from profiles.engines.base import EngineCapabilities
 from profiles.engines.llamacpp import flags, ngram, timing
 from profiles.engines.llamacpp.responses import SERVER, LlamaCompletion, body_of
-from profiles.engines.llamacpp.servers import SPARE_TOKENS, LlamaServers, Options, Program, complete, weights_of
+from profiles.engines.llamacpp.servers import Options, Program, Weights, complete, weights_of
 from profiles.engines.lossless import check_end
 from profiles.engines.serving.base import Run, ServedEngine
+from profiles.engines.serving.pool import ServerPool
 from profiles.engines.serving.process import Server
+from profiles.engines.serving.redaction import redacted, without_paths
 from profiles.hardware.fingerprint import fingerprint
 from profiles.models import loader
 from profiles.models.loader import DescribedModel
-from profiles.records.core import PLAIN, Draft, Environment, Prompt, Setup, Workload
+from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload
 from profiles.records.errors import EngineError, InputError
 from profiles.records.evidence import Acceptance, AcceptanceTrace, StepTimes, TargetTrace
 
 NAME = "llamacpp"
 WARM_UP_TOKENS = 16
+START_TIMEOUT_S = 600.0
+MAX_ALIVE = 4  # servers kept on a CPU; a GPU holds one
+SPARE_TOKENS = 80  # a row's cache beside its context: llama.cpp drafts less near the end of it
+# float32 models are compared with the torch engine token by token, so caches are float32 too
+EXACT, EXACT_DRAFT = ("-fa", "off", "-ctk", "f32", "-ctv", "f32"), ("-ctkd", "f32", "-ctvd", "f32")
+ON_GPU, ON_CPU = ("-ngl", "99"), ("-dev", "none")
+DRAFT_ON_GPU, DRAFT_ON_CPU = ("-ngld", "99"), ("-devd", "none")
 
 
 class LlamaCppEngine(ServedEngine[tuple[str, ...], Server]):
@@ -32,6 +42,8 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], Server]):
     Raises InputError: a draft that llama.cpp does not have, a GPU that it cannot use; ModelError: a model without GGUF.
     """
 
+    _label = NAME
+
     def __init__(self, target: DescribedModel, drafts: tuple[Draft, ...], program: Program, options: Options) -> None:
         self._described, self._program, self._options = target, program, options
         program.check_device(options.device)
@@ -39,16 +51,18 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], Server]):
             check_draft(draft, program)
         self._file = weights_of(target.record)
         self._weights = {draft.digest: weights_of(draft.model) if draft.model else None for draft in drafts}
-        self._servers = LlamaServers(
-            program, options, target=self._file, weights=self._weights, max_positions=target.max_positions
-        )
-        super().__init__(target.record, drafts, self._servers.pool)
-        self._environment = replace(
+        self._watched_gpus = (options.device,)
+        self._device_args = ON_GPU if options.on_gpu else ON_CPU
+        self._exact_args = EXACT if self._file.float_type == "float32" else ()
+        super().__init__(target.record, drafts, ServerPool(self._start, 1 if options.on_gpu else MAX_ALIVE))
+        more = [*self._device_args, *self._exact_args, *options.more]
+        shown = {"more": [without_paths(redacted(argument)) for argument in more], "weights": self._file.float_type}
+        self.environment = replace(
             fingerprint(options.device),
             engine=NAME,
             engine_version=program.version,
             threads=options.threads,
-            engine_options=json.dumps(self._servers.engine_options, sort_keys=True, separators=(",", ":")),
+            engine_options=json.dumps(shown, sort_keys=True, separators=(",", ":")),
         )
 
     @property
@@ -61,15 +75,11 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], Server]):
             origin=f"{NAME} {self._program.version} {self._file.float_type}",
         )
 
-    @property
-    def environment(self) -> Environment:
-        return self._environment
-
     def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
         """One plain run; a token that is part of a character is not reported, so its probability and gap are 0."""
         alone = replace(workload, batch_size=1)
         self._check(alone, (prompt,), PLAIN)
-        server = self._servers.get(PLAIN, alone)
+        server = self._server(PLAIN, alone)
         body = body_of(alone, prompt.token_ids, n_probs=2)
         [run] = complete(server, [body], 1)
         check_end(NAME, workload, run.token_ids)
@@ -97,7 +107,7 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], Server]):
             body_of(alone, text[:end], n_predict=1, n_probs=1, cache_prompt=True, ignore_eos=False)
             for end in range(len(prompt.token_ids), len(text))
         ]
-        runs = complete(self._servers.scoring(weights, alone), bodies, 1)
+        runs = complete(self._pool.get(self._command(weights, alone)), bodies, 1)
         accepted = (run.token_ids == (token,) for run, token in zip(runs, trace.token_ids, strict=True))
         return AcceptanceTrace(
             prompt_digest=prompt.digest,
@@ -113,29 +123,48 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], Server]):
         """
         loader.check_context(self._described, context_length=context_length, max_length=max_length)
         has_rates = self._program.has_synthetic_rates
-        plan = timing.plan_of(self.target, self._drafts, max_length, has_synthetic_rates=has_rates)
+        plan = timing.plan_of(self.target, self.drafts, max_length, has_synthetic_rates=has_rates)
         shape = timing.Shape(
             batch_size=workload.batch_size,
             context_length=context_length,
             max_tokens=min(workload.context_length + SPARE_TOKENS, self._described.max_positions),
         )
-        times, disturbed = self._quietest(
-            lambda: timing.time_plan(plan, shape, lambda visit: self._rounds(visit, shape, workload))
-        )
-        return {component: replace(rounds, disturbed=disturbed) for component, rounds in times.items()}
+        measure = functools.partial(timing.time_plan, plan, lambda visit: self._rounds(visit, shape, workload))
+        return self._timed(workload, context_length, measure)
 
-    @property
-    def _label(self) -> str:
-        return NAME
+    def _server(self, setup: Setup, workload: Workload, more: Sequence[str] = ()) -> Server:
+        """The server of a setup and batch size; other `more` arguments are another. Raises EngineError: no start."""
+        return self._pool.get(self._command_for(setup, workload, more))
 
-    @property
-    def _watched_gpus(self) -> tuple[str, ...]:
-        return (self._options.device,)
+    def _command_for(self, setup: Setup, workload: Workload, more: Sequence[str] = ()) -> tuple[str, ...]:
+        """The command of a setup's server, its key in the pool."""
+        if setup.draft is None:
+            return self._command(self._file, workload, more)
+        weights = self._weights.get(setup.draft.digest)
+        args = flags.args_for(setup, self._program.flags, None if weights is None else weights.path)
+        if weights is not None:
+            args += ["-td", str(self._options.threads), "-tbd", str(self._options.threads)]
+            args += DRAFT_ON_GPU if self._options.on_gpu else DRAFT_ON_CPU
+            args += EXACT_DRAFT if self._exact_args else ()
+        return self._command(self._file, workload, [*args, *more])
+
+    def _command(self, weights: Weights, workload: Workload, args: Sequence[str] = ()) -> tuple[str, ...]:
+        row = min(workload.context_length + SPARE_TOKENS, self._described.max_positions)
+        batch_size, threads = str(workload.batch_size), str(self._options.threads)
+        command = [*self._program.command, "-m", weights.path, "--host", "{host}", "--port", "{port}"]
+        command += ["-c", str(row * workload.batch_size), "-np", batch_size, "-t", threads, "-tb", threads]
+        return (*command, *self._device_args, *self._exact_args, "--metrics", *args, *self._options.more)
+
+    def _start(self, command: tuple[str, ...]) -> Server:
+        server = Server(command, self._options.log_folder / f"llama-server-{self._pool.num_starts}.log")
+        server.wait_ready(START_TIMEOUT_S)
+        return server
 
     def _decode(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> list[Run]:
         """The queue through a warm server, a new one where drafts have a history."""
-        get = self._servers.restarted if flags.keeps_history(setup) else self._servers.get
-        server = get(setup, workload)
+        if flags.keeps_history(setup):
+            self._pool.stop(self._command_for(setup, workload))
+        server = self._server(setup, workload)
         self._warm_up(server, workload)
         bodies = [body_of(workload, prompt.token_ids) for prompt in prompts]
         completions = complete(server, bodies, workload.batch_size)
@@ -146,7 +175,7 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], Server]):
 
     def _rounds(self, visit: timing.Visit, shape: timing.Shape, workload: Workload) -> list[float]:
         """Seconds of full rounds of a visit, by a server that has run its batch before."""
-        server = self._servers.get(visit.setup, workload, visit.args)
+        server = self._server(visit.setup, workload, visit.args)
         bodies = [timing.body_of(visit, shape)] * shape.batch_size
         if not server.warm:
             complete(server, bodies, shape.batch_size)

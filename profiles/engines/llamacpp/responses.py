@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from profiles.engines.llamacpp import flags
-from profiles.engines.serving import metrics
 from profiles.engines.serving.completion import Completion, expected_shape
 from profiles.engines.serving.http_load import Answer, Body, fetch
 from profiles.engines.serving.server_kind import ServerKind
@@ -169,7 +168,6 @@ SERVER = ServerKind(
     read=read,
     objection=flags.objection,
     args_for=flags.args_for_release,
-    counters=metrics.LLAMA_CPP,
     past_end=False,
     keeps_history=flags.KEEPS_HISTORY,
     drops_short=True,

@@ -1,32 +1,23 @@
-"""The llama.cpp program that is run, the models' files, and the pool of servers: one for every setup and batch size."""
+"""The llama.cpp program that is run, the models' files, and the completions that its server gives."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from profiles.engines import rules
 from profiles.engines.llamacpp import responses, xllamacpp_server
-from profiles.engines.llamacpp.flags import FlagSet, LlamaRelease, args_for, builds_with_flags, flags_of_help
+from profiles.engines.llamacpp.flags import FlagSet, LlamaRelease, builds_with_flags, flags_of_help
 from profiles.engines.llamacpp.responses import LlamaCompletion
 from profiles.engines.serving.http_load import drive
-from profiles.engines.serving.pool import ServerPool
 from profiles.engines.serving.process import Server
-from profiles.engines.serving.redaction import redacted, without_paths
 from profiles.hardware import software
 from profiles.hardware.software import XLLAMACPP
 from profiles.models import sources
-from profiles.records.core import Model, Setup, Workload
+from profiles.records.core import Model
 from profiles.records.errors import InputError, ModelError
 
-START_TIMEOUT_S = 600.0
-MAX_ALIVE = 4  # servers kept on a CPU; a GPU holds one
-SPARE_TOKENS = 80  # a row's cache beside its context: llama.cpp drafts less near the end of it
-# float32 models are compared with the torch engine token by token, so caches are float32 too
-EXACT, EXACT_DRAFT = ("-fa", "off", "-ctk", "f32", "-ctv", "f32"), ("-ctkd", "f32", "-ctvd", "f32")
-ON_GPU, ON_CPU = ("-ngl", "99"), ("-dev", "none")
-DRAFT_ON_GPU, DRAFT_ON_CPU = ("-ngld", "99"), ("-devd", "none")
 _FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -119,69 +110,3 @@ def complete(server: Server, bodies: Sequence[dict[str, Any]], concurrency: int)
     with server.watched():
         answers = drive(server.url, responses.PATH, bodies, concurrency)
         return [responses.read(answer, server.url, body) for answer, body in zip(answers, bodies, strict=True)]
-
-
-class LlamaServers:
-    """The servers of one target in a `pool`; `weights` are the drafts' by digest.
-
-    Every method that returns a server raises EngineError where it cannot be started, with its last error line.
-    """
-
-    def __init__(
-        self,
-        program: Program,
-        options: Options,
-        *,
-        target: Weights,
-        weights: Mapping[str, Weights | None],
-        max_positions: int,
-    ) -> None:
-        self._program, self._options = program, options
-        self._target, self._weights, self._max_positions = target, weights, max_positions
-        self._device_args = ON_GPU if options.on_gpu else ON_CPU
-        self._exact_args = EXACT if target.float_type == "float32" else ()
-        max_alive = 1 if options.on_gpu else MAX_ALIVE
-        self.pool: ServerPool[tuple[str, ...], Server] = ServerPool(self._start, max_alive)
-
-    @property
-    def engine_options(self) -> dict[str, Any]:
-        """What times depend on beside threads: the arguments of every server, and the type of the weights."""
-        more = [*self._device_args, *self._exact_args, *self._options.more]
-        return {"more": [without_paths(redacted(argument)) for argument in more], "weights": self._target.float_type}
-
-    def get(self, setup: Setup, workload: Workload, more: Sequence[str] = ()) -> Server:
-        """The server of a setup and batch size; other `more` arguments are another server."""
-        return self.pool.get(self._command_for(setup, workload, more))
-
-    def restarted(self, setup: Setup, workload: Workload) -> Server:
-        """As `get`, freshly started: it has no history of requests."""
-        self.pool.stop(self._command_for(setup, workload))
-        return self.get(setup, workload)
-
-    def scoring(self, weights: Weights, workload: Workload) -> Server:
-        """A server whose target is a draft's model."""
-        return self.pool.get(self._command(weights.path, workload))
-
-    def _command_for(self, setup: Setup, workload: Workload, more: Sequence[str] = ()) -> tuple[str, ...]:
-        """The command of a setup's server, its key in the pool."""
-        if setup.draft is None:
-            return self._command(self._target.path, workload, more)
-        weights = self._weights.get(setup.draft.digest)
-        args = args_for(setup, self._program.flags, None if weights is None else weights.path)
-        if weights is not None:
-            args += ["-td", str(self._options.threads), "-tbd", str(self._options.threads)]
-            args += DRAFT_ON_GPU if self._options.on_gpu else DRAFT_ON_CPU
-            args += EXACT_DRAFT if self._exact_args else ()
-        return self._command(self._target.path, workload, [*args, *more])
-
-    def _command(self, path: str, workload: Workload, args: Sequence[str] = ()) -> tuple[str, ...]:
-        row = min(workload.context_length + SPARE_TOKENS, self._max_positions)
-        batch_size, threads = str(workload.batch_size), str(self._options.threads)
-        command = [*self._program.command, "-m", path, "--host", "{host}", "--port", "{port}"]
-        command += ["-c", str(row * workload.batch_size), "-np", batch_size, "-t", threads, "-tb", threads]
-        return (*command, *self._device_args, *self._exact_args, "--metrics", *args, *self._options.more)
-
-    def _start(self, command: tuple[str, ...]) -> Server:
-        server = Server(command, self._options.log_folder / f"llama-server-{self.pool.num_starts}.log")
-        server.wait_ready(START_TIMEOUT_S)
-        return server

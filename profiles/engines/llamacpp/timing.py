@@ -11,7 +11,6 @@ from typing import Any
 from profiles.engines.llamacpp.responses import LlamaCompletion
 from profiles.records.core import PLAIN, Draft, Model, Setup
 from profiles.records.errors import EngineError
-from profiles.records.evidence import StepTimes
 
 FIRST_TOKEN = 32  # of the pattern: no known tokenizer has a special token from there on
 LOGIT_BIAS = 1000.0
@@ -105,46 +104,36 @@ def _rounds_within(run: LlamaCompletion, start_s: float, end_s: float, width: in
     ]
 
 
-def time_plan(plan: Sequence[Visit], shape: Shape, measure: Callable[[Visit], list[float]]) -> dict[str, StepTimes]:
-    """The step times of all components, from passes over the plan and back, in which a drift of the machine cancels.
+def time_plan(plan: Sequence[Visit], measure: Callable[[Visit], list[float]]) -> dict[str, dict[int, list[float]]]:
+    """Seconds of rounds by component and width: passes over the plan and back, in which a drift of the machine cancels.
 
     The rounds of a visit may all fall into one slow moment: medians are over several passes. A draft that fails is left
     out. Raises EngineError: plain decoding fails.
     """
-    samples: dict[str, dict[int, tuple[float, ...]]] = {}
+    samples: dict[str, dict[int, list[float]]] = {}
     failed: set[str] = set()
     for visit in PASSES * (*plan, *reversed(plan)):
         if failed.issuperset(visit.components):
             continue
         try:
-            seconds = _time_visit(visit, shape, measure)
+            seconds = _time_visit(visit, measure)
         except EngineError:
             if visit.setup == PLAIN:
                 raise
             failed.update(visit.components)
             continue
         for component in visit.components:
-            by_width = samples.setdefault(component, {})
-            by_width[visit.width] = by_width.get(visit.width, ()) + tuple(seconds)
-    return {
-        component: StepTimes(
-            component_digest=component,
-            batch_size=shape.batch_size,
-            context_length=shape.context_length,
-            samples_s=by_width,
-        )
-        for component, by_width in samples.items()
-        if component not in failed
-    }
+            samples.setdefault(component, {}).setdefault(visit.width, []).extend(seconds)
+    return {component: by_width for component, by_width in samples.items() if component not in failed}
 
 
-def _time_visit(visit: Visit, shape: Shape, measure: Callable[[Visit], list[float]]) -> list[float]:
+def _time_visit(visit: Visit, measure: Callable[[Visit], list[float]]) -> list[float]:
     """Seconds of a visit's rounds. Raises EngineError: too few of them."""
     seconds: list[float] = []
     for _ in range(MAX_TRIES):
         if len(seconds) < MIN_SAMPLES or sum(seconds) < MIN_S:
             seconds += measure(visit)
     if len(seconds) < MIN_SAMPLES:
-        needed = f"{MIN_SAMPLES} full rounds of {visit.width} tokens at batch {shape.batch_size}"
+        needed = f"{MIN_SAMPLES} full rounds of {visit.width} tokens"
         raise EngineError(f"{visit.setup.name}: of {needed} llama.cpp ran {len(seconds)}")
     return seconds

@@ -7,6 +7,7 @@ server's scheduling, as its users see them.
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,10 +15,10 @@ from profiles.engines.base import EngineCapabilities
 from profiles.engines.llamacpp.flags import keeps_history
 from profiles.engines.lossless import check_end
 from profiles.engines.openai.launch import Launch
-from profiles.engines.serving import metrics
 from profiles.engines.serving.base import Run, ServedEngine
 from profiles.engines.serving.completion import Completion, Encode, rounds_between
 from profiles.engines.serving.http_load import Body, drive, fetch
+from profiles.engines.serving.metrics import read_counters
 from profiles.engines.serving.pool import ServerPool
 from profiles.engines.serving.process import RunningServer, Server
 from profiles.engines.serving.redaction import keyed_variables, redacted
@@ -41,10 +42,13 @@ class ServerEngine(ServedEngine[Setup, StartedServer]):
     `encode`: a text's token ids, nothing added.
     """
 
+    _label = "server"
+
     def __init__(self, target: Model, drafts: tuple[Draft, ...], launch: Launch, encode: Encode, device: str) -> None:
         max_alive = 1 if device.startswith("cuda") else 2  # a GPU is taken whole; else plain decoding and a draft
         super().__init__(target, drafts, ServerPool(self._start, max_alive))
         self._launch, self._encode, self._device = launch, encode, device
+        self._watched_gpus = (device,) if launch.url is None else None
         self._kind = launch.server_kind
         self._environment: Environment | None = None
 
@@ -91,23 +95,8 @@ class ServerEngine(ServedEngine[Setup, StartedServer]):
         """Plain rounds of a full batch, a mean for each of seven loads."""
         synthetic, rows = self._synthetic(workload, context_length)
         self._warm_up(PLAIN, synthetic, rows)
-        samples_s, disturbed = self._quietest(lambda: self._plain_rounds(synthetic, rows))
-        times = StepTimes(
-            component_digest=self.target.run_digest,
-            batch_size=workload.batch_size,
-            context_length=context_length,
-            samples_s={1: samples_s},
-            disturbed=disturbed,
-        )
-        return {times.component_digest: times}
-
-    @property
-    def _label(self) -> str:
-        return "server"
-
-    @property
-    def _watched_gpus(self) -> tuple[str, ...] | None:
-        return (self._device,) if self._launch.url is None else None
+        plain = self.target.run_digest
+        return self._timed(workload, context_length, lambda: {plain: {1: self._plain_rounds(synthetic, rows)}})
 
     def _start(self, setup: Setup) -> StartedServer:
         launch = self._launch
@@ -189,10 +178,10 @@ class ServerEngine(ServedEngine[Setup, StartedServer]):
             rounds = rounds_between(completion, after - before, past_end=self._kind.past_end)
         return completion.run(rounds)
 
-    def _counters(self, setup: Setup, prefix: str) -> metrics.Counters | None:
+    def _counters(self, setup: Setup, prefix: str) -> Counter[str | int] | None:
         """None where the server publishes none."""
         try:
-            return metrics.read_counters(self._server(setup).url, prefix)
+            return read_counters(self._server(setup).url, prefix)
         except EngineError:
             return None
 

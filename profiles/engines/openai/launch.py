@@ -1,4 +1,4 @@
-"""How the server of a setup is started: from a launch template, a command as in a shell, or it runs at a URL."""
+"""The kinds of servers, and how a setup's is started: from a launch template, as in a shell, or it runs at a URL."""
 
 import itertools
 import re
@@ -7,10 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from profiles.engines.openai.kinds import server_kind
+from profiles.engines.llamacpp.flags import release_of_build
+from profiles.engines.llamacpp.responses import SERVER as LLAMA_CPP
+from profiles.engines.releases import TITLES, EngineRelease, release_of
 from profiles.engines.serving.http_load import TIMEOUT_S
 from profiles.engines.serving.redaction import redacted, without_paths
-from profiles.engines.serving.server_kind import ServerKind
+from profiles.engines.serving.server_kind import ServerKind, openai_body
+from profiles.engines.sglang.flags import SERVER as SGLANG
+from profiles.engines.vllm.responses import SERVER as VLLM
 from profiles.records.core import PLAIN, Setup, digest_of
 from profiles.records.errors import InputError, require
 
@@ -18,6 +22,26 @@ SPECULATIVE = "{speculative}"
 MODEL = "{model}"
 READY_S = 900.0
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
+SERVER_KINDS = {
+    "vllm": VLLM,
+    "sglang": SGLANG,
+    "llamacpp": LLAMA_CPP,
+    "trtllm": ServerKind(body_of=openai_body),
+    "openai": ServerKind(body_of=openai_body),
+}
+
+
+def server_kind(name: str) -> ServerKind:
+    """Raises InputError: no such kind."""
+    require(name in SERVER_KINDS, f"kind of server {name!r}: allowed are {', '.join(SERVER_KINDS)}")
+    return SERVER_KINDS[name]
+
+
+def release_for(kind: str, version: str | None) -> EngineRelease:
+    """The release whose flags a server of a kind takes. Raises InputError: not a version of it."""
+    if kind == "llamacpp":
+        return release_of_build(version)
+    return release_of(kind, version) if kind in TITLES else EngineRelease(engine=kind, version=version or "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

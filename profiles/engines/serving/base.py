@@ -5,7 +5,7 @@ It fits `profiles.engines.base.Engine` together with what an adapter adds: how a
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Self, TypeVar
 
@@ -14,10 +14,11 @@ from profiles.engines.serving.pool import Key, Member, ServerPool
 from profiles.engines.serving.sampling_check import check_means
 from profiles.records.core import PLAIN, Draft, Model, Prompt, Setup, Workload, digest_of
 from profiles.records.errors import EngineError, InputError
-from profiles.records.evidence import Rounds, Sample, Shapes, TargetTrace
+from profiles.records.evidence import Rounds, Sample, Shapes, StepTimes, TargetTrace
 from profiles.timing.clock import cores_used, quietest
 
 Measurement = TypeVar("Measurement")
+StepSamples = Mapping[str, Mapping[int, Sequence[float]]]  # seconds by component digest and width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,18 +41,13 @@ class ServedEngine(ABC, Generic[Key, Member]):
     """
 
     notes: tuple[str, ...] = ()
+    _label: str  # the engine's name in errors
+    # GPUs to watch while something is timed; None where the load of our processes cannot be told from others'
+    _watched_gpus: Sequence[str] | None
 
     def __init__(self, target: Model, drafts: Sequence[Draft], pool: ServerPool[Key, Member]) -> None:
-        self._model, self._drafts, self._pool = target, tuple(drafts), pool
+        self.target, self.drafts, self._pool = target, tuple(drafts), pool
         self._checked_sampling: set[tuple[str, str]] = set()  # (draft, sampling) digests
-
-    @property
-    def target(self) -> Model:
-        return self._model
-
-    @property
-    def drafts(self) -> tuple[Draft, ...]:
-        return self._drafts
 
     @property
     def num_starts(self) -> int:
@@ -150,8 +146,8 @@ class ServedEngine(ABC, Generic[Key, Member]):
         return setup.draft is not None and setup.draft.kind == "model" and setup.stop_below is None
 
     def _check_draft(self, draft: Draft | None) -> None:
-        if draft is not None and draft not in self._drafts:
-            names = ", ".join(loaded.name for loaded in self._drafts) or "none"
+        if draft is not None and draft not in self.drafts:
+            names = ", ".join(loaded.name for loaded in self.drafts) or "none"
             raise InputError(f"draft {draft.name} is not one of this engine's; they are {names}")
 
     def _quietest(self, measure: Callable[[], Measurement]) -> tuple[Measurement, bool]:
@@ -159,15 +155,21 @@ class ServedEngine(ABC, Generic[Key, Member]):
         gpus = self._watched_gpus
         return (measure(), False) if gpus is None else quietest(measure, gpus)
 
-    @property
-    @abstractmethod
-    def _label(self) -> str:
-        """The engine's name in errors."""
-
-    @property
-    @abstractmethod
-    def _watched_gpus(self) -> Sequence[str] | None:
-        """GPUs to watch while something is timed; None where the load of our processes cannot be told from others'."""
+    def _timed(
+        self, workload: Workload, context_length: int, measure: Callable[[], StepSamples]
+    ) -> dict[str, StepTimes]:
+        """What `measure` gives while the machine is quiet, by component; widths without a sample are left out."""
+        samples, disturbed = self._quietest(measure)
+        return {
+            component: StepTimes(
+                component_digest=component,
+                batch_size=workload.batch_size,
+                context_length=context_length,
+                samples_s={width: tuple(seconds) for width, seconds in by_width.items() if seconds},
+                disturbed=disturbed,
+            )
+            for component, by_width in samples.items()
+        }
 
     @abstractmethod
     def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace: ...

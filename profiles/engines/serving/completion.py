@@ -16,7 +16,6 @@ from profiles.records.evidence import RoundCount, Rounds, StepShape, TargetTrace
 
 if TYPE_CHECKING:
     from profiles.engines.serving.http_load import Answer
-    from profiles.engines.serving.metrics import Counters
 
 Encode = Callable[[str], Sequence[int]]
 CountedRounds = Sequence[tuple[RoundCount, int]]  # rounds, and how often each
@@ -167,15 +166,16 @@ def rounds_of(completion: Completion, counted: CountedRounds, *, past_end: bool)
     return {pair: count for pair, count in rounds.items() if count}
 
 
-def rounds_between(completion: Completion, counted: "Counters", *, past_end: bool) -> Rounds | None:
+def rounds_between(completion: Completion, counted: Counter[str | int], *, past_end: bool) -> Rounds | None:
     """The rounds of a request that had the server for itself, from the difference of the server's counters.
 
     None where rounds drafted different numbers of tokens: the counters do not say which accepted how many.
     """
-    if counted.num_drafts <= 0 or counted.num_draft_tokens % counted.num_drafts:
+    num_drafts, num_tokens = counted["num_drafts"], counted["num_draft_tokens"]
+    if num_drafts <= 0 or num_tokens % num_drafts:
         return None
-    length = counted.num_draft_tokens // counted.num_drafts
-    reached = (counted.num_drafts, *counted.accepted_by_position, *[0] * (length + 1))
+    length = num_tokens // num_drafts
+    reached = (num_drafts, *(counted[position] for position in range(length + 1)))
     rounds = [
         (RoundCount(length, accepted), reached[accepted] - reached[accepted + 1]) for accepted in range(length + 1)
     ]

@@ -157,8 +157,29 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-class Server(AbstractContextManager["Server"]):
-    """A command that serves HTTP; a context manager. `warm`: the batch sizes that it has run.
+class Supervised(AbstractContextManager[Any]):
+    """What runs in a `process` and is ended with it; a context manager."""
+
+    process: Process
+
+    @property
+    def alive(self) -> bool:
+        return self.process.alive
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        return self.process.pids
+
+    def stop(self) -> None:
+        """Ends it and all it started; safe to call again."""
+        self.process.stop()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+class Server(Supervised):
+    """A command that serves HTTP. `warm`: the batch sizes that it has run.
 
     `{host}` and `{port}` in the command are filled in, with a free port. Raises InputError as `Process`, and where
     there is no `{port}`.
@@ -176,14 +197,6 @@ class Server(AbstractContextManager["Server"]):
         self.url = f"http://{LOCALHOST}:{self._port}"
         filled = [word.replace("{host}", LOCALHOST).replace("{port}", str(self._port)) for word in self._command]
         self.process = Process(filled, self._log_path, **self._options)
-
-    @property
-    def alive(self) -> bool:
-        return self.process.alive
-
-    @property
-    def pids(self) -> tuple[int, ...]:
-        return self.process.pids
 
     def wait_ready(self, timeout_s: float) -> None:
         """Waits until it is healthy; another port is tried once where the first was taken.
@@ -236,13 +249,6 @@ class Server(AbstractContextManager["Server"]):
             if _health(self.url, HEALTH_TIMEOUT_S) is None and self.process.wait(DEATH_S):
                 raise self.process.failure() from error
             raise
-
-    def stop(self) -> None:
-        """Ends it and all it started; safe to call again."""
-        self.process.stop()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
 
 def _health(url: str, timeout_s: float) -> int | None:

@@ -16,16 +16,6 @@ if TYPE_CHECKING:
     from profiles.engines.serving.http_load import Answer
 
 ALGORITHMS = {"STANDALONE": "0.5.2", "NGRAM": "0.5.3"}  # the first version checked that has it
-FLAGS = {  # the first version checked that has the flag
-    "--speculative-algorithm": "0.5.2",
-    "--speculative-draft-model-path": "0.5.2",
-    "--speculative-draft-model-revision": "0.5.2",
-    "--speculative-num-steps": "0.5.2",
-    "--speculative-eagle-topk": "0.5.2",
-    "--speculative-num-draft-tokens": "0.5.2",
-    "--speculative-ngram-min-bfs-breadth": "0.5.3",
-    "--speculative-ngram-max-bfs-breadth": "0.5.3",
-}
 
 
 def objection(target: Model, setup: Setup, release: EngineRelease) -> str | None:

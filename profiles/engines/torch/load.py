@@ -76,12 +76,9 @@ def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str
 def _source(spec: DraftSpec, by_name: dict[str, loader.LoadedModel], target: loader.LoadedModel) -> DraftSource:
     if spec.path is not None:
         loaded = by_name[spec.path]
-        draft = Draft(kind=spec.kind, model=loaded.record, max_match=spec.max_match, min_match=spec.min_match)
-        return DraftSource(draft=draft, model=loaded.model)
-    if spec.num_layers is not None:
-        draft = Draft(kind="early_exit", num_layers=spec.num_layers)
-        return DraftSource(draft=draft, model=early_exit(target, spec.num_layers))
-    return DraftSource(draft=Draft(kind="ngram", max_match=spec.max_match, min_match=spec.min_match), model=None)
+        return DraftSource(draft=spec.draft(loaded.record), model=loaded.model)
+    model = None if spec.num_layers is None else early_exit(target, spec.num_layers)
+    return DraftSource(draft=spec.draft(None), model=model)
 
 
 def _footprint(source: DraftSource, target: loader.LoadedModel) -> Footprint:

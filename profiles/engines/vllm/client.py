@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from profiles.engines.serving.logs import is_out_of_memory, one_line
-from profiles.engines.serving.process import DEATH_S, Process
+from profiles.engines.serving.process import DEATH_S, Process, Supervised
 from profiles.records.errors import EngineError, OutOfMemoryError
 from profiles.records.files import user_folder
 
@@ -27,8 +27,8 @@ ENVIRONMENT = {
 }
 
 
-class WorkerClient:
-    """A worker run by `python`, which reports its versions first; a context manager.
+class WorkerClient(Supervised):
+    """A worker run by `python`, which reports its versions first.
 
     Any failure ends it and is raised as EngineError, or OutOfMemoryError where memory ran out. Raises InputError: no
     such Python, or a log that cannot be written.
@@ -41,9 +41,9 @@ class WorkerClient:
         variables = {**ENVIRONMENT, "TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": compiled}
         if threads := os.environ.get("OMP_NUM_THREADS"):
             variables["NUMBA_NUM_THREADS"] = threads  # else the n-gram drafter's numba raises torch's threads
-        self._process = Process([python, "-P", str(worker)], log_path, environment=variables, piped=True)
+        self.process = Process([python, "-P", str(worker)], log_path, environment=variables, piped=True)
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        threading.Thread(target=self._read_lines, args=(self._process.pipes[1],), daemon=True).start()
+        threading.Thread(target=self._read_lines, args=(self.process.pipes[1],), daemon=True).start()
         self.facts: dict[str, Any] = self._answer("the start", HELLO_TIMEOUT_S)
         self.warm: set[tuple[str, int]] = set()  # (setup digest, batch size) that ran here before
 
@@ -51,28 +51,20 @@ class WorkerClient:
         """The worker's answer to one command, within `timeout_s` seconds."""
         request = json.dumps({"command": command, **arguments})
         with contextlib.suppress(OSError):  # a dead worker is seen when its answer does not come
-            stdin, _ = self._process.pipes
+            stdin, _ = self.process.pipes
             stdin.write(request.encode() + b"\n")
             stdin.flush()
         return self._answer(command, timeout_s)
 
-    @property
-    def alive(self) -> bool:
-        return self._process.alive
-
-    @property
-    def pids(self) -> tuple[int, ...]:
-        return self._process.pids
-
     def stop(self) -> None:
         """Ends it, by its own exit where it listens; safe to call again."""
         with contextlib.suppress(OSError):
-            self._process.pipes[0].close()
-        self._process.wait(GOODBYE_S)
+            self.process.pipes[0].close()
+        self.process.wait(GOODBYE_S)
         self._kill()
 
     def _kill(self) -> None:
-        self._process.stop()
+        self.process.stop()
         self._clean_up()
 
     def _read_lines(self, stdout: Any) -> None:
@@ -86,14 +78,14 @@ class WorkerClient:
             line = self._lines.get(timeout=timeout_s)
         except queue.Empty:
             self._kill()
-            raise self._process.failure(f"with vLLM did not answer {command!r} within {timeout_s:g} s") from None
+            raise self.process.failure(f"with vLLM did not answer {command!r} within {timeout_s:g} s") from None
         except BaseException:  # Ctrl-C: the answer that is still to come must not be taken for another's
             self._kill()
             raise
         if not line:
-            self._process.wait(DEATH_S)
+            self.process.wait(DEATH_S)
             self._kill()
-            raise self._process.failure()
+            raise self.process.failure()
         try:
             answer = json.loads(line)
         except ValueError:
@@ -105,14 +97,8 @@ class WorkerClient:
             self.stop()
             message = one_line(str(answer["error"]))
             kind = OutOfMemoryError if answer.get("memory") or is_out_of_memory(message) else EngineError
-            raise kind(f"vLLM failed at {command!r}: {message} (log: {self._process.log_path})")
+            raise kind(f"vLLM failed at {command!r}: {message} (log: {self.process.log_path})")
         return answer
-
-    def __enter__(self) -> "WorkerClient":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
 
 def find_python(path: str | None) -> str:

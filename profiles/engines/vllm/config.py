@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from profiles.engines.vllm.flags import speculative_config
 from profiles.hardware import fingerprint, nvml
@@ -143,48 +143,17 @@ def sampling_of(workload: Workload) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VllmDevice:
-    """The device as the worker reports it: its Python may know GPUs that this one's torch does not.
+def environment_of(about: Mapping[str, Any], gpus: Sequence[str]) -> Environment:
+    """As `hardware.fingerprint`, of the device that a worker reports: its Python may know GPUs that this one does not.
 
-    The kind of device as vLLM names it; of a GPU also the fields of `Environment`, and its UUID.
+    `about`: the answer to its command of that name; `gpus`: those to watch, none on a CPU.
     """
-
-    kind: str
-    name: str | None = None
-    count: int = 1
-    memory_bytes: int = 0
-    capability: str | None = None
-    cuda: str | None = None
-    uuid: str | None = None
-
-    @classmethod
-    def reported(cls, answer: Mapping[str, Any]) -> Self:
-        """From the worker's answer to `about`."""
-        return cls(**{name: value for name, value in answer.items() if value is not None})
-
-    @property
-    def on_cpu(self) -> bool:
-        return self.kind == CPU
-
-    @property
-    def gpus(self) -> tuple[str, ...]:
-        """The GPUs to watch while something is timed."""
-        return () if self.on_cpu else (self.uuid or "cuda:0",)
-
-    def fingerprint(self) -> Environment:
-        """As `hardware.fingerprint`, of this device."""
-        here = fingerprint.fingerprint(CPU)
-        if self.on_cpu:
-            return here
-        driver = nvml.driver_version()  # this also starts NVML, which the handle needs
-        return replace(
-            here,
-            device=self.name or self.kind,
-            device_count=self.count,
-            memory_bytes=nvml.round_to_gib(self.memory_bytes),
-            driver=driver,
-            cuda=self.cuda,
-            compute_capability=self.capability,
-            memory_bandwidth_bytes_s=nvml.memory_bandwidth(nvml.device_handle(self.gpus[0])),
-        )
+    here = fingerprint.fingerprint(CPU)
+    if not gpus:
+        return here
+    driver = nvml.driver_version()  # this also starts NVML, which the handle needs
+    bandwidth = nvml.memory_bandwidth(nvml.device_handle(gpus[0]))
+    reported = {name: value for name, value in about.get("environment", {}).items() if value is not None}
+    fields = {"device": about["kind"], "memory_bytes": 0, **reported}
+    fields["memory_bytes"] = nvml.round_to_gib(fields["memory_bytes"])
+    return replace(here, driver=driver, memory_bandwidth_bytes_s=bandwidth, **fields)

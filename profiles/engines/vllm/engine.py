@@ -12,33 +12,21 @@ import os
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from packaging.version import InvalidVersion, Version
-
 from profiles.acceptance import ngram
 from profiles.acceptance.proposals import acceptance_of
 from profiles.engines.base import EngineCapabilities
-from profiles.engines.serving.base import Run, ServedEngine
+from profiles.engines.serving.base import Run, ServedEngine, StepSamples
 from profiles.engines.serving.pool import ServerPool
 from profiles.engines.serving.redaction import keyed_variables
 from profiles.engines.serving.sampling_check import NUM_TEXTS, check_means, texts_of
+from profiles.engines.vllm import config
 from profiles.engines.vllm.client import WorkerClient, find_python
-from profiles.engines.vllm.config import (
-    CONTEXT_STEP,
-    LOOK_UP,
-    EngineKey,
-    VllmDevice,
-    VllmOptions,
-    engine_key,
-    num_positions,
-    sampling_of,
-    start_arguments,
-)
-from profiles.engines.vllm.flags import TRACED, is_traceable, method_of
+from profiles.engines.vllm.flags import TRACED, is_between, is_traceable, method_of
 from profiles.engines.vllm.responses import SERVER
 from profiles.engines.vllm.timing import Visit, in_texts, in_turn, rounds_request, visits
 from profiles.models import loader, sources
@@ -56,18 +44,19 @@ from profiles.records.evidence import (
 )
 
 NAME = "vllm"
-LAST_WRONG_ON_CPU = Version("0.33.0")  # the last CPU build whose sampling kernel was read; 0.32.0 was seen to be wrong
+# CPU builds up to the last whose sampling kernel was read; 0.32.0 was seen to be wrong; one without a number is checked
+WRONG_ON_CPU = ("0", "0.33.0")
 MAX_GAP = 100.0  # stands for a second choice that top-k or top-p left out
 
 
-class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
+class VllmEngine(ServedEngine[config.EngineKey, WorkerClient]):
     """A target and its drafts in vLLM; fits `Engine`. A context manager: `close` ends its processes.
 
     Raises InputError: the Python has no vLLM.
     """
 
-    def __init__(self, target: Model, drafts: Sequence[Draft], options: VllmOptions | None = None) -> None:
-        self._options = options or VllmOptions()
+    def __init__(self, target: Model, drafts: Sequence[Draft], options: config.VllmOptions | None = None) -> None:
+        self._options = options or config.VllmOptions()
         super().__init__(target, drafts, ServerPool(self._start, self._options.max_alive))
         self._python = find_python(self._options.python)
         self._logs = self._options.log_folder or Path(tempfile.mkdtemp(prefix="draftpick-vllm-"))
@@ -88,46 +77,52 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
                     f"python {self._python!r} has no vLLM; name one that has it, for instance in $DRAFTPICK_VLLM_PYTHON"
                 )
             self._version = str(version)
-            self._device = VllmDevice.reported(worker.call("about", self._options.timeout_s))
-        first, last = map(Version, TRACED)
-        version = parsed(self._version)
-        self._records = version is not None and first <= version <= last
+            self._about = worker.call("about", self._options.timeout_s)
+        self._label, self._on_cpu = f"{NAME} {version}", self._about["kind"] == config.CPU
+        self._watched_gpus = () if self._on_cpu else (self._about.get("uuid") or "cuda:0",)
+        self._records = is_between(self._version, TRACED)
         if not self._records:
-            self.notes += (
-                f"{self._label}: proposals are recorded in {first} to {last}; heads are run at every length here",
-            )
-        if not self._device.on_cpu:
+            traced = " to ".join(TRACED)
+            self.notes += (f"{self._label}: proposals are recorded in {traced}; heads are run at every length here",)
+        if not self._on_cpu:
             self._pool.max_alive = 1
 
     @property
     def capabilities(self) -> EngineCapabilities:
+        # without recording heads are run at every length, and on GPUs look-ups: what they match there is not known
+        kinds: tuple[DraftKind, ...] = ("model", "ngram") if self._on_cpu else ("model",)
+        variant = [] if self._on_cpu else [str(self._about["kind"])]
+        if runner := os.environ.get("VLLM_USE_V2_MODEL_RUNNER"):
+            variant.append(f"v2={runner}")
+        is_wrong = self._on_cpu and is_between(self._version, WRONG_ON_CPU)
+        objection = f"{self._label} draws from another distribution when it drafts on the CPU; 0 is allowed"
         return EngineCapabilities(
             name=NAME,
             past_end=SERVER.past_end,
-            traced_kinds=self._traced_kinds(),
+            traced_kinds=("model", "ngram", "native", "composite") if self._records else kinds,
             untraced=frozenset(draft.digest for draft in self.drafts if not is_traceable(draft)),
-            sampling_objection=self._sampled_objection(),
-            origin=" ".join([NAME, self._version, *self._variant(), self.target.dtype]),
+            sampling_objection=objection if is_wrong else None,
+            origin=" ".join([NAME, self._version, *variant, self.target.dtype]),
         )
 
     @property
     def environment(self) -> Environment:
         """As reported by the plain engine, which is started for it."""
         if self._environment is None:
-            worker = self._engine(EngineKey(model=self.target.name), self._options.context_length)
+            worker = self._engine(config.EngineKey(model=self.target.name), self._options.context_length)
             options: dict[str, object] = {
-                "eager": self._device.on_cpu,
+                "eager": self._on_cpu,
                 "max_num_seqs": self._options.max_batch_size,
                 "prefix_caching": False,
             }
-            if not self._device.on_cpu:
+            if not self._on_cpu:
                 options |= {"async_scheduling": False, "runner": worker.facts["runner"]}
             if self._options.given:
                 options["given"] = dict(self._options.given)
             if variables := keyed_variables(os.environ):
                 options["environment"] = variables
             self._environment = replace(
-                self._device.fingerprint(),
+                config.environment_of(self._about, self._watched_gpus or ()),
                 threads=int(worker.facts["threads"]),
                 torch=self._torch,
                 engine=NAME,
@@ -140,8 +135,10 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         """One plain run with log-probabilities; sampled runs use an engine that reports them as drawn from."""
         self._check(workload, (prompt,), PLAIN)
         is_sampled = workload.temperature > 0.0
-        worker = self._engine(EngineKey(model=self.target.name, is_processed=is_sampled), workload.context_length)
-        [run] = self._run(worker, [prompt.token_ids], 1, sampling_of(workload) | {"logprobs": 2})
+        worker = self._engine(
+            config.EngineKey(model=self.target.name, is_processed=is_sampled), workload.context_length
+        )
+        [run] = self._run(worker, [prompt.token_ids], 1, config.sampling_of(workload) | {"logprobs": 2})
         probs = [math.exp(log_prob) for log_prob, _, _ in run["logprobs"]]
         scale = workload.temperature if is_sampled else 1.0
         gaps = [min(MAX_GAP, max(0.0, scale * (first - second))) for _, first, second in run["logprobs"]]
@@ -171,7 +168,7 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
             return ngram.trace_lookup(draft, prompt, trace, max_length)
         if draft.kind != "model" or draft.model is None:
             raise InputError(f"draft {draft.name}: vLLM reports the acceptance of draft models and look-ups only")
-        worker = self._engine(EngineKey(model=draft.model.name), workload.context_length)
+        worker = self._engine(config.EngineKey(model=draft.model.name), workload.context_length)
         scores = self._scores(worker, prompt, trace.token_ids)
         confidences = tuple(math.exp(best) for _, _, best in scores)
         _check_finite(f"draft {draft.name}", confidences)
@@ -193,29 +190,19 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         self._rounds(at_context, all_visits)
         for draft in self._components(self.capabilities.timed(self.drafts)):
             longest = self._longest(draft, max_length)
-            draft_visits = visits(draft, sparse_lengths(longest) if self._device.on_cpu else range(1, longest + 1))
+            draft_visits = visits(draft, sparse_lengths(longest) if self._on_cpu else range(1, longest + 1))
             with contextlib.suppress(EngineError):  # starts and warms up the engine
                 self._rounds(at_context, [visit for visit in draft_visits if visit.setup.length <= 1])
                 all_visits += draft_visits
 
-        def visit_all() -> dict[str, dict[int, list[float]]]:
+        def visit_all() -> StepSamples:
             times: dict[str, dict[int, list[float]]] = {}
-            for group in in_turn(all_visits, self._key, alone=not self._device.on_cpu):
+            for group in in_turn(all_visits, self._key, alone=not self._on_cpu):
                 for visit, seconds in self._rounds(at_context, group):
                     times.setdefault(visit.component, {}).setdefault(1 + visit.num_drafted, []).extend(seconds)
             return times
 
-        times, disturbed = self._quietest(visit_all)
-        return {
-            component: StepTimes(
-                component_digest=component,
-                batch_size=workload.batch_size,
-                context_length=context_length,
-                samples_s={width: tuple(seconds) for width, seconds in by_width.items() if seconds},
-                disturbed=disturbed,
-            )
-            for component, by_width in times.items()
-        }
+        return self._timed(workload, context_length, visit_all)
 
     def counters(self, setup: Setup, workload: Workload) -> dict[str, list[int]]:
         """vLLM's own counts of a setup's engine since its start, as in its /metrics; a list by position each."""
@@ -227,14 +214,6 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         names = "kv_tokens", "concurrency", "preemptions"
         return {draft: {name: facts.get(name) for name in names} for draft, facts in self._caches.items()}
 
-    @property
-    def _label(self) -> str:
-        return f"{NAME} {self._version}"
-
-    @property
-    def _watched_gpus(self) -> tuple[str, ...]:
-        return self._device.gpus
-
     def _longest_round(self, setup: Setup) -> int:
         is_composite = setup.draft is not None and setup.draft.kind == "composite"
         return max(LOOKUP_LENGTH, setup.length) if is_composite else setup.length
@@ -245,51 +224,32 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
             return False
         return method_of(draft) not in ("ngram", "suffix") and setup.stop_below is None
 
-    def _sampled_objection(self) -> str | None:
-        version = parsed(self._version)  # None: what a local build samples is checked before it is measured
-        if not self._device.on_cpu or version is None or version > LAST_WRONG_ON_CPU:
-            return None
-        return f"{self._label} draws from another distribution when it drafts on the CPU; 0 is allowed"
-
-    def _traced_kinds(self) -> tuple[DraftKind, ...]:
-        """Without recording heads are run at every length, and on GPUs look-ups: what they match there is not known."""
-        if self._records:
-            return "model", "ngram", "native", "composite"
-        return ("model", "ngram") if self._device.on_cpu else ("model",)
-
-    def _variant(self) -> Iterator[str]:
-        """What acceptance depends on beside version and type; nothing on a CPU with the model runner of its builds."""
-        if not self._device.on_cpu:
-            yield self._device.kind
-        if runner := os.environ.get("VLLM_USE_V2_MODEL_RUNNER"):
-            yield f"v2={runner}"
-
     def _worker(self) -> WorkerClient:
         path = self._logs / f"vllm-{self._pool.num_starts}.log"
         worker = self._options.worker
         return WorkerClient(self._python, path, **({} if worker is None else {"worker": worker}))
 
-    def _engine(self, key: EngineKey, context_length: int) -> WorkerClient:
+    def _engine(self, key: config.EngineKey, context_length: int) -> WorkerClient:
         """The engine for a key, which takes such contexts and a round past their end."""
         needed = max(context_length, self._options.context_length) + 2 * (self._options.max_length + 1)
         if needed > self._num_tokens:
             self.close()
-            self._num_tokens = -(-needed // CONTEXT_STEP) * CONTEXT_STEP
+            self._num_tokens = -(-needed // config.CONTEXT_STEP) * config.CONTEXT_STEP
         return self._pool.get(key)
 
-    def _start(self, key: EngineKey) -> WorkerClient:
-        arguments = start_arguments(key, self.target.dtype, self._num_tokens, self._options, on_cpu=self._device.on_cpu)
+    def _start(self, key: config.EngineKey) -> WorkerClient:
+        arguments = config.start_arguments(key, self.target.dtype, self._num_tokens, self._options, on_cpu=self._on_cpu)
         worker = self._worker()
         worker.facts |= worker.call("start", self._options.timeout_s, **arguments, traces=self._records)
         worker.facts["num_tokens"] = arguments["options"]["max_model_len"]
-        name = "plain" if key.draft is None else "look-ups" if key.draft == LOOK_UP else key.draft.name
+        name = "plain" if key.draft is None else "look-ups" if key.draft == config.LOOK_UP else key.draft.name
         self._caches.setdefault(name if key.model == self.target.name else key.model, worker.facts)
         return worker
 
-    def _key(self, setup: Setup) -> EngineKey:
+    def _key(self, setup: Setup) -> config.EngineKey:
         """The engine that runs a setup, as far as is known: one for this length where it cannot be changed."""
         is_fixed = setup.draft is not None and setup.draft.digest in self._fixed
-        return engine_key(setup, self.target, setup.length if is_fixed else self._options.max_length)
+        return config.engine_key(setup, self.target, setup.length if is_fixed else self._options.max_length)
 
     def _drafting(self, workload: Workload, setup: Setup) -> WorkerClient:
         """The engine for a setup, set to it."""
@@ -342,7 +302,7 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
         )
         if setup.draft.digest not in self._compared and setup.length > 1 and workload.temperature == 0.0:
             shorter = replace(setup, length=setup.length // 2)
-            [real] = self._run(self._drafting(workload, shorter), [prompt.token_ids], 1, sampling_of(workload))
+            [real] = self._run(self._drafting(workload, shorter), [prompt.token_ids], 1, config.sampling_of(workload))
             check_rounds(acceptance, shorter, emitted, real)
             self._compared.add(setup.draft.digest)
         return acceptance
@@ -355,7 +315,7 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
             others = [other for digest, other in traced.items() if digest not in runs and digest != prompt.digest]
             queue = [prompt, *others[: self._options.max_batch_size - 1]]
             texts, worker = [other.token_ids for other in queue], self._drafting(workload, setup)
-            records = self._run(worker, texts, len(texts), sampling_of(workload), command="trace")
+            records = self._run(worker, texts, len(texts), config.sampling_of(workload), command="trace")
             runs |= {other.digest: record for other, record in zip(queue, records, strict=True)}
         run = runs[prompt.digest]
         assert run is not None
@@ -401,7 +361,7 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
 
     def _decode(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> list[Run]:
         queue = [prompt.token_ids for prompt in prompts]
-        records = self._run(self._drafting(workload, setup), queue, workload.batch_size, sampling_of(workload))
+        records = self._run(self._drafting(workload, setup), queue, workload.batch_size, config.sampling_of(workload))
         return [
             Run(
                 token_ids=record["token_ids"],
@@ -444,7 +404,7 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
 
     def _mean_log_probs(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> list[float]:
         """NaN for a text of one token."""
-        sampling, worker = sampling_of(workload), self._drafting(workload, setup)
+        sampling, worker = config.sampling_of(workload), self._drafting(workload, setup)
         texts: list[tuple[Prompt, list[int]]] = []
         for prompt, seed in texts_of(workload, prompts):
             [run] = self._run(worker, [prompt.token_ids], 1, sampling | {"seed": seed})
@@ -480,18 +440,10 @@ class VllmEngine(ServedEngine[EngineKey, WorkerClient]):
             if model is not None:
                 loader.check_positions(
                     model.name,
-                    num_positions(sources.find(model.name)),
+                    config.num_positions(sources.find(model.name)),
                     context_length=workload.context_length,
                     max_length=setup.length,
                 )
-
-
-def parsed(version: str) -> Version | None:
-    """The released version, without the name of a build; None: a local build without a number."""
-    try:
-        return Version(Version(version).public)
-    except InvalidVersion:
-        return None
 
 
 def check_rounds(acceptance: LookupTrace, setup: Setup, emitted: Sequence[int], real: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ refuses unknown keys, and the lane in `tests/lanes` runs it on what is written h
 
 import json
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from profiles.engines import rules
 from profiles.engines.base import SERVED_KINDS
@@ -51,8 +51,12 @@ def steering_objection(version: str) -> str | None:
 
 
 def is_between(version: str, versions: tuple[str, str]) -> bool:
+    """Whether a version, without the name of its build, is one of a range; a build without a number is in none."""
     first, last = map(Version, versions)
-    return first <= Version(Version(version).public) <= last
+    try:
+        return first <= Version(Version(version).public) <= last
+    except InvalidVersion:
+        return False
 
 
 def method_of(draft: Draft) -> str:

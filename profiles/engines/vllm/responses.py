@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from profiles.engines.serving import metrics
 from profiles.engines.serving.completion import CountedRounds, last_events
 from profiles.engines.serving.server_kind import ServerKind, rounds_in_histogram, salted_body
 from profiles.engines.vllm.flags import args_for, objection
@@ -33,5 +32,5 @@ SERVER = ServerKind(
     objection=objection,
     args_for=args_for,
     record_args=lambda release: () if release.is_before(FIRST_RECORDS) else RECORD_ARGS,
-    counters=metrics.VLLM,
+    counters="vllm:",
 )

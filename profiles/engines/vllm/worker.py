@@ -104,7 +104,10 @@ class Worker:
         self._numbers = itertools.count()
 
     def about(self) -> dict[str, Any]:
-        """The device of this vLLM: its version does not say whether it was built for a processor or a GPU."""
+        """The device of this vLLM: its version does not say whether it was built for a processor or a GPU.
+
+        Of a GPU its UUID, and under `environment` what draftpick keeps times under.
+        """
         import torch
         from vllm.platforms import current_platform
 
@@ -112,15 +115,15 @@ class Worker:
         if kind == "cpu":
             return {"kind": kind}
         capability = current_platform.get_device_capability()
-        return {
-            "kind": kind,
-            "name": current_platform.get_device_name(0),
-            "count": torch.cuda.device_count() or 1,
+        environment = {
+            "device": current_platform.get_device_name(0),
+            "device_count": torch.cuda.device_count() or 1,
             "memory_bytes": current_platform.get_device_total_memory(0),
-            "capability": capability and f"{capability.major}.{capability.minor}",
+            "compute_capability": capability and f"{capability.major}.{capability.minor}",
             "cuda": torch.version.cuda,
-            "uuid": current_platform.get_device_uuid(0) if kind == "cuda" else None,
         }
+        uuid = current_platform.get_device_uuid(0) if kind == "cuda" else None
+        return {"kind": kind, "uuid": uuid, "environment": environment}
 
     def start(
         self,

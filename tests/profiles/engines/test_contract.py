@@ -1,4 +1,4 @@
-"""What every engine must keep: one suite over torch, a recording, the remembering wrapper, llama.cpp and vLLM."""
+"""What every engine must keep: one suite over torch, torch behind a store, llama.cpp and vLLM."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,19 +12,18 @@ from profiles.builtin import TARGET
 from profiles.engines import factory
 from profiles.engines.base import Engine, Times
 from profiles.engines.factory import EngineSpec, ModelSpec
-from profiles.engines.openai.kinds import SERVER_KINDS
+from profiles.engines.openai.launch import SERVER_KINDS
 from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
 from profiles.models.early_exit import early_exit
 from profiles.records.core import CATCH_UP_WIDTHS, DRAFT_KINDS, PLAIN, Draft, Prompt, Setup, Workload
 from profiles.records.draft_spec import parse_draft
-from profiles.records.errors import InputError, NotMeasuredError
+from profiles.records.errors import InputError
 from profiles.records.evidence import LookupTrace
 from store.cached_engine import CachedEngine
 from store.evidence_store import EvidenceStore
 from tests.lanes.places import RUNNING
-from tests.support.recorded_engine import RecordedEngine, Recorder
 
 WORKLOAD = Workload(context_length=96, max_new_tokens=24)
 PROMPT = Prompt(domain="a", token_ids=tuple(range(20, 40)))
@@ -57,10 +56,12 @@ def torch_engine(tiny_folders: dict[str, Path]) -> TorchEngine:
 
 
 @pytest.fixture(scope="module")
-def recording(torch_engine: TorchEngine) -> RecordedEngine:
-    recorder = Recorder(torch_engine)
-    _ask_everything(recorder)
-    return recorder.recording
+def cached_engine(torch_engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """Answers the second question from its store."""
+    with EvidenceStore.open(tmp_path_factory.mktemp("store") / "evidence.db") as evidence_store:
+        cached = CachedEngine(torch_engine, evidence_store)
+        _ask_everything(cached)
+        yield cached
 
 
 def _served(engine: str) -> Iterator[Engine]:
@@ -87,16 +88,11 @@ def vllm_engine() -> Iterator[Engine]:
     yield from _served("vllm")
 
 
-@pytest.fixture(params=["torch", "recorded", "remembered", "llamacpp", pytest.param("vllm", marks=pytest.mark.vllm)])
-def engine(request: pytest.FixtureRequest, recording: RecordedEngine, tmp_path: Path) -> Iterator[Engine]:
-    """Each engine in turn; the wrapper wraps the recording, and answers the second question from its book."""
-    if request.param == "remembered":
-        with EvidenceStore.open(tmp_path / "evidence.db") as evidence_store:
-            cached_engine = CachedEngine(recording, evidence_store)
-            _ask_everything(cached_engine)
-            yield cached_engine
-    else:
-        yield recording if request.param == "recorded" else request.getfixturevalue(f"{request.param}_engine")
+@pytest.fixture(params=["torch", "cached", "llamacpp", pytest.param("vllm", marks=pytest.mark.vllm)])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    """Each engine in turn."""
+    engine: Engine = request.getfixturevalue(f"{request.param}_engine")
+    return engine
 
 
 class TestEngineContract:
@@ -164,5 +160,5 @@ class TestEngineContract:
     def test_what_it_does_not_have_is_an_error(self, engine: Engine) -> None:
         """A draft never loaded or measured is refused with a message that names it."""
         unknown = Setup(draft=Draft(kind="ngram", max_match=7, min_match=7), length=2)
-        with pytest.raises((InputError, NotMeasuredError)):
+        with pytest.raises(InputError):
             engine.run_together(WORKLOAD, (PROMPT,), (unknown,), "test 0")

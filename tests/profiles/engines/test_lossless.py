@@ -4,23 +4,28 @@ from dataclasses import replace
 
 import pytest
 
-from profiles.engines.lossless import check_divergences, check_end
+from profiles.engines.lossless import check_end, check_queues
 from profiles.records.core import PLAIN, Draft, Setup, Workload
 from profiles.records.errors import EngineError
 from profiles.records.evidence import TargetTrace
-from tests.support.fakes import TARGET
+from tests.support.fakes import TARGET, prompts
 
-SETUPS = (PLAIN, Setup(draft=Draft(kind="ngram", max_match=2, min_match=2), length=3))
+DRAFTED = Setup(draft=Draft(kind="ngram", max_match=2, min_match=2), length=3)
 TRACE = TargetTrace(
     prompt_digest="p", token_ids=(1, 2, 3, 4), target_probs=(0.5,) * 4, logit_gaps=(1.0, 1.0, 0.0, 1.0), ended=False
 )
 WORKLOAD = Workload(context_length=64, max_new_tokens=4, end_token_ids=(9,))
 
 
+def check(output: tuple[int, ...]) -> None:
+    outputs = [(PLAIN, [TRACE.token_ids]), (DRAFTED, [output])]
+    check_queues(TARGET, WORKLOAD, prompts(1), outputs, lambda *_: TRACE)
+
+
 @pytest.mark.parametrize("output", [(1, 2, 3, 4), (1, 2, 5, 6, 7)])
 def test_what_may_be(output: tuple[int, ...]) -> None:
     """An output that is the trace, or parts from it at a near-tie."""
-    check_divergences(TARGET, SETUPS, (TRACE.token_ids, output), lambda: TRACE)
+    check(output)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +39,7 @@ def test_what_may_be(output: tuple[int, ...]) -> None:
 def test_partings(output: tuple[int, ...], said: str) -> None:
     """Another token where the target was sure, and an output that is shorter or longer than the trace."""
     with pytest.raises(EngineError, match=said):
-        check_divergences(TARGET, SETUPS, (TRACE.token_ids, output), lambda: TRACE)
+        check(output)
 
 
 def test_ends() -> None:

@@ -27,7 +27,7 @@ def readings(*values: float) -> Callable[[], float]:
 
 
 def test_the_fingerprint_describes_this_machine() -> None:
-    """A CPU fingerprint has a name, whole GiB, no GPU fields, and the versions that times depend on."""
+    """A CPU fingerprint has a name, whole GiB, no GPU fields, and the versions that times depend on; it is stable."""
     found = fingerprint.fingerprint("cpu")
     assert found.device
     assert found.device_count == 1
@@ -38,6 +38,9 @@ def test_the_fingerprint_describes_this_machine() -> None:
     assert found.torch == torch.__version__
     assert found.engine == "draftpick-torch"
     assert found.engine_version == f"{draftpick_version()}+transformers-{importlib.metadata.version('transformers')}"
+    assert fingerprint.fingerprint("cpu").digest == found.digest
+    assert dataclasses.replace(found, threads=found.threads + 1).digest != found.digest
+    assert 0 < fingerprint.free_bytes("cpu") < found.memory_bytes + 2**30
 
 
 def test_nvml_is_started_before_a_handle_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,13 +59,6 @@ def test_nvml_is_started_before_a_handle_is_asked(monkeypatch: pytest.MonkeyPatc
     found = fingerprint.fingerprint("cuda")
     assert events == ["start", "handle", "bandwidth"]
     assert (found.driver, found.compute_capability, found.memory_bandwidth_bytes_s) == ("580.65", "9.0", 10**12)
-
-
-def test_the_fingerprint_is_stable() -> None:
-    """Two fingerprints of one machine are equal; another number of threads is another environment."""
-    first = fingerprint.fingerprint("cpu")
-    assert fingerprint.fingerprint("cpu").digest == first.digest
-    assert dataclasses.replace(first, threads=first.threads + 1).digest != first.digest
 
 
 def test_the_processor_name_comes_from_the_kernel(tmp_path: Path) -> None:
@@ -133,10 +129,21 @@ def test_torch_keeps_to_the_quota(group: Path, monkeypatch: pytest.MonkeyPatch) 
     assert threads == [64, 2]
 
 
-@pytest.mark.parametrize("asked", [None, "auto"])
-def test_auto_takes_the_gpu_when_there_is_one(asked: str | None) -> None:
-    """Without a wish the device is the GPU, else the CPU."""
-    assert fingerprint.pick_device(asked) == ("cuda" if torch.cuda.is_available() else "cpu")
+def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_gpus", "device"),
+    [(None, 0, "cpu"), ("auto", 0, "cpu"), (None, 2, "cuda"), ("auto", 2, "cuda"), ("cuda:1", 2, "cuda:1")],
+)
+def test_auto_takes_the_gpu_when_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, name: str | None, num_gpus: int, device: str
+) -> None:
+    """Without a wish the device is all GPUs, else the CPU; each GPU can be named by its number."""
+    with_gpus(monkeypatch, num_gpus)
+    assert fingerprint.pick_device(name) == device
 
 
 @pytest.mark.parametrize(
@@ -152,24 +159,10 @@ def test_a_device_that_is_not_there_is_refused(
     monkeypatch: pytest.MonkeyPatch, name: str, num_gpus: int, message: str
 ) -> None:
     """In one line with the value and every allowed device."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    with_gpus(monkeypatch, num_gpus)
     with pytest.raises(InputError) as caught:
         fingerprint.pick_device(name)
     assert str(caught.value) == f"device {name!r}: {message}"
-
-
-def test_each_gpu_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its number; without a wish all of them."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert fingerprint.pick_device("cuda:1") == "cuda:1"
-    assert fingerprint.pick_device(None) == "cuda"
-
-
-def test_free_memory_is_less_than_all() -> None:
-    """Free bytes are positive and below the machine's whole memory."""
-    assert 0 < fingerprint.free_bytes("cpu") < fingerprint.fingerprint("cpu").memory_bytes + 2**30
 
 
 @pytest.mark.gpu
@@ -184,21 +177,11 @@ def test_the_gpu_is_described() -> None:
 
 
 def test_the_clock_waits_for_the_device_before_it_reads() -> None:
-    """Every reading is preceded by a synchronisation."""
+    """Every reading is preceded by a synchronisation; on a CPU there is nothing to wait for."""
     events: list[str] = []
-
-    def now() -> float:
-        events.append("now")
-        return 3.0
-
-    clock = Clock("cuda", now=now, wait=lambda: events.append("wait"))
-    assert clock.read() == 3.0
-    assert clock.read() == 3.0
+    clock = Clock("cuda", now=lambda: events.append("now") or 3.0, wait=lambda: events.append("wait"))
+    assert (clock.read(), clock.read()) == (3.0, 3.0)
     assert events == ["wait", "now", "wait", "now"]
-
-
-def test_the_clock_of_a_cpu_does_not_wait() -> None:
-    """On a CPU there is nothing to wait for, and time does not run backwards."""
     assert Clock("cpu", now=readings(1.0, 2.5)).read() == 1.0
     clock = Clock("cpu")
     assert clock.read() <= clock.read()
@@ -226,14 +209,6 @@ def test_other_load_is_what_the_machine_did_beside_us(
     assert load.disturbed is disturbed
 
 
-def test_load_is_measured_when_the_unit_fails() -> None:
-    """An error inside the block passes through and the load is still known."""
-    load = OtherLoad(now=readings(0.0, 1.0), machine_s=readings(0.0, 1.0), process_s=readings(0.0, 0.0))
-    with pytest.raises(InputError, match="planted"), load:
-        raise InputError("planted")
-    assert load.cores == 1.0
-
-
 def test_another_process_is_seen_by_the_real_readers() -> None:
     """A process that spins beside us and is none of our children is load."""
     if sum(psutil.cpu_times()) == 0.0:
@@ -254,7 +229,6 @@ def test_another_process_is_seen_by_the_real_readers() -> None:
                 os.sched_yield()
     finally:
         other.kill()
-    assert load.cores is not None
     assert load.cores > 0.0
 
 
@@ -270,7 +244,6 @@ def test_our_own_children_are_no_load() -> None:
     finally:
         child.kill()
         child.wait()
-    assert load.cores is not None
     assert load.cores < 0.1
 
 
@@ -316,14 +289,14 @@ def test_processor_and_gpus_are_watched_together(
     assert (watch.cores, watch.disturbed, watch.worst) == (cores, disturbed, worst)
 
 
-def test_both_watches_end_when_the_unit_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error inside the block passes through, and what disturbed it is known all the same."""
+def test_watches_end_when_the_unit_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error inside the block passes through, and the load and what disturbed it are known all the same."""
     monkeypatch.setattr("profiles.timing.clock.GpuWatch", FakeGpuWatch)
-    watch = Disturbance("cuda:1", load=load_of(0.25))
-    with pytest.raises(InputError, match="planted"), watch:
-        raise InputError("planted")
-    assert watch.cores == 0.25
-    assert watch.disturbed
+    watches = load_of(1.0), Disturbance("cuda:1", load=load_of(1.0))
+    for watch in watches:
+        with pytest.raises(InputError, match="planted"), watch:
+            raise InputError("planted")
+    assert [(watch.cores, watch.disturbed) for watch in watches] == [(1.0, True)] * 2
 
 
 def test_the_real_watches_run_on_a_cpu() -> None:

@@ -114,38 +114,27 @@ def test_transformers_is_told_to_spread(
     assert loaded.note == f"model {str(folder)!r}: too large for one GPU, spread over 2, which take turns"
 
 
-def test_elsewhere_transformers_is_told_nothing_of_devices(
-    tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, calls: Calls
+@pytest.mark.parametrize(
+    ("device", "options", "moves"),
+    [("cpu", {}, ["cpu"]), ("cuda", {"several_gpus": False}, ["cuda"]), ("cuda", {}, [])],
+)
+def test_what_is_moved_whole(
+    tiny_folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    calls: Calls,
+    device: str,
+    options: dict[str, bool],
+    moves: list[str],
 ) -> None:
-    """On a CPU no map is passed, whatever GPUs there are."""
-    with_gpus(monkeypatch, 1, 1)
-    loaded = loader.load(str(tiny_folders["llama"]), dtype="float32", device="cpu")
-    assert not {"device_map", "max_memory"} & calls[0].keys()
-    assert loaded.note is None
-
-
-def test_a_draft_stays_on_the_first_gpu(
-    tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, calls: Calls
-) -> None:
-    """Without leave to spread it goes to the device whole, although it does not fit."""
+    """On a CPU, and for a draft even where it does not fit, no map is passed; a spread model is not moved again."""
     moved: list[object] = []
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: moved.append(device) or self)
-    with_gpus(monkeypatch, 1, 2**40)
-    loader.load(str(tiny_folders["llama"]), dtype="float32", device="cuda", several_gpus=False)
-    assert moved == ["cuda"]
-    assert "device_map" not in calls[0]
-
-
-def test_a_spread_model_is_not_moved_again(
-    tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, calls: Calls
-) -> None:
-    """Moving it to one device would undo the map and not fit."""
-    moved: list[object] = []
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *places: moved.append(places) or self)
-    loaded = spread(tiny_folders["llama"], monkeypatch)
-    assert moved == []
-    assert calls[0]["device_map"] == "auto"
-    assert set(loaded.model.hf_device_map.values()) == {0, 1}
+    with_gpus(monkeypatch, 1, 1)
+    loaded = loader.load(str(tiny_folders["llama"]), dtype="float32", device=device, **options)
+    assert moved == moves
+    assert bool({"device_map", "max_memory"} & calls[0].keys()) is (not moves)
+    assert (loaded.note is None) is bool(moves)
+    assert moves or set(loaded.model.hf_device_map.values()) == {0, 1}
 
 
 @pytest.mark.parametrize("places", [{"a": 0, "b": "disk"}, {"a": 0, "b": 1, "c": "cpu"}, {"": 1}, {}])
@@ -225,7 +214,6 @@ def test_a_gguf_is_spread_alike(
     path = tiny.write_gguf(tmp_path / "model.gguf", tiny_folders["llama"])
     loaded = spread(path, monkeypatch)
     assert (calls[0]["device_map"], calls[0]["gguf_file"]) == ("auto", "model.gguf")
-    assert loaded.note is not None
     assert "a GGUF of F32 weights" in loaded.note
     assert loaded.note.endswith("spread over 2, which take turns")
 

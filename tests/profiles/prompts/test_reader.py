@@ -1,5 +1,6 @@
 """Reading prompt files, every way they can be wrong, and what a tokenizer makes of them."""
 
+import gzip
 import io
 import json
 import random
@@ -63,10 +64,7 @@ def refusal(source: str) -> str:
             {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]},
             (("system", "be brief"), ("user", "hi")),
         ),
-        (
-            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
-            (("user", "hi"),),
-        ),
+        ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}, (("user", "hi"),)),
         ({"messages": None, "text": "hi", "other": 1}, "hi"),
         ({"prompt": "hi", "messages": [{"role": "user", "content": "first wins"}]}, (("user", "first wins"),)),
         (
@@ -165,30 +163,28 @@ def test_unusable_standard_input_is_named(monkeypatch: pytest.MonkeyPatch, conte
     assert refusal("-").startswith("prompts from standard input" + words)
 
 
-def test_json_is_an_array_of_rows(tmp_path: Path) -> None:
-    """A `.json` file holds the same rows in one array."""
-    path = tmp_path / "set.json"
-    path.write_text(json.dumps([{"text": "a"}, {"prompt": "b"}], indent=2))
-    assert [request.messages for request in reader.read(str(path))] == ["a", (("user", "b"),)]
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("set.txt", b"one\n\nstill one\n", ["one\n\nstill one"]),
+        ("set.txt", b"one\n---\ntwo --- two\n---\n\n", ["one", "two --- two"]),
+        ("set.jsonl", '\ufeff{"text": "a\u2028b"}\r\n\n  \n{"text": "c"}'.encode(), ["a\u2028b", "c"]),
+        ("set.jsonl", '{"text": "ü"}\n'.encode("utf-16"), ["ü"]),
+        ("set.jsonl", '{"prompt": "a"}\n{"prompt": "b"}\n'.encode("utf-32"), ["a", "b"]),
+        ("set.jsonl", b'{"prompt": "a"}\n{"prompt": "a\0b"}\n{"prompt": "b"}', ["a", "b"]),
+        ("set.jsonl", b'\0{"prompt": "a"}\n{"prompt": "a"}\n{"prompt": "b"}', ["a", "b"]),
+        ("set.json", b'[\n  {"text": "a"},\n  {"prompt": "b"}\n]', ["a", "b"]),
+        ("set.json", json.dumps([{"text": "x" * 700}] * 4000).encode(), ["x" * 700] * 4000),
+    ],
+    ids=range(9),
+)
+def test_a_file_is_cut_into_rows(tmp_path: Path, name: str, content: bytes, texts: list[str]) -> None:
+    """Only a line of dashes ends a text, and only a line feed a row; marks and encodings of Windows are read.
 
-
-def test_plain_text_is_one_prompt_or_parts_between_dashes(tmp_path: Path) -> None:
-    """Blank lines belong to a prompt; only a line of three dashes ends it."""
-    path = tmp_path / "set.txt"
-    path.write_text("one\n\nstill one\n")
-    assert [request.messages for request in reader.read(str(path))] == [(("user", "one\n\nstill one"),)]
-    path.write_text("one\n---\ntwo --- two\n---\n\n")
-    assert [request.messages for request in reader.read(str(path))] == [
-        (("user", "one"),),
-        (("user", "two --- two"),),
-    ]
-
-
-def test_a_byte_order_mark_blank_lines_and_line_separators_are_harmless(tmp_path: Path) -> None:
-    """A BOM is dropped, blank lines are skipped, and U+2028 inside a JSON string does not end the line."""
-    path = tmp_path / "set.jsonl"
-    path.write_bytes('\ufeff{"text": "a\u2028b"}\r\n\n  \n{"text": "c"}'.encode())
-    assert [request.messages for request in reader.read(str(path))] == ["a\u2028b", "c"]
+    A NUL spoils its row alone.
+    """
+    (tmp_path / name).write_bytes(content)
+    assert [request.text for request in reader.read(str(tmp_path / name))] == texts
 
 
 def test_built_in_sets_are_read_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,11 +197,7 @@ def test_built_in_sets_are_read_by_name(tmp_path: Path, monkeypatch: pytest.Monk
     allowed = "allowed are builtin:code, builtin:prose, builtin:all"
     assert refusal("builtin:poem") == f"prompts 'builtin:poem': no built-in set of that name; {allowed}"
     assert allowed in refusal("builtin:../prose")
-
-
-def test_missing_built_in_sets_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no set is installed nothing is allowed, `all` included."""
-    monkeypatch.setattr(reader, "PROMPTS_FOLDER", tmp_path)
+    monkeypatch.setattr(reader, "PROMPTS_FOLDER", tmp_path / "none")
     assert "no set is installed" in refusal("builtin:all")
 
 
@@ -267,6 +259,11 @@ def test_a_bad_line_is_skipped_and_named(tmp_path: Path, line: str, words: str) 
         ("row.json", b"[3, {}]", "2 of 2 rows cannot be used: row 1: 3 is not an object"),
         ("cut.json", b'[{"text": "a"', "row 1: not JSON from here on"),
         ("model.bin", b"\0\0\0", "a binary file"),
+        ("set.jsonl", '{"text": "a"}'.encode("utf-16-le"), "a binary file"),
+        ("set.jsonl", random.Random(0).randbytes(9000), "a binary file"),
+        ("set.jsonl.gz", gzip.compress(b"a", mtime=0), "a compressed file; unpack it first"),
+        ("set.jsonl", gzip.compress(b"a", mtime=0), "a compressed file; unpack it first"),
+        ("set", b" \n", "holds no prompts"),
         ("set.csv", b"a,b", "the ending '.csv' is unknown; allowed are .jsonl, .json, .txt"),
         ("set", b"a", "the ending '' is unknown"),
     ],
@@ -280,10 +277,12 @@ def test_an_unusable_file_is_named(tmp_path: Path, name: str, content: bytes, wo
     assert words in message
 
 
-def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
-    """Neither ends in a traceback."""
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    """A missing file and a directory do not end in a traceback, and a device without end is not read for ever."""
     assert "No such file or directory; allowed are readable files, builtin:NAME and -" in refusal(str(tmp_path / "no"))
     assert "a directory; name a file" in refusal(str(tmp_path))
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    assert "a binary file" in refusal(str(tmp_path / "zero.jsonl"))
 
 
 def test_messages_go_through_the_template_and_text_does_not() -> None:

@@ -1,8 +1,5 @@
 """Chat templates: tools, dates, lost text, faults; tokens beyond the embedding; samples."""
 
-import gzip
-import json
-import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,9 +8,9 @@ import pytest
 
 from profiles.prompts import Request, Requests, read, read_all, sample, tokenize, tokens
 from profiles.records.errors import PromptError
+from tests.profiles.prompts.test_reader import write
 from tests.support import tiny
 
-ROWS = '{"prompt": "of rivers"}\n{"prompt": "of stones"}\n'
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 TOOLS = "{% if tools %}TOOLS {{ tools | tojson }}\n{% endif %}" + (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}"
@@ -51,22 +48,13 @@ def user(text: str) -> Request:
     return Request(messages=(("user", text),), domain="a")
 
 
-def write(path: Path, *rows: object) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def test_tools_and_tool_calls_reach_the_template(tmp_path: Path) -> None:
-    """With the arguments as an object, as templates expect them; OpenAI sends them as text."""
+    """With the arguments as an object, as templates expect them; OpenAI sends them as text. A loss is warned of."""
     texts, warnings = rendered(read(write(tmp_path / "agent.jsonl", AGENT)), TOOLS)
     assert texts[0].startswith('TOOLS [{"type": "function", "function": {"name": "get_weather"')
     assert "CALL get_weather Rome" in texts[0]
     assert "tool: 18C" in texts[0]
     assert warnings == []
-
-
-def test_a_template_without_tools_is_warned_of(tmp_path: Path) -> None:
-    """What is measured would not be what is served."""
     _, warnings = rendered(read(write(tmp_path / "agent.jsonl", AGENT)), PLAIN)
     assert warnings == ["the chat template leaves out the tools or tool calls of 1 prompts"]
 
@@ -107,51 +95,6 @@ def test_formats_are_recognised_by_content(tmp_path: Path, content: str, texts: 
     assert [request.messages[0][1] for request in requests] == texts  # type: ignore[union-attr]
 
 
-def test_utf_16_and_byte_order_marks(tmp_path: Path) -> None:
-    """What a Windows shell writes."""
-    (tmp_path / "a.jsonl").write_bytes('{"text": "ü"}\n'.encode("utf-16"))
-    assert read(str(tmp_path / "a.jsonl"))[0].messages == "ü"
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "texts"),
-    [
-        ("p.jsonl", ROWS.encode("utf-32"), 2),
-        ("p.jsonl", ROWS.encode() + b'{"prompt": "a\0b"}\n', 2),
-        ("p.jsonl", b"\0" + ROWS.encode() + ROWS.encode(), 3),
-        ("p.jsonl.gz", gzip.compress(ROWS.encode(), mtime=0), "a compressed file; unpack it first"),
-        ("p.jsonl", gzip.compress(ROWS.encode(), mtime=0), "a compressed file; unpack it first"),
-        ("p.jsonl", ROWS.encode("utf-16-le"), "a binary file"),
-        ("p.jsonl", random.Random(0).randbytes(9000), "a binary file"),
-        ("p", b" \n", "it holds no prompts"),
-    ],
-)
-def test_odd_bytes(tmp_path: Path, name: str, content: bytes, texts: int | str) -> None:
-    """A NUL spoils its row alone; what is no text is refused as a whole, by its cause."""
-    (tmp_path / name).write_bytes(content)
-    if isinstance(texts, int):
-        assert len(read(str(tmp_path / name))) == texts
-    else:
-        with pytest.raises(PromptError, match=texts):
-            read(str(tmp_path / name))
-
-
-def test_a_large_array_is_streamed(tmp_path: Path) -> None:
-    """Rows that lie across the ends of chunks are whole."""
-    rows = [{"prompt": f"{number} " + "x" * 700} for number in range(4000)]
-    (tmp_path / "large.json").write_text(json.dumps(rows))
-    assert [request.messages[0][1] for request in read(str(tmp_path / "large.json"))] == [  # type: ignore[union-attr]
-        row["prompt"] for row in rows
-    ]
-
-
-def test_endless_input_ends(tmp_path: Path) -> None:
-    """A device without a line's end is refused, not read for ever."""
-    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
-    with pytest.raises(PromptError, match="a binary file"):
-        read(str(tmp_path / "zero.jsonl"))
-
-
 @pytest.mark.parametrize(
     ("label", "domain"),
     [
@@ -170,18 +113,14 @@ def test_domains_are_one_line_that_can_be_shown(tmp_path: Path, label: object, d
     assert request.domain == domain
 
 
-def test_dates_in_templates_are_fixed() -> None:
-    """A prompt is the same tomorrow, so that what was measured of it is found again."""
-    dated = "\n  {% if true %}{{ strftime_now('%d %b %Y') }} {% endif %}" + PLAIN
-    (text,), _ = rendered([user("hi")], dated)
-    assert text == "\n01 Jan 2025 user: hi\n"
+DATED = "\n  {% if true %}{{ strftime_now('%d %b %Y') }} {% endif %}" + PLAIN
+PARTS = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
 
 
-def test_contents_as_parts_where_the_template_reads_parts() -> None:
-    """Templates of multimodal models go through a list; a text would vanish letter by letter."""
-    parts = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
-    (text,), _ = rendered([user("hello")], parts)
-    assert text == "hello"
+@pytest.mark.parametrize(("template", "text"), [(DATED, "\n01 Jan 2025 user: hello\n"), (PARTS, "hello")])
+def test_dates_are_fixed_and_parts_are_read(template: str, text: str) -> None:
+    """A prompt is the same tomorrow; in a template that reads lists of parts a text would vanish letter by letter."""
+    assert rendered([user("hello")], template)[0] == [text]
 
 
 @pytest.mark.parametrize(

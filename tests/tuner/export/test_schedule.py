@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiles.engines.openai.kinds import SERVER_KINDS, release_for
+from profiles.engines.openai.launch import SERVER_KINDS, release_for
 from profiles.records.core import PLAIN, Draft, Interval, Setup
 from tests.lanes.cases import deployment
 from tests.support.policies import CODE_DRAFT, NGRAM, choice, forecast, measured

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from profiles.builtin import IMPORTED_MARKS
 from profiles.engines.llamacpp.flags import FLAG_SETS, flags_of_build, flags_of_help
 from profiles.engines.releases import NEWEST
-from profiles.engines.sglang.flags import FLAGS
 from profiles.records.core import PLAIN, Draft, Setup
 from profiles.records.errors import InputError
 from tests.lanes.cases import cases, deployment, draft_at, model_at
@@ -62,13 +61,6 @@ def test_sglang_before_it_had_that(setup: Setup, version: str, algorithm: str) -
     export = emit(deployment(choice(setup)), "sglang", version)
     assert export.text == ""
     assert f"SGLang {version} is not known to have {algorithm}" in str(export.note)
-
-
-@pytest.mark.parametrize("version", ["0.5.2", "0.5.3", "0.5.10", "0.5.23", "0.6.0"])
-def test_sglang_flags_are_known(version: str) -> None:
-    """Whatever is emitted has flags that are in the key table only."""
-    for case in cases(TARGET, CODE_DRAFT).values():
-        assert set(flags_of(emit(case, "sglang", version).text)) <= set(FLAGS)
 
 
 @pytest.mark.parametrize("name", NASTY)

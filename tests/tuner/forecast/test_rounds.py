@@ -17,7 +17,6 @@ from store.cached_engine import CachedEngine
 from store.evidence_store import EvidenceStore
 from store.location import store_location
 from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, TARGET, FakeEngine, prompts
-from tests.support.recorded_engine import RecordedEngine, Recorder
 from tests.support.serving import NATIVE, SERVING, FakeServer
 from tuner import dry_run
 from tuner.deploy.stored_policies import find_policy, find_report_data
@@ -272,14 +271,6 @@ def test_a_run_of_a_server_that_traces_nothing(tmp_path: Path) -> None:
     assert done.policy.headline.proven
     assert again.cost["measured_units"] == 0
     dry_run.dry_run(OnlyRuns(), loads, store_location(str(tmp_path / "other")), Options(lengths=(1, 2)))
-
-
-def test_a_recording_keeps_the_properties(tmp_path: Path) -> None:
-    """A saved recording of a serving engine loads as it was, its properties too."""
-    recorder = Recorder(FakeServer())
-    gather(recorder, GREEDY, prompts(4), (1, 2))
-    recorder.recording.save(tmp_path / "recording.json")
-    assert RecordedEngine.load(tmp_path / "recording.json") == recorder.recording
 
 
 class Counting(FakeServer):

@@ -20,7 +20,7 @@ from profiles.engines.llamacpp import responses
 from profiles.engines.llamacpp.engine import LlamaCppEngine
 from profiles.engines.llamacpp.responses import tokens_again
 from profiles.engines.llamacpp.servers import Options, Program, complete, find_program
-from profiles.engines.serving.metrics import LLAMA_CPP, read_counters
+from profiles.engines.serving.metrics import read_counters
 from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
@@ -55,133 +55,91 @@ def torch_engine() -> TorchEngine:
     return TorchEngine(target, (DraftSource(draft=Draft(kind="model", model=draft.record), model=draft.model),), "cpu")
 
 
-@pytest.fixture(scope="module")
-def engine(program: Program, options: Options) -> Iterator[LlamaCppEngine]:
-    """The family's target with a draft model, a look-up and a method of llama.cpp's own."""
-    draft = Draft(kind="model", model=loader.describe(DRAFT_NAME, dtype="float32").record)
-    described = loader.describe(TARGET, dtype="float32")
-    with LlamaCppEngine(described, (draft, LOOK_UP, POOL), program, options) as opened:
-        yield opened
-        pids = opened.pids
-    assert pids
-    assert not any(psutil.pid_exists(pid) for pid in pids)
-
-
-@pytest.fixture(scope="module")
-def queue() -> tuple[Prompt, ...]:
-    """Eight shipped prompts."""
-    requests = read("builtin:code")[:4] + read("builtin:prose")[:4]
-    tokenized, _ = tokenize(requests, loader.describe(TARGET, dtype="float32").tokenizer, 384)
-    return tuple(tokenized)
-
-
-@pytest.fixture(scope="module")
-def workload() -> Workload:
-    ends = loader.describe(TARGET, dtype="float32").end_token_ids
-    return Workload(context_length=448, max_new_tokens=NEW_TOKENS, end_token_ids=ends)
-
-
-@pytest.fixture(scope="module")
-def traces(engine: LlamaCppEngine, workload: Workload, queue: tuple[Prompt, ...]) -> list[TargetTrace]:
-    return [engine.trace_target(workload, prompt) for prompt in queue]
-
-
-Kept = dict[str, list[Acceptance]]
-
-
-@pytest.fixture(scope="module")
-def kept(engine: LlamaCppEngine, workload: Workload, queue: tuple[Prompt, ...], traces: list[TargetTrace]) -> Kept:
-    """What the draft model and the look-up keep of every trace, by the draft's digest."""
-    return {
-        draft.digest: [engine.trace_draft(workload, *pair, draft, 8) for pair in zip(queue, traces, strict=True)]
-        for draft in engine.drafts[:2]
-    }
-
-
 @dataclass(frozen=True)
 class Case:
-    """What the rounds of a setup are checked with."""
+    """The family's target with a draft model, a look-up and a method of llama.cpp's own, and eight shipped prompts.
+
+    `kept`: what the draft model and the look-up keep of every trace, by the draft's digest.
+    """
 
     engine: LlamaCppEngine
     workload: Workload
     queue: tuple[Prompt, ...]
     traces: list[TargetTrace]
-    kept: Kept
+    kept: dict[str, list[Acceptance]]
 
 
 @pytest.fixture(scope="module")
-def case(
-    engine: LlamaCppEngine, workload: Workload, queue: tuple[Prompt, ...], traces: list[TargetTrace], kept: Kept
-) -> Case:
-    return Case(engine, workload, queue, traces, kept)
+def case(program: Program, options: Options) -> Iterator[Case]:
+    draft = Draft(kind="model", model=loader.describe(DRAFT_NAME, dtype="float32").record)
+    described = loader.describe(TARGET, dtype="float32")
+    requests = read("builtin:code")[:4] + read("builtin:prose")[:4]
+    queue = tuple(tokenize(requests, described.tokenizer, 384)[0])
+    workload = Workload(context_length=448, max_new_tokens=NEW_TOKENS, end_token_ids=described.end_token_ids)
+    with LlamaCppEngine(described, (draft, LOOK_UP, POOL), program, options) as engine:
+        traces = [engine.trace_target(workload, prompt) for prompt in queue]
+        kept = {
+            draft.digest: [engine.trace_draft(workload, *pair, draft, 8) for pair in zip(queue, traces, strict=True)]
+            for draft in engine.drafts[:2]
+        }
+        yield Case(engine, workload, queue, traces, kept)
+        pids = engine.pids
+    assert pids
+    assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
 def check_walk(case: Case, setup: Setup) -> None:
     """Rounds of every request, the server's counters and the tokens are what the walk over the traces says."""
-    assert setup.draft is not None
     engine, workload, queue, traces = case.engine, case.workload, case.queue, case.traces
     pairs = zip(traces, case.kept[setup.draft.digest], strict=True)
     walks = [expected_rounds(trace, one, setup.length, NEW_TOKENS).rounds for trace, one in pairs]
     engine.run_together(workload, queue[:1], (setup,), "warm")
-    url = engine._servers.get(setup, workload).url
-    before = read_counters(url, LLAMA_CPP)
+    url = engine._server(setup, workload).url
+    before = read_counters(url, "llamacpp:")
     samples = engine.run_together(workload, queue, (setup,), "race 0")
-    counted = read_counters(url, LLAMA_CPP) - before
+    counted = read_counters(url, "llamacpp:") - before
     assert [dict(sample.rounds) for sample in samples] == [dict(one) for one in walks]
     assert [sample.output_digest for sample in samples] == [digest_of(trace.token_ids) for trace in traces]
     total: dict[tuple[int, int], float] = {}
     for one in walks:
         for pair, count in one.items():
             total[pair] = total.get(pair, 0.0) + count
-    assert counted.num_drafts == sum(count for (proposed, _), count in total.items() if proposed)
-    assert counted.num_draft_tokens == sum(proposed * count for (proposed, _), count in total.items())
+    assert counted["num_drafts"] == sum(count for (proposed, _), count in total.items() if proposed)
+    assert counted["num_draft_tokens"] == sum(proposed * count for (proposed, _), count in total.items())
     reached = [sum(count for (_, kept), count in total.items() if kept > place) for place in range(setup.length)]
-    assert [*counted.accepted_by_position, *[0] * setup.length][: setup.length] == reached
+    assert [counted[place] for place in range(setup.length)] == reached
 
 
 class TestTraces:
     """What llama.cpp tells of target and drafts."""
 
-    def test_target_is_the_torch_engines(
-        self,
-        engine: LlamaCppEngine,
-        torch_engine: TorchEngine,
-        workload: Workload,
-        queue: tuple[Prompt, ...],
-        traces: list[TargetTrace],
-    ) -> None:
+    def test_target_is_the_torch_engines(self, case: Case, torch_engine: TorchEngine) -> None:
         """Tokens are equal; probabilities and gaps are, to what float32 sums in another order differ by."""
-        assert engine.target == torch_engine.target
-        for prompt, trace in zip(queue, traces, strict=True):
-            ours = torch_engine.trace_target(workload, prompt)
+        assert case.engine.target == torch_engine.target
+        for prompt, trace in zip(case.queue, case.traces, strict=True):
+            ours = torch_engine.trace_target(case.workload, prompt)
             assert (trace.token_ids, trace.ended) == (ours.token_ids, ours.ended)
             assert trace.target_probs == pytest.approx(ours.target_probs, abs=1e-4)
             assert trace.logit_gaps == pytest.approx(ours.logit_gaps, abs=1e-3)
-        assert any(trace.ended for trace in traces)
+        assert any(trace.ended for trace in case.traces)
 
-    def test_draft_is_the_torch_engines(
-        self,
-        engine: LlamaCppEngine,
-        torch_engine: TorchEngine,
-        workload: Workload,
-        queue: tuple[Prompt, ...],
-        traces: list[TargetTrace],
-    ) -> None:
+    def test_draft_is_the_torch_engines(self, case: Case, torch_engine: TorchEngine) -> None:
         """Asked for one token at a time, the draft keeps what one pass of it in torch keeps."""
-        draft = engine.drafts[0]
-        for prompt, trace in zip(queue[:3], traces[:3], strict=True):
-            found = engine.trace_draft(workload, prompt, trace, draft, 4)
-            ours = torch_engine.trace_draft(workload, prompt, trace, draft, 4)
+        draft = case.engine.drafts[0]
+        for prompt, trace, found in list(zip(case.queue, case.traces, case.kept[draft.digest], strict=True))[:3]:
+            ours = torch_engine.trace_draft(case.workload, prompt, trace, draft, 8)
             assert found.accept_probs == ours.accept_probs
             assert found.confidences == pytest.approx(ours.confidences, abs=1e-4)
 
-    def test_sampled_trace(self, engine: LlamaCppEngine, workload: Workload, queue: tuple[Prompt, ...]) -> None:
+    def test_sampled_trace(self, case: Case) -> None:
         """Probabilities are those after filters: with two tokens left they add up with those of no others."""
-        sampled = replace(workload, temperature=0.8, top_k=2, seed=3)
-        trace = engine.trace_target(sampled, queue[0])
+        sampled = replace(case.workload, temperature=0.8, top_k=2, seed=3)
+        trace, again, raw = (
+            case.engine.trace_target(workload, case.queue[0])
+            for workload in (sampled, sampled, replace(sampled, top_k=0))
+        )
         assert all(0.0 < prob <= 1.0 for prob in trace.target_probs)
-        assert trace.token_ids == engine.trace_target(sampled, queue[0]).token_ids
-        raw = engine.trace_target(replace(sampled, top_k=0), queue[0])
+        assert trace.token_ids == again.token_ids
         assert sum(trace.target_probs) / len(trace.target_probs) > sum(raw.target_probs) / len(raw.target_probs)
 
 
@@ -216,10 +174,10 @@ class TestRounds:
         assert (dict(samples[0].rounds), dict(samples[0].shapes)) == ({(0, 0): size - 1}, {(1, 0, 0): size - 1})
         assert all(sample.ttft_s > 0.0 and sample.decode_s > 0.0 for sample in samples)
 
-    def test_sampled(self, engine: LlamaCppEngine, workload: Workload, queue: tuple[Prompt, ...]) -> None:
+    def test_sampled(self, case: Case) -> None:
         """The same seed gives the plain output again but for sums in another order, and then the walk is exact."""
-        sampled = replace(workload, temperature=0.8, top_k=20, seed=5)
-        queue = queue[:4]
+        sampled = replace(case.workload, temperature=0.8, top_k=20, seed=5)
+        engine, queue = case.engine, case.queue[:4]
         own = [engine.trace_target(sampled, prompt) for prompt in queue]
         kept = [engine.trace_draft(sampled, *pair, engine.drafts[0], 3) for pair in zip(queue, own, strict=True)]
         samples = engine.run_together(sampled, queue, (Setup(draft=engine.drafts[0], length=3),), "race 0")
@@ -230,14 +188,13 @@ class TestRounds:
                 assert dict(sample.rounds) == dict(expected_rounds(trace, one, 3, NEW_TOKENS).rounds)
         assert equal >= len(queue) // 2
 
-    def test_a_pool_is_emptied_before_every_queue(
-        self, engine: LlamaCppEngine, workload: Workload, queue: tuple[Prompt, ...]
-    ) -> None:
+    def test_a_pool_is_emptied_before_every_queue(self, case: Case) -> None:
         """ngram-mod remembers earlier requests; run again it is a new server, and does the same."""
-        setup = Setup(draft=POOL, length=6)
-        starts = engine.num_starts
-        first, again = (engine.run_together(workload, queue[:3], (setup,), f"race {turn}") for turn in range(2))
-        assert engine.num_starts == starts + 2
+        setups, starts = (Setup(draft=POOL, length=6),), case.engine.num_starts
+        first, again = (
+            case.engine.run_together(case.workload, case.queue[:3], setups, f"race {turn}") for turn in range(2)
+        )
+        assert case.engine.num_starts == starts + 2
         assert [sample.rounds for sample in first] == [sample.rounds for sample in again]
         assert any(proposed for sample in first for proposed, _ in sample.rounds)
 
@@ -246,9 +203,10 @@ class TestStepTimes:
     """Whole rounds by the tokens they verify."""
 
     @pytest.mark.parametrize(("batch_size", "longest"), [(1, 3), (3, 1)])
-    def test_every_width(self, engine: LlamaCppEngine, workload: Workload, batch_size: int, longest: int) -> None:
+    def test_every_width(self, case: Case, batch_size: int, longest: int) -> None:
         """The target has plain rounds alone; a draft has all its lengths, a look-up rounds without a match too."""
-        times = engine.time_steps(replace(workload, batch_size=batch_size), 200, longest)
+        engine = case.engine
+        times = engine.time_steps(replace(case.workload, batch_size=batch_size), 200, longest)
         model, look_up, _ = engine.drafts
         assert set(times) == {engine.target.run_digest, model.digest, look_up.digest}
         assert set(times[engine.target.run_digest].samples_s) == {1}
@@ -262,11 +220,9 @@ class TestStepTimes:
 class TestRefusals:
     """What cannot be asked, and what goes wrong."""
 
-    def test_what_it_does_not_have(
-        self, engine: LlamaCppEngine, workload: Workload, queue: tuple[Prompt, ...], program: Program, options: Options
-    ) -> None:
+    def test_what_it_does_not_have(self, case: Case, program: Program, options: Options) -> None:
         """Kinds, lengths and sizes of another engine, with one line each."""
-        model = engine.drafts[0]
+        engine, workload, queue, model = case.engine, case.workload, case.queue, case.engine.drafts[0]
         asked = {
             "drops look-up drafts shorter than the match": Setup(draft=LOOK_UP, length=2),
             "is not one of this engine's": Setup(draft=Draft(kind="ngram", max_match=2, min_match=2), length=2),
@@ -290,43 +246,30 @@ class TestRefusals:
             with pytest.raises(InputError, match=said):
                 LlamaCppEngine(target, (draft,), program, options)
 
-    def test_an_argument_it_refuses(self, program: Program, options: Options, workload: Workload) -> None:
-        """A server that ends at once is told with llama.cpp's own words."""
-        target = loader.describe(TARGET, dtype="float32")
-        wrong = replace(options, more=("--draft-max", "3"))
-        with (
-            LlamaCppEngine(target, (), program, wrong) as engine,
-            pytest.raises(EngineError, match="--draft-max"),
-        ):
-            engine.trace_target(workload, Prompt(domain="a", token_ids=(40, 41)))
-
-    def test_a_draft_of_other_tokens(
-        self, program: Program, options: Options, workload: Workload, tiny_folders: dict[str, Path], tmp_path: Path
+    def test_what_llama_cpp_refuses(
+        self, program: Program, options: Options, tiny_folders: dict[str, Path], tmp_path: Path
     ) -> None:
-        """A draft that llama.cpp cannot use is an error, not a run without it."""
-        other = loader.describe(
-            str(write_gguf(tmp_path / "other.gguf", tiny_folders["llama"], **LLAMA_CPP_READS)), dtype="float32"
-        )
+        """A server that ends at once is told with its own words; a draft that it cannot use is an error."""
+        path = write_gguf(tmp_path / "other.gguf", tiny_folders["llama"], **LLAMA_CPP_READS)
         target = loader.describe(TARGET, dtype="float32")
-        draft = Draft(kind="model", model=other.record)
-        short = replace(workload, context_length=128, max_new_tokens=16)
+        draft = Draft(kind="model", model=loader.describe(str(path), dtype="float32").record)
+        short = Workload(context_length=128, max_new_tokens=16, end_token_ids=target.end_token_ids)
         prompt = Prompt(domain="a", token_ids=tuple(range(400, 440)))
-        with (
-            LlamaCppEngine(target, (draft,), program, options) as engine,
-            pytest.raises(EngineError, match=r"drafted nothing: .*vocab"),
-        ):
-            engine.run_together(short, (prompt,), (Setup(draft=draft, length=2),), "race 0")
+        wrong = replace(options, more=("--draft-max", "3"))
+        for drafts, given, words in (((), wrong, "--draft-max"), ((draft,), options, r"drafted nothing: .*vocab")):
+            setups = tuple(Setup(draft=draft, length=2) for draft in drafts) or (PLAIN,)
+            with LlamaCppEngine(target, drafts, program, given) as engine, pytest.raises(EngineError, match=words):
+                engine.run_together(short, (prompt,), setups, "race 0")
 
-    def test_killed_under_load(
-        self, engine: LlamaCppEngine, workload: Workload, queue: tuple[Prompt, ...], traces: list[TargetTrace]
-    ) -> None:
+    def test_killed_under_load(self, case: Case) -> None:
         """The error names the signal and the log; the next call starts another server."""
+        engine, workload, queue, traces = case.engine, case.workload, case.queue, case.traces
         engine.run_together(workload, queue[:1], (PLAIN,), "warm")
         killed: list[int] = []
 
         def kill() -> None:
             time.sleep(0.1)
-            for pid in engine._servers.get(PLAIN, workload).pids[1:]:
+            for pid in engine._server(PLAIN, workload).pids[1:]:
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
 
@@ -341,12 +284,13 @@ class TestRefusals:
         assert [sample.output_digest for sample in samples] == [digest_of(trace.token_ids) for trace in traces[:2]]
 
 
-def test_tokens_again(engine: LlamaCppEngine, workload: Workload, queue: tuple[Prompt, ...]) -> None:
+def test_tokens_again(case: Case) -> None:
     """Bytes that never make a character come as tokens, in a request that is not streamed."""
+    workload = case.workload
     tokenizer = loader.describe(TARGET, dtype="float32").tokenizer
     byte = tokenizer.convert_tokens_to_ids("æ")  # the first byte of three
-    server = engine._servers.get(PLAIN, workload)
-    body = responses.body_of(workload, queue[0].token_ids, logit_bias=[[byte, 1000.0]], n_predict=5)
+    server = case.engine._server(PLAIN, workload)
+    body = responses.body_of(workload, case.queue[0].token_ids, logit_bias=[[byte, 1000.0]], n_predict=5)
     [run] = complete(server, [body], 1)
     assert run.token_ids == (byte,) * 5
     assert sum((run.rounds or {}).values()) == 4

@@ -1,23 +1,37 @@
-"""What llama.cpp needs and says: models written as GGUF, the stream of a request, its look-up, its flags."""
+"""What llama.cpp needs and says: models as GGUF, how it is started and timed, a request's stream, look-ups, flags."""
 
+import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from profiles.builtin import GGUF_MODELS
-from profiles.engines.llamacpp import flags, responses
+from profiles.builtin import GGUF_MODELS, TARGET
+from profiles.engines.llamacpp import engine as llamacpp
+from profiles.engines.llamacpp import flags, responses, timing
 from profiles.engines.llamacpp.engine import LlamaCppEngine
 from profiles.engines.llamacpp.ngram import trace_lookup
-from profiles.engines.llamacpp.servers import Options, find_program, weights_of
+from profiles.engines.llamacpp.servers import Options, Program, find_program, weights_of
 from profiles.engines.serving.http_load import Answer
+from profiles.hardware import fingerprint, software
 from profiles.models import loader
 from profiles.records.core import Draft, Prompt, Setup, Workload
-from profiles.records.errors import EngineError, ModelError
+from profiles.records.errors import EngineError, InputError, ModelError
 from profiles.records.evidence import TargetTrace
 from tests.support import tiny
 
 pytest.importorskip("xllamacpp")
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    return find_program()
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Options:
+    return Options(threads=1, log_folder=tmp_path)
 
 
 def test_builtin_files_are_the_safetensors() -> None:
@@ -36,18 +50,60 @@ def test_safetensors_need_converting(tiny_folders: dict[str, Path]) -> None:
         weights_of(record)
 
 
-def test_half_floats(tmp_path: Path) -> None:
+def test_half_floats(program: Program, options: Options, tmp_path: Path) -> None:
     """A 16-bit file is run with llama.cpp's own caches."""
     path = tiny.write_gguf(
         tmp_path / "model.gguf", tiny.write_model(tmp_path / "model"), "BF16", **tiny.LLAMA_CPP_READS
     )
     described = loader.describe(str(path), dtype=None)
-    with LlamaCppEngine(described, (), find_program(), Options(threads=1, log_folder=tmp_path)) as engine:
+    with LlamaCppEngine(described, (), program, options) as engine:
         trace = engine.trace_target(
             Workload(context_length=96, max_new_tokens=8), Prompt(domain="a", token_ids=tuple(range(20, 40)))
         )
     assert len(trace.token_ids) == 8
     assert "bfloat16" in engine.capabilities.origin
+
+
+def test_a_gpu_that_it_cannot_use(program: Program, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build for the processor does not pass as one that computes on the GPU; layers go where was asked."""
+    target = loader.describe(TARGET, dtype="float32")
+    with pytest.raises(InputError, match=r"device 'cuda:0': xllamacpp .* finds no GPU"):
+        LlamaCppEngine(target, (), program, replace(options, device="cuda:0"))
+    listing = [sys.executable, "-c", "print('Available devices:\\n  CUDA0: NVIDIA H100 (81559 MiB, 80000 MiB free)')"]
+    assert software.server_devices(listing) == ["CUDA0"]
+    monkeypatch.setattr(llamacpp, "fingerprint", lambda _: fingerprint.fingerprint("cpu"))
+    can = replace(program, command=tuple(listing))
+    with LlamaCppEngine(target, (), can, replace(options, device="cuda")) as engine:
+        assert '"-ngl","99"' in str(engine.environment.engine_options)
+
+
+def test_threads_belong_to_the_key(program: Program, options: Options) -> None:
+    """Times with another number of threads, or other arguments, are other evidence."""
+    target = loader.describe(TARGET, dtype="float32")
+    kinds = (options, replace(options, threads=2), replace(options, more=("--no-mmap",)))
+    found = [LlamaCppEngine(target, (), program, one).environment for one in kinds]
+    assert len({one.digest for one in found}) == 3
+    assert [one.threads for one in found] == [1, 2, 1]
+    assert json.loads(found[0].engine_options)["weights"] == "float32"
+
+
+def test_lengths_are_timed_there_and_back() -> None:
+    """Every width has samples of passes in opposite order, so that a machine that slows down favours none."""
+    target = loader.describe(TARGET, dtype="float32").record
+    look_up = Draft(kind="ngram", max_match=3, min_match=3)
+    plan = timing.plan_of(target, [look_up], 3, has_synthetic_rates=True)
+    widths: list[int] = []
+
+    def measure(visit: timing.Visit) -> list[float]:
+        widths.append(visit.width)
+        return [float(len(widths))] * 4
+
+    times = timing.time_plan(plan, measure)
+    assert widths == widths[::-1]
+    assert set(times[look_up.digest]) == {1, 2, 3, 4}
+    for width, samples_s in times[look_up.digest].items():
+        assert len(samples_s) == 4 * 2 * timing.PASSES
+        assert sum(samples_s) / len(samples_s) == (len(widths) + 1) / 2, width
 
 
 def event(
@@ -82,14 +138,16 @@ class TestAnswers:
         assert run.decode_s == pytest.approx(0.009)
 
     def test_accepted_past_an_end_token(self) -> None:
-        """A draft that was right beyond an end token counts what was emitted."""
+        """A draft that was right beyond an end token counts what was emitted; another form is an error."""
         run = read(event(1, 0.001), event(2, 3.0, 5, 4), event(3, 3.0, 5, 4))
         assert dict(run.rounds or {}) == {(5, 2): 1}
-
-    def test_another_stream(self) -> None:
-        """An event of another form is an error that shows it."""
         with pytest.raises(EngineError, match="another shape than its kind's"):
             read({"choices": []})
+
+
+def trace_of(prompt: Prompt, tokens: tuple[int, ...]) -> TargetTrace:
+    ones = (1.0,) * len(tokens)
+    return TargetTrace(prompt_digest=prompt.digest, token_ids=tokens, target_probs=ones, logit_gaps=ones, ended=False)
 
 
 class TestLookUp:
@@ -101,10 +159,7 @@ class TestLookUp:
         text = (9, 1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 9, 9)
         prompt = Prompt(domain="a", token_ids=text)
         tokens = (1, 2, 3, 9, 1, 2)
-        trace = TargetTrace(
-            prompt_digest=prompt.digest, token_ids=tokens, target_probs=(1.0,) * 6, logit_gaps=(1.0,) * 6, ended=False
-        )
-        found = trace_lookup(draft, prompt, trace, 3)
+        found = trace_lookup(draft, prompt, trace_of(prompt, tokens), 3)
         assert found.proposed == (0, 0, 3, 3, 3, 3)
         assert found.accepted == (0, 0, 2, 1, 0, 1)
 
@@ -116,9 +171,7 @@ class TestLookUp:
         """Where all lengths draft, or none does, the trace says so; where only some do there is no one trace."""
         draft = Draft(kind="ngram", max_match=2, min_match=2)
         asked = Prompt(domain="a", token_ids=prompt)
-        trace = TargetTrace(
-            prompt_digest=asked.digest, token_ids=(2, 3), target_probs=(1.0,) * 2, logit_gaps=(1.0,) * 2, ended=False
-        )
+        trace = trace_of(asked, (2, 3))
         if proposed is None:
             with pytest.raises(EngineError, match="lengths up to 3 alone; for lengths up to 4 prompts of 8 tokens"):
                 trace_lookup(draft, asked, trace, max_length)

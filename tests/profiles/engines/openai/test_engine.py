@@ -16,15 +16,15 @@ from profiles.engines.base import Engine
 from profiles.engines.llamacpp import responses
 from profiles.engines.llamacpp.responses import SERVER as LLAMA_CPP
 from profiles.engines.openai.engine import ServerEngine
-from profiles.engines.openai.kinds import SERVER_KINDS
-from profiles.engines.openai.launch import Launch
+from profiles.engines.openai.launch import SERVER_KINDS, Launch
 from profiles.engines.serving import base
 from profiles.engines.serving.completion import read_completion
 from profiles.engines.serving.http_load import Answer
 from profiles.engines.serving.process import Server
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload, digest_of
 from profiles.records.errors import EngineError, InputError
-from tests.support.fake_server import VERSION, accepted_at, encode, following
+from tests.profiles.engines.serving.test_process import expected
+from tests.support.fake_server import VERSION, accepted_at, encode
 from tests.support.fakes import TARGET
 
 TEMPLATE = (
@@ -53,13 +53,6 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerEngine]:
         yield one
 
 
-def expected(prompt: Prompt, count: int) -> list[int]:
-    tokens = [prompt.token_ids[-1]]
-    for _ in range(count):
-        tokens.append(following(tokens[-1]))
-    return tokens[1:]
-
-
 def expected_rounds(count: int, length: int) -> Counter[tuple[int, int]]:
     rounds: Counter[tuple[int, int]] = Counter()
     place = 1
@@ -79,7 +72,7 @@ def test_samples(engine: ServerEngine, batch_size: int) -> None:
     for number, sample in enumerate(samples):
         prompt = PROMPTS[number % 8]
         assert sample.prompt_digest == prompt.digest
-        assert sample.output_digest == digest_of(expected(prompt, 16))
+        assert sample.output_digest == digest_of(expected(prompt.token_ids[-1], 16))
         assert dict(sample.rounds) == (expected_rounds(16, 3) if 8 <= number < 16 else {(0, 0): 15})
         assert sample.ttft_s > 0.0
         assert sample.decode_s > 0.0
@@ -97,29 +90,25 @@ def test_two_servers_serve_setups_in_turn(engine: ServerEngine) -> None:
     assert engine.num_starts == before + 1
 
 
-@pytest.mark.parametrize("more", ["--no-records", "--no-records --no-token-ids"])
-def test_rounds_from_the_counters(tmp_path: Path, more: str) -> None:
-    """Without records the counters tell the rounds of a request that is alone; in a batch they are not known."""
-    with engine_at(tmp_path, more) as engine:
-        for batch_size, rounds in ((1, dict(expected_rounds(16, 3))), (2, {})):
+@pytest.mark.parametrize(
+    ("more", "is_counted"),
+    [("", True), ("--no-token-ids", True), ("--fault metrics-missing", False), ("--fault metrics-garbage", False)],
+)
+def test_rounds_from_the_counters(tmp_path: Path, more: str, is_counted: bool) -> None:
+    """Without records the counters tell the rounds of a request that is alone; else a run has times and no rounds."""
+    with engine_at(tmp_path, f"--no-records {more}") as engine:
+        for batch_size, rounds in ((1, dict(expected_rounds(16, 3)) if is_counted else {}), (2, {})):
             workload = replace(WORKLOAD, batch_size=batch_size)
             samples = engine.run_together(workload, PROMPTS[:2], (DRAFTED,), "race 0")
             assert [dict(sample.rounds) for sample in samples] == [rounds, rounds]
-            assert [one.output_digest for one in samples] == [digest_of(expected(one, 16)) for one in PROMPTS[:2]]
-
-
-@pytest.mark.parametrize("fault", ["metrics-missing", "metrics-garbage"])
-def test_rounds_that_are_not_known(tmp_path: Path, fault: str) -> None:
-    """Without records and readable counters a run has times and no rounds."""
-    with engine_at(tmp_path, f"--no-records --fault {fault}") as engine:
-        [sample] = engine.run_together(WORKLOAD, PROMPTS[:1], (DRAFTED,), "race 0")
-        assert dict(sample.rounds) == {}
+            outputs = [digest_of(expected(prompt.token_ids[-1], 16)) for prompt in PROMPTS[:2]]
+            assert [sample.output_digest for sample in samples] == outputs
 
 
 def test_a_trace_of_the_target(engine: Engine) -> None:
     """Tokens, probabilities and gaps as the server states them; an end token ends it and is kept."""
     trace = engine.trace_target(WORKLOAD, PROMPTS[0])
-    assert list(trace.token_ids) == expected(PROMPTS[0], 16)
+    assert list(trace.token_ids) == expected(PROMPTS[0].token_ids[-1], 16)
     assert trace.target_probs == pytest.approx([0.6065] * 16, abs=1e-3)
     assert trace.logit_gaps == (0.75,) * 16
     assert not trace.ended
@@ -190,17 +179,16 @@ def test_requests() -> None:
     assert own["samplers"] == ["temperature", "top_k", "top_p"]
 
 
-def test_what_it_says_of_itself(engine: ServerEngine) -> None:
-    """The server's version and how it was started are in the environment; drafts are run, not traced."""
+def test_what_it_says_of_itself_and_refuses(engine: ServerEngine) -> None:
+    """The server's version and how it was started are in the environment; drafts are run, not traced.
+
+    A draft that is not its own, and prompts that leave no room, are refused.
+    """
     assert (engine.environment.engine, engine.environment.engine_version) == ("vllm", VERSION)
     assert "{port}" in json.loads(engine.environment.engine_options or "")["served by"]
     assert engine.capabilities.traced_kinds == ()
     with pytest.raises(InputError, match="it is run instead"):
         engine.trace_draft(WORKLOAD, PROMPTS[0], engine.trace_target(WORKLOAD, PROMPTS[0]), NGRAM, 4)
-
-
-def test_what_it_refuses(engine: ServerEngine) -> None:
-    """A draft that is not its own, and prompts that leave no room."""
     with pytest.raises(InputError, match="is not one of this engine's"):
         engine.run_together(WORKLOAD, PROMPTS, (Setup(draft=replace(NGRAM, max_match=9), length=1),), "race 0")
     with pytest.raises(InputError, match="allowed are 64 together"):

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from profiles.engines.serving.http_load import drive
-from profiles.engines.serving.metrics import VLLM, read_counters
+from profiles.engines.serving.metrics import read_counters
 from profiles.engines.serving.process import GRACES_S, Process, Server
 from profiles.records.core import PLAIN, Setup
 from profiles.records.errors import EngineError, InputError, OutOfMemoryError
@@ -25,12 +25,16 @@ from tests.profiles.engines.serving.test_process import FAKE, gone
 GRANDCHILD = re.compile(r"^grandchild (\d+)$", re.MULTILINE)
 
 
+def children() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
 @pytest.fixture(autouse=True)
 def _no_orphans() -> Iterator[None]:
     """After every test this process has no more children than before."""
-    before = set(psutil.Process().children(recursive=True))
+    before = set(children())
     yield
-    assert set(psutil.Process().children(recursive=True)) <= before
+    assert set(children()) <= before
 
 
 # the server's flags, what is raised, and what its one line says
@@ -105,8 +109,8 @@ def test_a_server_killed_in_the_middle_of_a_stream(tmp_path: Path) -> None:
     with engine_at(tmp_path, flags_of=lambda _: next(slow)) as engine:
 
         def kill() -> None:
-            drafting = [one for one in psutil.Process().children(recursive=True) if "--step-s" in one.cmdline()]
-            drafting[-1].kill()  # the first is its keeper
+            [_supervisor, server] = [child for child in children() if "--step-s" in child.cmdline()]
+            server.kill()
 
         killer = threading.Timer(3.0, kill)
         killer.start()
@@ -120,10 +124,10 @@ def test_a_server_killed_between_two_questions(tmp_path: Path) -> None:
     """It is found dead and started again, its pieces are gone, and the restart is counted."""
     with engine_at(tmp_path) as engine:
         engine.run_together(WORKLOAD, PROMPTS[:1], (PLAIN,), "race 0")
-        children = psutil.Process().children(recursive=True)
-        for child in children:
+        killed = children()
+        for child in killed:
             child.kill()
-        assert gone(tuple(child.pid for child in children))
+        assert gone(tuple(child.pid for child in killed))
         engine.run_together(WORKLOAD, PROMPTS[:1], (PLAIN,), "race 1")
         assert engine.num_starts == 2
 
@@ -136,32 +140,22 @@ def test_counters_that_a_server_does_not_give(tmp_path: Path, fault: str, number
     with Server((*FAKE, "--fault", fault), tmp_path / "log") as server:
         server.wait_ready(20.0)
         with pytest.raises(EngineError, match=number):
-            read_counters(server.url, VLLM)
+            read_counters(server.url, "vllm:")
         assert drive(server.url, "/v1/completions", [{"prompt": [1], "max_tokens": 2}], 1)
 
 
-@pytest.mark.parametrize("fault", ["deaf", "grandchild"])
-def test_a_server_that_does_not_want_to_end(tmp_path: Path, fault: str) -> None:
-    """One that ignores SIGINT and SIGTERM is killed, and so is what left its process group."""
+@pytest.mark.parametrize(("fault", "num_pids"), [("deaf", 2), ("grandchild", 3), ("", 2)])
+def test_a_server_that_does_not_want_to_end(tmp_path: Path, fault: str, num_pids: int) -> None:
+    """One that ignores SIGINT and SIGTERM is killed, and so is what left its process group; by Ctrl-C too."""
     server = Server((*FAKE, "--fault", fault), tmp_path / "log", graces_s=(0.3, 0.3))
     server.wait_ready(20.0)
     pids = server.pids
-    assert len(pids) == {"deaf": 2, "grandchild": 3}[fault]
-    server.stop()
+    assert len(pids) == num_pids
+    with pytest.raises(KeyboardInterrupt), server:
+        raise KeyboardInterrupt
     server.stop()
     assert gone(pids)
     assert not server.alive
-
-
-def test_a_block_that_raises(tmp_path: Path) -> None:
-    """An error in the block, Ctrl-C too, ends the server."""
-    server = Server(FAKE, tmp_path / "log")
-    server.wait_ready(20.0)
-    pids = server.pids
-    assert len(pids) == 2
-    with pytest.raises(KeyboardInterrupt), server:
-        raise KeyboardInterrupt
-    assert gone(pids)
 
 
 @pytest.mark.parametrize("command", ["no-such-program", str(Path(__file__).parent), ""])
@@ -172,21 +166,16 @@ def test_a_command_that_is_none(tmp_path: Path, command: str) -> None:
     assert not (tmp_path / "log").exists()
 
 
-def test_a_program_that_is_none(tmp_path: Path) -> None:
-    """A file that may be run but is no program says so in the log, and its error has those words."""
+def test_a_program_or_log_that_is_none(tmp_path: Path) -> None:
+    """A file that may be run but is no program says so in the log; a log's folder that is a file is named."""
     broken = tmp_path / "broken"
     broken.write_bytes(b"\x7fELF nonsense")
     broken.chmod(0o755)
     with Process([str(broken)], tmp_path / "log") as child:
         assert child.wait(10.0)
         assert re.search("exit code 127: error: .*broken cannot be started", str(child.failure()))
-
-
-def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
-    """A log's folder that is a file is an input error that names it."""
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"log .*file/log cannot be written: "):
-        Process([sys.executable], tmp_path / "file" / "log")
+    with pytest.raises(InputError, match=r"log .*broken/log cannot be written: "):
+        Process([sys.executable], broken / "log")
 
 
 def test_a_keeper_that_is_killed(tmp_path: Path) -> None:

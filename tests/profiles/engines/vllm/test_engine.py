@@ -27,10 +27,7 @@ from profiles.records.evidence import Acceptance, AcceptanceTrace, Sample, Targe
 from tests.lanes.places import RUNNING
 from tests.support.tiny import write_model
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(not RUNNING.is_whole, reason="no lane: make test-vllm"),
-]
+pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not RUNNING.is_whole, reason="no lane: make test-vllm")]
 QUIET = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # on a shared machine
 LONGEST, NEW = 6, 64
 WORKLOAD = Workload(context_length=240, max_new_tokens=NEW)

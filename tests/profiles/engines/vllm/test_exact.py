@@ -12,10 +12,7 @@ from profiles.prompts import read, tokenize
 from profiles.records.core import PLAIN, Draft, Setup, Workload
 from tests.lanes.places import RUNNING, TRITON, V2
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(not RUNNING.is_whole, reason="no lane: make test-vllm"),
-]
+pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not RUNNING.is_whole, reason="no lane: make test-vllm")]
 interpreted = pytest.mark.skipif(not TRITON.is_whole, reason="no lane: make test-vllm")
 LONGEST, NEW = 3, 10
 WORKLOAD = Workload(context_length=120, max_new_tokens=NEW)
