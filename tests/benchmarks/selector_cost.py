@@ -5,8 +5,9 @@
 The policy is one of the family's size: its drafts, four domains at batch 1 and 8, lengths 1 to 8; rounds are drawn, so
 that nothing is timed but `choose`, making the report, and `observe`. A round of the family is one of plain decoding of
 the target that ships, measured here; rounds that draft take longer.
-Every round is timed by itself, garbage collection included. Imports are timed as whole processes, bare Python and the
-import in turn, from compiled modules as an installed package has them.
+Every round is timed by itself, garbage collection included. Beside it stands what a loop of 1,000 additions takes,
+before and after: it tells how busy the machine was (30 us on an idle core here). Imports are timed as whole processes,
+bare Python and the import in turn, from compiled modules as an installed package has them.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from typing import Any
 
 from profiles.engines.base import RequestInfo, RoundReport
 from profiles.records.core import PLAIN, Draft, Model, Setup
@@ -84,6 +86,17 @@ def microseconds(policy_: Policy, num_rounds: int, rows: int) -> list[float]:
     return spent
 
 
+def calibration_us() -> float:
+    """Microseconds of a loop of 1,000 additions, the median of 200."""
+    taken = []
+    for _ in range(200):
+        started, total = time.perf_counter_ns(), 0
+        for number in range(1000):
+            total += number
+        taken.append((time.perf_counter_ns() - started) / 1e3)
+    return median(taken)
+
+
 def drawn(setup: Setup, rng: random.Random) -> tuple[int, int]:
     """(proposed, accepted) of a round: half of the look-ups propose nothing, 0.7 is every acceptance probability."""
     proposed = 0 if setup.draft is None or (setup.draft.looks_up and rng.random() < 0.5) else setup.length
@@ -122,8 +135,9 @@ def main() -> None:
     parser.add_argument("--imports", type=int, default=30)
     options = parser.parse_args()
     policy_ = family_sized()
-    document: dict[str, object] = {"benchmark": "selector_cost", "rounds": options.rounds}
+    document: dict[str, Any] = {"benchmark": "selector_cost", "rounds": options.rounds}
     round_s = plain_round_s()
+    document["calibration_us"] = [round(calibration_us(), 1)]
     print(f"rows  p50 us  p99 us  of a plain round of {round_s * 1e3:.2f} ms")
     for rows in BATCHES:
         spent = microseconds(policy_, options.rounds, rows)
@@ -132,6 +146,8 @@ def main() -> None:
         suffix = "" if rows == 1 else f"_batch_{rows}"
         document |= {f"p50_us{suffix}": round(p50, 2), f"p99_us{suffix}": round(p99, 2)}
         document[f"round_fraction{suffix}"] = round(p50 / 1e6 / round_s, 5)
+    document["calibration_us"] = [*document["calibration_us"], round(calibration_us(), 1)]
+    print(f"1,000 additions, before and after: {document['calibration_us']} us")
     bare, light = import_seconds(["pass", "import tuner.selector"], options.imports)
     print(f"import of the selector and the policy reader: {light / bare:.2f} times bare Python")
     ratio = round(light / bare, 3)

@@ -3,14 +3,12 @@
 import random
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from profiles.acceptance.batch_replay import PLAIN_ROUND, draw_outcome
 from profiles.acceptance.expected_rounds import (
     DraftAcceptance,
-    RoundOutcome,
     catch_up_width,
     check_length,
     round_outcomes,
@@ -99,6 +97,9 @@ class Record:
 
 
 PLAIN_SHAPE = StepShape(1)
+Outcome = tuple[int, int, bool]  # proposed, accepted, and whether the draft model ran
+Ways = tuple[list[Outcome], list[float]]  # in which a round can go, and their cumulative probabilities
+PLAIN_ROUND: Outcome = (0, 0, False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +135,7 @@ class Simulator:
         disturbance: Disturbance | None = None,
         labelled: bool = True,
         num_rounds: int | None = None,
+        delay: int = 0,
     ) -> Record:
         """Every request of the stream, in its order, as many rows at a time as it says.
 
@@ -142,12 +144,13 @@ class Simulator:
 
         `noise`: factors of which one is drawn for every round's time, plain decoding's included. `labelled`: whether
         the controller is told the domains of requests. `num_rounds`: the stream starts over until so many were run.
+        `delay`: reports are so many rounds late, and then without what rows waited for a draft's prefill.
         Drafts that are sampled are drawn by `seed`; greedy ones have none. Raises: InputError: the stream needs a
         larger batch than was measured. NotMeasuredError: a prompt, or a setup that was picked, is not in the evidence.
         """
         if stream.most_rows >= len(self._sizes):
             raise InputError(f"stream {stream.name!r} needs batch {stream.most_rows}: {max(self._sizes)} is measured")
-        return _Run(self, stream, seed, noise, labelled).play(controller, disturbance, num_rounds)
+        return _Run(self, stream, seed, noise, labelled).play(controller, disturbance, num_rounds, delay)
 
     def digest(self, prompt: Prompt) -> str:
         """Of a prompt; worked out once, as it reads every token."""
@@ -213,20 +216,20 @@ class _Arm:
         self.looks_up = setup.draft is not None and setup.draft.looks_up
         self._world = world
         self._sizes = sizes
-        self._ways: dict[tuple[str, int, int], list[tuple[RoundOutcome, ...] | None]] = {}
+        self._ways: dict[tuple[str, int, int], list[Ways | None]] = {}
         self._acceptances: dict[str, DraftAcceptance] = {}
         self._seconds: dict[tuple[int, StepShape], float] = {}
         self._refills_s: dict[int, float] = {}
 
-    def outcome(self, row: _Row, rng: random.Random) -> RoundOutcome:
+    def outcome(self, row: _Row, rng: random.Random) -> Outcome:
         """How a round of this row goes."""
         if self.setup.draft is None:
             return PLAIN_ROUND
         table = self._ways.get(row.key)
         if table is None:
             table = self._ways[row.key] = [None] * row.size
-        ways = table[row.start] or self._work_out(table, row)
-        return draw_outcome(ways, rng)
+        ways, sums = table[row.start] or self._work_out(table, row)
+        return ways[0] if len(ways) == 1 else rng.choices(ways, cum_weights=sums)[0]
 
     def acceptance(self, digest: str) -> DraftAcceptance:
         """Of a prompt, by its digest."""
@@ -252,12 +255,14 @@ class _Arm:
             self._refills_s[size] = self._world.forecasters[size].refill_s(self.setup.draft)
         return self._refills_s[size]
 
-    def _work_out(self, table: list[tuple[RoundOutcome, ...] | None], row: _Row) -> tuple[RoundOutcome, ...]:
+    def _work_out(self, table: list[Ways | None], row: _Row) -> Ways:
         digest, size, most = row.key
         length = min(self.setup.length, most - row.start - 1)
-        ways = tuple(round_outcomes(self.acceptance(digest), row.start, length, size))
-        table[row.start] = ways
-        return ways
+        outcomes = list(round_outcomes(self.acceptance(digest), row.start, length, size))
+        ways = [(outcome.proposed, outcome.accepted, outcome.by_model) for outcome in outcomes]
+        answer = ways, list(accumulate(outcome.prob for outcome in outcomes))
+        table[row.start] = answer
+        return answer
 
 
 class _Replayed(NamedTuple):
@@ -280,6 +285,9 @@ class _Run:
         self._noise = noise
         self._plain = simulator.arm(PLAIN)
         self._rows: list[_Row] = []
+        self._infos: tuple[RequestInfo, ...] = ()
+        self._domain: str | None = None
+        self._arms: dict[int, tuple[Setup, _Arm]] = {}  # by identity, as hashing a setup takes long
         self._in_use: _Arm | None = None
         self._rounds_on = 0
         self._refills = 0
@@ -287,22 +295,21 @@ class _Run:
         self._results: list[RoundResult] = []
 
     def play(
-        self, controller: RoundController, disturbance: Disturbance | None, num_rounds: int | None = None
+        self, controller: RoundController, disturbance: Disturbance | None, num_rounds: int | None, delay: int
     ) -> Record:
+        late: deque[RoundReport] = deque()
         again = tuple(self._waiting)
         self._let_in()
         while self._rows and (num_rounds is None or len(self._results) < num_rounds):
             if num_rounds is not None and len(self._waiting) < len(self._rows) + 1:
                 self._waiting.extend(again)
-            first = self._rows[0].domain
-            domain = first if all(row.domain == first for row in self._rows) else None
-            num_rows = len(self._rows)
+            num_rows, domain = len(self._rows), self._domain
             decision = controller.choose(
                 batch_size=num_rows,
                 context_length=self._workload.context_length,
                 domain=domain,
                 temperature=self._workload.temperature,
-                requests=[row.info for row in self._rows],
+                requests=self._infos,
             )
             starter, arm = self._switch_to(decision.setup)
             factor, outcomes = self._outcomes(arm, disturbance)
@@ -310,14 +317,17 @@ class _Run:
             round_s = factor * arm.seconds(num_rows, shape)
             tokens = _advance(arm, self._rows, outcomes, shape)
             refill_s, plain_refill_s = starter.refill_s(num_rows), self._plain.refill_s(num_rows)
-            rows = tuple([RoundCount(item.proposed, item.accepted) for item in outcomes])
+            rows = tuple([RoundCount(proposed, accepted) for proposed, accepted, _ in outcomes])
             extra_s = factor * self._refills * max(0.0, refill_s - plain_refill_s)
-            controller.observe(RoundReport(decision, rows, round_s, extra_s))
+            late.append(RoundReport(decision, rows, round_s, 0.0 if delay else extra_s))
+            if len(late) > delay:
+                controller.observe(late.popleft())
             phase = self._rows[-1].phase
             done = [row.info.id for row in self._rows if row.start >= row.size]
             if done:
                 controller.finish(done)
                 self._rows = [row for row in self._rows if row.start < row.size]
+                self._regroup()
             seconds = round_s + factor * self._refills * refill_s
             plain_s = tokens / num_rows * self._plain.seconds(num_rows, PLAIN_SHAPE)
             plain_s = factor * (plain_s + self._refills * plain_refill_s)
@@ -332,6 +342,8 @@ class _Run:
     def _let_in(self) -> None:
         """Requests enter while fewer rows are in use than they allow; the draft in use takes in their prompts."""
         self._refills = 0
+        if not self._waiting or len(self._rows) >= self._waiting[0].concurrency:
+            return
         workload, traces = self._workload, self._simulator.world.evidence.traces
         while self._waiting and len(self._rows) < self._waiting[0].concurrency:
             request = self._waiting.popleft()
@@ -348,22 +360,32 @@ class _Run:
                 row.num_cached[self._in_use.model] = row.prompt_tokens
             if row.start < row.size:
                 self._rows.append(row)
+        self._regroup()
+
+    def _regroup(self) -> None:
+        """What the controller is told of the rows."""
+        self._infos = tuple([row.info for row in self._rows])
+        domains = {row.domain for row in self._rows}
+        self._domain = domains.pop() if len(domains) == 1 else None
 
     def _switch_to(self, setup: Setup) -> tuple["_Arm", "_Arm"]:
         """(the arm that was in use when the rows came in, the one in use now).
 
         As in an engine, the first pick of all is made before the first prompts are taken in.
         """
-        before, arm = self._in_use, self._simulator.arm(setup)
+        before = self._in_use
+        if id(setup) not in self._arms:
+            self._arms[id(setup)] = setup, self._simulator.arm(setup)
+        arm = self._arms[id(setup)][1]
         if before is None and arm.model is not None:
             for row in self._rows:
                 row.num_cached[arm.model] = row.prompt_tokens
-        same_draft = before is not None and before.setup.draft == setup.draft
+        same_draft = before is arm or (before is not None and before.setup.draft == setup.draft)
         self._rounds_on = self._rounds_on + 1 if same_draft else 0
         self._in_use = arm
         return before or arm, arm
 
-    def _outcomes(self, arm: "_Arm", disturbance: Disturbance | None) -> tuple[float, list[RoundOutcome]]:
+    def _outcomes(self, arm: "_Arm", disturbance: Disturbance | None) -> tuple[float, list[Outcome]]:
         """(factor of this round's time, how it goes for every row)."""
         factor = self._noise[int(self._noise_rng.random() * len(self._noise))]
         outcomes = [arm.outcome(row, self._rng) for row in self._rows]
@@ -372,37 +394,39 @@ class _Run:
         moment = Moment(len(self._results), self._seconds, arm.setup, self._rounds_on)
         fails = disturbance.fails(moment)
         if fails:
-            outcomes = [replace(outcome, accepted=_cut(outcome.accepted, fails, self._rng)) for outcome in outcomes]
+            rng = self._rng
+            outcomes = [(proposed, _cut(accepted, fails, rng), by_model) for proposed, accepted, by_model in outcomes]
         return factor * disturbance.slows(moment), outcomes
 
 
 def _cut(accepted: int, fails: float, rng: random.Random) -> int:
     """Accepted tokens where each is rejected with this probability."""
-    return next((number for number in range(accepted) if fails >= 1.0 or rng.random() < fails), accepted)
+    if fails >= 1.0:
+        return 0
+    return next((number for number in range(accepted) if rng.random() < fails), accepted)
 
 
-def _shape(arm: _Arm, rows: Sequence[_Row], outcomes: Sequence[RoundOutcome]) -> StepShape:
+def _shape(arm: _Arm, rows: Sequence[_Row], outcomes: Sequence[Outcome]) -> StepShape:
     """What the batch runs (see `Sample.shapes`)."""
-    widest = max([outcome.proposed for outcome in outcomes]) + 1
+    widest = max([proposed for proposed, _, _ in outcomes]) + 1
     if arm.model is None:
         return StepShape(widest)
     steps = furthest = 0
-    for row, outcome in zip(rows, outcomes, strict=True):
-        if outcome.by_model:
-            steps = max(steps, outcome.proposed)
+    for row, (proposed, _, by_model) in zip(rows, outcomes, strict=True):
+        if by_model:
+            steps = max(steps, proposed)
             furthest = max(furthest, row.behind(arm.model))
     return StepShape(widest, steps, catch_up_width(furthest) if steps else 0)
 
 
-def _advance(arm: _Arm, rows: Sequence[_Row], outcomes: Sequence[RoundOutcome], shape: StepShape) -> int:
+def _advance(arm: _Arm, rows: Sequence[_Row], outcomes: Sequence[Outcome], shape: StepShape) -> int:
     """Moves every row on; the tokens that were emitted. A row further behind than the first step got nothing of it."""
     _, steps, width = shape
     tokens = 0
-    for row, outcome in zip(rows, outcomes, strict=True):
+    for row, (_, accepted, by_model) in zip(rows, outcomes, strict=True):
         if arm.model is not None and steps and row.behind(arm.model) <= width:
-            num_cached = min(outcome.accepted, steps - 1) if outcome.by_model else 0
-            row.num_cached[arm.model] = row.length + num_cached
-        start = min(row.size, row.start + outcome.accepted + 1)  # no bonus token follows an accepted end
+            row.num_cached[arm.model] = row.length + (min(accepted, steps - 1) if by_model else 0)
+        start = min(row.size, row.start + accepted + 1)  # no bonus token follows an accepted end
         tokens += start - row.start
         row.start = start
     return tokens

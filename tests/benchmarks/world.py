@@ -8,11 +8,15 @@ are those of the prior that a `make tune` wrote.
 import argparse
 import random
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, TypeVar
 
 from profiles import builtin
 from profiles.acceptance.expected_rounds import WIDEST_CATCH_UP
@@ -44,6 +48,7 @@ BATCHES = (1, 4, 8, 32)
 DRAFTS = ("ngram", "builtin:draft-general", "builtin:draft-code", "builtin:draft-prose")  # composites take long at 32
 TUNED_LENGTHS = tuple(range(1, 9))
 ODDS = 3.0  # by which acceptance that is too good is off
+CLIFF, CLIFF_FACTOR = 4, 1.3  # tokens beyond which rounds take so many times longer than stored
 LOADED_LOG_STD = 0.3  # of the times of drafts measured under load
 
 
@@ -130,6 +135,9 @@ def look_up(policy: Policy, num_rows: int, domain: str | None) -> Setup:
     return policy.look_up(batch_size=num_rows, domain=domain).choice.setup
 
 
+Task, Answer = TypeVar("Task"), TypeVar("Answer")
+
+
 def add_options(parser: argparse.ArgumentParser, seeds: int) -> None:
     """The flags that both benchmarks of the selector share."""
     parser.add_argument("--seeds", type=int, default=seeds)
@@ -139,6 +147,26 @@ def add_options(parser: argparse.ArgumentParser, seeds: int) -> None:
     parser.add_argument("--traces", type=Path, help="folder of a store to keep traces in; none: trace anew")
     parser.add_argument("--prompts", type=int, default=144, help="half make the policy, half are served")
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--processes", type=int, default=1)
+
+
+def spread(
+    family: Family, processes: int, play: Callable[..., Answer], tasks: Sequence[Task], *arguments: object
+) -> Iterator[tuple[Task, Answer]]:
+    """Every task with what `play` makes of it, in their order; processes are forked, so they share the family."""
+    if processes == 1:
+        yield from ((task, play(family, task, *arguments)) for task in tasks)
+        return
+    _shared["family"] = family
+    with ProcessPoolExecutor(processes, get_context("fork")) as pool:
+        yield from zip(tasks, pool.map(partial(_played, play, arguments), tasks), strict=True)
+
+
+_shared: dict[str, Family] = {}
+
+
+def _played(play: Callable[..., Any], arguments: Sequence[object], task: object) -> Any:
+    return play(_shared["family"], task, *arguments)
 
 
 @contextmanager
@@ -302,6 +330,13 @@ def wrong_policies(family: Family, seed: int) -> dict[str, Policy]:
     renamed = {MIXED: MIXED, **dict(zip(domains, (*domains[1:], *domains[:1]), strict=True))}
     priors = {
         "acceptance_too_good": replace(prior, acceptance=tuple(_too_good(prior, row) for row in prior.acceptance)),
+        "late_positions_too_good": replace(
+            prior,
+            acceptance=tuple(
+                _too_good(prior, row, first=2) if row.domain == domains[0] else row for row in prior.acceptance
+            ),
+        ),
+        "cliff": replace(prior, round_times=tuple(_without_cliff(row) for row in prior.round_times)),
         "labels_permuted": replace(
             prior, acceptance=tuple(replace(row, domain=renamed[row.domain]) for row in prior.acceptance)
         ),
@@ -318,16 +353,24 @@ def wrong_policies(family: Family, seed: int) -> dict[str, Policy]:
     }
 
 
-def _too_good(prior: Prior, row: DraftAcceptance) -> DraftAcceptance:
-    """Model drafts accepted at three times the odds."""
+def _too_good(prior: Prior, row: DraftAcceptance, first: int = 0) -> DraftAcceptance:
+    """Model drafts accepted at three times the odds, from a position on."""
     if prior.drafts[row.draft].kind == "ngram":
         return row
-    probs = tuple(ODDS * prob / (1.0 + (ODDS - 1.0) * prob) for prob in row.accept_probs)
+    better = (ODDS * prob / (1.0 + (ODDS - 1.0) * prob) for prob in row.accept_probs[first:])
+    probs = (*row.accept_probs[:first], *better)
     reached, tokens = row.propose_prob, [1.0]
     for prob in probs:
         reached *= prob
         tokens.append(tokens[-1] + reached)
     return replace(row, accept_probs=probs, mean_tokens=tuple(tokens[length] for length in prior.lengths))
+
+
+def _without_cliff(row: RoundTimes) -> RoundTimes:
+    """Long rounds stored faster than they are."""
+    return replace(
+        row, seconds=(*row.seconds[: CLIFF + 1], *(value / CLIFF_FACTOR for value in row.seconds[CLIFF + 1 :]))
+    )
 
 
 def _loaded(row: RoundTimes, log_factor: float) -> RoundTimes:

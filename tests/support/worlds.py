@@ -47,10 +47,6 @@ class World:
         return self.picks[first:]
 
 
-def share(picks: list[RoundDecision], setup: Setup) -> float:
-    return sum(pick.setup == setup for pick in picks) / len(picks)
-
-
 def drafted(picks: list[RoundDecision]) -> float:
     """Share of the rounds that drafted, probes aside."""
     return sum(pick.setup != PLAIN and not pick.probe for pick in picks) / len(picks)

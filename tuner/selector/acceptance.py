@@ -6,8 +6,10 @@ Stored evidence is the prior; rounds that are run update it. Plain loops over sh
 import math
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from operator import add, mul
 from typing import Any
 
+from profiles.records.core import digest_of
 from tuner.policy.prior import DraftAcceptance, Prior
 from tuner.policy.query import MIXED
 
@@ -15,41 +17,15 @@ MAX_PRIOR_ROUNDS = 64.0  # weight of the stored evidence at most, because the te
 HALF_LIFE_ROUNDS = 1024.0  # of the domain's own rounds
 DECAY_ROUNDS = 16.0  # counts decay in steps of so many
 AGING_ROUNDS = 2000.0  # without a round of a draft, after which one more standard error of it is doubtful
-SHIFT_PRIOR = 40.0  # accepted and rejected tokens of even odds that a draft's stored acceptance weighs
-SHIFT_ROUNDS = 1024.0  # of the draft that it is taken over
-MAX_SHIFT = 2.0  # of the logarithm of odds
-MIN_PROB = 0.001  # of a stored acceptance whose odds are shifted
 REJECTED = "rejected"  # text of which no draft gets anything right, beside the policy's domains
 REJECTED_ACCEPT_PROB = 0.02
 OUTSIDE_SHARE = 0.06  # of the prior for domains other than the labelled one
 REJECTED_SHARE = 0.02
 TEMPER = 0.9  # exponent of a round's likelihood: rounds of one request are alike
 CHANGE_PROB = 0.01  # that a request's text changes its domain in a round
-MIX_RATE = 1.0 / 100.0  # of a round in the shares of domains under a label
+MIX_RATE = 1.0 / 20.0  # of a request in the shares of domains under its label
+REPEAT_RATE = 1.0 / 8.0  # of a request in how often requests are like the one before
 LABEL_SHARE = 0.5  # of a labelled round that counts as its label says, whatever its text is like
-MIN_WEIGHT = 0.1  # of a domain, under which a round does not count for it
-
-
-class Shift:
-    """By how much the odds of a draft's acceptance are off on all domains alike, as labelled rounds show.
-
-    One Newton step of a logistic regression with a normal prior: accepted less expected tokens over their variance.
-    """
-
-    LEARNED = ("excess", "information")
-    __slots__ = LEARNED
-
-    def __init__(self) -> None:
-        self.excess, self.information = 0.0, SHIFT_PRIOR
-
-    def observe(self, expected: float, information: float, accepted: int) -> None:
-        """A round of a labelled request: tokens that were expected to be accepted of those tested, their variance."""
-        self.excess += accepted - expected - (self.excess + accepted - expected) / SHIFT_ROUNDS
-        self.information += information - (self.information - SHIFT_PRIOR) / SHIFT_ROUNDS
-
-    @property
-    def odds(self) -> float:
-        return math.exp(min(MAX_SHIFT, max(-MAX_SHIFT, self.excess / self.information)))
 
 
 class AcceptanceModel:
@@ -61,87 +37,91 @@ class AcceptanceModel:
     included.
     """
 
-    LEARNED = ("_tested", "_accepted", "last", "age")
+    LEARNED = ("_rejected", "_passed", "_excess_run", "_decayed", "last")
     __slots__ = (
-        "_accepted",
-        "_calibration",
-        "_odds",
-        "_prior",
-        "_tested",
-        "age",
-        "expected",
-        "information",
-        "last",
-        "lengths",
-        "reach",
-        "shift",
-        "tokens",
-        "weight",
+        *("_decayed", "_excess", "_excess_run", "_num_rounds", "_passed", "_prior", "_rejected"),
+        *("key", "last", "lengths", "reach", "tokens", "weight"),
     )
 
-    def __init__(self, stored: DraftAcceptance, lengths: Sequence[int], shift: Shift | None = None) -> None:
-        self.lengths, self.shift = tuple(lengths), shift or Shift()
-        self._prior = (stored.propose_prob, *stored.accept_probs)  # index 0: whether anything is proposed
-        clipped = [min(1.0 - MIN_PROB, max(MIN_PROB, prob)) for prob in stored.accept_probs]
-        self._odds = [prob / (1.0 - prob) for prob in clipped]
-        # of the first so many positions: tokens accepted where all are tested, and their variance
-        self.expected = [0.0, *accumulate(clipped)]
-        self.information = [0.0, *accumulate(prob * (1.0 - prob) for prob in clipped)]
+    def __init__(self, stored: DraftAcceptance, lengths: Sequence[int], key: str = "") -> None:
+        self.lengths, self.key = tuple(lengths), key
         self.weight = min(MAX_PRIOR_ROUNDS, max(1.0, stored.num_rounds))
-        self._tested, self._accepted = [0.0] * len(self._prior), [0.0] * len(self._prior)
-        self.last = self.age = 0.0  # rounds of the domain when counts decayed, and since a round was seen
-        self._calibration = [1.0] * len(self.lengths)
+        # rounds that accept by position, of `weight` that test it; index 0: rounds that propose anything
+        self._prior = [self.weight * prob for prob in (stored.propose_prob, *stored.accept_probs)]
+        # rounds by accepted tokens: of which the next token was rejected, and of which all were accepted
+        self._rejected, self._passed = [0.0] * len(self._prior), [0.0] * len(self._prior)
+        self._decayed = self.last = self._num_rounds = 0.0  # rounds of the domain when counts decayed, and at the last
+        # rounds of a length start elsewhere in the text than the longest ones, which the stored probabilities are of:
+        # by length, how many more tokens they have; and the sum over the rounds that were run
+        self._excess, self._excess_run = dict.fromkeys(self.lengths, 0.0), 0.0
         self.update()
-        self._calibration = [
-            (measured - 1.0) / (computed - 1.0) if measured > 1.0 < computed else 1.0
-            for measured, computed in zip(stored.mean_tokens, self.tokens, strict=True)
-        ]  # rounds of a length start elsewhere in the text than the longest ones, which the probabilities are of
+        for length, measured, computed in zip(self.lengths, stored.mean_tokens, self.tokens, strict=True):
+            if measured > 1.0 < computed:
+                self._excess[length] = (measured - 1.0) / (computed - 1.0) - 1.0
         self.update()
 
     def observe(self, proposed: int, accepted: int, weight: float, now: float) -> None:
         """Counts a round; `update` makes the figures follow. `now`: rounds of the domain so far."""
-        self.decay(now)
-        tested, counts = self._tested, self._accepted
-        tested[0] += weight
-        self.age = now
-        if proposed:
-            counts[0] += weight
-            for position in range(1, accepted + 1):
-                tested[position] += weight
-                counts[position] += weight
-            if accepted < proposed:
-                tested[accepted + 1] += weight
+        if now - self._decayed >= DECAY_ROUNDS:
+            self.decay(now)
+        (self._rejected if accepted < proposed else self._passed)[accepted] += weight
+        self._excess_run += weight * self._excess.get(proposed, 0.0)
+        self.last = now
 
     def decay(self, now: float) -> None:
-        if now - self.last >= DECAY_ROUNDS:
-            factor = 0.5 ** ((now - self.last) / HALF_LIFE_ROUNDS)
-            self._tested = [count * factor for count in self._tested]
-            self._accepted = [count * factor for count in self._accepted]
-            self.last = now
+        factor = 0.5 ** ((now - self._decayed) / HALF_LIFE_ROUNDS)
+        self._rejected = [count * factor for count in self._rejected]
+        self._passed = [count * factor for count in self._passed]
+        self._excess_run *= factor
+        self._decayed = now
 
     def update(self) -> None:
         """Recomputes `reach` and `tokens`."""
-        weight, product, shift = self.weight, 1.0, self.shift.odds
-        reach, priors = [], self._prior
-        if shift != 1.0:
-            priors = (priors[0], *[odds * shift / (1.0 + odds * shift) for odds in self._odds])
-        for prior, tested, accepted in zip(priors, self._tested, self._accepted, strict=True):
-            product *= (weight * prior + accepted) / (weight + tested)
-            reach.append(product)
-        self.reach, tokens, position, total = reach, [], 0, 0.0
-        for length, calibration in zip(self.lengths, self._calibration, strict=True):
-            total += sum(reach[position + 1 : length + 1])
-            position = length
-            tokens.append(1.0 + total * calibration)
-        self.tokens = tokens
+        weight, rejected, passed = self.weight, self._rejected, self._passed
+        at_least = list(accumulate(map(add, reversed(rejected), reversed(passed))))[::-1]  # rounds by accepted tokens
+        self._num_rounds = at_least[0]
+        at_least[0] -= passed[0]  # rounds that proposed any
+        probs = [
+            (prior + accepted) / (weight + accepted + failed)
+            for prior, accepted, failed in zip(self._prior, at_least, (passed[0], *rejected), strict=False)
+        ]
+        self.reach = list(accumulate(probs, mul))
+        sums = list(accumulate(self.reach))
+        first, run = sums[0], 1.0 + self._excess_run / (self._prior[0] + at_least[0])
+        self.tokens = [1.0 + (sums[length] - first) * (1.0 + excess) / run for length, excess in self._excess.items()]
 
     def error(self, index: int, now: float) -> float:
         """Standard error of `tokens[index]`, which grows while the draft is not run."""
-        length = self.lengths[index]
         mean = self.tokens[index] - 1.0
-        squares = sum((2 * position - 1) * self.reach[position] for position in range(1, length + 1))
-        spread = math.sqrt(max(squares - mean * mean, 0.05) / (self.weight + self._tested[0]))
-        return spread * (1.0 + (now - self.age) / AGING_ROUNDS)
+        squares = sum((2 * position - 1) * self.reach[position] for position in range(1, self.lengths[index] + 1))
+        spread = math.sqrt(max(squares - mean * mean, 0.05) / (self.weight + self._num_rounds))
+        return spread * (1.0 + (now - self.last) / AGING_ROUNDS)
+
+
+class DraftModels:
+    """The models of one draft at one temperature, by domain."""
+
+    def __init__(self, models: Sequence[AcceptanceModel]) -> None:
+        self.models = tuple(models)
+        self._likelihoods: dict[tuple[int, bool], list[float]] = {}
+
+    def likelihoods(self, proposed: int, accepted: int) -> list[float]:
+        """By domain, how likely a round of so many proposed tokens accepts so many."""
+        key = accepted, accepted < proposed
+        if key not in self._likelihoods:
+            reach = [model.reach for model in self.models]
+            if accepted < proposed:
+                probs = [row[accepted] - row[accepted + 1] for row in reach]
+            else:
+                probs = [row[accepted] if proposed else 1.0 - row[0] for row in reach]
+            self._likelihoods[key] = [prob**TEMPER for prob in probs]
+        return self._likelihoods[key]
+
+    def update(self, domain: int) -> None:
+        """Makes the figures of a domain follow what was counted."""
+        if self.models:
+            self.models[domain].update()
+            self._likelihoods.clear()
 
 
 class Domains:
@@ -149,100 +129,103 @@ class Domains:
 
     A request starts at the shares of domains under its label, which are learned too, so a wrong label does little harm.
     Every round multiplies in the likelihoods of what was accepted; a round counts for every domain by its weight.
-    `rounds[c]` counts the rounds of a domain.
+    `rounds[c]` counts the rounds of a domain. `shares[label]` and `first` are shares under a label as learned and at
+    first; `rows[label]` are those of all rows that come without their requests.
     """
 
-    LEARNED = ("rounds",)
+    LEARNED = ("rounds", "shares", "latest", "repeats", "rows")
 
     def __init__(self, prior: Prior) -> None:
-        names = dict.fromkeys(stored.domain for stored in prior.acceptance)
-        self.names = (*names, REJECTED)
+        named = tuple(dict.fromkeys(stored.domain for stored in prior.acceptance))
+        self.names = (*named, REJECTED)
+        self.key = digest_of(["domains", self.names])
         self.rounds = [0.0] * len(self.names)
-        self.mixes: dict[str | None, tuple[list[float], list[float]]] = {}
-        stored = {(item.draft, item.domain, item.temperature): item for item in prior.acceptance}
-        self.temperatures = sorted({item.temperature for item in prior.acceptance})
-        self.models: dict[float, list[list[AcceptanceModel]]] = {}
-        for temperature in self.temperatures:
-            self.models[temperature] = []
-            for draft in range(len(prior.drafts)):
-                rows = [stored.get((draft, name, temperature)) for name in names]
-                useful = [row for row in rows if row is not None]
-                propose_prob = sum(row.propose_prob for row in useful) / max(1, len(useful))
-                shift = Shift()
-                rejected = _rejected(draft, temperature, propose_prob, prior.lengths)
-                self.models[temperature].append(
-                    [
-                        *(AcceptanceModel(row or rejected, prior.lengths, shift) for row in rows),
-                        AcceptanceModel(rejected, prior.lengths),
-                    ]
-                )
+        # number of a domain's label; 0: none, or another
+        self.labels: dict[str | None, int] = {name: at for at, name in enumerate(named, 1) if name != MIXED}
+        self.first = [self._first(None)] * (len(named) + 1)
+        for name, number in self.labels.items():
+            self.first[number] = self._first(name)
+        self.shares = [list(shares) for shares in self.first]
+        self.latest = [list(shares) for shares in self.first]
+        self.repeats = [0.0] * len(self.first)
+        self.rows = [list(shares) for shares in self.first]
+        stored = {(row.draft, row.domain, row.temperature): row for row in prior.acceptance}
+        self.drafts: dict[float, list[DraftModels]] = {row.temperature: [] for row in prior.acceptance}
+        for temperature, drafts in self.drafts.items():
+            for number, draft in enumerate(prior.drafts):
+                useful = [row.propose_prob for (of, _, at), row in stored.items() if (of, at) == (number, temperature)]
+                rejected = _rejected(number, temperature, sum(useful) / max(1, len(useful)), prior.lengths)
+                rows = [stored.get((number, name, temperature), rejected) for name in self.names]
+                keys = [digest_of([draft.digest, name, temperature, prior.lengths]) for name in self.names]
+                models = [AcceptanceModel(row, prior.lengths, key) for row, key in zip(rows, keys, strict=True)]
+                drafts.append(DraftModels(models))
 
-    def start(self, label: str | None) -> list[float]:
-        """The shares of domains that a request under this label starts with; do not change the list."""
-        return self._mix(label)[0]
+    def _first(self, label: str | None) -> list[float]:
+        """The shares of domains under a label before anything was learned."""
+        outside = 1.0 - REJECTED_SHARE if label is None else OUTSIDE_SHARE
+        # beside a label, or one domain alone, other text may be anything; without, it is of one of the domains
+        mixed = 3.0 if label is not None or len(self.names) <= 3 else 0.1
+        parts = [mixed if name == MIXED else 1.0 for name in self.names[:-1]]
+        shares = [*(outside * part / sum(parts) for part in parts), REJECTED_SHARE]
+        main = label or MIXED
+        shares[self.names.index(main) if main in self.names else 0] += 1.0 - sum(shares)
+        return shares
 
-    def _mix(self, label: str | None) -> tuple[list[float], list[float]]:
-        """Shares under a label: as learned, and as they were at first."""
-        mix = self.mixes.get(label)
-        if mix is None:
-            if len(self.mixes) > 256:  # a caller that puts anything into the label
-                self.mixes.clear()
-            is_domain = label in self.names[:-1] and label != MIXED
-            outside = OUTSIDE_SHARE if is_domain else 1.0 - REJECTED_SHARE
-            main = label if is_domain else MIXED
-            # beside a label, or one domain alone, other text may be anything; without, it is of one of the domains
-            unnamed = 3.0 if is_domain or len(self.names) <= 3 else 0.1
-            parts = {name: unnamed if name == MIXED else 1.0 for name in self.names[:-1]}
-            first = [*(outside * part / sum(parts.values()) for part in parts.values()), REJECTED_SHARE]
-            first[self.names.index(main) if main in self.names else 0] += 1.0 - sum(first)
-            mix = self.mixes[label] = list(first), first
-        return mix
+    def nearest(self, temperature: float) -> list[DraftModels]:
+        """Drafts at the measured temperature that is nearest."""
+        return self.drafts[min(self.drafts, key=lambda measured: abs(measured - temperature))]
 
     def learn(
-        self, weights: list[float], label: str | None, models: Sequence[AcceptanceModel], row: tuple[int, int]
+        self, weights: list[float], label: int, draft: DraftModels, row: tuple[int, int]
     ) -> tuple[list[float], int]:
-        """A request's weights after a round of a draft with these models, and the domain that weighs most."""
-        proposed, accepted = row
-        if accepted < proposed:
-            likelihoods = [model.reach[accepted] - model.reach[accepted + 1] for model in models]
-        else:
-            likelihoods = [model.reach[accepted] if proposed else 1.0 - model.reach[0] for model in models]
-        scores = [weight * likelihood**TEMPER for weight, likelihood in zip(weights, likelihoods, strict=True)]
-        total = sum(scores)
-        mix, first = self._mix(label)
+        """Counts a round of a request: its weights afterwards, and the domain that it is most like."""
+        scores = list(map(mul, weights, draft.likelihoods(*row)))
+        total, shares = sum(scores), self.shares[label]
         stay = (1.0 - CHANGE_PROB) / total if total > 1e-30 else 0.0
         leave = CHANGE_PROB if stay else 1.0
-        after = [stay * score + leave * share for score, share in zip(scores, mix, strict=True)]
-        mix[:] = [
-            share + MIX_RATE * (0.98 * weight + 0.02 * start - share)
-            for share, weight, start in zip(mix, after, first, strict=True)
-        ]
+        after = [stay * score + leave * share for score, share in zip(scores, shares)]  # noqa: B905 -- fast
+        domains = after[:-1]
+        weight = max(domains)
+        main = domains.index(weight)
         # a draft that turned useless looks like text that none gets right: those rounds count for the domains too
-        lost = after[-1] / max(1e-9, 1.0 - mix[-1])
-        heaviest, most = 0, 0.0
-        labelled = self.names.index(label) if label in self.names else -1
-        label_share = 0.0
-        if labelled >= 0:
-            label_share = LABEL_SHARE
-            model, tested = models[labelled], min(proposed, accepted + 1)
-            model.shift.observe(model.expected[tested], model.information[tested], accepted)
-        for index in range(len(after) - 1):
-            weight = (1.0 - label_share) * (after[index] + lost * mix[index]) + (
-                label_share if index == labelled else 0.0
-            )
-            if weight > MIN_WEIGHT:  # squared: rounds of uncertain domains would make these alike
-                self.rounds[index] += weight * weight
-                models[index].observe(proposed, accepted, weight * weight, self.rounds[index])
-            if weight > most:
-                heaviest, most = index, weight
-        return after, heaviest
+        weight += after[-1] * shares[main] / max(1e-9, 1.0 - shares[-1])
+        if label:
+            weight *= 1.0 - LABEL_SHARE
+            if main == label - 1:
+                weight += LABEL_SHARE
+            else:
+                self._count(draft.models[label - 1], label - 1, row, LABEL_SHARE)
+        self._count(draft.models[main], main, row, weight)
+        return after, main
+
+    def start(self, label: int) -> list[float]:
+        """Weights of a new request: those under its label, as far as requests do not repeat the domain of the last."""
+        shares, latest = self.shares[label], self.latest[label]
+        chance = sum(map(mul, shares, shares))
+        repeat = max(0.0, (self.repeats[label] - chance) / (1.0 - chance))
+        return [share + repeat * (weight - share) for share, weight in zip(shares, latest, strict=True)]
+
+    def finish(self, weights: list[float], label: int) -> None:
+        """Learns from a request that ended what text is under its label."""
+        shares, latest = self.shares[label], self.latest[label]
+        self.repeats[label] += REPEAT_RATE * (sum(map(mul, weights, latest)) - self.repeats[label])
+        self.shares[label] = [
+            share + MIX_RATE * (0.98 * weight + 0.02 * start - share)
+            for share, weight, start in zip(shares, weights, self.first[label], strict=True)
+        ]
+        self.latest[label] = weights
+
+    def _count(self, model: AcceptanceModel, domain: int, row: tuple[int, int], weight: float) -> None:
+        weight *= weight  # rounds of uncertain domains would make these alike
+        self.rounds[domain] += weight
+        model.observe(*row, weight, self.rounds[domain])
 
     def parts(self) -> Iterator[Any]:
-        """What learns, for snapshots; the shares under labels are apart."""
+        """What learns."""
         yield self
-        for drafts in self.models.values():
-            for models in drafts:
-                yield from (*models, models[0].shift)
+        for drafts in self.drafts.values():
+            for draft in drafts:
+                yield from draft.models
 
 
 def _rejected(draft: int, temperature: float, propose_prob: float, lengths: Sequence[int]) -> DraftAcceptance:

@@ -14,16 +14,18 @@ RISK_DIVISOR = 4.0  # a round may risk a quarter of what is left
 
 
 class LossBudget:
-    """Bounds what any `window` consecutive rounds lose against plain decoding, in plain rounds.
+    """Bounds the seconds that any `window` consecutive rounds lose against plain decoding.
 
-    A round's loss is what it takes, in plain rounds, less its tokens per row. `loss` is the largest sum over the latest
-    1, 2, ... rounds of the window.
+    A round's loss is what it takes less what plain decoding takes for its tokens. `loss` is the largest sum over the
+    latest 1, 2, ... rounds of the window. What may be lost is a share of what a window of plain rounds takes, of those
+    that take the least of late: losses of slow rounds in large batches stay bounded when small batches follow.
 
     Args:
         guarantee: least throughput over plain decoding; None: no bound.
     """
 
-    LEARNED = ("_now", "_total")
+    key = "budget"
+    LEARNED = ("_now", "_plain_s", "loss")
 
     def __init__(self, guarantee: float | None, window: int) -> None:
         require(window >= 1, f"window of {window} rounds: at least 1 is needed")
@@ -31,33 +33,39 @@ class LossBudget:
             guarantee is None or 0.0 < guarantee < 1.0,
             f"guarantee {guarantee}: a fraction of plain decoding's throughput, or None, is needed",
         )
-        self.window = window
-        self._max_loss = math.inf if guarantee is None else RESERVE * (1.0 / guarantee - 1.0) * window
-        self._now = 0.0
-        self._total = 0.0
-        self.minima: deque[tuple[float, float]] = deque([(0.0, 0.0)])  # increasing totals before rounds of the window
+        self._window = window
+        self._share = math.inf if guarantee is None else RESERVE * (1.0 / guarantee - 1.0)
+        self._now = self._total = self._plain_s = 0.0
+        self._minima = deque([(0.0, 0.0)])  # (rounds, total) before rounds of the window, both increasing
 
     @property
     def loss(self) -> float:
-        return self._total - self.minima[0][1]
+        return self._total - self._minima[0][1]
 
-    @property
-    def allowed(self) -> float:
-        """Plain rounds that the next round may lose at worst."""
-        return (self._max_loss - self.loss) / RISK_DIVISOR
+    @loss.setter
+    def loss(self, loss: float) -> None:
+        """Of an earlier process; it stays for a whole window."""
+        self._total, self._minima = max(0.0, loss), deque([(self._now, 0.0)])
+
+    def allowed_s(self, plain_s: float) -> float:
+        """Seconds that the next round may lose at worst; `plain_s`: of a plain round, as in `add`."""
+        whole_s = self._share * self._window * min(plain_s, self._plain_s or plain_s)
+        return (whole_s - self.loss) / RISK_DIVISOR
 
     @property
     def left(self) -> float:
         """Share of the budget."""
-        return 1.0 if self._max_loss == math.inf else 1.0 - self.loss / self._max_loss
+        return 1.0 - self.loss / (self._share * self._window * self._plain_s) if self._plain_s else 1.0
 
-    def add(self, lost: float, count: float = 1.0) -> None:
-        """Counts rounds that lost so many plain rounds in all; below 0 they gained."""
-        minima = self.minima
+    def add(self, lost_s: float, plain_s: float, count: float = 1.0) -> None:
+        """Counts rounds that lost so many seconds in all; below 0 they gained. `plain_s`: of a plain round."""
+        minima = self._minima
         self._now += count
-        self._total = total = self._total + lost
+        mean_s = self._plain_s + min(1.0, count / self._window) * (plain_s - self._plain_s)
+        self._plain_s = min(plain_s, mean_s) if self._plain_s else plain_s
+        self._total = total = self._total + lost_s
         while minima and minima[-1][1] >= total:
             minima.pop()
         minima.append((self._now, total))
-        while minima[0][0] < self._now - self.window:
+        while minima[0][0] < self._now - self._window:
             minima.popleft()

@@ -21,6 +21,7 @@ Decisions and reports pair with any delay and in any order.
 
 import math
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from operator import mul
 from threading import Lock
 from typing import Any, Literal, NamedTuple
 
@@ -36,21 +37,24 @@ from tuner.selector.snapshot import load, save
 from tuner.selector.state import SelectorState, Stream
 
 GUARANTEE, WINDOW = 0.98, 5000
-SNAPSHOT_VERSION = 3
+SNAPSHOT_VERSION = 4
 MARGIN = 0.02  # another setup must promise so much more than the one in use
-CERTAIN = 0.75  # weight of a request's main domain, under which rounds are also chosen for what they tell
+UNPROVEN_MARGIN, UNPROVEN_ROUNDS = 0.03, 8.0  # and a draft that was never run so much besides; rounds that halve it
+DOUBT_ROUNDS = 64.0  # of a draft, after which half of the policy's doubt is left
+CERTAIN = 0.75  # share of a request's main domain, under which rounds are also chosen for what they tell
 REVIEW_ROUNDS = 2.0  # between two looks for a better setup
 DWELL_ROUNDS = 4.0  # before the next change; new requests shorten it
 PAYBACK_ROUNDS = 24  # in which a change must earn the time of catching up
 PROBE_ROUNDS = 4
-PROBE_CHECK_ROUNDS = 24  # between two looks for something to probe, on average
+PROBE_CHECK_ROUNDS = 13  # between two looks at a draft that may be worth a probe
 PLAIN_ROUNDS = 1024  # without a plain round, after which its time is probed
 PROBE_ERRORS = 1.5  # standard errors that an option may be better than expected
 PROBE_GAIN_SHARE, PROBE_ROUND_SHARE = 0.02, 0.001  # of what is gained over plain decoding, and of all rounds
 INITIAL_PROBE_CREDIT, MAX_PROBE_CREDIT = 8.0, 32.0  # plain rounds
-ANONYMOUS_SHARE = 0.8  # of rounds before in the domains of rows that are told without their requests
+MAX_CATCH_UP = 4.0  # times what catching up is expected to take, that a round is charged
 MAX_REQUESTS = 4096  # that are remembered
 STATS_WEIGHT = 1.0 / 256.0  # of a round in the figures of `stats`
+SEQUENCES, NUMBERS = (tuple, list), (float, int)
 MIN_ROUND_S, MAX_ROUND_S = 1e-9, 1e6
 
 
@@ -68,12 +72,6 @@ class SelectorStats(NamedTuple):
     seen_acceptance: float
     gain: float
     budget: float
-
-
-class _Rows(NamedTuple):
-    """Stands for all rows of a domain that are told without their requests."""
-
-    domain: str
 
 
 class Selector:
@@ -94,7 +92,8 @@ class Selector:
         InputError: the policy holds a number that is not finite, or the guarantee or the window is impossible.
     """
 
-    LEARNED = ("_now", "num_refused", "_random", "_next_probe", "_probe_credit", "_totals")
+    key = "selector"
+    LEARNED = ("_now", "num_refused", "_next_probe", "_probe_credit", "_totals")
 
     def __init__(
         self,
@@ -112,17 +111,21 @@ class Selector:
         self._state = SelectorState(policy, **self._options)
         self._lock = Lock()
         self._budget = LossBudget(guarantee, window)
-        self._requests: dict[Hashable, list[float]] = {}  # weights of domains, oldest request first
+        self._requests: dict[Hashable, tuple[list[float], int]] = {}  # weights of domains, label; oldest first
         self._now = 0
-        self._probe_credit = INITIAL_PROBE_CREDIT
-        self._random = seed % 2**64
         self._next_probe = PROBE_ROUNDS + seed % PROBE_CHECK_ROUNDS
+        self._probe_credit = INITIAL_PROBE_CREDIT
+        self._totals = [0.0] * 5  # plain seconds and those taken; proposed, expected and accepted tokens
+        self.num_refused = 0
+        self._forget_rounds()
+        self._replaced: frozenset[OperatingPoint] = frozenset()  # points of the policy before
+
+    def _forget_rounds(self) -> None:
+        """What belongs to rounds under way."""
         self._probe: tuple[Stream, Arm] | None = None
         self._probe_left = 0
         self._last_option: tuple[Point | None, int] = (None, 0)
-        self._totals = [0.0] * 5  # tokens and seconds over plain's; proposed, expected and accepted tokens
-        self.num_refused = 0
-        self._replaced: frozenset[OperatingPoint] = frozenset()  # points of the policy before
+        self._requests.clear()
 
     @property
     def policy(self) -> Policy:
@@ -135,13 +138,13 @@ class Selector:
 
     def stats(self) -> SelectorStats:
         with self._lock:
-            plain, taken, proposed, expected, accepted = self._totals
+            plain_s, taken_s, proposed, expected, accepted = self._totals
             return SelectorStats(
                 self._now,
                 self.num_refused,
                 expected / proposed if proposed else 0.0,
                 accepted / proposed if proposed else 0.0,
-                plain / taken if taken else 1.0,
+                plain_s / taken_s if taken_s else 1.0,
                 self._budget.left,
             )
 
@@ -169,158 +172,154 @@ class Selector:
             InputError: an impossible value.
         """
         with self._lock:
-            if requests:
-                first = requests[0]
-                same = len(requests) == 1
-                domain = first.domain if same or all(each.domain == first.domain for each in requests) else None
-                temperature = first.temperature if same else sum(each.temperature for each in requests) / len(requests)
-                contexts = [each.context_length for each in requests if each.context_length is not None]
+            if len(requests) == 1:
+                _, domain, context, temperature = requests[0]
+                context_length = context_length if context is None else context
+            elif requests:
+                domain = requests[0].domain
+                if any(request.domain != domain for request in requests):
+                    domain = None
+                temperature = sum([request.temperature for request in requests]) / len(requests)
+                contexts = [request.context_length for request in requests if request.context_length is not None]
                 context_length = max(contexts) if contexts else context_length
-            batch_size = max(1, len(requests)) if batch_size is None else batch_size
+            if batch_size is None:
+                batch_size = max(1, len(requests))
             stream = self._state.find(batch_size, context_length, domain, temperature)
             if stream is None:
                 return RoundDecision(PLAIN, False, 1, 1, MIXED, 0.0, False, tuple(requests))
             if stream.point is None:
-                return RoundDecision(stream.fixed, True, *stream.key, False, tuple(requests))
+                return RoundDecision(stream.fixed, True, *stream.operating_point, False, tuple(requests))
             return self._decide(stream, stream.point, tuple(requests), per_request)
 
     def _decide(
         self, stream: Stream, point: Point, requests: tuple[RequestInfo, ...], per_request: bool
     ) -> RoundDecision:
         weights, num_new = self._weights(stream, requests)
-        shares = [(share, domain) for domain, share in enumerate(weights) if share > MIN_SHARE]
-        probing = self._probe is not None and self._probe[0] is stream and self._probe_left > 0
-        if self._probe is not None and probing:
-            arm = self._probe[1]
-            self._probe_left -= 1
-        else:
-            self._probe = None
-            stream.dwell -= 1.0 + DWELL_ROUNDS * num_new / max(1, len(requests))
-            self._switch(stream, point, shares)
-            arm = stream.arm
-            if len(requests) == 1 and max(weights) < CERTAIN:
-                arms = [arm, *({point.best[domain] for _, domain in shares} - {arm})]
-                arm = point.informed(arms, weights, [self._catch_up_s(point, option) for option, _ in arms])
+        probing = self._probe_left > 0 and self._probe is not None and self._probe[0] is stream
+        if not probing:
+            stream.dwell -= 1.0 + (DWELL_ROUNDS * num_new / len(requests) if num_new else 0.0)
+            if stream.dwell <= 0.0:
+                self._switch(stream, point, weights)
+            self._probe, self._probe_left = None, 0
             if self._now >= self._next_probe:
-                probe = self._plan_probe(stream, point, shares)
-                if probe is not None:
-                    arm, probing, self._probe, self._probe_left = probe, True, (stream, probe), PROBE_ROUNDS - 1
-        arm = self._affordable(point, arm)
-        catch_up = self._catch_up_s(point, arm[0]) > 0.0
+                self._next_probe = self._now + PROBE_CHECK_ROUNDS
+                probing = self._plan_probe(stream, point, weights)
+        arm = stream.arm
+        if probing:
+            assert self._probe is not None
+            self._probe_left -= 1
+            arm = self._probe[1]
+        elif len(requests) == 1 and max(weights) < CERTAIN:
+            arms = {arm, *(best for best, share in zip(point.best, weights, strict=True) if share > MIN_SHARE)}
+            worth = point.informed(self._worth(stream, point, sorted(arms), weights), weights)
+            arm = max(worth, key=lambda arm: worth[arm])
+        catch_up_s = self._catch_up_s(point, arm[0])
+        if arm[0]:
+            arm = self._affordable(point, arm, catch_up_s)
         self._last_option = point, arm[0]
         lengths: tuple[int, ...] = ()
         if per_request and len(requests) > 1 and arm[0]:
-            lengths = self._lengths(point, arm, requests, shares)
+            lengths = self._lengths(point, arm, requests, weights)
+        catch_up = catch_up_s > 0.0 and arm[0] > 0
         setup = point.setups[arm[0]][arm[1]]
-        return RoundDecision(setup, True, *stream.key, probing, requests, lengths, catch_up)
+        return RoundDecision(setup, True, *stream.operating_point, probing, requests, lengths, catch_up)
 
     def _weights(self, stream: Stream, requests: tuple[RequestInfo, ...]) -> tuple[list[float], int]:
         """Mean shares of domains in the batch, and how many requests are new."""
         domains = self._state.domains
         assert domains is not None
         if not requests:
-            return self._requests.get(_Rows(stream.key.domain)) or domains.start(_label(stream.key.domain)), 0
+            return domains.rows[stream.label], 0
         num_new, rows = 0, []
         for request in requests:
-            weights = self._requests.get(request.id)
-            if weights is None:
+            entry = self._requests.get(request.id)
+            if entry is None:
                 num_new += 1
-                weights = self._remember(request.id, list(domains.start(request.domain)))
-            rows.append(weights)
+                if len(self._requests) >= MAX_REQUESTS:
+                    del self._requests[next(iter(self._requests))]
+                label = domains.labels.get(request.domain, 0)
+                entry = self._requests[request.id] = domains.start(label), label
+            rows.append(entry[0])
         if len(rows) == 1:
             return rows[0], num_new
         return [sum(column) / len(rows) for column in zip(*rows, strict=True)], num_new
 
-    def _remember(self, request: Hashable, weights: list[float]) -> list[float]:
-        if request not in self._requests and len(self._requests) >= MAX_REQUESTS:
-            del self._requests[next(iter(self._requests))]
-        self._requests[request] = weights
-        return weights
-
-    def _switch(self, stream: Stream, point: Point, shares: Sequence[tuple[float, int]]) -> None:
+    def _switch(self, stream: Stream, point: Point, weights: Sequence[float]) -> None:
         """Takes the setup of the highest expected goodput into use, if it is a margin above the present one."""
-        if stream.dwell > 0.0:
-            return
-        rate, plain_rate, best = point.value(stream.arm, shares), 1.0 / point.costs[0][0], stream.arm
-        if rate <= plain_rate:
-            best, rate = PLAIN_ARM, plain_rate
-        best_rate = rate * (1.0 + MARGIN)
-        candidates, (share, main) = {point.best[domain] for _, domain in shares}, max(shares)
-        if share < CERTAIN:  # a setup may be the best of no domain, and good for all
-            option = self._now % len(point.lengths)
-            candidates.add((option, point.peak_index(option, main)))
-        for arm in candidates:
-            if arm != stream.arm and arm[0]:
-                extra_s = self._catch_up_s(point, arm[0]) / PAYBACK_ROUNDS
-                arm_rate = point.value(arm, shares, extra_s=extra_s) * point.discount(arm, stream.doubt)
-                if arm_rate > best_rate:
-                    best, best_rate = arm, arm_rate
+        main = weights.index(max(weights))
+        candidates = {best for best, share in zip(point.best, weights, strict=True) if share > MIN_SHARE}
+        if weights[main] < CERTAIN:  # a setup may be the best of no domain, and good for all
+            candidates.add(point.peak(self._now % len(point.lengths), main))
+        candidates.discard(stream.arm)
         # what is in use is looked at again in a moment: estimates move little from round to round
-        stream.dwell = REVIEW_ROUNDS if best == stream.arm else DWELL_ROUNDS
-        stream.arm = best
+        stream.dwell = REVIEW_ROUNDS
+        if candidates:
+            worth = self._worth(stream, point, [stream.arm, PLAIN_ARM, *candidates], weights)
+            worth[stream.arm] *= 1.0 + MARGIN
+            best = max(worth, key=lambda arm: worth[arm])
+            if best != stream.arm:
+                stream.arm, stream.dwell = best, DWELL_ROUNDS
+
+    def _worth(self, stream: Stream, point: Point, arms: Sequence[Arm], weights: Sequence[float]) -> dict[Arm, float]:
+        """Tokens per second of setups, catching up included; less where a setup was only forecast."""
+        worth = {}
+        for option, index in arms:
+            value = point.value((option, index), weights, self._catch_up_s(point, option) / PAYBACK_ROUNDS)
+            if option and (option, index) not in point.proven:
+                rounds = point.times.rounds[option]
+                doubt = stream.doubt * DOUBT_ROUNDS / (DOUBT_ROUNDS + rounds)
+                value *= 1.0 - doubt - UNPROVEN_MARGIN * UNPROVEN_ROUNDS / (UNPROVEN_ROUNDS + rounds)
+            worth[option, index] = value
+        return worth
 
     def _catch_up_s(self, point: Point, option: int) -> float:
         """Seconds in which a draft reads the text it missed; 0 for the one that ran last."""
         last_point, last_option = self._last_option
-        if last_point is None or (last_point is point and last_option == option):
-            return 0.0
-        if option and last_option and last_point.drafts[last_option] == point.drafts[option]:
+        if last_point is None or not option or last_point.drafts[last_option] == point.drafts[option]:
             return 0.0
         return point.catch_up_s[option]
 
-    def _affordable(self, point: Point, arm: Arm) -> Arm:
+    def _affordable(self, point: Point, arm: Arm, extra_s: float) -> Arm:
         """The setup, shortened until a round of which nothing is accepted can be paid; else plain decoding."""
         option, index = arm
-        if option:
-            allowed_s = (1.0 + self._budget.allowed) * point.plain_s
-            if self._catch_up_s(point, option) + point.costs[option][0] > 4.0 * allowed_s:
-                return PLAIN_ARM
-            for shorter in range(index, -1, -1):
-                if point.costs[option][shorter] <= allowed_s:
-                    return option, shorter
-            return PLAIN_ARM
-        return arm
+        allowed_s = point.plain_s + self._budget.allowed_s(point.plain_s) - extra_s
+        costs = point.costs[option]
+        while index >= 0 and costs[index] > allowed_s:
+            index -= 1
+        return (option, index) if index >= 0 else PLAIN_ARM
 
-    def _plan_probe(self, stream: Stream, point: Point, shares: Sequence[tuple[float, int]]) -> Arm | None:
-        """Of the options that may be better than the setup in use, the one that may be best, if it can be paid."""
-        self._random = (self._random * 6364136223846793005 + 1442695040888963407) % 2**64  # Knuth's MMIX
-        self._next_probe = self._now + PROBE_CHECK_ROUNDS // 2 + (self._random >> 33) % PROBE_CHECK_ROUNDS
-        rate = point.value(stream.arm, shares)
-        if stream.arm[0] and self._now - point.times.drafts[0].last >= PLAIN_ROUNDS:
-            return PLAIN_ARM
-        chosen, highest = None, rate * (1.0 + MARGIN)
-        _, main = max(shares)
-        for option in range(len(point.lengths)):
-            if option == stream.arm[0]:
-                continue
-            arm = option, point.peak_index(option, main)
-            value = point.value(arm, shares)
-            hopeful = value * (1.0 + PROBE_ERRORS * point.error(arm, shares, self._now))
-            if hopeful > highest:
-                catch_up = self._catch_up_s(point, option) / point.plain_s
-                cost = PROBE_ROUNDS * max(0.0, 1.0 - value / rate) + catch_up
-                if cost <= self._probe_credit and (not option or self._affordable(point, arm) == arm):
-                    chosen, highest = arm, hopeful
-        return chosen
+    def _plan_probe(self, stream: Stream, point: Point, weights: Sequence[float]) -> bool:
+        """Whether the next option in turn may be better than the setup in use, and can be paid: it is then probed."""
+        arm, main = PLAIN_ARM, weights.index(max(weights))
+        if not stream.arm[0] or self._now - point.times.last[0] < PLAIN_ROUNDS:
+            arm = point.peak(self._now // PROBE_CHECK_ROUNDS % len(point.lengths), main)
+            value, rate = point.value(arm, weights), point.value(stream.arm, weights)
+            hopeful = value * (1.0 + PROBE_ERRORS * point.error(arm, main, self._now))
+            if arm[0] == stream.arm[0] or hopeful <= rate * (1.0 + MARGIN):
+                return False
+            catch_up_s = self._catch_up_s(point, arm[0])
+            cost = PROBE_ROUNDS * max(0.0, 1.0 - value / rate) + catch_up_s / point.plain_s
+            if cost > self._probe_credit or self._affordable(point, arm, catch_up_s) != arm:
+                return False
+            self._probe_credit -= cost
+        self._probe, self._probe_left = (stream, arm), PROBE_ROUNDS
+        return True
 
     def _lengths(
-        self, point: Point, arm: Arm, requests: tuple[RequestInfo, ...], shares: Sequence[tuple[float, int]]
+        self, point: Point, arm: Arm, requests: tuple[RequestInfo, ...], weights: Sequence[float]
     ) -> tuple[int, ...]:
         """By request: the longest length whose last token is expected to earn its part of the round's time."""
         option, index = arm
-        lengths, costs, models = point.lengths[option], point.costs[option], point.models[option]
-        worth = point.value(arm, shares)  # tokens per second of a row: what a second is worth
+        lengths, costs = point.lengths[option], point.costs[option]
+        worth = point.value(arm, weights)  # tokens per second of a row: what a second is worth
         chosen = []
         for request in requests:
-            weights = self._requests[request.id]
+            shares, _ = self._requests[request.id]
+            columns = zip(*(model.tokens for model in point.models[option].models), strict=True)
+            tokens = [sum(map(mul, shares, column)) for column in columns]
             best = 0
-            for shorter in range(1, index + 1):
-                more = sum(
-                    w * (m.tokens[shorter] - m.tokens[shorter - 1]) for w, m in zip(weights, models, strict=True)
-                )
-                if more < worth * (costs[shorter] - costs[shorter - 1]):
-                    break
-                best = shorter
+            while best < index and tokens[best + 1] - tokens[best] >= worth * (costs[best + 1] - costs[best]):
+                best += 1
             chosen.append(lengths[best])
         return tuple(chosen)
 
@@ -352,8 +351,8 @@ class Selector:
     def _observe(self, report: RoundReport, *, many: bool = False) -> bool:
         decision = report.decision
         with self._lock:
-            key = OperatingPoint(*decision[2:6])
-            stream = self._state.streams.get(key) if decision.covered else None
+            key = decision[2:6]
+            stream = self._state.streams.get(key) if decision.covered else None  # type: ignore[call-overload]
             arm = None if stream is None or stream.point is None else stream.point.find(decision.setup)
             lost = decision.covered and (stream is None or (stream.point is not None and arm is None))
             if lost or not _is_possible(report, decision.setup.length, many):
@@ -364,91 +363,88 @@ class Selector:
             return True
 
     def _learn(self, stream: Stream, point: Point, arm: Arm, report: RoundReport, many: bool) -> None:
-        option = arm[0]
         rows, decision = report.rows, report.decision
-        num_rounds = len(rows) if many else 1
-        scale = 1.0 / max(1, len(decision.requests)) if many else 1.0  # of a request's rounds
+        num_rounds, scale = 1, 1.0
+        if many:
+            num_rounds, scale = len(rows), 1.0 / max(1, len(decision.requests))  # of a request's rounds
         self._now += max(1, round(scale * num_rounds))
-        proposed = [row[0] for row in rows]
-        accepted = sum([row[1] for row in rows])
-        widths = proposed if many else [max(proposed)]
-        length = max(decision.lengths, default=decision.setup.length)
-        # a model drafts what was decided, also where an engine drops its tokens or a request ends before
-        is_whole = point.is_lookup[option] or min(widths) == length
-        taken_s = sum([point.round_s(arm, width) for width in widths])  # the machine's noise is not the draft's
-        if not is_whole:
-            longest_s = len(widths) * point.round_s(arm, length) + decision.catch_up * 4.0 * point.catch_up_s[option]
-            taken_here_s = longest_s if report.seconds is None else report.seconds / math.exp(point.times.machine)
-            taken_s = min(longest_s, max(taken_s, taken_here_s))
-        elif report.seconds is not None:
-            stored_s = sum([point.times.seconds[option][width] for width in widths])
-            if not decision.catch_up:
-                point.times.observe(
-                    arm, report.seconds / stored_s, self._now, idle=bool(option) and not max(proposed), count=num_rounds
-                )
-            else:
-                caught_up_s = report.seconds / math.exp(point.times.machine) - taken_s
-                taken_s += min(max(0.0, caught_up_s), 4.0 * point.catch_up_s[option])
-        taken_s += report.extra_s / math.exp(point.times.machine)
-        heaviest = 0
-        if option:
-            heaviest = self._learn_acceptance(stream, point, arm, report)
-        tokens = (accepted + len(rows)) / len(rows) * num_rounds
-        taken = scale * taken_s / point.plain_s
-        tokens *= scale
-        self._budget.add(taken - tokens, scale * num_rounds)
-        self._totals[0] += tokens
-        self._totals[1] += taken
-        if taken < tokens:
-            self._probe_credit += PROBE_GAIN_SHARE * (tokens - taken)
-        if decision.probe:
-            shares = [(share, domain) for domain, share in enumerate(self._weights(stream, decision.requests)[0])]
-            self._probe_credit -= max(0.0, taken * point.plain_s * point.value(stream.arm, shares) - tokens)
-        credit = self._probe_credit + PROBE_ROUND_SHARE * scale * num_rounds
-        self._probe_credit = min(MAX_PROBE_CREDIT, max(-MAX_PROBE_CREDIT, credit))
-        point.refresh_after(option, heaviest)
+        taken_s = self._learn_times(point, arm, report, num_rounds)
+        accepted, mains = self._learn_acceptance(stream, point, arm, report)
+        plain_s = point.plain_s
+        emitted_s = scale * num_rounds * (accepted / len(rows) + 1.0) * plain_s
+        lost_s = scale * taken_s - emitted_s
+        self._budget.add(lost_s, plain_s, scale * num_rounds)
+        self._totals[0] += emitted_s
+        self._totals[1] += scale * taken_s
+        credit = PROBE_ROUND_SHARE * scale * num_rounds - min(0.0, PROBE_GAIN_SHARE * lost_s / plain_s)
+        self._probe_credit = min(MAX_PROBE_CREDIT, self._probe_credit + credit)
+        point.refresh_after(arm[0], mains)
 
-    def _learn_acceptance(self, stream: Stream, point: Point, arm: Arm, report: RoundReport) -> int:
-        """Updates requests and acceptance; returns a domain of which the round told most."""
-        domains, (option, index) = self._state.domains, arm
+    def _learn_times(self, point: Point, arm: Arm, report: RoundReport, num_rounds: int) -> float:
+        """Seconds that the rounds took, as expected: the machine's noise is not the draft's."""
+        rows, decision, option = report.rows, report.decision, arm[0]
+        length = max(decision.lengths) if decision.lengths else decision.setup.length
+        width = rows[0][0] if len(rows) == 1 else max([proposed for proposed, _ in rows])
+        widths = [width] if num_rounds == 1 else [proposed for proposed, _ in rows]
+        taken_s = sum([point.round_s(arm, width) for width in widths])
+        # a model drafts what was decided, also where an engine drops its tokens or a request ends before
+        is_whole = width == length if num_rounds == 1 else min(widths) == length
+        if (is_whole or point.is_lookup[option]) and not decision.catch_up:
+            if report.seconds is not None:
+                stored_s = sum([point.seconds[option][width] for width in widths])
+                point.times.observe(arm if width else PLAIN_ARM, report.seconds / stored_s, self._now, num_rounds)
+        else:
+            most_s = taken_s if is_whole else num_rounds * point.round_s(arm, length)
+            most_s += decision.catch_up * MAX_CATCH_UP * point.catch_up_s[option]
+            seconds = most_s if report.seconds is None else report.seconds / math.exp(point.times.machine)
+            taken_s = max(taken_s, min(most_s, seconds))
+        return taken_s + report.extra_s / math.exp(point.times.machine) if report.extra_s else taken_s
+
+    def _learn_acceptance(self, stream: Stream, point: Point, arm: Arm, report: RoundReport) -> tuple[int, list[int]]:
+        """Updates requests and acceptance; returns accepted tokens, and by row the domain that it is most like."""
+        domains, decision, option = self._state.domains, report.decision, arm[0]
+        if not option:
+            return 0, [0]
         assert domains is not None
-        draft, decision = point.drafts[option], report.decision
-        infos = {request.id: request for request in decision.requests}
-        ids = report.ids if report.ids is not None else tuple(infos) or (_Rows(stream.key.domain),) * len(report.rows)
-        heaviest, num_rows = 0, len(report.rows)
-        after: dict[Hashable, list[list[float]]] = {}
-        for request, row in zip(ids, report.rows, strict=True):
-            info = infos.get(request)
-            label = info.domain if info is not None else _label(stream.key.domain)
-            weights = self._requests.get(request) or domains.start(label)
-            models = point.models[option]
-            if info is not None and info.temperature != point.temperature:
-                nearest = min(domains.temperatures, key=lambda value: abs(value - info.temperature))
-                models = domains.models[nearest][draft]
-            main = models[weights.index(max(weights))]
-            expected = main.tokens[index] - 1.0
-            new_weights, heaviest = domains.learn(weights, label, models, row)
+        requests: Sequence[RequestInfo | None] = decision.requests or (None,) * len(report.rows)
+        if report.ids is not None:
+            infos = {request.id: request for request in decision.requests}
+            requests = [infos.get(request) for request in report.ids]
+        num_proposed = num_accepted = 0
+        expected, mains = 0.0, []
+        lengths = dict(zip(decision.requests, decision.lengths, strict=False))
+        for info, (proposed, accepted) in zip(requests, report.rows, strict=True):
+            draft = point.models[option]
+            # tokens that could not be proposed, as the text or the match ends, are not gained
+            length = lengths.get(info, decision.setup.length) if lengths and info else decision.setup.length
+            row = (length, accepted) if proposed else (0, 0)
             if info is None:
-                after.setdefault(request, []).append(new_weights)
+                weights, main = domains.learn(domains.rows[stream.label], stream.label, draft, row)
+                domains.rows[stream.label] = weights
             else:
-                self._remember(request, new_weights)
-            totals, rate = self._totals, STATS_WEIGHT / num_rows
-            totals[2] += rate * (row[0] - totals[2])
-            totals[3] += rate * (expected - totals[3])
-            totals[4] += rate * (row[1] - totals[4])
-        for request, rows in after.items():  # rows of many requests: what one of them is like says little of the next
-            start, share = domains.start(_label(stream.key.domain)), ANONYMOUS_SHARE / len(rows)
-            means = [share * sum(column) for column in zip(*rows, strict=True)]
-            self._remember(
-                request, [mean + (1.0 - ANONYMOUS_SHARE) * first for mean, first in zip(means, start, strict=True)]
-            )
-        return heaviest
+                if info.temperature != point.temperature:
+                    draft = domains.nearest(info.temperature)[point.drafts[option]]
+                label = domains.labels.get(info.domain, 0)
+                weights, label = self._requests.get(info.id) or (domains.shares[label], label)
+                weights, main = domains.learn(weights, label, draft, row)
+                if info.id in self._requests:
+                    self._requests[info.id] = weights, label
+            mains.append(main)
+            num_proposed += proposed
+            num_accepted += accepted
+            expected += draft.models[main].tokens[arm[1]] - 1.0
+        totals, rate = self._totals, STATS_WEIGHT / len(report.rows)
+        for number, value in enumerate((num_proposed, expected, num_accepted), 2):
+            totals[number] += rate * value - STATS_WEIGHT * totals[number]
+        return num_accepted, mains
 
     def finish(self, requests: Iterable[Hashable]) -> None:
         """Forgets requests that ended."""
         with self._lock:
             for request in requests:
-                self._requests.pop(request, None)
+                entry = self._requests.pop(request, None)
+                if entry is not None and self._state.domains is not None:
+                    self._state.domains.finish(*entry)
 
     def replace(self, policy: Policy) -> None:
         """Switches to another policy and keeps what was learned of drafts and domains that both have.
@@ -457,27 +453,18 @@ class Selector:
         """
         state = SelectorState(policy, **self._options)
         with self._lock:
-            state.take_over(self._state)
+            load(state.parts(), save(self._state.parts()), strict=False)
+            state.update()
             self._replaced = frozenset(self._state.streams)
-            self._state, self._probe, self._last_option = state, None, (None, 0)
-            self._requests.clear()
+            self._state = state
+            self._forget_rounds()
 
     def snapshot(self) -> dict[str, Any]:
         """All that was learned, as JSON values for `restore`, in another process too; requests are left out."""
         with self._lock:
-            state, domains = self._state, self._state.domains
-            state.update()  # as `restore` does
-            rows = [[key.domain, list(weights)] for key, weights in self._requests.items() if isinstance(key, _Rows)]
-            mixes = [] if domains is None else [[label, list(mix)] for label, (mix, _) in domains.mixes.items()]
-            return {
-                "version": SNAPSHOT_VERSION,
-                "policy": state.digest,
-                "selector": save([self, self._budget]),
-                "state": save(state.parts()),
-                "minima": [list(minimum) for minimum in self._budget.minima],
-                "mixes": mixes,
-                "rows": rows,
-            }
+            self._state.update()  # as `restore` does
+            learned = save([self, self._budget, *self._state.parts()])
+            return {"version": SNAPSHOT_VERSION, "policy": self._state.digest, "learned": learned}
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Goes on from a snapshot.
@@ -489,43 +476,25 @@ class Selector:
         if version != SNAPSHOT_VERSION:
             raise InputError(f"snapshot version {version!r}: this draftpick reads version {SNAPSHOT_VERSION}")
         fresh = Selector(self.policy, guarantee=self._guarantee, window=self._window, **self._options)
-        state, budget = fresh._state, fresh._budget
-        if snapshot.get("policy") != state.digest:
+        if snapshot.get("policy") != fresh._state.digest:
             raise InputError("the snapshot was made under another policy: restore it before `replace`")
         try:
-            load([fresh, budget], snapshot["selector"])
-            load(state.parts(), snapshot["state"])
-            budget.minima.clear()
-            budget.minima.extend((float(now), float(total)) for now, total in snapshot["minima"])
-            if not 0.0 <= budget.loss < math.inf:
-                raise ValueError("an impossible loss")
-            for label, mix in snapshot["mixes"] if state.domains is not None else ():
-                assert state.domains is not None
-                state.domains.start(label)[:] = [float(share) for share in mix]
-            rows: dict[Hashable, list[float]] = {
-                _Rows(domain): [float(weight) for weight in weights] for domain, weights in snapshot["rows"]
-            }
-            state.update()
+            load([fresh, fresh._budget, *fresh._state.parts()], snapshot["learned"])
+            fresh._state.update()
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"the snapshot is damaged: {type(error).__name__} {error}") from error
         with self._lock:
-            self._state, self._budget, self._probe, self._last_option = state, budget, None, (None, 0)
-            load([self], snapshot["selector"][:1])
-            self._requests = rows
-
-
-def _label(domain: str) -> str | None:
-    return None if domain == MIXED else domain
+            self._state, self._budget = fresh._state, fresh._budget
+            load([self], snapshot["learned"])
+            self._forget_rounds()
 
 
 def _is_possible(report: RoundReport, length: int, many: bool) -> bool:
     """Whether rounds of up to `length` proposed tokens can report such rows and seconds."""
-    rows, seconds, decision = report.rows, report.seconds, report.decision
-    ids = [request.id for request in decision.requests] if report.ids is None and not many else report.ids
-    for value in (MAX_ROUND_S / 2 if seconds is None else seconds, report.extra_s + 2 * MIN_ROUND_S):
-        if not isinstance(value, float | int) or not MIN_ROUND_S < value < MAX_ROUND_S:
-            return False
-    if not isinstance(rows, tuple | list) or not rows:
+    decision, rows, seconds, extra_s, ids = report
+    if ids is None and decision.requests and not many:
+        ids = tuple([request.id for request in decision.requests])
+    if not isinstance(rows, SEQUENCES) or not rows:
         return False
     if many:
         fits = ids != ()
@@ -533,9 +502,13 @@ def _is_possible(report: RoundReport, length: int, many: bool) -> bool:
         fits = not ids or len(rows) == len(ids) == len(set(ids))
         fits &= not decision.covered or len(rows) <= decision.batch_size
     for row in rows:
-        if not isinstance(row, tuple | list) or len(row) != 2:
+        if not isinstance(row, SEQUENCES) or len(row) != 2:
             return False
         proposed, accepted = row
         if type(proposed) is not int or type(accepted) is not int or not 0 <= accepted <= proposed <= length:
             return False  # bool, and the integers of arrays, are not int
+    seconds = 1.0 if seconds is None else seconds
+    for value, least in ((seconds, MIN_ROUND_S), (extra_s, 0.0)):
+        if not isinstance(value, NUMBERS) or not least <= value < MAX_ROUND_S:
+            return False
     return fits

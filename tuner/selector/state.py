@@ -1,5 +1,6 @@
 """What a selector holds of one policy: its choices, their operating points, and the domains of its prior."""
 
+from bisect import bisect_left
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -8,25 +9,36 @@ from tuner.policy.policy import Policy, to_json
 from tuner.policy.prior import RoundTimes
 from tuner.policy.query import OperatingPoint, check_query
 from tuner.selector.acceptance import Domains
-from tuner.selector.index import PolicyIndex
 from tuner.selector.point import PLAIN_ARM, Arm, Point
-from tuner.selector.snapshot import load, save
 
 FIRST_ROUNDS = 4.0  # of the policy's choice, which rests on real runs, before estimates may say otherwise
-PROVEN_ROUNDS = 40.0  # that a setup counts as run, which the policy chose
+MAX_DOUBT = 0.15
+MAX_QUERIES = 4096  # whose answers are remembered
 
 
 class Stream:
-    """The setup in use for queries that one choice of the policy answers."""
+    """The setup in use for queries that one choice of the policy answers.
+
+    `dwell`: rounds before the next look for a better one. `doubt`: by how much, at first, the prior's best exceeds the
+    policy's choice, which rests on real runs.
+    """
 
     LEARNED = ("arm", "dwell")
-    __slots__ = ("arm", "doubt", "dwell", "fixed", "key", "point")
+    __slots__ = ("arm", "domain", "doubt", "dwell", "fixed", "key", "label", "operating_point", "point")
 
-    def __init__(self, key: OperatingPoint, point: Point | None, arm: Arm, fixed: Setup) -> None:
-        self.key, self.point, self.arm, self.fixed = key, point, arm, fixed
-        self.dwell, self.doubt = FIRST_ROUNDS, 0.0
-        if point is not None and self.arm[0]:
-            self.doubt = point.doubt(arm, key.domain)
+    def __init__(self, operating_point: OperatingPoint, setup: Setup, point: Point | None, domains: Domains | None):
+        self.operating_point, self.point, self.fixed = operating_point, point, setup
+        self.arm: Arm = PLAIN_ARM
+        self.dwell, self.doubt, self.label = FIRST_ROUNDS, 0.0, 0
+        if point is not None and domains is not None:
+            self.label = domains.labels.get(operating_point.domain, 0)
+            self.arm = point.find(setup) or PLAIN_ARM
+            point.proven.add(self.arm)
+            if self.arm[0] and operating_point.domain in domains.names:
+                weights = [float(name == operating_point.domain) for name in domains.names]
+                best = point.value(point.best[weights.index(1.0)], weights)
+                self.doubt = max(0.0, min(MAX_DOUBT, best / point.value(self.arm, weights) - 1.0))
+        self.key = digest_of([*operating_point, setup.digest, None if point is None else point.times.key])
 
 
 class SelectorState:
@@ -35,92 +47,73 @@ class SelectorState:
     def __init__(
         self, policy: Policy, drafts: Collection[str] | None, *, max_length: int | None, baseline: str
     ) -> None:
-        self.policy, self.digest, self.index = policy, digest_of(to_json(policy)), PolicyIndex(policy)
-        self.temperatures = sorted({choice.temperature for choice in policy.choices})
+        self.policy, self.digest = policy, digest_of(to_json(policy))
+        self._temperatures = sorted({choice.temperature for choice in policy.choices})
+        self._contexts = sorted({choice.context_length for choice in policy.choices})
+        self._answers: dict[tuple[int, int | None, str | None, float], Stream | None] = {}
         self.domains = None if policy.prior is None else Domains(policy.prior)
+        times: dict[tuple[int, int, float], dict[int | None, RoundTimes]] = {}
+        for row in () if policy.prior is None else policy.prior.round_times:
+            times.setdefault((row.batch_size, row.context_length, row.temperature), {})[row.draft] = row
         self.points: dict[tuple[int, int, float], Point] = {}
         self.streams: dict[OperatingPoint, Stream] = {}
-        plain: dict[tuple[int, int, float], RoundTimes] = {}
-        times: dict[tuple[int, int, float], dict[int, RoundTimes]] = {}
-        for row in () if policy.prior is None else policy.prior.round_times:
-            where = row.batch_size, row.context_length, row.temperature
-            if row.draft is None:
-                plain[where] = row
-            else:
-                times.setdefault(where, {})[row.draft] = row
         for choice in policy.choices:
             where = choice.batch_size, choice.context_length, choice.temperature
-            if where in plain and where not in self.points:
+            if where not in self.points and None in times.get(where, ()):
                 assert policy.prior is not None
                 assert self.domains is not None
                 self.points[where] = Point(
                     policy.prior,
                     self.domains,
-                    plain[where],
-                    times.get(where, {}),
+                    times[where],
                     usable=drafts,
                     max_length=max_length,
                     baseline=baseline,
                 )
+            setup = choice.setup
+            if setup.draft is not None and drafts is not None and setup.draft.name not in drafts:
+                setup = PLAIN
+            if max_length is not None and setup.length > max_length:
+                setup = PLAIN
             point = self.points.get(where)
-            draft = choice.setup.draft
-            setup = choice.setup if draft is None or drafts is None or draft.name in drafts else PLAIN
-            setup = setup if setup.length <= (max_length or setup.length) else PLAIN
-            arm = None if point is None else point.find(setup)
-            if arm is None:  # the prior does not cover the policy's choice, which is applied as it stands
-                point = None
-            elif point is not None:
-                point.times.drafts[arm[0]].rounds = PROVEN_ROUNDS
-                point.chosen.add(arm)
-            self.streams[choice.point] = Stream(choice.point, point, arm or PLAIN_ARM, setup)
+            if point is not None and point.find(setup) is None:
+                point = None  # the prior does not cover the policy's choice, which is applied as it stands
+            self.streams[choice.point] = Stream(choice.point, setup, point, self.domains)
 
     def find(
         self, batch_size: int, context_length: int | None, domain: str | None, temperature: float
     ) -> Stream | None:
         """The stream of a query; None: its batch is beyond the largest measured. Raises InputError."""
+        if context_length is not None and context_length >= 1:  # between two measured ones the answer does not change
+            longer = bisect_left(self._contexts, context_length)
+            context_length = self._contexts[longer] if longer < len(self._contexts) else None
+        query = batch_size, context_length, domain, temperature
+        if query not in self._answers:
+            if len(self._answers) >= MAX_QUERIES:  # a caller that puts anything into the label
+                self._answers.clear()
+            self._answers[query] = self._look_up(*query)
+        return self._answers[query]
+
+    def _look_up(
+        self, batch_size: int, context_length: int | None, domain: str | None, temperature: float
+    ) -> Stream | None:
         check_query(batch_size, context_length, temperature)
-        nearest = min(self.temperatures, key=lambda value: abs(value - temperature))
-        point = self.index.find(batch_size, context_length, domain, nearest)
-        if point is None and context_length is not None:  # beyond the longest: that one is the nearest
-            point = self.index.find(batch_size, None, domain, nearest)
-        return None if point is None else self.streams[point]
+        nearest = min(self._temperatures, key=lambda value: abs(value - temperature))
+        for context in dict.fromkeys((context_length, None)):  # beyond the longest: that one is the nearest
+            answer = self.policy.look_up(
+                batch_size=batch_size, context_length=context, domain=domain, temperature=nearest
+            )
+            if answer.matched:
+                return self.streams[answer.choice.point]
+        return None
 
     def parts(self) -> Iterator[Any]:
-        """What learns, for snapshots."""
+        """What learns."""
         yield from () if self.domains is None else self.domains.parts()
-        for point in self.points.values():
-            yield from point.times.parts()
+        yield from (point.times for point in self.points.values())
         yield from self.streams.values()
 
     def update(self) -> None:
         """Recomputes all figures."""
         for point in self.points.values():
             point.update()
-
-    def take_over(self, earlier: "SelectorState") -> None:
-        """What was learned of the same drafts on the same domains at the same lengths, and of times stored alike."""
-        new, old, new_prior, old_prior = self.domains, earlier.domains, self.policy.prior, earlier.policy.prior
-        if (
-            new is None
-            or old is None
-            or new_prior is None
-            or old_prior is None
-            or new_prior.lengths != old_prior.lengths
-        ):
-            return
-        for temperature in set(new.temperatures) & set(old.temperatures):
-            for number, draft in enumerate(new_prior.drafts):
-                if draft in old_prior.drafts:
-                    learned = old.models[temperature][old_prior.drafts.index(draft)]
-                    for name, model in zip(new.names, new.models[temperature][number], strict=True):
-                        if name in old.names:
-                            load([model], save([learned[old.names.index(name)]]))
-                    load([new.models[temperature][number][0].shift], save([learned[0].shift]))
-        for where, point in self.points.items():
-            before = earlier.points.get(where)
-            if before is not None and (before.setups, before.times.seconds) == (point.setups, point.times.seconds):
-                load(point.times.parts(), save(before.times.parts()))
-        if new.names == old.names:
-            new.mixes = old.mixes
-        new.rounds = [old.rounds[old.names.index(name)] if name in old.names else 0.0 for name in new.names]
-        self.update()

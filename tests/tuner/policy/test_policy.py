@@ -25,7 +25,7 @@ from tests.support.policies import (
 )
 from tuner.policy.policy import Policy, from_json, read, to_json, write
 from tuner.policy.query import MIXED
-from tuner.selector.index import PolicyIndex
+from tuner.selector.selector import Selector
 
 ASSETS = ROOT / "tests" / "assets"
 CODE4 = Setup(draft=CODE_DRAFT, length=4)
@@ -335,8 +335,8 @@ def test_what_the_budget_left_undecided_answers_nothing() -> None:
     assert not answer.matched
     assert answer.rule == "the run's budget ended before mixed prompts at batch 8, context 512 were decided"
     assert cut.crossover_batch is None
-    assert PolicyIndex(cut).find(1, None, "code", 0.0) == choice(NGRAM2).point
-    assert PolicyIndex(cut).find(8, None, None, 0.0) is None
+    assert Selector(cut).choose(domain="code").setup == NGRAM2
+    assert not Selector(cut).choose(batch_size=8).covered
     assert from_json(to_json(cut)) == cut
 
 

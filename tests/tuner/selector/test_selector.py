@@ -8,7 +8,7 @@ from profiles.engines.base import RequestInfo, RoundReport
 from profiles.records.core import PLAIN, Setup
 from profiles.records.evidence import RoundCount
 from tests.support.policies import CODE_DRAFT, NGRAM, choice, learning_policy
-from tests.support.worlds import CODE2, NGRAM8, World, drafted, share
+from tests.support.worlds import CODE2, NGRAM8, World, drafted
 from tuner.selector.selector import Selector
 
 
@@ -23,10 +23,10 @@ def test_it_starts_at_the_policy() -> None:
 
 
 def test_it_stays_where_the_policy_is_right() -> None:
-    """In a world that is as measured, nearly all rounds run the policy's setup, and it pays."""
+    """In a world that is as measured, nearly all rounds run the policy's draft at about its length, and it pays."""
     world = World()
     picks = world.play(Selector(learning_policy()), 3000)
-    assert share(picks, NGRAM8) > 0.95
+    assert sum(pick.setup.draft == NGRAM and pick.setup.length >= 6 for pick in picks) > 0.95 * 3000
     assert world.tokens / world.seconds > 1.2 * 100.0
 
 

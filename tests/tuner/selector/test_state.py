@@ -1,4 +1,4 @@
-"""The index answers exactly as the policy's look-up does."""
+"""The selector finds the measured point that the policy's look-up does, or the nearest one."""
 
 import pytest
 from hypothesis import given
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from profiles.records.core import Setup
 from profiles.records.errors import InputError
 from tests.support.policies import CODE_DRAFT, NGRAM, choice, policy
-from tuner.selector.index import PolicyIndex
+from tuner.selector.state import SelectorState
 
 # ragged on purpose: batch 8 lacks the long context, code lacks batch 8, temperature 0.7 has one point
 RAGGED = policy(
@@ -19,6 +19,8 @@ RAGGED = policy(
     choice(Setup(draft=NGRAM, length=3), domain="copy", temperature=0.7),
 )
 
+STATE = SelectorState(RAGGED, None, max_length=None, baseline="k0")
+
 
 @given(
     batch_size=st.integers(1, 10),
@@ -29,12 +31,15 @@ RAGGED = policy(
 def test_same_answers_as_the_policy(
     batch_size: int, context_length: int | None, domain: str | None, temperature: float
 ) -> None:
-    """The index gives the answer of the rule itself, between the measured points and beyond them."""
-    answered = PolicyIndex(RAGGED).find(batch_size, context_length, domain, temperature)
-    answer = RAGGED.look_up(
-        batch_size=batch_size, context_length=context_length, domain=domain, temperature=temperature
-    )
-    assert answered == (answer.choice.point if answer.matched else None)
+    """Between the measured points and beyond them; the nearest temperature, and the longest context."""
+    stream = STATE.find(batch_size, context_length, domain, temperature)
+    nearest = min((0.0, 0.7), key=lambda measured: abs(measured - temperature))
+    answers = [
+        RAGGED.look_up(batch_size=batch_size, context_length=length, domain=domain, temperature=nearest)
+        for length in (context_length, None)
+    ]
+    points = [answer.choice.point for answer in answers if answer.matched]
+    assert (stream and stream.operating_point) == (points[0] if points else None)
 
 
 @pytest.mark.parametrize(
@@ -48,4 +53,4 @@ def test_same_answers_as_the_policy(
 def test_impossible_question(question: tuple[int, int | None, None, float], message: str) -> None:
     """A value that cannot exist raises an error that names it."""
     with pytest.raises(InputError, match=message):
-        PolicyIndex(RAGGED).find(*question)
+        STATE.find(*question)
