@@ -83,13 +83,11 @@ class Engine(Protocol):
 
     def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
         """One plain run of the target, alone in its batch; not timed."""
-        ...
 
     def trace_draft(
         self, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft, max_length: int
     ) -> Acceptance:
         """The acceptance of one component of a draft over the target's trace, for every length up to `max_length`."""
-        ...
 
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
         """Step times by component digest: the target at widths 1..max_length+1 and all drafts' components, interleaved.
@@ -98,7 +96,6 @@ class Engine(Protocol):
         `rounds`, the target has width 1 alone, a plain round, and every traced draft has whole rounds by the tokens
         verified: 1 + k for every k, and 1 (nothing proposed) where that happens.
         """
-        ...
 
     def run_together(
         self, workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], purpose: str
@@ -108,7 +105,6 @@ class Engine(Protocol):
         A batch of rows is kept full until the queue is empty. `purpose` says what the runs are for (`race 0`,
         `proof 0`): evidence taken for one purpose never answers for another.
         """
-        ...
 
 
 class RequestInfo(NamedTuple):
@@ -173,12 +169,9 @@ class RoundController(Protocol):
         per_request: bool = False,
     ) -> RoundDecision:
         """The setup of the next round; `domain` is None when the requests in the batch are of several domains."""
-        ...
 
     def observe(self, report: RoundReport) -> bool:
         """Learns from a round; False: the report is impossible and was refused."""
-        ...
 
     def finish(self, requests: Iterable[Hashable]) -> None:
         """Forgets requests that ended."""
-        ...

@@ -32,7 +32,6 @@ class ServingEngine(Engine, Protocol):
 
     def close(self) -> None:
         """Ends them."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

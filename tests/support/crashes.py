@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from profiles.engines.base import Engine
-from profiles.records.core import Draft, Prompt, Setup, Workload
+from profiles.records.core import Draft, Prompt, Setup, digest_of
 from profiles.records.evidence import Acceptance, LookupTrace, Sample, StepTimes, TargetTrace
 from profiles.records.keys import run_point, unit_digest
 from store.evidence_store import EvidenceStore, Scope
@@ -77,44 +77,28 @@ class Noted:
     """Fits `Engine`: notes every unit before and after it is measured, which takes `pause_s` longer."""
 
     def __init__(self, engine: Engine, journal: Journal, pause_s: float) -> None:
-        self.environment = engine.environment
-        self.target = engine.target
-        self.drafts = engine.drafts
-        self.capabilities = engine.capabilities
-        self._engine = engine
-        self._journal = journal
-        self._pause_s = pause_s
+        self._engine, self._journal, self._pause_s = engine, journal, pause_s
 
-    def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
-        self._begun(f"trace {workload.sampling_digest} {prompt.digest}")
-        return self._measured(self._engine.trace_target(workload, prompt))
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._engine, name)
+        if name not in ("trace_target", "trace_draft", "time_steps", "run_together"):
+            return found
 
-    def trace_draft(
-        self, workload: Workload, prompt: Prompt, trace: TargetTrace, draft: Draft, max_length: int
-    ) -> Acceptance:
-        self._begun(f"acceptance {workload.sampling_digest} {prompt.digest} {draft.digest} {max_length}")
-        return self._measured(self._engine.trace_draft(workload, prompt, trace, draft, max_length))
+        def measure(*question: Any) -> Any:
+            key = [part for part in question if not isinstance(part, TargetTrace)]  # stored ones may be rounded
+            said = {}
+            if name == "run_together":
+                workload, prompts, setups, purpose = question
+                unit = unit_digest(self.target, self.environment, run_point(workload, prompts, setups, purpose))
+                said = {"table": "samples", "unit_digest": unit, "rows": len(setups) * len(prompts)}
+            self._journal.note("begun", unit=f"{name} {digest_of(repr(key))}", **said)
+            time.sleep(self._pause_s)
+            evidence = found(*question)
+            more = {"table": "step_times", "rows": len(evidence)} if name == "time_steps" else {}
+            self._journal.note("measured", **more)
+            return evidence
 
-    def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
-        self._begun(f"steps {workload.batch_size} {context_length} {max_length}")
-        times = self._measured(self._engine.time_steps(workload, context_length, max_length))
-        self._journal.note("measured", table="step_times", rows=len(times))
-        return times
-
-    def run_together(
-        self, workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], purpose: str
-    ) -> tuple[Sample, ...]:
-        unit = unit_digest(self.target, self.environment, run_point(workload, prompts, setups, purpose))
-        self._begun(f"runs {unit}", table="samples", unit_digest=unit, rows=len(setups) * len(prompts))
-        return self._measured(self._engine.run_together(workload, prompts, setups, purpose))
-
-    def _begun(self, unit: str, **said: Any) -> None:
-        self._journal.note("begun", unit=unit, **said)
-        time.sleep(self._pause_s)
-
-    def _measured(self, evidence: Any) -> Any:
-        self._journal.note("measured")
-        return evidence
+        return measure
 
 
 class RecordingStore(EvidenceStore):
