@@ -44,15 +44,21 @@ class EngineRelease:
 
 def release_of(engine: str, version: str | None) -> EngineRelease:
     """The release that flags are written for. Raises InputError: `version` is not a version of this engine."""
-    build: str | None
+    title, newest = TITLES[engine], NEWEST[engine]
+    build: str | None = None
     if engine == "llamacpp":
         build = None if version is None else f"b{build_number(version)}"
-        is_newer = build is not None and build_number(build) > build_number(NEWEST[engine])
+        is_newer = build is not None and build_number(build) > build_number(newest)
     else:
-        build = _installed(engine) if version is None else str(_parsed(engine, version))
-        newest_version = Version(NEWEST[engine])  # a post-release or a local build of it is not newer
+        text = (software.installed_version(engine) or "") if version is None else version.strip().removeprefix("v")
+        try:
+            build = str(Version(text))
+        except InvalidVersion:  # none is installed, or one of a fork that is not a version
+            if version is not None:
+                needed = f"a version of {title} is needed, like {newest}"
+                raise InputError(f"engine version {version!r}: {needed}") from None
+        newest_version = Version(newest)  # a post-release or a local build of it is not newer
         is_newer = build is not None and min(Version(build), Version(Version(build).base_version)) > newest_version
-    title, newest = TITLES[engine], NEWEST[engine]
     note: str | None
     if build is None:
         note = f"no {title} is installed here: emitted for {title} {newest}, the newest one known"
@@ -67,18 +73,3 @@ def build_number(text: str) -> int:
     if match is None:
         raise InputError(f"engine version {text!r}: llama.cpp takes build numbers like b6800 or 6800")
     return int(match[1])
-
-
-def _parsed(engine: str, text: str) -> Version:
-    try:
-        return Version(text.strip().removeprefix("v"))
-    except InvalidVersion:
-        needed = f"a version of {TITLES[engine]} is needed, like {NEWEST[engine]}"
-        raise InputError(f"engine version {text!r}: {needed}") from None
-
-
-def _installed(engine: str) -> str | None:
-    try:
-        return str(Version(software.installed_version(engine) or ""))
-    except InvalidVersion:  # none, or one of a fork that is not a version
-        return None

@@ -18,6 +18,7 @@ from profiles.engines.serving.base import Run, ServedEngine
 from profiles.engines.serving.pool import ServerPool
 from profiles.engines.serving.process import Server
 from profiles.engines.serving.redaction import redacted, without_paths
+from profiles.hardware import software
 from profiles.hardware.fingerprint import fingerprint
 from profiles.models import loader
 from profiles.models.loader import DescribedModel
@@ -46,7 +47,9 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], Server]):
 
     def __init__(self, target: DescribedModel, drafts: tuple[Draft, ...], program: Program, options: Options) -> None:
         self._described, self._program, self._options = target, program, options
-        program.check_device(options.device)
+        if options.on_gpu and not software.server_devices(program.command):
+            lack = f"{program.version} finds no GPU; take cpu, or a llama-server with CUDA"
+            raise InputError(f"device {options.device!r}: {lack}")
         for draft in drafts:
             check_draft(draft, program)
         self._file = weights_of(target.record)

@@ -34,11 +34,6 @@ class Program:
     def release(self) -> LlamaRelease:
         return LlamaRelease(engine="llamacpp", version=self.version, flags=self.flags)
 
-    def check_device(self, device: str) -> None:
-        """Raises InputError: a GPU for a build that can use none."""
-        if device.startswith("cuda") and not software.server_devices(self.command):
-            raise InputError(f"device {device!r}: {self.version} finds no GPU; take cpu, or a llama-server with CUDA")
-
 
 def find_program(path: str | None = None) -> Program:
     """The `llama-server` at `path` or by that name on the PATH; None: $DRAFTPICK_LLAMA_SERVER, else xllamacpp.
