@@ -143,8 +143,11 @@ def test_losses_leave_the_window() -> None:
     for _ in range(995):
         budget.add(0.0, 1.0)
     assert budget.loss == 10.0
+    assert budget.allowed_s(1.0) == pytest.approx((whole_s - 10.0) / RISK_DIVISOR)
     budget.add(0.0, 1.0)
     assert budget.loss == 8.0
+    share = whole_s / 1000  # since the start 10 are lost, in 1,001 rounds
+    assert budget.allowed_s(1.0) == pytest.approx((1001 * share - 10.0) / RISK_DIVISOR)
     assert LossBudget(None, 1000).allowed_s(1.0) == float("inf")
 
 

@@ -132,7 +132,7 @@ def test_the_same_reports_give_the_same_picks() -> None:
         ({"learned": {}}, "the snapshot is damaged"),
         ({"selector": [1, 0, 4, float("nan"), [0.0] * 5]}, "the snapshot is damaged"),
         ({"selector": [1, 0, 4, 0.0, [0.0] * 4]}, "the snapshot is damaged"),
-        ({"budget": [0.0, 0.0, "x"]}, "the snapshot is damaged"),
+        ({"budget": [0.0, 0.0, 0.0, 0.0, "x"]}, "the snapshot is damaged"),
         ({"budget": [0.0, 0.0]}, "the snapshot is damaged"),
     ],
 )
