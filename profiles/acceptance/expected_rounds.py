@@ -121,7 +121,7 @@ def expected_rounds(
     mass[min(1, size)][1] = 1.0
     rounds: defaultdict[RoundCount, float] = defaultdict(float)
     shapes: defaultdict[StepShape, float] = defaultdict(float)
-    stop = None if stop_below is None else _stop_rule(acceptance, stop_below)
+    stop = None if stop_below is None else stop_rule(acceptance, stop_below)
     for start in range(1, emitted):
         if not mass[start]:
             continue
@@ -159,7 +159,8 @@ class StopRule(NamedTuple):
     past_rejection: float
 
 
-def _stop_rule(acceptance: DraftAcceptance, below: float) -> StopRule:
+def stop_rule(acceptance: DraftAcceptance, below: float) -> StopRule:
+    """When rounds stop. Raises InputError: a look-up alone, which has no confidence."""
     model = acceptance.model if isinstance(acceptance, CompositeAcceptance) else acceptance
     require(isinstance(model, AcceptanceTrace), "a look-up has no confidence to stop below")
     assert isinstance(model, AcceptanceTrace)

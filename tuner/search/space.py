@@ -1,31 +1,31 @@
 """The cheap level of the search: forecasts alone decide among drafts, lengths, look-up windows and confidence stops.
 
-A space of thousands of setups promises more than it keeps, so setups are selected on some prompts and estimated again
-on others. At batch 1: rounds in a batch are not replayed with a stop.
+All lengths of a draft are forecast in one pass, so every setup of a space is; no sampler is needed. A space of
+thousands of setups promises more than it keeps, so setups are selected on some prompts and estimated again on others.
+At batch 1: rounds in a batch are not replayed with a stop.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 
-from profiles.acceptance.expected_rounds import combine, expected_rounds
+import numpy
+
+from profiles.acceptance.expected_rounds import catch_up_width, stop_rule
 from profiles.acceptance.ngram import trace_lookup
 from profiles.engines.base import Engine
 from profiles.records.core import PLAIN, Draft, Interval, Prompt, Setup, Workload
 from profiles.records.errors import require
-from profiles.records.evidence import Acceptance, StepShape
+from profiles.records.evidence import AcceptanceTrace, StepShape
 from profiles.stats import speedup_interval
 from tuner.forecast.evidence import Evidence, gather
 from tuner.forecast.forecaster import Forecaster
-from tuner.search.objective import candidates
+from tuner.forecast.lengths import Array, Lookup, Model, Prices, seconds_of_lengths
 
 MAX_LENGTH = 64
 WINDOWS = tuple((longest, shortest) for longest in range(1, 6) for shortest in range(1, longest + 1))
-STOPS = (None, 0.2, 0.4, 0.6, 0.8)
-EVALUATIONS = 400  # forecasts beyond the grid
+STOPS = (None, 0.3, 0.6)
 NUM_ESTIMATED = 20  # setups that are estimated again on other prompts
-Speedup = Callable[[Setup], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,50 +52,12 @@ class Space:
         )
         return list(dict.fromkeys(made))
 
-    def neighbours(self, setup: Setup) -> list[Setup]:
-        """The setups that differ in one thing: draft, length by one, a quarter or twice, window or stop by one step."""
-        draft, length, stop = setup.draft, setup.length, setup.stop_below
-        assert draft is not None
-        window = (draft.max_match or 0, draft.min_match or 0)
-        near = []
-        for other in self.drafts:
-            windows, stops = self.choices(other)
-            near.append(
-                point_setup(other, length, window if window in windows else None, stop if stop in stops else None)
-            )
-        windows, stops = self.choices(draft)
-        lengths = sorted({length - 1, length + 1, length * 3 // 4, length * 5 // 4, length // 2, length * 2})
-        near += [point_setup(draft, k, None, stop) for k in lengths if 1 <= k <= self.max_length]
-        beside = [pair for pair in windows if pair and abs(pair[0] - window[0]) + abs(pair[1] - window[1]) == 1]
-        near += [point_setup(draft, length, pair, stop) for pair in beside]
-        at = stops.index(stop)
-        near += [
-            point_setup(draft, length, None, other) for other in (*stops[max(0, at - 1) : at], *stops[at + 1 : at + 2])
-        ]
-        return [other for other in dict.fromkeys(near) if other != setup]
-
 
 def point_setup(draft: Draft, length: int, window: tuple[int, int] | None, stop: float | None) -> Setup:
     """A point of a space; without a window the draft's own."""
     if window is not None:
         draft = replace(draft, max_match=window[0], min_match=window[1])
     return Setup(draft=draft, length=length, stop_below=stop)
-
-
-def climb(space: Space, speedup: Speedup, starts: Iterable[Setup], evaluations: int) -> dict[Setup, float]:
-    """Speed-ups of `evaluations` setups at most: of the starts, then uphill from the best that was not left yet."""
-    values: dict[Setup, float] = {}
-    for setup in starts:
-        if len(values) < evaluations:
-            values[setup] = speedup(setup)
-    left: set[Setup] = set()
-    while len(values) < evaluations and len(left) < len(values):
-        best = max((setup for setup in values if setup not in left), key=values.__getitem__)
-        left.add(best)
-        for setup in space.neighbours(best):
-            if setup not in values and len(values) < evaluations:
-                values[setup] = speedup(setup)
-    return values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,18 +85,16 @@ def search_space(
         evidence = gather(engine, workload, prompts, sorted({*lengths, longest}))
         forecaster = Forecaster(evidence, workload, engine.target.run_digest)
         priced = SpaceForecaster(evidence, workload, forecaster, longest)
-        space = Space(drafts=evidence.drafts, max_length=longest, stops=tuple(stops))
         ordered = sorted(evidence.prompts, key=lambda prompt: (prompt.domain, prompt.digest))
         halves = ordered[::2], ordered[1::2]
-        grid = candidates(evidence.drafts, lengths)[1:]
-        values = climb(space, partial(priced.speedup, prompts=halves[0]), grid, len(grid) + EVALUATIONS)
-        ranked = sorted(values, key=values.__getitem__, reverse=True)
+        setups = Space(drafts=evidence.drafts, max_length=longest, stops=tuple(stops)).setups()
+        values = {setup: priced.speedup(setup, halves[0]) for setup in setups}
+        ranked = sorted(values, key=values.__getitem__, reverse=True)[:NUM_ESTIMATED]
         if longest >= MAX_LENGTH or ranked[0].length < longest:
             break
         longest = min(MAX_LENGTH, 2 * longest)
     estimated = [
-        Estimated(setup=setup, selected=values[setup], speedup=priced.interval(setup, halves[1]))
-        for setup in ranked[:NUM_ESTIMATED]
+        Estimated(setup=setup, selected=values[setup], speedup=priced.interval(setup, halves[1])) for setup in ranked
     ]
     return sorted(estimated, key=lambda row: row.speedup.estimate, reverse=True)
 
@@ -150,52 +110,93 @@ class SpaceForecaster:
         self._evidence, self._workload, self._forecaster = evidence, workload, forecaster
         self._max_length = max_length
         self._timed = {_family(draft): draft for draft in evidence.drafts}
-        self._acceptances: dict[tuple[str, str], Acceptance] = {}
-        self._round_s: dict[tuple[Draft | None, int, StepShape], float] = {}
-        self._plain_s = forecaster.round_s(PLAIN, StepShape(1))
-
-    def seconds(self, setup: Setup, prompt: Prompt) -> float:
-        """Expected seconds of decoding a prompt's output; per setup and prompt, and linear in its rounds."""
-        trace = self._evidence.traces[prompt.digest]
-        assert setup.draft is not None
-        acceptance = combine([self._acceptance(part, prompt) for part in setup.draft.components])
-        rounds = expected_rounds(
-            trace, acceptance, setup.length, self._workload.max_new_tokens, stop_below=setup.stop_below
-        )
-        timed = self._timed[_family(setup.draft)]
-        return sum(count * self._seconds_of(timed, setup.length, shape) for shape, count in rounds.shapes.items())
+        self._rows = {prompt.digest: row for row, prompt in enumerate(evidence.prompts)}
+        self._sizes = numpy.array([len(evidence.traces[prompt.digest].token_ids) for prompt in evidence.prompts])
+        self._plain_s = forecaster.round_s(PLAIN, StepShape(1)) * (self._sizes - 1)
+        self._lookups: dict[Draft, Lookup] = {}
+        self._priced: dict[Draft, Prices] = {}
+        self._seconds: dict[tuple[Draft, float | None], Array] = {}
 
     def speedup(self, setup: Setup, prompts: Sequence[Prompt]) -> float:
         """Ratio of totals over the prompts."""
-        plain_s = sum(self.plain_seconds(prompt) for prompt in prompts)
-        return plain_s / sum(self.seconds(setup, prompt) for prompt in prompts)
+        rows = [self._rows[prompt.digest] for prompt in prompts]
+        return float(self._plain_s[rows].sum() / self._of(setup)[rows].sum())
 
     def interval(self, setup: Setup, prompts: Sequence[Prompt]) -> Interval:
         """The speed-up with its 95 % interval over prompts; step times count as exact. InputError: under 2 prompts."""
-        plain_s = [self.plain_seconds(prompt) for prompt in prompts]
-        tokens = [len(self._evidence.traces[prompt.digest].token_ids) - 1 for prompt in prompts]
-        seconds = [self.seconds(setup, prompt) for prompt in prompts]
-        domains = [prompt.domain for prompt in prompts]
-        return speedup_interval(plain_s, tokens, seconds, tokens, strata=domains)[0]
+        rows = [self._rows[prompt.digest] for prompt in prompts]
+        tokens = (self._sizes[rows] - 1).tolist()
+        columns = self._plain_s[rows].tolist(), tokens, self._of(setup)[rows].tolist(), tokens
+        return speedup_interval(*columns, strata=[prompt.domain for prompt in prompts])[0]
 
-    def plain_seconds(self, prompt: Prompt) -> float:
-        """Seconds of decoding a prompt's output plainly."""
-        return self._plain_s * (len(self._evidence.traces[prompt.digest].token_ids) - 1)
+    def _of(self, setup: Setup) -> Array:
+        """Expected seconds of decoding every prompt's output."""
+        assert setup.draft is not None
+        key = setup.draft, setup.stop_below
+        if key not in self._seconds:
+            self._seconds[key] = self._walk(setup.draft, setup.stop_below)
+        return self._seconds[key][:, setup.length - 1]
 
-    def _acceptance(self, part: Draft, prompt: Prompt) -> Acceptance:
-        if part.kind != "ngram":
-            return self._evidence.acceptances[part.digest, prompt.digest]
-        key = part.digest, prompt.digest
-        if key not in self._acceptances:
-            trace = self._evidence.traces[prompt.digest]
-            self._acceptances[key] = trace_lookup(part, prompt, trace, self._max_length)
-        return self._acceptances[key]
+    def _walk(self, draft: Draft, stop: float | None) -> Array:
+        lookup = model = None
+        for part in draft.components:
+            if part.kind == "ngram":
+                lookup = self._lookup(part)
+            else:
+                model = self._model(part, stop)
+        prices = self._prices(self._timed[_family(draft)])
+        return seconds_of_lengths(self._sizes, self._workload.max_new_tokens, prices, lookup=lookup, model=model)
 
-    def _seconds_of(self, draft: Draft, length: int, shape: StepShape) -> float:
-        key = draft, length, shape
-        if key not in self._round_s:
-            self._round_s[key] = self._forecaster.round_s(Setup(draft=draft, length=length), shape)
-        return self._round_s[key]
+    def _lookup(self, part: Draft) -> Lookup:
+        """What a window proposes at every token of every prompt's trace."""
+        if part not in self._lookups:
+            traces = [
+                trace_lookup(part, prompt, self._evidence.traces[prompt.digest], self._max_length)
+                for prompt in self._evidence.prompts
+            ]
+            self._lookups[part] = Lookup(
+                proposed=_padded([trace.proposed for trace in traces]).astype(int),
+                accepted=_padded([trace.accepted for trace in traces]).astype(int),
+            )
+        return self._lookups[part]
+
+    def _model(self, part: Draft, stop: float | None) -> Model:
+        acceptances = [self._evidence.acceptances[part.digest, prompt.digest] for prompt in self._evidence.prompts]
+        traces = [acceptance for acceptance in acceptances if isinstance(acceptance, AcceptanceTrace)]
+        probs = _padded([trace.accept_probs for trace in traces])
+        if stop is None:
+            return Model(accept_probs=probs)
+        past_rejection = numpy.array([round(stop_rule(trace, stop).past_rejection) for trace in traces])
+        confidences = _padded([trace.confidences for trace in traces], 1.0)
+        return Model(accept_probs=probs, is_sure=confidences >= stop, past_rejection=past_rejection)
+
+    def _prices(self, draft: Draft) -> Prices:
+        """What rounds of a draft take; the width of a first step adds its time to the rest."""
+        if draft not in self._priced:
+            most, has_model = self._max_length, draft.kind != "ngram"
+
+            def round_s(length: int, *shape: int) -> float:
+                return self._forecaster.round_s(Setup(draft=draft, length=length), StepShape(*shape))
+
+            widths = [catch_up_width(max(1, behind)) for behind in range(self._workload.max_new_tokens + 3)]
+            first_s = {width: round_s(1, 2, 1, width) - round_s(1, 2, 1, 2) if has_model else 0.0 for width in widths}
+            self._priced[draft] = Prices(
+                looked_up=numpy.array([round_s(1, proposed + 1) for proposed in range(most + 1)]),
+                modelled=numpy.array(
+                    [[round_s(1, proposed + 1, proposed + more, 2) for more in (0, 1)] for proposed in range(most + 1)]
+                ),
+                catch_up=numpy.array([first_s[width] for width in widths]),
+                per_length=numpy.array([round_s(length, 1) - round_s(1, 1) for length in range(1, most + 1)]),
+            )
+        return self._priced[draft]
+
+
+def _padded(columns: Sequence[Sequence[float]], value: float = 0.0) -> Array:
+    """Rows of unequal length as one array, (rows, longest)."""
+    padded = numpy.full((len(columns), max(map(len, columns))), value)
+    for row, column in zip(padded, columns, strict=True):
+        row[: len(column)] = column
+    return padded
 
 
 def _family(draft: Draft) -> tuple[object, ...]:

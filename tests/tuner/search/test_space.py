@@ -9,36 +9,16 @@ from profiles.records.errors import InputError
 from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, TARGET, FakeEngine, prompts
 from tuner.forecast.evidence import gather
 from tuner.forecast.forecaster import Forecaster
-from tuner.search.space import Space, SpaceForecaster, climb, point_setup, search_space
+from tuner.search.space import Space, SpaceForecaster, point_setup, search_space
 
 BOTH = Draft(kind="composite", model=DRAFT_A.model, max_match=4, min_match=2)
 SPACE = Space(drafts=(DRAFT_A, NGRAM, BOTH), max_length=16)
 
 
-def test_a_space_has_every_setup_once_and_neighbours_are_in_it() -> None:
+def test_a_space_has_every_setup_once() -> None:
     setups = SPACE.setups()
     windows, stops = len(SPACE.windows), len(SPACE.stops)
     assert len(setups) == len(set(setups)) == 16 * (stops + windows + stops * windows)
-    for setup in setups[:: len(setups) // 50]:
-        near = SPACE.neighbours(setup)
-        assert set(near) <= set(setups)
-        assert setup not in near
-
-
-def test_climbing_reaches_a_peak_that_random_draws_would_miss() -> None:
-    peak = point_setup(BOTH, 13, (3, 2), 0.4)
-
-    def speedup(setup: Setup) -> float:
-        draft = setup.draft
-        assert draft is not None
-        far = abs(setup.length - 13) + abs((draft.max_match or 9) - 3) + abs((draft.min_match or 9) - 2)
-        return -far - abs((setup.stop_below or 0.0) - 0.4)
-
-    starts = [Setup(draft=draft, length=length) for draft in SPACE.drafts for length in (1, 8)]
-    values = climb(SPACE, speedup, starts, 120)
-    assert max(values, key=values.__getitem__) == peak
-    assert len(values) == 120
-    assert set(climb(SPACE, speedup, starts, 3)) == set(starts[:3])
 
 
 def test_forecasts_of_a_space_are_those_of_the_forecaster_and_take_other_windows() -> None:
