@@ -4,10 +4,10 @@ Every setup has a server of its own; drafts are not traced but run. Times are th
 server's scheduling, as its users see them.
 """
 
+import contextlib
 import itertools
 import json
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -170,20 +170,17 @@ class ServerEngine(ServedEngine[Setup, StartedServer]):
         return [self._counted_run(workload, prompt, setup, prefix) for prompt in prompts]
 
     def _counted_run(self, workload: Workload, prompt: Prompt, setup: Setup, prefix: str) -> Run:
-        """A request that is alone, so that the difference of the server's counters is its own."""
-        before = self._counters(setup, prefix)
+        """A request that is alone, so that the difference of the server's counters, if it has any, is its own."""
+        before = None
+        with contextlib.suppress(EngineError):
+            before = read_counters(self._server(setup).url, prefix)
         [completion] = self._complete(setup, workload, (prompt,))
         rounds = completion.rounds
-        if rounds is None and before is not None and (after := self._counters(setup, prefix)) is not None:
-            rounds = rounds_between(completion, after - before, past_end=self._kind.past_end)
+        if rounds is None and before is not None:
+            with contextlib.suppress(EngineError):
+                counted = read_counters(self._server(setup).url, prefix) - before
+                rounds = rounds_between(completion, counted, past_end=self._kind.past_end)
         return completion.run(rounds)
-
-    def _counters(self, setup: Setup, prefix: str) -> Counter[str | int] | None:
-        """None where the server publishes none."""
-        try:
-            return read_counters(self._server(setup).url, prefix)
-        except EngineError:
-            return None
 
     def _mean_log_probs(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> Sequence[float]:
         texts = texts_of(workload, prompts)

@@ -14,7 +14,6 @@ import psutil
 import pytest
 
 from profiles.acceptance.expected_rounds import expected_rounds
-from profiles.engines.base import Engine
 from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.engines.vllm.config import VllmOptions
@@ -173,17 +172,6 @@ def test_end_tokens_stop_an_output(pair: Pair) -> None:
     samples = pair.vllm.run_together(ending, (prompt,), setups, "test 0")
     assert {one.output_tokens for one in samples} == {len(stopped.token_ids)}
     assert len({one.output_digest for one in samples}) == 1
-
-
-def test_rounds_are_timed_at_every_length(pair: Pair) -> None:
-    """Seven samples or more of every width, also of rounds in which a look-up found nothing."""
-    engine: Engine = pair.vllm
-    times = engine.time_steps(dataclasses.replace(WORKLOAD, batch_size=4), 200, LONGEST)
-    assert set(times[engine.target.run_digest].samples_s) == {1}
-    assert set(times[pair.draft.digest].samples_s) == set(range(2, LONGEST + 2))
-    for draft in NGRAMS:
-        assert set(times[draft.digest].samples_s) == set(range(1, LONGEST + 2))
-    assert min(len(seconds) for one in times.values() for seconds in one.samples_s.values()) >= 7
 
 
 def test_sampling_with_a_draft_is_refused(pair: Pair) -> None:
