@@ -50,12 +50,12 @@ class Linearised(NamedTuple):
     @classmethod
     def of(cls, tops: Sequence[Sequence[float]], bottoms: Sequence[Sequence[float]]) -> "Linearised":
         """Product of the totals of `tops` over those of `bottoms`. Raises InputError where a total is not above 0."""
-        parts = (*tops, *bottoms)
-        totals = [float(numpy.sum(part)) for part in parts]
-        if not totals or min(totals) <= 0.0:
+        parts = numpy.array((*tops, *bottoms), float)
+        totals = parts.sum(axis=1)
+        if totals.size == 0 or totals.min() <= 0.0:
             raise InputError("a ratio of nothing: there are no tokens or no seconds")
-        shares = numpy.array([numpy.asarray(part, float) / total for part, total in zip(parts, totals, strict=True)])
-        signs, size = numpy.repeat([1.0, -1.0], [len(tops), len(bottoms)]), shares.shape[1]
+        shares = parts / totals[:, None]
+        signs, size = numpy.array([1.0] * len(tops) + [-1.0] * len(bottoms)), parts.shape[1]
         leverages = numpy.minimum(shares.max(axis=0), MAX_LEVERAGE)
         terms = signs @ shares * size * numpy.sqrt((1.0 - 1.0 / size) / (1.0 - leverages))
         return cls(float(signs @ numpy.log(totals)), terms)

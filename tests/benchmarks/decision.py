@@ -20,16 +20,13 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
-from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy
-from optuna.pruners import _wilcoxon
 
 from profiles.records.core import PLAIN, Draft, Interval, Model, Prompt, Setup, digest_of
-from profiles.stats import Linearised, log_ratio
+from profiles.stats import Linearised, LogRatio, log_ratio
 from tests.benchmarks.common import finish
 from tuner.forecast.queues import spread_over_domains
 from tuner.pipeline.points import num_proof_prompts
@@ -127,6 +124,7 @@ class World:
         self.case = case
         self.rng = rng = numpy.random.default_rng(seed)
         self.setups = SETUPS[: len(case.speedups)]
+        self.index = {id(setup): index for index, setup in enumerate(self.setups)}
         size, count = sum(case.split), len(case.speedups)
         self.speedups = rng.permutation(case.speedups)  # ties go by name, which must not tell the best
         self.prompts = PROMPTS[:size]
@@ -140,12 +138,12 @@ class World:
 
     def forecast(self, setup: Setup, prompts: Sequence[Prompt]) -> Forecast:
         picks = [self.number[prompt.digest] for prompt in prompts]
-        index = self.setups.index(setup)
+        index = self.index[id(setup)]
         speedup = log_ratio(Linearised.of([self.plain_s[picks]], [self.forecast_s[index][picks]])).interval()
         return Forecast(setup=setup, tok_per_s=speedup, speedup=speedup, acceptance_length=2.0)
 
     def seconds(self, setup: Setup, prompts: Sequence[Prompt]) -> proof.Seconds:
-        index = self.setups.index(setup)
+        index = self.index[id(setup)]
         decode = {
             prompt.digest: (self.plain_s[number], self.forecast_s[index][number])
             for prompt in prompts
@@ -158,7 +156,7 @@ class World:
         """Pairs in a random order, as `run_pairs` makes them."""
         picks = [self.number[prompt.digest] for prompt in queue]
         case, size = self.case, len(picks)
-        gains = 0.0 if setup == PLAIN else self.gains[self.setups.index(setup)][picks]
+        gains = 0.0 if setup == PLAIN else self.gains[self.index[id(setup)]][picks]
         factors = numpy.exp(self.rng.normal(0.0, case.noise, (2, size)))
         factors[1] *= numpy.exp(-gains)
         factors[self.rng.integers(2, size=size), numpy.arange(size)] *= 1.0 + case.order
@@ -227,25 +225,27 @@ def decide(case: Case, seed: int, result: Result) -> None:
         return pairs
 
     race_prompts = spread_over_domains(selection, RACE_PROMPTS)
-    speedups = {hopeful[0]: MIN_SPEEDUP}  # a single finalist goes to the proof at once
+    ratios = {hopeful[0]: LogRatio(math.log(MIN_SPEEDUP), 0.0, 1.0)}  # a single finalist goes to the proof at once
     if len(hopeful) > 1:
         queues = [(prompt,) for prompt in race_prompts]
         finished = race(run, queues, hopeful, num_finalists=NUM_FINALISTS, study_name="race", storage=None).speedups
         domains = {prompt.digest: prompt.domain for prompt in selection}
-        speedups = {
-            setup: proof.assisted_speedup(raced[setup], world.seconds(setup, selection), domains, "tpot")
+        ratios = {
+            setup: proof.race_ratio(raced[setup], world.seconds(setup, selection), domains, "tpot")
             for setup in finished
         }
+    speedups = {setup: math.exp(ratio.value) for setup, ratio in ratios.items()}
     winner = among_equals(speedups)
     if winner is None or speedups[winner] <= 1.0:
         return
-    measured, pairs, proven = prove(world, winner, raced.get(winner, []), fresh, 1.0 - proof.SHARE_LEFT)
+    others = {setup: speedup for setup, speedup in speedups.items() if setup != winner and speedup >= MIN_SPEEDUP}
+    second = among_equals(others)
+    share = proof.share_of_level(ratios, winner, second)
+    measured, pairs, proven = prove(world, winner, raced.get(winner, []), fresh, share)
     timed = len(pairs)
-    runners_up = {setup: speedup for setup, speedup in speedups.items() if setup != winner and speedup >= MIN_SPEEDUP}
-    if not proven and runners_up:
-        second = among_equals(runners_up)
-        assert second is not None
-        other, more, proven = prove(world, second, raced[second], fresh, proof.SHARE_LEFT)
+    if not proven and second:
+        share = (1.0 - share) * proof.share_of_level(ratios, second, None)
+        other, more, proven = prove(world, second, raced[second], fresh, share)
         timed += len(more)
         measured = other if proven else measured
     truth = world.speedups[world.setups.index(measured.setup)]
@@ -296,7 +296,7 @@ def small_before(world: World, tally: Tally) -> None:
 
 
 def plain_interval(pairs: Sequence[Pair], level: float) -> Interval:
-    plain_s, plain_tokens, chosen_s, chosen_tokens = columns([[pair] for pair in pairs[:BEFORE_PROMPTS]])
+    plain_s, plain_tokens, chosen_s, chosen_tokens = columns(pairs[:BEFORE_PROMPTS])
     return log_ratio(Linearised.of([plain_s, chosen_tokens], [chosen_s, plain_tokens])).interval(level)
 
 
@@ -308,25 +308,8 @@ def is_claimed(interval: Interval) -> bool:
     return interval.low > 1.0 and interval.estimate >= MIN_SPEEDUP
 
 
-@cache
-def rank_sums(size: int) -> numpy.ndarray:
-    """Chances that the ranks of the positive differences add up to at least 0, 1, 2, ... (Wilcoxon 1945)."""
-    chances = numpy.ones(1)
-    for rank in range(1, size + 1):
-        chances = (numpy.append(chances, numpy.zeros(rank)) + numpy.append(numpy.zeros(rank), chances)) / 2.0
-    return numpy.cumsum(chances[::-1])[::-1]
-
-
-def signed_rank_test(differences: numpy.ndarray, alternative: str, zero_method: str) -> SimpleNamespace:
-    """What scipy's exact test gives the pruner where no two differences are equal, in a tenth of its time."""
-    sign = 1.0 if alternative == "greater" else -1.0
-    ranks = numpy.argsort(numpy.argsort(numpy.abs(differences))) + 1
-    return SimpleNamespace(pvalue=rank_sums(len(ranks))[int(ranks[sign * differences > 0.0].sum())])
-
-
 def repeat(number: int, repetitions: range) -> Result:
     """Some repetitions of a case; each has a seed of its own."""
-    _wilcoxon.ss = SimpleNamespace(wilcoxon=signed_rank_test)
     result = Result()
     for repetition in repetitions:
         decide(CASES[number], 1_000_003 * number + repetition, result)

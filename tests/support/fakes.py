@@ -15,7 +15,7 @@ from typing import Any
 from profiles.acceptance.batch_replay import draw_rounds, replay
 from profiles.acceptance.expected_rounds import NO_END, RoundOutcome, combine
 from profiles.engines.base import TORCH, EngineCapabilities
-from profiles.records.core import CATCH_UP_WIDTHS, Draft, Environment, Model, Prompt, Setup, Workload, digest_of
+from profiles.records.core import CATCH_UP_WIDTHS, PLAIN, Draft, Environment, Model, Prompt, Setup, Workload, digest_of
 from profiles.records.evidence import Acceptance, AcceptanceTrace, LookupTrace, Sample, StepTimes, TargetTrace
 
 TARGET = Model(name="fake-target", dtype="float32", digest=digest_of("fake-target"), num_params=8_000_000)
@@ -58,6 +58,13 @@ def sql(path: Path, query: str) -> list[Any]:
         rows = connection.execute(query).fetchall()
         connection.commit()
         return rows
+
+
+def sample(setup: Setup = PLAIN, decode_s: float = 1.0, **fields: Any) -> Sample:
+    """A run of prompt `p`: ten tokens after the first, in as many rounds by default."""
+    tokens = fields.get("output_tokens", 11)
+    others = {"prompt_digest": "p", "ttft_s": 0.5, "output_tokens": tokens, "rounds": {(0, 0): tokens - 1}}
+    return Sample(setup_digest=setup.digest, decode_s=decode_s, output_digest="o", **(others | fields))
 
 
 class FakeEngine:

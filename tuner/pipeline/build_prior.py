@@ -1,10 +1,11 @@
 """Condenses the evidence of a run into what a selector starts from: the forecasts' own acceptance and round times."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from profiles.acceptance.expected_rounds import WIDEST_CATCH_UP, RoundCounts
 from profiles.acceptance.rates import acceptance_length
-from profiles.records.core import CATCH_UP_WIDTHS, PLAIN, Draft, Prompt, Setup, Workload
+from profiles.records.core import CATCH_UP_WIDTHS, PLAIN, Draft, Prompt, Setup
 from profiles.records.evidence import StepShape
 from tuner.forecast.forecaster import Forecaster
 from tuner.pipeline.points import PointDecision
@@ -27,13 +28,18 @@ def build_prior(points: Sequence[PointDecision], lengths: Sequence[int]) -> Prio
         return None
     ordered = tuple(sorted(set(lengths)))
     acceptance: dict[tuple[int, str, float], DraftAcceptance] = {}
-    times: dict[tuple[int | None, int, int, float], RoundTimes] = {}
+    times: dict[tuple[Any, ...], RoundTimes] = {}
     for point in points:
         assert point.evidence is not None
         assert point.forecaster is not None
         forecaster, load, prompts = point.forecaster, point.workload, point.plan.forecast_prompts
-        where = load.batch_size, load.context_length, load.temperature
-        times.setdefault((None, *where), _round_times(load, [forecaster.round_s(PLAIN, StepShape(1))]))
+        where: dict[str, Any] = {
+            "batch_size": load.batch_size,
+            "context_length": load.context_length,
+            "temperature": load.temperature,
+        }
+        plain = RoundTimes(draft=None, max_length=0, seconds=(forecaster.round_s(PLAIN, StepShape(1)),), **where)
+        times.setdefault((None, *where.values()), plain)
         for number, draft in enumerate(drafts):
             if draft not in point.evidence.drafts:
                 continue
@@ -44,13 +50,13 @@ def build_prior(points: Sequence[PointDecision], lengths: Sequence[int]) -> Prio
                 )
                 acceptance.setdefault((number, point.domain, load.temperature), figures)
             max_length = _max_length([other for other in points if other.workload == load], draft, ordered)
-            if (number, *where) not in times and max_length > 0:
-                times[number, *where] = _round_times(
-                    load,
-                    _seconds_by_proposed(forecaster, draft, prompts, ordered[-1]),
+            if (number, *where.values()) not in times and max_length > 0:
+                times[number, *where.values()] = RoundTimes(
                     draft=number,
                     max_length=max_length,
+                    seconds=tuple(_seconds_by_proposed(forecaster, draft, prompts, ordered[-1])),
                     catch_up_s=_catch_up_s(forecaster, draft),
+                    **where,
                 )
     return Prior(
         drafts=drafts, lengths=ordered, acceptance=tuple(acceptance.values()), round_times=tuple(times.values())
@@ -65,20 +71,6 @@ def _max_length(points: Sequence[PointDecision], draft: Draft, lengths: Sequence
     chosen = [setup.length for setup in candidates if setup is not None and setup.draft == draft]
     below = [length for length in lengths if not broken or length < min(broken)]
     return max([0, *below, *(length for length in chosen if length not in broken)])
-
-
-def _round_times(
-    load: Workload, seconds: Sequence[float], *, draft: int | None = None, max_length: int = 0, catch_up_s: float = 0.0
-) -> RoundTimes:
-    return RoundTimes(
-        draft=draft,
-        batch_size=load.batch_size,
-        context_length=load.context_length,
-        temperature=load.temperature,
-        max_length=max_length,
-        seconds=tuple(seconds),
-        catch_up_s=catch_up_s,
-    )
 
 
 def _acceptance(

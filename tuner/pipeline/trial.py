@@ -1,6 +1,7 @@
 """One operating point: its race, its proof look by look, and what they ruled out."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +11,7 @@ from profiles.records.draft_spec import RefusedDraft
 from profiles.records.errors import EngineError
 from profiles.records.evidence import Infeasible, Sample
 from profiles.records.keys import run_point, unit_digest
+from profiles.stats import LogRatio
 from tuner.forecast.evidence import Progress, trace_more
 from tuner.forecast.forecaster import Forecaster
 from tuner.forecast.queues import purpose_of, queues, spread_over_domains
@@ -93,7 +95,8 @@ class PointTrial:
         self._rejected: list[Measured] = []
         self._unproven: list[PointDecision] = []  # candidates that the last look did not prove
         self._proof: _Proof | None = None
-        self._num_proofs = 0
+        self._race_ratios: dict[Setup, LogRatio] = {}
+        self._share_left = 1.0  # of the point's level
         for forecast in point.forecasts:
             needed_bytes = options.needed_bytes(forecast.setup, self._workload)
             self._rule_out(options.limits.memory_breach(forecast.setup, needed_bytes))
@@ -167,8 +170,9 @@ class PointTrial:
         except EngineError as error:
             self._rule_out(Infeasible(setup=candidate, reason=type(error).__name__, detail=str(error)))
             self._point = replace(self._point, stopped=f"it failed in the proof: {error}")
-        if self._proof is not None and self._proof.has_news and candidate not in self._infeasible:
-            self._measure(self._proof, level)
+        running = self._proof
+        if running is not None and len(running.pairs) > running.num_measured and candidate not in self._infeasible:
+            self._measure(running, level)
         if candidate in self._infeasible and not self._point.out_of_time:
             self.select()
 
@@ -246,7 +250,8 @@ class PointTrial:
         for setup in result.speedups:
             self._standings.note(setup, "raced")
             self._rule_out(self._options.limits.latency_breach(setup, [pair.chosen for pair in pairs[setup]]))
-        result = replace(result, speedups={setup: self._race_speedup(setup, result) for setup in result.speedups})
+        self._race_ratios = {setup: self._race_ratio(setup, result) for setup in result.speedups}
+        result = replace(result, speedups={setup: math.exp(each.value) for setup, each in self._race_ratios.items()})
         feasible = {setup: speedup for setup, speedup in result.speedups.items() if setup not in self._infeasible}
         winner = among_equals(feasible)
         if not feasible and not result.pruned and self._enough_races():  # none was raced: the best forecast
@@ -256,18 +261,24 @@ class PointTrial:
         is_faster = winner is not None and feasible[winner] > 1.0
         self._point = replace(self._point, race=result, candidate=winner if is_faster else None)
 
-    def _race_speedup(self, setup: Setup, result: race.RaceResult) -> float:
+    def _race_ratio(self, setup: Setup, result: race.RaceResult) -> LogRatio:
         """Over all prompts with forecasts, of which the race timed two or more; else, and in batches, over its runs."""
-        evidence, forecaster = self._point.evidence, self._point.forecaster
+        evidence, forecaster, prompts = self._point.evidence, self._point.forecaster, self._plan.forecast_prompts
         assert evidence is not None
         assert forecaster is not None
-        few = len(timed_pairs(self._race_pairs[setup])) < 2
-        if few or self._workload.batch_size > 1 or not evidence.is_traced(setup.draft):
-            return result.speedups[setup]
-        prompts = self._plan.forecast_prompts
-        seconds = _forecast_seconds(forecaster, setup, prompts)
+        if len(timed_pairs(self._race_pairs[setup])) < 2:
+            return LogRatio(math.log(result.speedups[setup]), math.inf, 1.0)
+        seconds = None
+        if self._workload.batch_size == 1 and evidence.is_traced(setup.draft):
+            seconds = _forecast_seconds(forecaster, setup, prompts)
         domains = {prompt.digest: prompt.domain for prompt in prompts}
-        return proof.assisted_speedup(self._race_pairs[setup], seconds, domains, self._options.objective)
+        return proof.race_ratio(self._race_pairs[setup], seconds, domains, self._options.objective)
+
+    def _share(self, setup: Setup) -> float:
+        """Of the point's level, that the setup may spend: all where no other draft can be tried after it."""
+        if len({forecast.setup.draft for forecast in self._point.forecasts if forecast.setup != PLAIN}) == 1:
+            return 1.0
+        return self._share_left * proof.share_of_level(self._race_ratios, setup, self._runner_up())
 
     def _plan_proof(self, setup: Setup) -> "_Proof":
         prompts = self._plan.proof_prompts or self._plan.forecast_prompts
@@ -280,8 +291,6 @@ class PointTrial:
             batches_per_queue=PROOF_BATCHES,
         )
         looks = proof.look_sizes(len(planned), proof.QUEUE_LOOKS if is_batch else proof.LOOKS)
-        num_drafts = len({forecast.setup.draft for forecast in self._point.forecasts if forecast.setup != PLAIN})
-        share = 1.0 if num_drafts == 1 else (1.0 - proof.SHARE_LEFT) * proof.SHARE_LEFT**self._num_proofs
         design = proof.Design(
             setup=setup,
             greedy=self._workload.temperature == 0.0,
@@ -290,7 +299,7 @@ class PointTrial:
             objective=self._options.objective,
             forecasts=None if is_batch or len(looks) == 1 else self._forecasts(setup, [queue[0] for queue in planned]),
             num_pairs=sum(map(len, planned)),
-            share=share,
+            share=self._share(setup),
         )
         return _Proof(design=design, planned=planned, sizes=looks)
 
@@ -343,7 +352,8 @@ class PointTrial:
             self._point = replace(self._point, stopped=self._point.stopped or missing)
             running.is_over = True
             return
-        self._num_proofs += not running.looks  # one that ended without a look spent nothing
+        if not running.looks:  # a proof that ended without a look spent nothing
+            self._share_left -= running.design.share
         measured, running.looks = proof.measure(running.design, pairs, running.looks, level=level)
         self._standings.note(setup, "measured", measured.speedup)
         design = running.design
@@ -385,11 +395,6 @@ class _Proof:
     num_measured: int = 0
     is_over: bool = False
 
-    @property
-    def has_news(self) -> bool:
-        """Whether there are pairs since the last look."""
-        return len(self.pairs) > self.num_measured
-
 
 def _p_value(point: PointDecision) -> float:
     """Of a win: 1 for a setup that was slower, or not looked at."""
@@ -399,14 +404,12 @@ def _p_value(point: PointDecision) -> float:
 
 def _forecast_seconds(forecaster: Forecaster, setup: Setup, prompts: Sequence[Prompt]) -> proof.Seconds:
     """(plain decoding, setup) by objective and prompt digest."""
-    result: dict[Objective, dict[str, tuple[float, float]]] = {}
-    objectives: tuple[Objective, ...] = ("tpot", "throughput")
-    for objective in objectives:
-        plain, chosen = (
-            forecaster.prompt_seconds(each, prompts, end_to_end=objective == "throughput") for each in (PLAIN, setup)
-        )
-        result[objective] = {digest: (plain[digest], chosen[digest]) for digest in plain}
-    return result
+
+    def seconds(end_to_end: bool) -> dict[str, tuple[float, float]]:
+        plain, chosen = (forecaster.prompt_seconds(each, prompts, end_to_end=end_to_end) for each in (PLAIN, setup))
+        return {digest: (plain[digest], chosen[digest]) for digest in plain}
+
+    return {"tpot": seconds(end_to_end=False), "throughput": seconds(end_to_end=True)}
 
 
 def _unmeasured(point: PointDecision, candidate: Setup | None) -> PointDecision:

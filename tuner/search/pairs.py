@@ -21,15 +21,6 @@ class Pair(NamedTuple):
     chosen: Sample
 
 
-class Columns(NamedTuple):
-    """Seconds and tokens of every group of pairs; the argument order of `profiles.stats.speedup_interval`."""
-
-    plain_s: list[float]
-    plain_tokens: list[int]
-    chosen_s: list[float]
-    chosen_tokens: list[int]
-
-
 def pair_order(workload: Workload, queue: Queue, setup: Setup) -> tuple[Setup, Setup]:
     """Plain decoding and the setup in an order drawn from seed, prompts and setup: random, but a rerun repeats it."""
     return (PLAIN, setup) if _plain_first(workload, queue, setup) else (setup, PLAIN)
@@ -53,23 +44,24 @@ def timed_pairs(pairs: Sequence[Pair]) -> list[Pair]:
     return [pair for pair in pairs if min(sample.output_tokens for sample in pair) > 1]
 
 
-def columns(groups: Sequence[Sequence[Pair]], objective: Objective = "tpot") -> Columns:
-    """What is compared: decode seconds and tokens after the first; for throughput request seconds and all tokens."""
-    end_to_end = objective == "throughput"
+def columns(
+    pairs: Sequence[Pair], objective: Objective = "tpot"
+) -> tuple[list[float], list[int], list[float], list[int]]:
+    """Seconds and tokens of plain decoding, then of the setup, as `profiles.stats.speedup_interval` takes them.
 
-    def seconds(sample: Sample) -> float:
-        return sample.decode_s + (sample.ttft_s if end_to_end else 0.0)
+    Decode seconds and tokens after the first; for throughput request seconds and all tokens.
+    """
+    plain, chosen = [pair.plain for pair in pairs], [pair.chosen for pair in pairs]
+    return (*_seconds_and_tokens(plain, objective), *_seconds_and_tokens(chosen, objective))
 
-    first = 0 if end_to_end else 1
-    return Columns(
-        [sum(seconds(pair.plain) for pair in group) for group in groups],
-        [sum(pair.plain.output_tokens - first for pair in group) for group in groups],
-        [sum(seconds(pair.chosen) for pair in group) for group in groups],
-        [sum(pair.chosen.output_tokens - first for pair in group) for group in groups],
-    )
+
+def _seconds_and_tokens(samples: Sequence[Sample], objective: Objective) -> tuple[list[float], list[int]]:
+    if objective == "throughput":
+        return [each.decode_s + each.ttft_s for each in samples], [each.output_tokens for each in samples]
+    return [each.decode_s for each in samples], [each.output_tokens - 1 for each in samples]
 
 
 def speedup_so_far(pairs: Sequence[Pair], objective: Objective) -> Interval | None:
     """Speed-up over the pairs so far; None under two pairs with a time per token. Only for display."""
     timed = timed_pairs(pairs)
-    return speedup_interval(*columns([[pair] for pair in timed], objective))[0] if len(timed) > 1 else None
+    return speedup_interval(*columns(timed, objective))[0] if len(timed) > 1 else None

@@ -6,11 +6,12 @@ it more precise (`profiles.stats.assisted_log_ratio`).
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from scipy.special import stdtrit
+import numpy
+from scipy.special import ndtr, stdtrit
 
 from profiles.records.core import Setup
 from profiles.stats import (
@@ -33,7 +34,7 @@ LEVEL = 0.05  # two-sided, of all operating points together
 POWER = 0.8  # with which the smallest detectable speed-up is detected
 LOOKS = (24, 48)  # timed prompts before the last look, which is at all of them
 QUEUE_LOOKS = (6, 12)  # the same in batches: queues
-SHARE_LEFT = 0.05  # of an operating point's level, for the runner-up of the setup that is proven first
+SHARE_LEFT = 0.05  # of an operating point's level, at least, for setups after the one that is proven first
 MIN_GROWTH = 1.25  # of a look, else it is left out
 MIN_PROOF_PROMPTS = 8
 MIN_QUEUES = 4
@@ -108,18 +109,21 @@ def measure(
         if objective == design.objective:
             looks = (*earlier, sequential.next_look(ratio, predicted, earlier, is_last=is_last))
             intervals[objective] = sequential.interval(looks, level * design.share)
-    by_prompt = _by_prompt(timed_pairs(pairs), design.queue_size)
-    decoding = columns(by_prompt)
+    timed = timed_pairs(pairs)
+    prompts = _prompt_numbers(timed, design.queue_size)
+    plain_s, plain_tokens, chosen_s, chosen_tokens = (
+        numpy.bincount(prompts, weights=column).tolist() for column in columns(timed)
+    )
     measured = Measured(
         setup=design.setup,
         speedup=intervals["tpot"],
         end_to_end=intervals["throughput"],
-        plain_tok_per_s=rate_interval(decoding.plain_s, decoding.plain_tokens),
-        tok_per_s=rate_interval(decoding.chosen_s, decoding.chosen_tokens),
+        plain_tok_per_s=rate_interval(plain_s, plain_tokens),
+        tok_per_s=rate_interval(chosen_s, chosen_tokens),
         p_value=min(1.0, looks[-1].p_value / design.share),
-        num_prompts=len(by_prompt),
+        num_prompts=len(set(prompts)),
         num_divergences=sum(p.plain.output_digest != p.chosen.output_digest for p in pairs) if design.greedy else 0,
-        num_disturbed=sum(any(_is_disturbed(pair) for pair in group) for group in by_prompt),
+        num_disturbed=len({number for number, pair in zip(prompts, timed, strict=True) if _is_disturbed(pair)}),
         num_forecast_prompts=len(design.forecasts.seconds[design.objective]) if design.forecasts else None,
         detectable_speedup=detectable_speedup(looks[-1], level * design.share),
     )
@@ -145,7 +149,7 @@ def weights(race_pairs: Sequence[Pair], seconds: Seconds, domains: Mapping[str, 
         digests = [pair.plain.prompt_digest for pair in compared]
         result[objective] = 0.0
         if len(digests) > 2 and forecasts.keys() >= set(digests):
-            plain_s, chosen_s = _columns_of(forecasts, digests)
+            plain_s, chosen_s = zip(*(forecasts[digest] for digest in digests), strict=True)
             result[objective] = regression_slope(
                 _linearised(compared, objective).terms,
                 Linearised.of([plain_s], [chosen_s]).terms,
@@ -154,28 +158,36 @@ def weights(race_pairs: Sequence[Pair], seconds: Seconds, domains: Mapping[str, 
     return result
 
 
-def assisted_speedup(
-    race_pairs: Sequence[Pair], seconds: Seconds, domains: Mapping[str, str], objective: Objective
-) -> float:
-    """The speed-up in a race, over all prompts that have forecasts, of which a few were raced. It only selects."""
-    forecasts = Forecasts(seconds=seconds, weights=weights(race_pairs, seconds, domains))
+def race_ratio(
+    race_pairs: Sequence[Pair], seconds: Seconds | None, domains: Mapping[str, str], objective: Objective
+) -> LogRatio:
+    """The log speed-up in a race, over all prompts that have forecasts, of which a few were raced. It only selects."""
     compared = _compared(race_pairs, objective)
-    ratio = _assisted(compared, objective, forecasts, domains) or log_ratio(_linearised(compared, objective))
-    return math.exp(ratio.value)
+    assisted = None
+    if seconds is not None:
+        forecasts = Forecasts(seconds=seconds, weights=weights(race_pairs, seconds, domains))
+        assisted = _assisted(compared, objective, forecasts, domains)
+    return assisted or log_ratio(_linearised(compared, objective))
+
+
+def share_of_level(ratios: Mapping[Setup, LogRatio], setup: Setup, runner_up: Setup | None) -> float:
+    """The share of a level that a setup may spend before its runner-up: the chance that it is the faster of the two.
+
+    By the race, which has no prompt of the proof: so the shares are weights that are fixed before the proof.
+    """
+    chance = 1.0
+    if runner_up is not None:
+        error = math.hypot(ratios[setup].error, ratios[runner_up].error)
+        chance = float(ndtr((ratios[setup].value - ratios[runner_up].value) / error)) if error > 0.0 else 1.0
+    return min(1.0 - SHARE_LEFT, max(0.5, chance))
 
 
 def _compared(pairs: Sequence[Pair], objective: Objective) -> Sequence[Pair]:
     return timed_pairs(pairs) if objective == "tpot" else pairs
 
 
-def _columns_of(
-    forecasts: Mapping[str, tuple[float, float]], digests: Sequence[str]
-) -> tuple[list[float], list[float]]:
-    return [forecasts[digest][0] for digest in digests], [forecasts[digest][1] for digest in digests]
-
-
 def _linearised(pairs: Sequence[Pair], objective: Objective) -> Linearised:
-    plain_s, plain_tokens, chosen_s, chosen_tokens = columns([[pair] for pair in pairs], objective)
+    plain_s, plain_tokens, chosen_s, chosen_tokens = columns(pairs, objective)
     return Linearised.of([plain_s, chosen_tokens], [chosen_s, plain_tokens])
 
 
@@ -210,14 +222,15 @@ def _assisted(
         return None
     ordered = [*digests, *sorted(seconds.keys() - set(digests))]
     strata = None if domains is None else [domains[digest] for digest in ordered]
-    forecast_s = _columns_of(seconds, ordered)
-    return assisted_log_ratio(_linearised(compared, objective), forecast_s, forecasts.weights[objective], strata)
+    plain_s, chosen_s = zip(*(seconds[digest] for digest in ordered), strict=True)
+    weight = forecasts.weights[objective]
+    return assisted_log_ratio(_linearised(compared, objective), (plain_s, chosen_s), weight, strata)
 
 
 def missing_runs(pairs: Sequence[Pair], queue_size: int) -> str | None:
     """What an interval lacks: two prompts with a time per token, in a batch of two queues too; None for nothing."""
     timed = [number // queue_size for number, pair in enumerate(pairs) if timed_pairs([pair])]
-    num_prompts, num_timed = len(_by_prompt(pairs, queue_size)), len(_by_prompt(timed_pairs(pairs), queue_size))
+    num_prompts, num_timed = (len(set(_prompt_numbers(each, queue_size))) for each in (pairs, timed_pairs(pairs)))
     if num_prompts < 2:
         return f"the proof had only one prompt, {MIN_PROOF_PROMPTS} are needed (12 in all)"
     if num_timed < 2:
@@ -260,12 +273,13 @@ def _unmet_condition(measured: Measured, objective: Objective) -> str | None:
     return None
 
 
-def _by_prompt(pairs: Sequence[Pair], queue_size: int) -> list[list[Pair]]:
-    """The pairs of each prompt; at batch 1 every pair is one of its own."""
-    groups: dict[Hashable, list[Pair]] = {}
-    for number, pair in enumerate(pairs):
-        groups.setdefault(number if queue_size == 1 else pair.plain.prompt_digest, []).append(pair)
-    return list(groups.values())
+def _prompt_numbers(pairs: Sequence[Pair], queue_size: int) -> list[int]:
+    """Which prompt each pair is of; at batch 1 every pair is of one of its own."""
+    numbers: dict[str, int] = {}
+    return [
+        position if queue_size == 1 else numbers.setdefault(pair.plain.prompt_digest, len(numbers))
+        for position, pair in enumerate(pairs)
+    ]
 
 
 def _without_disturbed_queues(pairs: Sequence[Pair], queue_size: int) -> Sequence[Pair]:

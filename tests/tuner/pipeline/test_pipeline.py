@@ -1,7 +1,7 @@
 """The decision: what is raced and proven on what, what is claimed, and what is said when nothing is proven."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,11 @@ from typing import Any
 import optuna
 import pytest
 
-from profiles.records.core import PLAIN, Interval, Prompt, Setup, Workload
+from profiles.records.core import PLAIN, Draft, Interval, Prompt, Setup, Workload
 from profiles.records.errors import BadNumbersError, EngineError, InputError
 from profiles.records.evidence import Sample, TargetTrace
 from store.evidence_store import EvidenceStore
-from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts
+from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, TARGET_STEP_S, FakeEngine, prompts, sample
 from tuner.pipeline.pipeline import Outcome, Tuner, Watch
 from tuner.pipeline.points import plan_points
 from tuner.pipeline.trial import Options
@@ -26,13 +26,29 @@ from tuner.search.objective import among_equals, worth_racing
 from tuner.search.pairs import Pair, pair_order
 
 TWO_DOMAINS = (*prompts(48, "code"), *prompts(48, "prose"))
+BOTH = (DRAFT_A, NGRAM)
+MODEL = Setup(draft=DRAFT_A, length=2)
 
 
-def _engine(**kept: Any) -> FakeEngine:
-    """Only the model draft, so that what is kept decides."""
-    engine = FakeEngine(**kept)
-    engine.drafts = (DRAFT_A,)
-    return engine
+class Altered(FakeEngine):
+    """Every run is what `alter` makes of its sample, setup and purpose; by default only the model draft is there."""
+
+    def __init__(
+        self,
+        alter: Callable[[Sample, Setup, str], Sample] = lambda sample, *_: sample,
+        drafts: tuple[Draft, ...] = (DRAFT_A,),
+        **options: Any,
+    ) -> None:
+        super().__init__(**{"keep": 0.9, **options})
+        self.alter = alter
+        self.drafts = drafts
+
+    def run_together(
+        self, workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], purpose: str
+    ) -> tuple[Sample, ...]:
+        samples = super().run_together(workload, prompts, setups, purpose)
+        of_samples = [setup for setup in setups for _ in prompts]
+        return tuple(self.alter(sample, setup, purpose) for sample, setup in zip(samples, of_samples, strict=True))
 
 
 def _tune(
@@ -47,7 +63,7 @@ def _measure(setup: Setup, pairs: Sequence[Pair], **design: Any) -> Measured:
 
 def test_a_real_gain_is_proven() -> None:
     """A draft that is kept often wins over all domains and in each, with an interval above 1."""
-    outcome = _tune(_engine(keep=0.9))
+    outcome = _tune(Altered())
     assert [choice.domain for choice in outcome.choices] == [MIXED, "code", "prose"]
     for choice in outcome.choices:
         assert choice.proven
@@ -60,7 +76,7 @@ def test_a_real_gain_is_proven() -> None:
 
 def test_a_useless_draft_leaves_plain_decoding() -> None:
     """Nothing is proven, the choice is plain, and the reason says what was forecast or measured."""
-    outcome = _tune(_engine(keep=0.0))
+    outcome = _tune(Altered(keep=0.0))
     for choice in outcome.choices:
         assert choice.setup == PLAIN
         assert not choice.proven
@@ -69,7 +85,7 @@ def test_a_useless_draft_leaves_plain_decoding() -> None:
 
 def test_domains_choose_differently() -> None:
     """A domain where the draft is kept is proven; one where it is not stays plain."""
-    outcome = _tune(_engine(keep_by_domain={"code": 0.95, "prose": 0.0}))
+    outcome = _tune(Altered(keep_by_domain={"code": 0.95, "prose": 0.0}))
     by_domain = {choice.domain: choice for choice in outcome.choices}
     assert by_domain["code"].proven
     assert not by_domain["prose"].proven
@@ -90,18 +106,21 @@ def test_a_domain_may_not_be_called_mixed() -> None:
         plan_points(GREEDY, prompts(30, "mixed"))
 
 
-@pytest.mark.parametrize(("count", "num_proof"), [(11, 7), (12, 8), (20, 14), (24, 17), (36, 24), (216, 144)])
-def test_the_proof_shares_no_prompt_with_the_choice(count: int, num_proof: int) -> None:
-    """A third of the prompts for the choice, the rest for the proof, however few there are."""
-    (plan,) = plan_points(GREEDY, prompts(count))
+EACH_ITS_DOMAIN = tuple(prompt for number in range(12) for prompt in prompts(1, f"domain {number}"))
+
+
+@pytest.mark.parametrize(
+    ("load", "num_proof"),
+    [
+        *((prompts(count), num) for count, num in ((11, 7), (12, 8), (20, 14), (24, 17), (216, 144))),
+        (EACH_ITS_DOMAIN, 8),
+    ],
+)
+def test_the_proof_shares_no_prompt_with_the_choice(load: tuple[Prompt, ...], num_proof: int) -> None:
+    """A third of the prompts for the choice, the rest for the proof, however few they are or many their domains."""
+    (plan,) = plan_points(GREEDY, load)
     assert not set(plan.forecast_prompts) & set(plan.proof_prompts)
-    assert (len(plan.forecast_prompts), len(plan.proof_prompts)) == (count - num_proof, num_proof)
-
-
-def test_domains_of_one_prompt_are_split_too() -> None:
-    """Every third of them is for the choice."""
-    (plan,) = plan_points(GREEDY, [prompt for number in range(12) for prompt in prompts(1, f"domain {number}")])
-    assert (len(plan.forecast_prompts), len(plan.proof_prompts)) == (4, 8)
+    assert (len(plan.forecast_prompts), len(plan.proof_prompts)) == (len(load) - num_proof, num_proof)
 
 
 def test_few_prompts_are_proven() -> None:
@@ -135,7 +154,7 @@ def test_the_proof_has_the_help_of_forecasts() -> None:
 
 def test_drafts_that_are_only_run_are_proven_by_runs_alone() -> None:
     """Nothing can be traced for the proof."""
-    engine = _engine(keep=0.9)
+    engine = Altered()
     engine.capabilities = replace(engine.capabilities, traced_kinds=("ngram",))
     outcome = _tune(engine, prompts(120))
     measured = outcome.choices[0].measured
@@ -146,30 +165,21 @@ def test_drafts_that_are_only_run_are_proven_by_runs_alone() -> None:
     assert engine.calls["trace_target"] == 40
 
 
-class ShortProofs(FakeEngine):
-    """Runs of the proof in which draft-a gains `gain` and no more, with 10 % noise."""
+def _short_proofs(gain: float = 1.0, keep: float = 0.9, drafts: tuple[Draft, ...] = (DRAFT_A,)) -> Altered:
+    """In the proof draft-a gains `gain` and no more, with 10 % noise."""
 
-    gain = 1.0
+    def alter(sample: Sample, setup: Setup, purpose: str) -> Sample:
+        if not purpose.startswith("proof") or setup.draft != DRAFT_A:
+            return sample
+        noise = random.Random(f"{sample.prompt_digest}x").gauss(1.0, 0.1)
+        return replace(sample, decode_s=63 * TARGET_STEP_S / gain * noise)
 
-    def run_together(self, workload, prompts, setups, purpose):  # type: ignore[no-untyped-def]
-        samples = super().run_together(workload, prompts, setups, purpose)
-        plain_s = {sample.prompt_digest: sample.decode_s for sample in samples if sample.setup_digest == PLAIN.digest}
-        if not purpose.startswith("proof") or setups[0] == setups[1] or NGRAM in {setup.draft for setup in setups}:
-            return samples
-        noise = {sample.prompt_digest: self._random(sample.prompt_digest).gauss(1.0, 0.1) for sample in samples}
-        return tuple(
-            sample
-            if sample.setup_digest == PLAIN.digest
-            else replace(sample, decode_s=plain_s[sample.prompt_digest] / self.gain * noise[sample.prompt_digest])
-            for sample in samples
-        )
+    return Altered(alter, drafts, keep=keep)
 
 
 def test_the_runner_up_is_proven_when_the_winner_fails() -> None:
     """Draft-a wins the race and gains nothing in the proof; the look-up, second in the race, is proven."""
-    engine = ShortProofs(keep=0.97)
-    engine.gain = 1.013
-    outcome = _tune(engine, prompts(108))
+    outcome = _tune(_short_proofs(1.013, 0.97, BOTH), prompts(108))
     assert outcome.points[0].race is not None
     assert max(outcome.points[0].race.speedups.items(), key=lambda item: item[1])[0].draft == DRAFT_A
     (choice,) = outcome.choices
@@ -179,9 +189,7 @@ def test_the_runner_up_is_proven_when_the_winner_fails() -> None:
 
 def test_what_is_not_proven_says_what_would_have_been() -> None:
     """Estimate, interval and the gain that is shown 80 % of the time, after all prompts were timed."""
-    engine = ShortProofs(keep=0.9)
-    engine.drafts, engine.gain = (DRAFT_A,), 1.015
-    (choice,) = _tune(engine, prompts(108)).choices
+    (choice,) = _tune(_short_proofs(1.015), prompts(108)).choices
     assert not choice.proven
     assert choice.measured is not None
     assert choice.measured.num_prompts == 72
@@ -194,11 +202,9 @@ def test_what_is_not_proven_says_what_would_have_been() -> None:
 
 def test_looks_at_all_rows_take_turns() -> None:
     """Every row has its first look before one has its second; a row that is proven stops there."""
-    engine = ShortProofs(keep=0.9)
-    engine.drafts = (DRAFT_A,)
     stages: list[tuple[str, int]] = []
     load = (*prompts(96, "code"), *prompts(96, "prose"))
-    outcome = _tune(engine, load, watch=Watch(progress=lambda stage, done, _: stages.append((stage, done))))
+    outcome = _tune(_short_proofs(), load, Watch(progress=lambda stage, done, _: stages.append((stage, done))))
     first = [domain for domain, done in stages if domain.startswith("proof") and done == 0]
     again = [domain for domain, done in stages if domain.startswith("proof") and done == 24]
     assert first == again == ["proof mixed", "proof code", "proof prose"]
@@ -210,9 +216,7 @@ def test_rows_of_earlier_runs_share_the_level() -> None:
     """Beside many rows that are not rejected a proof goes on, where alone it ends at its first look."""
     num_timed = []
     for standing in ((), (1.0,) * 2000):
-        engine = ShortProofs(keep=0.9)
-        engine.drafts, engine.gain = (DRAFT_A,), 1.1
-        (choice,) = _tune(engine, prompts(150), standing_p_values=standing).choices
+        (choice,) = _tune(_short_proofs(1.1), prompts(150), standing_p_values=standing).choices
         assert choice.measured is not None
         num_timed.append(choice.measured.num_prompts)
     assert num_timed[0] < num_timed[1]
@@ -220,15 +224,9 @@ def test_rows_of_earlier_runs_share_the_level() -> None:
 
 def test_a_proof_that_the_budget_ends_keeps_its_runs() -> None:
     """After 40 of 72 prompts there is an estimate of 40."""
-    engine = ShortProofs(keep=0.9)
-    engine.drafts = (DRAFT_A,)
     done: list[str] = []
-
-    def progress(stage: str, *_: int) -> None:
-        done.append(stage)
-
-    watch = Watch(progress=progress, out_of_time=lambda: done.count("proof mixed") >= 40)
-    (choice,) = _tune(engine, prompts(108), watch).choices
+    watch = Watch(progress=lambda stage, *_: done.append(stage), out_of_time=lambda: done.count("proof mixed") >= 40)
+    (choice,) = _tune(_short_proofs(), prompts(108), watch).choices
     assert choice.measured is not None
     assert choice.measured.num_prompts == 40
     assert choice.out_of_time
@@ -249,10 +247,9 @@ def test_the_budget_ends_after_the_first_unit_of_a_proof(batch_size: int) -> Non
 
 def test_the_budget_ends_in_the_proof_of_the_runner_up() -> None:
     """The first draft's figures stay, and the reason names whose proof is missing."""
-    engine, done = ShortProofs(keep=0.97), list[str]()
-    engine.gain = 1.013
+    done: list[str] = []
     watch = Watch(progress=lambda stage, *_: done.append(stage), out_of_time=lambda: done.count("proof mixed") >= 73)
-    (choice,) = _tune(engine, prompts(108), watch).choices
+    (choice,) = _tune(_short_proofs(1.013, 0.97, BOTH), prompts(108), watch).choices
     assert choice.out_of_time
     assert choice.measured is not None
     assert choice.measured.setup.draft == DRAFT_A
@@ -267,44 +264,40 @@ def test_a_proof_that_fails_leaves_the_level_to_the_next(monkeypatch: pytest.Mon
         shares.append((design.setup.draft, design.share))
         return measured(design, *args, **kwargs)
 
-    class FailsInProofs(FakeEngine):
-        def run_together(self, workload, prompts, setups, purpose):  # type: ignore[no-untyped-def]
-            if purpose.startswith("proof") and any(setup.draft == DRAFT_A for setup in setups):
-                raise EngineError("draft-a ends")
-            return super().run_together(workload, prompts, setups, purpose)
+    def fail(sample: Sample, setup: Setup, purpose: str) -> Sample:
+        if purpose.startswith("proof") and setup.draft == DRAFT_A:
+            raise EngineError("draft-a ends")
+        return sample
 
     measured = proof.measure
     monkeypatch.setattr(proof, "measure", measure)
-    (choice,) = _tune(FailsInProofs(keep=0.97), prompts(30)).choices
+    (choice,) = _tune(Altered(fail, BOTH, keep=0.97), prompts(30)).choices
     assert choice.proven
     assert shares == [(NGRAM, pytest.approx(1.0 - proof.SHARE_LEFT))]
 
 
 def test_what_differs_between_domains_is_no_uncertainty() -> None:
     """Copying gains 2.5 and prose 1.1 on every prompt: their shares are fixed, so their mean is known."""
-    setup = Setup(draft=DRAFT_A, length=2)
     pairs = [_queue_pair(number, (2.5 if number % 3 == 0 else 1.1) + 0.01 * (number % 2)) for number in range(30)]
     domains = {f"p{number}": "copy" if number % 3 == 0 else "prose" for number in range(30)}
-    pooled, by_domain = (_measure(setup, pairs, domains=each) for each in (None, domains))
+    pooled, by_domain = (_measure(MODEL, pairs, domains=each) for each in (None, domains))
     assert pooled.speedup.high - pooled.speedup.low > 0.4
     assert by_domain.speedup.high - by_domain.speedup.low < 0.02
     assert by_domain.speedup.estimate == pooled.speedup.estimate
 
 
-class SlowPrefill(FakeEngine):
-    """Long prompts: plain decoding waits 0.5 s for its first token, the draft model `draft_wait_s`."""
-
-    draft_wait_s = 0.75
-
-    def run_together(self, workload, prompts, setups, purpose):  # type: ignore[no-untyped-def]
-        samples = super().run_together(workload, prompts, setups, purpose)
-        wait_s = {setup.digest: self.draft_wait_s if setup.draft == DRAFT_A else 0.5 for setup in setups}
-        return tuple(replace(sample, ttft_s=wait_s[sample.setup_digest]) for sample in samples)
+def _slow_prefill(draft_wait_s: float) -> Altered:
+    """Long prompts: plain decoding and the look-up wait 0.5 s for their first token, the draft model longer."""
+    return Altered(
+        lambda sample, setup, _: replace(sample, ttft_s=draft_wait_s if setup.draft == DRAFT_A else 0.5),
+        BOTH,
+        keep=0.95,
+    )
 
 
 def test_a_winner_that_is_slower_end_to_end_is_ruled_out() -> None:
     """The draft model decodes fastest and loses it all in its prefill; the look-up behind it is proven instead."""
-    outcome = _tune(SlowPrefill(keep=0.95), prompts(72))
+    outcome = _tune(_slow_prefill(0.75), prompts(72))
     (choice,) = outcome.choices
     assert choice.proven
     assert choice.setup.draft == NGRAM
@@ -318,9 +311,7 @@ def test_a_winner_that_is_slower_end_to_end_is_ruled_out() -> None:
 @pytest.mark.parametrize(("objective", "draft"), [("tpot", DRAFT_A), ("throughput", NGRAM)])
 def test_the_objective_decides_what_is_compared(objective: Any, draft: Any) -> None:
     """With a prefill a tenth longer the draft model decodes fastest; requests are faster with the look-up."""
-    engine = SlowPrefill(keep=0.95)
-    engine.draft_wait_s = 0.55
-    outcome = _tune(engine, prompts(72), objective=objective)
+    outcome = _tune(_slow_prefill(0.55), prompts(72), objective=objective)
     (choice,) = outcome.choices
     assert choice.proven
     assert choice.setup.draft == draft
@@ -382,29 +373,19 @@ def test_a_budget_is_shared_among_the_stages(budget_s: float, proven: bool) -> N
         assert "before anything could be compared, after target traces within the budget (6 of 3000)" in mixed.reason
 
 
-class OtherThreads(FakeEngine):
-    """The setup's process prefills `factor` times as fast as plain decoding's: it has more threads, or fewer."""
-
-    factor = 1.87
-
-    def run_together(self, workload, prompts, setups, purpose):  # type: ignore[no-untyped-def]
-        return tuple(
-            replace(
-                sample,
-                ttft_s=sample.ttft_s if sample.setup_digest == PLAIN.digest else sample.ttft_s / self.factor,
-                cores=1.0 if sample.setup_digest == PLAIN.digest else self.factor,
-            )
-            for sample in super().run_together(workload, prompts, setups, purpose)
-        )
-
-
 @pytest.mark.parametrize("draft", [NGRAM, DRAFT_A])
 @pytest.mark.parametrize("factor", [1.87, 1.0, 0.5])
 def test_arms_that_differ_in_more_than_the_draft_prove_nothing(draft: Any, factor: float) -> None:
     """A look-up leaves the prefill as it is; a draft model may make it longer, never shorter."""
-    engine = OtherThreads(keep=0.9)
-    engine.drafts, engine.factor = (draft,), factor
-    outcome = _tune(engine, prompts(72))
+
+    def more_threads(sample: Sample, setup: Setup, _: str) -> Sample:
+        return (
+            replace(sample, cores=1.0)
+            if setup == PLAIN
+            else replace(sample, ttft_s=sample.ttft_s / factor, cores=factor)
+        )
+
+    outcome = _tune(Altered(more_threads, (draft,)), prompts(72))
     (choice,) = outcome.choices
     is_fair = factor == 1.0 or (factor < 1.0 and draft == DRAFT_A)
     assert choice.proven == is_fair
@@ -422,16 +403,11 @@ def test_arms_that_differ_in_more_than_the_draft_prove_nothing(draft: Any, facto
 def test_outputs_that_nearly_all_differ_prove_nothing(share: float, proven: bool) -> None:
     """In 16-bit types a few diverge at near-ties; a wrong mask changes all of them."""
 
-    class Diverging(FakeEngine):
-        def run_together(self, workload, prompts, setups, purpose):  # type: ignore[no-untyped-def]
-            return tuple(
-                replace(sample, output_digest=sample.setup_digest)
-                if random.Random(sample.prompt_digest).random() < share
-                else sample
-                for sample in super().run_together(workload, prompts, setups, purpose)
-            )
+    def diverge(sample: Sample, setup: Setup, _: str) -> Sample:
+        diverges = random.Random(sample.prompt_digest).random() < share
+        return replace(sample, output_digest=setup.digest) if diverges else sample
 
-    (choice,) = _tune(Diverging(keep=0.9), prompts(72)).choices
+    (choice,) = _tune(Altered(diverge, BOTH), prompts(72)).choices
     assert choice.proven == proven
     assert (
         proven or "24 of 24 outputs differ from those of plain decoding, where rounding explains 47%" in choice.reason
@@ -465,13 +441,11 @@ def test_both_studies_are_kept_where_the_dashboard_finds_them(tmp_path: Path) ->
 
 
 def _measured(estimate: float, low: float, p_value: float, num_prompts: int = 24, num_disturbed: int = 0) -> Measured:
-    one = Interval(estimate=1.2, low=1.1, high=1.3)
+    others = dict.fromkeys(("end_to_end", "plain_tok_per_s", "tok_per_s"), Interval(estimate=1.2, low=1.1, high=1.3))
     return Measured(
-        setup=Setup(draft=DRAFT_A, length=2),
+        setup=MODEL,
         speedup=Interval(estimate=estimate, low=low, high=estimate + 0.1),
-        end_to_end=one,
-        plain_tok_per_s=one,
-        tok_per_s=one,
+        **others,
         p_value=p_value,
         num_prompts=num_prompts,
         num_divergences=0,
@@ -491,15 +465,19 @@ def test_conditions_of_a_proof() -> None:
     assert proof.prove([_measured(1.2, 1.01, 0.02), _measured(1.2, 1.01, 0.04)]) == [True, True]
 
 
+class EndsAtOnce(FakeEngine):
+    """Outputs end with their first token, but for those of the prompts in `timed`."""
+
+    timed: frozenset[str] = frozenset()
+
+    def _trace(self, workload: Workload, prompt: Prompt) -> TargetTrace:
+        trace = super()._trace(workload, prompt)
+        first = {name: getattr(trace, name)[:1] for name in ("token_ids", "target_probs", "logit_gaps")}
+        return trace if prompt.digest in self.timed else replace(trace, **first, ended=True)
+
+
 def test_outputs_of_one_token_prove_nothing() -> None:
     """They have no time per token: plain decoding where there are no others, and the reason says so."""
-
-    class EndsAtOnce(FakeEngine):
-        def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
-            trace = super().trace_target(workload, prompt)
-            one = {name: getattr(trace, name)[:1] for name in ("token_ids", "target_probs", "logit_gaps")}
-            return replace(trace, **one, ended=True)
-
     outcome = _tune(EndsAtOnce())
     assert all(choice.setup == PLAIN for choice in outcome.choices)
     assert "first token" in outcome.choices[0].reason
@@ -507,16 +485,9 @@ def test_outputs_of_one_token_prove_nothing() -> None:
 
 def test_few_outputs_with_a_second_token() -> None:
     """A race of 12 prompts, of which one can be timed, still selects; the proof says what it lacks."""
-    load = prompts(90)
-    timed = {prompt.digest for prompt in plan_points(GREEDY, load)[0].forecast_prompts[11:]}
-
-    class MostEndAtOnce(FakeEngine):
-        def _trace(self, workload: Workload, prompt: Prompt) -> TargetTrace:
-            trace = super()._trace(workload, prompt)
-            one = {name: getattr(trace, name)[:1] for name in ("token_ids", "target_probs", "logit_gaps")}
-            return trace if prompt.digest in timed else replace(trace, **one, ended=True)
-
-    outcome = _tune(MostEndAtOnce(keep=0.9), load)
+    load, engine = prompts(90), EndsAtOnce(keep=0.9)
+    engine.timed = frozenset(prompt.digest for prompt in plan_points(GREEDY, load)[0].forecast_prompts[11:])
+    outcome = _tune(engine, load)
     (choice,) = outcome.choices
     assert outcome.points[0].race is not None
     assert choice.setup == PLAIN
@@ -525,14 +496,10 @@ def test_few_outputs_with_a_second_token() -> None:
 
 def test_near_equals_go_to_no_weights_then_short() -> None:
     """Within 1.5 % of the fastest: the n-gram draft first, then the shorter length."""
-    model_2, model_3, ngram = (
-        Setup(draft=DRAFT_A, length=2),
-        Setup(draft=DRAFT_A, length=3),
-        Setup(draft=NGRAM, length=8),
-    )
-    assert among_equals({model_2: 1.49, model_3: 1.50}) == model_2
-    assert among_equals({model_2: 1.49, model_3: 1.50, ngram: 1.485}) == ngram
-    assert among_equals({model_2: 1.40, model_3: 1.50, ngram: 1.3}) == model_3
+    longer, ngram = Setup(draft=DRAFT_A, length=3), Setup(draft=NGRAM, length=8)
+    assert among_equals({MODEL: 1.49, longer: 1.50}) == MODEL
+    assert among_equals({MODEL: 1.49, longer: 1.50, ngram: 1.485}) == ngram
+    assert among_equals({MODEL: 1.40, longer: 1.50, ngram: 1.3}) == longer
     assert among_equals({}) is None
 
 
@@ -552,10 +519,9 @@ def test_finalists_reach_the_best_score() -> None:
 
 def test_pairs_run_in_a_drawn_order_that_repeats() -> None:
     """Plain goes first on about half of the prompts, and on the same ones again."""
-    setup = Setup(draft=DRAFT_A, length=2)
-    orders = [pair_order(GREEDY, (prompt,), setup)[0] == PLAIN for prompt in prompts(60)]
-    assert 15 <= sum(orders) <= 45
-    assert orders == [pair_order(GREEDY, (prompt,), setup)[0] == PLAIN for prompt in prompts(60)]
+    first, again = ([pair_order(GREEDY, (prompt,), MODEL)[0] == PLAIN for prompt in prompts(60)] for _ in range(2))
+    assert 15 <= sum(first) <= 45
+    assert first == again
 
 
 def test_engine_failure_of_the_target_is_raised() -> None:
@@ -568,24 +534,11 @@ def test_engine_failure_of_the_target_is_raised() -> None:
 
 def test_ratio_of_totals_in_a_proof() -> None:
     """Seconds per token over prompts, by hand: 3 s for 30 tokens against 2 s for 30 tokens."""
-
-    def sample(setup: Setup, decode_s: float, tokens: int) -> Sample:
-        return Sample(
-            setup_digest=setup.digest,
-            prompt_digest="p",
-            ttft_s=0.5,
-            decode_s=decode_s,
-            output_tokens=tokens + 1,
-            rounds={(0, 0): tokens},
-            output_digest="o",
-        )
-
-    setup = Setup(draft=DRAFT_A, length=2)
     pairs = [
-        Pair(sample(PLAIN, 1.0, 10), sample(setup, 0.6, 10)),
-        Pair(sample(PLAIN, 2.0, 20), sample(setup, 1.4, 20)),
+        Pair(sample(PLAIN, plain_s, output_tokens=tokens), sample(MODEL, chosen_s, output_tokens=tokens))
+        for plain_s, chosen_s, tokens in ((1.0, 0.6, 11), (2.0, 1.4, 21))
     ]
-    measured = _measure(setup, pairs)
+    measured = _measure(MODEL, pairs)
     assert measured.speedup.estimate == pytest.approx(1.5)
     assert measured.end_to_end.estimate == pytest.approx(4.0 / 3.0)
     assert measured.plain_tok_per_s.estimate == pytest.approx(10.0)
@@ -607,26 +560,19 @@ def test_a_setup_over_the_memory_limit_is_infeasible() -> None:
 
 def test_a_slow_first_token_rules_a_draft_out() -> None:
     """The fake drafts wait 23 ms, plain decoding 20 ms: under 21.5 ms only plain decoding is feasible."""
-    outcome = _tune(_engine(keep=0.9), limits=Limits(max_ttft_ms=21.5))
+    outcome = _tune(Altered(), limits=Limits(max_ttft_ms=21.5))
     assert {failed.reason for failed in outcome.infeasible} == {"max-ttft"}
     assert all(choice.setup == PLAIN for choice in outcome.choices)
     assert "infeasible" in outcome.choices[0].reason or "no feasible finalist" in outcome.choices[0].reason
 
 
-class SlowLookUp(FakeEngine):
-    """Look-up is fastest of all, but waits 50 ms for its first token."""
-
-    def run_together(self, workload, prompts, setups, purpose):  # type: ignore[no-untyped-def]
-        samples = super().run_together(workload, prompts, setups, purpose)
-        return tuple(
-            replace(sample, ttft_s=0.05, decode_s=sample.decode_s / 4) if setup.draft == NGRAM else sample
-            for setup, sample in zip(setups, samples, strict=True)
-        )
-
-
 def test_an_infeasible_leader_does_not_block_the_rest() -> None:
     """What it beat in the race is raced again without it."""
-    outcome = _tune(SlowLookUp(keep=0.9), limits=Limits(max_ttft_ms=30.0))
+
+    def slow_look_up(sample: Sample, setup: Setup, _: str) -> Sample:
+        return replace(sample, ttft_s=0.05, decode_s=sample.decode_s / 4) if setup.draft == NGRAM else sample
+
+    outcome = _tune(Altered(slow_look_up, BOTH), limits=Limits(max_ttft_ms=30.0))
     assert {failed.setup.draft for failed in outcome.infeasible} == {NGRAM}
     for choice in outcome.choices:
         assert choice.proven
@@ -636,18 +582,12 @@ def test_an_infeasible_leader_does_not_block_the_rest() -> None:
 def test_a_choice_keeps_no_evidence_of_a_setup_that_was_ruled_out() -> None:
     """The proof of k = 4 breaks the limit and all others fail: what is left was not measured, and cites no runs."""
 
-    class OneSlowOthersBroken(FakeEngine):
-        def run_together(self, workload, prompt, setups, purpose):  # type: ignore[no-untyped-def]
-            samples = super().run_together(workload, prompt, setups, purpose)
-            if purpose.startswith(("race", "proof")) and any(setup.length in (1, 2, 3) for setup in setups):
-                raise EngineError("full")
-            if purpose.startswith("proof"):
-                return tuple(replace(sample, ttft_s=0.05) for sample in samples)
-            return samples
+    def alter(sample: Sample, setup: Setup, purpose: str) -> Sample:
+        if purpose.startswith(("race", "proof")) and setup.length in (1, 2, 3):
+            raise EngineError("full")
+        return replace(sample, ttft_s=0.05) if purpose.startswith("proof") else sample
 
-    engine = OneSlowOthersBroken(keep=0.9)
-    engine.drafts = (DRAFT_A,)
-    outcome = _tune(engine, limits=Limits(max_ttft_ms=30.0))
+    outcome = _tune(Altered(alter), limits=Limits(max_ttft_ms=30.0))
     assert (4, "max-ttft") in {(failed.setup.length, failed.reason) for failed in outcome.infeasible}
     for choice in outcome.choices:
         assert (choice.setup, choice.measured, choice.evidence) == (PLAIN, None, ())
@@ -669,7 +609,7 @@ def test_plain_against_plain_may_fail() -> None:
 
 def test_nothing_is_feasible() -> None:
     """Where plain decoding breaks a limit too, the reason says so with its figure."""
-    outcome = _tune(_engine(keep=0.0), limits=Limits(max_p95_tpot_ms=1.0))
+    outcome = _tune(Altered(keep=0.0), limits=Limits(max_p95_tpot_ms=1.0))
     assert outcome.points[0].ruled_out(PLAIN) is not None
     assert outcome.choices[0].reason.startswith("Nothing is feasible: ")
     assert "of plain decoding time per token 5" in outcome.choices[0].reason
@@ -677,7 +617,7 @@ def test_nothing_is_feasible() -> None:
 
 def test_only_drafting_may_be_fast_enough() -> None:
     """A limit that plain decoding breaks and a proven setup keeps is no obstacle."""
-    outcome = _tune(_engine(keep=0.95), limits=Limits(max_p95_tpot_ms=4.5))
+    outcome = _tune(Altered(keep=0.95), limits=Limits(max_p95_tpot_ms=4.5))
     assert outcome.choices[0].proven
 
 
@@ -692,7 +632,7 @@ def test_a_limit_must_be_above_zero(limit: str, value: float) -> None:
 def test_those_who_watch_see_every_state() -> None:
     """Forecast first, then race and proof with what is measured so far."""
     seen: list[tuple[Standing, ...]] = []
-    _tune(_engine(keep=0.9), watch=Watch(show=lambda rows: seen.append(tuple(rows))))
+    _tune(Altered(), watch=Watch(show=lambda rows: seen.append(tuple(rows))))
     assert {row.state for row in seen[0]} == {"forecast"}
     states = {row.state.split()[0] for rows in seen for row in rows}
     assert {"forecast", "racing", "raced", "proving", "measured"} <= states
@@ -701,29 +641,15 @@ def test_those_who_watch_see_every_state() -> None:
 
 def _queue_pair(number: int, plain_s: float, disturbed: bool = False) -> Pair:
     """Ten tokens of prompt `number`; the setup always takes 1 s."""
-    made = [
-        Sample(
-            setup_digest=setup.digest,
-            prompt_digest=f"p{number}",
-            ttft_s=0.5,
-            decode_s=seconds,
-            output_tokens=11,
-            rounds={(0, 0): 10},
-            output_digest="o",
-            disturbed=disturbed,
-        )
-        for setup, seconds in ((PLAIN, plain_s), (Setup(draft=DRAFT_A, length=2), 1.0))
-    ]
-    return Pair(*made)
+    fields = {"prompt_digest": f"p{number}", "disturbed": disturbed}
+    return Pair(sample(PLAIN, plain_s, **fields), sample(MODEL, **fields))
 
 
 def test_in_a_batch_the_wider_interval_counts() -> None:
     """Six queues of the same four prompts: what differs between queues shows, though prompts are alike."""
-    setup = Setup(draft=DRAFT_A, length=2)
     alike = [_queue_pair(number, 1.5 + 0.01 * number) for _ in range(6) for number in range(4)]
     noisy = [_queue_pair(number, 1.5 + 0.2 * queue) for queue in range(6) for number in range(4)]
-    by_prompts = _measure(setup, alike, queue_size=4)
-    by_queues = _measure(setup, noisy, queue_size=4)
+    by_prompts, by_queues = (_measure(MODEL, pairs, queue_size=4) for pairs in (alike, noisy))
     assert (by_prompts.num_prompts, by_queues.num_prompts) == (4, 4)
     assert by_queues.speedup.estimate == pytest.approx(2.0)
     assert by_queues.speedup.high - by_queues.speedup.low > 0.3
@@ -732,8 +658,7 @@ def test_in_a_batch_the_wider_interval_counts() -> None:
 
 def test_disturbed_queues_are_left_out() -> None:
     """As long as four are left; else all count and the proof says how many were disturbed."""
-    setup = Setup(draft=DRAFT_A, length=2)
     pairs = [_queue_pair(number, 9.0 if queue < 2 else 1.5, queue < 2) for queue in range(6) for number in range(4)]
-    quiet = _measure(setup, pairs, queue_size=4)
+    quiet = _measure(MODEL, pairs, queue_size=4)
     assert (quiet.speedup.estimate, quiet.num_disturbed) == (pytest.approx(1.5), 0)
-    assert _measure(setup, pairs[:16], queue_size=4).num_disturbed == 4
+    assert _measure(MODEL, pairs[:16], queue_size=4).num_disturbed == 4

@@ -17,7 +17,7 @@ from profiles.records.core import PLAIN, Prompt, Setup, Workload
 from profiles.records.errors import InputError
 from profiles.records.evidence import Sample
 from profiles.stats import median_interval
-from tests.support.fakes import NGRAM
+from tests.support.fakes import NGRAM, sample
 from tuner.search.control import objection, threads_used
 from tuner.search.pairs import Pair, run_pairs
 
@@ -28,15 +28,7 @@ SHORT = Workload(context_length=64, max_new_tokens=4)
 def _run(setup: Setup, number: int, ttft_s: float) -> Sample:
     """A run of 64 tokens; every fifth prefill takes twenty times as long."""
     spike = 20.0 if random.Random(f"{setup.name} {number}").random() < 0.2 else 1.0
-    return Sample(
-        setup_digest=setup.digest,
-        prompt_digest=f"prompt {number}",
-        ttft_s=ttft_s * spike,
-        decode_s=1.0,
-        output_tokens=64,
-        rounds={(0, 0): 63},
-        output_digest="output",
-    )
+    return sample(setup, prompt_digest=f"prompt {number}", ttft_s=ttft_s * spike, output_tokens=64)
 
 
 @pytest.mark.parametrize(("plain_s", "is_fair"), [(0.1, True), (0.187, False), (0.05, False)])

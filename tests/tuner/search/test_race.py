@@ -1,30 +1,21 @@
 """The race: finishers are ranked as the proof measures them, and plain against plain shows no order effect."""
 
+import random
 from dataclasses import replace
 
 import pytest
 
 from profiles.records.core import PLAIN, Prompt, Setup, Workload
 from profiles.records.evidence import Sample
-from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts
+from profiles.stats import LogRatio
+from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts, sample
 from tuner.forecast.queues import spread_over_domains
 from tuner.search.objective import among_equals
 from tuner.search.pairs import Pair, Queue, run_pairs
+from tuner.search.proof import share_of_level
 from tuner.search.race import race
 
 MODEL, LOOKUP = Setup(draft=DRAFT_A, length=2), Setup(draft=NGRAM, length=4)
-
-
-def _sample(setup: Setup, prompt: Prompt, decode_s: float) -> Sample:
-    return Sample(
-        setup_digest=setup.digest,
-        prompt_digest=prompt.digest,
-        ttft_s=0.1,
-        decode_s=decode_s,
-        output_tokens=11,
-        rounds={(0, 0): 10},
-        output_digest="o",
-    )
 
 
 def test_finishers_are_ranked_by_the_ratio_of_totals() -> None:
@@ -34,7 +25,7 @@ def test_finishers_are_ranked_by_the_ratio_of_totals() -> None:
 
     def run(queue: Queue, setup: Setup) -> list[Pair]:
         speedup = {MODEL: speedups[queue[0].domain], LOOKUP: 1.25, PLAIN: 1.0}[setup]
-        return [Pair(_sample(PLAIN, prompt, 1.0), _sample(setup, prompt, 1.0 / speedup)) for prompt in queue]
+        return [Pair(sample(), sample(setup, 1.0 / speedup))]
 
     result = race(
         run, [(prompt,) for prompt in load], [MODEL, LOOKUP], num_finalists=3, study_name="race", storage=None
@@ -53,7 +44,7 @@ def test_drafts_first_then_lengths_of_the_fastest() -> None:
     def run(queue: Queue, setup: Setup) -> list[Pair]:
         order.append(setup)
         speedup = 1.0 if setup == PLAIN else 1.2 if setup.draft == DRAFT_A else 1.3 + 0.01 * setup.length
-        return [Pair(_sample(PLAIN, prompt, 1.0), _sample(setup, prompt, 1.0 / speedup)) for prompt in queue]
+        return [Pair(sample(), sample(setup, 1.0 / speedup))]
 
     load = [(prompt,) for prompt in prompts(12)]
     result = race(run, load, [*model, *lookup], num_finalists=3, study_name="race", storage=None)
@@ -66,6 +57,31 @@ def test_a_tie_never_goes_to_a_setup_that_cannot_be_claimed() -> None:
     assert among_equals({MODEL: 1.025, LOOKUP: 1.0105}) == MODEL
     assert among_equals({MODEL: 1.025, LOOKUP: 1.016}) == LOOKUP
     assert among_equals({MODEL: 1.01, LOOKUP: 1.005}) == MODEL
+
+
+@pytest.mark.parametrize(("behind", "share"), [(0.0, 0.5), (0.05, 0.841), (1.0, 0.95)])
+def test_the_level_is_split_by_how_sure_the_race_is(behind: float, share: float) -> None:
+    """The chance of the winner to be the faster by a normal difference; at least half, and a twentieth is left."""
+    ratios = {MODEL: LogRatio(0.2, 0.03, 11.0), LOOKUP: LogRatio(0.2 - behind, 0.04, 11.0)}
+    assert share_of_level(ratios, MODEL, LOOKUP) == pytest.approx(share, abs=1e-3)
+    assert share_of_level(ratios, MODEL, None) == 0.95
+
+
+def test_an_equal_setup_is_seldom_pruned() -> None:
+    """Of 400 races of two equal drafts on 12 prompts about 5 % prune the second: 11 % did at 0.05 after each prompt."""
+    rng, load, num_pruned = random.Random(1), [(prompt,) for prompt in prompts(12)], 0
+    for _ in range(400):
+        num_pruned += len(
+            race(
+                lambda _, setup: [Pair(sample(), sample(setup, 0.8 * rng.gauss(1.0, 0.1) if setup != PLAIN else 1.0))],
+                load,
+                [MODEL, LOOKUP],
+                num_finalists=2,
+                study_name="race",
+                storage=None,
+            ).pruned
+        )
+    assert 4 <= num_pruned <= 32
 
 
 class SecondIsFaster(FakeEngine):
