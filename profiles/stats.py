@@ -40,8 +40,8 @@ class LogRatio(NamedTuple):
 class Linearised(NamedTuple):
     """A log ratio of totals whose error is the mean of `terms`, one per prompt (Cochran 1977, 6.3).
 
-    A prompt with a large share of a total pulls the ratio towards itself, so its term is divided by sqrt(1 - share),
-    relative to one of an equal share (HC2; MacKinnon and White 1985).
+    A prompt with a large share of a total pulls the ratio towards itself, so its term is divided by 1 - share, relative
+    to one of an equal share (HC3; MacKinnon and White 1985).
     """
 
     value: float
@@ -57,7 +57,7 @@ class Linearised(NamedTuple):
         shares = parts / totals[:, None]
         signs, size = numpy.array([1.0] * len(tops) + [-1.0] * len(bottoms)), parts.shape[1]
         leverages = numpy.minimum(shares.max(axis=0), MAX_LEVERAGE)
-        terms = signs @ shares * size * numpy.sqrt((1.0 - 1.0 / size) / (1.0 - leverages))
+        terms = signs @ shares * (size - 1) / (1.0 - leverages)
         return cls(float(signs @ numpy.log(totals)), terms)
 
 
