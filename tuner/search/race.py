@@ -128,7 +128,7 @@ def _compare(
 
 
 def _log_ratio(pairs: Sequence[Pair], objective: Objective) -> float:
-    plain_s, plain_tokens, chosen_s, chosen_tokens = map(sum, columns(pairs, objective))
+    plain_s, plain_tokens, chosen_s, chosen_tokens = (sum(column) for column in columns(pairs, objective))
     return math.log((chosen_s / chosen_tokens) / (plain_s / plain_tokens))
 
 
