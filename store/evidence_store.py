@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -20,7 +21,16 @@ from sqlalchemy import Connection, Select, Table, insert, literal, select, updat
 from profiles.records.codec import to_builtins
 from profiles.records.core import Draft, Environment, Model, Prompt, Setup, Workload
 from profiles.records.errors import StoreError
-from profiles.records.evidence import Acceptance, Infeasible, LookupTrace, Sample, StepTimes, TargetTrace, covers
+from profiles.records.evidence import (
+    Acceptance,
+    AcceptanceTrace,
+    Infeasible,
+    LookupTrace,
+    Sample,
+    StepTimes,
+    TargetTrace,
+    covers,
+)
 from profiles.records.files import real_path
 from profiles.records.keys import run_point, sampling_settings, trace_point, unit_digest
 from store import migrations, tables
@@ -28,6 +38,7 @@ from store.database import Database, Location, connect
 from store.tables import Row, Values
 
 Record = TypeVar("Record")
+Trace = TypeVar("Trace", TargetTrace, Acceptance)
 
 MOST_KEYS = 500  # in one statement
 
@@ -91,35 +102,25 @@ class EvidenceStore(AbstractContextManager["EvidenceStore"]):
     # --- evidence ---
 
     def find_target_trace(self, scope: Scope, prompt: Prompt) -> TargetTrace | None:
-        traces = self._find(tables.target_traces, _trace_key(scope, prompt), tables.target_trace_record)
-        return traces[0] if traces else None
+        return next(iter(self._find(TargetTrace, _trace_key(scope, prompt))), None)
 
     def save_target_trace(self, scope: Scope, prompt: Prompt, trace: TargetTrace) -> TargetTrace:
         """Save a trace unless the store has one; returns the stored one: of two processes the first answers."""
-        table, row = tables.target_traces, tables.row_of(trace)
-        is_new = self._save_trace(scope, prompt, table, key=_trace_key(scope, prompt), row=row)
-        return trace if is_new else self._find(table, _trace_key(scope, prompt), tables.target_trace_record)[0]
+        return self._save_trace(scope, prompt, trace, {})
 
     def find_acceptance(self, scope: Scope, prompt: Prompt, draft: Draft, max_length: int) -> Acceptance | None:
         """The draft's trace; of look-up traces the longest, if it reaches `max_length` (shorter ones are prefixes)."""
         key = {**_trace_key(scope, prompt), "draft_digest": draft.digest}
-        traces = self._find(tables.acceptance_traces, key, tables.acceptance_record)
-        if traces:
+        if traces := self._find(AcceptanceTrace, key):
             return traces[0]
-        lookups = self._find(tables.lookup_traces, key, tables.lookup_record)
-        longest = max(lookups, key=lambda lookup: lookup.max_length, default=None)
+        longest = max(self._find(LookupTrace, key), key=lambda lookup: lookup.max_length, default=None)
         return longest if longest is not None and longest.max_length >= max_length else None
 
     def save_acceptance(self, scope: Scope, prompt: Prompt, draft: Draft, acceptance: Acceptance) -> Acceptance:
         """As `save_target_trace`."""
-        table, key = tables.acceptance_traces, {**_trace_key(scope, prompt), "draft_digest": draft.digest}
-        record: Callable[[Row], Acceptance] = tables.acceptance_record
-        if isinstance(acceptance, LookupTrace):
-            table, record = tables.lookup_traces, tables.lookup_record
-            key["max_length"] = acceptance.max_length
-        row = {**tables.acceptance_row(acceptance), "draft_name": draft.name}
-        is_new = self._save_trace(scope, prompt, table, key=key, row=row)
-        return acceptance if is_new else self._find(table, key, record)[0]
+        key: Values = {"draft_digest": draft.digest}
+        key |= {"max_length": acceptance.max_length} if isinstance(acceptance, LookupTrace) else {}
+        return self._save_trace(scope, prompt, acceptance, key, draft_name=draft.name)
 
     def find_step_times(
         self, scope: Scope, drafts: tuple[Draft, ...], *, context_length: int, max_length: int, since: str = ""
@@ -227,11 +228,12 @@ class EvidenceStore(AbstractContextManager["EvidenceStore"]):
     def save_infeasible(self, scope: Scope, infeasible: Infeasible) -> None:
         def save(connection: Connection) -> None:
             setup = tables.setup_row(infeasible.setup)
-            links = {
+            row = {
+                **to_builtins(infeasible),
                 "workload_id": self._workload_id(connection, scope),
                 "setup_id": _register(connection, tables.setups, [setup])[setup["digest"]],
             }
-            self._insert(connection, tables.infeasible, scope, {**links, **tables.infeasible_row(infeasible)})
+            self._insert(connection, tables.infeasible, scope, row)
 
         self.database.write(save)
 
@@ -271,7 +273,7 @@ class EvidenceStore(AbstractContextManager["EvidenceStore"]):
         def save(connection: Connection) -> None:
             query = _newest_policies(target.run_digest, environment).add_columns(tables.policies.c.generation)
             latest, generation = connection.execute(query).first() or (None, 0)
-            text = tables.policy_text(made_from(latest))
+            text = made_from(latest)
             row = {**_about(target, environment), "generation": generation + 1, "policy": text}
             _register_subjects(connection, target, environment)
             policy_id = _inserted_id(connection, tables.policies, row)
@@ -307,12 +309,15 @@ class EvidenceStore(AbstractContextManager["EvidenceStore"]):
         """A transaction that keeps all other writers out; rolled back on leaving unless `commit()` was called."""
         return self.database.transaction("write")
 
-    def _find(self, table: Table, key: Row, record: Callable[[Row], Record]) -> list[Record]:
+    def _find(self, kind: type[Record], key: Row) -> list[Record]:
+        table = tables.TRACES[kind]
         query = select(table).filter_by(**key).order_by(table.c.id)
-        return self.database.read(lambda connection: list(map(record, connection.execute(query).mappings())))
+        read = partial(tables.from_row, kind)
+        return self.database.read(lambda connection: list(map(read, connection.execute(query).mappings())))
 
-    def _save_trace(self, scope: Scope, prompt: Prompt, table: Table, *, key: Row, row: Values) -> bool:
-        """Save a trace; False when the store has one."""
+    def _save_trace(self, scope: Scope, prompt: Prompt, trace: Trace, more_key: Row, **names: str) -> Trace:
+        table, row = tables.TRACES[type(trace)], {**tables.trace_row(trace), **names}
+        key = {**_trace_key(scope, prompt), **more_key}
         if any(row[name] != value for name, value in key.items() if name in row):
             wanted = ", ".join(f"{name} {value}" for name, value in key.items())
             raise StoreError(f"a trace is not of {scope.target.name}, {wanted}: not saved in {table.name}")
@@ -324,7 +329,7 @@ class EvidenceStore(AbstractContextManager["EvidenceStore"]):
             self._insert(connection, table, scope, {**key, **row, "temperature": scope.workload.temperature})
             return True
 
-        return self.database.write(save)
+        return trace if self.database.write(save) else self._find(type(trace), key)[0]
 
     def _insert(self, connection: Connection, table: Table, scope: Scope, row: Row) -> int:
         """Insert a row with what it is about and in which run it was made; returns its id."""

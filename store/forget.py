@@ -68,7 +68,7 @@ def _targets(connection: Connection, name: str | None) -> tuple[Model, ...]:
     query = select(tables.models)
     if name is not None:
         query = query.where(literal(name).in_([models.key, models.digest, models.name]))
-    targets = tuple(map(tables.model_record, connection.execute(query).mappings()))
+    targets = tuple(tables.from_row(Model, row) for row in connection.execute(query).mappings())
     if name is not None and not targets:
         raise NotMeasuredError(f"the store knows no target {name!r}: `{command('show')}` lists them")
     return targets

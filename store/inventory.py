@@ -3,7 +3,7 @@
 It counts rows and reads times; it loads no evidence and no torch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
@@ -47,8 +47,8 @@ class Entry:
 def inventory(evidence_store: EvidenceStore) -> tuple[Entry, ...]:
     """One entry per target (float type included) and machine, newest first."""
     with evidence_store.reading() as connection:
-        models = _records(connection, tables.models, "key", tables.model_record)
-        machines = _records(connection, tables.environments, "digest", tables.environment_record)
+        models = _records(connection, tables.models, "key", Model)
+        machines = _records(connection, tables.environments, "digest", Environment)
         samples, failures = _samples(connection), _failures(connection)
         rows: dict[Key, dict[str, int]] = {}
         times: dict[Key, list[str]] = {}
@@ -114,9 +114,6 @@ def _failures(connection: Connection) -> dict[Key, list[Failure]]:
     return {key: list(latest.values()) for key, latest in failures.items()}
 
 
-def _records(
-    connection: Connection, table: Table, key: str, record: Callable[[tables.Row], Record]
-) -> dict[str, Record]:
+def _records(connection: Connection, table: Table, key: str, kind: type[Record]) -> dict[str, Record]:
     """A table of named things by their key."""
-    rows = connection.execute(select(table)).mappings()
-    return {row[key]: record(row) for row in rows}
+    return {row[key]: tables.from_row(kind, row) for row in connection.execute(select(table)).mappings()}

@@ -10,37 +10,16 @@ import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
-from functools import partial
 from statistics import median
 from typing import Any, TypeVar
 
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    Boolean,
-    Column,
-    Dialect,
-    Float,
-    ForeignKey,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
-    String,
-    Table,
-    Text,
-    TypeDecorator,
-    UniqueConstraint,
-    exists,
-    tuple_,
-)
+import sqlalchemy as sa
+from sqlalchemy import BigInteger, Boolean, Column, Float, ForeignKey, Index, Integer, String, Table, UniqueConstraint
 
 from profiles.records.codec import from_builtins, to_builtins
 from profiles.records.core import PLAIN, Environment, Model, Prompt, Setup, Workload, digest_of
 from profiles.records.evidence import (
-    Acceptance,
     AcceptanceTrace,
-    Infeasible,
     LookupTrace,
     RoundCount,
     Sample,
@@ -53,71 +32,58 @@ Row = Mapping[Any, Any]  # column names to values; a RowMapping of SQLAlchemy is
 Values = dict[str, Any]
 Record = TypeVar("Record")
 
-DRAFT = ("draft", "draft_kind")
-COSTS = (
-    "measured_seconds",
-    "grid_seconds_estimate",
-    "starting_seconds",
-    "measured_units",
-    "reused_units",
-    "engine_starts",
-)
+TIMED_COSTS = ("measured_seconds", "grid_seconds_estimate", "starting_seconds")
+COUNTED_COSTS = ("measured_units", "reused_units", "engine_starts")
 WIDE = Integer().with_variant(BigInteger, "postgresql")  # an INTEGER of SQLite has 64 bits anyway
 
 
-class Numbers(TypeDecorator[tuple[Any, ...]]):
+class Numbers(sa.TypeDecorator[tuple[Any, ...]]):
     """A tuple of ints or of floats as one byte that names the type (as `array` does) and little-endian values.
 
     The smallest type that holds all values exactly is taken: most probabilities are float32, greedy ones 0 or 1.
     """
 
-    impl = LargeBinary
+    impl = sa.LargeBinary
     cache_ok = True
 
     def __init__(self, kind: type[int] | type[float]) -> None:
         super().__init__()
         self.kind = kind
 
-    def process_bind_param(self, value: tuple[Any, ...] | None, _: Dialect) -> bytes | None:
-        return None if value is None else self.pack(value)
-
-    def process_result_value(self, value: Any, _: Dialect) -> tuple[Any, ...] | None:
-        return None if value is None else self.unpack(value)
-
-    def pack(self, values: tuple[Any, ...]) -> bytes:
+    def process_bind_param(self, value: tuple[Any, ...] | None, _: sa.Dialect) -> bytes | None:
         """Raises ValueError: a number that is not finite."""
-        if not all(math.isfinite(value) for value in values):
+        if value is None:
+            return None
+        if not all(map(math.isfinite, value)):
             raise ValueError("numbers that are not finite cannot be stored")
-        integers = [int(value) for value in values] if all(value in (0, 1) for value in values) else values
-        for code in "bhiqfd" if self.kind is int or integers is not values else "fd":
+        is_binary = all(number in (0, 1) for number in value)
+        numbers = [int(number) for number in value] if is_binary else value
+        for code in "bhiqfd" if self.kind is int or is_binary else "fd":
             try:
-                packed = array(code, integers)
+                packed = array(code, numbers)
             except (OverflowError, TypeError):
                 continue
-            if packed.tolist() == list(values):
+            if packed.tolist() == list(value):
                 if sys.byteorder == "big":
                     packed.byteswap()
                 return code.encode() + packed.tobytes()
-        raise ValueError(f"{values[:3]} cannot be stored as an array of {self.kind.__name__}")
+        raise ValueError(f"{value[:3]} cannot be stored as an array of {self.kind.__name__}")
 
-    def unpack(self, data: Any) -> tuple[Any, ...]:
-        """Raises ValueError: not what `pack` returns."""
-        if not isinstance(data, bytes) or data[:1] not in (b"b", b"h", b"i", b"q", b"f", b"d"):
-            raise ValueError(f"{str(data)[:20]!r} is not an array of numbers")
-        values = array(data[:1].decode())
-        values.frombytes(data[1:])
+    def process_result_value(self, value: Any, _: sa.Dialect) -> tuple[Any, ...] | None:
+        """Raises ValueError: not what `process_bind_param` returns."""
+        if value is None:
+            return None
+        if not isinstance(value, bytes) or value[:1] not in (b"b", b"h", b"i", b"q", b"f", b"d"):
+            raise ValueError(f"{str(value)[:20]!r} is not an array of numbers")
+        numbers = array(value[:1].decode())
+        numbers.frombytes(value[1:])
         if sys.byteorder == "big":
-            values.byteswap()
-        return tuple(map(self.kind, values))
+            numbers.byteswap()
+        return tuple(map(self.kind, numbers))
 
 
-metadata = MetaData(
-    naming_convention={
-        "uq": "uq_%(table_name)s",
-        "fk": "fk_%(table_name)s_%(column_0_name)s",
-        "pk": "pk_%(table_name)s",
-    }
-)
+NAMES = {"uq": "uq_%(table_name)s", "fk": "fk_%(table_name)s_%(column_0_name)s", "pk": "pk_%(table_name)s"}
+metadata = sa.MetaData(naming_convention=NAMES)
 
 
 def time_name(table: str) -> str:
@@ -144,6 +110,20 @@ def _about_target(table: str) -> list[Column[Any]]:
 
 def _run_id() -> Column[Any]:
     return _link("run_id", "runs.id", null=True, ondelete="SET NULL")
+
+
+def _trace_table(name: str, *columns: Column[Any], key: tuple[str, ...] = ()) -> Table:
+    """Traces, of which a prompt has one for each target, sampling and `key`."""
+    return Table(
+        name,
+        metadata,
+        *_about_target(name),
+        *_columns(String, "sampling_digest", "prompt_digest", *(("draft_digest", "draft_name") if key else ())),
+        *_columns(Float, "temperature", null=True),
+        *columns,
+        UniqueConstraint("target_key", "sampling_digest", "prompt_digest", *key),
+        Index(f"ix_{name}_environment", "environment_digest", "target_key", "measured_at"),
+    )
 
 
 models = Table(
@@ -213,54 +193,44 @@ runs = Table(
     metadata,
     *_about_target("runs"),
     *_columns(String, "finished_at", null=True),
-    *_columns(Float, "measured_seconds", "grid_seconds_estimate", "starting_seconds", null=True),
-    *_columns(Integer, "measured_units", "reused_units", "engine_starts", null=True),
-    *_columns(JSON, "workload"),
-    *_columns(JSON(none_as_null=True), "outcome", null=True),
+    *_columns(Float, *TIMED_COSTS, null=True),
+    *_columns(Integer, *COUNTED_COSTS, null=True),
+    *_columns(sa.JSON, "workload"),
+    *_columns(sa.JSON(none_as_null=True), "outcome", null=True),
     Index("ix_runs_target", "target_key", "environment_digest"),
     sqlite_autoincrement=True,
 )
 
-target_traces = Table(
+target_traces = _trace_table(
     "target_traces",
-    metadata,
-    *_about_target("target_traces"),
-    *_columns(String, "sampling_digest", "prompt_digest"),
-    *_columns(Float, "temperature", null=True),
     *_columns(Numbers(int), "token_ids"),
     *_columns(Numbers(float), "target_probs", "logit_gaps"),
     *_columns(Boolean, "ended"),
-    UniqueConstraint("target_key", "sampling_digest", "prompt_digest"),
-    Index("ix_target_traces_environment", "environment_digest", "target_key", "measured_at"),
 )
 
 # `num_proposed`: tokens that the draft was asked about or proposed; `num_accepted`: how many of them are accepted.
-acceptance_traces = Table(
+acceptance_traces = _trace_table(
     "acceptance_traces",
-    metadata,
-    *_about_target("acceptance_traces"),
-    *_columns(String, "sampling_digest", "prompt_digest", "draft_digest", "draft_name"),
-    *_columns(Float, "temperature", null=True),
     *_columns(Numbers(float), "accept_probs", "confidences"),
     *_columns(Integer, "num_proposed"),
     *_columns(Float, "num_accepted"),
-    UniqueConstraint("target_key", "sampling_digest", "prompt_digest", "draft_digest"),
-    Index("ix_acceptance_traces_environment", "environment_digest", "target_key", "measured_at"),
+    key=("draft_digest",),
 )
 
-lookup_traces = Table(
+lookup_traces = _trace_table(
     "lookup_traces",
-    metadata,
-    *_about_target("lookup_traces"),
-    *_columns(String, "sampling_digest", "prompt_digest", "draft_digest", "draft_name"),
-    *_columns(Float, "temperature", null=True),
     *_columns(Integer, "max_length"),
     *_columns(Numbers(int), "proposed", "accepted"),
     *_columns(Integer, "num_proposed"),
     *_columns(Float, "num_accepted"),
-    UniqueConstraint("target_key", "sampling_digest", "prompt_digest", "draft_digest", "max_length"),
-    Index("ix_lookup_traces_environment", "environment_digest", "target_key", "measured_at"),
+    key=("draft_digest", "max_length"),
 )
+
+TRACES: dict[type[Any], Table] = {
+    TargetTrace: target_traces,
+    AcceptanceTrace: acceptance_traces,
+    LookupTrace: lookup_traces,
+}
 
 # No constraint on the operating point: it may be measured again, and the newest sweep answers. The digest of an
 # early-exit or n-gram draft says nothing about the target, so step times are only ever read together with their sweep.
@@ -310,7 +280,7 @@ samples = Table(
     _link("prompt_id", "prompts.id"),
     *_columns(Float, "ttft_s", "decode_s"),
     *_columns(Integer, "output_tokens"),
-    *_columns(JSON, "rounds", "shapes"),
+    *_columns(sa.JSON, "rounds", "shapes"),
     *_columns(Integer, "refills"),
     *_columns(String, "output_digest"),
     *_columns(Boolean, "disturbed"),
@@ -325,7 +295,7 @@ infeasible = Table(
     _run_id(),
     _link("workload_id", "workloads.id"),
     _link("setup_id", "setups.id"),
-    *_columns(JSON, "setup"),
+    *_columns(sa.JSON, "setup"),
     *_columns(String, "reason", "detail"),
     Index("ix_infeasible_target", "target_key", "environment_digest"),
 )
@@ -336,16 +306,16 @@ policies = Table(
     metadata,
     *_about_target("policies"),
     *_columns(Integer, "generation"),
-    *_columns(Text, "policy"),
+    *_columns(sa.Text, "policy"),
     Index("ix_policies_target", "target_key", "environment_digest", "generation"),
     sqlite_autoincrement=True,
 )
 
 _newer = policies.alias("newer")
-IS_NEWEST_POLICY = ~exists().where(  # of its target and machine
+IS_NEWEST_POLICY = ~sa.exists().where(  # of its target and machine
     _newer.c.target_key == policies.c.target_key,
     _newer.c.environment_digest == policies.c.environment_digest,
-    tuple_(_newer.c.generation, _newer.c.id) > tuple_(policies.c.generation, policies.c.id),
+    sa.tuple_(_newer.c.generation, _newer.c.id) > sa.tuple_(policies.c.generation, policies.c.id),
 )
 
 # The policy's choices in its own order. `basis` says what speedup, low, high and tok_per_s are: measured or forecast.
@@ -407,17 +377,17 @@ def workload_row(workload: Workload) -> Values:
 
 
 def setup_row(setup: Setup) -> Values:
-    draft = {"draft": setup.draft.name, "draft_kind": setup.draft.kind} if setup.draft else dict.fromkeys(DRAFT)
-    return {"digest": setup.digest, "name": setup.name, **draft, "k": setup.length}
+    draft, kind = (setup.draft.name, setup.draft.kind) if setup.draft else (None, None)
+    return {"digest": setup.digest, "name": setup.name, "draft": draft, "draft_kind": kind, "k": setup.length}
 
 
-def acceptance_row(trace: Acceptance) -> Values:
-    """Of a row of `acceptance_traces` or `lookup_traces`."""
+def trace_row(trace: TargetTrace | AcceptanceTrace | LookupTrace) -> Values:
+    row = row_of(trace)
     if isinstance(trace, LookupTrace):
-        counts = {"num_proposed": sum(trace.proposed), "num_accepted": float(sum(trace.accepted))}
-        return {**row_of(trace), **counts}
-    drafted = trace.accept_probs[1:]  # the first token comes from the prefill
-    return {**row_of(trace), "num_proposed": len(drafted), "num_accepted": math.fsum(drafted)}
+        row |= {"num_proposed": sum(trace.proposed), "num_accepted": float(sum(trace.accepted))}
+    elif isinstance(trace, AcceptanceTrace):  # its first token comes from the prefill
+        row |= {"num_proposed": len(trace.accept_probs) - 1, "num_accepted": math.fsum(trace.accept_probs[1:])}
+    return row
 
 
 def step_times_rows(sweep_id: int, times: StepTimes, component: str) -> Iterator[Values]:
@@ -441,22 +411,10 @@ def sample_row(sample: Sample) -> Values:
     return {**{name: getattr(sample, name) for name in names}, **counts}
 
 
-def infeasible_row(infeasible: Infeasible) -> Values:
-    return {"setup": to_builtins(infeasible.setup), "reason": infeasible.reason, "detail": infeasible.detail}
-
-
 def run_costs(outcome: object) -> Values:
     """The costs in a run's outcome as columns."""
     costs = outcome.get("cost") if isinstance(outcome, dict) else None
-    return {name: costs.get(name) if isinstance(costs, dict) else None for name in COSTS}
-
-
-def policy_text(text: str) -> str:
-    """A policy's JSON without white space."""
-    try:
-        return json.dumps(json.loads(text), allow_nan=False, separators=(",", ":"))
-    except (ValueError, RecursionError):
-        return text
+    return {name: costs.get(name) if isinstance(costs, dict) else None for name in (*TIMED_COSTS, *COUNTED_COSTS)}
 
 
 def choice_rows(policy_id: int, text: str) -> list[Values]:
@@ -482,7 +440,7 @@ def _choice_row(choice: Row) -> Values:
     return {
         **{name: choice[name] for name in ("batch_size", "context_length", "domain", "temperature", "top_p", "top_k")},
         "setup": setup.name,
-        **{name: value for name, value in setup_row(setup).items() if name in (*DRAFT, "k")},
+        **{name: value for name, value in setup_row(setup).items() if name in ("draft", "draft_kind", "k")},
         "basis": bases[0] if bases else None,
         "speedup": speedup["estimate"],
         "low": speedup.get("low"),
@@ -493,14 +451,7 @@ def _choice_row(choice: Row) -> Values:
     }
 
 
-# --- rows to records ---
-
-
-model_record = partial(from_row, Model)
-environment_record = partial(from_row, Environment)
-target_trace_record = partial(from_row, TargetTrace)
-acceptance_record = partial(from_row, AcceptanceTrace)
-lookup_record = partial(from_row, LookupTrace)
+# --- rows to records, where `from_row` does not do ---
 
 
 def step_times_records(rows: Iterable[Row]) -> dict[str, StepTimes]:

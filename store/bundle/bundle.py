@@ -131,9 +131,9 @@ def inspect(path: Path, documents: Documents, *, left_out: dict[str, int] | None
         if item.children:
             rows[CHILDREN[name].name] += len(item.children)
         if item.table is tables.models:
-            targets.append(tables.model_record(row))
+            targets.append(tables.from_row(Model, row))
         elif item.table is tables.environments:
-            machines.append(tables.environment_record(row))
+            machines.append(tables.from_row(Environment, row))
         elif item.table is tables.policies:
             drafts.update(str(choice["draft"] or "") for choice in tables.choice_rows(0, row["policy"]))
         drafts.add(row.get("draft_name") or row.get("draft") or "")

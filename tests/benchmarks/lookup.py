@@ -160,7 +160,7 @@ def make(path: Path, num_rows: int, num_policies: int) -> list[Environment]:
                 "environment_digest": machine.digest,
                 "created_at": MADE,
                 "generation": 1 + number // len(pairs),
-                "policy": tables.policy_text(text),
+                "policy": text,
             }
             connection.execute(sqlalchemy.insert(tables.policies), [row])
             connection.execute(sqlalchemy.insert(tables.choices), tables.choice_rows(number + 1, text))

@@ -3,20 +3,26 @@
 What is in the file is checked with raw SQL, not with the code under test.
 """
 
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
 
-from profiles.records.core import PLAIN, Model, Setup, Workload
+from profiles.records.core import PLAIN, Model, Setup
 from profiles.records.errors import NewerStoreError, PolicyError, StoreError
 from profiles.records.evidence import Infeasible, Sample
 from store import tables
 from store.database import Location
 from store.evidence_store import EvidenceStore, Scope
+from tests import ROOT
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts
 from tests.support.policies import save_policy
 from tests.support.servers import ask, parsed
@@ -25,25 +31,15 @@ PROMPT, OTHER = prompts(2)
 A4 = Setup(draft=DRAFT_A, length=4)
 DRAFTS = (DRAFT_A, NGRAM)
 SCOPE = Scope(target=TARGET, environment=MACHINE, workload=GREEDY)
-ELSEWHERE = Scope(
-    target=TARGET,
-    environment=type(MACHINE)(
-        device="other cpu",
-        device_count=1,
-        memory_bytes=2**30,
-        driver=None,
-        cuda=None,
-        threads=4,
-        torch="2.13.0",
-        engine="fake",
-        engine_version="1",
-    ),
-    workload=GREEDY,
-)
+ELSEWHERE = replace(SCOPE, environment=replace(MACHINE, device="other cpu", threads=4))
+SECOND = Model(name="second", dtype="float32", digest="b" * 32, num_params=10)
+UNIT = ((PROMPT,), (PLAIN, A4), "proof 0")
+TIMES = {"context_length": 96, "max_length": 4}
+COUNT_TRACES = "SELECT count(*) FROM target_traces"
 
 
 def samples_of(fake: FakeEngine, purpose: str = "proof 0") -> tuple[Sample, ...]:
-    return fake.run_together(GREEDY, (PROMPT,), (PLAIN, A4), purpose)
+    return fake.run_together(GREEDY, *UNIT[:2], purpose)
 
 
 class TestEvidence:
@@ -51,19 +47,17 @@ class TestEvidence:
         """A saved target trace is found by prompt and sampling, on any machine, and by nothing else."""
         trace = fake.trace_target(GREEDY, PROMPT)
         evidence_store.save_target_trace(SCOPE, PROMPT, trace)
-        hot = Workload(context_length=256, max_new_tokens=64, temperature=1.0)
+        hot = replace(SCOPE, workload=replace(GREEDY, temperature=1.0))
         assert evidence_store.find_target_trace(SCOPE, PROMPT) == trace
         assert evidence_store.find_target_trace(ELSEWHERE, PROMPT) == trace
         assert evidence_store.find_target_trace(SCOPE, OTHER) is None
-        assert evidence_store.find_target_trace(Scope(target=TARGET, environment=MACHINE, workload=hot), PROMPT) is None
+        assert evidence_store.find_target_trace(hot, PROMPT) is None
 
     def test_float_types_are_kept_apart(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
         """The same weights in another float type are another target."""
         evidence_store.save_target_trace(SCOPE, PROMPT, fake.trace_target(GREEDY, PROMPT))
-        half = Model(name="fake-target", dtype="bfloat16", digest=TARGET.digest, num_params=8_000_000)
-        assert (
-            evidence_store.find_target_trace(Scope(target=half, environment=MACHINE, workload=GREEDY), PROMPT) is None
-        )
+        half = replace(SCOPE, target=replace(TARGET, dtype="bfloat16"))
+        assert evidence_store.find_target_trace(half, PROMPT) is None
 
     def test_acceptance_comes_back_equal(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
         """Both kinds of acceptance are found by their draft, on any machine."""
@@ -89,18 +83,13 @@ class TestEvidence:
         """A sweep is found for its machine, anchor and every length it covers."""
         times = fake.time_steps(GREEDY, 96, 4)
         evidence_store.save_step_times(SCOPE, DRAFTS, 4, times)
-        assert evidence_store.find_step_times(SCOPE, DRAFTS, context_length=96, max_length=4) == times
+        assert evidence_store.find_step_times(SCOPE, DRAFTS, **TIMES) == times
         assert evidence_store.find_step_times(SCOPE, (DRAFT_A,), context_length=96, max_length=2) == times
         assert evidence_store.find_step_times(SCOPE, DRAFTS, context_length=96, max_length=5) is None
         assert evidence_store.find_step_times(SCOPE, DRAFTS, context_length=128, max_length=4) is None
-        assert evidence_store.find_step_times(ELSEWHERE, DRAFTS, context_length=96, max_length=4) is None
-        two_rows = Workload(batch_size=2, context_length=256, max_new_tokens=64)
-        assert (
-            evidence_store.find_step_times(
-                Scope(target=TARGET, environment=MACHINE, workload=two_rows), DRAFTS, context_length=96, max_length=4
-            )
-            is None
-        )
+        assert evidence_store.find_step_times(ELSEWHERE, DRAFTS, **TIMES) is None
+        two_rows = replace(SCOPE, workload=replace(GREEDY, batch_size=2))
+        assert evidence_store.find_step_times(two_rows, DRAFTS, **TIMES) is None
 
     def test_sampled_step_times_are_told_apart(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
         """Choosing a token costs time by its settings; a greedy sweep never answers for them, nor the other way."""
@@ -109,9 +98,9 @@ class TestEvidence:
             for temperature, top_p in ((0.0, 1.0), (0.8, 1.0), (0.8, 0.9))
         ]
         for seed, scope in enumerate(scopes):
-            assert evidence_store.find_step_times(scope, DRAFTS, context_length=96, max_length=4) is None
+            assert evidence_store.find_step_times(scope, DRAFTS, **TIMES) is None
             evidence_store.save_step_times(scope, DRAFTS, 4, FakeEngine(seed=seed).time_steps(GREEDY, 96, 4))
-        found = [evidence_store.find_step_times(scope, DRAFTS, context_length=96, max_length=4) for scope in scopes]
+        found = [evidence_store.find_step_times(scope, DRAFTS, **TIMES) for scope in scopes]
         assert found == [FakeEngine(seed=seed).time_steps(GREEDY, 96, 4) for seed in range(3)]
         assert set(ask(evidence_store, "SELECT DISTINCT sampling FROM step_ms")) == {
             (None,),
@@ -124,13 +113,11 @@ class TestEvidence:
         old, new = fake.time_steps(GREEDY, 96, 4), FakeEngine(seed=1).time_steps(GREEDY, 96, 4)
         evidence_store.save_step_times(SCOPE, DRAFTS, 4, old)
         evidence_store.save_step_times(SCOPE, (DRAFT_A,), 4, {part: new[part] for part in new if part != NGRAM.digest})
-        assert evidence_store.find_step_times(SCOPE, DRAFTS, context_length=96, max_length=4) == old
+        assert evidence_store.find_step_times(SCOPE, DRAFTS, **TIMES) == old
         evidence_store.save_step_times(SCOPE, DRAFTS, 4, new)
-        assert evidence_store.find_step_times(SCOPE, DRAFTS, context_length=96, max_length=4) == new
-        assert ask(
-            evidence_store,
-            "SELECT count(DISTINCT sweep_id), count(*) FROM step_times WHERE width = 1",
-        ) == [(3, 8)]
+        assert evidence_store.find_step_times(SCOPE, DRAFTS, **TIMES) == new
+        query = "SELECT count(DISTINCT sweep_id), count(*) FROM step_times WHERE width = 1"
+        assert ask(evidence_store, query) == [(3, 8)]
 
     def test_an_undisturbed_sweep_goes_before_newer_ones(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
         """Of disturbed sweeps the newest answers, until there is one that nothing disturbed."""
@@ -141,13 +128,12 @@ class TestEvidence:
         ]
         for sweep in disturbed[:2]:
             evidence_store.save_step_times(SCOPE, DRAFTS, 4, sweep)
-            assert evidence_store.find_step_times(SCOPE, DRAFTS, context_length=96, max_length=4) == sweep
+            assert evidence_store.find_step_times(SCOPE, DRAFTS, **TIMES) == sweep
         for sweep in (quiet, disturbed[2]):
             evidence_store.save_step_times(SCOPE, DRAFTS, 4, sweep)
-            assert evidence_store.find_step_times(SCOPE, DRAFTS, context_length=96, max_length=4) == quiet
-        assert ask(
-            evidence_store, "SELECT sum(CAST(disturbed AS INTEGER)), count(*) FROM step_times WHERE width = 1"
-        ) == [(3, 12)]
+            assert evidence_store.find_step_times(SCOPE, DRAFTS, **TIMES) == quiet
+        query = "SELECT sum(CAST(disturbed AS INTEGER)), count(*) FROM step_times WHERE width = 1"
+        assert ask(evidence_store, query) == [(3, 12)]
 
     def test_an_incomplete_sweep_is_refused(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
         """A sweep without a draft or a target width would never answer, so it is not saved."""
@@ -161,26 +147,22 @@ class TestEvidence:
     def test_samples_come_back_equal(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
         """A unit of runs is found in its order, for its occasion and machine only."""
         samples = samples_of(fake)
-        assert evidence_store.save_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0", samples) == samples
-        assert evidence_store.find_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0") == samples
+        assert evidence_store.save_samples(SCOPE, *UNIT, samples) == samples
+        assert evidence_store.find_samples(SCOPE, *UNIT) == samples
         assert evidence_store.find_samples(SCOPE, (PROMPT,), (A4, PLAIN), "proof 0") is None
         assert evidence_store.find_samples(SCOPE, (PROMPT,), (PLAIN, A4), "race 0") is None
-        assert evidence_store.find_samples(ELSEWHERE, (PROMPT,), (PLAIN, A4), "proof 0") is None
-        rows = ask(
-            evidence_store,
-            "SELECT position, name, purpose, count(*) OVER (PARTITION BY unit_id) FROM samples "
-            "JOIN units ON units.id = unit_id JOIN setups ON setups.id = setup_id ORDER BY position",
-        )
-        assert rows == [(0, "plain", "proof 0", 2), (1, "draft-a k=4", "proof 0", 2)]
+        assert evidence_store.find_samples(ELSEWHERE, *UNIT) is None
+        query = """SELECT position, name, purpose, count(*) OVER (PARTITION BY unit_id) FROM samples
+            JOIN units ON units.id = unit_id JOIN setups ON setups.id = setup_id ORDER BY position"""
+        assert ask(evidence_store, query) == [(0, "plain", "proof 0", 2), (1, "draft-a k=4", "proof 0", 2)]
 
     def test_failures_are_kept(self, evidence_store: EvidenceStore) -> None:
         """A failure is kept with its whole setup, as often as it happens."""
         found = Infeasible(setup=A4, reason="OutOfMemoryError", detail="3 GiB were asked for")
         evidence_store.save_infeasible(SCOPE, found)
         evidence_store.save_infeasible(SCOPE, found)
-        rows = ask(
-            evidence_store, "SELECT setup, digest, reason, detail FROM infeasible JOIN setups ON setups.id = setup_id"
-        )
+        query = "SELECT setup, digest, reason, detail FROM infeasible JOIN setups ON setups.id = setup_id"
+        rows = ask(evidence_store, query)
         assert {parsed(setup)["length"] for setup, *_ in rows} == {4}
         assert [row[1:] for row in rows] == [(A4.digest, "OutOfMemoryError", "3 GiB were asked for")] * 2
 
@@ -200,39 +182,36 @@ class TestNothingIsOverwritten:
         trace = fake.trace_target(GREEDY, PROMPT)
         for _ in range(2):
             evidence_store.save_target_trace(SCOPE, PROMPT, trace)
-            evidence_store.save_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0", samples_of(fake))
-        assert ask(evidence_store, "SELECT count(*) FROM target_traces") == [(1,)]
+            evidence_store.save_samples(SCOPE, *UNIT, samples_of(fake))
+        assert ask(evidence_store, COUNT_TRACES) == [(1,)]
         assert ask(evidence_store, "SELECT count(*) FROM samples") == [(2,)]
 
     def test_a_moved_draft_is_no_conflict(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
         """Names are labels: the same weights under another name are the same evidence."""
-        moved = type(DRAFT_A)(
-            kind="model",
-            model=Model(name="elsewhere/draft-a", dtype="float32", digest=DRAFT_A.model.digest, num_params=500_000),  # type: ignore[union-attr]
-        )
+        moved = replace(DRAFT_A, model=replace(DRAFT_A.model, name="elsewhere/draft-a"))  # type: ignore[type-var]
         acceptance = fake.trace_draft(GREEDY, PROMPT, fake.trace_target(GREEDY, PROMPT), DRAFT_A, 4)
         evidence_store.save_acceptance(SCOPE, PROMPT, DRAFT_A, acceptance)
         evidence_store.save_acceptance(SCOPE, PROMPT, moved, acceptance)
         assert ask(evidence_store, "SELECT draft_name FROM acceptance_traces") == [("draft-a",)]
 
-    def test_the_first_trace_of_a_key_answers(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
-        """Whoever saves a different one later is given the stored one."""
-        trace = fake.trace_target(GREEDY, PROMPT)
-        assert evidence_store.save_target_trace(SCOPE, PROMPT, trace) == trace
-        other = FakeEngine(seed=1).trace_target(GREEDY, PROMPT)
-        assert other != trace
-        assert evidence_store.save_target_trace(SCOPE, PROMPT, other) == trace
-        assert evidence_store.find_target_trace(SCOPE, PROMPT) == trace
+    def test_traces_that_were_measured_twice(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
+        """The later of two unlike traces gives way to the first."""
+        theirs, ours = fake.trace_target(GREEDY, PROMPT), FakeEngine(seed=1).trace_target(GREEDY, PROMPT)
+        for trace in (theirs, ours):
+            assert evidence_store.save_target_trace(SCOPE, PROMPT, trace) == theirs
+        assert evidence_store.find_target_trace(SCOPE, PROMPT) == theirs
+        for draft in DRAFTS:
+            first, second = (FakeEngine(seed=seed).trace_draft(GREEDY, PROMPT, theirs, draft, 4) for seed in (0, 1))
+            assert first != second
+            for acceptance in (first, second):
+                assert evidence_store.save_acceptance(SCOPE, PROMPT, draft, acceptance) == first
 
     def test_the_first_runs_of_a_unit_answer(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
         """Two processes never time alike: the later one is given what the first has saved."""
         first = samples_of(fake)
-        evidence_store.save_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0", first)
-        assert (
-            evidence_store.save_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0", samples_of(FakeEngine(seed=1)))
-            == first
-        )
-        assert evidence_store.find_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0") == first
+        evidence_store.save_samples(SCOPE, *UNIT, first)
+        assert evidence_store.save_samples(SCOPE, *UNIT, samples_of(FakeEngine(seed=1))) == first
+        assert evidence_store.find_samples(SCOPE, *UNIT) == first
         assert ask(evidence_store, "SELECT count(*) FROM samples") == [(2,)]
 
     def test_evidence_of_another_key_is_refused(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
@@ -250,7 +229,7 @@ class TestNothingIsOverwritten:
         object.__setattr__(bad, "output_tokens", None)  # breaks NOT NULL in the second row
         assert chosen != bad
         with pytest.raises(StoreError, match=r"output_tokens.*not-null|NOT NULL.*output_tokens"):
-            evidence_store.save_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0", (good, bad))
+            evidence_store.save_samples(SCOPE, *UNIT, (good, bad))
         assert ask(evidence_store, "SELECT count(*) FROM samples") == [(0,)]
         assert ask(evidence_store, "SELECT count(*) FROM models") == [(0,)]
 
@@ -273,33 +252,24 @@ class TestRunsAndPolicies:
         assert finished_at is not None
         evidence_store.save_run(SCOPE)
         assert evidence_store.latest_outcome(TARGET, MACHINE) == {"proven": True}
-        assert (
-            evidence_store.latest_outcome(
-                Model(name="second", dtype="float32", digest="b" * 32, num_params=10), MACHINE
-            )
-            == {}
-        )
+        assert evidence_store.latest_outcome(SECOND, MACHINE) == {}
         for wrong in (run_id, run_id + 2):
             with pytest.raises(StoreError, match=f"run {wrong} is not under way"):
                 evidence_store.finish_run(wrong, {})
 
     def test_the_latest_policy_answers(self, evidence_store: EvidenceStore) -> None:
         """The policy saved last is given, of all targets or of one, on any machine or on one."""
-        second = Model(name="second", dtype="float32", digest="b" * 32, num_params=10)
         assert evidence_store.latest_policy() is None
-        for text, target in (("one", TARGET), ("two", TARGET), ("three", second)):
+        for text, target in (("one", TARGET), ("two", TARGET), ("three", SECOND)):
             save_policy(evidence_store, text, target, MACHINE)
         assert evidence_store.latest_policy() == "three"
         assert evidence_store.latest_policy(TARGET.digest) == evidence_store.latest_policy("fake-target") == "two"
         assert evidence_store.latest_policy("c" * 32) is None
         save_policy(evidence_store, "four", TARGET, ELSEWHERE.environment)
-        assert (
-            evidence_store.latest_policy(TARGET.run_digest)
-            == evidence_store.latest_policy(environment=ELSEWHERE.environment)
-            == "four"
-        )
+        for where in ({"target": TARGET.run_digest}, {"environment": ELSEWHERE.environment}):
+            assert evidence_store.latest_policy(**where) == "four"  # type: ignore[arg-type]
         assert evidence_store.latest_policy(TARGET.run_digest, MACHINE) == "two"
-        assert evidence_store.latest_policy(second.run_digest, ELSEWHERE.environment) is None
+        assert evidence_store.latest_policy(SECOND.run_digest, ELSEWHERE.environment) is None
 
     def test_the_newest_policy_answers_whatever_the_clock_said(self, evidence_store: EvidenceStore) -> None:
         """A clock that was ahead once hides no later policy, and a later one is made from it."""
@@ -307,10 +277,8 @@ class TestRunsAndPolicies:
         ask(evidence_store, "UPDATE policies SET created_at = '2031-01-01T00:00:00+00:00'")
         evidence_store.replace_policy(TARGET, MACHINE, lambda latest: f"after {latest}")
         assert evidence_store.latest_policy() == evidence_store.latest_policy(TARGET.name, MACHINE) == "after first"
-        assert ask(evidence_store, "SELECT generation, policy FROM policies ORDER BY id") == [
-            (1, "first"),
-            (2, "after first"),
-        ]
+        rows = ask(evidence_store, "SELECT generation, policy FROM policies ORDER BY id")
+        assert rows == [(1, "first"), (2, "after first")]
 
     def test_an_older_policy_that_came_later_does_not_answer(self, evidence_store: EvidenceStore) -> None:
         """A bundle brings policies with their generation; of equal generations the one saved last answers."""
@@ -353,6 +321,41 @@ class TestRunsAndPolicies:
             evidence_store.replace_policy(TARGET, MACHINE, lambda latest: f"{latest}{letter}")
 
 
+class TestSchemas:
+    def test_revisions_and_tables_agree(self, evidence_store: EvidenceStore) -> None:
+        """The schema that the revisions make is the one the code is written against."""
+        with evidence_store.reading() as connection:
+            assert compare_metadata(MigrationContext.configure(connection), tables.metadata) == []
+
+    def test_another_programs_database_is_refused(self, location: Location) -> None:
+        """A database that is not ours gets no tables of ours."""
+        if isinstance(location, Path):
+            location.parent.mkdir()
+        ask(location, "CREATE TABLE songs (name TEXT)")
+        with pytest.raises(StoreError, match="the table 'songs' of another program"):
+            EvidenceStore.open(location)
+        ask(location, "DROP TABLE songs")
+        EvidenceStore.open(location).close()  # it is empty again
+
+    def test_processes_may_open_a_fresh_store_at_once(self, location: Location) -> None:
+        """Whoever comes first makes the tables, and Optuna's; the others wait and find them."""
+        code = (
+            "import sys\nfrom pathlib import Path\nfrom store.evidence_store import EvidenceStore\n"
+            "from tuner.run import TuningSession\n"
+            "print(flush=True)\ninput()\n"
+            "location = sys.argv[1] if '://' in sys.argv[1] else Path(sys.argv[1])\n"
+            "with EvidenceStore.open(location) as evidence_store:\n    TuningSession.of(evidence_store)\n"
+        )
+        command = [sys.executable, "-c", code, str(location)]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        openers = [subprocess.Popen(command, cwd=ROOT, text=True, **pipes) for _ in range(2)]
+        assert [opener.stdout.readline() for opener in openers if opener.stdout] == ["\n", "\n"]
+        for opener in openers:
+            opener.communicate("go\n", timeout=60)
+        assert [opener.returncode for opener in openers] == [0, 0]
+        assert ask(location, "SELECT version_num FROM alembic_version") == [("0006",)]
+
+
 class TestReadOnly:
     def test_it_answers_as_the_open_book_does(
         self, evidence_store: EvidenceStore, location: Location, fake: FakeEngine
@@ -360,13 +363,13 @@ class TestReadOnly:
         """Every question that a look-up asks has the same answer, also while the writer has the store open."""
         trace = fake.trace_target(GREEDY, PROMPT)
         evidence_store.save_target_trace(SCOPE, PROMPT, trace)
-        evidence_store.save_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0", samples_of(fake))
+        evidence_store.save_samples(SCOPE, *UNIT, samples_of(fake))
         save_policy(evidence_store, "one", TARGET, MACHINE)
         evidence_store.finish_run(evidence_store.save_run(SCOPE), {"proven": True})
         with EvidenceStore.open_read_only(location) as reader:
             assert reader.name == evidence_store.name
             assert reader.find_target_trace(SCOPE, PROMPT) == trace
-            assert reader.find_samples(SCOPE, (PROMPT,), (PLAIN, A4), "proof 0") == samples_of(fake)
+            assert reader.find_samples(SCOPE, *UNIT) == samples_of(fake)
             assert reader.latest_policy() == "one"
             assert reader.latest_outcome(TARGET, MACHINE) == {"proven": True}
             save_policy(evidence_store, "two", TARGET, MACHINE)
@@ -398,6 +401,9 @@ class TestReadOnly:
         reasons = {"0002": "the older schema 0002, .* reads 0006: `tune.py show`", "9998": "schema 9998, .* up to 0006"}
         with pytest.raises(error, match=reasons[version]):
             EvidenceStore.open_read_only(location)
+        if version == "9998":
+            with pytest.raises(error, match=reasons[version]):
+                EvidenceStore.open(location)
         assert ask(location, "SELECT version_num FROM alembic_version") == [(version,)]
 
 
@@ -412,7 +418,7 @@ class TestTheTimeouts:
             waiting.join(timeout=0.3)
             assert waiting.is_alive()
         waiting.join()
-        assert ask(evidence_store, "SELECT count(*) FROM target_traces") == [(1,)]
+        assert ask(evidence_store, COUNT_TRACES) == [(1,)]
 
     def test_a_writer_that_waited_too_long_says_so(
         self, evidence_store: EvidenceStore, location: Location, fake: FakeEngine
@@ -427,7 +433,7 @@ class TestTheTimeouts:
                 other.save_target_trace(SCOPE, PROMPT, trace)
             other.save_target_trace(SCOPE, PROMPT, trace)
         assert "\n" not in str(caught.value)
-        assert ask(evidence_store, "SELECT count(*) FROM target_traces") == [(1,)]
+        assert ask(evidence_store, COUNT_TRACES) == [(1,)]
 
     def test_readers_do_not_wait(self, evidence_store: EvidenceStore, location: Location) -> None:
         """Who reads while another writes sees the last committed state at once."""
@@ -442,16 +448,3 @@ class TestTheTimeouts:
             assert connection.scalar(query) == 0
             save_policy(other, "one", TARGET, MACHINE)
             assert connection.scalar(query) == 0
-
-
-class TestTheFirstAnswers:
-    def test_traces_that_were_measured_twice(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
-        """Where it is asked for, the later of two unlike traces gives way to the first."""
-        theirs, ours = fake.trace_target(GREEDY, PROMPT), FakeEngine(seed=1).trace_target(GREEDY, PROMPT)
-        for trace in (theirs, ours):
-            assert evidence_store.save_target_trace(SCOPE, PROMPT, trace) == theirs
-        for draft in DRAFTS:
-            first, second = (FakeEngine(seed=seed).trace_draft(GREEDY, PROMPT, theirs, draft, 4) for seed in (0, 1))
-            assert first != second
-            for acceptance in (first, second):
-                assert evidence_store.save_acceptance(SCOPE, PROMPT, draft, acceptance) == first

@@ -188,7 +188,7 @@ def test_a_full_disk_keeps_what_was_saved(room: int, sound: Path) -> None:
 
 def test_a_damaged_row_is_told_whatever_its_damage(sound: Path) -> None:
     """JSON of another shape, another type or no text at all: one line."""
-    for damage in ("'{}'", "'7'", "'[[1]]'", "NULL", "x'ff00'", "'\"x\"'", f"'{'[' * 100_000}'"):
+    for damage in ("'{}'", "x'62'", "'7'", "'[[1]]'", "NULL", "x'ff00'", "'\"x\"'", f"'{'[' * 100_000}'"):
         with closing(sqlite3.connect(sound)) as connection:
             connection.execute("PRAGMA ignore_check_constraints = ON")
             columns = "token_ids" if damage != "NULL" else "prompt_digest = prompt_digest, ended"

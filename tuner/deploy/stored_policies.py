@@ -71,7 +71,7 @@ def find_targets(evidence_store: EvidenceStore, name: str | None) -> list[Model]
         raise NotMeasuredError(
             f"the store {evidence_store.name} does not know {target}: run `{command('run')}` first{moved}"
         )
-    targets = [tables.model_record(row) for row in rows]
+    targets = [tables.from_row(Model, row) for row in rows]
     return targets if name is not None else targets[:1]
 
 

@@ -11,6 +11,7 @@ from profiles.acceptance.expected_rounds import expected_rounds
 from profiles.hardware.device import family
 from profiles.records.core import DTYPES
 from profiles.records.errors import NotMeasuredError
+from profiles.records.evidence import AcceptanceTrace, LookupTrace, TargetTrace
 from store import tables
 from store.evidence_store import EvidenceStore
 from tuner.deploy.stored_policies import find_targets
@@ -80,23 +81,19 @@ def acceptance(
 
 def _traces(store: EvidenceStore, target_key: str, draft: str) -> Iterator[tuple[str, Any, Any]]:
     """(domain, target trace, the draft's acceptance over it)."""
-    pairs: list[tuple[Any, Any]] = [
-        (tables.acceptance_traces, tables.acceptance_record),
-        (tables.lookup_traces, tables.lookup_record),
-    ]
     with store.reading() as connection:
         query = select(tables.target_traces).filter_by(target_key=target_key)
         targets = {
-            (row["sampling_digest"], row["prompt_digest"]): tables.target_trace_record(row)
+            (row["sampling_digest"], row["prompt_digest"]): tables.from_row(TargetTrace, row)
             for row in connection.execute(query).mappings()
         }
         prompts = connection.execute(select(tables.prompts.c.digest, tables.prompts.c.domain))
         domains = {row.digest: row.domain for row in prompts}
-        for table, record in pairs:
-            query = select(table).filter_by(target_key=target_key, draft_name=draft)
+        for kind in (AcceptanceTrace, LookupTrace):
+            query = select(tables.TRACES[kind]).filter_by(target_key=target_key, draft_name=draft)
             for row in connection.execute(query).mappings():
                 if trace := targets.get((row["sampling_digest"], row["prompt_digest"])):
-                    yield domains.get(trace.prompt_digest) or MIXED, trace, record(row)
+                    yield domains.get(trace.prompt_digest) or MIXED, trace, tables.from_row(kind, row)
 
 
 def step_times(
