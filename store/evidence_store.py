@@ -4,6 +4,7 @@ What is saved once is never overwritten, and a process killed at any moment lose
 loads neither torch, optuna nor alembic.
 """
 
+import functools
 import itertools
 import os
 import re
@@ -12,12 +13,12 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from sqlalchemy import Connection, Select, Table, insert, literal, select, update
+from sqlalchemy import Connection, Select, Table, bindparam, func, insert, select, update
 
+from profiles.builtin import IMPORTED_MARKS
 from profiles.records.codec import to_builtins
 from profiles.records.core import Draft, Environment, Model, Prompt, Setup, Workload
 from profiles.records.errors import StoreError
@@ -271,7 +272,7 @@ class EvidenceStore(AbstractContextManager["EvidenceStore"]):
         """
 
         def save(connection: Connection) -> None:
-            query = _newest_policies(target.run_digest, environment).add_columns(tables.policies.c.generation)
+            query = _newest_policies([target], environment).add_columns(tables.policies.c.generation)
             latest, generation = connection.execute(query).first() or (None, 0)
             text = made_from(latest)
             row = {**_about(target, environment), "generation": generation + 1, "policy": text}
@@ -283,10 +284,14 @@ class EvidenceStore(AbstractContextManager["EvidenceStore"]):
         self.database.write(save)
 
     def latest_policy(self, target: str | None = None, environment: Environment | None = None) -> str | None:
-        """The newest policy, of any target or of one (its run digest, digest or name), on any machine or on one."""
-        query = _newest_policies(target, environment)
-        policy: str | None = self.database.read(lambda connection: connection.scalar(query))
-        return policy
+        """The newest policy, of any target or of those of a name (`targets_named`), on any machine or on one."""
+
+        def read(connection: Connection) -> str | None:
+            targets = None if target is None else targets_named(connection, target)
+            policy: str | None = connection.scalar(_newest_policies(targets, environment))
+            return policy
+
+        return self.database.read(read)
 
     def latest_outcome(self, target: Model, environment: Environment) -> dict[str, Any]:
         """What came of the target's last finished run on a machine, empty when there is none."""
@@ -312,7 +317,7 @@ class EvidenceStore(AbstractContextManager["EvidenceStore"]):
     def _find(self, kind: type[Record], key: Row) -> list[Record]:
         table = tables.TRACES[kind]
         query = select(table).filter_by(**key).order_by(table.c.id)
-        read = partial(tables.from_row, kind)
+        read = functools.partial(tables.from_row, kind)
         return self.database.read(lambda connection: list(map(read, connection.execute(query).mappings())))
 
     def _save_trace(self, scope: Scope, prompt: Prompt, trace: Trace, more_key: Row, **names: str) -> Trace:
@@ -413,24 +418,36 @@ def _register_subjects(connection: Connection, target: Model, environment: Envir
     _register(connection, tables.environments, [tables.environment_row(environment)])
 
 
-def like_last_part(name: str) -> str:
-    """A LIKE pattern, escaped by a backslash, of the paths whose last part is `name`; a path itself fits none."""
-    name = name.strip("/")
-    if not name or "/" in name:
-        return ""
-    return "%/" + re.sub(r"([%_\\])", r"\\\1", name)
+@functools.cache
+def _targets_query() -> Select[Any]:
+    """Targets by name or digest, the one tuned last first; made once, because that takes a look-up's time."""
+    models = tables.models
+    tuned = select(func.max(tables.policies.c.id)).where(tables.policies.c.target_key == models.c.key)
+    named = bindparam("name").in_([models.c.key, models.c.digest, models.c.name])
+    spelled = models.c.name.in_(bindparam("spellings", expanding=True))
+    last_part = models.c.name.like(bindparam("last_part"), escape="\\")
+    condition = bindparam("any_name") | named | spelled | last_part
+    return select(models).where(condition).order_by(tuned.scalar_subquery().desc().nulls_last())
 
 
-def _newest_policies(target: str | None, environment: Environment | None) -> Select[Any]:
+def targets_named(connection: Connection, name: str | None) -> list[Model]:
+    """The targets of this name, path, last part of a path, digest or run digest; all when None. The one tuned last
+    comes first.
+    """
+    path = name or ""
+    spellings = [os.path.abspath(path), real_path(path), *(f"{mark}{Path(path).name}" for mark in IMPORTED_MARKS)]
+    part = path.strip("/")
+    last_part = "%/" + re.sub(r"([%_\\])", r"\\\1", part) if part and "/" not in part else ""
+    values = {"name": name, "any_name": name is None, "spellings": spellings, "last_part": last_part}
+    return [tables.from_row(Model, row) for row in connection.execute(_targets_query(), values).mappings()]
+
+
+def _newest_policies(targets: Iterable[Model] | None, environment: Environment | None) -> Select[Any]:
     """The newest policy of each target and machine, or of those named; the one saved last comes first."""
     policies = tables.policies.c
     query = select(policies.policy).where(tables.IS_NEWEST_POLICY).order_by(policies.id.desc())
-    if target is not None:
-        models = tables.models.c
-        named = literal(target).in_([models.key, models.digest, models.name])
-        by_path = models.name.in_([os.path.abspath(target), real_path(target)])
-        by_end = models.name.like(like_last_part(target), escape="\\")
-        query = query.join(tables.models).where(named | by_path | by_end)
+    if targets is not None:
+        query = query.where(policies.target_key.in_([target.run_digest for target in targets]))
     if environment is not None:
         query = query.where(policies.environment_digest == environment.digest)
     return query.limit(1)

@@ -28,10 +28,9 @@ from tests.benchmarks import plan_store
 from tests.benchmarks.common import finish
 from tuner.plan import plan
 from tuner.plan.acceptance import tokens_per_round
-from tuner.plan.hardware import Hardware, read_hardware
 from tuner.plan.plan import corrected_cost, features, log_scale, planned_draft
 from tuner.plan.shape import Shape, read_data, read_shape
-from tuner.plan.step_time import RoundParts, StepModel, read_engine
+from tuner.plan.step_time import Hardware, RoundParts, StepModel, read_engine, read_hardware
 
 DATA = Path(__file__).parent / "data"
 Row = Mapping[str, Any]

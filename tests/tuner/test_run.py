@@ -62,7 +62,7 @@ def test_a_second_run_adds_its_anchors(session: TuningSession) -> None:
     assert all(choice.proven for choice in policy.choices)
     for temperature in (0.0, 0.8):
         assert policy.look_up(temperature=temperature, context_length=200).matched
-    assert f"{session.evidence_store.latest_policy()}\n" == policies.to_json(policy)
+    assert session.evidence_store.latest_policy() == policies.to_json(policy)
 
 
 def test_a_run_replaces_its_own_anchor(session: TuningSession) -> None:

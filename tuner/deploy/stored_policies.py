@@ -4,20 +4,17 @@ import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Select, bindparam, func, select
+from sqlalchemy import Select, bindparam, select
 
-from profiles.builtin import IMPORTED_MARKS
 from profiles.hardware.device import ENGINE, Machine, drop_unknown, on_gpu
 from profiles.records.core import Model
 from profiles.records.errors import InputError, NotMeasuredError, PolicyError, StoreError
-from profiles.records.files import real_path
 from profiles.records.text import command
 from store import tables
 from store.database import Location
-from store.evidence_store import EvidenceStore, like_last_part
+from store.evidence_store import EvidenceStore, targets_named
 from tuner.deploy.match import Match, match
 from tuner.policy.policy import Policy, from_json
 from tuner.report.data import ReportData
@@ -43,35 +40,18 @@ def open_for_reading(location: Location) -> EvidenceStore:
         return EvidenceStore.open(location)
 
 
-@functools.cache
-def _targets_query() -> Select[Any]:
-    """Targets by name or digest, the one tuned last first; made once, because that takes a look-up's time."""
-    models = tables.models
-    tuned = select(func.max(tables.policies.c.id)).where(tables.policies.c.target_key == models.c.key)
-    named = bindparam("name").in_([models.c.key, models.c.digest, models.c.name])
-    spelled = models.c.name.in_(bindparam("spellings", expanding=True))
-    last_part = models.c.name.like(bindparam("last_part"), escape="\\")
-    condition = bindparam("any_name") | named | spelled | last_part
-    return select(models).where(condition).order_by(tuned.scalar_subquery().desc().nulls_last())
-
-
 def find_targets(evidence_store: EvidenceStore, name: str | None) -> list[Model]:
-    """The targets of this name, digest or run digest, the one tuned last first; without a name only that one.
-
-    Raises NotMeasuredError: there is none.
-    """
-    path = name or ""
-    spellings = [os.path.abspath(path), real_path(path), *(f"{mark}{Path(path).name}" for mark in IMPORTED_MARKS)]
-    values = {"name": name, "any_name": name is None, "spellings": spellings, "last_part": like_last_part(path)}
+    """As `targets_named`; without a name only the one tuned last. Raises NotMeasuredError: there is none."""
     with evidence_store.reading() as connection:
-        rows = connection.execute(_targets_query(), values).mappings().all()
-    if not rows:
+        targets = targets_named(connection, name)
+    if not targets:
         target = "any target" if name is None else f"target {name!r}"
-        moved = f"; a moved model has its old name (`{command('show')}`) until then" if os.path.exists(path) else ""
+        moved = (
+            f"; a moved model has its old name (`{command('show')}`) until then" if os.path.exists(name or "") else ""
+        )
         raise NotMeasuredError(
             f"the store {evidence_store.name} does not know {target}: run `{command('run')}` first{moved}"
         )
-    targets = [tables.from_row(Model, row) for row in rows]
     return targets if name is not None else targets[:1]
 
 

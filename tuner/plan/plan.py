@@ -14,9 +14,8 @@ from profiles.records.draft_spec import DraftSpec, parse_draft
 from profiles.records.errors import InputError, NotMeasuredError
 from tuner.plan import acceptance
 from tuner.plan.acceptance import Acceptance, RoundMean, rate_of, tokens_per_round
-from tuner.plan.hardware import read_hardware
 from tuner.plan.shape import Shape, head_shape, read_data, read_shape
-from tuner.plan.step_time import RoundParts, StepModel, read_engine
+from tuner.plan.step_time import RoundParts, StepModel, read_engine, read_hardware
 
 if TYPE_CHECKING:
     from store.evidence_store import EvidenceStore

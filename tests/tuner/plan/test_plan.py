@@ -19,10 +19,9 @@ from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, FakeEngine, prompts
 from tests.support.fakes import TARGET as FAKE_TARGET
 from tuner.plan import acceptance, stored
 from tuner.plan.acceptance import rate_of, tokens_per_round
-from tuner.plan.hardware import read_hardware
 from tuner.plan.plan import PlanQuery, make_plan, planned_draft
 from tuner.plan.shape import head_shape, read_data, read_shape, shape_of
-from tuner.plan.step_time import StepModel, read_engine
+from tuner.plan.step_time import StepModel, read_engine, read_hardware
 
 LLAMA_70B = PlanQuery(
     target="Llama-3.1-70B", drafts=["Llama-3.2-1B"], hardware="H100x4", engine="vllm", acceptance="0.8"

@@ -15,8 +15,7 @@ from tests.support.policies import choice as a_choice
 from tuner.pipeline.pipeline import Outcome, Tuner, Watch
 from tuner.pipeline.trial import Options
 from tuner.policy.policy import Policy
-from tuner.report.build import report_data
-from tuner.report.curves import design_effect, share_interval
+from tuner.report.build import design_effect, report_data, share_interval
 from tuner.report.data import Candidate, PointFigures, ReportData
 from tuner.report.tables import document
 
