@@ -1,25 +1,24 @@
 """What a choice becomes for transformers, checked by running it on tiny random models; and as JSON."""
 
 import json
-import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from profiles.engines.llamacpp.flags import FLAG_SETS
 from profiles.engines.rules import vocab_size
 from profiles.records.core import PLAIN, Draft, Model, Setup
 from profiles.records.errors import InputError
-from tests.lanes.cases import deployment
+from tests.lanes.cases import deployment, draft_at, model_at
 from tests.lanes.transformers_lane import PROMPT, drafts_as_asked, rounds_of, run_snippet
-from tests.support.policies import CODE_DRAFT, EARLY_EXIT, NGRAM, choice, forecast, measured
+from tests.support.policies import CODE_DRAFT, EARLY_EXIT, NGRAM, TARGET, choice, forecast, measured
 from tests.support.tiny import READS_GGUF, write_gguf, write_model
-from tuner.export import Form, emit
-
-
-def model_record(path: Path) -> Model:
-    return Model(name=str(path), dtype="float32", digest=path.name, num_params=1)
+from tuner.export import EXPORTERS as ENGINES
+from tuner.export import Export, Form, emit
+from tuner.policy.policy import Choice
 
 
 def test_json_form() -> None:
@@ -89,23 +88,80 @@ def test_names_cannot_break_out_of_the_snippet() -> None:
 
 
 COMPOSITE = Draft(kind="composite", model=CODE_DRAFT.model, max_match=4, min_match=2)
+WITH_MODEL, LOOK_UP = Setup(draft=CODE_DRAFT, length=4), Setup(draft=NGRAM, length=3)
+PACKED, GGUF_TARGET = Setup(draft=draft_at("draft.gguf"), length=4), model_at("target.gguf")
+UNKNOWN_BUILD = "are not known: they are for b8672 to b8929, b9093, b9294 and newer"
+NO_DRAFT_MODEL = "vLLM {} cannot run a draft model, 0.15.0 is the first that can again"
+NOTHING: list[tuple[Form, str | None, Choice, Model, str]] = [
+    *((form, None, choice(PLAIN), TARGET, "plain decoding is the choice. plain was the fastest.") for form in ENGINES),
+    ("vllm", "0.32.0", choice(PLAIN, alternatives=(forecast(WITH_MODEL),)), TARGET, "nothing to set for vLLM: plain"),
+    ("transformers", None, choice(LOOK_UP, batch_size=4), TARGET, "batch size 1 only, and the choice is for 4"),
+    ("transformers", None, choice(replace(WITH_MODEL, stop_below=0.4)), TARGET, "no stop before a proposal"),
+    ("transformers", None, choice(Setup(draft=COMPOSITE, length=2)), TARGET, "a look-up or a draft model, not both"),
+    ("transformers", "4.57.6", choice(LOOK_UP), TARGET, "transformers 4.57.6 is not known: from 5.17.0 on it is"),
+    ("sglang", "0.5.1", choice(WITH_MODEL), TARGET, "SGLang 0.5.1 is not known to have STANDALONE"),
+    ("sglang", "0.5.2", choice(LOOK_UP), TARGET, "SGLang 0.5.2 is not known to have NGRAM"),
+    ("trtllm", "1.1.0", choice(WITH_MODEL), TARGET, "TensorRT-LLM 1.1.0 is not known: from 1.2.0 on it is"),
+    ("vllm", "0.9.2", choice(LOOK_UP), TARGET, "vLLM 0.9.2 is not known: from 0.10.0 on it is"),
+    *(
+        ("vllm", version, choice(WITH_MODEL), TARGET, NO_DRAFT_MODEL.format(version))
+        for version in ("0.10.0", "0.11.2", "0.12.0", "0.14.0", "0.14.1", "0.15.0rc1")
+    ),
+    ("vllm", "0.32.0", choice(Setup(draft=EARLY_EXIT, length=2)), TARGET, "cannot draft with the target's own layers"),
+    ("vllm", "0.32.0", choice(replace(WITH_MODEL, stop_below=0.4)), TARGET, "no stop before a proposal"),
+    ("vllm", "0.32.0", choice(Setup(draft=draft_at("a.gguf"), length=2)), TARGET, "the draft a.gguf is a GGUF file"),
+    ("vllm", "0.32.0", choice(LOOK_UP), model_at("B.GGUF"), "the target B.GGUF is a GGUF file"),
+    *((form, None, choice(PACKED), TARGET, "the draft draft.gguf is a GGUF file") for form in ("sglang", "trtllm")),
+    *((form, None, choice(LOOK_UP), GGUF_TARGET, "target.gguf is a GGUF file") for form in ("sglang", "trtllm")),
+    *(
+        ("llamacpp", build, choice(PACKED), GGUF_TARGET, UNKNOWN_BUILD)
+        for build in ("b6800", "8671", "b8930", "b9092", "b9094", "b9293")
+    ),
+    ("llamacpp", "b11549", choice(WITH_MODEL), GGUF_TARGET, "convert the draft family/draft-code and measure that"),
+    ("llamacpp", "b11549", choice(LOOK_UP), TARGET, "GGUF files only: convert the target family/target and measure"),
+    ("llamacpp", "b11549", choice(replace(PACKED, stop_below=0.5)), GGUF_TARGET, "no stop before a proposal"),
+    ("llamacpp", "b11549", choice(Setup(draft=EARLY_EXIT, length=2)), GGUF_TARGET, "with the target's own layers"),
+    ("llamacpp", "b11549", choice(replace(LOOK_UP, length=1)), GGUF_TARGET, "shorter than the match, 2 tokens here"),
+]
+
+
+@pytest.mark.parametrize(("form", "version", "answer", "target", "note"), NOTHING)
+def test_nothing_to_emit(form: Form, version: str | None, answer: Choice, target: Model, note: str) -> None:
+    """Where an engine cannot, or need not, be told, there is no text, setup, label or claim; the note says why."""
+    export = emit(deployment(answer, target=target), form, version)
+    assert export == Export(text="", note=export.note)
+    assert note in str(export.note)
 
 
 @pytest.mark.parametrize(
-    ("setup", "changes", "note"),
+    ("form", "versions", "needed"),
     [
-        (PLAIN, {}, "plain decoding is the choice. plain was the fastest."),
-        (Setup(draft=NGRAM, length=2), {"batch_size": 4}, "batch size 1 only, and the choice is for 4"),
-        (Setup(draft=CODE_DRAFT, length=2, stop_below=0.4), {}, "no stop before a proposal"),
-        (Setup(draft=COMPOSITE, length=2), {}, "a look-up or a draft model, not both"),
+        ("vllm", ("latest", "", "0.x", "b6800"), r"engine version .*: a version of vLLM is needed, like 0\.33\.0"),
+        ("llamacpp", ("0.1.0", "bb1", "b-1", "", "b0", "latest"), r"llama\.cpp takes build numbers like b6800 or 6800"),
     ],
 )
-def test_nothing_to_emit(setup: Setup, changes: dict[str, object], note: str) -> None:
-    """Where transformers cannot, or need not, be told, the text is empty and the note says why."""
-    export = emit(deployment(choice(setup, **changes)), "transformers")
-    assert export.text == ""
-    assert export.note is not None
-    assert re.search(re.escape(note), export.note)
+def test_version_that_is_none(form: Form, versions: tuple[str, ...], needed: str) -> None:
+    """A version that cannot be read is refused, naming what is allowed."""
+    for version in versions:
+        with pytest.raises(InputError, match=needed):
+            emit(deployment(choice(PACKED), target=GGUF_TARGET), form, version)
+
+
+NASTY = ("a b", "it's", 'say "so"', "two\nlines", "$(reboot)", "`id`", "--evil", "back\\slash", "ü✓", "'; rm -rf x; '")
+NASTY += ("# no comment", "{k}")
+SHELLS = (("vllm", "0.32.0"), ("sglang", "0.5.23"), *(("llamacpp", f"b{flags.first}") for flags in FLAG_SETS))
+
+
+@pytest.mark.parametrize(("form", "version"), SHELLS)
+@pytest.mark.parametrize("name", NASTY)
+def test_names_stay_in_their_word(form: Form, version: str, name: str) -> None:
+    """Quotes, spaces, line breaks, leading dashes and shell words in a name come out of the shell as one value."""
+    ending, target = (".gguf", GGUF_TARGET) if form == "llamacpp" else ("", TARGET)
+    answer = choice(Setup(draft=draft_at(name + ending), length=2))
+    words = shlex.split(emit(deployment(answer, target=target), form, version).text)
+    flags, values = words[::2], [json.loads(words[1])["model"]] if form == "vllm" else words[1::2]
+    assert name + ending in (*flags, *values)  # after a flag of llama.cpp without a value it is among the flags
+    assert all(word.startswith("--") for word in flags if word != name + ending)
 
 
 def test_caveat_is_told() -> None:
@@ -119,8 +175,8 @@ def test_caveat_is_told() -> None:
 @pytest.mark.parametrize("kind", ["model", "ngram", "early_exit"])
 def test_snippet_drafts_that_many_tokens(kind: str, length: int, tmp_path: Path) -> None:
     """Run on tiny random models, a round drafts k tokens, or all but one of those left; a look-up at most k."""
-    target = model_record(write_model(tmp_path / "target", num_layers=3, eos_token_id=None))
-    own = model_record(write_model(tmp_path / "draft", num_layers=1, seed=1, eos_token_id=None))
+    target = model_at(write_model(tmp_path / "target", num_layers=3, eos_token_id=None))
+    own = model_at(write_model(tmp_path / "draft", num_layers=1, seed=1, eos_token_id=None))
     drafts = {
         "model": Draft(kind="model", model=own),
         "ngram": Draft(kind="ngram", max_match=3, min_match=1),
@@ -133,7 +189,7 @@ def test_snippet_drafts_that_many_tokens(kind: str, length: int, tmp_path: Path)
 
 def test_snippet_output_is_plain_output(tmp_path: Path) -> None:
     """What the snippet generates is what the target generates alone (greedy)."""
-    target = model_record(write_model(tmp_path / "target", num_layers=3, eos_token_id=None))
+    target = model_at(write_model(tmp_path / "target", num_layers=3, eos_token_id=None))
     draft = Draft(kind="early_exit", num_layers=2)
     names = run_snippet(emit(deployment(choice(Setup(draft=draft, length=3)), target=target), "transformers").text)
     settings = {"attention_mask": torch.ones_like(PROMPT), "max_new_tokens": 30}
@@ -178,13 +234,6 @@ def test_alternative_for_transformers() -> None:
     assert '"assistant_early_exit": 3' in export.text
 
 
-def test_transformers_before_5() -> None:
-    """An older release than the snippets were run with is refused."""
-    export = emit(deployment(choice(Setup(draft=NGRAM, length=3))), "transformers", "4.57.6")
-    assert export.text == ""
-    assert export.note == "transformers 4.57.6 is not known: from 5.17.0 on it is"
-
-
 @pytest.mark.parametrize("form", ["transformers", "vllm", "sglang"])
 @pytest.mark.parametrize("by_hub_id", [False, True])
 def test_padded_vocabularies_are_refused(form: Form, by_hub_id: bool, tmp_path: Path) -> None:
@@ -192,8 +241,8 @@ def test_padded_vocabularies_are_refused(form: Form, by_hub_id: bool, tmp_path: 
 
     Of models that lie elsewhere the sizes are those that the run recorded.
     """
-    target = model_record(write_model(tmp_path / "target"))
-    padded = model_record(write_model(tmp_path / "draft", num_layers=1, vocab_size=320))
+    target = model_at(write_model(tmp_path / "target"))
+    padded = model_at(write_model(tmp_path / "draft", num_layers=1, vocab_size=320))
     if by_hub_id:
         target = replace(target, name="org/target", vocab_size=300)
         padded = replace(padded, name="org/draft", vocab_size=320)
@@ -206,7 +255,7 @@ def test_padded_vocabularies_are_refused(form: Form, by_hub_id: bool, tmp_path: 
 def test_vocabulary_that_cannot_be_told(text: str, tmp_path: Path) -> None:
     """A directory without a size, or with a strange config, is no reason against a draft; a text part's size counts."""
     (tmp_path / "config.json").write_text(text)
-    assert vocab_size(model_record(tmp_path)) is None
+    assert vocab_size(model_at(tmp_path)) is None
     (tmp_path / "config.json").write_text('{"text_config": {"vocab_size": 7}}')
-    assert vocab_size(model_record(tmp_path)) == 7
-    assert vocab_size(model_record(tmp_path / "org" / "model")) is None
+    assert vocab_size(model_at(tmp_path)) == 7
+    assert vocab_size(model_at(tmp_path / "org" / "model")) is None

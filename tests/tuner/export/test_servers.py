@@ -13,10 +13,9 @@ from profiles.builtin import IMPORTED_MARKS
 from profiles.engines.llamacpp.flags import FLAG_SETS, flags_of_build, flags_of_help
 from profiles.engines.releases import NEWEST
 from profiles.records.core import PLAIN, Draft, Setup
-from profiles.records.errors import InputError
 from tests.lanes.cases import cases, deployment, draft_at, model_at
 from tests.lanes.places import LANES
-from tests.support.policies import CODE_DRAFT, EARLY_EXIT, NGRAM, TARGET, choice, forecast, measured
+from tests.support.policies import CODE_DRAFT, NGRAM, TARGET, choice, forecast, measured
 from tuner.export import Form, emit
 from tuner.policy.policy import Choice
 
@@ -24,7 +23,6 @@ WITH_MODEL = Setup(draft=CODE_DRAFT, length=4)
 LOOK_UP = Setup(draft=NGRAM, length=3)
 PACKED = Setup(draft=draft_at("draft.gguf"), length=4)
 GGUF_TARGET = model_at("target.gguf")
-NASTY = ("a b", "it's", 'say "so"', "two\nlines", "$(reboot)", "--evil", "back\\slash", "ü✓", "# no comment", "{k}")
 
 
 def flags_of(text: str) -> dict[str, str]:
@@ -51,23 +49,6 @@ def test_sglang_look_up() -> None:
     export = emit(deployment(choice(LOOK_UP)), "sglang", "0.5.3")
     assert flags_of(export.text)["--speculative-num-draft-tokens"] == "4"
     assert "the measured matches of 2 to 4 tokens have no flag" in str(export.note)
-
-
-@pytest.mark.parametrize(
-    ("setup", "version", "algorithm"), [(WITH_MODEL, "0.5.1", "STANDALONE"), (LOOK_UP, "0.5.2", "NGRAM")]
-)
-def test_sglang_before_it_had_that(setup: Setup, version: str, algorithm: str) -> None:
-    """A version without the algorithm gets nothing, and the note names the first that has it."""
-    export = emit(deployment(choice(setup)), "sglang", version)
-    assert export.text == ""
-    assert f"SGLang {version} is not known to have {algorithm}" in str(export.note)
-
-
-@pytest.mark.parametrize("name", NASTY)
-def test_sglang_names_stay_in_their_word(name: str) -> None:
-    """Quotes, spaces, line breaks and leading dashes in a name come out of the shell as one value."""
-    text = emit(deployment(choice(Setup(draft=draft_at(name), length=2))), "sglang", "0.5.23").text
-    assert flags_of(text)["--speculative-draft-model-path"] == name
 
 
 def yaml_of(text: str) -> dict[str, object]:
@@ -157,11 +138,8 @@ def test_trtllm_schedule_ends_at_a_plain_hole(version: str, schedule: dict[str, 
     assert "k=2 is for batches 9 to 16, smaller ones otherwise; from 17 on" in str(beyond.note)
 
 
-def test_trtllm_refuses() -> None:
-    """A version before 1.2 is unknown, and a revision cannot be told."""
-    assert emit(deployment(choice(WITH_MODEL)), "trtllm", "1.1.0").note == (
-        "TensorRT-LLM 1.1.0 is not known: from 1.2.0 on it is"
-    )
+def test_trtllm_takes_no_revision() -> None:
+    """A revision cannot be told."""
     pinned = choice(Setup(draft=draft_at("org/draft", "v1"), length=4), alternatives=(forecast(LOOK_UP),))
     export = emit(deployment(pinned), "trtllm", "1.2.1")
     assert export.setup == LOOK_UP
@@ -206,50 +184,6 @@ def test_llamacpp_look_up_by_build() -> None:
     assert "llama.cpp looks up the latest 2 tokens alone" in str(export.note)
 
 
-@pytest.mark.parametrize("build", ["b6800", "8671", "b8930", "b9092", "b9094", "b9293"])
-def test_llamacpp_unknown_build(build: str) -> None:
-    """A build whose flags were not read gets nothing: a wrong flag ends the server at its start."""
-    export = emit(deployment(choice(PACKED), target=GGUF_TARGET), "llamacpp", build)
-    assert export.text == ""
-    assert "are not known: they are for b8672 to b8929, b9093, b9294 and newer" in str(export.note)
-
-
-@pytest.mark.parametrize("version", ["0.1.0", "bb1", "b-1", "", "b0", "latest"])
-def test_llamacpp_version_that_is_none(version: str) -> None:
-    """What is no build number is refused, naming what is allowed."""
-    with pytest.raises(InputError, match=r"llama\.cpp takes build numbers like b6800 or 6800"):
-        emit(deployment(choice(PACKED), target=GGUF_TARGET), "llamacpp", version)
-
-
-@pytest.mark.parametrize(
-    ("setup", "target", "reason"),
-    [
-        (WITH_MODEL, GGUF_TARGET, "reads GGUF files only: convert the draft family/draft-code and measure that"),
-        (LOOK_UP, TARGET, "reads GGUF files only: convert the target family/target and measure that"),
-        (replace(PACKED, stop_below=0.5), GGUF_TARGET, "no stop before a proposal"),
-        (Setup(draft=EARLY_EXIT, length=2), GGUF_TARGET, "cannot draft with the target's own layers"),
-        (replace(LOOK_UP, length=1), GGUF_TARGET, "drops look-up drafts shorter than the match, 2 tokens here"),
-    ],
-)
-def test_what_llamacpp_is_not_told(setup: Setup, target: object, reason: str) -> None:
-    """A setup without a spelling gives no text, only the reason."""
-    case = replace(deployment(choice(setup)), target=target)  # type: ignore[type-var]
-    export = emit(case, "llamacpp", "b11549")
-    assert export.text == ""
-    assert reason in str(export.note)
-
-
-@pytest.mark.parametrize("spelling", FLAG_SETS, ids=lambda one: f"b{one.first}")
-@pytest.mark.parametrize("name", NASTY)
-def test_llamacpp_names_stay_in_their_word(spelling: object, name: str) -> None:
-    """Quotes, spaces, line breaks and braces in a file's name come out of the shell as they were."""
-    build = f"b{spelling.first}"  # type: ignore[attr-defined]
-    text = for_llamacpp(choice(Setup(draft=draft_at(f"{name}.gguf"), length=2)), build)
-    words = shlex.split(text)
-    assert f"{name}.gguf" in words
-    assert all(word.startswith("--") for word in words[::2] if word != f"{name}.gguf")
-
-
 HELP = {
     8672: "--draft, --draft-n, --draft-max N\n--spec-type [none|ngram-simple]\n--spec-ngram-size-n N",
     9093: "--spec-draft-n-max N\n--spec-type [none|ngram-simple]\n--spec-ngram-simple-size-n N\n--draft-max N removed",
@@ -292,15 +226,6 @@ def test_a_real_program_is_asked_for_its_help(tmp_path: object, monkeypatch: pyt
     )
 
 
-@pytest.mark.parametrize("form", ["sglang", "trtllm"])
-def test_gguf_is_for_llamacpp(form: Form) -> None:
-    """A GGUF draft or target is refused by name."""
-    assert "the draft draft.gguf is a GGUF file" in str(emit(deployment(choice(PACKED)), form).note)
-    export = emit(deployment(choice(LOOK_UP), target=GGUF_TARGET), form)
-    assert export.text == ""
-    assert "the target target.gguf is a GGUF file" in str(export.note)
-
-
 @pytest.mark.parametrize("form", ["vllm", "sglang", "trtllm", "llamacpp", "transformers"])
 def test_a_carried_draft_has_no_place(form: Form) -> None:
     """A draft that a bundle brought from a path elsewhere is not emitted as a hub id; a look-up beside it is."""
@@ -322,14 +247,6 @@ def test_a_carried_target_matters_where_it_is_named() -> None:
     assert emit(case, "vllm").text
     assert emit(replace(case, target=model_at("imported:t.gguf")), "llamacpp").text
     assert "is a GGUF file" in str(emit(replace(case, target=model_at("imported:t.gguf")), "vllm").note)
-
-
-@pytest.mark.parametrize("form", ["sglang", "trtllm", "llamacpp"])
-def test_plain_gives_nothing(form: Form) -> None:
-    """Plain decoding is to omit the options, with the reason beside it."""
-    export = emit(deployment(choice(PLAIN)), form)
-    assert export.text == ""
-    assert "plain decoding is the choice. plain was the fastest." in str(export.note)
 
 
 @pytest.mark.parametrize("form", ["sglang", "trtllm", "llamacpp"])

@@ -15,7 +15,7 @@ from profiles.engines.releases import release_of
 from profiles.engines.vllm.flags import KEYS, allowed_keys, is_loaded
 from profiles.records.core import PLAIN, Draft, Model, Setup
 from profiles.records.errors import InputError
-from tests.lanes.cases import cases, deployment, draft_at, model_at
+from tests.lanes.cases import cases, deployment, draft_at
 from tests.support.policies import CODE_DRAFT, EARLY_EXIT, NGRAM, TARGET, choice, forecast, learning_policy
 from tuner.export import Deployment, Export, emit
 
@@ -71,21 +71,6 @@ def test_sampled_drafts_are_asked_for() -> None:
     assert "drafts greedily" in str(older.note)
 
 
-@pytest.mark.parametrize("version", ["0.10.0", "0.11.2", "0.12.0", "0.14.0", "0.14.1", "0.15.0rc1"])
-def test_no_draft_model_before_0_15(version: str) -> None:
-    """Versions 0.10 to 0.14 cannot run a draft model: nothing is emitted, and the note says why."""
-    export = emit(deployment(choice(WITH_MODEL)), "vllm", version)
-    assert export == Export(text="", note=export.note)
-    assert f"vLLM {version} cannot run a draft model, 0.15.0 is the first that can again" in str(export.note)
-
-
-def test_unknown_old_version() -> None:
-    """Before 0.10 the option had another spelling: refused as unknown."""
-    export = emit(deployment(choice(Setup(draft=NGRAM, length=3))), "vllm", "0.9.2")
-    assert export.text == ""
-    assert export.note == "vLLM 0.9.2 is not known: from 0.10.0 on it is"
-
-
 def test_newer_than_known_is_said() -> None:
     """A version beyond the newest checked gets the newest keys, and the note says so; a build of it is not beyond."""
     case = deployment(choice(WITH_MODEL))
@@ -94,13 +79,6 @@ def test_newer_than_known_is_said() -> None:
         assert f"vLLM {version} is newer than 0.33.0, the newest one known" in str(note)
     for version in ("0.33.0", "0.33.0+cu130", "0.33.0.post1", "v0.32.0"):
         assert "newer" not in str(emit(case, "vllm", version).note)
-
-
-@pytest.mark.parametrize("version", ["latest", "", "0.x", "b6800"])
-def test_version_that_is_none(version: str) -> None:
-    """A version that cannot be read is refused, naming what is allowed."""
-    with pytest.raises(InputError, match=r"engine version .*: a version of vLLM is needed, like 0\.33\.0"):
-        emit(deployment(choice(WITH_MODEL)), "vllm", version)
 
 
 def test_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,31 +120,6 @@ def test_alternative_is_emitted() -> None:
     assert "ngram:max=4,min=2 k=3 is emitted instead: the best forecast setup" in str(export.note)
 
 
-@pytest.mark.parametrize(
-    ("setup", "target", "reason"),
-    [
-        (Setup(draft=EARLY_EXIT, length=2), TARGET, "cannot draft with the target's own layers"),
-        (replace(WITH_MODEL, stop_below=0.4), TARGET, "no stop before a proposal"),
-        (Setup(draft=draft_at("a.gguf"), length=2), TARGET, "the draft a.gguf is a GGUF file"),
-        (Setup(draft=NGRAM, length=2), model_at("B.GGUF"), "the target B.GGUF is a GGUF file"),
-    ],
-)
-def test_what_vllm_is_not_told(setup: Setup, target: object, reason: str) -> None:
-    """A setup without a spelling and without an alternative gives no text, only the reason."""
-    export = emit(replace(deployment(choice(setup)), target=target), "vllm", "0.32.0")  # type: ignore[type-var]
-    assert export.text == ""
-    assert export.setup is None
-    assert export.label == ""
-    assert reason in str(export.note)
-
-
-def test_plain_gives_nothing() -> None:
-    """Plain decoding is to omit the option: the text is empty, forecasts of drafts or not."""
-    export = emit(deployment(choice(PLAIN, alternatives=(forecast(WITH_MODEL),))), "vllm", "0.32.0")
-    assert export.text == ""
-    assert export.note == "nothing to set for vLLM: plain decoding is the choice. plain was the fastest."
-
-
 def test_proven_only_on_the_engine_itself() -> None:
     """A label is `proven` only for the very setup proven on vLLM."""
     answer = choice(WITH_MODEL, alternatives=(forecast(Setup(draft=NGRAM, length=3)),))
@@ -194,17 +147,6 @@ def test_plain_hole_is_kept() -> None:
     rows = (choice(WITH_MODEL, batch_size=4), choice(PLAIN, batch_size=8), choice(shorter, batch_size=16))
     config = config_of(emit(deployment(rows[0], *rows), "vllm", "0.33.0"))
     assert config[SCHEDULE] == [[1, 4, 4], [5, 8, 0], [9, 16, 2], [17, 65_536, 0]]
-
-
-NASTY = ("a b", "it's", 'say "so"', "two\nlines", "$(reboot)", "`id`", "--evil", "back\\slash", "ü✓", "'; rm -rf x; '")
-
-
-@pytest.mark.parametrize("name", NASTY)
-def test_names_stay_in_their_word(name: str) -> None:
-    """Quotes, spaces, line breaks and shell words in a name come out of the shell as they were."""
-    export = emit(deployment(choice(Setup(draft=draft_at(name), length=2))), "vllm", "0.32.0")
-    assert config_of(export)["model"] == name
-    assert len(export.text.splitlines()) == 1
 
 
 @given(
