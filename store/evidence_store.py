@@ -379,7 +379,6 @@ def _is_stored(connection: Connection, table: Table, key: Row) -> bool:
 
 
 def _inserted_id(connection: Connection, table: Table, row: Row) -> int:
-    """Insert a row that is made now."""
     made = {tables.time_name(table.name): _utc_now(), **row}
     [row_id] = connection.execute(insert(table).values(made)).inserted_primary_key or (0,)
     return int(row_id)

@@ -116,7 +116,6 @@ def _failures(connection: Connection) -> dict[Key, list[Failure]]:
 
 
 def _records(connection: Connection, table: Table, key: str, kind: type[Record]) -> dict[str, Record]:
-    """A table of named things by their key."""
     return {row[key]: tables.from_row(kind, row) for row in connection.execute(select(table)).mappings()}
 
 

@@ -68,13 +68,7 @@ class FinishedRun:
     cost: dict[str, Any]
 
 
-def tune(
-    engine: Engine,
-    loads: Sequence[Load],
-    session: TuningSession,
-    options: Options,
-    watch: Watch,
-) -> FinishedRun:
+def tune(engine: Engine, loads: Sequence[Load], session: TuningSession, options: Options, watch: Watch) -> FinishedRun:
     """Measures what the store lacks, decides, and writes the policy.
 
     Timings older than `session.since` are measured again.

@@ -39,18 +39,9 @@ BATCH = 100  # items merged in one transaction
 MOST_SHOWN = 5
 SAME_FIGURE = 1e-3  # devices round probabilities of the same tokens otherwise
 # columns that describe or are derived, and tables of which an equal key is all that can be compared
-_LABELS = {
-    "id",
-    "name",
-    "revision",
-    "draft_name",
-    "component",
-    "temperature",
-    "num_accepted",
-    "median_s",
-    "measured_at",
-}
-_FOUND_BY_KEY = frozenset({"prompts", "workloads", "setups", "runs", "sweeps", "units", "infeasible", "policies"})
+_LABELS = {"id", "measured_at", "name", "revision", "draft_name", "component", "temperature"}
+_LABELS |= {"num_accepted", "median_s"}
+_FOUND_BY_KEY = {"prompts", "workloads", "setups", "runs", "sweeps", "units", "infeasible", "policies"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,22 +158,15 @@ def merge(evidence_store: EvidenceStore, path: Path, documents: Documents) -> Me
             for item in batch:
                 merging.merge(connection, item)
             connection.commit()
-    return Merged(
-        added=dict(merging.added),
-        stored=dict(merging.stored),
-        unlike=dict(merging.unlike),
-        conflicts=tuple(merging.conflicts[:MOST_SHOWN]),
-        clamped=merging.clamped,
-    )
+    counts = {name: dict(rows) for name, rows in merging.counts.items()}
+    return Merged(**counts, conflicts=tuple(merging.conflicts[:MOST_SHOWN]), clamped=merging.clamped)
 
 
 class _Merging:
     """What was merged so far, and the store's keys of the bundle's rows."""
 
     def __init__(self) -> None:
-        self.added: Counter[str] = Counter()
-        self.stored: Counter[str] = Counter()
-        self.unlike: Counter[str] = Counter()
+        self.counts: dict[str, Counter[str]] = {name: Counter() for name in ("added", "stored", "unlike")}
         self.conflicts: list[str] = []
         self.clamped = 0
         self._now = datetime.now(UTC).isoformat(timespec="microseconds")
@@ -194,23 +178,21 @@ class _Merging:
         row = self._linked(table, item.row)
         stored = connection.execute(select(table).filter_by(**_identity(table, row))).mappings().first()
         if stored is None and not (name in TRACES and trace_key(row) in self._other_traces):
-            child = CHILDREN.get(name)
-            children = [self._linked(child, each) for each in item.children] if child is not None else []
+            children = [self._linked(CHILDREN[name], child) for child in item.children]
             new = {column: value for column, value in row.items() if column != "id"}
             if new.get("measured_at", "") > self._now and table is not tables.infeasible:  # found by its time
                 self.clamped += 1
                 new["measured_at"] = self._now
             self._keys[name, item.id] = _insert(connection, table, new, children)
-            self.added[name] += 1
+            self.counts["added"][name] += 1
             return
         difference = "its target trace has other tokens"
         if stored is not None:
             self._keys[name, item.id] = stored[primary_key(table)]
             difference = _difference(table, dict(stored), row) or self._child_difference(connection, item)
+        self.counts["unlike" if difference else "stored"][name] += 1
         if not difference:
-            self.stored[name] += 1
             return
-        self.unlike[name] += 1
         if table is tables.target_traces:
             self._other_traces.add(trace_key(row))
         key = ", ".join(f"{column} {value}" for column, value in _identity(table, row).items())

@@ -15,31 +15,18 @@ from profiles.records.codec import from_builtins
 from profiles.records.core import Environment, Model, Workload, digest_of
 from profiles.records.draft_spec import RefusedDraft
 from profiles.records.errors import InputError, require
-from profiles.records.evidence import AcceptanceTrace, Infeasible, LookupTrace, Sample, TargetTrace
+from profiles.records.evidence import Infeasible, Sample
 from profiles.records.keys import queue_digest
 from store import tables
 from store.bundle.sanitize import clean
 from store.tables import Row, Values
 
 # in this order, what a row refers to comes before it
-TABLES = (
-    tables.models,
-    tables.environments,
-    tables.prompts,
-    tables.workloads,
-    tables.setups,
-    tables.runs,
-    tables.target_traces,
-    tables.acceptance_traces,
-    tables.lookup_traces,
-    tables.sweeps,
-    tables.units,
-    tables.infeasible,
-    tables.policies,
-)
+TABLES = (tables.models, tables.environments, tables.prompts, tables.workloads, tables.setups, tables.runs)
+TABLES += tuple(table for table in tables.ABOUT_TARGETS if table is not tables.runs)
 CHILDREN = {"sweeps": tables.step_times, "units": tables.samples}
 PARENTS = {"step_times": "sweep_id", "samples": "unit_id"}  # the columns with the row that they belong to
-TRACES = ("target_traces", "acceptance_traces", "lookup_traces")
+TRACES = {table.name for table in tables.TRACES.values()}
 HEX = re.compile(r"[0-9a-f]{16,128}")
 UTC_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{6})?\+00:00")
 MOST_CHILDREN, LARGEST_SIZE, LARGEST_GENERATION = 100_000, 2**24, 10**6
@@ -67,7 +54,6 @@ class Item:
 
     @property
     def id(self) -> Any:
-        """The primary key."""
         return self.row[primary_key(self.table)]
 
 
@@ -140,6 +126,8 @@ def _item(
             children = tuple({**_checked(child, each), parent: row_id} for each in rows)
         if table is tables.units and digests is None:
             row = row | {"digest": _unit_digest(connection, row)}
+        if table.name in _RECORDS:
+            _record(_RECORDS[table.name], row)
         if check := _CHECKS.get(table.name):
             row = check(row, children, documents)
         return Item(table=table, row=row, children=children)
@@ -190,20 +178,18 @@ def _record(kind: type[Any], row: Mapping[str, Any]) -> Any:
     return from_builtins(kind, {item.name: row[item.name] for item in fields(kind) if item.name in row}, kind.__name__)
 
 
-def _require_same(name: str, given: object, computed: str) -> None:
-    require(given == computed, f"{name} is {given}, but the row's content has {computed}")
+def _require_same(row: Values, **computed: str) -> Values:
+    for name, value in computed.items():
+        require(row[name] == value, f"{name} is {row[name]}, but the row's content has {value}")
+    return row
 
 
-def _record_check(kind: type[Any], **digests: str) -> Callable[..., Values]:
-    """The check of rows that hold one record; `digests`: columns, and the property of the record that they repeat."""
+def _model(row: Values, *_: Any) -> Values:
+    return _require_same(row, key=_record(Model, row).run_digest)
 
-    def check(row: Values, *_: Any) -> Values:
-        record = _record(kind, row)
-        for column, name in digests.items():
-            _require_same(column, row[column], getattr(record, name))
-        return row
 
-    return check
+def _environment(row: Values, *_: Any) -> Values:
+    return _require_same(row, digest=_record(Environment, row).digest)
 
 
 def _with_digests(table: Table, stored: Row, row: Values, digests: dict[str, str]) -> Values:
@@ -262,8 +248,7 @@ def _run(row: Values, _: Any, documents: Documents) -> Values:
 
 def _policy(row: Values, _: Any, documents: Documents) -> Values:
     text, target_key, environment_digest = documents.policy(row["policy"])
-    _require_same("target_key", row["target_key"], target_key)
-    _require_same("environment_digest", row["environment_digest"], environment_digest)
+    _require_same(row, target_key=target_key, environment_digest=environment_digest)
     in_range = 0 <= row["generation"] <= LARGEST_GENERATION
     require(in_range, f"generation {row['generation']}: allowed are 0 to {LARGEST_GENERATION}")
     return {**row, "policy": text}
@@ -274,7 +259,7 @@ def _check_length(item: Item, lengths: dict[tuple[str, ...], int]) -> None:
     if item.table.name not in TRACES:
         return
     trace = trace_key(item.row)
-    column = {"target_traces": "token_ids", "acceptance_traces": "accept_probs"}.get(item.table.name, "accepted")
+    column = {tables.target_traces: "token_ids", tables.acceptance_traces: "accept_probs"}.get(item.table, "accepted")
     size = len(item.row[column])
     if item.table is tables.target_traces:
         lengths[trace] = size
@@ -285,15 +270,12 @@ def trace_key(row: Row) -> tuple[str, ...]:
     return row["target_key"], row["sampling_digest"], row["prompt_digest"]
 
 
+_RECORDS = {table.name: kind for kind, table in tables.TRACES.items()} | {"infeasible": Infeasible}
 _CHECKS: Mapping[str, Callable[..., Values]] = {
-    "models": _record_check(Model, key="run_digest"),
-    "environments": _record_check(Environment, digest="digest"),
+    "models": _model,
+    "environments": _environment,
     "runs": _run,
-    "target_traces": _record_check(TargetTrace),
-    "acceptance_traces": _record_check(AcceptanceTrace),
-    "lookup_traces": _record_check(LookupTrace),
     "sweeps": _sweep,
     "units": _unit,
-    "infeasible": _record_check(Infeasible),
     "policies": _policy,
 }

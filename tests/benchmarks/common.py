@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from profiles import builtin
@@ -14,6 +15,7 @@ from profiles.records import draft_spec
 from profiles.records.core import Prompt, Workload
 from tuner.forecast.queues import spread_over_domains
 
+DATA = Path(__file__).parent / "data"
 DRAFTS = (*builtin.DRAFTS, "ngram")
 LENGTHS = tuple(range(1, 9))
 

@@ -157,11 +157,7 @@ def with_transformers(bench: Bench, workload: Workload, device: str) -> dict[str
 
         return run
 
-    return {
-        "transformers plain": arm({}),
-        "transformers assisted": arm({}, draft),
-        "transformers lookup": arm(lookup),
-    }
+    return {"transformers plain": arm({}), "transformers assisted": arm({}, draft), "transformers lookup": arm(lookup)}
 
 
 def with_flashspec(bench: Bench, workload: Workload, device: str) -> Arm:

@@ -25,14 +25,13 @@ from sklearn.linear_model import Ridge
 from profiles.records.draft_spec import parse_draft
 from tests import ROOT
 from tests.benchmarks import plan_store
-from tests.benchmarks.common import finish
+from tests.benchmarks.common import DATA, finish
 from tuner.plan import plan
 from tuner.plan.acceptance import tokens_per_round
 from tuner.plan.plan import corrected_cost, features, log_scale, planned_draft
 from tuner.plan.shape import Shape, read_data, read_shape
 from tuner.plan.step_time import Hardware, RoundParts, StepModel, read_engine, read_hardware
 
-DATA = Path(__file__).parent / "data"
 Row = Mapping[str, Any]
 RESIDUAL = Path(plan.__file__).with_name("residual.json")
 CONTEXT = 1000  # tokens, where a row states none

@@ -89,11 +89,7 @@ def test_the_oldest_and_the_newest_row_give_the_age(evidence_store: EvidenceStor
     made_at(evidence_store, "units", "2026-11-21T00:00:00.000000+00:00", here)
     assert [
         (entry.environment.digest == later, entry.oldest[:10], entry.newest[:10]) for entry in inventory(evidence_store)
-    ] == [
-        (True, "2026-11-22", "2026-11-22"),
-        (False, "2026-11-01", "2026-11-21"),
-        (False, "2026-11-20", "2026-11-20"),
-    ]
+    ] == [(True, "2026-11-22", "2026-11-22"), (False, "2026-11-01", "2026-11-21"), (False, "2026-11-20", "2026-11-20")]
 
 
 def test_the_latest_different_failures_are_told(evidence_store: EvidenceStore) -> None:

@@ -18,11 +18,7 @@ LAST = PROMPTS[-1]
 
 def trace_of(prompt: Prompt) -> TargetTrace:
     return TargetTrace(
-        prompt_digest=prompt.digest,
-        token_ids=(1, 2, 3),
-        target_probs=(0.5,) * 3,
-        logit_gaps=(1.0,) * 3,
-        ended=False,
+        prompt_digest=prompt.digest, token_ids=(1, 2, 3), target_probs=(0.5,) * 3, logit_gaps=(1.0,) * 3, ended=False
     )
 
 

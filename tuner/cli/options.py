@@ -45,16 +45,14 @@ DType = Annotated[DTypeName | None, _model("Data type.", default="float32 on a C
 Device = Annotated[str | None, _engine("Device: cpu, cuda or cuda:N.", default="a GPU where there is one")]
 
 PlanTarget = Annotated[
-    str,
-    _model("Target: a config.json, a directory, a .gguf file, a published name or a hub id.", "--target"),
+    str, _model("Target: a config.json, a directory, a .gguf file, a published name or a hub id.", "--target")
 ]
 PlanDrafts = Annotated[
     list[str],
     _model("Draft: as --target, ngram, early-exit:LAYERS or native:METHOD, and @DTYPE. Repeatable.", "--draft"),
 ]
 WeightsType = Annotated[
-    str | None,
-    _model("Type of the weights: bfloat16, fp8, Q4_K_M ...", "--dtype", default="the files', bfloat16"),
+    str | None, _model("Type of the weights: bfloat16, fp8, Q4_K_M ...", "--dtype", default="the files', bfloat16")
 ]
 
 # the engine

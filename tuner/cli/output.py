@@ -38,7 +38,6 @@ def print_result(document: Mapping[str, Any], *lines: str, json_only: bool) -> N
 
 
 def print_text(text: str) -> None:
-    """Writes text of several lines to standard output."""
     typer.echo("\n".join(map(printable, text.split("\n"))), nl=False)
 
 

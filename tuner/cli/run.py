@@ -149,7 +149,6 @@ def _checked_location(store: str | None, device: str | None, *, dry_run: bool) -
 def _open_bench(
     spec: "EngineSpec", question: "Question", target: str, drafts: list[str] | None, *, dtype: str | None
 ) -> "Bench":
-    """The engine with target and drafts."""
     from profiles.engines import factory
     from profiles.engines.openai.launch import server_kind
     from profiles.engines.torch import load
@@ -162,10 +161,7 @@ def _open_bench(
     builtin_drafts = builtin.GGUF_MODELS[1:] if engine_kind.reads_gguf else builtin.DRAFTS
     specs = drafts_for(target, drafts, engine_kind.look_up, builtin_drafts)
     spec = replace(
-        spec,
-        max_requests=max(question.batch_sizes),
-        min_length=min(question.lengths),
-        max_length=max(question.lengths),
+        spec, max_requests=max(question.batch_sizes), min_length=min(question.lengths), max_length=max(question.lengths)
     )
     return factory.open_bench(spec, factory.ModelSpec(target=target, drafts=tuple(specs), dtype=dtype))
 
@@ -214,7 +210,6 @@ def _tune(
     since: str,
     seconds_left: Callable[[], float],
 ) -> "FinishedRun":
-    """The run itself, with its stages on standard error."""
     from store.evidence_store import EvidenceStore
     from tuner import run as runs
     from tuner.cli.progress import StageProgress
@@ -234,7 +229,6 @@ def _tune(
 def _dry_run(
     bench: "Bench", loads: "Loads", store_location: "Location", tuner_options: "Options", *, since: str, json_only: bool
 ) -> int:
-    """Prints what a run would measure."""
     from tuner import dry_run as dry_runs
 
     plan = dry_runs.dry_run(bench.engine, loads, store_location, tuner_options, since)

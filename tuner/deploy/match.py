@@ -39,7 +39,6 @@ class Difference:
 
     @property
     def is_known(self) -> bool:
-        """Whether the two differ for certain."""
         return self.here is not None and self.there is not None
 
     def __str__(self) -> str:
@@ -63,12 +62,10 @@ class Match:
 
     @property
     def order(self) -> tuple[int, tuple[float, float, int]]:
-        """The better match first."""
         return LEVELS.index(self.level), self.distance
 
     @property
     def differences(self) -> tuple[Difference, ...]:
-        """The unequal fields with their values."""
         here, there = self.here, self.there
         return tuple(Difference(field=name, here=_text(here, name), there=_text(there, name)) for name in self.unequal)
 

@@ -138,7 +138,6 @@ def comment(text: str) -> str:
 
 
 def title(deployment: Deployment, form: str, setup: Setup) -> str:
-    """The first comment of a file."""
     choice = deployment.choice
     point = f"{choice.domain} prompts, batch {choice.batch_size}, context up to {choice.context_length}"
     return comment(f"{setup.name} for {point} ({label_of(deployment, form, setup)})")

@@ -16,7 +16,6 @@ FIRST = "5.17.0"  # the oldest release that this project is tested with
 
 
 def objection(deployment: Deployment, setup: Setup, release: EngineRelease) -> str | None:
-    """Why transformers cannot be told a setup."""
     batch_size = deployment.choice.batch_size
     if batch_size > 1:
         return f"transformers drafts for batch size 1 only, and the choice is for {batch_size}"

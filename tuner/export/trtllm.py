@@ -37,7 +37,6 @@ STALE = "after drafting nothing, acceptance stays low (TensorRT-LLM PR #16888): 
 
 
 def objection(deployment: Deployment, setup: Setup, release: EngineRelease) -> str | None:
-    """Why TensorRT-LLM cannot be told a setup."""
     model = setup.draft.model if setup.draft is not None else None
     reason = rules.objection(deployment.target, setup, release)
     if reason is None and model is not None and model.revision is not None:
@@ -46,7 +45,6 @@ def objection(deployment: Deployment, setup: Setup, release: EngineRelease) -> s
 
 
 def write(pick: Pick) -> Written:
-    """A YAML document with `speculative_config`."""
     deployment, release, setup = pick.deployment, pick.release, pick.setup
     draft = setup.draft
     assert draft is not None

@@ -26,7 +26,6 @@ LAST_BATCH = 65_536  # ends the last range; vLLM carries the last length on beyo
 
 
 def objection(deployment: Deployment, setup: Setup, release: EngineRelease) -> str | None:
-    """Why vLLM cannot be told a setup."""
     assert setup.draft is not None
     if setup.draft.kind == "composite" and deployment.engine != "vllm":
         return "vLLM takes a look-up or a draft model, not both unless that was measured on vLLM"
@@ -89,7 +88,6 @@ def _schedule(ranges: tuple[Range, ...]) -> list[list[int]]:
 
 
 def adaptive_objection(policy: Policy, setup: Setup, release: EngineRelease) -> str | None:
-    """Why a server cannot choose a draft's lengths as it runs."""
     if (reason := steering_objection(release.version)) is not None:
         return reason
     if setup.draft is not None and setup.draft.kind == "composite":

@@ -286,7 +286,6 @@ def from_json(text: str) -> Policy:
 
 
 def rename_keys(raw: Any, names: Mapping[str, str]) -> Any:
-    """JSON values with the keys of all objects renamed."""
     if isinstance(raw, dict):
         return {names.get(key, key): rename_keys(value, names) for key, value in raw.items()}
     return [rename_keys(value, names) for value in raw] if isinstance(raw, list) else raw

@@ -1,7 +1,7 @@
 """Why this setup and not another, at one operating point: where a round's time goes and what it must yield."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -152,7 +152,7 @@ def _account(candidate: Candidate, plain_s: float) -> Account:
     assert acceptance_length
     round_s = _round_s(candidate)
     break_even = None if round_s is None else round_s / plain_s
-    split = candidate.round_split
+    unknown = dict.fromkeys(("draft_s", "verify_s", "overhead_s"))
     return Account(
         setup_name=candidate.setup_name,
         state=candidate.state,
@@ -162,9 +162,7 @@ def _account(candidate: Candidate, plain_s: float) -> Account:
         tok_per_s=candidate.forecast_tok_per_s,
         acceptance_length=acceptance_length,
         acceptance=needed_acceptance(acceptance_length, length) if length else None,
-        draft_s=None if split is None else split.draft_s,
-        verify_s=None if split is None else split.verify_s,
-        overhead_s=None if split is None else split.overhead_s,
+        **(asdict(candidate.round_split) if candidate.round_split else unknown),
         round_s=round_s,
         break_even_length=break_even,
         break_even_acceptance=needed_acceptance(break_even, length) if length and break_even else None,

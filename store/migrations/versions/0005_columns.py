@@ -253,7 +253,6 @@ def _setups(connection: Connection) -> list[Row]:
 
 
 def _setup(raw: Row) -> Row:
-    """A setup by its JSON."""
     draft = raw["draft"]
     if draft is None:
         return {"name": "plain", "draft": None, "draft_kind": None, "k": 0}

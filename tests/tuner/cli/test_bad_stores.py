@@ -110,13 +110,7 @@ BAD_STORES = [
 
 @pytest.mark.parametrize(("verb", "make", "code", "wanted"), BAD_STORES)
 def test_a_store_is_refused(
-    verb: str,
-    make: Maker,
-    code: int,
-    wanted: str,
-    sound_store: Path,
-    sound_words: list[str],
-    tmp_path: Path,
+    verb: str, make: Maker, code: int, wanted: str, sound_store: Path, sound_words: list[str], tmp_path: Path
 ) -> None:
     """A store that cannot be read, or is not there, is named and left as it was."""
     folder = tmp_path / "broken"

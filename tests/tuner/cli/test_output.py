@@ -37,10 +37,7 @@ def test_lines_and_text(capsys: pytest.CaptureFixture[str]) -> None:
     ("domains", "notes"),
     [
         ({"code": 11}, ["11 prompts: nothing can be proven, 12 are needed, better 34"]),
-        (
-            {"code": 20},
-            ["20 prompts: only a large gain can be proven; 34 are better, 24 of them for the proof"],
-        ),
+        ({"code": 20}, ["20 prompts: only a large gain can be proven; 34 are better, 24 of them for the proof"]),
         ({"code": 34}, []),
         ({"code": 30, "qa": 8}, ["no choice of their own: qa (8); a domain needs 24 prompts"]),
         (

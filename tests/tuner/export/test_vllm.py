@@ -46,12 +46,7 @@ def test_draft_model() -> None:
 def test_look_up_keeps_both_sizes() -> None:
     """An n-gram draft goes out with its largest and smallest match."""
     config = config_of(emit(deployment(choice(Setup(draft=NGRAM, length=3))), "vllm", "0.10.2"))
-    assert config == {
-        "method": "ngram",
-        "num_speculative_tokens": 3,
-        "prompt_lookup_max": 4,
-        "prompt_lookup_min": 2,
-    }
+    assert config == {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 
 
 def test_revision_and_shipped_models() -> None:

@@ -144,11 +144,7 @@ def without_added(raw: object) -> object:
         (("choices", 0, "top_p"), 0, "policy.choices[0]: top-p 0.0: allowed are fractions above 0, up to 1"),
         (("choices", 0, "batch_size"), 0, "policy.choices[0]: batch size 0: whole numbers from 1 are allowed"),
         (("choices", 0, "temperature"), "hot", 'policy.choices[0].temperature is "hot": Expected `float`'),
-        (
-            ("choices", 0, "temperature"),
-            float("nan"),
-            "policy is not a JSON document: JSON is malformed",
-        ),
+        (("choices", 0, "temperature"), float("nan"), "policy is not a JSON document: JSON is malformed"),
         (("choices", 0, "proven"), "yes", 'policy.choices[0].proven is "yes": Expected `bool`'),
         (("choices", 0, "measured"), None, "policy.choices[0]: setup 'family/draft-code k=4' is called proven"),
         (("choices", 0, "evidence"), [1], "policy.choices[0].evidence[0] is 1: Expected `str`"),

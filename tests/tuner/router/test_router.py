@@ -19,13 +19,7 @@ from tests import ROOT
 from tests.support.cli import DECIDED, call, small_run, write_prompts
 from tuner.cli.messages import router_line
 from tuner.policy.policy import MIN_DOMAIN_PROMPTS
-from tuner.router.router import (
-    READ_CHARACTERS,
-    Router,
-    load,
-    train,
-    train_and_save,
-)
+from tuner.router.router import READ_CHARACTERS, Router, load, train, train_and_save
 
 ASSETS = ROOT / "tests" / "assets"
 WORDS = {
