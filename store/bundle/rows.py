@@ -22,8 +22,8 @@ from store.bundle.sanitize import clean
 from store.tables import Row, Values
 
 # in this order, what a row refers to comes before it
-TABLES = (tables.models, tables.environments, tables.prompts, tables.workloads, tables.setups, tables.runs)
-TABLES += tuple(table for table in tables.ABOUT_TARGETS if table is not tables.runs)
+SUBJECTS = (tables.models, tables.environments, tables.prompts, tables.workloads, tables.setups)
+TABLES = (*SUBJECTS, tables.runs, *(table for table in tables.ABOUT_TARGETS if table is not tables.runs))
 CHILDREN = {"sweeps": tables.step_times, "units": tables.samples}
 PARENTS = {"step_times": "sweep_id", "samples": "unit_id"}  # the columns with the row that they belong to
 TRACES = {table.name for table in tables.TRACES.values()}

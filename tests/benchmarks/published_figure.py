@@ -7,9 +7,14 @@ draw. The last line is one JSON document.
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from profiles.records.core import Interval
 from tests.benchmarks.common import finish
 from tests.benchmarks.plan import DATA, implied_rate, read_rows
 from tuner.plan.acceptance import rate_of
@@ -18,7 +23,7 @@ from tuner.plan.shape import read_data
 from tuner.report import charts
 
 CONTEXT = 1000  # tokens of the figure's prompts
-FIGURE = Path(charts.__file__).with_name("published_figure.json")
+FIGURE = Path(charts.__file__).with_name("published_figure.svg")
 DOCS = Path(__file__).parents[2] / "docs" / "published-figure.svg"
 
 
@@ -76,12 +81,42 @@ def drawn_figures(rows: list[dict[str, Any]], curves: dict[str, Any]) -> dict[st
     """What the report draws."""
     names = ("target", "draft", "published", "forecast", "low", "high")
     return {
-        "about": "arXiv 2410.01707, Fig. 3, and its plan; made by python -m tests.benchmarks.published_figure",
         "title": "Published bars, and the plan with its 90 % interval",
         "lengths_title": "The plan of 70B with 1B, by length",
         "bars": [{name: row.get(name) for name in names} for row in rows],
         "lengths": {engine: [row[:2] for row in rows] for engine, rows in curves.items()},
     }
+
+
+@rc_context(charts.STYLE)
+def draw(figures: Mapping[str, Any]) -> None:
+    """The published bars with a plan and its 90 % interval beside each, and that plan by length on two engines."""
+    figure = Figure(figsize=(2.6 * charts.PANEL_INCHES, 3.4))
+    bars, lengths = figure.subplots(1, 2, width_ratios=(3, 2))
+    drafts = list(dict.fromkeys(row["draft"] for row in figures["bars"]))
+    for index, row in enumerate(figures["bars"]):
+        hue = charts.PLAIN if row["draft"] is None else charts.SERIES[drafts.index(row["draft"]) - 1]
+        bars.bar(index, row["published"], 0.5, color=hue)
+        bars.annotate(f"{row['published']:.2f}×", (index, row["published"]), ha="center", va="bottom")
+        if row["forecast"] is not None:
+            planned = Interval(estimate=row["forecast"], low=row["low"], high=row["high"])
+            bars.errorbar(index + 0.36, planned.estimate, yerr=charts._reach([planned]), fmt="D")
+            bars.annotate(
+                f"{planned.estimate:.2f}×", (index + 0.36, planned.high + 0.03), ha="center", fontstyle="italic"
+            )
+    sizes = [[(row[model] or "plain").rpartition("-")[2] for model in ("target", "draft")] for row in figures["bars"]]
+    bars.set_xticks(range(len(sizes)), ["\n".join(pair) for pair in sizes])
+    bars.set(title=figures["title"], ylabel="times as fast as plain decoding")
+    bars.axhline(1.0, **charts.PLAIN_LINE)
+    bars.grid(visible=False, axis="x")
+    for number, (engine, rows) in enumerate(figures["lengths"].items()):
+        lengths.plot([k for k, _ in rows], [speedup for _, speedup in rows], f"{charts.MARKERS[number]}-", label=engine)
+    lengths.axhline(1.0, **charts.PLAIN_LINE)
+    lengths.set(title=figures["lengths_title"], xlabel="k, tokens drafted per round", ylim=(0.0, None))
+    lengths.legend()
+    figure.savefig(DOCS, metadata={"Date": None})
+    inline = charts._inline(figure, "published", "bars: a published figure beside its plan; lines: the plan by length")
+    FIGURE.write_text(inline, encoding="utf-8")
 
 
 def main() -> None:
@@ -105,9 +140,7 @@ def main() -> None:
         curves[engine] = [[setup["k"], setup["speedup"], setup["cost"]] for setup in setups]
         print(f"70B + 1B, {engine:10}: " + ", ".join(f"k={k} {speedup:.2f}x" for k, speedup, _ in curves[engine]))
     if "--write" in sys.argv:
-        drawn = drawn_figures(rows, curves)
-        FIGURE.write_text(json.dumps(drawn, indent=1) + "\n", encoding="utf-8")
-        charts.published_figure(drawn, DOCS)
+        draw(drawn_figures(rows, curves))
     default_k = read_data("engines")["exllamav2"]["default_k"]
     finish({"bars": rows, "refusal": refusal, "curves": curves, "default_k": default_k})
 

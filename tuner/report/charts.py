@@ -9,7 +9,6 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -24,7 +23,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from profiles.records.core import Interval
 from profiles.records.errors import require
-from tuner.report.data import AcceptanceCurve, StepTimeCurve
+from tuner.report.data import AcceptanceCurve, Candidate, StepTimeCurve
 
 SUFFIXES = (".png", ".svg")
 INK, FAINT, GRID, SURFACE, LOSS, PLAIN = "#1f2937", "#9ca3af", "#e5e7eb", "#ffffff", "#b42318", "#6b7280"
@@ -62,24 +61,6 @@ WIDTHS = {"ngram": "tokens asked for", "round": "tokens checked in one round"}  
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChartRow:
-    """A setup in the chart, in output tokens per second; `speedup` is the multiplier of its best-known figure.
-
-    `group` is the draft's name (`plain` for plain decoding).
-    """
-
-    setup_name: str
-    group: str
-    forecast: Interval
-    measured: Interval | None
-    speedup: float
-
-    @property
-    def best_known(self) -> Interval:
-        return self.measured or self.forecast
-
-
 def hues(names: Sequence[str]) -> dict[str, str]:
     """A colour for each draft's name, and for plain decoding."""
     drafts = dict.fromkeys(name for name in names if name != "plain")
@@ -87,7 +68,7 @@ def hues(names: Sequence[str]) -> dict[str, str]:
 
 
 @rc_context(STYLE)
-def bar_chart(rows: Sequence[ChartRow], path: Path, *, title: str) -> None:
+def bar_chart(rows: Sequence[Candidate], path: Path, *, title: str) -> None:
     """Draws tokens per second of every setup into a PNG or SVG file, a panel for each draft.
 
     Raises InputError: no rows. OSError: the file cannot be written.
@@ -109,53 +90,55 @@ def bar_chart(rows: Sequence[ChartRow], path: Path, *, title: str) -> None:
     figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
 
 
-def by_draft(rows: Sequence[ChartRow]) -> dict[str, list[ChartRow]]:
+def by_draft(rows: Sequence[Candidate]) -> dict[str, list[Candidate]]:
     """The rows of each draft; plain decoding, which is a line in every panel, only where nothing else is there."""
-    names = dict.fromkeys(row.group for row in rows if row.group != "plain") or ["plain"]
-    return {name: [row for row in rows if row.group == name] for name in names}
+    names = dict.fromkeys(row.draft_name for row in rows if row.draft_name != "plain") or ["plain"]
+    return {name: [row for row in rows if row.draft_name == name] for name in names}
 
 
-def _add_legend(figure: Figure, rows: Sequence[ChartRow]) -> None:
+def _add_legend(figure: Figure, rows: Sequence[Candidate]) -> None:
     handles: list[Any] = [Patch(color=PLAIN, alpha=FORECAST_ALPHA, linewidth=0.0, label="forecast")]
-    if any(row.measured for row in rows):
+    if any(row.measured_tok_per_s for row in rows):
         handles.append(Patch(color=PLAIN, label="measured, paired runs"))
     handles.append(Line2D([], [], linewidth=0.9, marker="|", label="95 % interval"))
-    if any(row.group == "plain" for row in rows):
+    if any(row.draft_name == "plain" for row in rows):
         handles.append(Line2D([], [], label="plain decoding", **PLAIN_LINE))
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))
 
 
 @rc_context(STYLE)
-def rate_bars(name: str, rows: Sequence[ChartRow], hue: str, every: Sequence[ChartRow]) -> Markup:
+def rate_bars(name: str, rows: Sequence[Candidate], hue: str, every: Sequence[Candidate]) -> Markup:
     """Tokens per second of one draft's setups, on the scale of `every` row and with its plain decoding as a line."""
     figure, axes = _panel(ROW_INCHES * len(rows) + 0.6)
     _draw_rates(axes, rows, hue, every)
     return _inline(figure, name, "bars: tokens per second of each length, forecast above measured")
 
 
-def _draw_rates(axes: Any, rows: Sequence[ChartRow], hue: str, every: Sequence[ChartRow]) -> None:
+def _draw_rates(axes: Any, rows: Sequence[Candidate], hue: str, every: Sequence[Candidate]) -> None:
     for index, row in enumerate(rows):
-        bars = [(row.forecast, FORECAST_ALPHA), *([(row.measured, 1.0)] if row.measured else [])]
+        known = ((row.forecast_tok_per_s, FORECAST_ALPHA), (row.measured_tok_per_s, 1.0))
+        bars = [(interval, alpha) for interval, alpha in known if interval is not None]
         height = 0.8 / len(bars)
         for number, (interval, alpha) in enumerate(bars):
             at = index + (number - (len(bars) - 1) / 2) * height
             axes.barh(at, interval.estimate, height, xerr=_reach([interval]), color=hue, alpha=alpha, ecolor=INK)
         axes.annotate(
-            f"{row.speedup:.2f}×",
+            f"{row.known_speedup:.2f}×",
             (max(interval.high for interval, _ in bars), index),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
             bbox=LABEL_BOX,
-            color=LOSS if row.speedup < 1.0 else INK,
-            fontweight="bold" if row.measured else "normal",
+            color=LOSS if row.known_speedup < 1.0 else INK,
+            fontweight="bold" if row.measured_tok_per_s else "normal",
         )
-    plain = next((row.best_known.estimate for row in every if row.group == "plain"), None)
+    plain = next((row.known_tok_per_s for row in every if row.draft_name == "plain"), None)
     if plain is not None:
-        axes.axvline(plain, **PLAIN_LINE | {"zorder": 2})
-    highs = [interval.high for row in every for interval in (row.forecast, row.measured) if interval is not None]
-    axes.set(xlim=(0.0, max(highs) * 1.2), ylim=(len(rows) - 0.5, -0.5), xlabel="output tokens per second")
-    axes.set_yticks(range(len(rows)), [row.setup_name.removeprefix(row.group).strip() or "k=0" for row in rows])
+        axes.axvline(plain.estimate, **PLAIN_LINE | {"zorder": 2})
+    rates = [rate for row in every for rate in (row.forecast_tok_per_s, row.measured_tok_per_s) if rate is not None]
+    highest = max(rate.high for rate in rates)
+    axes.set(xlim=(0.0, highest * 1.2), ylim=(len(rows) - 0.5, -0.5), xlabel="output tokens per second")
+    axes.set_yticks(range(len(rows)), [row.setup_name.removeprefix(row.draft_name).strip() or "k=0" for row in rows])
     axes.xaxis.set_major_locator(_round_numbers(5))
     axes.grid(visible=False, axis="y")
 
@@ -238,40 +221,6 @@ def step_times(name: str, curve: StepTimeCurve, hue: str) -> Markup:
     axes.grid(visible=False, axis="x")
     what = "round" if curve.kind == "round" else "forward"
     return _inline(figure, name, f"steps: time in {unit} of one {what} against its width")
-
-
-@rc_context(STYLE)
-def published_figure(figures: Mapping[str, Any], path: Path | None = None) -> Markup:
-    """The published bars with a plan and its 90 % interval beside each, and that plan by length on two engines.
-
-    `figures` as in published_figure.json. `path`: draws it there too.
-    """
-    figure = Figure(figsize=(2.6 * PANEL_INCHES, 3.4))
-    bars, lengths = figure.subplots(1, 2, width_ratios=(3, 2))
-    drafts = list(dict.fromkeys(row["draft"] for row in figures["bars"]))
-    for index, row in enumerate(figures["bars"]):
-        hue = PLAIN if row["draft"] is None else SERIES[drafts.index(row["draft"]) - 1]
-        bars.bar(index, row["published"], 0.5, color=hue)
-        bars.annotate(f"{row['published']:.2f}×", (index, row["published"]), ha="center", va="bottom")
-        if row["forecast"] is not None:
-            planned = Interval(estimate=row["forecast"], low=row["low"], high=row["high"])
-            bars.errorbar(index + 0.36, planned.estimate, yerr=_reach([planned]), fmt="D")
-            bars.annotate(
-                f"{planned.estimate:.2f}×", (index + 0.36, planned.high + 0.03), ha="center", fontstyle="italic"
-            )
-    sizes = [[(row[model] or "plain").rpartition("-")[2] for model in ("target", "draft")] for row in figures["bars"]]
-    bars.set_xticks(range(len(sizes)), ["\n".join(pair) for pair in sizes])
-    bars.set(title=figures["title"], ylabel="times as fast as plain decoding")
-    bars.axhline(1.0, **PLAIN_LINE)
-    bars.grid(visible=False, axis="x")
-    for number, (engine, rows) in enumerate(figures["lengths"].items()):
-        lengths.plot([k for k, _ in rows], [speedup for _, speedup in rows], f"{MARKERS[number]}-", label=engine)
-    lengths.axhline(1.0, **PLAIN_LINE)
-    lengths.set(title=figures["lengths_title"], xlabel="k, tokens drafted per round", ylim=(0.0, None))
-    lengths.legend()
-    if path is not None:
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    return _inline(figure, "published", "bars: a published figure beside its plan; lines: the plan by length")
 
 
 def _panel(height: float) -> tuple[Figure, Any]:

@@ -4,6 +4,7 @@ A run saves its report data in the store; every page and picture is drawn from i
 """
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -40,6 +41,16 @@ class Candidate:
     race_speedup: float | None = None
     acceptance_length: float | None = None
     round_split: RoundSplit | None = None
+
+    @property
+    def known_tok_per_s(self) -> Interval | None:
+        return self.measured_tok_per_s or self.forecast_tok_per_s
+
+    @property
+    def known_speedup(self) -> float:
+        """Of a candidate with a forecast: the measured one where there is one."""
+        speedup = self.measured_speedup or self.forecast_speedup
+        return math.nan if speedup is None else speedup.estimate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

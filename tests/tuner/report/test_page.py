@@ -207,8 +207,10 @@ def test_the_picture_is_the_bar_chart(made: ReportData, tmp_path: Path) -> None:
     """Rows by draft and length with the measured figures of the proof; .png and .svg are written."""
     rows = chart_rows(made.points[0])
     for group in ("draft-a", "ngram:max=4,min=2"):
-        assert [row.setup_name for row in rows if row.group == group] == [f"{group} k={length}" for length in (1, 2, 3)]
-    assert sum(row.measured is not None for row in rows) == 2
+        assert [row.setup_name for row in rows if row.draft_name == group] == [
+            f"{group} k={length}" for length in (1, 2, 3)
+        ]
+    assert sum(row.measured_tok_per_s is not None for row in rows) == 2
     write(made, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
     write(made, tmp_path / "chart.svg")

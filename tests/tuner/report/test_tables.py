@@ -12,7 +12,8 @@ from rich.console import Console
 from profiles.records.core import PLAIN, Setup
 from profiles.records.errors import InputError
 from tests.support.policies import CODE_DRAFT, NGRAM, choice, forecast, interval, measured, policy
-from tuner.report.charts import ChartRow, bar_chart
+from tuner.report.charts import bar_chart
+from tuner.report.data import Candidate
 from tuner.report.tables import document, table
 
 CODE4 = Setup(draft=CODE_DRAFT, length=4)
@@ -33,14 +34,12 @@ def described(*choices: object) -> dict:
     return json.loads(json.dumps(whole, allow_nan=False))
 
 
-def chart_row(group: str, length: int, speedup: float, *, confirmed: bool) -> ChartRow:
-    return ChartRow(
-        setup_name=f"{group} k={length}" if length else "plain",
-        group=group,
-        forecast=interval(100 * speedup, 3.0),
-        measured=interval(101 * speedup, 2.0) if confirmed else None,
-        speedup=speedup,
-    )
+def chart_row(draft: str, length: int, speedup: float, *, confirmed: bool) -> Candidate:
+    return Candidate(
+        setup_name=f"{draft} k={length}" if length else "plain", draft_name=draft, length=length, state="raced",
+        reason="", forecast_tok_per_s=interval(100 * speedup, 3.0), forecast_speedup=interval(speedup),
+        measured_tok_per_s=interval(101 * speedup, 2.0) if confirmed else None,
+    )  # fmt: skip
 
 
 def test_table_rows() -> None:
