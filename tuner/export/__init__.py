@@ -15,7 +15,7 @@ from profiles.engines.vllm import flags as vllm_flags
 from profiles.records.core import Model, Setup
 from profiles.records.errors import InputError
 from tuner.export import servers, transformers, trtllm, vllm
-from tuner.export.select import Deployment, Export, Pick, Written, label_of, one_length_claims, pick
+from tuner.export.select import Deployment, Export, Pick, label_of, pick
 from tuner.policy.policy import Policy
 
 __all__ = ["FORMS", "Deployment", "Export", "Form", "emit"]
@@ -28,7 +28,7 @@ FORMS: tuple[Form, ...] = get_args(Form)
 class Exporter:
     """How a pick is written for an engine; `first`: the oldest version that is known."""
 
-    write: Callable[[Pick], Written]
+    write: Callable[[Pick], Export]
     objection: Callable[[Deployment, Setup, EngineRelease], str | None]
     first: str | None = None
 
@@ -78,12 +78,4 @@ def emit(deployment: Deployment, form: str, version: str | None = None, *, adapt
     picked = pick(deployment, release, objection)
     if isinstance(picked, Export):
         return picked
-    written = exporter.write(picked) if adaptive is None else vllm.write_adaptive(picked, adaptive)
-    claims = one_length_claims(deployment, written.setup) if written.claims is None else written.claims
-    return Export(
-        text=written.text,
-        note="; ".join([*picked.notes, *written.notes]) or None,
-        setup=written.setup,
-        label=label_of(deployment, form, written.setup),
-        claims=claims,
-    )
+    return exporter.write(picked) if adaptive is None else vllm.write_adaptive(picked, adaptive)

@@ -62,15 +62,17 @@ class Pick:
     notes: tuple[str, ...]
     objection: Objection
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
-    """A pick in an engine's form; `claims` None: of one length for the batches around the choice."""
-
-    text: str
-    setup: Setup
-    notes: Sequence[str]
-    claims: Mapping[int, Setup] | None = None
+    def export(
+        self, text: str, notes: Sequence[str], setup: Setup, claims: Mapping[int, Setup] | None = None
+    ) -> Export:
+        """The pick in an engine's form; `claims` None: of one length for the batches around the choice."""
+        return Export(
+            text=text,
+            note="; ".join([*self.notes, *notes]) or None,
+            setup=setup,
+            label=label_of(self.deployment, self.release.engine, setup),
+            claims=one_length_claims(self.deployment, setup) if claims is None else claims,
+        )
 
 
 def pick(deployment: Deployment, release: EngineRelease, objection: Objection) -> Pick | Export:

@@ -4,10 +4,10 @@ import shlex
 
 from profiles.engines.llamacpp import flags as llamacpp_flags
 from profiles.engines.sglang import flags as sglang_flags
-from tuner.export.select import Pick, Written, one_length_note
+from tuner.export.select import Export, Pick, one_length_note
 
 
-def write_sglang(pick: Pick) -> Written:
+def write_sglang(pick: Pick) -> Export:
     """One line of arguments for `python -m sglang.launch_server`."""
     setup = pick.setup
     assert setup.draft is not None
@@ -20,10 +20,10 @@ def write_sglang(pick: Pick) -> Written:
         notes.append(f"SGLang's NGRAM looks up a trie of past text: the measured matches of {sizes} have no flag")
     elif pick.deployment.choice.temperature > 0.0:
         notes.append("the choice was measured with rejection sampling of sampled drafts; SGLang's rule may differ")
-    return Written(text=shlex.join(sglang_flags.args_for(setup)) + "\n", setup=setup, notes=notes)
+    return pick.export(shlex.join(sglang_flags.args_for(setup)) + "\n", notes, setup)
 
 
-def write_llamacpp(pick: Pick) -> Written:
+def write_llamacpp(pick: Pick) -> Export:
     """One line of arguments for `llama-server`."""
     deployment, setup = pick.deployment, pick.setup
     assert setup.draft is not None
@@ -38,4 +38,4 @@ def write_llamacpp(pick: Pick) -> Written:
         notes.append("llama.cpp drafts greedily, the choice was measured with sampled drafts")
     notes.append(one_length_note(deployment, setup, "--parallel"))
     text = shlex.join(llamacpp_flags.args_for_release(setup, pick.release)) + "\n"
-    return Written(text=text, setup=setup, notes=notes)
+    return pick.export(text, notes, setup)

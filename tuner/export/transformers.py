@@ -9,7 +9,7 @@ from pathlib import Path
 from profiles.engines import rules
 from profiles.engines.releases import EngineRelease
 from profiles.records.core import Draft, Model, Setup
-from tuner.export.select import Deployment, Pick, Written, comment, title
+from tuner.export.select import Deployment, Export, Pick, comment, title
 from tuner.policy.policy import Choice
 
 FIRST = "5.17.0"  # the oldest release that this project is tested with
@@ -22,7 +22,7 @@ def objection(deployment: Deployment, setup: Setup, release: EngineRelease) -> s
     return rules.objection(deployment.target, setup, release)
 
 
-def write(pick: Pick) -> Written:
+def write(pick: Pick) -> Export:
     """A snippet that loads the models and defines `generate_kwargs`."""
     deployment, setup = pick.deployment, pick.setup
     draft = setup.draft
@@ -33,7 +33,7 @@ def write(pick: Pick) -> Written:
         notes.append(f"transformers also looks up single tokens; {matches}")
     lines = [title(deployment, pick.release.engine, setup), *map(comment, notes)]
     text = "\n".join([*lines, *_code(deployment, setup, draft)]) + "\n"
-    return Written(text=text, setup=setup, notes=notes)
+    return pick.export(text, notes, setup)
 
 
 def _code(deployment: Deployment, setup: Setup, draft: Draft) -> list[str]:

@@ -14,7 +14,7 @@ from profiles.engines import rules
 from profiles.engines.releases import EngineRelease
 from profiles.records.core import Setup
 from tuner.export.schedule import Range, as_scheduled, ranges_of
-from tuner.export.select import Deployment, Pick, Written, comment, one_length_note, title
+from tuner.export.select import Deployment, Export, Pick, comment, one_length_note, title
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ def objection(deployment: Deployment, setup: Setup, release: EngineRelease) -> s
     return reason
 
 
-def write(pick: Pick) -> Written:
+def write(pick: Pick) -> Export:
     deployment, release, setup = pick.deployment, pick.release, pick.setup
     draft = setup.draft
     assert draft is not None
@@ -67,7 +67,7 @@ def write(pick: Pick) -> Written:
     head = [title(deployment, release.engine, setup), comment(f"for {release.name}")]
     head.append(comment("; ".join([*pick.notes, *notes])))
     lines = [line for line in head if line != "# "] + _yaml(setup, schedule, key_set)
-    return Written(text="\n".join(lines) + "\n", setup=setup, notes=notes)
+    return pick.export("\n".join(lines) + "\n", notes, setup)
 
 
 def _schedule(

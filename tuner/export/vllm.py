@@ -18,7 +18,7 @@ from profiles.engines.vllm.flags import objection as flags_objection
 from profiles.records.core import LOOKUP_LENGTH, Setup
 from profiles.records.text import command
 from tuner.export.schedule import Range, as_scheduled, claims_of, ranges_of
-from tuner.export.select import Deployment, Pick, Written, one_length_claims, one_length_note
+from tuner.export.select import Deployment, Export, Pick, one_length_claims, one_length_note
 from tuner.policy.policy import Policy
 
 SCHEDULER = "tuner.selector.vllm_scheduler.DraftpickScheduler"
@@ -32,7 +32,7 @@ def objection(deployment: Deployment, setup: Setup, release: EngineRelease) -> s
     return flags_objection(deployment.target, setup, release)
 
 
-def write(pick: Pick) -> Written:
+def write(pick: Pick) -> Export:
     """One argument for `vllm serve`, with a schedule where the version has one."""
     deployment, release, setup = pick.deployment, pick.release, pick.setup
     draft = setup.draft
@@ -40,7 +40,7 @@ def write(pick: Pick) -> Written:
     if draft.kind == "composite":
         length = one_length_note(deployment, setup, "--max-num-seqs")
         notes = [f"draftpick must be installed where vLLM is; with --max-num-seqs of {LOOKUP_LENGTH} or more", length]
-        return Written(text=_text(args_for(setup, release)), setup=setup, notes=notes)
+        return pick.export(_text(args_for(setup, release)), notes, setup)
     notes = []
     ranges, allowed = ranges_of(deployment, draft, pick.objection), allowed_keys(release)
     if len(ranges) > 1 and SCHEDULE not in allowed:
@@ -69,7 +69,7 @@ def write(pick: Pick) -> Written:
             f"on a GPU this draft proposes {longest} tokens at every batch size, of which {min(shorter)} are verified: "
             "slower there than a server of that length (Model Runner V2)"
         )
-    return Written(text=_text(config_args(config)), setup=setup, notes=notes, claims=claims)
+    return pick.export(_text(config_args(config)), notes, setup, claims)
 
 
 def _schedule(ranges: tuple[Range, ...]) -> list[list[int]]:
@@ -97,7 +97,7 @@ def adaptive_objection(policy: Policy, setup: Setup, release: EngineRelease) -> 
     return None
 
 
-def write_adaptive(pick: Pick, policy: Policy) -> Written:
+def write_adaptive(pick: Pick, policy: Policy) -> Export:
     """Arguments of a server whose scheduler follows a policy, up to the draft's longest length in it.
 
     A batch size for every length, so that each gets its CUDA graph.
@@ -116,7 +116,7 @@ def write_adaptive(pick: Pick, policy: Policy) -> Written:
     if policy.environment.engine != "vllm":
         notes.append(f"the policy was measured on {policy.environment.engine}: measure it with --engine vllm")
     args = ["--scheduler-cls", SCHEDULER, *config_args(every_length(config, longest))]
-    return Written(text=_text(args), setup=setup, notes=notes, claims={})
+    return pick.export(_text(args), notes, setup, {})
 
 
 def _sampling(config: dict[str, object], pick: Pick) -> list[str]:
