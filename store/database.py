@@ -11,6 +11,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 from urllib.parse import quote
@@ -61,19 +62,17 @@ def _retry(work: Callable[[], Result], timeout_s: float) -> Result:
         time.sleep(_PAUSE_S)
 
 
+@dataclass(kw_only=True)
 class Database:
     """A SQLAlchemy engine with the transactions of a store."""
 
-    def __init__(
-        self, engine: Engine, *, name: str, path: Path | None, busy_timeout_s: float, read_only: bool = False
-    ) -> None:
-        self.engine = engine
-        self.name = name  # for errors, without a password
-        self.path = path  # SQLite's file; None for a server
-        self.busy_timeout_s = busy_timeout_s  # for locks, and for a lost server once the database has answered
-        self._read_only = read_only
-        self._has_answered = False
-        self._file_id: tuple[int, int] | None = None  # of the file when it was opened
+    engine: Engine
+    name: str  # for errors, without a password
+    path: Path | None  # SQLite's file; None for a server
+    busy_timeout_s: float  # for locks, and for a lost server once the database has answered
+    read_only: bool
+    _has_answered: bool = False
+    _file_id: tuple[int, int] | None = None  # of the file when it was opened
 
     @contextmanager
     def transaction(self, access: Access) -> Iterator[Connection]:
@@ -101,7 +100,6 @@ class Database:
 
     def read(self, work: Callable[[Connection], Result]) -> Result:
         """Do `work` in a transaction that reads; again when the connection is lost midway."""
-
         return _retry(lambda: self._do_once("read", work), self.busy_timeout_s)
 
     def write(self, work: Callable[[Connection], Result]) -> Result:
@@ -174,7 +172,7 @@ class Database:
         try:
             if self.path is not None:
                 connection.execution_options(sqlite_begin="BEGIN IMMEDIATE" if access == "write" else "BEGIN")
-            elif access == "read" or self._read_only:
+            elif access == "read" or self.read_only:
                 connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             connection.begin()
             if self.path is None and access == "write":
@@ -187,7 +185,7 @@ class Database:
 
     def _require_same_file(self) -> None:
         """Raises StoreError when the open file is no longer the one of that name: rows in it would be lost."""
-        if self.path is None or self._read_only:
+        if self.path is None or self.read_only:
             return
         try:
             status = self.path.stat()
@@ -207,7 +205,7 @@ def connect(location: Location, busy_timeout_s: float, *, read_only: bool = Fals
     if isinstance(location, str) and is_url(location):
         url = _server_url(location)
         engine, name = _server(url, busy_timeout_s), _server_name(url)
-        return Database(engine, name=name, path=None, busy_timeout_s=busy_timeout_s, read_only=read_only)
+        return Database(engine=engine, name=name, path=None, busy_timeout_s=busy_timeout_s, read_only=read_only)
     path = Path(location)
     if path.is_dir():
         raise StoreError(f"store {path}: unable to open database file: it is a folder: name a file")
@@ -219,7 +217,7 @@ def connect(location: Location, busy_timeout_s: float, *, read_only: bool = Fals
         raise StoreError(f"store {path}: its folder cannot be made: {error.strerror}") from error
     _require_whole(path)
     engine = _file(path, busy_timeout_s, read_only=read_only)
-    return Database(engine, name=str(path), path=path, busy_timeout_s=busy_timeout_s, read_only=read_only)
+    return Database(engine=engine, name=str(path), path=path, busy_timeout_s=busy_timeout_s, read_only=read_only)
 
 
 def _server_name(url: URL) -> str:

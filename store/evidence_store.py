@@ -82,18 +82,6 @@ class EvidenceStore(AbstractContextManager["EvidenceStore"]):
         """What to call the store: its file, or its URL without the password."""
         return self.database.name
 
-    @property
-    def path(self) -> Path:
-        """The file of a store that is one. Raises StoreError for a server's."""
-        if self.database.path is None:
-            raise StoreError(f"store {self.name} is no file")
-        return self.database.path
-
-    @property
-    def folder(self) -> Path:
-        """The folder on this host that policy files go to."""
-        return self.database.folder
-
     def close(self) -> None:
         self.database.close()
 

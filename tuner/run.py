@@ -41,7 +41,7 @@ class TuningSession:
     @classmethod
     def of(cls, evidence_store: EvidenceStore, since: str = "") -> "TuningSession":
         """Creates studies and folder where they are missing. Raises StoreError when the folder cannot be made."""
-        folder = evidence_store.folder
+        folder = evidence_store.database.folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

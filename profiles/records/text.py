@@ -1,6 +1,7 @@
 """Text for people: safe to print, and naming the command line as they call it. Standard library only."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ def shortened(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def printable_values(raw: Any) -> Any:
-    """JSON values with all text printable."""
+def map_text(raw: Any, change: Callable[[str], str]) -> Any:
+    """JSON values with all text changed, keys included."""
     if isinstance(raw, dict):
-        return {name: printable_values(value) for name, value in raw.items()}
+        return {change(name): map_text(value, change) for name, value in raw.items()}
     if isinstance(raw, list):
-        return [printable_values(value) for value in raw]
-    return printable(raw) if isinstance(raw, str) else raw
+        return [map_text(value, change) for value in raw]
+    return change(raw) if isinstance(raw, str) else raw
 
 
 def command(arguments: str = "") -> str:

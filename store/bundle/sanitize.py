@@ -11,7 +11,7 @@ from typing import Any
 from profiles.builtin import IMPORTED, IMPORTED_MARKS
 from profiles.engines.serving.redaction import redacted, without_paths
 from profiles.records.errors import InputError, require
-from profiles.records.text import printable
+from profiles.records.text import map_text, printable
 
 MOST_CHARACTERS, MOST_KEY_CHARACTERS = 65_536, 200
 MOST_PASSES = 4  # what is left of one path may begin another; text that goes on so was made to
@@ -59,18 +59,8 @@ def clean_options(text: str) -> str:
         options = json.loads(text)
     except ValueError:
         return printable(without_paths(redacted(text)))
-    cleaned = _clean_values(options)
+    cleaned = map_text(options, lambda text: without_paths(redacted(text)))
     return printable(text if cleaned == options else json.dumps(cleaned, sort_keys=True))
-
-
-def _clean_values(value: Any) -> Any:
-    if isinstance(value, str):
-        return without_paths(redacted(value))
-    if isinstance(value, list):
-        return [_clean_values(item) for item in value]
-    if isinstance(value, dict):
-        return {_clean_values(name): _clean_values(item) for name, item in value.items()}
-    return value
 
 
 def clean_text(text: str, *, is_name: bool = False) -> str:

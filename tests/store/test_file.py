@@ -43,7 +43,7 @@ def save_traces(evidence_store: EvidenceStore, fake: FakeEngine, count: int) -> 
 class TestTheFile:
     def test_the_database_is_set_up_for_safety(self, evidence_store: EvidenceStore) -> None:
         """Write-ahead log, foreign keys and a busy timeout are on, and the folder was made."""
-        assert sql(evidence_store.path, "PRAGMA journal_mode") == [("wal",)]
+        assert sql(evidence_store.database.path, "PRAGMA journal_mode") == [("wal",)]
         with evidence_store.database.engine.connect() as connection:
             assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
             assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 30_000
@@ -141,22 +141,22 @@ class TestMishaps:
 
     def test_a_full_disk_loses_nothing(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
         """When the disk is full, the unit under way fails as a whole and all before it stay."""
-        [(pages,)] = sql(evidence_store.path, "PRAGMA page_count")
+        [(pages,)] = sql(evidence_store.database.path, "PRAGMA page_count")
         with evidence_store.database.engine.connect() as connection:
             connection.exec_driver_sql(f"PRAGMA max_page_count = {pages + 12}")
         with pytest.raises(StoreError, match=r"is full: .*what was saved before is kept") as caught:
             save_traces(evidence_store, fake, 100)
         assert "\n" not in str(caught.value)
-        [(saved,)] = sql(evidence_store.path, "SELECT count(*) FROM target_traces")
+        [(saved,)] = sql(evidence_store.database.path, "SELECT count(*) FROM target_traces")
         assert 2 <= saved < 100
         assert [evidence_store.find_target_trace(SCOPE, prompt) is not None for prompt in prompts(100)].index(
             False
         ) == saved
-        assert sql(evidence_store.path, "PRAGMA integrity_check") == [("ok",)]
+        assert sql(evidence_store.database.path, "PRAGMA integrity_check") == [("ok",)]
         with evidence_store.database.engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA max_page_count = 100000")
         save_traces(evidence_store, fake, saved + 1)
-        assert sql(evidence_store.path, "SELECT count(*) FROM target_traces") == [(saved + 1,)]
+        assert sql(evidence_store.database.path, "SELECT count(*) FROM target_traces") == [(saved + 1,)]
 
     def test_the_book_loads_no_heavy_library(self, path: Path) -> None:
         """Looking into the store needs neither torch, transformers, optuna, Alembic nor another database's driver."""

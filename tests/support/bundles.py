@@ -64,9 +64,10 @@ def resealed(source: Path, path: Path, *statements: str | tuple[str, tuple[objec
 
 def refused(evidence_store: EvidenceStore, path: Path) -> str:
     """What a merge says that must fail, leaving the store as it was."""
-    before = content(evidence_store.path.parent) if evidence_store.path.name == "evidence.db" else None
+    file = evidence_store.database.path
+    before = content(file.parent) if file.name == "evidence.db" else None
     with pytest.raises(DraftpickError) as caught:
         bundle.merge(evidence_store, path, documents())
-    assert before is None or content(evidence_store.path.parent) == before
+    assert before is None or content(file.parent) == before
     assert "\n" not in str(caught.value)
     return str(caught.value)

@@ -34,11 +34,10 @@ def pack(
     json_only: options.JsonOnly = False,
 ) -> None:
     """Write the store's evidence, runs and policies into one file, without paths."""
-    from store import location
     from store.bundle import bundle
     from tuner.deploy.stored_policies import open_for_reading
 
-    with open_for_reading(location.existing_store(store)) as evidence_store:
+    with open_for_reading(store) as evidence_store:
         contents = bundle.pack(evidence_store, path, documents(), targets=target, environments=environment)
     print_result(asdict(contents), f"wrote {path}", *_description(contents), json_only=json_only)
 

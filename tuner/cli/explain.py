@@ -19,11 +19,10 @@ def explain(
     json_only: options.JsonOnly = False,
 ) -> None:
     """Explain a choice: where a round's time goes, what a draft must yield to pay, and why the others lost."""
-    from store import location
     from tuner.deploy import stored_policies
     from tuner.report import explain as explanations
 
-    with stored_policies.open_for_reading(location.existing_store(store)) as evidence_store:
+    with stored_policies.open_for_reading(store) as evidence_store:
         policy = stored_policies.find_policy(evidence_store, target)
         report_data = stored_policies.find_report_data(evidence_store, policy)
     answer = policy.look_up(

@@ -66,7 +66,7 @@ def lookup(
             result = lookup_stored(evidence_store, query, here)
             planned = _planned(result, query, here, lambda: find_policy(evidence_store, result.target.run_digest))
             if result.policy is not None:
-                policy = evidence_store.folder / result.policy.file_name
+                policy = evidence_store.database.folder / result.policy.file_name
             document = (
                 _stored_document(result, evidence_store, location.store_name(store_location)) if json_only else {}
             )
@@ -138,7 +138,7 @@ def _stored_document(result: LookupResult, evidence_store: "EvidenceStore", stor
     if result.policy is None:
         return _document(result, store=store)
     outcome = evidence_store.latest_outcome(result.target, result.policy.environment)
-    path = evidence_store.folder / result.policy.file_name
+    path = evidence_store.database.folder / result.policy.file_name
     return _document(result, store=store, policy_path=path if path.exists() else None, outcome=outcome)
 
 

@@ -28,14 +28,13 @@ def plan(
     json_only: options.JsonOnly = False,
 ) -> None:
     """Plan for hardware that is not at hand, from configs alone: speed-ups with intervals, never proven."""
-    from store import location
     from tuner.deploy.stored_policies import open_for_reading
     from tuner.plan.plan import PlanQuery, make_plan
 
     with ExitStack() as stack:
         evidence_store = None
         try:
-            evidence_store = stack.enter_context(open_for_reading(location.existing_store(store)))
+            evidence_store = stack.enter_context(open_for_reading(store))
         except NotMeasuredError:
             if store is not None:
                 raise

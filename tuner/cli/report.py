@@ -6,11 +6,10 @@ from tuner.cli.output import print_notes
 
 def report(out_path: options.ReportFile, target: options.TunedTarget = None, store: options.Store = None) -> None:
     """Draw the latest run: a page with everything, or a picture of the output tokens per second."""
-    from store import location
     from tuner.deploy import stored_policies
     from tuner.report import page
 
-    with stored_policies.open_for_reading(location.existing_store(store)) as evidence_store:
+    with stored_policies.open_for_reading(store) as evidence_store:
         report_data = stored_policies.find_report_data(
             evidence_store, stored_policies.find_policy(evidence_store, target)
         )

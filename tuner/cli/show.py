@@ -22,12 +22,11 @@ def show(store: options.Store = None) -> None:
     from tuner.deploy.stored_policies import open_for_reading, read_policy
     from tuner.report import tables
 
-    store_location = location.existing_store(store)
-    with open_for_reading(store_location) as evidence_store:
+    with open_for_reading(store) as evidence_store:
         entries = inventory(evidence_store)
         text = evidence_store.latest_policy()
         policy = None if text is None else read_policy(evidence_store, text)
-    print_lines(f"store {location.store_name(store_location)}")
+    print_lines(f"store {location.store_name(location.store_location(store))}")
     console().print(inventory_table(entries, datetime.now(UTC)))
     if policy is not None:
         console().print(tables.table(policy))

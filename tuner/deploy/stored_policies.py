@@ -13,8 +13,8 @@ from profiles.records.core import Model
 from profiles.records.errors import InputError, NotMeasuredError, PolicyError, StoreError
 from profiles.records.text import command
 from store import tables
-from store.database import Location
 from store.evidence_store import EvidenceStore, targets_named
+from store.location import existing_store
 from tuner.deploy.match import Match, match
 from tuner.policy.policy import Policy, from_json
 from tuner.report.data import ReportData
@@ -29,11 +29,12 @@ class StoredPolicy:
     policy_id: int
 
 
-def open_for_reading(location: Location) -> EvidenceStore:
-    """A store that is there, without changing it; one with an older schema is upgraded where that is allowed.
+def open_for_reading(option: str | None) -> EvidenceStore:
+    """The store that `--store` names, without changing it; one of an older schema is upgraded where that is allowed.
 
-    Raises StoreError: it cannot be read, or has an older schema and cannot be written.
+    Raises: NotMeasuredError: it is not there. StoreError: it cannot be read, or not upgraded.
     """
+    location = existing_store(option)
     try:
         return EvidenceStore.open_read_only(location)
     except StoreError:

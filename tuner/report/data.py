@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from profiles.records import codec
 from profiles.records.core import Draft, Environment, Interval, Model
 from profiles.records.errors import require
-from profiles.records.text import printable_values
+from profiles.records.text import map_text, printable
 from tuner.policy.estimates import RoundSplit
 from tuner.policy.policy import MEASURED_NAMES, Choice, rename_keys
 
@@ -156,4 +156,4 @@ class ReportData:
         if isinstance(raw, dict):
             raw = {name: value for name, value in raw.items() if name != "timeline"}  # earlier draftpicks drew one
         raw = rename_keys(raw, MEASURED_NAMES | EARLIER_NAMES)
-        return codec.from_builtins(cls, printable_values(raw), "report data", newest_version=REPORT_DATA_VERSION)
+        return codec.from_builtins(cls, map_text(raw, printable), "report data", newest_version=REPORT_DATA_VERSION)

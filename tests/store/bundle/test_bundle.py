@@ -63,7 +63,7 @@ class TestThereAndBack:
         assert (merged.stored, merged.unlike) == ({}, {})
         for table in (*merged.added, "samples", "step_times", "choices"):
             query = f"SELECT count(*) FROM {table}"
-            assert sql(empty.path, query) == sql(store / "evidence.db", query), table
+            assert sql(empty.database.path, query) == sql(store / "evidence.db", query), table
         assert {"models", "runs", "target_traces", "sweeps", "units", "infeasible", "policies"} <= set(merged.added)
         bundle.pack(empty, tmp_path / "again.bundle", documents())
         assert (tmp_path / "again.bundle").read_bytes() == packed.read_bytes()
@@ -72,11 +72,11 @@ class TestThereAndBack:
         """Traces, timings, the policy and the run's outcome are found as if they had been measured here."""
         bundle.merge(empty, packed, documents())
         fake = FakeEngine(keep=0.95)
-        [(context_length, max_length)] = sql(empty.path, "SELECT DISTINCT context_length, max_length FROM sweeps")
-        assert (
-            empty.find_step_times(SCOPE, (DRAFT_A,), context_length=context_length, max_length=max_length) is not None
-        )
-        traced = {digest for (digest,) in sql(empty.path, "SELECT prompt_digest FROM target_traces")}
+        sizes = "SELECT DISTINCT context_length, max_length FROM sweeps"
+        [(context_length, max_length)] = sql(empty.database.path, sizes)
+        times = empty.find_step_times(SCOPE, (DRAFT_A,), context_length=context_length, max_length=max_length)
+        assert times is not None
+        traced = {digest for (digest,) in sql(empty.database.path, "SELECT prompt_digest FROM target_traces")}
         prompt = next(prompt for prompt in prompts(30) if prompt.digest in traced)
         trace = fake.trace_target(GREEDY, prompt)
         assert empty.find_target_trace(SCOPE, prompt) == trace
@@ -104,7 +104,7 @@ class TestThereAndBack:
         second = bundle.merge(empty, tmp_path / "two.bundle", documents())
         assert second.added["policies"] == second.added["runs"] == 1
         assert "target_traces" not in second.added
-        assert sql(empty.path, "SELECT count(DISTINCT environment_digest) FROM policies") == [(2,)]
+        assert sql(empty.database.path, "SELECT count(DISTINCT environment_digest) FROM policies") == [(2,)]
 
     def test_a_part_can_be_packed(self, tmp_path: Path, empty: EvidenceStore) -> None:
         """By target and by machine; traces hold everywhere and are packed too."""
@@ -170,9 +170,9 @@ class TestOddRows:
         merged = bundle.merge(empty, tmp_path / "b", documents())
         assert merged.added["units"] == num_units
         assert merged.clamped == (num_units if "2999" in change else 0)
-        assert sql(empty.path, "SELECT count(*) FROM units WHERE measured_at > '2998'") == [(0,)]
+        assert sql(empty.database.path, "SELECT count(*) FROM units WHERE measured_at > '2998'") == [(0,)]
         assert bundle.merge(empty, tmp_path / "b", documents()).added == {}
-        kept = sql(empty.path, "SELECT DISTINCT domain FROM prompts")
+        kept = sql(empty.database.path, "SELECT DISTINCT domain FROM prompts")
         assert ("/r/python" in change) == (kept == [("/r/python",)])
 
     def test_domains_that_end_alike_stay_apart(self, empty: EvidenceStore, tmp_path: Path) -> None:
@@ -227,8 +227,8 @@ class TestOddRows:
     def test_a_damaged_row_is_left_out(self, packed: Path, empty: EvidenceStore, tmp_path: Path) -> None:
         """With the acceptance over a trace that is no trace any more."""
         num_units = bundle.merge(empty, packed, documents()).added["units"]
-        sql(empty.path, "UPDATE samples SET output_tokens = 0 WHERE unit_id = 1")
-        sql(empty.path, "UPDATE target_traces SET token_ids = 'x' WHERE id = 1")
+        sql(empty.database.path, "UPDATE samples SET output_tokens = 0 WHERE unit_id = 1")
+        sql(empty.database.path, "UPDATE target_traces SET token_ids = 'x' WHERE id = 1")
         contents = bundle.pack(empty, tmp_path / "b", documents())
         assert contents.left_out == {"units": 1, "target_traces": 1, "acceptance_traces": 1}
         assert contents.rows["units"] == num_units - 1
@@ -242,14 +242,14 @@ class TestConflicts:
             save_sample(evidence_store, 1)
             num_units = bundle.pack(evidence_store, tmp_path / "theirs", documents()).rows["units"]
         save_sample(empty, 0)
-        [(ours,)] = sql(empty.path, "SELECT ttft_s FROM samples")
+        [(ours,)] = sql(empty.database.path, "SELECT ttft_s FROM samples")
         merged = bundle.merge(empty, tmp_path / "theirs", documents())
         assert merged.unlike == {"units": 1}
         assert merged.added["units"] == num_units - 1
         [conflict] = merged.conflicts
         assert conflict.startswith("units digest ")
         assert f"{ours} in the store" in conflict or "in the bundle" in conflict
-        assert sql(empty.path, "SELECT ttft_s FROM samples WHERE unit_id = 1") == [(ours,)]
+        assert sql(empty.database.path, "SELECT ttft_s FROM samples WHERE unit_id = 1") == [(ours,)]
 
     @pytest.mark.parametrize(
         ("table", "change"),
@@ -266,10 +266,10 @@ class TestConflicts:
     ) -> None:
         """What differs is counted and the store stays as it was."""
         bundle.merge(empty, packed, documents())
-        before = content(empty.path.parent)
+        before = content(empty.database.path.parent)
         merged = bundle.merge(empty, resealed(packed, tmp_path / "changed", change), documents())
         assert (merged.added, merged.unlike[table]) == ({}, 1)
-        assert content(empty.path.parent) == before
+        assert content(empty.database.path.parent) == before
 
     def test_rounded_figures_are_alike(self, empty: EvidenceStore, tmp_path: Path) -> None:
         """Another device's probabilities of the same tokens differ in their last digits."""
@@ -299,7 +299,7 @@ class TestConflicts:
         newer = made.policy()
         save_policy(empty, policies.to_json(newer), newer.target, newer.environment)
         bundle.merge(empty, packed, documents())
-        assert sql(empty.path, "SELECT count(*), max(generation) FROM policies") == [(2, 1)]
+        assert sql(empty.database.path, "SELECT count(*), max(generation) FROM policies") == [(2, 1)]
 
 
 class TestCommands:
@@ -378,7 +378,7 @@ def test_a_merge_holds_the_lock_for_a_few_items(packed: Path, tmp_path: Path, mo
         writing, sizes = evidence_store.writing, []
 
         def counted() -> Any:
-            sizes.append(sum(sql(evidence_store.path, f"SELECT count(*) FROM {name}")[0][0] for name in ("units",)))
+            sizes.append(sql(evidence_store.database.path, "SELECT count(*) FROM units"))
             return writing()
 
         evidence_store.writing = counted  # type: ignore[method-assign]

@@ -114,7 +114,7 @@ class TestStrangers:
             b"": "it is not a bundle",
             b"\x89PNG\r\n": "it is not a bundle",
             b"draftpick-bundle 1 00\n" + gzip.compress(b"{}"): "of draftpick 0.5 or older: merge it there",
-            empty.path.read_bytes(): "it is not a bundle",
+            empty.database.path.read_bytes(): "it is not a bundle",
             whole[:-1]: "damaged",
             whole + b"\n": "damaged",
             whole[:90_000] + b"x" + whole[90_001:]: "damaged",
@@ -162,7 +162,7 @@ class TestStrangers:
             update("policies", "policy", policy),
         )
         bundle.merge(empty, strange, documents())
-        assert sql(empty.path, "SELECT name FROM models") == [("imported:pass [2Jwd",)]
+        assert sql(empty.database.path, "SELECT name FROM models") == [("imported:pass [2Jwd",)]
         assert policies.from_json(str(empty.latest_policy())).headline.reason == "see shadow  k=2 100 tok/s"
 
     @pytest.mark.parametrize(
