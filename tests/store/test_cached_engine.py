@@ -160,12 +160,8 @@ class TestDisturbed:
         answers = [self.ask(evidence_store, engine) for engine in engines]
         assert [engine.calls["run_together"] for engine in engines] == [1, 1, 1, 1, 0, 0]
         assert answers[3] == answers[4] == answers[5]
-        assert self.purposes(evidence_store) == [
-            ("proof 0", 1),
-            ("proof 0, again 1", 1),
-            ("proof 0, again 2", 1),
-            ("proof 0, again 3", 1),
-        ]
+        again = [(f"proof 0, again {number}", 1) for number in (1, 2, 3)]
+        assert self.purposes(evidence_store) == [("proof 0", 1), *again]
 
     def test_a_run_that_asks_twice_gets_one_answer(self, evidence_store: EvidenceStore) -> None:
         """What a run measured itself, it reuses, disturbed or not: runs and step times."""

@@ -3,13 +3,10 @@
 What is in the file is checked with raw SQL, not with the code under test.
 """
 
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sqlalchemy
@@ -22,7 +19,6 @@ from profiles.records.evidence import Infeasible, Sample
 from store import tables
 from store.database import Location
 from store.evidence_store import EvidenceStore, Scope
-from tests import ROOT
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts
 from tests.support.policies import save_policy
 from tests.support.servers import ask, parsed
@@ -336,24 +332,6 @@ class TestSchemas:
             EvidenceStore.open(location)
         ask(location, "DROP TABLE songs")
         EvidenceStore.open(location).close()  # it is empty again
-
-    def test_processes_may_open_a_fresh_store_at_once(self, location: Location) -> None:
-        """Whoever comes first makes the tables, and Optuna's; the others wait and find them."""
-        code = (
-            "import sys\nfrom pathlib import Path\nfrom store.evidence_store import EvidenceStore\n"
-            "from tuner.run import TuningSession\n"
-            "print(flush=True)\ninput()\n"
-            "location = sys.argv[1] if '://' in sys.argv[1] else Path(sys.argv[1])\n"
-            "with EvidenceStore.open(location) as evidence_store:\n    TuningSession.of(evidence_store)\n"
-        )
-        command = [sys.executable, "-c", code, str(location)]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        openers = [subprocess.Popen(command, cwd=ROOT, text=True, **pipes) for _ in range(2)]
-        assert [opener.stdout.readline() for opener in openers if opener.stdout] == ["\n", "\n"]
-        for opener in openers:
-            opener.communicate("go\n", timeout=60)
-        assert [opener.returncode for opener in openers] == [0, 0]
-        assert ask(location, "SELECT version_num FROM alembic_version") == [("0006",)]
 
 
 class TestReadOnly:

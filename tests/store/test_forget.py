@@ -19,16 +19,8 @@ from tuner.policy.policy import to_json
 
 A4 = Setup(draft=DRAFT_A, length=4)
 OTHER = replace(TARGET, name="other-target", digest="e" * 32)
-ROWS = {
-    "target_traces": 6,
-    "acceptance_traces": 6,
-    "lookup_traces": 6,
-    "sweeps": 1,
-    "units": 6,
-    "infeasible": 1,
-    "runs": 1,
-    "policies": 1,
-}
+ROWS = dict.fromkeys(("target_traces", "acceptance_traces", "lookup_traces"), 6)
+ROWS |= {"sweeps": 1, "units": 6, "infeasible": 1, "runs": 1, "policies": 1}
 
 
 def fill(evidence_store: EvidenceStore, target: object) -> None:

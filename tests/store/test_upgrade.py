@@ -44,9 +44,8 @@ def test_look_ups_answer_as_before(upgraded: Path) -> None:
     """Setup, proof, match and reason of every question are those of the version that wrote the store."""
     with EvidenceStore.open_read_only(upgraded) as evidence_store:
         for wanted in json.loads((ASSETS / "store-0004-lookups.json").read_text()):
-            query = Query(
-                target="fake-target", batch_size=wanted["batch_size"], domain=wanted["domain"], temperature=0.0
-            )
+            names = ("batch_size", "domain")
+            query = Query(target="fake-target", temperature=0.0, **{name: wanted[name] for name in names})
             found = lookup(evidence_store, query, drop_unknown(asdict(TUNED)))
             choice = found.answer.choice
             answer = {
@@ -85,11 +84,8 @@ def test_old_rows_have_columns_for_people(upgraded: Path) -> None:
     """Batch size, temperature, draft and k are known again; a prompt's domain is not."""
     query = "SELECT DISTINCT batch_size, temperature FROM timed_runs WHERE device = 'tuned cpu' ORDER BY 1"
     assert sql(upgraded, query) == [(1, 0.0), (8, 0.0)]
-    assert sql(upgraded, "SELECT DISTINCT draft, draft_kind, k FROM timed_runs ORDER BY k") == [
-        (None, None, 0),
-        ("draft-a", "model", 2),
-        ("draft-a", "model", 4),
-    ]
+    setups = sql(upgraded, "SELECT DISTINCT draft, draft_kind, k FROM timed_runs ORDER BY k")
+    assert setups == [(None, None, 0), ("draft-a", "model", 2), ("draft-a", "model", 4)]
     assert sql(upgraded, "SELECT DISTINCT domain FROM timed_runs") == [(None,)]
     query = "SELECT draft, k, round(speedup, 2), proven FROM best WHERE domain = 'sql' AND batch_size = 1"
     assert sql(upgraded, query) == [("draft-a", 2, 2.03, 1)]
@@ -115,11 +111,7 @@ def test_revision_0005_is_as_it_was_released(old: Path) -> None:
         migrations.upgrade(connection, "0005")
         names = connection.scalars(text("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")).all()
         rows = {name: connection.execute(text(f"SELECT * FROM {name}")).all() for name in names}
-    assert {name: len(rows[name]) for name in ("units", "samples", "choices")} == {
-        "units": 54,
-        "samples": 168,
-        "choices": 6,
-    }
+    assert [len(rows[name]) for name in ("units", "samples", "choices")] == [54, 168, 6]
     assert hashlib.sha256(repr(rows).encode()).hexdigest()[:16] == "ce1afb9d73a161d4"
 
 

@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 from profiles.records.errors import InputError, NotMeasuredError
 from tuner.plan.shape import model_key, read_data
-
-MIXED = "mixed"  # all domains together
+from tuner.policy.query import MIXED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +43,7 @@ def tokens_per_round(rate: float, length: float) -> float:
 
 
 def rate_of(tokens: float, length: float) -> float:
-    """The rate per token at which rounds of `length` emit `tokens`; the inverse of `tokens_per_round`."""
+    """The rate per token at which rounds of `length` emit `tokens`, 0 to 1; the inverse of `tokens_per_round`."""
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2.0

@@ -16,6 +16,7 @@ from tuner.plan import acceptance
 from tuner.plan.acceptance import Acceptance, RoundMean, rate_of, tokens_per_round
 from tuner.plan.shape import Shape, head_shape, read_data, read_shape
 from tuner.plan.step_time import RoundParts, StepModel, read_engine, read_hardware
+from tuner.policy.query import MIXED
 
 if TYPE_CHECKING:
     from store.evidence_store import EvidenceStore
@@ -172,7 +173,7 @@ class Planner:
         if re.fullmatch(r"\d*\.?\d+", query.acceptance):
             return [acceptance.assumed(float(query.acceptance), name, query.lengths)]
         rows = acceptance.from_file(Path(query.acceptance), name, query.lengths)
-        rows = [row for row in rows if not query.domains or row.domain in {acceptance.MIXED, *query.domains}]
+        rows = [row for row in rows if not query.domains or row.domain in {MIXED, *query.domains}]
         if not rows:
             domains = ", ".join(sorted(query.domains))
             raise NotMeasuredError(

@@ -15,7 +15,8 @@ from profiles.records.evidence import AcceptanceTrace, LookupTrace, TargetTrace
 from store import tables
 from store.evidence_store import EvidenceStore
 from tuner.deploy.stored_policies import find_targets
-from tuner.plan.acceptance import MIXED, Acceptance, RoundMean
+from tuner.plan.acceptance import Acceptance, RoundMean
+from tuner.policy.query import MIXED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

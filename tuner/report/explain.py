@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass, replace
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from scipy.optimize import brentq
 
 from profiles.records.core import PLAIN, Interval
 from profiles.records.errors import InputError, require
+from tuner.plan.acceptance import rate_of
 from tuner.report.data import Candidate, PointFigures
 
 MOST_ROWS = 12
@@ -121,14 +121,9 @@ def _forecast_candidates(figures: PointFigures) -> dict[str, Candidate]:
 def needed_acceptance(acceptance_length: float, length: int) -> float | None:
     """The acceptance of each token at which rounds of `length` drafted tokens yield `acceptance_length` tokens.
 
-    Solves (1 - a^(k+1)) / (1 - a) = acceptance length (Leviathan et al. 2023, eq. 1) for a; 0 where a round needs no
-    accepted token, None where k accepted tokens are not enough.
+    0 where a round needs no accepted token, None where k accepted tokens are not enough.
     """
-    if acceptance_length <= 1.0:
-        return 0.0
-    if acceptance_length > length + 1:
-        return None
-    return float(brentq(lambda a: sum(a**power for power in range(length + 1)) - acceptance_length, 0.0, 1.0))
+    return None if acceptance_length > max(1, length + 1) else rate_of(acceptance_length, length)
 
 
 def _plain_token_s(plain: Candidate) -> float:
