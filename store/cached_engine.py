@@ -6,8 +6,8 @@ An interrupted run resumes where it stopped, and a second run pays only for what
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Connection, Table, select
 
@@ -26,8 +26,7 @@ MIN_EQUAL = 6  # prompts
 MAX_REPEATS = 3  # of disturbed timed runs, each in a run of its own
 
 
-@dataclass(frozen=True, slots=True)
-class _StoredUnit:
+class _StoredUnit(NamedTuple):
     purpose: str
     samples: tuple[Sample, ...]
 

@@ -65,11 +65,8 @@ def is_transient(error: BaseException) -> bool:
 
 def _is_about_connection(cause: BaseException) -> bool:
     """A connection that was lost or could not be made has no SQLSTATE, only a class and libpq's text."""
-    return hasattr(cause, "sqlstate") and type(cause).__name__ in (
-        "OperationalError",
-        "InterfaceError",
-        "ConnectionTimeout",
-    )
+    names = ("OperationalError", "InterfaceError", "ConnectionTimeout")
+    return hasattr(cause, "sqlstate") and type(cause).__name__ in names
 
 
 def _meaning(error: BaseException, cause: BaseException) -> str | None:

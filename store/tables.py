@@ -392,16 +392,10 @@ def trace_row(trace: TargetTrace | AcceptanceTrace | LookupTrace) -> Values:
 
 def step_times_rows(sweep_id: int, times: StepTimes, component: str) -> Iterator[Values]:
     """One row for each width; the sweep has batch size and context length."""
+    about = {"sweep_id": sweep_id, "component_digest": times.component_digest, "component": component}
     for width, seconds in times.samples_s.items():
-        yield {
-            "sweep_id": sweep_id,
-            "component_digest": times.component_digest,
-            "width": width,
-            "component": component,
-            "samples_s": seconds,
-            "median_s": median(seconds),
-            "disturbed": times.disturbed,
-        }
+        measured = {"samples_s": seconds, "median_s": median(seconds), "disturbed": times.disturbed}
+        yield {**about, "width": width, **measured}
 
 
 def sample_row(sample: Sample) -> Values:

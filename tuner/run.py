@@ -146,17 +146,13 @@ def _with_stored_units(outcome: Outcome, cached_engine: CachedEngine) -> Outcome
 def _setups_left_out(outcome: Outcome) -> tuple[RefusedDraft, ...]:
     """Setups that failed while evidence was gathered, and those that are infeasible at an operating point."""
     failed = [
-        RefusedDraft(name=failure.setup.name, reason=failure.reason, detail=failure.detail)
-        for point in outcome.points
-        if point.evidence is not None
-        for failure in point.evidence.infeasible
+        (failure, failure.detail) for point in outcome.points if point.evidence for failure in point.evidence.infeasible
     ]
-    ruled_out = [
-        RefusedDraft(name=failure.setup.name, reason=failure.reason, detail=f"{point.domain}: {failure.detail}")
-        for point in outcome.points
-        for failure in point.infeasible
+    failed += [
+        (failure, f"{point.domain}: {failure.detail}") for point in outcome.points for failure in point.infeasible
     ]
-    return tuple(dict.fromkeys([*failed, *ruled_out]))
+    rows = (RefusedDraft(name=failure.setup.name, reason=failure.reason, detail=detail) for failure, detail in failed)
+    return tuple(dict.fromkeys(rows))
 
 
 def _write_policy(

@@ -203,17 +203,9 @@ def head_shape(target: Shape, method: str) -> Shape:
     inner = 3.5 * target.hidden if target.num_experts else target.config["intermediate_size"]
     dense = (5 if is_block else 1) * (3 * target.hidden**2 + 3 * target.hidden * inner) + 3 * target.hidden**2
     head = target.head if is_block else min(target.head, 32000 * target.hidden)
-    form: dict[str, Any] = {"format": "bfloat16", "bits": 16.0, "head_bits": 16.0}
-    return replace(
-        first,
-        layers=5 if is_block else 1,
-        dense=dense,
-        expert=0.0,
-        num_experts=0,
-        experts_per_token=0,
-        head=head,
-        **form,
-    )
+    form: dict[str, Any] = {"expert": 0.0, "num_experts": 0, "experts_per_token": 0}
+    form |= {"format": "bfloat16", "bits": 16.0, "head_bits": 16.0}
+    return replace(first, layers=5 if is_block else 1, dense=dense, head=head, **form)
 
 
 def model_key(name: str) -> str | None:
