@@ -70,11 +70,8 @@ def test_a_failure_is_kept_as_infeasible_and_raised(evidence_store: EvidenceStor
     fake.failure = EngineError("the device is gone")
     with pytest.raises(EngineError):
         remember.time_steps(GREEDY, 96, 4)
-    rows = ask(
-        evidence_store,
-        "SELECT digest, reason, detail FROM infeasible JOIN setups ON setups.id = setup_id ORDER BY infeasible.id",
-    )
-    assert rows == [
+    query = "SELECT digest, reason, detail FROM infeasible JOIN setups ON setups.id = setup_id ORDER BY infeasible.id"
+    assert ask(evidence_store, query) == [
         (A4.digest, "OutOfMemoryError", "3 GiB were asked for, 1 GiB is free (in race 0: draft-a k=4, plain, code)"),
         (
             Setup(draft=NGRAM, length=4).digest,

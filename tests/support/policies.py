@@ -4,23 +4,14 @@ from dataclasses import replace
 
 from profiles.records.core import PLAIN, Draft, Environment, Interval, Model, Setup
 from store.evidence_store import EvidenceStore
+from tests.support.fakes import MACHINE
 from tuner.policy.estimates import Forecast, Measured
 from tuner.policy.policy import Choice, Policy
 from tuner.policy.prior import DraftAcceptance, Prior, RoundTimes
 from tuner.policy.query import MIXED
 
 TARGET = Model(name="family/target", dtype="float32", digest="aa" * 16, num_params=4_000_000)
-ENVIRONMENT = Environment(
-    device="Example CPU",
-    device_count=1,
-    memory_bytes=8_000_000_000,
-    driver=None,
-    cuda=None,
-    threads=2,
-    torch="2.13.0",
-    engine="torch",
-    engine_version="0.1.0",
-)
+ENVIRONMENT = replace(MACHINE, device="Example CPU", memory_bytes=8_000_000_000, engine="torch", engine_version="0.1.0")
 CODE_DRAFT = Draft(
     kind="model", model=Model(name="family/draft-code", dtype="float32", digest="bb" * 16, num_params=400_000)
 )

@@ -1,14 +1,9 @@
 """Whole runs of the command line on tiny random models: what they print, keep, reuse and survive."""
 
-import multiprocessing
 import os
 import re
-import signal
-import sqlite3
 import subprocess
 import sys
-import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,13 +170,6 @@ class TestARun:
         assert answer["rule"] == "batch size 8 is beyond the largest measured, 1"
         assert answer["choice"] == {"draft": None, "length": 0}
 
-    @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml")])
-    def test_report_draws_the_run(self, tuned: Tuned, tmp_path: Path, suffix: str, start: bytes) -> None:
-        """Both kinds of picture are written."""
-        out = tmp_path / f"chart{suffix}"
-        assert call(tuned.store, "report", "--out", out).code == 0
-        assert out.read_bytes().startswith(start)
-
 
 def load_study(store: Path, kind: str) -> optuna.Study:
     """The first study whose name starts with `kind`."""
@@ -254,25 +242,6 @@ class TestInterruptions:
             said = call(tmp_path, *words)
         assert (said.code, said.stdout, said.stderr) == (130, "", "error: interrupted\n")
 
-    @pytest.mark.slow
-    def test_kill_9_loses_at_most_the_unit_under_way(self, words: list[str], tmp_path: Path) -> None:
-        """A run killed while it traces leaves a sound file; the same command goes on from it."""
-        run = multiprocessing.get_context("fork").Process(target=call, args=(tmp_path, *words))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # threads beside a fork: none of them computes here
-            run.start()
-        try:
-            while count_traces(tmp_path) < 5:
-                assert run.is_alive(), "the run ended before it could be killed"
-                time.sleep(0.005)
-        finally:
-            run.kill()
-            run.join()
-        assert run.exitcode == -signal.SIGKILL
-        kept = sum(evidence(tmp_path).values())
-        assert sql(database(tmp_path), "PRAGMA integrity_check") == [("ok",)]
-        assert_completes(words, tmp_path, kept)
-
     def test_a_spent_budget_ends_well(self, words: list[str], tmp_path: Path) -> None:
         """No unit is begun after the budget: plain decoding, and the reason says why."""
         said = call(tmp_path, *words, "--budget", "0.001")
@@ -297,16 +266,6 @@ def interrupted_after(count: int, method: Callable[..., Any]) -> Callable[..., A
         return method(*args, **options)
 
     return interrupting
-
-
-def count_traces(store: Path) -> int:
-    """Rows another process has committed; none while it has not made the table."""
-    if not database(store).exists():
-        return 0
-    try:
-        return int(sql(database(store), "SELECT count(*) FROM target_traces")[0][0])
-    except sqlite3.OperationalError:
-        return 0
 
 
 def assert_completes(words: list[str], store: Path, kept: int) -> None:

@@ -80,10 +80,8 @@ def test_names_cannot_break_out_of_the_snippet() -> None:
     odd = choice(Setup(draft=Draft(kind="model", model=nasty), length=1), domain="x\nraise SystemExit")
     text = emit(deployment(odd, target=nasty), "transformers").text
     compile(text, "snippet", "exec")
-    assert (
-        text.splitlines()[0]
-        == "# a' import os k=1 for x raise SystemExit prompts, batch 1, context up to 512 (measured on torch)"
-    )
+    first = "# a' import os k=1 for x raise SystemExit prompts, batch 1, context up to 512 (measured on torch)"
+    assert text.splitlines()[0] == first
     assert """from_pretrained("a'\\nimport os", revision='main', dtype='bfloat16')""" in text
 
 

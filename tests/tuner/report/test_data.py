@@ -213,12 +213,8 @@ def test_share_interval_covers() -> None:
 def test_staircases_have_names_and_quantiles(made: ReportData) -> None:
     """The target at widths 1 to 5 and the draft at 1 and 2, by name, quantiles in order."""
     target, draft = made.loads[0].step_time_curves
-    assert (target.name, target.kind, [stair.width for stair in target.widths]) == (
-        "fake-target",
-        "target",
-        [1, 2, 3, 4, 5],
-    )
-    assert (draft.name, draft.kind, [stair.width for stair in draft.widths]) == ("draft-a", "model", [1, 2])
+    curves = [(curve.name, curve.kind, [stair.width for stair in curve.widths]) for curve in (target, draft)]
+    assert curves == [("fake-target", "target", [1, 2, 3, 4, 5]), ("draft-a", "model", [1, 2])]
     assert target.widths[0].median_s == pytest.approx(0.005, rel=0.05)
     for stair in (*target.widths, *draft.widths):
         assert 0.0 < stair.low_s < stair.median_s < stair.high_s

@@ -72,13 +72,10 @@ class TestAnswers:
 
     def test_probabilities_add_up(self, router: Router) -> None:
         """One for every domain, and the domain told is the most probable."""
-        found = router.probabilities("court, appeal, judge, plaintiff: contract")
+        text = "court, appeal, judge, plaintiff: contract"
+        found = router.probabilities(text)
         assert sum(found.values()) == pytest.approx(1.0)
-        assert (
-            router.domain("court, appeal, judge, plaintiff: contract")
-            == max(found, key=lambda domain: found[domain])
-            == "law"
-        )
+        assert router.domain(text) == max(found, key=lambda domain: found[domain]) == "law"
 
     def test_only_the_beginning_is_read(self, router: Router) -> None:
         """What follows the first 1,000 characters changes nothing, however long it is."""
@@ -280,10 +277,8 @@ class TestARun:
         )
         assert said.code in DECIDED
         assert said.document["router"]["path"] is None
-        assert (
-            "two domains of 24 different texts or more; there are: even 15, odd 15"
-            in said.document["router"]["why_none"]
-        )
+        why = "two domains of 24 different texts or more; there are: even 15, odd 15"
+        assert why in said.document["router"]["why_none"]
         assert "no router: a router needs two domains" in said.stdout
         assert not list(tmp_path.glob("*.router.json"))
 
