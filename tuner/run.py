@@ -51,11 +51,6 @@ class TuningSession:
         studies = search.open_storage(location, {"poolclass": NullPool}, lock=evidence_store.writing)
         return cls(evidence_store=evidence_store, studies=studies, folder=folder, since=since)
 
-    @property
-    def name(self) -> str:
-        """What messages call the store: its folder, or the server's database."""
-        return str(self.folder) if self.evidence_store.database.path is not None else self.evidence_store.name
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedRun:
@@ -87,7 +82,7 @@ def tune(engine: Engine, loads: Sequence[Load], session: TuningSession, options:
         run_name=f"run {run_id} of {_utc_now()}",
         standing_p_values=_standing_p_values(evidence_store, engine, loads),
     )
-    with _interruptible(cached_engine, session.name):
+    with _interruptible(cached_engine, evidence_store.name):
         outcome = Tuner(cached_engine, options, watch).tune(loads)
     outcome = _with_stored_units(outcome, cached_engine)
     policy, path = _write_policy(session, engine, outcome, options)

@@ -71,6 +71,7 @@ def run(
     max_age_s = None if max_age is None else parse_age(max_age)
     with console(stderr=True).status("loading"):
         from profiles.engines.bench import Question
+        from store.location import store_name
         from tuner.pipeline.trial import Options
         from tuner.run import utc_ago
         from tuner.search.limits import Limits
@@ -92,7 +93,8 @@ def run(
         bench = _open_bench(spec, question, target, draft, dtype=dtype)
     with contextlib.closing(bench):  # ends the servers that it started
         loads, requests = _read_loads(bench, question, prompts, domain=domain, num_prompts=num_prompts)
-        _print_start(bench, target, store_location)
+        print_notes(f"target {target} on {_describe(bench.engine.environment)}; store {store_name(store_location)}")
+        print_notes(*(f"left out: {refused.name}: {refused.detail}" for refused in bench.refused))
         tuner_options = Options(
             lengths=question.lengths,
             objective=objective,
@@ -185,13 +187,6 @@ def _read_loads(
     return loads, requests
 
 
-def _print_start(bench: "Bench", target: str, store_location: "Location") -> None:
-    from store.location import store_name
-
-    print_notes(f"target {target} on {_describe(bench.engine.environment)}; store {store_name(store_location)}")
-    print_notes(*(f"left out: {refused.name}: {refused.detail}" for refused in bench.refused))
-
-
 def _describe(environment: Environment) -> str:
     """The device, and the engine where it is not draftpick's own or its times are not to be served by."""
     if environment.engine == ENGINE and environment.compute_capability is None:
@@ -233,13 +228,7 @@ def _dry_run(
 
     plan = dry_runs.dry_run(bench.engine, loads, store_location, tuner_options, since)
     if not json_only:
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-
-        table = Table("stage", "units to measure", box=SIMPLE_HEAD)
-        for stage, count in plan.new_units.items():
-            table.add_row(stage, str(count))
-        console().print(table)
+        print_lines(*(f"{stage}: {count} units to measure" for stage, count in plan.new_units.items()))
         print_lines(f"{plan.known_units} units are stored; measuring the rest takes about {plan.seconds:.0f} s")
     print_json(asdict(plan))
     return 0
@@ -253,7 +242,7 @@ def _print_finished(
     0: a draft is proven. 5: none is, and plain decoding is the choice. 6: plain decoding itself breaks a limit.
     """
     from profiles.prompts import reader
-    from store import location
+    from store.location import store_name
     from tuner.report import tables
     from tuner.router.router import train_and_save
 
@@ -264,7 +253,7 @@ def _print_finished(
         console().print(tables.table(policy))
         print_lines(*run_summary(finished), router_line(router))
     document = tables.document(
-        policy, cost=finished.cost, store=location.store_name(store_location), policy_path=str(finished.policy_path)
+        policy, cost=finished.cost, store=store_name(store_location), policy_path=str(finished.policy_path)
     )
     left_out = [asdict(refused) for refused in finished.left_out]
     print_json({**document, "router": router, "left_out": left_out})
