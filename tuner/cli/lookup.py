@@ -3,8 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from profiles.hardware import machine
 from profiles.hardware.device import ENGINE, Machine
@@ -16,9 +15,6 @@ from tuner.deploy.lookup import lookup as lookup_stored
 from tuner.deploy.match import MEANINGS
 from tuner.policy import policy as policies
 from tuner.policy.policy import Policy
-
-if TYPE_CHECKING:
-    from store.evidence_store import EvidenceStore
 
 
 def lookup(
@@ -49,29 +45,29 @@ def lookup(
         raise InputError(f"policy {policy}: --store names another source; give one of them")
     query = Query(target=target, batch_size=batch_size, context_length=context, domain=domain, temperature=temperature)
     engine_name = measured_engine(engine, output_format)
+    store_name, outcome = None, dict[str, Any]()
     if policy is not None:
         file_policy = policies.read(policy)
         here = _machine(engine_name or file_policy.environment.engine, environment, device)
         result = lookup_policy(file_policy, query, here)
         planned = _planned(result, query, here, lambda: file_policy)
-        document = _document(result, policy_path=policy) if json_only else {}
     else:
         from store import location
         from store.evidence_store import EvidenceStore
         from tuner.deploy.stored_policies import find_policy, only_engine
 
         store_location = location.existing_store(store)
+        store_name = location.store_name(store_location)
         with EvidenceStore.open_read_only(store_location) as evidence_store:
             here = _machine(engine_name or only_engine(evidence_store, target), environment, device)
             result = lookup_stored(evidence_store, query, here)
             planned = _planned(result, query, here, lambda: find_policy(evidence_store, result.target.run_digest))
             if result.policy is not None:
                 policy = evidence_store.database.folder / result.policy.file_name
-            document = (
-                _stored_document(result, evidence_store, location.store_name(store_location)) if json_only else {}
-            )
+                if json_only:  # with what the store has of the run that made the policy
+                    outcome = evidence_store.latest_outcome(result.target, result.policy.environment)
     if json_only:
-        print_json({**document, "plan": planned})
+        print_json({**_document(result, store_name, policy, outcome), "plan": planned})
     elif planned is not None and planned["status"] == "planned":
         print_notes(f"planned, never proven: {planned['choices'][0]['reason']}")
     if not result.reaches(require or "none"):
@@ -133,28 +129,17 @@ def _text(
     return made.text, [*notes, *([] if made.note is None else [made.note])]
 
 
-def _stored_document(result: LookupResult, evidence_store: "EvidenceStore", store: str) -> dict[str, Any]:
-    """With what the store has of the run that made the policy."""
-    if result.policy is None:
-        return _document(result, store=store)
-    outcome = evidence_store.latest_outcome(result.target, result.policy.environment)
-    path = evidence_store.database.folder / result.policy.file_name
-    return _document(result, store=store, policy_path=path if path.exists() else None, outcome=outcome)
-
-
 def _document(
-    result: LookupResult,
-    *,
-    store: str | None = None,
-    policy_path: Path | None = None,
-    outcome: Mapping[str, Any] = MappingProxyType({}),
+    result: LookupResult, store: str | None, policy_path: Path | None, outcome: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The policy that answered, as `run` printed it (without one: the target), the answer, and its match."""
     from tuner.report import tables
 
     document: dict[str, Any] = {"target": asdict(result.target), "store": store}
     if result.policy is not None:
-        path = None if policy_path is None else str(policy_path)  # a merged policy has no file
+        path = (
+            str(policy_path) if policy_path is not None and policy_path.exists() else None
+        )  # a merged one has no file
         document = tables.document(result.policy, cost=outcome.get("cost", {}), store=store, policy_path=path)
         document["proven"] = document["proven"] and result.level == "exact"  # elsewhere it was not proven
     answer = {**tables.answer(result.answer), "match": result.to_json()}
