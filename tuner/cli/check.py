@@ -9,7 +9,7 @@ from profiles.records import draft_spec
 from profiles.records.errors import InputError
 from tuner.cli import options
 from tuner.cli.messages import prompt_notes
-from tuner.cli.output import console, print_json, print_notes
+from tuner.cli.output import console, print_notes, print_result
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,10 +40,7 @@ def check(
         requests = reader.read_all(prompts or [])
         report = fit.check(target, specs, shape, requests)
     print_notes(*(prompt_notes(Counter(request.domain for request in requests)) if requests else ()))
-    if json_only:
-        print_json(report.to_json())
-    else:
-        console().print(check_table(report))
+    print_result(report.to_json(), json_only=json_only, table=lambda: check_table(report))
     return InputError.exit_code if any(draft.problem is not None for draft in report.drafts) else 0
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from profiles.records.errors import NotMeasuredError
 from profiles.records.text import command
 from tuner.cli import options
-from tuner.cli.output import console, print_json, print_lines
+from tuner.cli.output import print_result
 
 
 def explain(
@@ -37,8 +37,5 @@ def explain(
     if figures is None:
         raise NotMeasuredError(f"the last run did not decide this: {answer.rule}; run `{command('run')}` for it")
     explanation = explanations.explain(figures, instead)
-    if json_only:
-        print_json(asdict(explanation))
-    else:
-        print_lines(*explanations.sentences(explanation))
-        console().print(explanations.comparison(explanation.accounts))
+    lines, document = explanations.sentences(explanation), asdict(explanation)
+    print_result(document, *lines, json_only=json_only, table=lambda: explanations.comparison(explanation.accounts))

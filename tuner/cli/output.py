@@ -1,7 +1,7 @@
 """What commands write: lines for people, tables, and one JSON document for programs."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -10,6 +10,7 @@ from profiles.records.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 
 def print_lines(*lines: str) -> None:
@@ -29,12 +30,16 @@ def print_json(document: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(document, allow_nan=False))
 
 
-def print_result(document: Mapping[str, Any], *lines: str, json_only: bool) -> None:
-    """Writes the document for programs, or the lines for people."""
+def print_result(
+    document: Mapping[str, Any], *lines: str, json_only: bool, table: "Callable[[], Table] | None" = None
+) -> None:
+    """Writes the document for programs, or the lines and the table for people."""
     if json_only:
         print_json(document)
-    else:
-        print_lines(*lines)
+        return
+    print_lines(*lines)
+    if table is not None:
+        console().print(table())
 
 
 def print_text(text: str) -> None:

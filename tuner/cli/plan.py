@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from profiles.records import draft_spec
 from profiles.records.errors import NotMeasuredError
 from tuner.cli import options
-from tuner.cli.output import console, print_json, print_lines
+from tuner.cli.output import print_result
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,11 +52,7 @@ def plan(
             evidence_store=evidence_store,
         )
         document = make_plan(query)
-    if json_only:
-        print_json(document)
-    else:
-        print_lines(*lines(document))
-        console().print(table(document))
+    print_result(document, *lines(document), json_only=json_only, table=lambda: table(document))
 
 
 def _domains(prompts: list[str] | None) -> set[str]:
