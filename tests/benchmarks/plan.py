@@ -157,6 +157,10 @@ def half_width(rows: Sequence[Row], scores: Sequence[float]) -> float:
     return weighted_quantile(scores, weights, LEVEL)
 
 
+def interval(speedup: float, half_width: float) -> dict[str, float]:
+    return {"speedup": speedup, "low": speedup * math.exp(-half_width), "high": speedup * math.exp(half_width)}
+
+
 def leave_one_source_out(rows: Sequence[Row], parts: Sequence[RoundParts]) -> list[dict[str, Any]]:
     """For every row: forecast, interval and observation; nothing of its source was used for the fit."""
     results: list[dict[str, Any]] = [{} for _ in rows]
@@ -167,8 +171,7 @@ def leave_one_source_out(rows: Sequence[Row], parts: Sequence[RoundParts]) -> li
         width = half_width(other_rows, left_out_scores(other_rows, other_parts)[0])
         for index in indices:
             cost = corrected_cost(parts[index], coefficients, "tree_rows" in rows[index])
-            half, speedup = width * log_scale(cost), tokens(rows[index]) / cost
-            results[index] = {"speedup": speedup, "low": speedup * math.exp(-half), "high": speedup * math.exp(half)}
+            results[index] = interval(tokens(rows[index]) / cost, width * log_scale(cost))
     return results
 
 
@@ -217,8 +220,7 @@ def nested(rows: Sequence[Row], parts: Sequence[RoundParts]) -> list[dict[str, A
         held = sources == source
         for index, correction in zip(numpy.flatnonzero(held), residuals(method, held, ~held), strict=True):
             cost = parts[index].cost * math.exp(correction)
-            half, speedup = width * log_scale(cost), tokens(rows[index]) / cost
-            results[index] = {"speedup": speedup, "low": speedup * math.exp(-half), "high": speedup * math.exp(half)}
+            results[index] = interval(tokens(rows[index]) / cost, width * log_scale(cost))
     return results
 
 
