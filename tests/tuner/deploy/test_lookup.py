@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from profiles.hardware.device import Machine, drop_unknown
-from profiles.records.core import PLAIN, Environment, Setup
+from profiles.records.core import PLAIN, Environment, Model, Setup
 from profiles.records.errors import NotMeasuredError, PolicyError
 from store.evidence_store import EvidenceStore
 from tests.support.fakes import DRAFT_A, MACHINE, NGRAM, TARGET
@@ -34,15 +34,17 @@ L40S = replace(H100, device="NVIDIA L40S", memory_bytes=45 * 2**30, compute_capa
 minutes = itertools.count()
 
 
-def keep(evidence_store: EvidenceStore, environment: Environment, setup: Setup = A4, **anchor: object) -> None:
+def keep(
+    evidence_store: EvidenceStore, environment: Environment, setup: Setup = A4, target: Model = TARGET, **point: object
+) -> None:
     """Save a policy of one choice, made on that machine."""
     made = Policy(
         created=f"2026-11-22T08:{next(minutes) % 60:02}:00+00:00",
-        target=TARGET,
+        target=target,
         environment=environment,
-        choices=(choice(setup, **anchor),),
+        choices=(choice(setup, **point),),
     )
-    save_policy(evidence_store, to_json(made), TARGET, environment)
+    save_policy(evidence_store, to_json(made), target, environment)
 
 
 def ask(evidence_store: EvidenceStore, here: Environment | Machine, **query: object) -> LookupResult:
@@ -187,18 +189,14 @@ def test_the_temperature_is_settled_once(evidence_store: EvidenceStore) -> None:
 def test_a_namesake_tuned_elsewhere_hides_nothing(evidence_store: EvidenceStore) -> None:
     """Of two targets of one name the one that was tuned on this machine answers, though the other is newer."""
     keep(evidence_store, MACHINE, A4)
-    half = replace(TARGET, dtype="bfloat16")
-    far = Policy(created="2026-11-22T09:59:00+00:00", target=half, environment=L40S, choices=(choice(N2),))
-    save_policy(evidence_store, to_json(far), half, L40S)
+    keep(evidence_store, L40S, N2, replace(TARGET, dtype="bfloat16"))
     found = ask(evidence_store, MACHINE, target=TARGET.name)
     assert (found.level, found.target) == ("exact", TARGET)
 
 
 def test_a_carried_target_is_found_by_its_path(evidence_store: EvidenceStore) -> None:
     """Packed under a path, merged as `imported:`, asked for by the path or its last part."""
-    carried = replace(TARGET, name="imported:llama")
-    made = Policy(created="2026-11-22T09:00:00+00:00", target=carried, environment=MACHINE, choices=(choice(A4),))
-    save_policy(evidence_store, to_json(made), carried, MACHINE)
+    keep(evidence_store, MACHINE, A4, replace(TARGET, name="imported:llama"))
     for name in ("imported:llama", "llama", "/models/llama"):
         assert ask(evidence_store, MACHINE, target=name).level == "exact"
 
@@ -211,9 +209,7 @@ def test_a_target_is_found_by_its_path_and_by_a_link(
     (tmp_path / "thin").mkdir()
     (tmp_path / "link").symlink_to("thin")
     stored = tmp_path / (name if name.endswith(".gguf") else "thin")
-    target = replace(TARGET, name=str(stored))
-    made = Policy(created="2026-11-22T09:00:00+00:00", target=target, environment=MACHINE, choices=(choice(A4),))
-    save_policy(evidence_store, to_json(made), target, MACHINE)
+    keep(evidence_store, MACHINE, A4, replace(TARGET, name=str(stored)))
     monkeypatch.chdir(tmp_path)
     assert ask(evidence_store, MACHINE, target=name).level == "exact"
     assert evidence_store.latest_policy(name) is not None
