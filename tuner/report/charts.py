@@ -116,8 +116,8 @@ def rate_bars(name: str, rows: Sequence[Candidate], hue: str, every: Sequence[Ca
 
 def _draw_rates(axes: Any, rows: Sequence[Candidate], hue: str, every: Sequence[Candidate]) -> None:
     for index, row in enumerate(rows):
-        known = ((row.forecast_tok_per_s, FORECAST_ALPHA), (row.measured_tok_per_s, 1.0))
-        bars = [(interval, alpha) for interval, alpha in known if interval is not None]
+        drawn = ((row.forecast_tok_per_s, FORECAST_ALPHA), (row.measured_tok_per_s, 1.0))
+        bars = [(interval, alpha) for interval, alpha in drawn if interval is not None]
         height = 0.8 / len(bars)
         for number, (interval, alpha) in enumerate(bars):
             at = index + (number - (len(bars) - 1) / 2) * height
