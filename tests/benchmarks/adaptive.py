@@ -1,4 +1,4 @@
-"""The selector against the best fixed setup in hindsight, look-ups, simple and published rules and an oracle.
+"""The selector against the best fixed setup in hindsight, look-ups, simple rules and an oracle.
 
     python -m tests.benchmarks.adaptive [--seeds 50] [--real-seeds 3] [--traces FOLDER]
     python -m tests.benchmarks.adaptive --store STORE
@@ -32,7 +32,7 @@ from profiles.engines.base import RoundController
 from profiles.records.core import PLAIN, Prompt, Setup
 from tests.benchmarks import real, traffic, world
 from tests.benchmarks.common import finish
-from tests.benchmarks.controllers import Ema, Exp3, Simple, Table, Ucb
+from tests.benchmarks.controllers import Ema, Simple, Table
 from tests.benchmarks.simulator import Fixed, Record
 from tests.benchmarks.traffic import Disturbance, Phase, Stream
 from tests.benchmarks.world import Family
@@ -40,10 +40,8 @@ from tuner.selector.selector import Selector
 
 NOISES = (0.03, 0.06, 0.17)
 SCREENED_SEEDS, SCREENED_SHARE = 3, 0.9
-PUBLISHED_SEEDS = 10  # of the published rules
 LONG_SEEDS = 10  # of streams of 10,000 rounds
 DRIFT_ROUNDS, DRIFT_SHARE = 10_000, 0.2
-MOST_OVER_PLAIN = 4.0  # a round's speed-up that counts as reward 1
 SHIFT_BATCH = 4  # where drafts differ most by domain; beyond the crossover plain decoding is best in most of them
 DOMAINS = ("code", "copy", "prose")
 # up and down again; each load lasts about as long as the others, as loads do, so a larger one serves more requests
@@ -108,8 +106,7 @@ def scatter(std: float, seed: int) -> list[float]:
 class Replay:
     """Cases replayed seed by seed; a fixed setup and a look-up do not depend on noise, so they are served once."""
 
-    def __init__(self, family: Family, first_seed: int) -> None:
-        self._first_seed = first_seed
+    def __init__(self, family: Family) -> None:
         self.rates: AllRates = defaultdict(lambda: defaultdict(list))
         self._family = family
         self._screened: dict[str, list[dict[Setup, float]]] = defaultdict(list)
@@ -124,11 +121,14 @@ class Replay:
         if (key, seed) not in self._statics:
             self._statics[key, seed] = self._best_static(key, case, stream, seed)
         best, oracle = self._statics[key, seed]
+        static = next(
+            setup for rows in (stream.most_rows, 1) if (setup := world.look_up(policy, rows, None)).draft or rows == 1
+        )
         unmoved: dict[str, RoundController] = {
             "lookup": Table(lambda rows, domain: world.look_up(policy, rows, domain))
         }
-        if seed - self._first_seed < PUBLISHED_SEEDS:
-            unmoved |= published(family, stream, seed)
+        if static.draft is not None:
+            unmoved["ema"] = Ema(static.draft, static.length)
         fixed = {
             rule: self._serve(case, stream, controller, seed, 0.06).usual_rate for rule, controller in unmoved.items()
         }
@@ -177,26 +177,13 @@ class Replay:
 
 def replay(family: Family, seeds: range, names: tuple[str, ...], first_seed: int) -> AllRates:
     """What controllers reach on cases of these names."""
-    played = Replay(family, first_seed)
+    played = Replay(family)
     for seed in seeds:
         for name in names:
             if CASES[name].stream != "long" or seed - first_seed < LONG_SEEDS:
                 played.play(name, seed)
         print(f"seed {seed}", flush=True)
     return {key: dict(rates) for key, rates in played.rates.items()}
-
-
-def published(family: Family, stream: Stream, seed: int) -> dict[str, RoundController]:
-    """Published adaptive rules, each fresh."""
-    drafts = tuple(dict.fromkeys(setup.draft for setup in family.setups if setup.draft))
-    arms = (PLAIN, *(Setup(draft=draft, length=4) for draft in drafts))
-    static = world.look_up(family.policy, stream.most_rows, None)
-    first = static if static.draft else world.look_up(family.policy, 1, None)
-    most = MOST_OVER_PLAIN / family.simulator.arm(PLAIN).seconds(1, (1, 0, 0))
-    rules: dict[str, RoundController] = {"ucb": Ucb(arms, most), "exp3": Exp3(arms, most, seed)}
-    if first.draft is not None:
-        rules["ema"] = Ema(first.draft, first.length)
-    return rules
 
 
 def _best_by_phase(records: list[Record]) -> float:

@@ -1,12 +1,9 @@
-"""Controllers to compare a selector with: look-ups, the obvious rule, published adaptive rules, and an oracle.
+"""Controllers to compare a selector with: look-ups, the obvious rule, a published adaptive rule, and an oracle.
 
-`Simple` is the rule one would write first. The published ones are written from descriptions of the methods: SGLang's
-adaptive speculation (exponential average of accepted tokens with hysteresis over one draft's step counts) and
-BanditSpec's UCB and Exp3 (Hou et al. 2025) with (draft, length) as arms.
+`Simple` is the rule one would write first. `Ema` is written from a description of SGLang's adaptive speculation: an
+exponential average of accepted tokens with hysteresis over one draft's step counts.
 """
 
-import math
-import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 from profiles.engines.base import RoundDecision, RoundReport
@@ -91,7 +88,7 @@ class Simple(Controller):
         if setup.draft is not None:
             model = self._models[setup.draft, decision.domain]
             for proposed, accepted in report.rows:
-                model.observe(proposed, accepted, 1.0, self._num_rounds)
+                model.observe(proposed, accepted, 1.0, model.last + 1.0)
             model.update()
         return True
 
@@ -154,63 +151,6 @@ class _Slot:
         return self._candidates[index]
 
 
-class Ucb(Controller):
-    """UCB1 over arms: the mean reward and what may lie above it; every arm once at first."""
-
-    def __init__(self, arms: Sequence[Setup], most_per_s: float) -> None:
-        self._arms = {arm: number for number, arm in enumerate(arms)}
-        self._setups = list(arms)
-        self._most_per_s = most_per_s
-        self._plays = [0] * len(arms)
-        self._totals = [0.0] * len(arms)
-
-    def choose(self, **_: object) -> RoundDecision:
-        if 0 in self._plays:
-            number = self._plays.index(0)
-        else:
-            exploration = 2.0 * math.log(sum(self._plays))
-            number = max(
-                range(len(self._plays)),
-                key=lambda arm: self._totals[arm] / self._plays[arm] + math.sqrt(exploration / self._plays[arm]),
-            )
-        return picked(self._setups[number])
-
-    def observe(self, report: RoundReport) -> bool:
-        number = self._arms[report.decision.setup]
-        self._plays[number] += 1
-        self._totals[number] += reward(report, self._most_per_s)
-        return True
-
-
-class Exp3(Controller):
-    """Exponential weights over arms, with a share `explore` of even draws; rewards weighted by how rare they are."""
-
-    def __init__(self, arms: Sequence[Setup], most_per_s: float, seed: int, explore: float = 0.1) -> None:
-        self._arms = {arm: number for number, arm in enumerate(arms)}
-        self._setups = list(arms)
-        self._most_per_s = most_per_s
-        self._rng = random.Random(f"{seed} exp3")
-        self._explore = explore
-        self._scores = [0.0] * len(arms)
-
-    def choose(self, **_: object) -> RoundDecision:
-        setup = self._rng.choices(self._setups, self._shares())[0]
-        return picked(setup)
-
-    def observe(self, report: RoundReport) -> bool:
-        number = self._arms[report.decision.setup]
-        gained = reward(report, self._most_per_s) / self._shares()[number]
-        self._scores[number] += self._explore * gained / len(self._scores)
-        return True
-
-    def _shares(self) -> list[float]:
-        top = max(self._scores)
-        weights = [math.exp(score - top) for score in self._scores]
-        total = sum(weights)
-        even = self._explore / len(weights)
-        return [(1.0 - self._explore) * weight / total + even for weight in weights]
-
-
 class Oracle(Controller):
     """At batch 1, of every request of a stream the setup that is best for it, known beforehand.
 
@@ -231,9 +171,3 @@ class Oracle(Controller):
             self._ahead.pop()
             self._left = self._ahead[-1][1] if self._ahead else 0
         return True
-
-
-def reward(report: RoundReport, most_per_s: float) -> float:
-    """Tokens per second of a row as a fraction of the most there can be, at most 1."""
-    tokens = sum(accepted + 1 for _, accepted in report.rows) / len(report.rows)
-    return min(1.0, tokens / (report.seconds or math.inf) / most_per_s)

@@ -42,6 +42,7 @@ MARGIN = 0.02  # another setup must promise so much more than the one in use
 UNPROVEN_MARGIN, UNPROVEN_ROUNDS = 0.03, 8.0  # and a draft that was never run so much besides; rounds that halve it
 DOUBT_ROUNDS = 64.0  # of a draft, after which half of the policy's doubt is left
 CERTAIN = 0.75  # share of a request's main domain, under which rounds are also chosen for what they tell
+OPEN_SHARE = 0.05  # of other domains, up to which the best setup of the main one is the best
 REVIEW_ROUNDS = 2.0  # between two looks for a better setup
 DWELL_ROUNDS = 4.0  # before the next change; new requests shorten it
 PAYBACK_ROUNDS = 24  # in which a change must earn the time of catching up
@@ -246,16 +247,18 @@ class Selector:
 
     def _switch(self, stream: Stream, point: Point, weights: Sequence[float]) -> None:
         """Takes the setup of the highest expected goodput into use, if it is a margin above the present one."""
+        stream.dwell = REVIEW_ROUNDS  # estimates move little from round to round
         main = weights.index(max(weights))
+        if weights[main] > 1.0 - OPEN_SHARE and point.best[main] == stream.arm:
+            return
         candidates = {best for best, share in zip(point.best, weights, strict=True) if share > MIN_SHARE}
         if weights[main] < CERTAIN:  # a setup may be the best of no domain, and good for all
             candidates.add(point.peak(self._now % len(point.lengths), main))
         candidates.discard(stream.arm)
-        # what is in use is looked at again in a moment: estimates move little from round to round
-        stream.dwell = REVIEW_ROUNDS
         if candidates:
             worth = self._worth(stream, point, [stream.arm, PLAIN_ARM, *candidates], weights)
-            worth[stream.arm] *= 1.0 + MARGIN
+            for arm in {stream.arm, PLAIN_ARM}:
+                worth[arm] *= 1.0 + MARGIN
             best = max(worth, key=lambda arm: worth[arm])
             if best != stream.arm:
                 stream.arm, stream.dwell = best, DWELL_ROUNDS
@@ -412,11 +415,11 @@ class Selector:
             requests = [infos.get(request) for request in report.ids]
         num_proposed = num_accepted = 0
         expected, mains = 0.0, []
-        lengths = dict(zip(decision.requests, decision.lengths, strict=False))
+        lengths = dict(zip(decision.requests, decision.lengths, strict=True)) if decision.lengths else {}
         for info, (proposed, accepted) in zip(requests, report.rows, strict=True):
             draft = point.models[option]
             # tokens that could not be proposed, as the text or the match ends, are not gained
-            length = lengths.get(info, decision.setup.length) if lengths and info else decision.setup.length
+            length = lengths[info] if lengths and info is not None else decision.setup.length
             row = (length, accepted) if proposed else (0, 0)
             if info is None:
                 weights, main = domains.learn(domains.rows[stream.label], stream.label, draft, row)
