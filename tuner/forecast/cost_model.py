@@ -6,10 +6,12 @@ others only whole rounds.
 """
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy
@@ -95,7 +97,8 @@ class CostModel(ABC):
             usage = self.usage(setup, sample.shapes, sample.refills)
             stepped_s = sum(count * median(step_samples(steps, *step)) for step, count in usage.steps.items())
             by_draft.setdefault(setup.draft, []).append(Run(sample, usage, stepped_s))
-        overheads = self._overheads(steps, by_draft)
+        is_alone = steps[self.target_component].batch_size == 1
+        overheads = self._overheads(steps, _without_drift(by_draft) if is_alone else by_draft)
         for draft, of_draft in by_draft.items():
             ttft_s = median(run.sample.ttft_s for run in of_draft)
             overheads[draft] = overheads[draft]._replace(ttft_s=ttft_s)
@@ -186,13 +189,23 @@ class StepCostModel(CostModel):
             if run.usage.num_idle
         )
         rounds = {
-            draft: [_mean_round(run.usage, beyond_s(draft, run), idle_s) for run in of_draft if run.usage.num_proposing]
+            draft: [
+                _MeanRound(
+                    draft_steps=run.usage.num_draft_steps / run.usage.num_proposing,
+                    seconds=(beyond_s(draft, run) - run.usage.num_idle * idle_s) / run.usage.num_proposing,
+                    num_rounds=run.usage.num_proposing,
+                )
+                for run in of_draft
+                if run.usage.num_proposing
+            ]
             for draft, of_draft in runs.items()
             if draft is not None
         }
         step_s = {draft: _model_step_s(steps, draft) for draft in rounds}
-        slopes = {draft: _slope(rounds[draft]) for draft in rounds if step_s[draft]}
-        shares = [slope / step_s[draft] for draft, slope in slopes.items() if slope is not None]
+        shares = []  # by Theil-Sen: the median slope over pairs of runs that lie a step or more apart
+        for draft, points in rounds.items():
+            slopes = _slopes([(point.draft_steps, point.seconds) for point in points], 1.0) if step_s[draft] else []
+            shares += [median(slopes) / step_s[draft]] if slopes else []
         share = median(shares) if shares else 0.0
         overheads: dict[Draft | None, Overhead] = {None: Overhead(idle_s=idle_s, refill_s=refill_s.get(None, 0.0))}
         for draft, points in rounds.items():
@@ -282,9 +295,43 @@ class _MeanRound(NamedTuple):
     num_rounds: float
 
 
-def _mean_round(usage: Usage, beyond_s: float, idle_s: float) -> _MeanRound:
-    seconds = (beyond_s - usage.num_idle * idle_s) / usage.num_proposing
-    return _MeanRound(usage.num_draft_steps / usage.num_proposing, seconds, usage.num_proposing)
+def _without_drift(runs: RunsByDraft) -> RunsByDraft:
+    """Runs of single prompts without what the machine's drift did to some drafts' and not to others'.
+
+    The runs of a draft lie seconds apart from those of the others; meanwhile a machine may change by more than drafts
+    differ in what they take beyond their steps. Offsets of drafts, in the log of measured over stepped seconds beside
+    the other runs of the same prompt, are therefore kept in the proportion of their variance to that with noise
+    (empirical Bayes, as in DerSimonian and Laird 1986); without noise they are kept whole.
+    """
+    logs: dict[Draft | None, dict[str, list[float]]] = {draft: defaultdict(list) for draft in runs}
+    for draft, of_draft in runs.items():
+        for run in of_draft:
+            if run.stepped_s > 0.0 and run.sample.decode_s > 0.0:
+                logs[draft][run.sample.prompt_digest].append(math.log(run.sample.decode_s / run.stepped_s))
+    cells = {(draft, prompt): fmean(values) for draft, row in logs.items() for prompt, values in row.items()}
+    prompts = {prompt for _, prompt in cells}
+    level = {prompt: fmean(value for (_, other), value in cells.items() if other == prompt) for prompt in prompts}
+    offsets = {
+        draft: fmean(cells[draft, prompt] - level[prompt] for prompt in row) for draft, row in logs.items() if row
+    }
+    freedom = len(cells) - len(prompts) - len(offsets) + 1
+    if freedom < 1 or len(offsets) < 2:
+        return runs
+    noise = sum((value - level[prompt] - offsets[draft]) ** 2 for (draft, prompt), value in cells.items()) / freedom
+    # plain decoding runs all over a prompt's time, a draft's lengths follow each other
+    errors = {draft: noise / (len(logs[draft]) if draft else sum(map(len, logs[draft].values()))) for draft in offsets}
+    spread = max(0.0, sum(offset**2 for offset in offsets.values()) / (len(offsets) - 1) - fmean(errors.values()))
+    scales = {
+        draft: math.exp(-offset * error / (spread + error)) if (error := errors[draft]) > 0.0 else 1.0
+        for draft, offset in offsets.items()
+    }
+    return {
+        draft: [
+            run._replace(sample=replace(run.sample, decode_s=run.sample.decode_s * scales.get(draft, 1.0)))
+            for run in of_draft
+        ]
+        for draft, of_draft in runs.items()
+    }
 
 
 def _components(draft: Draft | None) -> tuple[str | None, str | None]:
@@ -313,12 +360,6 @@ def _model_step_s(steps: Steps, draft: Draft) -> float:
     """Seconds of a single-token step of a draft's model; 0 where it has none."""
     model = _components(draft)[1]
     return 0.0 if model is None else median(step_samples(steps, model, 1))
-
-
-def _slope(rounds: Sequence[_MeanRound]) -> float | None:
-    """Seconds per draft step by Theil-Sen: the median slope over pairs that lie a step or more apart."""
-    slopes = _slopes([(point.draft_steps, point.seconds) for point in rounds], 1.0)
-    return median(slopes) if slopes else None
 
 
 def _slopes(points: Sequence[tuple[float, float]], min_distance: float) -> list[float]:

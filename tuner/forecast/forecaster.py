@@ -107,13 +107,10 @@ class Forecaster:
         prompts = [prompt for prompt in prompts if end_to_end or len(traces[prompt.digest].token_ids) > 1]
         overhead = self._overhead(setup.draft)
         before_s = overhead.ttft_s if end_to_end else 0.0
-        seconds = {}
-        for prompt, usage in zip(prompts, self._usages(setup, prompts), strict=True):
-            stepped_s = sum(
-                count * median(step_samples(self._evidence.steps, *step)) for step, count in usage.steps.items()
-            )
-            seconds[prompt.digest] = before_s + overhead.factor * stepped_s + overhead.beyond_steps_s(usage)
-        return seconds
+        return {
+            prompt.digest: before_s + self._stepped_s(overhead, usage) + overhead.beyond_steps_s(usage)
+            for prompt, usage in zip(prompts, self._usages(setup, prompts), strict=True)
+        }
 
     def _forecast_from_runs(self, setup: Setup) -> Forecast:
         """What real runs of a setup came to against plain decoding of the same prompts, over all domains."""
@@ -162,10 +159,11 @@ class Forecaster:
         """
         usage = self._cost_model.usage(setup, {shape: 1.0}, 0.0)
         overhead = self._overhead(setup.draft)
-        stepped_s = overhead.factor * sum(
-            count * self.step_s(component, width) for (component, width), count in usage.steps.items()
-        )
+        stepped_s = self._stepped_s(overhead, usage)
         return float(max(stepped_s + overhead.beyond_steps_s(usage), MIN_STEP_SHARE * stepped_s))
+
+    def _stepped_s(self, overhead: Overhead, usage: Usage) -> float:
+        return float(overhead.factor) * sum(count * self.step_s(*step) for step, count in usage.steps.items())
 
     def step_s(self, component: str, width: int) -> float:
         """Seconds of one step of the target or of a draft's component.

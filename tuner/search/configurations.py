@@ -11,7 +11,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -48,6 +48,10 @@ class Trial:
     measurement: Measurement | None = None
     reason: str = ""
     feasible: bool = True
+
+    @property
+    def tok_per_s(self) -> float:
+        return 0.0 if self.measurement is None else self.measurement.tok_per_s
 
 
 @dataclass(slots=True, kw_only=True)
@@ -104,8 +108,8 @@ class ConfigurationSearch:
                 self.show(tried[key])
             self._tell(study, proposal, tried[key])
         store_study(study_name, "maximize", study.trials, storage)
-        measured = [trial for trial in self.trials if trial.measurement is not None and trial.feasible]
-        return max(measured, key=_rank, default=None)
+        feasible = [trial for trial in self.trials if trial.feasible]
+        return max(feasible, key=lambda trial: (trial.num_prompts, trial.tok_per_s), default=None)
 
     def _try(self, proposal: optuna.Trial, end_s: float) -> Trial:
         trial = Trial(configuration=dict(proposal.params))
@@ -113,16 +117,20 @@ class ConfigurationSearch:
             with self.start(trial.configuration) as measure:
                 for num_prompts in self.rungs:
                     measurement = measure(num_prompts)
-                    breach = self._breach(measurement)
-                    trial = Trial(
-                        configuration=trial.configuration,
+                    over = [
+                        f"{name} {value:.4g} over {most:g}"
+                        for name, value, most in self._limited(measurement)
+                        if value > most
+                    ]
+                    trial = replace(
+                        trial,
                         num_prompts=num_prompts,
                         measurement=measurement,
-                        reason=breach,
-                        feasible=not breach,
+                        reason="; ".join(over),
+                        feasible=not over,
                     )
                     proposal.report(measurement.tok_per_s, num_prompts)
-                    if breach or not self._goes_on(trial) or self.clock() >= end_s:
+                    if over or not self._goes_on(trial) or self.clock() >= end_s:
                         break
         except DraftpickError as error:
             trial = Trial(configuration=trial.configuration, reason=str(error), feasible=False)
@@ -130,42 +138,26 @@ class ConfigurationSearch:
 
     def _goes_on(self, trial: Trial) -> bool:
         """Whether it is in the best third of the feasible ones with as many prompts or more."""
-        assert trial.measurement is not None
-        rates = [
-            other.measurement.tok_per_s
-            for other in self.trials
-            if other.measurement is not None and other.feasible and other.num_prompts >= trial.num_prompts
-        ]
-        better = sum(rate > trial.measurement.tok_per_s for rate in rates)
-        return better <= len(rates) // REDUCTION
+        others = [other for other in self.trials if other.feasible and other.num_prompts >= trial.num_prompts]
+        better = sum(other.tok_per_s > trial.tok_per_s for other in others)
+        return better <= len(others) // REDUCTION
 
-    def _breach(self, measurement: Measurement) -> str:
-        limits = {
-            "memory in GiB": (measurement.memory_gib, self.max_memory_gib),
-            "p95 ms per token": (measurement.p95_tpot_ms, self.max_p95_tpot_ms),
-        }
-        broken = [
-            f"{name} {value:.4g} over {most:g}" for name, (value, most) in limits.items() if (value or 0.0) > most
-        ]
-        return "; ".join(broken)
+    def _limited(self, measurement: Measurement) -> list[tuple[str, float, float]]:
+        """Names, values and limits of what is limited and was measured."""
+        rows = (
+            ("memory in GiB", measurement.memory_gib, self.max_memory_gib),
+            ("p95 ms per token", measurement.p95_tpot_ms, self.max_p95_tpot_ms),
+        )
+        return [(name, value, most) for name, value, most in rows if value is not None and math.isfinite(most)]
 
     def _tell(self, study: optuna.Study, proposal: optuna.Trial, trial: Trial) -> None:
         if trial.measurement is None:
             proposal.set_user_attr("reason", trial.reason)
             study.tell(proposal, state=optuna.trial.TrialState.FAIL)
             return
-        for name, value, most in (
-            ("memory", trial.measurement.memory_gib, self.max_memory_gib),
-            ("p95 tpot", trial.measurement.p95_tpot_ms, self.max_p95_tpot_ms),
-        ):
-            if value is not None and math.isfinite(most):
-                proposal.set_constraint(name, value - most)
-        study.tell(proposal, trial.measurement.tok_per_s)
-
-
-def _rank(trial: Trial) -> tuple[int, float]:
-    assert trial.measurement is not None
-    return trial.num_prompts, trial.measurement.tok_per_s
+        for name, value, most in self._limited(trial.measurement):
+            proposal.set_constraint(name, value - most)
+        study.tell(proposal, trial.tok_per_s)
 
 
 def read_space(path: Path) -> dict[str, tuple[Value, ...]]:

@@ -34,6 +34,8 @@ from profiles.records.errors import BadNumbersError, InputError, OutOfMemoryErro
 from profiles.records.evidence import Acceptance, Sample, StepTimes, TargetTrace
 from profiles.timing.clock import Clock, cores_used, quietest
 
+WARM_UP_TOKENS = 4  # beside the longest round
+
 
 class TorchEngine:
     """A target and its drafts on one device; fits `profiles.engines.base.Engine`."""
@@ -227,14 +229,15 @@ class TorchEngine:
         self._warm = {warm for warm in self._warm if warm[1] not in sizes}
 
     def _warm_up(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
-        """The first runs of a setup pay for allocation and lazy set-up, on a GPU for captures: one is thrown away."""
+        """A setup's first run pays for allocation and lazy set-up, on a GPU for captures: a short one goes before."""
         # what is captured on a GPU depends on the context too
         warm = setup, workload.batch_size, workload.context_length if self._gpus else 0
         if warm not in self._warm:
             if self._gpus:
                 components = () if setup.draft is None else setup.draft.components
                 self._run_all_steps([component.digest for component in components], workload, setup.length)
-            self._generate(workload, prompts[: workload.batch_size], setup)
+            short = replace(workload, max_new_tokens=min(workload.max_new_tokens, setup.length + WARM_UP_TOKENS))
+            self._generate(short, prompts[: workload.batch_size], setup)
             self._warm.add(warm)
 
     def _run_all_steps(self, components: Iterable[str], workload: Workload, max_length: int) -> None:
