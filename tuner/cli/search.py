@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from profiles import builtin
 from profiles.records.core import PLAIN, Setup
 from profiles.records.draft_spec import parse_draft, with_composites
-from profiles.records.errors import InputError, require
+from profiles.records.errors import require
 from tuner.cli import options
 from tuner.cli.check import drafts_for
 from tuner.cli.messages import EXIT_NOTHING_FEASIBLE
@@ -72,12 +72,8 @@ def search(
             TuningSession.of(evidence_store).studies, f"configurations of {target} on {engine}"
         )
     if json_only:
-        print_json(
-            {
-                "best": None if best is None else asdict(best),
-                "trials": [asdict(trial) for trial in configuration_search.trials],
-            }
-        )
+        trials = [asdict(trial) for trial in configuration_search.trials]
+        print_json({"best": None if best is None else asdict(best), "trials": trials})
     elif best is not None:
         print_lines(f"fastest: {_line(best)}; prove it: `run` with these options")
     else:
@@ -150,8 +146,8 @@ class Starter:
 
         length, batch_size = int(configuration.get("k", 0)), int(configuration.get("batch_size", 1))
         draft = str(configuration.get("draft", "none"))
-        if (length == 0) != (draft == "none"):
-            raise InputError(f"draft {draft!r} with k {length}: a draft needs a length, and plain decoding none")
+        matches = (length == 0) == (draft == "none")
+        require(matches, f"draft {draft!r} with k {length}: a draft needs a length, and plain decoding none")
         question = Question(
             lengths=(max(1, length),), batch_sizes=(batch_size,), max_new_tokens=self.max_new_tokens, seed=self.seed,
             engine=self.spec.engine,
@@ -186,10 +182,8 @@ def _open(spec: "EngineSpec", target: str, draft: str, configuration: Mapping[st
     dtype, threads = configuration.get("dtype"), configuration.get("threads")
     specs = [] if draft == "none" else [parse_draft(draft)]
     if spec.engine == "torch":
-        if engine_options:
-            raise InputError(
-                f"{', '.join(engine_options)}: --engine torch has no such option; it has {', '.join(COMMON_OPTIONS)}"
-            )
+        has = f"--engine torch has no such option; it has {', '.join(COMMON_OPTIONS)}"
+        require(not engine_options, f"{', '.join(engine_options)}: {has}")
         import torch
 
         from profiles.engines.torch import load
@@ -203,11 +197,12 @@ def _open(spec: "EngineSpec", target: str, draft: str, configuration: Mapping[st
     if launch is not None:
         for name, value in engine_options.items():
             launch = launch.replace(f"{{{name}}}", str(value))
+    options_text = tuple(f"{name}={value}" for name, value in engine_options.items())
     spec = replace(
         spec,
         launch=launch,
         threads=threads,
-        engine_args=tuple(f"{name}={value}" for name, value in engine_options.items()) if spec.engine == "vllm" else (),
+        engine_args=options_text if spec.engine == "vllm" else (),
         max_requests=int(configuration.get("batch_size", 1)),
         max_length=max(1, int(configuration.get("k", 0))),
     )
