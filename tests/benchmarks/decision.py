@@ -236,7 +236,7 @@ def decide(case: Case, seed: int, result: Result) -> None:
         }
     speedups = {setup: math.exp(ratio.value) for setup, ratio in ratios.items()}
     winner = among_equals(speedups)
-    if winner is None or speedups[winner] <= 1.0:
+    if winner is None or not proof.is_worth_proving(ratios[winner]):
         return
     others = {setup: speedup for setup, speedup in speedups.items() if setup != winner and speedup >= MIN_SPEEDUP}
     second = among_equals(others)

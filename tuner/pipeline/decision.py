@@ -7,7 +7,7 @@ from tuner.pipeline.points import PointDecision
 from tuner.policy.estimates import Forecast
 from tuner.policy.policy import Choice
 from tuner.search import proof
-from tuner.search.objective import score
+from tuner.search.objective import MIN_SPEEDUP, score
 
 
 def judge(points: Sequence[PointDecision]) -> list[Choice]:
@@ -84,7 +84,7 @@ def _why_plain(point: PointDecision, subject: Setup | None) -> str:
     if point.stopped is not None:
         return f"{subject.name} was not proven, because {point.stopped}"
     if point.race is not None:
-        return "no feasible finalist was faster than plain decoding in the race"
+        return f"no feasible finalist came within a standard error of {MIN_SPEEDUP:g} times its speed in the race"
     best = next(forecast for forecast in point.forecasts if forecast.setup == subject)
     return f"the best draft, {subject.name}, is forecast at {best.speedup.estimate:.2f} times its speed"
 

@@ -258,8 +258,8 @@ class PointTrial:
             best = next((setup for setup in hopeful if setup not in self._infeasible), None)
             self._point = replace(self._point, race=result, candidate=best)
             return
-        is_faster = winner is not None and feasible[winner] > 1.0
-        self._point = replace(self._point, race=result, candidate=winner if is_faster else None)
+        hopeless = winner is None or not proof.is_worth_proving(self._race_ratios[winner])
+        self._point = replace(self._point, race=result, candidate=None if hopeless else winner)
 
     def _race_ratio(self, setup: Setup, result: race.RaceResult) -> LogRatio:
         """Over all prompts with forecasts, of which the race timed two or more; else, and in batches, over its runs."""
@@ -267,7 +267,7 @@ class PointTrial:
         assert evidence is not None
         assert forecaster is not None
         if len(timed_pairs(self._race_pairs[setup])) < 2:
-            return LogRatio(math.log(result.speedups[setup]), math.inf, 1.0)
+            return LogRatio(math.log(result.speedups[setup]), 0.0, 1.0)
         seconds = None
         if self._workload.batch_size == 1 and evidence.is_traced(setup.draft):
             seconds = _forecast_seconds(forecaster, setup, prompts)

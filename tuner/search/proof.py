@@ -170,6 +170,11 @@ def race_ratio(
     return assisted or log_ratio(_linearised(compared, objective))
 
 
+def is_worth_proving(raced: LogRatio) -> bool:
+    """Whether the speed-up in a race reaches, within a standard error, the smallest that is claimed."""
+    return raced.value + raced.error >= math.log(MIN_SPEEDUP)
+
+
 def share_of_level(ratios: Mapping[Setup, LogRatio], setup: Setup, runner_up: Setup | None) -> float:
     """The share of a level that a setup may spend before its runner-up: the chance that it is the faster of the two.
 
