@@ -240,11 +240,11 @@ def decide(case: Case, seed: int, result: Result) -> None:
         return
     others = {setup: speedup for setup, speedup in speedups.items() if setup != winner and speedup >= MIN_SPEEDUP}
     second = among_equals(others)
-    share = proof.share_of_level(ratios, winner, second)
+    share = proof.share_of_level(ratios, winner, second, len(fresh))
     measured, pairs, proven = prove(world, winner, raced.get(winner, []), fresh, share)
     timed = len(pairs)
     if not proven and second:
-        share = (1.0 - share) * proof.share_of_level(ratios, second, None)
+        share = (1.0 - share) * proof.share_of_level(ratios, second, None, len(fresh))
         other, more, proven = prove(world, second, raced[second], fresh, share)
         timed += len(more)
         measured = other if proven else measured

@@ -253,13 +253,12 @@ class PointTrial:
         self._race_ratios = {setup: self._race_ratio(setup, result) for setup in result.speedups}
         result = replace(result, speedups={setup: math.exp(each.value) for setup, each in self._race_ratios.items()})
         feasible = {setup: speedup for setup, speedup in result.speedups.items() if setup not in self._infeasible}
-        winner = among_equals(feasible)
-        if not feasible and not result.pruned and self._enough_races():  # none was raced: the best forecast
-            best = next((setup for setup in hopeful if setup not in self._infeasible), None)
-            self._point = replace(self._point, race=result, candidate=best)
-            return
-        hopeless = winner is None or not proof.is_worth_proving(self._race_ratios[winner])
-        self._point = replace(self._point, race=result, candidate=None if hopeless else winner)
+        candidate = among_equals(feasible)
+        if candidate is None and not result.pruned and self._enough_races():  # none was raced: the best forecast
+            candidate = next((setup for setup in hopeful if setup not in self._infeasible), None)
+        elif candidate is not None and not proof.is_worth_proving(self._race_ratios[candidate]):
+            candidate = None
+        self._point = replace(self._point, race=result, candidate=candidate)
 
     def _race_ratio(self, setup: Setup, result: race.RaceResult) -> LogRatio:
         """Over all prompts with forecasts, of which the race timed two or more; else, and in batches, over its runs."""
@@ -278,7 +277,8 @@ class PointTrial:
         """Of the point's level, that the setup may spend: all where no other draft can be tried after it."""
         if len({forecast.setup.draft for forecast in self._point.forecasts if forecast.setup != PLAIN}) == 1:
             return 1.0
-        return self._share_left * proof.share_of_level(self._race_ratios, setup, self._runner_up())
+        num_prompts, runner_up = len(self._plan.proof_prompts), self._runner_up()
+        return self._share_left * proof.share_of_level(self._race_ratios, setup, runner_up, num_prompts)
 
     def _plan_proof(self, setup: Setup) -> "_Proof":
         prompts = self._plan.proof_prompts or self._plan.forecast_prompts

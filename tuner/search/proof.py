@@ -175,13 +175,14 @@ def is_worth_proving(raced: LogRatio) -> bool:
     return raced.value + raced.error >= math.log(MIN_SPEEDUP)
 
 
-def share_of_level(ratios: Mapping[Setup, LogRatio], setup: Setup, runner_up: Setup | None) -> float:
+def share_of_level(ratios: Mapping[Setup, LogRatio], setup: Setup, runner_up: Setup | None, num_prompts: int) -> float:
     """The share of a level that a setup may spend before its runner-up: the chance that it is the faster of the two.
 
-    By the race, which has no prompt of the proof: so the shares are weights that are fixed before the proof.
+    By the race, which has no prompt of the proof: so the shares are weights that are fixed before the proof. Of few
+    prompts t intervals cover too seldom at small levels, so their level is not split.
     """
     chance = 1.0
-    if runner_up is not None:
+    if runner_up is not None and num_prompts >= LOOKS[0]:
         error = math.hypot(ratios[setup].error, ratios[runner_up].error)
         chance = float(ndtr((ratios[setup].value - ratios[runner_up].value) / error)) if error > 0.0 else 1.0
     return min(1.0 - SHARE_LEFT, max(0.5, chance))

@@ -61,10 +61,10 @@ def test_a_tie_never_goes_to_a_setup_that_cannot_be_claimed() -> None:
 
 @pytest.mark.parametrize(("behind", "share"), [(0.0, 0.5), (0.05, 0.841), (1.0, 0.95)])
 def test_the_level_is_split_by_how_sure_the_race_is(behind: float, share: float) -> None:
-    """The chance of the winner to be the faster by a normal difference; at least half, and a twentieth is left."""
+    """The chance of the winner to be the faster by a normal difference; at least half; a twentieth is left, of few prompts always."""
     ratios = {MODEL: LogRatio(0.2, 0.03, 11.0), LOOKUP: LogRatio(0.2 - behind, 0.04, 11.0)}
-    assert share_of_level(ratios, MODEL, LOOKUP) == pytest.approx(share, abs=1e-3)
-    assert share_of_level(ratios, MODEL, None) == 0.95
+    assert share_of_level(ratios, MODEL, LOOKUP, 24) == pytest.approx(share, abs=1e-3)
+    assert share_of_level(ratios, MODEL, LOOKUP, 23) == share_of_level(ratios, MODEL, None, 24) == 0.95
 
 
 def test_an_equal_setup_is_seldom_pruned() -> None:
