@@ -10,9 +10,9 @@ from profiles.records.evidence import Sample
 from profiles.stats import LogRatio
 from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, FakeEngine, prompts, sample
 from tuner.forecast.queues import spread_over_domains
+from tuner.search import proof
 from tuner.search.objective import among_equals
 from tuner.search.pairs import Pair, Queue, run_pairs
-from tuner.search.proof import share_of_level
 from tuner.search.race import race
 
 MODEL, LOOKUP = Setup(draft=DRAFT_A, length=2), Setup(draft=NGRAM, length=4)
@@ -61,10 +61,16 @@ def test_a_tie_never_goes_to_a_setup_that_cannot_be_claimed() -> None:
 
 @pytest.mark.parametrize(("behind", "share"), [(0.0, 0.5), (0.05, 0.841), (1.0, 0.95)])
 def test_the_level_is_split_by_how_sure_the_race_is(behind: float, share: float) -> None:
-    """The chance of the winner to be the faster by a normal difference; at least half; a twentieth is left, of few prompts always."""
+    """The chance of the winner to be the faster, by a normal difference; half to 95 %, of few prompts always 95 %."""
     ratios = {MODEL: LogRatio(0.2, 0.03, 11.0), LOOKUP: LogRatio(0.2 - behind, 0.04, 11.0)}
-    assert share_of_level(ratios, MODEL, LOOKUP, 24) == pytest.approx(share, abs=1e-3)
-    assert share_of_level(ratios, MODEL, LOOKUP, 23) == share_of_level(ratios, MODEL, None, 24) == 0.95
+    assert proof.share_of_level(ratios, MODEL, LOOKUP, 24) == pytest.approx(share, abs=1e-3)
+    assert proof.share_of_level(ratios, MODEL, LOOKUP, 23) == proof.share_of_level(ratios, MODEL, None, 24) == 0.95
+
+
+@pytest.mark.parametrize(("value", "error", "is_worth"), [(0.0, 0.03, True), (0.0, 0.01, False), (0.02, 0.0, True)])
+def test_what_may_be_claimed_is_worth_proving(value: float, error: float, is_worth: bool) -> None:
+    """1.015 within a standard error: a vague race decides nothing, a precise one spares the proof of 1.00."""
+    assert proof.is_worth_proving(LogRatio(value, error, 11.0)) == is_worth
 
 
 def test_an_equal_setup_is_seldom_pruned() -> None:
