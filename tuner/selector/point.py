@@ -116,10 +116,9 @@ class Point:
         For the rest of the request that is its part of what knowing the domain would gain: by how much the expected sum
         of squared weights grows when the round accepts a token or does not.
         """
-        certain = [[float(domain == each) for each in range(len(weights))] for domain in range(len(weights))]
-        by_domain = [max(self.value(arm, only) for arm in worth) for only in certain]
         purity, answer = sum(map(mul, weights, weights)), dict(worth)
-        gain = sum(map(mul, weights, by_domain)) - max(worth.values())
+        rates = [max(peaks)[0] for peaks in self._peaks]
+        gain = sum(map(mul, weights, rates)) - max(worth.values())
         for option, index in worth:
             if option:
                 models = self.models[option].models

@@ -24,7 +24,7 @@ class Stream:
     """
 
     LEARNED = ("arm", "dwell")
-    __slots__ = ("arm", "domain", "doubt", "dwell", "fixed", "key", "label", "operating_point", "point")
+    __slots__ = ("arm", "doubt", "dwell", "fixed", "key", "label", "operating_point", "point")
 
     def __init__(self, operating_point: OperatingPoint, setup: Setup, point: Point | None, domains: Domains | None):
         self.operating_point, self.point, self.fixed = operating_point, point, setup
