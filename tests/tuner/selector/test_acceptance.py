@@ -40,6 +40,22 @@ def test_it_starts_at_what_was_measured() -> None:
     assert AcceptanceModel(stored, LENGTHS).tokens == pytest.approx(stored.mean_tokens)
 
 
+def test_what_is_run_replaces_what_was_measured_of_a_length() -> None:
+    """Rounds of 4 accept more than the longest ones by the stored figures; once they are run, as many as they do."""
+    stored = acceptance(0, 0.5)
+    stored = replace(
+        stored,
+        mean_tokens=tuple(1.3 * (tokens - 1.0) + 1.0 for tokens in stored.mean_tokens[:4]) + stored.mean_tokens[4:],
+    )
+    model = AcceptanceModel(stored, LENGTHS)
+    assert model.tokens == pytest.approx(stored.mean_tokens)
+    play(model, [0.7] * 4, 4000, length=4)
+    assert model.tokens[3] == pytest.approx(mean_tokens([0.7] * 4, 4), rel=0.03)
+    assert model.tokens[1] == pytest.approx(mean_tokens([0.7] * 4, 2), rel=0.03)  # is off as rounds of 4 are
+    deeper = mean_tokens([0.7] * 4 + [0.5] * 4, 8) - 1.0
+    assert model.tokens[7] == pytest.approx(1.0 + deeper / 1.3, rel=0.03)
+
+
 def test_what_is_behind_a_rejection_does_not_bias() -> None:
     """After many rounds every length has its true mean, though deep positions were seldom tested."""
     accept_probs = [0.9, 0.5, 0.8, 0.3, 0.6, 0.7, 0.9, 0.2]
