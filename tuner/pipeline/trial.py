@@ -371,6 +371,8 @@ class PointTrial:
             measured.end_to_end.estimate < 1.0 and (running.is_over or measured.p_value <= level)
         ):
             self._rejected.append(measured)
+            if measured.p_value <= level:  # what a rejected hypothesis spent goes to the next (Bretz et al. 2009)
+                self._share_left += design.share
             detail = f"with {setup.name} it is slower end to end ({measured.end_to_end.estimate:.3f}), prefill included"
             for forecast in self._point.forecasts:
                 if forecast.setup.draft == setup.draft:

@@ -18,6 +18,7 @@ from tuner.pipeline.pipeline import Outcome, Tuner, Watch
 from tuner.pipeline.points import plan_points
 from tuner.pipeline.trial import Options
 from tuner.policy.estimates import Forecast, Measured, Standing
+from tuner.policy.policy import Choice
 from tuner.policy.query import MIXED
 from tuner.run import TuningSession, tune
 from tuner.search import proof
@@ -55,6 +56,13 @@ def _tune(
     engine: FakeEngine, load: tuple[Prompt, ...] = TWO_DOMAINS, watch: Watch | None = None, **options: Any
 ) -> Outcome:
     return Tuner(engine, Options(lengths=(1, 2, 3, 4), **options), watch).tune([(GREEDY, load)])
+
+
+def _decided(outcome: Outcome) -> tuple[Choice, Measured]:
+    """The choice of the first row and what it measured."""
+    choice = outcome.choices[0]
+    assert choice.measured is not None
+    return choice, choice.measured
 
 
 def _measure(setup: Setup, pairs: Sequence[Pair], **design: Any) -> Measured:
@@ -129,9 +137,8 @@ def test_few_prompts_are_proven() -> None:
         (choice,) = _tune(FakeEngine(keep=0.9), prompts(count)).choices
         assert choice.proven
         assert f"on {num_proof} other prompts" in choice.reason
-    (choice,) = _tune(FakeEngine(keep=0.9), prompts(11)).choices
+    choice, _ = _decided(_tune(FakeEngine(keep=0.9), prompts(11)))
     assert not choice.proven
-    assert choice.measured is not None
     assert "of only 7 prompts" in choice.reason
 
 
@@ -140,10 +147,9 @@ def test_the_proof_has_the_help_of_forecasts() -> None:
     engine = FakeEngine(keep=0.9)
     seen: list[str] = []
     outcome = _tune(engine, prompts(120), watch=Watch(progress=lambda stage, *_: seen.append(stage)))
-    measured = outcome.choices[0].measured
-    assert measured is not None
+    choice, measured = _decided(outcome)
     assert (measured.num_prompts, measured.num_forecast_prompts) == (24, 80)
-    assert "on 24 other prompts (with forecasts of 80)" in outcome.choices[0].reason
+    assert "on 24 other prompts (with forecasts of 80)" in choice.reason
     assert engine.calls["trace_target"] == 120
     num_components = 1 + (measured.setup.draft is not None and measured.setup.draft.kind == "composite")
     assert engine.calls["trace_draft"] == 2 * 40 + num_components * 80
@@ -156,10 +162,8 @@ def test_drafts_that_are_only_run_are_proven_by_runs_alone() -> None:
     """Nothing can be traced for the proof."""
     engine = Altered()
     engine.capabilities = replace(engine.capabilities, traced_kinds=("ngram",))
-    outcome = _tune(engine, prompts(120))
-    measured = outcome.choices[0].measured
-    assert measured is not None
-    assert outcome.choices[0].proven
+    choice, measured = _decided(_tune(engine, prompts(120)))
+    assert choice.proven
     assert measured.num_forecast_prompts is None
     assert engine.calls["trace_draft"] == 0
     assert engine.calls["trace_target"] == 40
@@ -189,11 +193,10 @@ def test_the_runner_up_is_proven_when_the_winner_fails() -> None:
 
 def test_what_is_not_proven_says_what_would_have_been() -> None:
     """Estimate, interval and the gain that is shown 80 % of the time, after all prompts were timed."""
-    (choice,) = _tune(_short_proofs(1.015), prompts(108)).choices
+    choice, measured = _decided(_tune(_short_proofs(1.015), prompts(108)))
     assert not choice.proven
-    assert choice.measured is not None
-    assert choice.measured.num_prompts == 72
-    detectable = choice.measured.detectable_speedup
+    assert measured.num_prompts == 72
+    detectable = measured.detectable_speedup
     assert detectable is not None
     # (t + t') sd / sqrt(n) of a log gain with 10 % noise on 72 prompts; twice the noise of a run
     assert detectable == pytest.approx(1.0 + 2.84 * 0.1 / 72**0.5, abs=0.01)
@@ -214,21 +217,19 @@ def test_looks_at_all_rows_take_turns() -> None:
 
 def test_rows_of_earlier_runs_share_the_level() -> None:
     """Beside many rows that are not rejected a proof goes on, where alone it ends at its first look."""
-    num_timed = []
-    for standing in ((), (1.0,) * 2000):
-        (choice,) = _tune(_short_proofs(1.1), prompts(150), standing_p_values=standing).choices
-        assert choice.measured is not None
-        num_timed.append(choice.measured.num_prompts)
-    assert num_timed[0] < num_timed[1]
+    alone, beside = (
+        _decided(_tune(_short_proofs(1.1), prompts(150), standing_p_values=standing))[1].num_prompts
+        for standing in ((), (1.0,) * 2000)
+    )
+    assert alone < beside
 
 
 def test_a_proof_that_the_budget_ends_keeps_its_runs() -> None:
     """After 40 of 72 prompts there is an estimate of 40."""
     done: list[str] = []
     watch = Watch(progress=lambda stage, *_: done.append(stage), out_of_time=lambda: done.count("proof mixed") >= 40)
-    (choice,) = _tune(_short_proofs(), prompts(108), watch).choices
-    assert choice.measured is not None
-    assert choice.measured.num_prompts == 40
+    choice, measured = _decided(_tune(_short_proofs(), prompts(108), watch))
+    assert measured.num_prompts == 40
     assert choice.out_of_time
     assert "the budget ended" in choice.reason
 
@@ -249,31 +250,43 @@ def test_the_budget_ends_in_the_proof_of_the_runner_up() -> None:
     """The first draft's figures stay, and the reason names whose proof is missing."""
     done: list[str] = []
     watch = Watch(progress=lambda stage, *_: done.append(stage), out_of_time=lambda: done.count("proof mixed") >= 73)
-    (choice,) = _tune(_short_proofs(1.013, 0.97, BOTH), prompts(108), watch).choices
+    choice, measured = _decided(_tune(_short_proofs(1.013, 0.97, BOTH), prompts(108), watch))
     assert choice.out_of_time
-    assert choice.measured is not None
-    assert choice.measured.setup.draft == DRAFT_A
+    assert measured.setup.draft == DRAFT_A
     assert "; the budget ended before ngram" in choice.reason
 
 
-def test_a_proof_that_fails_leaves_the_level_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The look-up may spend what the draft would have, which was never looked at."""
+def _slow_prefill(draft_wait_s: float) -> Altered:
+    """Long prompts: plain decoding and the look-up wait 0.5 s for their first token, the draft model longer."""
+    return Altered(
+        lambda sample, setup, _: replace(sample, ttft_s=draft_wait_s if setup.draft == DRAFT_A else 0.5),
+        BOTH,
+        keep=0.95,
+    )
+
+
+def _fail_in_proofs(sample: Sample, setup: Setup, purpose: str) -> Sample:
+    if purpose.startswith("proof") and setup.draft == DRAFT_A:
+        raise EngineError("draft-a ends")
+    return sample
+
+
+@pytest.mark.parametrize("engine", [Altered(_fail_in_proofs, BOTH, keep=0.97), _slow_prefill(0.75)])
+def test_a_draft_that_is_ruled_out_leaves_the_level_to_the_next(
+    engine: Altered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look-up may spend what draft-a never looked at, or spent on a gain while decoding that was shown."""
     shares = []
 
     def measure(design: proof.Design, *args: Any, **kwargs: Any) -> Any:
         shares.append((design.setup.draft, design.share))
         return measured(design, *args, **kwargs)
 
-    def fail(sample: Sample, setup: Setup, purpose: str) -> Sample:
-        if purpose.startswith("proof") and setup.draft == DRAFT_A:
-            raise EngineError("draft-a ends")
-        return sample
-
     measured = proof.measure
     monkeypatch.setattr(proof, "measure", measure)
-    (choice,) = _tune(Altered(fail, BOTH, keep=0.97), prompts(30)).choices
+    (choice,) = _tune(engine, prompts(72)).choices
     assert choice.proven
-    assert shares == [(NGRAM, pytest.approx(1.0 - proof.SHARE_LEFT))]
+    assert shares[-1] == (NGRAM, pytest.approx(1.0 - proof.SHARE_LEFT))
 
 
 def test_what_differs_between_domains_is_no_uncertainty() -> None:
@@ -286,23 +299,13 @@ def test_what_differs_between_domains_is_no_uncertainty() -> None:
     assert by_domain.speedup.estimate == pooled.speedup.estimate
 
 
-def _slow_prefill(draft_wait_s: float) -> Altered:
-    """Long prompts: plain decoding and the look-up wait 0.5 s for their first token, the draft model longer."""
-    return Altered(
-        lambda sample, setup, _: replace(sample, ttft_s=draft_wait_s if setup.draft == DRAFT_A else 0.5),
-        BOTH,
-        keep=0.95,
-    )
-
-
 def test_a_winner_that_is_slower_end_to_end_is_ruled_out() -> None:
     """The draft model decodes fastest and loses it all in its prefill; the look-up behind it is proven instead."""
     outcome = _tune(_slow_prefill(0.75), prompts(72))
-    (choice,) = outcome.choices
+    choice, measured = _decided(outcome)
     assert choice.proven
     assert choice.setup.draft == NGRAM
-    assert choice.measured is not None
-    assert choice.measured.end_to_end.estimate > 1.0
+    assert measured.end_to_end.estimate > 1.0
     assert {(failed.setup.draft, failed.reason) for failed in outcome.infeasible} == {(DRAFT_A, "end to end")}
     (rejected,) = outcome.points[0].rejected
     assert rejected.speedup.low > 1.0 > rejected.end_to_end.estimate
@@ -312,12 +315,11 @@ def test_a_winner_that_is_slower_end_to_end_is_ruled_out() -> None:
 def test_the_objective_decides_what_is_compared(objective: Any, draft: Any) -> None:
     """With a prefill a tenth longer the draft model decodes fastest; requests are faster with the look-up."""
     outcome = _tune(_slow_prefill(0.55), prompts(72), objective=objective)
-    (choice,) = outcome.choices
+    choice, measured = _decided(outcome)
     assert choice.proven
     assert choice.setup.draft == draft
-    assert choice.measured is not None
     best = outcome.points[0].forecasts[0]
-    figure = choice.measured.speedup if objective == "tpot" else choice.measured.end_to_end
+    figure = measured.compared(objective)
     assert best.setup == choice.setup
     assert best.speedup.estimate == pytest.approx(figure.estimate, rel=0.1)
     assert f"{figure.estimate:.2f} [" in choice.reason
@@ -386,11 +388,10 @@ def test_arms_that_differ_in_more_than_the_draft_prove_nothing(draft: Any, facto
         )
 
     outcome = _tune(Altered(more_threads, (draft,)), prompts(72))
-    (choice,) = outcome.choices
+    choice, measured = _decided(outcome)
     is_fair = factor == 1.0 or (factor < 1.0 and draft == DRAFT_A)
     assert choice.proven == is_fair
-    assert choice.measured is not None
-    assert choice.measured.speedup.low > 1.0
+    assert measured.speedup.low > 1.0
     assert outcome.points[0].cores == pytest.approx((1.0, factor))
     if not is_fair:
         assert (
