@@ -239,12 +239,12 @@ def decide(case: Case, seed: int, result: Result) -> None:
     if winner is None or not proof.is_worth_proving(ratios[winner]):
         return
     others = {setup: speedup for setup, speedup in speedups.items() if setup != winner and speedup >= MIN_SPEEDUP}
-    second = among_equals(others)
-    share = proof.share_of_level(ratios, winner, second, len(fresh))
+    second = among_equals(others) if len(fresh) >= proof.MIN_RUNNER_UP_PROMPTS else None
+    share = proof.share_of_level(ratios, winner, second)
     measured, pairs, proven = prove(world, winner, raced.get(winner, []), fresh, share)
     timed = len(pairs)
     if not proven and second:
-        share = (1.0 - share) * proof.share_of_level(ratios, second, None, len(fresh))
+        share = (1.0 - share) * proof.share_of_level(ratios, second, None)
         other, more, proven = prove(world, second, raced[second], fresh, share)
         timed += len(more)
         measured = other if proven else measured

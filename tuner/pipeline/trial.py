@@ -189,9 +189,9 @@ class PointTrial:
         self._point = replace(self._point, out_of_time=True, stopped=stopped)
 
     def _runner_up(self) -> Setup | None:
-        """The fastest finalist of another draft, while no runner-up was tried; None where there is none."""
-        race_result, first = self._point.race, self._point.candidate
-        if race_result is None or first is None or self._unproven:
+        """The fastest finalist of another draft, while no runner-up was tried; None where there is none to be tried."""
+        race_result, first, num_prompts = self._point.race, self._point.candidate, len(self._plan.proof_prompts)
+        if race_result is None or first is None or self._unproven or num_prompts < proof.MIN_RUNNER_UP_PROMPTS:
             return None
         others = {
             setup: speedup
@@ -277,8 +277,7 @@ class PointTrial:
         """Of the point's level, that the setup may spend: all where no other draft can be tried after it."""
         if len({forecast.setup.draft for forecast in self._point.forecasts if forecast.setup != PLAIN}) == 1:
             return 1.0
-        num_prompts, runner_up = len(self._plan.proof_prompts), self._runner_up()
-        return self._share_left * proof.share_of_level(self._race_ratios, setup, runner_up, num_prompts)
+        return self._share_left * proof.share_of_level(self._race_ratios, setup, self._runner_up())
 
     def _plan_proof(self, setup: Setup) -> "_Proof":
         prompts = self._plan.proof_prompts or self._plan.forecast_prompts

@@ -37,6 +37,7 @@ QUEUE_LOOKS = (6, 12)  # the same in batches: queues
 SHARE_LEFT = 0.05  # of an operating point's level, at least, for setups after the one that is proven first
 MIN_GROWTH = 1.25  # of a look, else it is left out
 MIN_PROOF_PROMPTS = 8
+MIN_RUNNER_UP_PROMPTS = 24  # of the proof: t intervals of fewer cover too seldom at the small levels that are left
 MIN_QUEUES = 4
 MAX_DISTURBED = 0.1  # share of the pairs
 
@@ -175,14 +176,13 @@ def is_worth_proving(raced: LogRatio) -> bool:
     return raced.value + raced.error >= math.log(MIN_SPEEDUP)
 
 
-def share_of_level(ratios: Mapping[Setup, LogRatio], setup: Setup, runner_up: Setup | None, num_prompts: int) -> float:
+def share_of_level(ratios: Mapping[Setup, LogRatio], setup: Setup, runner_up: Setup | None) -> float:
     """The share of a level that a setup may spend before its runner-up: the chance that it is the faster of the two.
 
-    By the race, which has no prompt of the proof: so the shares are weights that are fixed before the proof. Of few
-    prompts t intervals cover too seldom at small levels, so their level is not split.
+    By the race, which has no prompt of the proof: so the shares are weights that are fixed before the proof.
     """
     chance = 1.0
-    if runner_up is not None and num_prompts >= LOOKS[0]:
+    if runner_up is not None:
         error = math.hypot(ratios[setup].error, ratios[runner_up].error)
         chance = float(ndtr((ratios[setup].value - ratios[runner_up].value) / error)) if error > 0.0 else 1.0
     return min(1.0 - SHARE_LEFT, max(0.5, chance))
