@@ -50,7 +50,6 @@ class Simple(Controller):
 
     def __init__(self, policy: Policy) -> None:
         prior = policy.prior
-        assert prior is not None
         self._policy, self._lengths = policy, prior.lengths
         self._models = {
             (prior.drafts[row.draft], row.domain): AcceptanceModel(row, prior.lengths) for row in prior.acceptance

@@ -324,7 +324,6 @@ def _rate(prior: Prior, choice: Choice, setup: Setup) -> float:
 def wrong_policies(family: Family, seed: int) -> dict[str, Policy]:
     """Policies as wrong evidence gives them, under names of what is wrong."""
     prior, rng = family.policy.prior, random.Random(f"{seed} wrong evidence")
-    assert prior is not None
     drafts = {number: rng.gauss(0.0, LOADED_LOG_STD) for number in range(len(prior.drafts))}
     domains = [name for name in dict.fromkeys(row.domain for row in prior.acceptance) if name != MIXED]
     renamed = {MIXED: MIXED, **dict(zip(domains, (*domains[1:], *domains[:1]), strict=True))}

@@ -236,7 +236,6 @@ def test_a_folder_with_signs_of_a_url_has_its_own_studies(tmp_path: Path) -> Non
     folder = tmp_path / "what?now=1"
     with EvidenceStore.open(folder / "evidence.db") as evidence_store:
         studies = TuningSession.of(evidence_store).studies
-        assert studies is not None
         studies.create_new_study([StudyDirection.MAXIMIZE], "one")
     assert sql(folder / "optuna.db", "SELECT study_name FROM studies") == [("one",)]
     assert [file.name for file in tmp_path.iterdir()] == ["what?now=1"]

@@ -144,7 +144,6 @@ class TestTheServer:
         )
         with EvidenceStore.open(url) as evidence_store:
             trace = evidence_store.find_target_trace(SCOPE, PROMPT)
-            assert trace is not None
             assert (trace.token_ids, trace.target_probs) == ((5, 6), (0.5, 0.25))
             assert evidence_store.latest_policy() == "newer"
             evidence_store.replace_policy(TARGET, MACHINE, lambda latest: f"after {latest}")

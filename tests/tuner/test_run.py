@@ -159,10 +159,8 @@ def test_runs_may_share_a_store(location: Location, tmp_path: Path) -> None:
         for temperature in ("0.0", "0.0", "0.8")
     ]
     for one in runs:
-        assert one.stdout is not None
         assert one.stdout.readline() == "ready\n"
     for one in runs:
-        assert one.stdin is not None
         one.stdin.write("go\n")
         one.stdin.flush()
     assert [one.communicate(timeout=120)[1] for one in runs] == ["", "", ""]

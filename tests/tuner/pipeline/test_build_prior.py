@@ -30,7 +30,6 @@ def outcome() -> Outcome:
 def test_both_halves_are_the_forecasts_own(outcome: Outcome) -> None:
     """Mean tokens are those of the expected rounds at every length; a round's seconds are the forecaster's."""
     prior = outcome.prior
-    assert prior is not None
     assert set(prior.drafts) == {DRAFT_A, NGRAM}
     model = prior.drafts.index(DRAFT_A)
     assert prior.lengths == LENGTHS
@@ -63,7 +62,6 @@ def most(outcome: Outcome, broken: int) -> dict[int, int]:
     infeasible = Infeasible(setup=Setup(draft=DRAFT_A, length=broken), reason="memory", detail="too much")
     points = [replace(point, candidate=None) for point in outcome.points]
     prior = build_prior([replace(points[0], infeasible=(infeasible,)), *points[1:]], LENGTHS)
-    assert prior is not None
     model = prior.drafts.index(DRAFT_A)
     return {one.batch_size: one.max_length for one in prior.round_times if one.draft == model}
 
@@ -79,7 +77,6 @@ def test_without_a_forecast_there_is_nothing_to_start_from() -> None:
 def test_earlier_evidence_stands_under_choices_that_stand(outcome: Outcome) -> None:
     """Drafts are renumbered; where the newer run decided nothing of the earlier is left; other lengths never stand."""
     newer = outcome.prior
-    assert newer is not None
     lookup = newer.drafts.index(NGRAM)
     gone = Draft(kind="early_exit", num_layers=3)
     earlier = Prior(
@@ -101,7 +98,6 @@ def test_earlier_evidence_stands_under_choices_that_stand(outcome: Outcome) -> N
         ),
     )
     both = join_priors(newer, earlier, [OperatingPoint(64, GREEDY.context_length, "legal", 0.0)])
-    assert both is not None
     assert both.drafts == (*newer.drafts, gone)
     assert [one.draft for one in both.acceptance if one.domain == "legal"] == [2, lookup]
     assert [one.draft for one in both.round_times if one.batch_size == 64] == [2, lookup]
@@ -111,7 +107,6 @@ def test_earlier_evidence_stands_under_choices_that_stand(outcome: Outcome) -> N
     assert join_priors(newer, learning_policy().prior, [OperatingPoint(1, 512, MIXED, 0.0)]) == newer
     assert join_priors(newer, None, []) == newer
     alone = join_priors(None, earlier, [OperatingPoint(64, GREEDY.context_length, "legal", 0.0)])
-    assert alone is not None
     assert {one.domain for one in alone.acceptance} == {"legal"}
 
 

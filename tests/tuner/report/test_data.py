@@ -66,7 +66,6 @@ def test_every_candidate_stands_in_it(made: ReportData) -> None:
         assert set(by_name(point)) == {"plain", "draft-a k=1", "draft-a k=2", "draft-a k=3", "draft-a k=4"}
         for one in point.candidates:
             assert one.forecast_speedup is not None
-            assert one.round_split is not None
             assert one.round_split.verify_s == pytest.approx(0.005, rel=0.2)
             assert one.reason
     plain = by_name(made.points[0])["plain"]
@@ -90,7 +89,6 @@ def test_states_follow_the_run() -> None:
         raced = {setup.name for setup in point.race.speedups} - {choice.setup.name}
         assert {name for name, state in states.items() if state == "raced"} == raced
         won = by_name(figures)[choice.setup.name]
-        assert point.measured is not None
         assert won.measured_speedup == point.measured.speedup
         assert won.measured_tok_per_s == point.measured.tok_per_s
         assert won.race_speedup == point.race.speedups[choice.setup]

@@ -53,7 +53,6 @@ def test_a_policy_of_other_drafts_is_not_taken(tmp_path: Path) -> None:
     """`drafts_of` is asked for every policy: refused, the old one holds; of other names, a new selector has them."""
 
     def drafts_of(new: Policy) -> list[str]:
-        assert new.prior is not None
         names = [draft.name for draft in new.prior.drafts if draft != CODE_DRAFT]
         if not names:
             raise InputError("nothing is loaded")

@@ -86,7 +86,6 @@ def test_a_policy_without_a_prior_is_applied_as_it_stands() -> None:
 def test_a_draft_that_broke_a_limit_is_never_picked() -> None:
     """Without round times at a point the draft is no option there."""
     stored = learning_policy()
-    assert stored.prior is not None
     times = tuple(times for times in stored.prior.round_times if times.draft != 1 or times.batch_size != 1)
     prior = replace(stored.prior, round_times=times)
     limited = replace(stored, choices=(choice(NGRAM8), choice(PLAIN, batch_size=8)), prior=prior)
@@ -152,7 +151,6 @@ def test_a_replaced_policy_keeps_what_was_learned() -> None:
     selector, world = Selector(learning_policy()), World()
     world.keep = {NGRAM: 0.03, CODE_DRAFT: 0.03}  # at 0.1 one look-up token breaks even
     world.play(selector, 600, domain="code")
-    assert selector._state.domains is not None
     key = selector._state.domains.drafts[0.0][0].models[1].key  # the look-up's, on code
     learned = selector.snapshot()["learned"][key]
     newer = learning_policy()
@@ -200,7 +198,6 @@ def test_the_loop_of_the_docstring_runs(tmp_path: Path, monkeypatch: pytest.Monk
     write("policy.json", learning_policy())
     assert module.__doc__ is not None
     match = re.search(r"Serving code:\n\n(.*?)\n\nDecisions", module.__doc__, re.DOTALL)
-    assert match is not None
     code = inspect.cleandoc(match[1])
     assert len(code.splitlines()) <= 16
     request = SimpleNamespace(id="r1", done=False, context_length=300, domain="code")

@@ -301,7 +301,6 @@ def test_a_planted_bug_fails_the_chi_square(monkeypatch: pytest.MonkeyPatch) -> 
     def stale(self: ModelDrafter, text: Text, limits: list[int], positions: torch.Tensor) -> Drafted:
         drafted = real(self, text, limits, positions)
         probs = drafted.proposal.draft_probs
-        assert probs is not None
         before = last.get(probs.shape[1], probs)
         last[probs.shape[1]] = probs
         return replace(drafted, proposal=replace(drafted.proposal, draft_probs=before))
