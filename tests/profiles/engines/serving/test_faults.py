@@ -53,12 +53,12 @@ BEFORE_READY: dict[str, tuple[str, type[EngineError], str]] = {
     "out of memory": ("--fault out-of-memory", OutOfMemoryError, "torch.OutOfMemoryError: CUDA out of memory"),
     "crashes": ("--fault crashes", EngineError, "was ended by SIGSEGV"),
     "huge log": ("--fault huge-log", EngineError, "RuntimeError: after much talk"),
-    "health check hangs": ("--fault health-hangs", EngineError, r"was not healthy after 2 s \(no answer\)"),
-    "health says 500 for ever": ("--fault health-500", EngineError, r"was not healthy after 2 s \(status 500\)"),
+    "health check hangs": ("--fault health-hangs", EngineError, r"was not healthy after 6 s \(no answer\)"),
+    "health says 500 for ever": ("--fault health-500", EngineError, r"was not healthy after 6 s \(status 500\)"),
     "never listens": (
         "--fault never-ready",
         EngineError,
-        r"was not healthy after 2 s \(no answer\): loading weights takes long",
+        r"was not healthy after 6 s \(no answer\): loading weights takes long",
     ),
     "leaves a process": ("--fault grandchild-and-exits", EngineError, "RuntimeError: worker failed"),
 }
