@@ -167,8 +167,8 @@ def covers(times: Mapping[str, StepTimes], target: Model, drafts: tuple[Draft, .
 
     The target is needed at widths 1 to max_length + 1, every component of a draft too, and the model of a composite
     draft at all widths of a first step. Where whole rounds are timed (the target has width 1 alone), every component is
-    needed at the widths of `sparse_lengths`, a composite's look-up as far as it drafts. `drafts` are those that are
-    timed (`EngineCapabilities.timed`).
+    needed at the widths of `sparse_lengths` or a wider last one, a composite's look-up as far as it drafts. `drafts`
+    are those that are timed (`EngineCapabilities.timed`).
     """
     target_times = times.get(target.run_digest)
     if target_times is None:
@@ -179,7 +179,10 @@ def covers(times: Mapping[str, StepTimes], target: Model, drafts: tuple[Draft, .
             draft.components[0].digest: max(max_length, LOOKUP_LENGTH) for draft in drafts if draft.kind == "composite"
         }
         widths = {part: times[part].samples_s.keys() if part in times else () for part in longest}
-        return all({k + 1 for k in sparse_lengths(length)} <= set(widths[part]) for part, length in longest.items())
+        return all(
+            max(widths[part], default=0) > length and {k + 1 for k in sparse_lengths(length)[:-1]} <= set(widths[part])
+            for part, length in longest.items()
+        )
     if not set(range(1, max_length + 2)) <= target_times.samples_s.keys():
         return False
     if not all(component.digest in times for draft in drafts for component in draft.components):

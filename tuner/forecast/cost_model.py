@@ -277,7 +277,8 @@ class RoundCostModel(CostModel):
 
 def _interpolated(samples_s: Mapping[int, Sequence[float]]) -> dict[int, tuple[float, ...]]:
     """Seconds by width, without a gap between widths."""
-    levels = numpy.linspace(0.0, 1.0, min(map(len, samples_s.values())))
+    num_samples = min(map(len, samples_s.values()))
+    levels = (numpy.arange(num_samples) + 0.5) / num_samples
     completed = {width: tuple(seconds) for width, seconds in samples_s.items()}
     for low, high in itertools.pairwise(sorted(samples_s)):
         below, above = (numpy.quantile(samples_s[width], levels) for width in (low, high))

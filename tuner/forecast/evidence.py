@@ -181,7 +181,7 @@ class _Collector:
             prompts=tuple(self._prompts),
             traces=self._traces,
             acceptances=self._acceptances,
-            steps=dict(self._cost_model.complete(steps)),
+            steps=steps,
             calibration=tuple((setup, run) for setup, run in self._runs if setup not in failed),
             drafts=tuple(draft for draft in drafts if not capabilities.traces(draft) or draft not in failed_drafts),
             infeasible=tuple(self._infeasible),

@@ -47,6 +47,7 @@ class Forecaster:
         self._seed = seed
         self._end_to_end = objective == "throughput"
         self._cost_model = cost_model_of(evidence.capabilities, target_component)
+        self._steps = self._cost_model.complete(evidence.steps)
         self._rounds: dict[tuple[Setup, str], RoundCounts] = {}
         self._replays: dict[tuple[Setup, tuple[str, ...]], list[Usage]] = {}
         self._overheads, self._overhead_draws = self._calibrated()
@@ -174,10 +175,10 @@ class Forecaster:
             NotMeasuredError: the component, or this width of the target, was not timed.
         """
         timed = width
-        if component != self._target_component and component in self._evidence.steps:
-            widths = self._evidence.steps[component].samples_s
+        if component != self._target_component and component in self._steps:
+            widths = self._steps[component].samples_s
             timed = width if width in widths else max(other for other in widths if other < width)
-        return width / timed * median(step_samples(self._evidence.steps, component, timed))
+        return width / timed * median(step_samples(self._steps, component, timed))
 
     def refill_s(self, draft: Draft | None) -> float:
         """Seconds of a row's prefill, the draft's included, which the other rows of a batch wait for."""
@@ -202,7 +203,7 @@ class Forecaster:
             num_rounds += usage.num_rounds
             beyond_s += overhead.beyond_steps_s(usage)
             for (component, width), count in usage.steps.items():
-                samples = step_samples(self._evidence.steps, component, width)
+                samples = step_samples(self._steps, component, width)
                 step_seconds[component] += overhead.factor * count * median(samples)
         if num_rounds == 0.0:
             raise NotMeasuredError(f"{setup.name}: no output has a second token, so there is no round to split")
@@ -229,7 +230,7 @@ class Forecaster:
 
     def _resampled_step_s(self, component: str, width: int, size: int) -> numpy.ndarray:
         """Median step seconds: the measured one first, then `size - 1` resampled ones; the same for every setup."""
-        samples = numpy.array(step_samples(self._evidence.steps, component, width))
+        samples = numpy.array(step_samples(self._steps, component, width))
         rng = numpy.random.default_rng([self._seed, width, int(component[:8], 16)])
         picks = rng.integers(0, len(samples), (size - 1, len(samples)))
         return numpy.concatenate([[numpy.median(samples)], numpy.median(samples[picks], axis=1)])
@@ -314,7 +315,7 @@ class Forecaster:
                     for pick in rng.integers(0, len(same), len(same))
                 ]
             )
-        fitted = [self._cost_model.calibrate(self._evidence.steps, variant) for variant in variants]
+        fitted = [self._cost_model.calibrate(self._steps, variant) for variant in variants]
         order = [0, *(1 + draw % CALIBRATION_RESAMPLES for draw in range(RESAMPLES))]
         drafts = [None, *filter(self._evidence.is_traced, self._evidence.drafts)]
         by_draft = {draft: [_overhead_of(draft, variant) for variant in fitted] for draft in drafts}

@@ -87,7 +87,7 @@ class AcceptanceModel:
         ]
         self.reach = list(accumulate(probs, mul))
         sums = list(accumulate(self.reach))
-        first, run = sums[0], 1.0 + self._excess_run / (self._prior[0] + at_least[0])
+        first, run = sums[0], 1.0 + self._excess_run / max(1e-9, self._prior[0] + at_least[0])
         self.tokens = [1.0 + (sums[length] - first) * (1.0 + excess) / run for length, excess in self._excess.items()]
 
     def error(self, index: int, now: float) -> float:
@@ -214,6 +214,11 @@ class Domains:
             for share, weight, start in zip(shares, weights, self.first[label], strict=True)
         ]
         self.latest[label] = weights
+
+    def align(self) -> None:
+        """No domain has fewer rounds than a model that was taken over from another policy has counted."""
+        for draft in (draft for drafts in self.drafts.values() for draft in drafts):
+            self.rounds = [max(count, model.last) for count, model in zip(self.rounds, draft.models, strict=True)]
 
     def _count(self, model: AcceptanceModel, domain: int, row: tuple[int, int], weight: float) -> None:
         weight *= weight  # rounds of uncertain domains would make these alike

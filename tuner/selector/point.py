@@ -44,7 +44,7 @@ class Point:
         self.drafts = [-1]  # by option: number in the prior
         for number, draft in enumerate(prior.drafts):
             if number in times and (usable is None or draft.name in usable):
-                longest = min(times[number].max_length, max_length or prior.lengths[-1])
+                longest = min(times[number].max_length, prior.lengths[-1] if max_length is None else max_length)
                 if lengths := [length for length in prior.lengths if length <= longest]:
                     self.lengths.append(lengths)
                     self.drafts.append(number)
@@ -96,12 +96,14 @@ class Point:
         option, index = arm
         if not option:
             return 1.0 / self.costs[0][0]
-        tokens = proposes = 0.0
+        tokens = proposes = share = 0.0
+        least = min(MIN_SHARE, 0.5 * max(weights))
         for weight, model in zip(weights, self.models[option].models):  # noqa: B905 -- fast
-            if weight > MIN_SHARE:
+            if weight > least:
+                share += weight
                 tokens += weight * model.tokens[index]
                 proposes += weight * model.reach[0]
-        return tokens / (self._mean_s(option, self.costs[option][index], proposes) + extra_s)
+        return tokens / share / (self._mean_s(option, self.costs[option][index], proposes / share) + extra_s)
 
     def _mean_s(self, option: int, cost: float, proposes: float) -> float:
         """Seconds of a mean round by those of one that drafts, and by how likely a row proposes."""

@@ -10,7 +10,7 @@ MACHINE_WEIGHT = 1.0 / 16.0  # of the latest round in the machine's factor
 NOISE_ROUNDS = 64  # that the scatter of rounds is taken over
 INITIAL_NOISE, INITIAL_ROUNDS = 0.06, 8  # standard deviation of a round's logarithm until it is known; its weight
 JUMP_LOG_RATIO, JUMP_NOISES, JUMP_ROUNDS = math.log(1.2), 2.5, 3
-SETTLING_ROUNDS = 8  # after a change to a draft, in which a jump to slower rounds is the draft's
+SETTLING_ROUNDS = 8  # after a change of draft or length, in which a jump to slower rounds is the draft's
 MAX_DRAFT_JUMP = math.log(2.0)  # a stall of the machine looks alike, and must not shut a draft out
 
 
@@ -37,7 +37,7 @@ class RoundTimeModel:
         self.logs, self.rounds = [0.0] * len(num_lengths), [0.0] * len(num_lengths)
         self.last = [-(10**9)] * len(num_lengths)
         self.length_logs = [[0.0] * number for number in num_lengths]
-        self._option, self._since = -1, 0
+        self._setup, self._since = (-1, 0), 0
         self.update()
 
     def factors(self, option: int) -> list[float]:
@@ -67,8 +67,8 @@ class RoundTimeModel:
         if self._count == INITIAL_ROUNDS:
             self.machine += residual
             residual = 0.0
-        if self._option != option:
-            self._option, self._since = option, 0
+        if self._setup != setup:
+            self._setup, self._since = setup, 0
         self._since += count
         limit = self._limit
         if abs(residual) > limit:
@@ -94,7 +94,7 @@ class RoundTimeModel:
         self._same_side = self._same_side + side if continues else side
         if abs(self._same_side) < JUMP_ROUNDS:
             return False
-        self._same_side, option = 0, self._option
+        self._same_side, option = 0, self._setup[0]
         if option and self._since <= SETTLING_ROUNDS and (side > 0 or self.logs[option] > limit):
             self.logs[option] = self.logs[option] + min(MAX_DRAFT_JUMP, self._smallest) if side > 0 else 0.0
         else:

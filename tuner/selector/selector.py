@@ -94,7 +94,7 @@ class Selector:
     """
 
     key = "selector"
-    LEARNED = ("_now", "num_refused", "_next_probe", "_probe_credit", "_totals")
+    LEARNED = ("_now", "num_refused", "_next_probe", "_num_looks", "_probe_credit", "_totals")
 
     def __init__(
         self,
@@ -115,6 +115,7 @@ class Selector:
         self._requests: dict[Hashable, tuple[list[float], int]] = {}  # weights of domains, label; oldest first
         self._now = 0
         self._next_probe = PROBE_ROUNDS + seed % PROBE_CHECK_ROUNDS
+        self._num_looks = 0  # for an option in turn
         self._probe_credit = INITIAL_PROBE_CREDIT
         self._totals = [0.0] * 5  # plain seconds and those taken; proposed, expected and accepted tokens
         self.num_refused = 0
@@ -295,7 +296,8 @@ class Selector:
         """Whether the next option in turn may be better than the setup in use, and can be paid: it is then probed."""
         arm, main = PLAIN_ARM, weights.index(max(weights))
         if not stream.arm[0] or self._now - point.times.last[0] < PLAIN_ROUNDS:
-            arm = point.peak(self._now // PROBE_CHECK_ROUNDS % len(point.lengths), main)
+            self._num_looks += 1
+            arm = point.peak(self._num_looks % len(point.lengths), main)
             value, rate = point.value(arm, weights), point.value(stream.arm, weights)
             hopeful = value * (1.0 + PROBE_ERRORS * point.error(arm, main, self._now))
             if arm[0] == stream.arm[0] or hopeful <= rate * (1.0 + MARGIN):
@@ -304,7 +306,6 @@ class Selector:
             cost = PROBE_ROUNDS * max(0.0, 1.0 - value / rate) + catch_up_s / point.plain_s
             if cost > self._probe_credit or self._affordable(point, arm, catch_up_s) != arm:
                 return False
-            self._probe_credit -= cost
         self._probe, self._probe_left = (stream, arm), PROBE_ROUNDS
         return True
 
@@ -317,7 +318,7 @@ class Selector:
         worth = point.value(arm, weights)  # tokens per second of a row: what a second is worth
         chosen = []
         for request in requests:
-            shares, _ = self._requests[request.id]
+            shares, _ = self._requests.get(request.id) or (weights, 0)
             columns = zip(*(model.tokens for model in point.models[option].models), strict=True)
             tokens = [sum(map(mul, shares, column)) for column in columns]
             best = 0
@@ -380,6 +381,8 @@ class Selector:
         self._totals[0] += emitted_s
         self._totals[1] += scale * taken_s
         credit = PROBE_ROUND_SHARE * scale * num_rounds - min(0.0, PROBE_GAIN_SHARE * lost_s / plain_s)
+        if decision.probe:
+            credit -= max(0.0, lost_s / plain_s)
         self._probe_credit = min(MAX_PROBE_CREDIT, self._probe_credit + credit)
         point.refresh_after(arm[0], mains)
 
@@ -457,6 +460,8 @@ class Selector:
         state = SelectorState(policy, **self._options)
         with self._lock:
             load(state.parts(), save(self._state.parts()), strict=False)
+            if state.domains is not None:
+                state.domains.align()
             state.update()
             self._replaced = frozenset(self._state.streams)
             self._state = state
@@ -484,6 +489,7 @@ class Selector:
         try:
             load([fresh, fresh._budget, *fresh._state.parts()], snapshot["learned"])
             fresh._state.update()
+            fresh._state.check()
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"the snapshot is damaged: {type(error).__name__} {error}") from error
         with self._lock:
@@ -502,7 +508,7 @@ def _is_possible(report: RoundReport, length: int, many: bool) -> bool:
     if many:
         fits = ids != ()
     else:
-        fits = not ids or len(rows) == len(ids) == len(set(ids))
+        fits = ids is None or len(rows) == len(ids) == len(set(ids))
         fits &= not decision.covered or len(rows) <= decision.batch_size
     for row in rows:
         if not isinstance(row, SEQUENCES) or len(row) != 2:

@@ -51,19 +51,18 @@ class SelectorState:
         self._temperatures = sorted({choice.temperature for choice in policy.choices})
         self._contexts = sorted({choice.context_length for choice in policy.choices})
         self._answers: dict[tuple[int, int | None, str | None, float], Stream | None] = {}
-        self.domains = None if policy.prior is None else Domains(policy.prior)
+        prior = policy.prior
+        self.domains = None if prior is None or not prior.acceptance else Domains(prior)
         times: dict[tuple[int, int, float], dict[int | None, RoundTimes]] = {}
-        for row in () if policy.prior is None else policy.prior.round_times:
+        for row in () if prior is None else prior.round_times:
             times.setdefault((row.batch_size, row.context_length, row.temperature), {})[row.draft] = row
         self.points: dict[tuple[int, int, float], Point] = {}
         self.streams: dict[OperatingPoint, Stream] = {}
         for choice in policy.choices:
             where = choice.batch_size, choice.context_length, choice.temperature
-            if where not in self.points and None in times.get(where, ()):
-                assert policy.prior is not None
-                assert self.domains is not None
+            if prior and self.domains and where not in self.points and None in times.get(where, ()):
                 self.points[where] = Point(
-                    policy.prior,
+                    prior,
                     self.domains,
                     times[where],
                     usable=drafts,
@@ -84,7 +83,7 @@ class SelectorState:
         self, batch_size: int, context_length: int | None, domain: str | None, temperature: float
     ) -> Stream | None:
         """The stream of a query; None: its batch is beyond the largest measured. Raises InputError."""
-        if context_length is not None and context_length >= 1:  # between two measured ones the answer does not change
+        if type(context_length) is int and context_length >= 1:  # between two measured ones the answer does not change
             longer = bisect_left(self._contexts, context_length)
             context_length = self._contexts[longer] if longer < len(self._contexts) else None
         query = batch_size, context_length, domain, temperature
@@ -112,6 +111,14 @@ class SelectorState:
         yield from () if self.domains is None else self.domains.parts()
         yield from (point.times for point in self.points.values())
         yield from self.streams.values()
+
+    def check(self) -> None:
+        """Raises IndexError: a setup in use is none of its point's."""
+        for stream in self.streams.values():
+            if stream.point is not None and min(stream.arm) >= 0:
+                stream.point.setups[stream.arm[0]][stream.arm[1]]
+            elif stream.arm != PLAIN_ARM:
+                raise IndexError(f"a setup of {stream.arm}")
 
     def update(self) -> None:
         """Recomputes all figures."""

@@ -112,9 +112,11 @@ def test_widths_between_timed_ones_lie_on_a_line() -> None:
         for part, by_width in timed.items()
     }
     completed = MODEL.complete(steps)[DRAFT_A.digest].samples_s
-    assert completed == {1: (1.0, 3.0), 2: (3.0, 5.0, 4.0), 3: (4.0, 7.0), 4: (5.0, 9.0), 5: (6.0, 11.0, 8.5)}
+    assert completed == {1: (1.0, 3.0), 2: (3.0, 5.0, 4.0), 3: (4.75, 6.25), 4: (6.0, 8.0), 5: (6.0, 11.0, 8.5)}
     assert covers(steps, TARGET, (DRAFT_A,), 1)
     assert not covers(steps, TARGET, (DRAFT_A,), 4)  # from 2 tokens to 4 is no more than double
+    steps[DRAFT_A.digest] = replace(steps[DRAFT_A.digest], samples_s=dict.fromkeys((2, 3, 5, 9), (1.0,)))
+    assert all(covers(steps, TARGET, (DRAFT_A,), length) for length in range(1, 9))
 
 
 def test_a_continuous_batch_is_kept_full() -> None:

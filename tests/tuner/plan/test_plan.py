@@ -278,6 +278,12 @@ def test_the_store_gives_exact_rounds_and_its_step_times_win(tmp_path: Path) -> 
             stored.acceptance(store, FAKE_TARGET.name, "another", (1,))
 
 
+def test_rounds_between_timed_lengths_lie_on_a_line() -> None:
+    """Where whole rounds were timed at some lengths; beyond them nothing is known."""
+    measured = stored.MeasuredTimes(device="x", context=1, seconds={"target": {1: 1.0}, "d": {2: 2.0, 5: 5.0, 9: 7.0}})
+    assert [measured.round_s("d", length, True) for length in (0, 1, 2, 4, 6, 8, 9)] == [1, 2, 3, 5, 6, 7, None]
+
+
 def test_the_command_loads_no_model_library_and_takes_a_file_of_hardware(tmp_path: Path) -> None:
     device = {"bandwidth_gb": 100, "memory_gb": 500, "link_gb": 0, "tflops": {"vector": 1, "fp16": 1, "fp8": 1}}
     path = tmp_path / "mine.json"

@@ -14,14 +14,16 @@ from typing import Any
 
 import pytest
 
-from profiles.engines.base import RoundReport
+from profiles.engines.base import RequestInfo, RoundReport
 from profiles.records.core import PLAIN, Setup
 from profiles.records.errors import InputError
-from tests.support.policies import CODE_DRAFT, NGRAM, choice, learning_policy, policy
+from profiles.records.evidence import RoundCount
+from tests.support.policies import CODE_DRAFT, NGRAM, acceptance, choice, learning_policy, policy, round_times
 from tests.support.worlds import CODE2, NGRAM8, World, drafted
 from tuner.policy.policy import Policy, read, write
 from tuner.selector import selector as module
-from tuner.selector.selector import Selector
+from tuner.selector.round_time import RoundTimeModel
+from tuner.selector.selector import MAX_REQUESTS, Selector
 
 
 @pytest.mark.parametrize(
@@ -161,6 +163,17 @@ def test_a_replaced_policy_keeps_what_was_learned() -> None:
     assert drafted(world.play(selector, 200, domain="code")) < 0.2
 
 
+def test_a_slow_length_is_no_slow_machine() -> None:
+    """A length that was just changed to and takes three times as long moves the draft, not the machine."""
+    times = RoundTimeModel([1, 8])
+    rounds = [((0, 0), 1.0)] * 20 + [((1, 1), 1.0)] * 40 + [((1, 7), 3.0)] * 6
+    for now, (setup, ratio) in enumerate(rounds):
+        times.observe(setup, ratio, now)
+        times.update()
+    assert math.exp(times.machine) < 1.2
+    assert sum(times.logs) > 0.5
+
+
 def test_a_replaced_policy_keeps_times_and_reports_under_way() -> None:
     """Times that are stored alike go on as learned; a report of a point that went teaches nothing and is no fault."""
     selector, world = Selector(learning_policy()), World(slowness=1.5)
@@ -172,6 +185,75 @@ def test_a_replaced_policy_keeps_times_and_reports_under_way() -> None:
     assert point.times.machine == pytest.approx(math.log(1.5), abs=0.1)
     assert not selector.observe(RoundReport(decision, ((0, 0),), 0.01))
     assert selector.num_refused == 0
+
+
+def test_other_domains_in_a_policy_age_what_was_learned() -> None:
+    """A domain's rounds are no fewer than those that its models have counted."""
+    selector, world = Selector(learning_policy()), World()
+    world.play(selector, 400, domain="code")
+    newer = learning_policy()
+    assert newer.prior is not None
+    more = (*newer.prior.acceptance, acceptance(0, 0.5, domain="legal"), acceptance(1, 0.5, domain="legal"))
+    selector.replace(replace(newer, prior=replace(newer.prior, acceptance=more)))
+    domains = selector._state.domains
+    models = [model for draft in domains.drafts[0.0] for model in draft.models]
+    assert max(model.last for model in models) > 100.0
+    assert all(model.last <= domains.rounds[number % len(domains.names)] for number, model in enumerate(models))
+
+
+def test_a_draft_that_is_better_than_stored_is_found() -> None:
+    """Whatever the size of reports, from plain decoding; probes that gain cost nothing, though the draft catches up."""
+    prior = replace(
+        learning_policy().prior,
+        drafts=(CODE_DRAFT,),
+        acceptance=(acceptance(0, 0.3), acceptance(0, 0.3, domain="code")),
+        round_times=(round_times(None, 0.0), round_times(0, 0.003)),
+    )
+    for size in (1, 13, 26):
+        selector, rng, num_drafted = Selector(replace(policy(choice(PLAIN)), prior=prior)), random.Random(1), 0
+        for number in range(3000 // size):
+            decision = selector.choose(requests=[RequestInfo(number)])
+            length = decision.setup.length
+            kept = [next((at for at in range(length) if rng.random() > 0.9), length) for _ in range(size)]
+            rounds = [RoundCount(length, accepted) for accepted in kept]
+            assert selector.observe_many(decision, rounds, size * (0.01 + 0.003 * length))
+            selector.finish([number])
+            num_drafted += size * (length > 0)
+        assert num_drafted > 2000
+
+
+@pytest.mark.parametrize("num_domains", [1, 60])
+def test_odd_priors(num_domains: int) -> None:
+    """A look-up that never matched has a value of plain decoding; sixty domains hide none; no acceptance, no choice."""
+    prior = learning_policy().prior
+    names = [f"domain-{number}" for number in range(num_domains)]
+    rows = [acceptance(0, 0.0, propose_prob=0.0, domain=name) for name in names]
+    rows += [acceptance(1, 0.9, domain=name) for name in names]
+    known = replace(policy(choice(Setup(draft=CODE_DRAFT, length=4))), prior=replace(prior, acceptance=tuple(rows)))
+    world = World()
+    world.keep[CODE_DRAFT] = 0.9
+    assert drafted(world.play(Selector(known), 300)) > 0.9
+    bare = replace(known, prior=replace(prior, acceptance=()))
+    assert Selector(bare).choose().setup.length == 4
+
+
+def test_more_requests_than_are_remembered() -> None:
+    """The oldest go, also where they are of the batch."""
+    selector = Selector(learning_policy())
+    for number in range(MAX_REQUESTS):
+        selector.choose(requests=[RequestInfo(number)])
+    decision = selector.choose(requests=[RequestInfo(0), RequestInfo("new")], per_request=True)
+    assert not selector.observe(RoundReport(decision, ((0, 0), (0, 0)), 0.01, ids=()))
+
+
+def test_a_snapshot_of_a_setup_that_is_none_is_damaged() -> None:
+    selector = Selector(learning_policy())
+    snapshot = selector.snapshot()
+    key = next(iter(selector._state.streams.values())).key
+    snapshot["learned"][key][0] = [7, 0]
+    with pytest.raises(InputError, match="the snapshot is damaged: IndexError"):
+        selector.restore(snapshot)
+    assert selector.choose().setup == NGRAM8
 
 
 def test_threads_share_a_selector() -> None:

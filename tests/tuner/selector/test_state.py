@@ -1,5 +1,7 @@
 """The selector finds the measured point that the policy's look-up does, or the nearest one."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,10 +49,12 @@ def test_same_answers_as_the_policy(
     [
         ((0, None, None, 0.0), "batch size 0: whole numbers from 1 are allowed"),
         ((1, -5, None, 0.0), "context -5: whole numbers from 1 are allowed"),
+        ((1, "3", None, 0.0), "context '?3'?: whole numbers from 1 are allowed"),
+        ((1, 2.5, None, 0.0), "context 2.5: whole numbers from 1 are allowed"),
         ((1, None, None, float("nan")), "temperature nan: allowed are 0"),
     ],
 )
-def test_impossible_question(question: tuple[int, int | None, None, float], message: str) -> None:
+def test_impossible_question(question: tuple[int, Any, None, float], message: str) -> None:
     """A value that cannot exist raises an error that names it."""
     with pytest.raises(InputError, match=message):
         STATE.find(*question)
