@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from profiles.records.core import CATCH_UP_WIDTHS, LOOKUP_LENGTH, Draft, Model, Setup, all_finite
 from profiles.records.errors import require
@@ -160,6 +160,16 @@ class Infeasible:
 def sparse_lengths(max_length: int) -> list[int]:
     """Powers of two and the longest length: where whole rounds are timed; those between are interpolated."""
     return sorted({2**power for power in range(max_length.bit_length())} | {max_length})
+
+
+def between_widths(by_width: Mapping[int, Any], width: int) -> Any:
+    """The value (a number, or an array) at a width, on a line between those that were timed; None: beyond them."""
+    low = max((timed for timed in by_width if timed <= width), default=None)
+    high = min((timed for timed in by_width if timed >= width), default=None)
+    if low is None or high is None:
+        return None
+    share = (width - low) / (high - low) if high > low else 0.0
+    return (1.0 - share) * by_width[low] + share * by_width[high]
 
 
 def covers(times: Mapping[str, StepTimes], target: Model, drafts: tuple[Draft, ...], max_length: int) -> bool:

@@ -137,9 +137,8 @@ def _document(
 
     document: dict[str, Any] = {"target": asdict(result.target), "store": store}
     if result.policy is not None:
-        path = (
-            str(policy_path) if policy_path is not None and policy_path.exists() else None
-        )  # a merged one has no file
+        has_file = policy_path is not None and policy_path.exists()  # a merged policy has none
+        path = str(policy_path) if has_file else None
         document = tables.document(result.policy, cost=outcome.get("cost", {}), store=store, policy_path=path)
         document["proven"] = document["proven"] and result.level == "exact"  # elsewhere it was not proven
     answer = {**tables.answer(result.answer), "match": result.to_json()}

@@ -47,9 +47,8 @@ def find_targets(evidence_store: EvidenceStore, name: str | None) -> list[Model]
         targets = targets_named(connection, name)
     if not targets:
         target = "any target" if name is None else f"target {name!r}"
-        moved = (
-            f"; a moved model has its old name (`{command('show')}`) until then" if os.path.exists(name or "") else ""
-        )
+        is_path = os.path.exists(name or "")
+        moved = f"; a moved model has its old name (`{command('show')}`) until then" if is_path else ""
         raise NotMeasuredError(
             f"the store {evidence_store.name} does not know {target}: run `{command('run')}` first{moved}"
         )

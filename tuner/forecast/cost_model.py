@@ -20,7 +20,7 @@ from profiles.acceptance.expected_rounds import WIDEST_CATCH_UP
 from profiles.engines.base import EngineCapabilities
 from profiles.records.core import Draft, Setup
 from profiles.records.errors import NotMeasuredError
-from profiles.records.evidence import Sample, StepShape, StepTimes
+from profiles.records.evidence import Sample, StepShape, StepTimes, between_widths
 from profiles.stats import median
 
 MIN_REFILL_DIFFERENCE = 0.05  # refills per round by which two runs must differ to show what a refill takes
@@ -279,13 +279,11 @@ def _interpolated(samples_s: Mapping[int, Sequence[float]]) -> dict[int, tuple[f
     """Seconds by width, without a gap between widths."""
     num_samples = min(map(len, samples_s.values()))
     levels = (numpy.arange(num_samples) + 0.5) / num_samples
-    completed = {width: tuple(seconds) for width, seconds in samples_s.items()}
-    for low, high in itertools.pairwise(sorted(samples_s)):
-        below, above = (numpy.quantile(samples_s[width], levels) for width in (low, high))
-        for width in range(low + 1, high):
-            share = (width - low) / (high - low)
-            completed[width] = tuple(map(float, (1.0 - share) * below + share * above))
-    return completed
+    quantiles = {width: numpy.quantile(seconds, levels) for width, seconds in samples_s.items()}
+    return {
+        width: tuple(samples_s[width] if width in samples_s else between_widths(quantiles, width).tolist())
+        for width in range(min(samples_s), max(samples_s) + 1)
+    }
 
 
 class _MeanRound(NamedTuple):

@@ -11,7 +11,7 @@ from profiles.acceptance.expected_rounds import expected_rounds
 from profiles.hardware.device import family
 from profiles.records.core import DTYPES
 from profiles.records.errors import NotMeasuredError
-from profiles.records.evidence import AcceptanceTrace, LookupTrace, TargetTrace
+from profiles.records.evidence import AcceptanceTrace, LookupTrace, TargetTrace, between_widths
 from store import tables
 from store.evidence_store import EvidenceStore
 from tuner.deploy.stored_policies import find_targets
@@ -36,21 +36,12 @@ class MeasuredTimes:
         if length == 0:
             return target[1]
         if set(target) == {1}:
-            return _between(drafting, length + 1)
+            seconds: float | None = between_widths(drafting, length + 1)
+            return seconds
         steps = [2, *[1] * (length - 1)] if has_steps else [length]  # the first step takes in the token before too
         if length + 1 not in target or not set(steps) <= drafting.keys():
             return None
         return target[length + 1] + sum(drafting[width] for width in steps)
-
-
-def _between(seconds: Mapping[int, float], width: int) -> float | None:
-    """Seconds at a width, on a line between those that were timed; None: beyond them."""
-    low = max((timed for timed in seconds if timed <= width), default=None)
-    high = min((timed for timed in seconds if timed >= width), default=None)
-    if low is None or high is None:
-        return None
-    share = (width - low) / (high - low) if high > low else 0.0
-    return (1.0 - share) * seconds[low] + share * seconds[high]
 
 
 def acceptance(

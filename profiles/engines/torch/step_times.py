@@ -30,7 +30,7 @@ CHAIN = 4  # a draft's single-token steps follow each other: so many are timed t
 
 
 class _TimedStep(NamedTuple):
-    """A step, or `repeats` of them in a row."""
+    """A step, or `repeats` of them in a row; 0: it is run once and not timed."""
 
     component: str
     width: int

@@ -180,10 +180,9 @@ class VllmEngine(ServedEngine[config.EngineKey, WorkerClient]):
         )
 
     def time_steps(self, workload: Workload, context_length: int, max_length: int) -> dict[str, StepTimes]:
-        """Whole rounds: of plain decoding, and of every traced component at `sparse_lengths`; on a GPU at every length,
-        because captured graphs make steps of them.
+        """Whole rounds: of plain decoding, and of every traced component whose engine starts.
 
-        One whose engine does not start is left out.
+        On a CPU at `sparse_lengths`; on a GPU at every length, as times rise in steps at the sizes of captured graphs.
         """
         at_context = replace(workload, context_length=context_length)
         all_visits = [Visit(component=self.target.run_digest, setup=PLAIN, num_drafted=0)]
