@@ -5,24 +5,20 @@ An interrupted run resumes where it stopped, and a second run pays only for what
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
-
-from sqlalchemy import Connection, Table, select
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeVar
 
 from profiles.engines.base import Engine
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload
 from profiles.records.errors import EngineError
 from profiles.records.evidence import Acceptance, Infeasible, Sample, StepTimes, TargetTrace, covers
-from profiles.records.keys import run_point, sampling_digest, sampling_settings, trace_point, unit_digest
-from store import tables
+from profiles.records.keys import run_point, sampling_settings, trace_point, unit_digest
 from store.evidence_store import EvidenceStore, Scope
+from store.shared_traces import SharedTraces
 
 Evidence = TypeVar("Evidence")
 Point = tuple[object, ...]
 
-MIN_EQUAL = 6  # prompts
 MAX_REPEATS = 3  # of disturbed timed runs, each in a run of its own
 
 
@@ -34,7 +30,7 @@ class _StoredUnit(NamedTuple):
 class CachedEngine:
     """Fits `Engine`. An `EngineError` is stored as an `Infeasible` row, never as a number, and raised again.
 
-    * An engine that was seen to agree with the torch engine takes its traces (`SharedTraces`).
+    * An engine that was seen to agree with the torch engine takes its traces (`store.shared_traces`).
     * Timings that other programs disturbed are measured again, but not by the object that measured them: a run that
       asks twice gets one answer, whatever other processes save meanwhile.
     * Of a unit that two processes measure at once the first saved answers for both; of step times both are stored.
@@ -176,64 +172,3 @@ class CachedEngine:
 
 def _is_disturbed(timings: Iterable[Sample | StepTimes]) -> bool:
     return any(timing.disturbed for timing in timings)
-
-
-class SharedTraces:
-    """Traces of the torch engine for another whose greedy outputs were equal to its own, token for token.
-
-    Engines compute with other kernels, so traces are keyed by whose arithmetic they are (`capabilities.origin`, empty
-    for torch). An engine that agreed with torch on six prompts, and differed on none, takes torch's traces for the
-    rest; so too for each draft. This is decided anew from the stored traces of both whenever it is asked.
-    """
-
-    def __init__(self, evidence_store: EvidenceStore) -> None:
-        self._store = evidence_store
-        self._agreements: set[tuple[object, ...]] = set()
-
-    def target_trace(self, scope: Scope, prompt: Prompt) -> TargetTrace | None:
-        """Torch's trace of the prompt, if the engine of `scope` agrees with torch."""
-        if not self._agrees(scope, tables.target_traces, ("token_ids",), {}):
-            return None
-        return self._store.find_target_trace(replace(scope, origin=""), prompt)
-
-    def acceptance(self, scope: Scope, prompt: Prompt, draft: Draft, max_length: int) -> Acceptance | None:
-        """Torch's acceptance of a draft on the prompt, if the engine agrees about both target and draft."""
-        if self.target_trace(scope, prompt) is None:
-            return None
-        key: dict[str, Any] = {"draft_digest": draft.digest}
-        if draft.kind == "ngram":
-            # accepted tokens alone would not do: an engine that proposes more may have as many, and takes longer
-            key["max_length"] = max_length
-            agrees = self._agrees(scope, tables.lookup_traces, ("proposed", "accepted"), key)
-        else:
-            agrees = self._agrees(scope, tables.acceptance_traces, ("accept_probs",), key)
-        return self._store.find_acceptance(replace(scope, origin=""), prompt, draft, max_length) if agrees else None
-
-    def _agrees(self, scope: Scope, table: Table, columns: Sequence[str], key: Mapping[str, Any]) -> bool:
-        """Whether columns are equal on all prompts that both origins have, at least six.
-
-        Greedy decoding in float32 only: in shorter types kernels diverge, on prompts not seen yet too.
-        """
-        if not scope.origin or scope.workload.temperature > 0.0 or scope.target.dtype != "float32":
-            return False
-        torch_sampling, engine_sampling = (sampling_digest(scope.workload, origin) for origin in ("", scope.origin))
-        point = (table.name, scope.target.run_digest, engine_sampling, *key.values())
-        if point in self._agreements:
-            return True
-        names = ("sampling_digest", "prompt_digest", *columns)
-        query = select(*(table.c[name] for name in names)).filter_by(target_key=scope.target.run_digest, **key)
-        query = query.where(table.c.sampling_digest.in_([torch_sampling, engine_sampling]))
-
-        def read(connection: Connection) -> dict[str, dict[str, tuple[Any, ...]]]:
-            traces: dict[str, dict[str, tuple[Any, ...]]] = {torch_sampling: {}, engine_sampling: {}}
-            for sampling, prompt, *values in connection.execute(query):
-                traces[sampling][prompt] = tuple(values)
-            return traces
-
-        traces = self._store.database.read(read)
-        of_torch, of_engine = traces[torch_sampling], traces[engine_sampling]
-        common = of_torch.keys() & of_engine.keys()
-        if len(common) < MIN_EQUAL or any(of_torch[prompt] != of_engine[prompt] for prompt in common):
-            return False
-        self._agreements.add(point)
-        return True

@@ -1,4 +1,4 @@
-"""What a store holds, how old it is and from which machine, and the deletion of what is no longer wanted.
+"""What a store holds, how old it is and from which machine: the answer to `show`, as records.
 
 It counts rows and reads times; it loads no evidence and no torch.
 """
@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
 
-from sqlalchemy import ColumnElement, Connection, Integer, Table, and_, cast, delete, func, select
+from sqlalchemy import Connection, Integer, Table, cast, func, select
 
 from profiles.records.core import Environment, Model
-from profiles.records.errors import NotMeasuredError, StoreError
-from profiles.records.text import command
+from profiles.records.errors import StoreError
 from store import tables
-from store.evidence_store import EvidenceStore, targets_named
+from store.evidence_store import EvidenceStore
 
 Record = TypeVar("Record")
 Key = tuple[str, str]  # a target's run digest and a machine's digest
@@ -117,59 +116,3 @@ def _failures(connection: Connection) -> dict[Key, list[Failure]]:
 
 def _records(connection: Connection, table: Table, key: str, kind: type[Record]) -> dict[str, Record]:
     return {row[key]: tables.from_row(kind, row) for row in connection.execute(select(table)).mappings()}
-
-
-LINKED = {  # tables whose rows are deleted once nothing refers to them, and the columns that do
-    tables.models: [table.c.target_key for table in tables.ABOUT_TARGETS],
-    tables.environments: [table.c.environment_digest for table in tables.ABOUT_TARGETS],
-    tables.setups: [tables.samples.c.setup_id, tables.infeasible.c.setup_id],
-    tables.workloads: [tables.units.c.workload_id, tables.infeasible.c.workload_id],
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Forgotten:
-    """What was deleted, or would be: rows by table, and the targets they are about."""
-
-    rows: dict[str, int]
-    targets: tuple[Model, ...]
-
-
-def forget(
-    evidence_store: EvidenceStore, *, target: str | None = None, before: str | None = None, dry_run: bool = False
-) -> Forgotten:
-    """Delete evidence, runs and policies, and give their space back to the disk.
-
-    Args:
-        target: name, digest or run digest; None: of every target.
-        before: UTC time; only what was made earlier. None: whatever its age.
-        dry_run: only count.
-
-    Raises: NotMeasuredError: the store does not know the target. StoreError: it cannot be written.
-    """
-
-    def delete_rows(connection: Connection) -> Forgotten:
-        named = targets_named(connection, target)  # by the last part of a path too, which is too vague to delete by
-        targets = tuple(row for row in named if target in (None, row.name, row.digest, row.run_digest))
-        if target is not None and not targets:
-            raise NotMeasuredError(f"the store knows no target {target!r}: `{command('show')}` lists them")
-        rows: dict[str, int] = {}
-        for table in tables.ABOUT_TARGETS:
-            old: ColumnElement[bool] = table.c.target_key.in_([model.run_digest for model in targets])
-            if before is not None:
-                old &= table.c[tables.time_name(table.name)] < before
-            if count := connection.scalar(select(func.count()).select_from(table).where(old)):
-                rows[table.name] = count
-            if not dry_run:
-                connection.execute(delete(table).where(old))
-        for table, columns in LINKED.items() if not dry_run else ():
-            [key] = table.primary_key.columns
-            unused = and_(*(~select(column).where(column == key).exists() for column in columns))
-            connection.execute(delete(table).where(unused))
-        return Forgotten(rows=rows, targets=targets)
-
-    database = evidence_store.database
-    forgotten = database.read(delete_rows) if dry_run else database.write(delete_rows)
-    if forgotten.rows and not dry_run:
-        database.vacuum()
-    return forgotten

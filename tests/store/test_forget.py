@@ -9,7 +9,7 @@ from profiles.records.core import PLAIN, Setup
 from profiles.records.errors import NotMeasuredError
 from profiles.records.evidence import Infeasible
 from store.evidence_store import EvidenceStore, Scope
-from store.inventory import forget
+from store.forget import forget
 from tests.support import policies
 from tests.support.cli import call
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts

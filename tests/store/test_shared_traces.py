@@ -6,8 +6,8 @@ import pytest
 
 from profiles.records.core import Draft, Prompt
 from profiles.records.evidence import Acceptance, LookupTrace, TargetTrace
-from store.cached_engine import MIN_EQUAL, SharedTraces
 from store.evidence_store import EvidenceStore, Scope
+from store.shared_traces import MIN_EQUAL, SharedTraces
 from tests.support.fakes import GREEDY, MACHINE, NGRAM, TARGET, prompts
 
 OURS = Scope(target=TARGET, environment=MACHINE, workload=GREEDY)

@@ -28,7 +28,7 @@ def forget(
     """Delete evidence, runs and policies of a target, or those before a date."""
     from store import location
     from store.evidence_store import EvidenceStore
-    from store.inventory import forget as delete_rows
+    from store.forget import forget as delete_rows
 
     if target is None and before is None:
         raise InputError("nothing to forget: name a --target, a date with --before, or both")
