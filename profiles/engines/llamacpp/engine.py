@@ -132,7 +132,7 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], Server]):
             context_length=context_length,
             max_tokens=min(workload.context_length + SPARE_TOKENS, self._described.max_positions),
         )
-        measure = functools.partial(timing.time_plan, plan, lambda visit: self._rounds(visit, shape, workload))
+        measure = functools.partial(timing.time_plan, plan, shape, lambda visit: self._rounds(visit, shape, workload))
         return self._timed(workload, context_length, measure)
 
     def _server(self, setup: Setup, workload: Workload, more: Sequence[str] = ()) -> Server:

@@ -104,7 +104,9 @@ def _rounds_within(run: LlamaCompletion, start_s: float, end_s: float, width: in
     ]
 
 
-def time_plan(plan: Sequence[Visit], measure: Callable[[Visit], list[float]]) -> dict[str, dict[int, list[float]]]:
+def time_plan(
+    plan: Sequence[Visit], shape: Shape, measure: Callable[[Visit], list[float]]
+) -> dict[str, dict[int, list[float]]]:
     """Seconds of rounds by component and width: passes over the plan and back, in which a drift of the machine cancels.
 
     The rounds of a visit may all fall into one slow moment: medians are over several passes. A draft that fails is left
@@ -116,7 +118,7 @@ def time_plan(plan: Sequence[Visit], measure: Callable[[Visit], list[float]]) ->
         if failed.issuperset(visit.components):
             continue
         try:
-            seconds = _time_visit(visit, measure)
+            seconds = _time_visit(visit, shape, measure)
         except EngineError:
             if visit.setup == PLAIN:
                 raise
@@ -127,13 +129,13 @@ def time_plan(plan: Sequence[Visit], measure: Callable[[Visit], list[float]]) ->
     return {component: by_width for component, by_width in samples.items() if component not in failed}
 
 
-def _time_visit(visit: Visit, measure: Callable[[Visit], list[float]]) -> list[float]:
+def _time_visit(visit: Visit, shape: Shape, measure: Callable[[Visit], list[float]]) -> list[float]:
     """Seconds of a visit's rounds. Raises EngineError: too few of them."""
     seconds: list[float] = []
     for _ in range(MAX_TRIES):
         if len(seconds) < MIN_SAMPLES or sum(seconds) < MIN_S:
             seconds += measure(visit)
     if len(seconds) < MIN_SAMPLES:
-        needed = f"{MIN_SAMPLES} full rounds of {visit.width} tokens"
+        needed = f"{MIN_SAMPLES} full rounds of {visit.width} tokens at batch {shape.batch_size}"
         raise EngineError(f"{visit.setup.name}: of {needed} llama.cpp ran {len(seconds)}")
     return seconds

@@ -98,7 +98,7 @@ def test_lengths_are_timed_there_and_back() -> None:
         widths.append(visit.width)
         return [float(len(widths))] * 4
 
-    times = timing.time_plan(plan, measure)
+    times = timing.time_plan(plan, timing.Shape(batch_size=1, context_length=64, max_tokens=128), measure)
     assert widths == widths[::-1]
     assert set(times[look_up.digest]) == {1, 2, 3, 4}
     for width, samples_s in times[look_up.digest].items():
