@@ -11,7 +11,7 @@ from typer.exceptions import TyperException
 from profiles.hardware.software import draftpick_version
 from profiles.records.errors import DraftpickError
 from profiles.records.text import command
-from tuner.cli import bench_server, bundle, check, explain, forget, lookup, plan, report, run, search, show, verify
+from tuner.cli import bundle, check, explain, forget, lookup, plan, report, run, search, show, verify
 from tuner.cli.messages import EXIT_INTERRUPTED, missing_extra
 from tuner.cli.output import print_notes
 
@@ -48,8 +48,6 @@ app.command("report")(report.report)
 app.add_typer(bundle.app, name="bundle")
 app.command("forget")(forget.forget)
 app.command("verify")(verify.verify)
-app.command("bench-server")(bench_server.bench_server)
-app.command("load", hidden=True)(bench_server.bench_server)  # its name until 0.5
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 EngineName = Literal["torch", "vllm", "llamacpp", "server"]
 ServerKind = Literal["vllm", "sglang", "llamacpp"]  # whose speculative flags a command line can tell
-AnyServerKind = Literal["vllm", "sglang", "llamacpp", "trtllm", "openai"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 ObjectiveName = Literal["tpot", "throughput"]
 FormatName = Literal["vllm", "sglang", "trtllm", "llamacpp", "transformers", "json"]
@@ -32,7 +31,6 @@ _output = partial(_option, "Store and output")
 # models
 Target = Annotated[str, _model("Target model: a directory, a .gguf file, a hub id or builtin:target.")]
 TunedTarget = Annotated[str | None, _model("Name or digest of a tuned target.", default="the target tuned last")]
-ServedTarget = Annotated[str, _model("Served model, for its tokenizer: a directory or a .gguf file.")]
 Drafts = Annotated[
     list[str] | None,
     _model(
@@ -72,7 +70,6 @@ VerifyLaunch = Annotated[
     str, _engine("Command of the server with {port} and {speculative} in it; {model} is the target's path.")
 ]
 Kind = Annotated[ServerKind | None, _engine("Kind of server, for --engine server.", default="vllm")]
-AnyKind = Annotated[AnyServerKind, _engine("Kind of server.")]
 EngineVersion = Annotated[
     str | None,
     _engine("Version of the engine that --format or --kind names.", default="the installed, else newest known"),
@@ -91,7 +88,6 @@ Format = Annotated[
 ]
 Adaptive = Annotated[bool, _output("With --format vllm: a scheduler that chooses k as the server runs.", "--adaptive")]
 ServerFormat = Annotated[ServerKind, _engine("Engine that is started.", "--format")]
-Url = Annotated[str, _engine("Address of the server: http://HOST:PORT.")]
 
 # prompts and load
 Prompts = Annotated[
@@ -108,7 +104,6 @@ Domain = Annotated[str | None, _load("Domain of all prompts.", default="what the
 QueryDomain = Annotated[str | None, _load("Domain of the prompts.", default="all domains")]
 BatchSizes = Annotated[list[int] | None, _load("Sequences decoded together. Repeatable.", default="1")]
 QueryBatchSize = Annotated[int, _load("Sequences decoded together.")]
-InFlight = Annotated[list[int] | None, _load("Requests in flight. Repeatable.", default="1")]
 Contexts = Annotated[
     list[int] | None, _load("Most tokens of prompt and output. Repeatable.", default="what the prompts need")
 ]

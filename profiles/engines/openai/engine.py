@@ -1,4 +1,4 @@
-"""`ServerEngine`: the engine protocol on any OpenAI-compatible server, started from a template or running already.
+"""`ServerEngine`: the engine protocol on any OpenAI-compatible server that a template starts.
 
 Every setup has a server of its own; drafts are not traced but run. Times are the client's: they contain HTTP and the
 server's scheduling, as its users see them.
@@ -20,7 +20,7 @@ from profiles.engines.serving.completion import Completion, Encode, rounds_betwe
 from profiles.engines.serving.http_load import Body, drive, fetch
 from profiles.engines.serving.metrics import read_counters
 from profiles.engines.serving.pool import ServerPool
-from profiles.engines.serving.process import RunningServer, Server
+from profiles.engines.serving.process import Server
 from profiles.engines.serving.redaction import keyed_variables, redacted
 from profiles.engines.serving.sampling_check import texts_of
 from profiles.hardware.fingerprint import fingerprint
@@ -33,10 +33,8 @@ NUM_LOADS, ROUNDS_PER_LOAD = 7, 28  # from which a plain round's seconds are tak
 PATTERN = "The quick brown fox jumps over the lazy dog and runs on. "
 _VERSIONS = (("/version", "version"), ("/server_info", "version"), ("/props", "build_info"))
 
-StartedServer = Server | RunningServer
 
-
-class ServerEngine(ServedEngine[Setup, StartedServer]):
+class ServerEngine(ServedEngine[Setup, Server]):
     """A target and its drafts behind OpenAI-compatible servers; fits `Engine`. A context manager.
 
     `encode`: a text's token ids, nothing added.
@@ -48,7 +46,7 @@ class ServerEngine(ServedEngine[Setup, StartedServer]):
         max_alive = 1 if device.startswith("cuda") else 2  # a GPU is taken whole; else plain decoding and a draft
         super().__init__(target, drafts, ServerPool(self._start, max_alive))
         self._launch, self._encode, self._device = launch, encode, device
-        self._watched_gpus = (device,) if launch.url is None else None
+        self._watched_gpus = (device,)
         self._kind = launch.server_kind
         self._environment: Environment | None = None
 
@@ -65,7 +63,7 @@ class ServerEngine(ServedEngine[Setup, StartedServer]):
 
     @property
     def environment(self) -> Environment:
-        """This machine with the server's version, which a plain server reports; where a URL is, is not known."""
+        """This machine with the server's version, which a plain server reports."""
         if self._environment is None:
             options: dict[str, object] = {"served by": self._launch.identity}
             if variables := keyed_variables(os.environ):
@@ -73,7 +71,7 @@ class ServerEngine(ServedEngine[Setup, StartedServer]):
             self._environment = replace(
                 fingerprint(self._device),
                 engine=self._launch.kind,
-                engine_version=_version(self._server(self._launch.running).url),
+                engine_version=_version(self._server(PLAIN).url),
                 engine_options=json.dumps(options, sort_keys=True),
             )
         return self._environment
@@ -98,20 +96,14 @@ class ServerEngine(ServedEngine[Setup, StartedServer]):
         plain = self.target.run_digest
         return self._timed(workload, context_length, lambda: {plain: {1: self._plain_rounds(synthetic, rows)}})
 
-    def _start(self, setup: Setup) -> StartedServer:
+    def _start(self, setup: Setup) -> Server:
         launch = self._launch
-        if launch.url is not None:
-            if setup != launch.running:
-                raise InputError(f"{setup.name}: the server {launch.shown} runs {launch.running.name}, and only that")
-            running = RunningServer(launch.url)
-            running.wait_ready(launch.silent_s)
-            return running
         variables, command = launch.command(setup)
         server = Server(command, launch.log_path(setup), environment=variables)
         server.wait_ready(launch.ready_s)
         return server
 
-    def _server(self, setup: Setup) -> StartedServer:
+    def _server(self, setup: Setup) -> Server:
         self._check_draft(setup.draft)
         return self._pool.get(setup)
 
@@ -154,7 +146,7 @@ class ServerEngine(ServedEngine[Setup, StartedServer]):
 
     def _decode(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> list[Run]:
         """The queue through a warm server; one whose drafts have a history is new, and warmed up by other texts."""
-        if keeps_history(setup) and self._kind.keeps_history and self._launch.url is None:
+        if keeps_history(setup) and self._kind.keeps_history:
             self._pool.stop(setup)
             self._warm_up(setup, *self._synthetic(workload, workload.context_length))
         else:

@@ -1,4 +1,4 @@
-"""The kinds of servers, and how a setup's is started: from a launch template, as in a shell, or it runs at a URL."""
+"""The kinds of servers, and how a setup's is started: from a launch template, as in a shell."""
 
 import itertools
 import re
@@ -9,10 +9,10 @@ from pathlib import Path
 
 from profiles.engines.llamacpp.flags import release_of_build
 from profiles.engines.llamacpp.responses import SERVER as LLAMA_CPP
-from profiles.engines.releases import TITLES, EngineRelease, release_of
+from profiles.engines.releases import EngineRelease, release_of
 from profiles.engines.serving.http_load import TIMEOUT_S
 from profiles.engines.serving.redaction import redacted, without_paths
-from profiles.engines.serving.server_kind import ServerKind, openai_body
+from profiles.engines.serving.server_kind import ServerKind
 from profiles.engines.sglang.flags import SERVER as SGLANG
 from profiles.engines.vllm.responses import SERVER as VLLM
 from profiles.records.core import PLAIN, Setup, digest_of
@@ -22,13 +22,7 @@ SPECULATIVE = "{speculative}"
 MODEL = "{model}"
 READY_S = 900.0
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
-SERVER_KINDS = {
-    "vllm": VLLM,
-    "sglang": SGLANG,
-    "llamacpp": LLAMA_CPP,
-    "trtllm": ServerKind(body_of=openai_body),
-    "openai": ServerKind(body_of=openai_body),
-}
+SERVER_KINDS = {"vllm": VLLM, "sglang": SGLANG, "llamacpp": LLAMA_CPP}
 
 
 def server_kind(name: str) -> ServerKind:
@@ -39,30 +33,24 @@ def server_kind(name: str) -> ServerKind:
 
 def release_for(kind: str, version: str | None) -> EngineRelease:
     """The release whose flags a server of a kind takes. Raises InputError: not a version of it."""
-    if kind == "llamacpp":
-        return release_of_build(version)
-    return release_of(kind, version) if kind in TITLES else EngineRelease(engine=kind, version=version or "")
+    return release_of_build(version) if kind == "llamacpp" else release_of(kind, version)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """How a setup's server is started, or the URL of a running one."""
+    """How a setup's server is started."""
 
     kind: str
     log_folder: Path
-    template: str = ""  # as in a shell, with variables before, `{port}`, `{model}`, and `{speculative}` for the flags
+    template: str  # as in a shell, with variables before, `{port}`, `{model}`, and `{speculative}` for the flags
     model_path: str = ""
     flags_of: Callable[[Setup], Sequence[str]] = lambda _: ()
-    url: str | None = None
-    running: Setup = PLAIN  # what the server at the URL was started with
     ready_s: float = READY_S  # how long a start may take
     silent_s: float = TIMEOUT_S  # how long a server may be silent under load
 
     def __post_init__(self) -> None:
         server_kind(self.kind)
-        require(bool(self.template) != (self.url is not None), "a server needs a launch template or a URL, not both")
-        if self.template:
-            self.command(PLAIN)
+        self.command(PLAIN)
 
     @property
     def server_kind(self) -> ServerKind:
@@ -70,13 +58,13 @@ class Launch:
 
     @property
     def shown(self) -> str:
-        """The template or the URL without secrets; it may change what the server computes."""
-        return redacted(self._filled or self.url or "")
+        """The template without secrets; it may change what the server computes."""
+        return redacted(self._filled)
 
     @property
     def identity(self) -> str:
         """What of the start is part of a machine's identity: without secrets and paths, the model still `{model}`."""
-        return without_paths(redacted(self.template or self.url or ""))
+        return without_paths(redacted(self.template))
 
     @property
     def _filled(self) -> str:

@@ -7,7 +7,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Self, TypeVar
+from typing import Generic, Self
 
 from profiles.engines.lossless import check_queues
 from profiles.engines.serving.pool import Key, Member, ServerPool
@@ -17,7 +17,6 @@ from profiles.records.errors import EngineError, InputError
 from profiles.records.evidence import Rounds, Sample, Shapes, StepTimes, TargetTrace
 from profiles.timing.clock import cores_used, quietest
 
-Measurement = TypeVar("Measurement")
 StepSamples = Mapping[str, Mapping[int, Sequence[float]]]  # seconds by component digest and width
 
 
@@ -42,8 +41,7 @@ class ServedEngine(ABC, Generic[Key, Member]):
 
     notes: tuple[str, ...] = ()
     _label: str  # the engine's name in errors
-    # GPUs to watch while something is timed; None where the load of our processes cannot be told from others'
-    _watched_gpus: Sequence[str] | None
+    _watched_gpus: Sequence[str]  # while something is timed
 
     def __init__(self, target: Model, drafts: Sequence[Draft], pool: ServerPool[Key, Member]) -> None:
         self.target, self.drafts, self._pool = target, tuple(drafts), pool
@@ -84,7 +82,7 @@ class ServedEngine(ABC, Generic[Key, Member]):
         for setup in setups:
             self._prepare(workload, prompts, setup)
             decode = functools.partial(self._decode, workload, prompts, setup)
-            (runs, cores), disturbed = self._quietest(functools.partial(cores_used, decode))
+            (runs, cores), disturbed = quietest(functools.partial(cores_used, decode), self._watched_gpus)
             self._check_effect(setup, runs)
             queues.append((setup, runs, cores if self.pids else None, disturbed))
         outputs = [(setup, [run.token_ids for run in runs]) for setup, runs, _, _ in queues]
@@ -123,12 +121,7 @@ class ServedEngine(ABC, Generic[Key, Member]):
             self._checked_sampling.add(key)
 
     def _check_effect(self, setup: Setup, runs: Sequence[Run]) -> None:
-        """Raises EngineError: rounds proposed another number of tokens than the setup's, which was ignored.
-
-        How a server that others started was set is not known.
-        """
-        if self._watched_gpus is None:
-            return
+        """Raises EngineError: rounds proposed another number of tokens than the setup's, which was ignored."""
         most = max((count.proposed for run in runs for count in run.rounds), default=setup.length)
         is_long = max(len(run.token_ids) for run in runs) > setup.length + 2
         if most > self._longest_round(setup) or (most < setup.length and is_long and self._proposes_all(setup)):
@@ -150,16 +143,11 @@ class ServedEngine(ABC, Generic[Key, Member]):
             names = ", ".join(loaded.name for loaded in self.drafts) or "none"
             raise InputError(f"draft {draft.name} is not one of this engine's; they are {names}")
 
-    def _quietest(self, measure: Callable[[], Measurement]) -> tuple[Measurement, bool]:
-        """As `clock.quietest`; a server that others started is measured once."""
-        gpus = self._watched_gpus
-        return (measure(), False) if gpus is None else quietest(measure, gpus)
-
     def _timed(
         self, workload: Workload, context_length: int, measure: Callable[[], StepSamples]
     ) -> dict[str, StepTimes]:
         """What `measure` gives while the machine is quiet, by component; widths without a sample are left out."""
-        samples, disturbed = self._quietest(measure)
+        samples, disturbed = quietest(measure, self._watched_gpus)
         return {
             component: StepTimes(
                 component_digest=component,

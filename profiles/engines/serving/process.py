@@ -260,30 +260,3 @@ def _health(url: str, timeout_s: float) -> int | None:
     except httpx2.HTTPError:
         return None
     return status
-
-
-class RunningServer:
-    """A server that others started, used like `Server` but never stopped. Raises InputError: no such URL."""
-
-    alive = True
-    pids: tuple[int, ...] = ()
-
-    def __init__(self, url: str) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise InputError(f"server {redacted(url)!r}: a URL that starts with http:// or https:// is needed")
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self.warm: set[int] = set()
-
-    def wait_ready(self, timeout_s: float) -> None:
-        """Raises EngineError: it does not answer its health check with 200 within `timeout_s` seconds."""
-        status = _health(self.url, timeout_s)
-        if status != OK:
-            detail = "no answer" if status is None else f"status {status}"
-            raise EngineError(f"server {redacted(self.url)} is not healthy: {detail}")
-
-    def watched(self) -> AbstractContextManager[None]:
-        """Only its answers are known."""
-        return contextlib.nullcontext()
-
-    def stop(self) -> None:
-        """Others started it; it stays up."""

@@ -122,7 +122,7 @@ class VllmEngine(ServedEngine[config.EngineKey, WorkerClient]):
             if variables := keyed_variables(os.environ):
                 options["environment"] = variables
             self._environment = replace(
-                config.environment_of(self._about, self._watched_gpus or ()),
+                config.environment_of(self._about, self._watched_gpus),
                 threads=int(worker.facts["threads"]),
                 torch=self._torch,
                 engine=NAME,

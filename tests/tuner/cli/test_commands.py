@@ -66,12 +66,6 @@ def test_options_offer_what_the_layers_below_know() -> None:
     assert engines < set(typing.get_args(options.EngineName))
 
 
-def test_the_former_name_of_bench_server_still_works(tmp_path: Path) -> None:
-    """It is hidden, but scripts call it."""
-    assert "load" not in call(tmp_path, "--help").stdout.split()
-    assert_refused(call(tmp_path, "load"), 2, "Missing option '--url'")
-
-
 def call_base_install(store: Path, *words: str) -> "subprocess.CompletedProcess[str]":
     """`draftpick WORDS` where none of the modules of an extra can be imported."""
     modules = {module for modules in EXTRA_MODULES.values() for module in modules} - {"psutil", "pynvml"}

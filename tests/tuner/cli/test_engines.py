@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from profiles.engines.serving.process import Server
 from profiles.engines.vllm import engine as vllm_engine
 from profiles.engines.vllm.client import WorkerClient
 from profiles.hardware import software
@@ -124,20 +123,3 @@ def test_sampling_that_is_wrong_is_refused_at_once(
     monkeypatch.setattr(vllm_engine, "WorkerClient", FAKE)
     words = small_run(tiny_folders["llama"], prompts, "--engine", "vllm", "--temperature", "0.7", *TWO_DRAFTS)
     assert_refused(call(tmp_path, *words), 2, "temperature 0.7 with a draft: vllm 0.32.0+cpu draws")
-
-
-def test_a_running_server_is_loaded(tiny_folders: dict[str, Path], prompts: Path, tmp_path: Path) -> None:
-    """Times and, from its records, acceptance at every number of requests; a server that is not there is one line."""
-    words = [*shlex.split(TEMPLATE.replace("{speculative}", "--speculative 2"))]
-    asked = ["load", "--target", str(tiny_folders["llama"]), "--prompts", str(prompts), "--max-new-tokens", "8"]
-    with Server(words, tmp_path / "log") as server:
-        server.wait_ready(20.0)
-        said = call(tmp_path, *asked, "--url", server.url, "--batch-size", "1", "--batch-size", "2")
-    assert said.code == 0, said.stderr
-    assert "2 in flight" in said.stdout
-    first, _ = said.document["loads"]
-    assert first["tpot_ms"][0] > 0.0
-    assert first["acceptance_length"] > 1.0
-    gone = call(tmp_path, *asked, "--url", server.url)
-    assert (gone.code, gone.stderr.count("error: ")) == (4, 1)
-    assert call(tmp_path, *asked, "--url", "here").stderr.startswith("error: server 'here'")

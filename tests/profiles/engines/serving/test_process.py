@@ -14,8 +14,8 @@ from profiles.engines.serving.http_load import Answer, drive
 from profiles.engines.serving.logs import last_error_line, one_line
 from profiles.engines.serving.metrics import counters_of, read_counters
 from profiles.engines.serving.pool import ServerPool
-from profiles.engines.serving.process import Process, RunningServer, Server, free_port
-from profiles.records.errors import EngineError, InputError
+from profiles.engines.serving.process import Process, Server, free_port
+from profiles.records.errors import EngineError
 from tests import ROOT
 from tests.support.fake_server import following
 
@@ -153,21 +153,6 @@ def test_a_taken_port_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
             second.wait_ready(20.0)
             assert second.url != first.url
             assert "Address already in use" in (tmp_path / "second").read_text()
-
-
-def test_a_server_that_runs_already(tmp_path: Path) -> None:
-    """It is used by its URL, with or without /v1, and not stopped; a URL that nobody answers is an error."""
-    with Server(FAKE, tmp_path / "log") as server:
-        server.wait_ready(20.0)
-        there = RunningServer(f"{server.url}/v1")
-        there.wait_ready(5.0)
-        there.stop()
-        assert drive(there.url, "/v1/completions", [BODY], 1)
-        assert server.alive
-    with pytest.raises(EngineError, match="no answer"):
-        there.wait_ready(5.0)
-    with pytest.raises(InputError, match="http"):
-        RunningServer("localhost:80")
 
 
 class Member:

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from profiles.engines.openai.launch import Launch
-from profiles.engines.serving.process import Process, RunningServer
+from profiles.engines.serving.process import Process
 from profiles.engines.serving.redaction import keyed_variables, redacted, removed_variables, server_environment
 from profiles.records.core import digest_of
-from profiles.records.errors import EngineError
 
 NO_SECRETS = (
     "vllm serve m --max-num-batched-tokens 512 --tokenizer t --port {port} {speculative}",
@@ -65,14 +64,6 @@ def test_a_rotated_key_is_the_same_launch(tmp_path: Path) -> None:
     assert first.digest == second.digest
     plain = Launch(kind="vllm", log_folder=tmp_path, template="serve --port {port}")
     assert plain.digest == digest_of("serve --port {port}")[:12]
-
-
-def test_a_url_is_shown_without_its_password(tmp_path: Path) -> None:
-    """In the error of a server that does not answer."""
-    with pytest.raises(EngineError) as raised:
-        RunningServer("http://user:secret@127.0.0.1:9").wait_ready(1.0)
-    assert "secret" not in str(raised.value)
-    assert "http://***@127.0.0.1:9" in str(raised.value)
 
 
 VARIABLES = {
