@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, func, select
+from sqlalchemy import ColumnElement, Connection, delete, func, select
 
 from profiles.records.core import Model
 from profiles.records.errors import NotMeasuredError
@@ -10,11 +10,11 @@ from profiles.records.text import command
 from store import tables
 from store.evidence_store import EvidenceStore, targets_named
 
-LINKED = {  # tables whose rows are deleted once nothing refers to them, and the columns that do
-    tables.models: [table.c.target_key for table in tables.ABOUT_TARGETS],
-    tables.environments: [table.c.environment_digest for table in tables.ABOUT_TARGETS],
-    tables.setups: [tables.samples.c.setup_id, tables.infeasible.c.setup_id],
-    tables.workloads: [tables.units.c.workload_id, tables.infeasible.c.workload_id],
+LINKED = {  # keys of rows that are deleted once nothing refers to them, and the columns that do
+    tables.models.c.key: [table.c.target_key for table in tables.ABOUT_TARGETS],
+    tables.environments.c.digest: [table.c.environment_digest for table in tables.ABOUT_TARGETS],
+    tables.setups.c.id: [tables.samples.c.setup_id, tables.infeasible.c.setup_id],
+    tables.workloads.c.id: [tables.units.c.workload_id, tables.infeasible.c.workload_id],
 }
 
 
@@ -53,10 +53,8 @@ def forget(
                 rows[table.name] = count
             if not dry_run:
                 connection.execute(delete(table).where(old))
-        for table, columns in LINKED.items() if not dry_run else ():
-            [key] = table.primary_key.columns
-            unused = and_(*(~select(column).where(column == key).exists() for column in columns))
-            connection.execute(delete(table).where(unused))
+        for key, columns in LINKED.items() if not dry_run else ():
+            connection.execute(delete(key.table).where(*(key.not_in(select(column)) for column in columns)))
         return Forgotten(rows=rows, targets=targets)
 
     database = evidence_store.database

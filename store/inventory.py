@@ -3,7 +3,7 @@
 It counts rows and reads times; it loads no evidence and no torch.
 """
 
-from collections.abc import Iterator
+from collections import defaultdict
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
@@ -11,7 +11,6 @@ from typing import TypeVar
 from sqlalchemy import Connection, Integer, Table, cast, func, select
 
 from profiles.records.core import Environment, Model
-from profiles.records.errors import StoreError
 from store import tables
 from store.evidence_store import EvidenceStore
 
@@ -46,43 +45,32 @@ class Entry:
 
 def inventory(evidence_store: EvidenceStore) -> tuple[Entry, ...]:
     """One entry per target (float type included) and machine, newest first."""
+    rows: defaultdict[Key, dict[str, int]] = defaultdict(dict)
+    times: defaultdict[Key, list[str]] = defaultdict(list)
     with evidence_store.reading() as connection:
         models = _records(connection, tables.models, "key", Model)
         machines = _records(connection, tables.environments, "digest", Environment)
         samples, failures = _samples(connection), _failures(connection)
-        rows: dict[Key, dict[str, int]] = {}
-        times: dict[Key, list[str]] = {}
         for table in tables.ABOUT_TARGETS:
-            for key, count, oldest, newest in _spans(connection, table):
-                if key[0] not in models or key[1] not in machines:
-                    raise StoreError(
-                        f"{table.name} are about {' or '.join(key)}, which it does not have: the file is damaged"
-                    )
-                counted = {"samples": samples[key][0]} if table is tables.units else {table.name: count}
-                rows.setdefault(key, {}).update(counted)
-                times.setdefault(key, []).extend((_utc(oldest), _utc(newest)))
-    entries = [
-        Entry(
-            target=models[key[0]],
-            environment=machines[key[1]],
-            rows=counts,
-            oldest=min(times[key]),
-            newest=max(times[key]),
-            disturbed=samples[key][1] if key in samples else None,
-            failures=tuple(failures.get(key, ())),
-        )
-        for key, counts in rows.items()
-    ]
+            about, made = (table.c.target_key, table.c.environment_digest), table.c[tables.time_name(table.name)]
+            query = select(*about, func.count(), func.min(made), func.max(made)).group_by(*about)
+            for target_key, machine, count, *span in connection.execute(query):
+                key = target_key, machine
+                rows[key] |= {"samples": samples[key][0]} if table is tables.units else {table.name: count}
+                times[key] += map(_utc, span)
+        entries = [
+            Entry(
+                target=models[key[0]],
+                environment=machines[key[1]],
+                rows=counts,
+                oldest=min(times[key]),
+                newest=max(times[key]),
+                disturbed=samples[key][1] if key in samples else None,
+                failures=tuple(failures.get(key, ())),
+            )
+            for key, counts in rows.items()
+        ]
     return tuple(sorted(entries, key=lambda entry: entry.newest, reverse=True))
-
-
-def _spans(connection: Connection, table: Table) -> Iterator[tuple[Key, int, str, str]]:
-    """Of every target and machine in a table: how many rows, the first one's time and the last one's."""
-    made = table.c[tables.time_name(table.name)]
-    about = table.c.target_key, table.c.environment_digest
-    query = select(*about, func.count(), func.min(made), func.max(made)).group_by(*about)
-    for target_key, machine, count, oldest, newest in connection.execute(query):
-        yield (target_key, machine), count, oldest, newest
 
 
 def _utc(text: str) -> str:

@@ -16,14 +16,13 @@ from typing import Any
 import pytest
 
 from profiles.records.errors import DraftpickError, InputError, PolicyError
-from store.bundle import bundle
-from store.bundle.rows import CHILDREN
-from store.bundle.rows import TABLES as ROOTS
 from store.evidence_store import EvidenceStore
 from tests.support.bundles import ELSEWHERE, fill, resealed, save_sample, sealed
 from tests.support.cli import assert_refused, call, content, database
 from tests.support.fakes import sql
-from tuner.cli.bundle import documents
+from tuner.bundle import bundle
+from tuner.bundle.rows import CHILDREN
+from tuner.bundle.rows import TABLES as ROOTS
 from tuner.policy import policy as policies
 
 SEED = 77
@@ -116,7 +115,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sound")
     with EvidenceStore.open(database(folder)) as evidence_store:
         fill(evidence_store)
-        bundle.pack(evidence_store, folder / "all.bundle", documents())
+        bundle.pack(evidence_store, folder / "all.bundle")
     sql(database(folder), "PRAGMA wal_checkpoint(TRUNCATE)")
     return folder
 
@@ -148,12 +147,12 @@ def test_damaged_bundles(sound: Path, target: Path, tmp_path: Path) -> None:
     with EvidenceStore.open(database(target)) as evidence_store:
         for number in range(NUM_BUNDLES):
             path.write_bytes(ANYWHERE[number % len(ANYWHERE)](random.Random(f"{SEED} bundle {number}"), whole))
-            assert said_by(lambda: bundle.inspect(path, documents()), InputError), number
-            assert said_by(lambda: bundle.merge(evidence_store, path, documents()), InputError), number
+            assert said_by(lambda: bundle.inspect(path), InputError), number
+            assert said_by(lambda: bundle.merge(evidence_store, path), InputError), number
     for words in (("inspect", path), ("merge", path), ("merge", path, "--json")):
         assert_refused(call(target, "bundle", *words), 2, f"bundle {path}: ")
     assert content(target) == before
-    assert bundle.inspect(sound / "all.bundle", documents()).rows["policies"] == 1
+    assert bundle.inspect(sound / "all.bundle").rows["policies"] == 1
 
 
 def test_bundles_changed_and_sealed_again(sound: Path, target: Path, tmp_path: Path) -> None:
@@ -172,15 +171,15 @@ def test_bundles_changed_and_sealed_again(sound: Path, target: Path, tmp_path: P
                 resealed(whole, path, (statement, (rng.choice(STRANGE_VALUES),)))
             except sqlite3.IntegrityError:  # SQLite itself refuses it, as a key that is no integer
                 continue
-        if said_by(lambda: bundle.inspect(path, documents()), InputError):
+        if said_by(lambda: bundle.inspect(path), InputError):
             with EvidenceStore.open(database(target)) as evidence_store:
-                assert said_by(lambda store=evidence_store: bundle.merge(store, path, documents()), InputError), number
+                assert said_by(lambda store=evidence_store: bundle.merge(store, path), InputError), number
             assert content(target) == before, number
             outcomes["refused"] += 1
         else:
             with EvidenceStore.open(tmp_path / f"{number}.db") as evidence_store:
-                bundle.merge(evidence_store, path, documents())
-                bundle.pack(evidence_store, tmp_path / "packed", documents())
+                bundle.merge(evidence_store, path)
+                bundle.pack(evidence_store, tmp_path / "packed")
             outcomes["allowed"] += 1
     assert outcomes["refused"] >= NUM_SEALED // 3, outcomes
 

@@ -129,35 +129,6 @@ class TestTheFile:
 
 
 class TestMishaps:
-    def test_a_read_only_store_is_told(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
-        """A store that cannot be written can still be read."""
-        trace = fake.trace_target(GREEDY, PROMPT)
-        evidence_store.save_target_trace(SCOPE, PROMPT, trace)
-        with evidence_store.database.engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA query_only = ON")
-        with pytest.raises(StoreError, match="readonly database: it is read-only"):
-            evidence_store.save_target_trace(SCOPE, OTHER, fake.trace_target(GREEDY, OTHER))
-        assert evidence_store.find_target_trace(SCOPE, PROMPT) == trace
-
-    def test_a_full_disk_loses_nothing(self, evidence_store: EvidenceStore, fake: FakeEngine) -> None:
-        """When the disk is full, the unit under way fails as a whole and all before it stay."""
-        [(pages,)] = sql(evidence_store.database.path, "PRAGMA page_count")
-        with evidence_store.database.engine.connect() as connection:
-            connection.exec_driver_sql(f"PRAGMA max_page_count = {pages + 12}")
-        with pytest.raises(StoreError, match=r"is full: .*what was saved before is kept") as caught:
-            save_traces(evidence_store, fake, 100)
-        assert "\n" not in str(caught.value)
-        [(saved,)] = sql(evidence_store.database.path, "SELECT count(*) FROM target_traces")
-        assert 2 <= saved < 100
-        assert [evidence_store.find_target_trace(SCOPE, prompt) is not None for prompt in prompts(100)].index(
-            False
-        ) == saved
-        assert sql(evidence_store.database.path, "PRAGMA integrity_check") == [("ok",)]
-        with evidence_store.database.engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA max_page_count = 100000")
-        save_traces(evidence_store, fake, saved + 1)
-        assert sql(evidence_store.database.path, "SELECT count(*) FROM target_traces") == [(saved + 1,)]
-
     def test_the_book_loads_no_heavy_library(self, path: Path) -> None:
         """Looking into the store needs neither torch, transformers, optuna, Alembic nor another database's driver."""
         heavy = {"torch", "transformers", "optuna", "alembic", "mako", "psycopg", "numpy"}

@@ -11,11 +11,10 @@ import pytest
 from profiles.records.core import PLAIN, Environment, Model, Setup
 from profiles.records.errors import DraftpickError
 from profiles.records.evidence import Infeasible
-from store.bundle import bundle
 from store.evidence_store import EvidenceStore, Scope
 from tests.support.cli import content
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, TARGET, FakeEngine, prompts
-from tuner.cli.bundle import documents
+from tuner.bundle import bundle
 from tuner.pipeline.pipeline import Watch
 from tuner.pipeline.trial import Options
 from tuner.run import TuningSession
@@ -47,6 +46,10 @@ def save_sample(evidence_store: EvidenceStore, seed: int, environment: Environme
     evidence_store.save_samples(scope, (prompt,), (PLAIN,), "proof 0", samples)
 
 
+def update(table: str, column: str, value: object) -> tuple[str, tuple[object, ...]]:
+    return f"UPDATE {table} SET {column} = ?", (value,)
+
+
 def sealed(path: Path, content: bytes) -> Path:
     """A file with the right checksum behind any content."""
     path.write_bytes(content + hashlib.sha256(content).digest())
@@ -67,7 +70,7 @@ def refused(evidence_store: EvidenceStore, path: Path) -> str:
     file = evidence_store.database.path
     before = content(file.parent) if file.name == "evidence.db" else None
     with pytest.raises(DraftpickError) as caught:
-        bundle.merge(evidence_store, path, documents())
+        bundle.merge(evidence_store, path)
     assert before is None or content(file.parent) == before
     assert "\n" not in str(caught.value)
     return str(caught.value)

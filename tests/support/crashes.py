@@ -1,8 +1,8 @@
 """A tuning run that is killed at a random moment, what it left, and what the run after it measures again.
 
 This module starts such runs, each in a process forked from it, so that libraries are loaded once. A run
-asks the fake engine (or, `torch`, measures the family that ships) and notes in a journal when a unit is begun,
-measured and saved. A note is one `write`, which outlives the process. Who kills it asks the file with raw SQL and
+asks the fake engine (or, `torch`, measures the family that ships) and notes in a journal when a unit is begun and
+measured. A note is one `write`, which outlives the process. Who kills it asks the file with raw SQL and
 trusts nothing that it tests.
 """
 
@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from profiles.engines.base import Engine
-from profiles.records.core import Draft, Prompt, Setup, digest_of
-from profiles.records.evidence import Acceptance, LookupTrace, Sample, StepTimes, TargetTrace
+from profiles.records.core import digest_of
+from profiles.records.evidence import TargetTrace
 from profiles.records.keys import run_point, unit_digest
-from store.evidence_store import EvidenceStore, Scope
+from store.evidence_store import EvidenceStore
 from tests import ROOT
 from tests.support.fakes import GREEDY, FakeEngine, prompts
 from tuner.pipeline.pipeline import Watch
@@ -101,45 +101,6 @@ class Noted:
         return measure
 
 
-class RecordingStore(EvidenceStore):
-    """Notes what it has saved once it says so."""
-
-    journal: Journal
-
-    def save_target_trace(self, scope: Scope, prompt: Prompt, trace: TargetTrace) -> TargetTrace:
-        stored = super().save_target_trace(scope, prompt, trace)
-        self._note("target_traces", prompt_digest=prompt.digest)
-        return stored
-
-    def save_acceptance(self, scope: Scope, prompt: Prompt, draft: Draft, acceptance: Acceptance) -> Acceptance:
-        stored = super().save_acceptance(scope, prompt, draft, acceptance)
-        table = "lookup_traces" if isinstance(acceptance, LookupTrace) else "acceptance_traces"
-        self._note(table, prompt_digest=prompt.digest, draft_digest=draft.digest)
-        return stored
-
-    def save_step_times(
-        self, scope: Scope, drafts: tuple[Draft, ...], max_length: int, times: Mapping[str, StepTimes]
-    ) -> None:
-        super().save_step_times(scope, drafts, max_length, times)
-        self._note("sweeps", batch_size=scope.workload.batch_size, max_length=max_length)
-
-    def save_samples(
-        self,
-        scope: Scope,
-        prompts: tuple[Prompt, ...],
-        setups: tuple[Setup, ...],
-        purpose: str,
-        samples: tuple[Sample, ...],
-    ) -> tuple[Sample, ...]:
-        stored = super().save_samples(scope, prompts, setups, purpose, samples)
-        point = run_point(scope.workload, prompts, setups, purpose)
-        self._note("units", digest=unit_digest(scope.target, scope.environment, point))
-        return stored
-
-    def _note(self, table: str, **key: Any) -> None:
-        self.journal.note("saved", table=table, key=key)
-
-
 def run(store: Path, journal_path: Path, kind: str, pause_s: float) -> None:
     """One run of `tune`; notes `ready` before it opens the store."""
     loads, options = [(GREEDY, PROMPTS)], OPTIONS
@@ -153,8 +114,7 @@ def run(store: Path, journal_path: Path, kind: str, pause_s: float) -> None:
         engine, loads, options = bench.engine, [(workload, chosen)], Options(lengths=(1, 2))
     journal = Journal(journal_path)
     journal.note("ready")
-    with RecordingStore.open(store) as evidence_store:
-        evidence_store.journal = journal
+    with EvidenceStore.open(store) as evidence_store:
         tune(Noted(engine, journal, pause_s), loads, TuningSession.of(evidence_store), options, Watch())
     journal.note("finished")
 
@@ -235,6 +195,7 @@ class Victim:
     kind: str = FAKE
     starter: Starter
     begun: set[str] = field(default_factory=set)
+    saved: set[str] = field(default_factory=set)  # digests of units after which a run began another
     notes: list[dict[str, Any]] = field(default_factory=list)
     num_runs: int = 0
 
@@ -274,7 +235,7 @@ class Victim:
             return repeated
         assert code == -signal.SIGKILL
         after = rows_of(self.store)
-        doing = {"ready": "opening or recalling", "begun": "measuring", "measured": "saving", "saved": "deciding"}
+        doing = {"ready": "opening or recalling", "begun": "measuring", "measured": "saving or deciding"}
         return Kill(
             doing=doing[noted],
             committed=sum(map(len, before.values())),
@@ -292,9 +253,11 @@ class Victim:
     def read_notes(self) -> tuple[str, int]:
         """The last event of the run that ended, and how many units it began that an earlier one had begun."""
         notes = [json.loads(line) for line in self._journal.read_text().splitlines()]
-        begun = {note["unit"] for note in notes if note["event"] == "begun"}
-        repeated = len(begun & self.begun)
-        self.begun |= begun
+        begun = [note for note in notes if note["event"] == "begun"]
+        units = {note["unit"] for note in begun}
+        repeated = len(units & self.begun)
+        self.begun |= units
+        self.saved |= {note["unit_digest"] for note in begun[:-1] if "unit_digest" in note}
         self.notes += notes
         return notes[-1]["event"], repeated
 
@@ -312,16 +275,10 @@ class Victim:
             time.sleep(0.0002)
 
     def _lost_units(self) -> int:
-        """Rows that a run was told are saved and that are not there."""
-        missing = 0
+        """Units that a run had saved before it began another, and that are not there."""
         with closing(sqlite3.connect(self.store)) as connection:
-            for note in self.notes:
-                if note["event"] == "saved":
-                    where = " AND ".join(f"{name} = ?" for name in note["key"])
-                    query = f"SELECT count(*) FROM {note['table']} WHERE {where}"
-                    [(there,)] = connection.execute(query, tuple(note["key"].values())).fetchall()
-                    missing += there == 0
-        return missing
+            there = {digest for (digest,) in connection.execute("SELECT digest FROM units")} if self.saved else set()
+        return len(self.saved - there)
 
 
 def rows_of(store: Path) -> Rows:

@@ -11,16 +11,11 @@ from tuner.cli import options
 from tuner.cli.output import print_result
 
 if TYPE_CHECKING:
-    from store.bundle.bundle import Contents, Merged
-    from store.bundle.rows import Documents
+    from tuner.bundle.bundle import Contents, Merged
 
 File = Annotated[Path, typer.Argument(help="The bundle.")]
 Targets = Annotated[
     list[str] | None, typer.Option("--target", help="Name or digest of a target; repeatable; default: all.")
-]
-Environments = Annotated[
-    list[str] | None,
-    typer.Option("--environment", help="Device name or digest of a machine; repeatable; default: all."),
 ]
 app = typer.Typer(help="Carry evidence, runs and policies between machines in one file.")
 
@@ -29,25 +24,24 @@ app = typer.Typer(help="Carry evidence, runs and policies between machines in on
 def pack(
     path: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.")],
     target: Targets = None,
-    environment: Environments = None,
     store: options.Store = None,
     json_only: options.JsonOnly = False,
 ) -> None:
     """Write the store's evidence, runs and policies into one file, without paths."""
-    from store.bundle import bundle
+    from tuner.bundle import bundle
     from tuner.deploy.stored_policies import open_for_reading
 
     with open_for_reading(store) as evidence_store:
-        contents = bundle.pack(evidence_store, path, documents(), targets=target, environments=environment)
+        contents = bundle.pack(evidence_store, path, target)
     print_result(asdict(contents), f"wrote {path}", *_description(contents), json_only=json_only)
 
 
 @app.command()
 def inspect(path: File, json_only: options.JsonOnly = False) -> None:
     """Check a bundle and describe its content; no store is touched."""
-    from store.bundle import bundle
+    from tuner.bundle import bundle
 
-    contents = bundle.inspect(path, documents())
+    contents = bundle.inspect(path)
     print_result(asdict(contents), *_description(contents), json_only=json_only)
 
 
@@ -55,30 +49,17 @@ def inspect(path: File, json_only: options.JsonOnly = False) -> None:
 def merge(path: File, store: options.Store = None, json_only: options.JsonOnly = False) -> None:
     """Add a bundle's new evidence, runs and policies to the store, whose own evidence stays."""
     from store import location
-    from store.bundle import bundle
     from store.evidence_store import EvidenceStore
+    from tuner.bundle import bundle
 
-    bundle.inspect(path, documents())  # a refused file makes no store
+    bundle.inspect(path)  # a refused file makes no store
     store_location = location.store_location(store)
     with EvidenceStore.open(store_location) as evidence_store:
-        merged = bundle.merge(evidence_store, path, documents())
+        merged = bundle.merge(evidence_store, path)
     document = asdict(merged)
     document["known"] = document.pop("stored")  # its key in 0.6
     document["store"] = name = location.store_name(store_location)
     print_result(document, f"store {name}", *_counts(merged), json_only=json_only)
-
-
-def documents() -> "Documents":
-    """Checks of the policies and report data in a bundle; of each the text that is stored."""
-    from store.bundle.rows import Documents
-    from tuner.policy import policy as policies
-    from tuner.report.data import ReportData
-
-    def check_policy(text: str) -> tuple[str, str, str]:
-        policy = policies.from_json(text)
-        return policies.to_json(policy), policy.target.run_digest, policy.environment.digest
-
-    return Documents(policy=check_policy, report_data=lambda raw: ReportData.from_json(raw).to_json())
 
 
 def _counts(merged: "Merged") -> Iterator[str]:

@@ -8,21 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
 
 from profiles.records.core import PLAIN, Setup
 from profiles.records.errors import NotMeasuredError
 from profiles.records.evidence import Infeasible
-from store import tables
-from store.bundle import bundle
 from store.evidence_store import EvidenceStore
 from tests import ROOT
 from tests.support import policies as made
-from tests.support.bundles import ELSEWHERE, SCOPE, fill, named, resealed, save_sample
+from tests.support.bundles import ELSEWHERE, SCOPE, fill, named, resealed, save_sample, update
 from tests.support.cli import Said, assert_refused, call, content
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts, sql
 from tests.support.policies import save_policy
-from tuner.cli.bundle import documents
+from tuner.bundle import bundle
 from tuner.policy import policy as policies
 
 A_PATH = "/home/someone/my models/fake-target"
@@ -43,7 +40,7 @@ def packed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That store's bundle."""
     path = tmp_path_factory.mktemp("packed") / "one.bundle"
     with EvidenceStore.open(store / "evidence.db") as evidence_store:
-        bundle.pack(evidence_store, path, documents())
+        bundle.pack(evidence_store, path)
     return path
 
 
@@ -59,18 +56,18 @@ class TestThereAndBack:
         self, store: Path, packed: Path, empty: EvidenceStore, tmp_path: Path
     ) -> None:
         """Every row arrives, and packing it again gives the same bytes."""
-        merged = bundle.merge(empty, packed, documents())
+        merged = bundle.merge(empty, packed)
         assert (merged.stored, merged.unlike) == ({}, {})
         for table in (*merged.added, "samples", "step_times", "choices"):
             query = f"SELECT count(*) FROM {table}"
             assert sql(empty.database.path, query) == sql(store / "evidence.db", query), table
         assert {"models", "runs", "target_traces", "sweeps", "units", "infeasible", "policies"} <= set(merged.added)
-        bundle.pack(empty, tmp_path / "again.bundle", documents())
+        bundle.pack(empty, tmp_path / "again.bundle")
         assert (tmp_path / "again.bundle").read_bytes() == packed.read_bytes()
 
     def test_the_evidence_answers(self, packed: Path, empty: EvidenceStore) -> None:
         """Traces, timings, the policy and the run's outcome are found as if they had been measured here."""
-        bundle.merge(empty, packed, documents())
+        bundle.merge(empty, packed)
         fake = FakeEngine(keep=0.95)
         sizes = "SELECT DISTINCT context_length, max_length FROM sweeps"
         [(context_length, max_length)] = sql(empty.database.path, sizes)
@@ -92,43 +89,47 @@ class TestThereAndBack:
         shutil.copytree(store, tmp_path / "copy")
         before = content(tmp_path / "copy")
         with EvidenceStore.open(tmp_path / "copy" / "evidence.db") as evidence_store:
-            assert bundle.merge(evidence_store, packed, documents()).added == {}
+            assert bundle.merge(evidence_store, packed).added == {}
         assert content(tmp_path / "copy") == before
 
     def test_two_machines_are_joined(self, packed: Path, tmp_path: Path, empty: EvidenceStore) -> None:
         """The second bundle adds what the first does not have."""
         with EvidenceStore.open(tmp_path / "other.db") as evidence_store:
             fill(evidence_store, ELSEWHERE)
-            bundle.pack(evidence_store, tmp_path / "two.bundle", documents())
-        bundle.merge(empty, packed, documents())
-        second = bundle.merge(empty, tmp_path / "two.bundle", documents())
+            bundle.pack(evidence_store, tmp_path / "two.bundle")
+        bundle.merge(empty, packed)
+        second = bundle.merge(empty, tmp_path / "two.bundle")
         assert second.added["policies"] == second.added["runs"] == 1
         assert "target_traces" not in second.added
         assert sql(empty.database.path, "SELECT count(DISTINCT environment_digest) FROM policies") == [(2,)]
 
     def test_a_part_can_be_packed(self, tmp_path: Path, empty: EvidenceStore) -> None:
-        """By target and by machine; traces hold everywhere and are packed too."""
+        """One target, with the machines, setups and prompts of its rows alone."""
+        other = replace(TARGET, name="other-target", digest="e" * 32)
         with EvidenceStore.open(tmp_path / "some.db") as evidence_store:
-            fill(evidence_store)
-            save_sample(evidence_store, 0, ELSEWHERE)
-            selected: dict[str, Any] = {"targets": ["fake-target"], "environments": ["other cpu"]}
-            contents = bundle.pack(evidence_store, tmp_path / "a", documents(), **selected)
-            assert contents.rows["samples"] == 1
-            assert contents.rows["target_traces"] > 0
-            assert "policies" not in contents.rows
-            assert {machine.device for machine in contents.environments} == {"fake cpu", "other cpu"}
+            save_sample(evidence_store, 0)
+            evidence_store.save_run(replace(SCOPE, target=other, environment=ELSEWHERE), prompts(3))
+            trace = FakeEngine().trace_target(GREEDY, prompts(2)[1])
+            evidence_store.save_target_trace(replace(SCOPE, target=other), prompts(2)[1], trace)
+            evidence_store.save_infeasible(
+                replace(SCOPE, target=other),
+                Infeasible(setup=Setup(draft=NGRAM, length=2), reason="EngineError", detail=""),
+            )
+            contents = bundle.pack(evidence_store, tmp_path / "a", ["fake-target"])
+            counts = dict.fromkeys(("models", "environments", "prompts", "workloads", "setups", "units", "samples"), 1)
+            assert contents.rows == counts
             with pytest.raises(NotMeasuredError, match="knows nothing of 'nosuch'"):
-                bundle.pack(evidence_store, tmp_path / "b", documents(), targets=["nosuch"])
+                bundle.pack(evidence_store, tmp_path / "b", ["nosuch"])
         with pytest.raises(NotMeasuredError, match="has nothing to pack"):
-            bundle.pack(empty, tmp_path / "b", documents())
+            bundle.pack(empty, tmp_path / "b")
         assert not (tmp_path / "b").exists()
 
     def test_runs_that_never_ended_stay(self, tmp_path: Path, packed: Path, empty: EvidenceStore) -> None:
         """A run that is under way or was killed is not packed; its evidence is."""
-        num_units = bundle.merge(empty, packed, documents()).added["units"]
+        num_units = bundle.merge(empty, packed).added["units"]
         empty.save_run(SCOPE)
         save_sample(empty, 0)
-        contents = bundle.pack(empty, tmp_path / "b", documents())
+        contents = bundle.pack(empty, tmp_path / "b")
         assert (contents.rows["runs"], contents.rows["units"]) == (1, num_units + 1)
         assert contents.left_out == {}
 
@@ -136,15 +137,15 @@ class TestThereAndBack:
         """A store of schema 0001 is upgraded and packed."""
         shutil.copy(RELEASED_0001, tmp_path / "old.sqlite")
         with EvidenceStore.open(tmp_path / "old.sqlite") as evidence_store:
-            contents = bundle.pack(evidence_store, tmp_path / "0001", documents())
+            contents = bundle.pack(evidence_store, tmp_path / "0001")
             assert contents.rows["units"] > 0
-            assert bundle.merge(evidence_store, tmp_path / "0001", documents()).added == {}
+            assert bundle.merge(evidence_store, tmp_path / "0001").added == {}
 
     def test_no_path_leaves_the_machine(self, store: Path, packed: Path) -> None:
         """A model named by a path gets the path's last part and a mark; the store keeps the name."""
         assert "someone" in "".join(content(store))
         assert b"someone" not in packed.read_bytes()
-        contents = bundle.inspect(packed, documents())
+        contents = bundle.inspect(packed)
         assert [model.name for model in contents.targets] == ["imported:fake-target"]
         assert contents.drafts == ("draft-a",)
 
@@ -165,13 +166,12 @@ class TestOddRows:
         shutil.copytree(store, tmp_path / "copy")
         sql(tmp_path / "copy" / "evidence.db", change)
         with EvidenceStore.open(tmp_path / "copy" / "evidence.db") as evidence_store:
-            assert bundle.pack(evidence_store, tmp_path / "b", documents()).left_out == {}
+            assert bundle.pack(evidence_store, tmp_path / "b").left_out == {}
         [(num_units,)] = sql(store / "evidence.db", "SELECT count(*) FROM units")
-        merged = bundle.merge(empty, tmp_path / "b", documents())
+        merged = bundle.merge(empty, tmp_path / "b")
         assert merged.added["units"] == num_units
-        assert merged.clamped == (num_units if "2999" in change else 0)
         assert sql(empty.database.path, "SELECT count(*) FROM units WHERE measured_at > '2998'") == [(0,)]
-        assert bundle.merge(empty, tmp_path / "b", documents()).added == {}
+        assert bundle.merge(empty, tmp_path / "b").added == {}
         kept = sql(empty.database.path, "SELECT DISTINCT domain FROM prompts")
         assert ("/r/python" in change) == (kept == [("/r/python",)])
 
@@ -179,57 +179,38 @@ class TestOddRows:
         """`/r/python` and `/x/python` are two choices of one policy."""
         policy = made.policy(*(made.choice(domain=name) for name in ("mixed", "/r/python", "/x/python")))
         save_policy(empty, policies.to_json(policy), policy.target, policy.environment)
-        assert bundle.pack(empty, tmp_path / "b", documents()).rows["policies"] == 1
+        assert bundle.pack(empty, tmp_path / "b").rows["policies"] == 1
 
-    @pytest.mark.parametrize("as_json", [False, True])
-    def test_a_machine_is_packed_without_its_path(self, empty: EvidenceStore, tmp_path: Path, as_json: bool) -> None:
-        """With its timings, failures and policy, under the digest that it has without the path."""
-        launch = 'PYTHONPATH=/opt/a:/opt/b/lib /opt/vllm/bin/python -m vllm \\\n--port {port} --c "/srv/a b/c.yaml"'
-        options = json.dumps({"served by": launch}) if as_json else launch
-        server = replace(MACHINE, engine_options=options, threads=3)
+    @pytest.mark.parametrize(
+        "options",
+        [
+            'PYTHONPATH=/opt/a:/opt/b/lib /opt/vllm/bin/python -m vllm --port {port} --c "/srv/a b/c.yaml"',
+            json.dumps({"served by": "python -m vllm --config /srv/planted.yaml"}),
+            "HF_TOKEN=hf_planted12345 vllm serve --api-key sk-planted12345",
+        ],
+    )
+    def test_no_secret_or_path_travels(self, empty: EvidenceStore, tmp_path: Path, options: str) -> None:
+        """A machine that 0.5 stored with one stays home with what it measured; a reason loses its secrets."""
+        server = replace(MACHINE, engine_options=options)
         save_sample(empty, 0)
         save_sample(empty, 0, server)
         policy = replace(made.policy(), environment=server)
         save_policy(empty, policies.to_json(policy), policy.target, server)
-        contents = bundle.pack(empty, tmp_path / "b", documents())
-        assert contents.left_out == {}
-        assert (contents.rows["environments"], contents.rows["units"], contents.rows["policies"]) == (2, 2, 1)
-        data = (tmp_path / "b").read_bytes()
-        assert not [part for part in (b"/opt", b"/srv", b"a b/") if part in data]
-        with EvidenceStore.open(tmp_path / "other.db") as other:
-            assert bundle.merge(other, tmp_path / "b", documents()).added["units"] == 2
-            assert bundle.merge(other, tmp_path / "b", documents()).added == {}
-            for machine in contents.environments:  # as an engine of today names the machine of such a launch
-                scope = replace(SCOPE, environment=machine)
-                assert other.find_samples(scope, tuple(prompts(1)), (PLAIN,), "proof 0") is not None
-
-    def test_machines_that_are_one_without_their_secret(self, empty: EvidenceStore, tmp_path: Path) -> None:
-        """A rotated key made two machines of one: both evidences are packed, with one machine."""
-        for number, key in enumerate(("sk-planted12345", "sk-planted67890")):
-            save_sample(empty, number, replace(MACHINE, engine_options=f"vllm serve --api-key {key}"))
-        contents = bundle.pack(empty, tmp_path / "b", documents())
-        assert contents.left_out == {}
-        assert (contents.rows["environments"], contents.rows["units"]) == (1, 2)
-
-    def test_a_secret_never_travels(self, empty: EvidenceStore, tmp_path: Path) -> None:
-        """A key in an old launch template, a password in a URL, a token in a reason: none is in the file."""
-        template = "HF_TOKEN=hf_planted12345 vllm serve --api-key sk-planted12345"
-        save_sample(empty, 0, replace(MACHINE, engine_options=template))
-        save_sample(empty, 0)
         detail = "http://user:planted-pw@host/v1 refused --api-key sk-planted12345"
         setup = Setup(draft=DRAFT_A, length=64)
         empty.save_infeasible(SCOPE, Infeasible(setup=setup, reason="EngineError", detail=detail))
-        contents = bundle.pack(empty, tmp_path / "b", documents())
-        assert contents.left_out == {}
-        assert (contents.rows["infeasible"], contents.rows["units"]) == (1, 2)
-        assert b"planted" not in (tmp_path / "b").read_bytes()
+        contents = bundle.pack(empty, tmp_path / "b")
+        assert contents.left_out == {"environments": 1, "units": 1, "policies": 1}
+        assert (contents.rows["infeasible"], contents.rows["units"]) == (1, 1)
+        data = (tmp_path / "b").read_bytes()
+        assert not [part for part in (b"/opt", b"/srv", b"planted") if part in data]
 
     def test_a_damaged_row_is_left_out(self, packed: Path, empty: EvidenceStore, tmp_path: Path) -> None:
         """With the acceptance over a trace that is no trace any more."""
-        num_units = bundle.merge(empty, packed, documents()).added["units"]
+        num_units = bundle.merge(empty, packed).added["units"]
         sql(empty.database.path, "UPDATE samples SET output_tokens = 0 WHERE unit_id = 1")
         sql(empty.database.path, "UPDATE target_traces SET token_ids = 'x' WHERE id = 1")
-        contents = bundle.pack(empty, tmp_path / "b", documents())
+        contents = bundle.pack(empty, tmp_path / "b")
         assert contents.left_out == {"units": 1, "target_traces": 1, "acceptance_traces": 1}
         assert contents.rows["units"] == num_units - 1
 
@@ -240,10 +221,10 @@ class TestConflicts:
         with EvidenceStore.open(tmp_path / "theirs.db") as evidence_store:
             fill(evidence_store)
             save_sample(evidence_store, 1)
-            num_units = bundle.pack(evidence_store, tmp_path / "theirs", documents()).rows["units"]
+            num_units = bundle.pack(evidence_store, tmp_path / "theirs").rows["units"]
         save_sample(empty, 0)
         [(ours,)] = sql(empty.database.path, "SELECT ttft_s FROM samples")
-        merged = bundle.merge(empty, tmp_path / "theirs", documents())
+        merged = bundle.merge(empty, tmp_path / "theirs")
         assert merged.unlike == {"units": 1}
         assert merged.added["units"] == num_units - 1
         [conflict] = merged.conflicts
@@ -265,9 +246,9 @@ class TestConflicts:
         self, table: str, change: str, packed: Path, empty: EvidenceStore, tmp_path: Path
     ) -> None:
         """What differs is counted and the store stays as it was."""
-        bundle.merge(empty, packed, documents())
+        bundle.merge(empty, packed)
         before = content(empty.database.path.parent)
-        merged = bundle.merge(empty, resealed(packed, tmp_path / "changed", change), documents())
+        merged = bundle.merge(empty, resealed(packed, tmp_path / "changed", change))
         assert (merged.added, merged.unlike[table]) == ({}, 1)
         assert content(empty.database.path.parent) == before
 
@@ -278,9 +259,9 @@ class TestConflicts:
         with EvidenceStore.open(tmp_path / "other.db") as other:
             rounded = tuple(abs(value - 4e-4) for value in trace.target_probs)
             other.save_target_trace(SCOPE, prompt, replace(trace, target_probs=rounded))
-            bundle.pack(other, tmp_path / "b", documents())
+            bundle.pack(other, tmp_path / "b")
         empty.save_target_trace(SCOPE, prompt, trace)
-        merged = bundle.merge(empty, tmp_path / "b", documents())
+        merged = bundle.merge(empty, tmp_path / "b")
         assert (merged.unlike, merged.stored["target_traces"]) == ({}, 1)
 
     def test_acceptance_over_other_tokens_is_not_merged(self, empty: EvidenceStore, tmp_path: Path) -> None:
@@ -290,15 +271,15 @@ class TestConflicts:
         with EvidenceStore.open(tmp_path / "other.db") as other:
             other.save_target_trace(SCOPE, prompt, trace)
             other.save_acceptance(SCOPE, prompt, DRAFT_A, fake.trace_draft(GREEDY, prompt, trace, DRAFT_A, 4))
-            bundle.pack(other, tmp_path / "b", documents())
+            bundle.pack(other, tmp_path / "b")
         empty.save_target_trace(SCOPE, prompt, replace(trace, token_ids=(*trace.token_ids[:-1], 1)))
-        assert bundle.merge(empty, tmp_path / "b", documents()).unlike == {"target_traces": 1, "acceptance_traces": 1}
+        assert bundle.merge(empty, tmp_path / "b").unlike == {"target_traces": 1, "acceptance_traces": 1}
 
     def test_an_older_policy_is_kept_beside(self, packed: Path, empty: EvidenceStore) -> None:
         """The store's policy of another target stays, and so does the generation of the merged one."""
         newer = made.policy()
         save_policy(empty, policies.to_json(newer), newer.target, newer.environment)
-        bundle.merge(empty, packed, documents())
+        bundle.merge(empty, packed)
         assert sql(empty.database.path, "SELECT count(*), max(generation) FROM policies") == [(2, 1)]
 
 
@@ -354,20 +335,16 @@ def test_units_of_several_setups_and_prompts(evidence_store: EvidenceStore, tmp_
     for number, (queue, setups) in enumerate(runs):
         samples = fake.run_together(GREEDY, queue, setups, f"race {number}")
         evidence_store.save_samples(SCOPE, queue, setups, f"race {number}", samples)
-    assert bundle.pack(evidence_store, tmp_path / "b", documents()).rows["samples"] == 12
+    assert bundle.pack(evidence_store, tmp_path / "b").rows["samples"] == 12
 
 
-def test_a_unit_answers_for_what_it_holds(evidence_store: EvidenceStore, tmp_path: Path) -> None:
-    """A bundle that says its samples are another unit's is not believed; the digest is computed again."""
+def test_times_in_the_future_are_clamped(evidence_store: EvidenceStore, tmp_path: Path) -> None:
+    """Of a bundle whose clock ran ahead, so that its evidence grows old."""
     save_sample(evidence_store, 0)
-    bundle.pack(evidence_store, tmp_path / "b", documents())
-    pretended = resealed(tmp_path / "b", tmp_path / "c", f"UPDATE units SET digest = '{'0' * 32}'")
+    bundle.pack(evidence_store, tmp_path / "b")
+    later = update("units", "measured_at", "2999-01-01T00:00:00.000000+00:00")
     with EvidenceStore.open(tmp_path / "other.db") as other:
-        bundle.merge(other, pretended, documents())
-        query = select(tables.units.c.digest)
-        digests = [store.database.read(lambda c: c.scalar(query)) for store in (evidence_store, other)]
-        assert digests[0] == digests[1]
-        assert other.find_samples(SCOPE, tuple(prompts(1)), (PLAIN,), "proof 0") is not None
+        assert bundle.merge(other, resealed(tmp_path / "b", tmp_path / "c", later)).clamped == 1
 
 
 def test_a_merge_holds_the_lock_for_a_few_items(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,5 +359,5 @@ def test_a_merge_holds_the_lock_for_a_few_items(packed: Path, tmp_path: Path, mo
             return writing()
 
         evidence_store.writing = counted  # type: ignore[method-assign]
-        bundle.merge(evidence_store, packed, documents())
+        bundle.merge(evidence_store, packed)
     assert len(sizes) >= 2

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 
-from store.bundle import bundle
-from store.bundle.sanitize import clean_text
 from store.evidence_store import EvidenceStore
 from tests.support import policies as made
-from tests.support.bundles import fill, refused, resealed, sealed
+from tests.support.bundles import fill, refused, resealed, sealed, update
 from tests.support.fakes import sql
-from tuner.cli.bundle import documents
+from tuner.bundle import bundle
+from tuner.bundle.sanitize import clean_text
 from tuner.policy import policy as policies
 
 
@@ -23,7 +22,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packed")
     with EvidenceStore.open(folder / "evidence.db") as evidence_store:
         fill(evidence_store)
-        bundle.pack(evidence_store, folder / "one.bundle", documents())
+        bundle.pack(evidence_store, folder / "one.bundle")
     return folder / "one.bundle"
 
 
@@ -32,10 +31,6 @@ def empty(tmp_path: Path) -> Any:
     """An open store without a row."""
     with EvidenceStore.open(tmp_path / "empty" / "evidence.db") as evidence_store:
         yield evidence_store
-
-
-def update(table: str, column: str, value: object) -> tuple[str, tuple[object, ...]]:
-    return f"UPDATE {table} SET {column} = ?", (value,)
 
 
 OTHERS = policies.to_json(made.policy())
@@ -80,7 +75,6 @@ STRANGERS: dict[str, tuple[str | tuple[str, tuple[object, ...]], str]] = {
     "probability": (update("acceptance_traces", "accept_probs", b"b" + b"\x02" * 64), "outside 0 to 1"),
     "not a number": (update("target_traces", "logit_gaps", b"d" + b"\xff" * 8 * 64), "not finite"),
     "no seconds": (update("step_times", "samples_s", b"d"), "step times at width 1"),
-    "length huge": (update("sweeps", "max_length", 2**30), "sizes "),
     "time not UTC": (update("policies", "created_at", "2020-01-01T00:00:00+02:00"), "a UTC time is needed"),
     "run outcome": (update("runs", "outcome", "[1]"), "an object is needed"),
     "run report": (update("runs", "outcome", '{"dossier":{"version":2}}'), "missing required field"),
@@ -140,7 +134,7 @@ class TestStrangers:
         path.write_bytes(packed.read_bytes())
         (tmp_path / "b-journal").write_bytes(b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7" + bytes(4096))
         (tmp_path / "b-wal").write_bytes(b"x" * 4096)
-        assert bundle.merge(empty, path, documents()).added["policies"] == 1
+        assert bundle.merge(empty, path).added["policies"] == 1
         assert path.read_bytes() == packed.read_bytes()
 
     def test_a_bundle_is_a_database(self, packed: Path) -> None:
@@ -161,7 +155,7 @@ class TestStrangers:
             update("models", "name", "../../../etc/pass\x1b[2Jwd"),
             update("policies", "policy", policy),
         )
-        bundle.merge(empty, strange, documents())
+        bundle.merge(empty, strange)
         assert sql(empty.database.path, "SELECT name FROM models") == [("imported:pass [2Jwd",)]
         assert policies.from_json(str(empty.latest_policy())).headline.reason == "see shadow  k=2 100 tok/s"
 
@@ -171,6 +165,7 @@ class TestStrangers:
             "/home/me/llama": "imported:llama",
             "/home/me/my models/llama k=4": "imported:llama k=4",
             "/home/me/llama.GGUF": "imported:llama.GGUF",
+            "eagle:/home/me/my head": "eagle:imported:my head",
             "ngram:max=4,min=2+/home/me/my models/llama k=4": "ngram:max=4,min=2+imported:llama k=4",
             "imported:draft one": "imported:draft one",
             "imported:carried:/home/me/draft one": "imported:draft one",

@@ -1,8 +1,8 @@
 """Bundles: small SQLite files of the store's own schema that carry evidence, runs and policies between stores.
 
 A bundle may come from a stranger: it is opened read-only and checked whole before a store is touched, then merged in
-short transactions. A machine with a path or a secret in its engine options is packed without it, under the digest that
-it then has. Rows that cannot travel (damaged ones) are left out and counted.
+short transactions. Rows that cannot travel (damaged ones, and those of a machine with a path or a secret in its engine
+options, as 0.5 stored them) are left out and counted.
 """
 
 import hashlib
@@ -22,16 +22,17 @@ from urllib.parse import quote
 
 import msgspec
 import sqlalchemy
-from sqlalchemy import URL, Connection, Table, insert, select
+from sqlalchemy import URL, Column, Connection, Select, Table, insert, select, union
 
 from profiles.records.core import Environment, Model
 from profiles.records.errors import InputError, NotMeasuredError
 from profiles.records.files import open_file, write_atomically
 from profiles.records.text import command, printable, shortened
 from store import migrations, tables
-from store.bundle.rows import CHILDREN, PARENTS, TRACES, Documents, Item, items, links, primary_key, trace_key
-from store.evidence_store import EvidenceStore
-from store.tables import Values
+from store.evidence_store import EvidenceStore, targets_named
+from store.forget import LINKED
+from store.tables import Row, Values
+from tuner.bundle.rows import CHILDREN, PARENTS, TRACES, Item, items, links, primary_key, trace_key
 
 APPLICATION_ID = 0x64707462  # "dptb" in the file's header
 MOST_BYTES, MOST_VALUE_BYTES = 2**28, 2**24
@@ -71,20 +72,8 @@ class Merged:
     clamped: int  # evidence with a time in the future, stored with that of the merge, so that it grows old
 
 
-def pack(
-    evidence_store: EvidenceStore,
-    path: Path,
-    documents: Documents,
-    *,
-    targets: Sequence[str] | None = None,
-    environments: Sequence[str] | None = None,
-) -> Contents:
-    """Write a bundle, replacing the file in one step.
-
-    Args:
-        targets: names, digests or run digests; None: all.
-        environments: digests or device names of the machines to pack timings, runs and policies of; None: all. Traces
-            hold on every machine and are always packed.
+def pack(evidence_store: EvidenceStore, path: Path, targets: Sequence[str] | None = None) -> Contents:
+    """Write a bundle of these targets (None: all), replacing the file in one step.
 
     Raises: NotMeasuredError: nothing was asked for that the store has. InputError: the file cannot be written.
     """
@@ -92,12 +81,16 @@ def pack(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "bundle"
         with evidence_store.reading() as connection, _new_file(file) as packed:
-            conditions = _conditions(connection, targets, environments)
+            conditions = _conditions(connection, targets)
 
             def leave_out(table: Table, _: InputError) -> None:
                 left_out[table.name] += 1
 
-            _copy(items(connection, documents, leave_out, *conditions, digests={}), packed)
+            merging = _Merging()
+            for item in items(connection, leave_out, *conditions):
+                merging.merge(packed, item)
+            if not any(merging.counts["added"][table.name] for table in tables.ABOUT_TARGETS):
+                raise NotMeasuredError("the store has nothing to pack of what was asked")
         data = file.read_bytes()
     data += hashlib.sha256(data).digest()  # SQLite reads what its header counts, and not this
     if len(data) > MOST_BYTES:
@@ -106,17 +99,16 @@ def pack(
         write_atomically(path, data)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
-    return inspect(path, documents, left_out=dict(left_out))
+    return inspect(path, left_out=dict(left_out))
 
 
-def inspect(path: Path, documents: Documents, *, left_out: dict[str, int] | None = None) -> Contents:
+def inspect(path: Path, *, left_out: dict[str, int] | None = None) -> Contents:
     """Check a whole bundle, every row of it, and describe it; no store is touched. Raises InputError."""
     rows: Counter[str] = Counter()
-    targets: list[Model] = []
-    machines: list[Environment] = []
+    targets, machines = [], []
     drafts: set[str] = set()
     created = ""
-    for item in _checked_items(path, documents):
+    for item in _checked_items(path):
         name, row = item.table.name, item.row
         rows[name] += 1
         if item.children:
@@ -143,16 +135,16 @@ def inspect(path: Path, documents: Documents, *, left_out: dict[str, int] | None
     )
 
 
-def merge(evidence_store: EvidenceStore, path: Path, documents: Documents) -> Merged:
+def merge(evidence_store: EvidenceStore, path: Path) -> Merged:
     """Add what the store does not have, a hundred items in a transaction; merging again changes nothing.
 
     The store's own evidence always stays. Acceptance over a target trace of other tokens is not merged either.
     Raises: InputError: the bundle is damaged, newer or not allowed; the store is as it was. StoreError.
     """
-    for _ in _checked_items(path, documents):
+    for _ in _checked_items(path):
         pass
     merging = _Merging()
-    checked = _checked_items(path, documents)
+    checked = _checked_items(path)
     while batch := list(itertools.islice(checked, BATCH)):
         with evidence_store.writing() as connection:
             for item in batch:
@@ -163,7 +155,7 @@ def merge(evidence_store: EvidenceStore, path: Path, documents: Documents) -> Me
 
 
 class _Merging:
-    """What was merged so far, and the store's keys of the bundle's rows."""
+    """What was added to a store or a new bundle so far, and its keys of the rows that were copied."""
 
     def __init__(self) -> None:
         self.counts: dict[str, Counter[str]] = {name: Counter() for name in ("added", "stored", "unlike")}
@@ -176,27 +168,31 @@ class _Merging:
     def merge(self, connection: Connection, item: Item) -> None:
         table, name = item.table, item.table.name
         row = self._linked(table, item.row)
-        stored = connection.execute(select(table).filter_by(**_identity(table, row))).mappings().first()
-        if stored is None and not (name in TRACES and trace_key(row) in self._other_traces):
-            children = [self._linked(CHILDREN[name], child) for child in item.children]
-            new = {column: value for column, value in row.items() if column != "id"}
-            if new.get("measured_at", "") > self._now and table is not tables.infeasible:  # found by its time
-                self.clamped += 1
-                new["measured_at"] = self._now
-            self._keys[name, item.id] = _insert(connection, table, new, children)
-            self.counts["added"][name] += 1
-            return
-        difference = "its target trace has other tokens"
+        identity = _identity(table, row)
+        stored = connection.execute(select(table).filter_by(**identity)).mappings().first()
+        difference = ""
         if stored is not None:
             self._keys[name, item.id] = stored[primary_key(table)]
-            difference = _difference(table, dict(stored), row) or self._child_difference(connection, item)
-        self.counts["unlike" if difference else "stored"][name] += 1
-        if not difference:
-            return
-        if table is tables.target_traces:
-            self._other_traces.add(trace_key(row))
-        key = ", ".join(f"{column} {value}" for column, value in _identity(table, row).items())
-        self.conflicts.append(f"{name} {key}: {difference}")
+            difference = _difference(table, stored, row) or self._child_difference(connection, item)
+        elif name in TRACES and trace_key(row) in self._other_traces:
+            difference = "its target trace has other tokens"
+        else:
+            self._add(connection, item, row)
+        self.counts["unlike" if difference else "stored" if stored is not None else "added"][name] += 1
+        if difference:
+            if table is tables.target_traces:
+                self._other_traces.add(trace_key(row))
+            self.conflicts.append(
+                f"{name} {', '.join(f'{key} {value}' for key, value in identity.items())}: {difference}"
+            )
+
+    def _add(self, connection: Connection, item: Item, row: Values) -> None:
+        new = {column: value for column, value in row.items() if column != "id"}
+        if new.get("measured_at", "") > self._now and item.table is not tables.infeasible:  # found by its time
+            self.clamped += 1
+            new["measured_at"] = self._now
+        children = [self._linked(CHILDREN[item.table.name], child) for child in item.children]
+        self._keys[item.table.name, item.id] = _insert(connection, item.table, new, children)
 
     def _linked(self, table: Table, row: Values) -> Values:
         """The row with the store's keys in place of the bundle's."""
@@ -211,8 +207,7 @@ class _Merging:
         stored = connection.execute(query.order_by(*child.primary_key.columns)).mappings().all()
         if len(stored) != len(item.children):
             return f"{len(stored)} rows in the store, {len(item.children)} in the bundle"
-        pairs = zip(stored, item.children, strict=True)
-        return next(filter(None, (_difference(child, dict(old), new) for old, new in pairs)), "")
+        return next(filter(None, (_difference(child, *pair) for pair in zip(stored, item.children, strict=True))), "")
 
 
 def _identity(table: Table, row: Values) -> Values:
@@ -228,7 +223,7 @@ def _identity(table: Table, row: Values) -> Values:
     return {name: row[name] for name in names}
 
 
-def _difference(table: Table, old: Values, new: Values) -> str:
+def _difference(table: Table, old: Row, new: Row) -> str:
     """What two rows under one key measured differently; empty where nothing."""
     if table.name in _FOUND_BY_KEY:
         return ""
@@ -248,46 +243,31 @@ def _is_alike(old: Any, new: Any, *, rounded: bool) -> bool:
 # --- out of a store ---
 
 
-def _chosen(connection: Connection, table: Table, names: Sequence[str] | None) -> set[str]:
-    """The keys of the models or machines that `names` are of. Raises NotMeasuredError: there is none of a name."""
-    by = ("key", "digest", "name") if table is tables.models else ("digest", "device")
-    rows = connection.execute(select(table)).mappings().all()
-    for name in names or ():
-        if not any(name == row[column] for row in rows for column in by):
+def _conditions(connection: Connection, targets: Sequence[str] | None) -> Iterator[Any]:
+    """Which rows are packed. Raises NotMeasuredError: the store does not know a target."""
+    models: set[str] = set()
+    for name in [None] if targets is None else targets:
+        named = targets_named(connection, name)
+        if name is not None and not named:
             raise NotMeasuredError(f"the store knows nothing of {name!r}, which was to be packed")
-    return {row[by[0]] for row in rows if names is None or any(row[column] in names for column in by)}
-
-
-def _conditions(
-    connection: Connection, targets: Sequence[str] | None, environments: Sequence[str] | None
-) -> Iterator[Any]:
-    models = _chosen(connection, tables.models, targets)
-    machines = _chosen(connection, tables.environments, environments)
-    yield tables.models.c.key.in_(models)
+        models.update(model.run_digest for model in named)
     for table in tables.ABOUT_TARGETS:
         yield table.c.target_key.in_(models)
-        if table.name not in TRACES:
-            yield table.c.environment_digest.in_(machines)
     yield tables.runs.c.finished_at.is_not(None)
 
+    def of_models(column: Column[Any]) -> Select[Any]:
+        if "target_key" in column.table.c:
+            return select(column).where(column.table.c.target_key.in_(models))
+        return select(column).join(tables.units).where(tables.units.c.target_key.in_(models))
 
-def _copy(source: Iterator[Item], packed: Connection) -> None:
-    """Inserts items, and of models, machines, prompts, workloads and setups those that the others refer to."""
-    subjects: list[Item] = []
-    used: set[tuple[str, Any]] = set()  # by primary key, prompts by digest too
-    for item in source:
-        if "target_key" not in item.table.c:
-            subjects.append(item)
-            continue
-        for row, table in ((item.row, item.table), *((each, CHILDREN[item.table.name]) for each in item.children)):
-            used.update((other.name, row[name]) for name, other in links(table).items())
-            used.add(("prompts", row.get("prompt_digest")))
-        _insert(packed, item.table, item.row, item.children)
-    if not used:
-        raise NotMeasuredError("the store has nothing to pack of what was asked")
-    for item in subjects:
-        if {(item.table.name, item.id), (item.table.name, item.row.get("digest"))} & used:
-            _insert(packed, item.table, item.row, ())
+    # of machines, workloads, setups and prompts those that rows about these models refer to
+    for key, columns in LINKED.items():
+        yield key.in_(union(*map(of_models, columns)))
+    prompts = tables.prompts.c
+    traced = union(*(of_models(table.c.prompt_digest) for table in tables.TRACES.values()))
+    yield prompts.id.in_(
+        union(of_models(tables.samples.c.prompt_id), select(prompts.id).where(prompts.digest.in_(traced)))
+    )
 
 
 def _insert(connection: Connection, table: Table, row: Values, children: Sequence[Values]) -> Any:
@@ -318,7 +298,7 @@ def _new_file(path: Path) -> Iterator[Connection]:
 # --- out of a file ---
 
 
-def _checked_items(path: Path, documents: Documents) -> Iterator[Item]:
+def _checked_items(path: Path) -> Iterator[Item]:
     """The items of a bundle. Raises InputError, naming the file: one is not allowed."""
 
     def refuse(_: Table, error: InputError) -> None:
@@ -326,7 +306,7 @@ def _checked_items(path: Path, documents: Documents) -> Iterator[Item]:
 
     try:
         with _opened(path) as connection:
-            yield from items(connection, documents, refuse)
+            yield from items(connection, refuse)
     except OSError as error:
         raise InputError(f"bundle {path} cannot be read: {error.strerror}") from error
     except InputError as error:
