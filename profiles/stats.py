@@ -1,6 +1,7 @@
 """Statistics of timed runs: ratios of totals with intervals, Holm's step-down, the median."""
 
 import math
+import statistics
 from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -230,11 +231,10 @@ def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
 
 def median(values: Iterable[float]) -> float:
     """The median; raises InputError on no values, because no data is never 0."""
-    ordered = sorted(values)
-    if not ordered:
+    data = list(values)
+    if not data:
         raise InputError("the median of no values")
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+    return statistics.median(data)
 
 
 def median_interval(values: Sequence[float]) -> Interval:

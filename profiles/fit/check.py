@@ -14,35 +14,20 @@ from profiles.builtin import ALL_PROMPTS
 from profiles.engines.bench import Bench
 from profiles.engines.torch import load
 from profiles.hardware import fingerprint
-from profiles.models import loader, memory, sources
+from profiles.models import loader
 from profiles.models.footprint import Footprint
 from profiles.models.loader import DescribedModel
 from profiles.prompts import tokens
 from profiles.prompts.reader import Request, read, sample
 from profiles.records.core import Draft, Prompt, Workload
 from profiles.records.draft_spec import NGRAM_DEFAULTS, DraftSpec
-from profiles.records.errors import DraftpickError, ModelError, PairError, require
+from profiles.records.errors import DraftpickError, PairError, require
 from profiles.records.evidence import RoundCount, TargetTrace
 from profiles.records.text import command
 
 NUM_PROMPTS, MAX_PROMPT_TOKENS, NEW_TOKENS, LENGTH = 3, 512, 32, 4
 DEFAULT_CONTEXT = 4096  # tokens; less where the target has fewer positions
 LOOKUP = DraftSpec(kind="ngram", max_match=NGRAM_DEFAULTS["max"], min_match=NGRAM_DEFAULTS["min"])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """Batch and context, from 1, that memory is computed for, and how the models are loaded."""
-
-    batch_size: int = 1
-    context_length: int | None = None  # None means 4,096 tokens, or the target's positions if fewer
-    dtype: str | None = None  # None as in `run`, as for `device`
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        require(self.batch_size >= 1, f"batch size {self.batch_size}: at least 1 is needed")
-        context = self.context_length
-        require(context is None or context >= 1, f"context {context}: at least 1 token is needed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,9 +47,9 @@ class DraftCheck:
 
     name: str
     same_tokens: bool | None
-    max_positions: int | None  # None for a draft without a model
-    need: Footprint | None  # what the draft adds to the target's memory
-    quick_acceptance: QuickAcceptance | None
+    max_positions: int | None = None  # None for a draft without a model
+    need: Footprint | None = None  # what the draft adds to the target's memory
+    quick_acceptance: QuickAcceptance | None = None
     problem: str | None  # why it cannot be used
 
 
@@ -103,18 +88,31 @@ class FitReport:
 Traces = Sequence[tuple[Prompt, TargetTrace]]  # short greedy outputs of the target
 
 
-def check(target: str, specs: Sequence[DraftSpec], shape: Shape, requests: Sequence[Request] = ()) -> FitReport:
-    """What fits and what does not; without requests quick acceptance uses built-in prompts.
+def check(
+    target: str,
+    specs: Sequence[DraftSpec],
+    requests: Sequence[Request] = (),
+    *,
+    batch_size: int = 1,
+    context_length: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> FitReport:
+    """What fits at a batch and context and what does not; without requests quick acceptance uses built-in prompts.
 
+    Without a context 4,096 tokens, or the target's positions if fewer; data type and device default as in `run`.
     A draft that cannot be used has its reason in its row. Prompt look-up always gets a row, last unless it is among
     `specs`: it costs nothing, so a draft should beat it. Raises: InputError: an unknown device or dtype. ModelError:
     the target cannot be loaded, lacks the positions or does not fit in memory. PromptError: prompts that cannot be
     used. EngineError: the target fails while it runs.
     """
+    require(batch_size >= 1, f"batch size {batch_size}: at least 1 is needed")
+    require(context_length is None or context_length >= 1, f"context {context_length}: at least 1 token is needed")
     specs = list(dict.fromkeys([*specs, LOOKUP]))
-    context = shape.context_length or min(DEFAULT_CONTEXT, _from_header(target, "float32")[0] or DEFAULT_CONTEXT)
-    free = fingerprint.free_bytes(fingerprint.pick_device(shape.device))
-    bench = load.load(target, specs, shape.dtype, shape.device, shape.batch_size * context)
+    free = fingerprint.free_bytes(fingerprint.pick_device(device))
+    num_tokens = batch_size * (context_length or DEFAULT_CONTEXT)
+    bench = load.load(target, specs, dtype, device, num_tokens)
+    context = context_length or min(DEFAULT_CONTEXT, bench.loaded[0].max_positions)
     loader.check_context(bench.loaded[0], context_length=context, max_length=0)
     workload, traces, warnings = _decode_briefly(bench, requests)
     notes = [loaded.note for loaded in bench.loaded if loaded.note is not None]
@@ -123,25 +121,14 @@ def check(target: str, specs: Sequence[DraftSpec], shape: Shape, requests: Seque
         target=target,
         dtype=bench.engine.target.dtype,
         device=bench.engine.environment.device,
-        batch_size=shape.batch_size,
+        batch_size=batch_size,
         context_length=context,
         max_positions=bench.loaded[0].max_positions,
         need=bench.footprints[None],
         free_bytes=free,
-        drafts=tuple(_check_draft(bench, spec, workload, traces, shape.context_length) for spec in specs),
+        drafts=tuple(_check_draft(bench, spec, workload, traces, context_length) for spec in specs),
         notes=(*notes, *warnings, caveat),
     )
-
-
-def _from_header(name: str, dtype: str) -> tuple[int | None, Footprint | None]:
-    """(positions, footprint) of a model that is not loaded; None where its files do not say."""
-    try:
-        source = sources.find(name)
-        footprint = memory.footprint(source, dtype)
-        with sources.library_errors(f"model {name!r}"):
-            return sources.max_positions(sources.read_config(source), source), footprint
-    except ModelError:
-        return None, None
 
 
 def _decode_briefly(bench: Bench, requests: Sequence[Request]) -> tuple[Workload, Traces, list[str]]:
@@ -165,15 +152,8 @@ def _check_draft(
     refused = next((refused for refused in bench.refused if refused.name in (spec.name, spec.path)), None)
     if refused is not None:
         other_tokens = refused.reason == PairError.__name__ and spec.path is not None
-        positions, footprint = _from_header(spec.path, bench.engine.target.dtype) if spec.path else (None, None)
-        return DraftCheck(
-            name=spec.name,
-            same_tokens=False if other_tokens else None,
-            max_positions=positions,
-            need=footprint,
-            quick_acceptance=None,
-            problem=refused.detail,
-        )
+        same_tokens = False if other_tokens else None
+        return DraftCheck(name=spec.name, same_tokens=same_tokens, problem=refused.detail)
     draft, model = _loaded_draft(bench, spec)
     acceptance = problem = None
     try:

@@ -42,13 +42,6 @@ def free_bytes(device: str) -> int:
     return available if in_container is None else min(available, in_container)
 
 
-def total_free_bytes(device: str) -> int:
-    """As `free_bytes`, summed over all GPUs for `cuda`."""
-    if device == "cuda":
-        return sum(int(torch.cuda.mem_get_info(index)[0]) for index in range(torch.cuda.device_count()))
-    return free_bytes(device)
-
-
 def fingerprint(device: str) -> Environment:
     """What times measured on `device` with the torch engine are true for."""
     on_gpu = device.startswith("cuda")

@@ -24,22 +24,17 @@ def query(function: str, *arguments: object) -> Any:
 def device_handle(device: str) -> Any:
     """NVML's handle of a torch device (`cuda:1`) or GPU UUID; None where there is none.
 
-    Looked up by UUID or bus address: NVML's numbers ignore CUDA_VISIBLE_DEVICES.
+    Looked up by UUID: NVML's numbers ignore CUDA_VISIBLE_DEVICES.
     """
-    if device.startswith(UUID_PREFIX):
-        return query("nvmlDeviceGetHandleByUUID", device)
-    import torch
+    uuid = device.removeprefix(UUID_PREFIX)
+    if uuid == device:
+        import torch
 
-    try:
-        properties = torch.cuda.get_device_properties(device)
-    except Exception:  # no such GPU, or CUDA does not start
-        return None
-    uuid = str(getattr(properties, "uuid", "")).removeprefix(UUID_PREFIX)
-    handle = query("nvmlDeviceGetHandleByUUID", f"{UUID_PREFIX}{uuid}") if uuid else None
-    address = [int(getattr(properties, f"pci_{part}_id", -1)) for part in ("domain", "bus", "device")]
-    if handle is None and min(address) >= 0:
-        handle = query("nvmlDeviceGetHandleByPciBusId", "{:08x}:{:02x}:{:02x}.0".format(*address))
-    return handle
+        try:
+            uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix(UUID_PREFIX)
+        except Exception:  # no such GPU, or CUDA does not start
+            return None
+    return query("nvmlDeviceGetHandleByUUID", f"{UUID_PREFIX}{uuid}")
 
 
 def driver_version() -> str | None:

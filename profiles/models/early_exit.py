@@ -4,7 +4,6 @@ import copy
 from typing import Any
 
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
 from transformers import PreTrainedModel
 
 from profiles.models.loader import LoadedModel
@@ -57,8 +56,4 @@ def _shallow_copy(module: Any, configs: dict[int, Any]) -> Any:
     twin._modules = dict(module._modules)
     if hasattr(module, "config"):
         twin.config = copy.deepcopy(module.config, configs)
-    if hasattr(module, "_hf_hook"):  # accelerate's `forward` of a model on several GPUs is bound to the old module
-        del twin._hf_hook, twin._old_forward, twin.forward
-        add_hook_to_module(twin, ModelHook())
-        twin._hf_hook = module._hf_hook  # set afterwards: adding it would place the shared weights again
     return twin

@@ -34,7 +34,6 @@ _LLAMACPP_TRAILING = 128  # SPEC_VOCAB_MAX_SIZE_DIFFERENCE
 _HARMLESS = re.compile(  # tensors that models compute themselves, and scales of a quantised key/value cache
     r"rotary_emb\.inv_freq$|\.(attn|attention|self_attn)\.(masked_)?bias$|\.[kvq]_scale$"
 )
-_GPU_SHARE = 0.9  # of a GPU's free memory for weights: caches and activations need the rest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +67,7 @@ def describe(name: str, *, dtype: str | None) -> DescribedModel:
     """
     source = sources.find(name)
     sources.weight_files(source)
-    with library_errors(f"model {name!r}", source):
+    with library_errors(f"model {name!r}"):
         config, tokenizer = sources.read_config(source), sources.read_tokenizer(source)
         has_generation = bool(source.files("generation_config.json"))
         generation = GenerationConfig.from_pretrained(source.folder) if has_generation else None
@@ -82,14 +81,11 @@ def describe(name: str, *, dtype: str | None) -> DescribedModel:
         )
 
 
-def load(
-    name: str, *, dtype: str, device: str, several_gpus: bool = True, num_tokens: int | None = None
-) -> LoadedModel:
+def load(name: str, *, dtype: str, device: str, num_tokens: int | None = None) -> LoadedModel:
     """Loads a directory, a GGUF file, a hub id or a built-in model on `device`, its float weights as `dtype`.
 
     Args:
-        device: `cpu`, `cuda:N`, or `cuda`, on which a model too large for the first GPU is spread over all.
-        several_gpus: False keeps it on the first GPU, as drafts need it.
+        device: `cpu`, `cuda` or `cuda:N`.
         num_tokens: Rows of the embedding to keep, a target's for its drafts; None keeps those that have a token.
 
     Raises: ModelError: no such model, pickled or broken files, weights missing or not finite, no tokenizer, or an
@@ -99,7 +95,7 @@ def load(
     check_dtype(dtype)
     source = sources.find(name)
     sources.weight_files(source)
-    with library_errors(f"model {name!r}", source):
+    with library_errors(f"model {name!r}"):
         config = sources.read_config(source)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             lack = f"{config.model_type} has no language model of its own in transformers, which the torch engine needs"
@@ -107,13 +103,9 @@ def load(
         _check_cache(source, config)
         _check_quantization(source, config)
         tokenizer = sources.read_tokenizer(source)
-        placement = _placement(source, dtype, device) if several_gpus else {}
-        model, weights_notes = _load_weights(source, config, dtype, placement)
+        model, notes = _load_weights(source, config, dtype)
         _cut_embedding(model, num_tokens or max(tokenizer.get_vocab().values()) + 1)
-        if placement:
-            _check_spread(source, model, dtype)
-        else:
-            model = model.to(device)
+        model = model.to(device)
         for weight_name, weight in model.named_parameters():
             if weight.is_floating_point() and not torch.isfinite(weight).all():
                 raise source.error(f"{weight_name} holds NaN or infinity as {dtype}")
@@ -131,14 +123,14 @@ def load(
             end_token_ids=_end_token_ids(
                 source, model.generation_config, config.get_text_config(decoder=True), tokenizer
             ),
-            note="; ".join([*_notes(source, dtype, is_spread=bool(placement)), *weights_notes]) or None,
+            note="; ".join([*_notes(source, dtype), *notes]) or None,
         )
 
 
 def describe_head(name: str, *, dtype: str) -> Model:
     """A draft that is no model by itself, such as one that reads the target's hidden states. Raises ModelError."""
     source = sources.find(name)
-    with library_errors(f"model {name!r}", source):
+    with library_errors(f"model {name!r}"):
         return _record(source, sources.read_config(source), dtype)
 
 
@@ -229,28 +221,7 @@ def _check_quantization(source: Source, config: PreTrainedConfig) -> None:
         raise source.error(f"{fault}; use the original weights, or an engine that reads it, such as vLLM")
 
 
-def _placement(source: Source, dtype: str, device: str) -> dict[str, object]:
-    """Options of `from_pretrained` that spread a model over all GPUs; empty where one device holds it."""
-    num_gpus = torch.cuda.device_count() if device == "cuda" else 0
-    if num_gpus < 2:
-        return {}
-    usable_bytes = {index: int(_GPU_SHARE * torch.cuda.mem_get_info(index)[0]) for index in range(num_gpus)}
-    if getattr(torch, dtype).itemsize * sources.num_values(source) <= usable_bytes[0]:
-        return {}
-    return {"device_map": "auto", "max_memory": usable_bytes}
-
-
-def _check_spread(source: Source, model: PreTrainedModel, dtype: str) -> None:
-    """Refuses a spread model with a part off the GPUs, or none on the first, where tokens go in and drafts are."""
-    devices = set(getattr(model, "hf_device_map", {}).values())
-    if 0 not in devices or devices & {"cpu", "disk"}:
-        needed = f"its {dtype} weights do not fit into {_GPU_SHARE:.0%} of the free memory of all GPUs"
-        raise source.error(f"{needed}; use a smaller model or a 16-bit dtype")
-
-
-def _load_weights(
-    source: Source, config: PreTrainedConfig, dtype: str, placement: dict[str, object]
-) -> tuple[PreTrainedModel, list[str]]:
+def _load_weights(source: Source, config: PreTrainedConfig, dtype: str) -> tuple[PreTrainedModel, list[str]]:
     """The model in evaluation mode, with fused attention where the architecture has it, and notes on its files."""
     options = {
         "config": config,
@@ -260,7 +231,6 @@ def _load_weights(
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # refused below, by name
         **({} if source.gguf is None else {"gguf_file": source.gguf.path.name}),
-        **placement,
     }
     types = {} if source.gguf is not None else {name: kind for name, _, kind in sources.tensors(source)}
     with contextlib.redirect_stderr(io.StringIO()):  # the progress bar of dequantising cannot be turned off
@@ -279,33 +249,26 @@ def _load_weights(
 
 def _check_complete(source: Source, model: PreTrainedModel, info: dict[str, Any], types: dict[str, str]) -> list[str]:
     """Refuses a model that is not what its files hold; returns notes on tensors of other parts that stay unread."""
-    description = "the header" if source.gguf is not None else "its config.json"
-    advice = f"{description} must describe the weights"
-    if missing := sorted(info["missing_keys"]):
-        raise source.error(f"{len(missing)} weights are not in its files, first {missing[0]}; {advice}")
-    if mismatched := sorted(info["mismatched_keys"]):
-        name, stored, expected = mismatched[0]
-        first = f"{name} ({list(stored)} instead of {list(expected)})"
-        raise source.error(
-            f"{len(mismatched)} weights are of another size than {description} says, first {first}; {advice}"
-        )
-    if faults := info.get("error_msgs"):
-        raise source.error(f"{' '.join(str(faults[0]).split())[:300]}")
     floats = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
-    if integers := sorted(name for name in floats if types.get(name, "").startswith(("I", "U"))):
-        fault = f"{len(integers)} weights are whole numbers, first {integers[0]}"
-        raise source.error(f"{fault}; {description} must say how they are quantised")
     unread = [key for key in sorted(info["unexpected_keys"]) if not _HARMLESS.search(key)]
     if model.config.get_text_config(decoder=True).tie_word_embeddings:
         unread = [key for key in unread if key != "lm_head.weight"]
     modules = {name for name, _ in model.named_modules()}
-    if left_over := [key for key in unread if _is_inside(key, modules)]:
-        if any("scale" in key.rpartition(".")[2] for key in left_over):
-            advice = "they are scales of quantised weights, and its config.json has no quantization_config"
-            if source.files("hf_quant_config.json"):
-                advice = "they are scales of weights quantised by ModelOpt (hf_quant_config.json), read by vLLM only"
-        reason = f"no place in {type(model).__name__}"
-        raise source.error(f"{len(left_over)} tensors in its files have {reason}, first {left_over[0]}; {advice}")
+    faults = {
+        "are not in its files": sorted(info["missing_keys"]),
+        "are of another size": [
+            f"{name} ({list(stored)} instead of {list(expected)})"
+            for name, stored, expected in sorted(info["mismatched_keys"])
+        ],
+        "are whole numbers": sorted(name for name in floats if types.get(name, "").startswith(("I", "U"))),
+        "have no place in the model": [key for key in unread if _is_inside(key, modules)],
+        "cannot be read": [" ".join(str(fault).split())[:300] for fault in info.get("error_msgs") or ()],
+    }
+    for fault, names in faults.items():
+        if names:
+            description = "the header" if source.gguf is not None else "its config.json"
+            advice = f"{description} must describe the weights, and how they are quantised"
+            raise source.error(f"{len(names)} weights {fault}, first {names[0]}; {advice}")
     parts = ", ".join(dict.fromkeys(key.partition(".")[0] for key in unread))
     note = f"model {source.name!r}: {len(unread)} tensors beside the language model are not read ({parts})"
     return [note] if unread else []
@@ -313,15 +276,7 @@ def _check_complete(source: Source, model: PreTrainedModel, info: dict[str, Any]
 
 def _is_inside(key: str, modules: set[str]) -> bool:
     """Whether a tensor belongs to the language model: to one of its modules, or to a layer that it lacks."""
-    parent, _, _ = key.rpartition(".")
-    if parent in modules:
-        return True
-    names = parent.split(".")
-    for end in range(len(names) - 1, 0, -1):
-        prefix = ".".join(names[:end])
-        if prefix in modules:
-            return names[end].isdecimal() or any(name.isdecimal() for name in names[:end])
-    return False
+    return key.rpartition(".")[0] in modules or ".".join(key.split(".")[:2]) in modules
 
 
 def _cut_embedding(model: PreTrainedModel, num_tokens: int) -> None:
@@ -348,11 +303,9 @@ def _end_token_ids(source: Source, *configs: Any) -> tuple[int, ...]:
     return ()
 
 
-def _notes(source: Source, dtype: str, *, is_spread: bool) -> Iterator[str]:
+def _notes(source: Source, dtype: str) -> Iterator[str]:
     if source.gguf is not None:
         yield (
             f"model {source.name!r}: a GGUF of {source.gguf.float_type} weights, dequantised and run as {dtype}; "
             "acceptance is that of its weights, speed and memory are not those of an engine that keeps them packed"
         )
-    if is_spread:
-        yield f"model {source.name!r}: too large for one GPU, spread over {torch.cuda.device_count()}, which take turns"

@@ -1,7 +1,5 @@
 """Memory that models need, from headers and configs, before any weight is loaded. Activations come on top."""
 
-from collections.abc import Sequence
-
 import torch
 from transformers import PreTrainedConfig
 
@@ -33,22 +31,17 @@ def footprint(source: Source, dtype: str) -> Footprint:
         )
 
 
-def check_memory(
-    names: Sequence[str], *, dtype: str, device: str, num_tokens: int, num_free_bytes: int | None = None
-) -> None:
-    """Refuses models that do not fit on `device` together with a key/value cache of `num_tokens` tokens each.
+def check_memory(name: str, *, dtype: str, device: str, num_tokens: int) -> None:
+    """Refuses a model that does not fit on `device` with a key/value cache of `num_tokens` (batch size times context).
 
-    `num_tokens`: batch size times context. `num_free_bytes`: None asks the device. Raises ModelError: too little memory
-    (the message names GiB needed and free), or a model that cannot be read.
+    Raises ModelError: too little memory (the message names GiB needed and free), or a model that cannot be read.
     """
-    footprints = [footprint(sources.find(name), dtype) for name in names]
-    weight_bytes = sum(each.weight_bytes for each in footprints)
-    cache_bytes = num_tokens * sum(each.cache_bytes_per_token for each in footprints)
-    free = free_bytes(device) if num_free_bytes is None else num_free_bytes
-    if weight_bytes + cache_bytes > free:
-        needed = f"{weight_bytes / GIB:.3g} GiB of {dtype} weights and {cache_bytes / GIB:.3g} GiB of cache"
+    need, free = footprint(sources.find(name), dtype), free_bytes(device)
+    if need.total_bytes(num_tokens) > free:
+        cache_bytes = num_tokens * need.cache_bytes_per_token
+        needed = f"{need.weight_bytes / GIB:.3g} GiB of {dtype} weights and {cache_bytes / GIB:.3g} GiB of cache"
         raise ModelError(
-            f"models {', '.join(names)}: {needed} for {num_tokens} tokens; {device} has {free / GIB:.3g} GiB free; "
+            f"model {name!r}: {needed} for {num_tokens} tokens; {device} has {free / GIB:.3g} GiB free; "
             "use a smaller model, batch or context, or a 16-bit dtype"
         )
 

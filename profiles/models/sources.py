@@ -5,7 +5,6 @@ Errors of the libraries underneath become one-line `ModelError`s.
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import logging
 import math
@@ -13,7 +12,6 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import safetensors
@@ -36,8 +34,8 @@ _HUB_FILES = ("model*.safetensors", "*.json", "*.jinja", "*.txt", *_TOKENIZER_FI
 _LFS = b"version https://git-lfs"  # how a pointer of Git LFS begins
 NO_ROLLBACK = "{layers} keep a running state, which cannot take tokens back"
 _ADAPTER = (
-    "a LoRA adapter (adapter_config.json), not a model; merge it into its base model (merge_and_unload of peft, then "
-    "save_pretrained) and name that folder"
+    "has a LoRA adapter (adapter_config.json), which engines do not load or load alone; merge it into its base model "
+    "and name that folder, or move the file away"
 )
 _ALLOWED = "allowed are a model directory, a .gguf file and a hub id like owner/name"
 
@@ -104,18 +102,18 @@ def weight_files(source: Source) -> list[Path]:
     if source.gguf is not None:
         return [source.gguf.path]
     shards = _indexed_files(source)
-    if (shards or source.files(_WEIGHTS)) and source.files("adapter_config.json"):
-        fault = "has weights and a LoRA adapter, of which engines load one or the other"
-        raise source.error(f"{fault}; merge it into the weights, or move adapter_config.json away")
+    if source.files("adapter_config.json"):
+        raise source.error(_ADAPTER)
     if source.files(_WEIGHTS):
         if shards and source.folder / _WEIGHTS not in shards:
-            fault = (
-                f"has {_WEIGHTS} and an index of other files; engines disagree on which to load, remove the stale ones"
+            raise source.error(
+                f"has {_WEIGHTS} and an index of other files: engines load either; remove the stale ones"
             )
-            raise source.error(fault)
         shards = [source.folder / _WEIGHTS]
     if not shards:
-        raise source.error(f"{_missing_weights(source)}")
+        others = source.files("*.safetensors", *_PICKLED)[:3]
+        beside = f", but {', '.join(others)}: pickled weights can run code and are refused" if others else ""
+        raise source.error(f"has no {_WEIGHTS} or {_INDEX}{beside}; convert it to safetensors, or name a .gguf file")
     if missing := [shard.name for shard in shards if not shard.exists()]:
         number = f"{len(missing)} of {len(shards)}"
         raise source.error(f"{number} weight files are missing, first {missing[0]}; download it again")
@@ -140,17 +138,6 @@ def _indexed_files(source: Source) -> list[Path]:
     return [source.folder / name for name in names]
 
 
-def _missing_weights(source: Source) -> str:
-    """Why a folder has no weights, in words of what it is."""
-    if source.files("adapter_config.json"):
-        return _ADAPTER
-    if others := source.files("*.safetensors"):
-        return f"has {others[0]}, but no {_WEIGHTS} or {_INDEX}; download the index, or rename a single file"
-    pickled = ", ".join(source.files(*_PICKLED)[:3])
-    refused = f"; pickled weights ({pickled}) can run code and are refused" if pickled else ""
-    return f"has no {_WEIGHTS} or {_INDEX}{refused}; convert it to safetensors, or name a .gguf file"
-
-
 def _check_file(source: Source, path: Path) -> None:
     """Refuses a file that cannot be read, JSON that is none, and content that was not downloaded. Raises ModelError."""
     try:
@@ -172,26 +159,16 @@ def read_config(source: Source) -> PreTrainedConfig:
     if source.gguf is not None:
         return gguf_file.read_config(source.gguf)
     if not source.files("config.json"):
-        reason = _ADAPTER if source.files("adapter_config.json") else "has no config.json; name a transformers model"
-        raise source.error(f"{reason}")
-    path = source.folder / "config.json"
+        raise source.error("has no config.json; name a transformers model")
     for file in ("config.json", *source.files("generation_config.json")):
         _check_file(source, source.folder / file)
-    _check_config(source, json.loads(path.read_text(encoding="utf-8")))
-    with library_errors(f"model {source.name!r}: its config.json", source):
+    raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    if raw.get("model_type") not in CONFIG_MAPPING and (raw.get("model_type") is not None or raw.get("auto_map")):
+        code = "; its own code (auto_map) is not run" if raw.get("auto_map") else ""
+        unknown = f"its model_type {raw.get('model_type')!r} is unknown to transformers {transformers.__version__}"
+        raise source.error(f"{unknown}{code}")
+    with library_errors(f"model {source.name!r}: its config.json"):
         return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-
-
-def _check_config(source: Source, raw: dict[str, Any]) -> None:
-    """Refuses what transformers would refuse in words of its own insides, or misread."""
-    model_type = raw.get("model_type")
-    auto_map_note = "; its own code (auto_map) is not run" if raw.get("auto_map") else ""
-    if model_type not in CONFIG_MAPPING and (model_type is not None or auto_map_note):
-        unknown = f"its model_type {model_type!r} is unknown to transformers {transformers.__version__}"
-        raise source.error(f"{unknown}{auto_map_note}")
-    quantization = raw.get("quantization_config", raw.get("quantization"))
-    if isinstance(quantization, dict) and "bits" in quantization and "quant_method" not in quantization:
-        raise source.error("quantised by MLX, which only mlx reads; use the original weights")
 
 
 def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -203,12 +180,6 @@ def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         raise source.error(f"has no tokenizer; one of {', '.join(_TOKENIZER_FILES)} is needed")
     for name in {*names, *source.files("tokenizer_config.json", "special_tokens_map.json", "*.jinja")}:
         _check_file(source, source.folder / name)
-    only_sentencepiece = all(name.endswith(".model") for name in names)
-    if only_sentencepiece and importlib.util.find_spec("sentencepiece") is None:
-        raise source.error(
-            f"{names[0]} is a sentencepiece tokenizer; `pip install sentencepiece protobuf` to "
-            "read it, or add a tokenizer.json"
-        )
     with library_errors(f"model {source.name!r}: its tokenizer cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     if not tokenizer.encode("The 1st text.", add_special_tokens=False):
@@ -258,11 +229,8 @@ def digest(source: Source) -> str:
 
 
 @contextlib.contextmanager
-def library_errors(prefix: str, source: Source | None = None) -> Iterator[None]:
-    """Silences the libraries' logs and bars, and turns what they raise into one line that starts with `prefix`.
-
-    With a `source` the line names the key of its config.json whose value transformers does not know.
-    """
+def library_errors(prefix: str) -> Iterator[None]:
+    """Silences the libraries' logs and bars, and turns what they raise into one line that starts with `prefix`."""
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     had_bars = transformers_logging.is_progress_bar_enabled()
@@ -278,35 +246,9 @@ def library_errors(prefix: str, source: Source | None = None) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(f"{prefix}: out of memory while loading") from error
     except Exception as error:  # tokenizers, safetensors and huggingface_hub derive theirs from Exception itself
-        unknown = None if source is None else _unknown_value(source, error)
-        detail = unknown or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise ModelError(f"{prefix}: {detail}") from error
+        raise ModelError(f"{prefix}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
     finally:
         if had_bars:
             transformers_logging.enable_progress_bar()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _unknown_value(source: Source, error: Exception) -> str | None:
-    """The value of config.json that transformers looked up in vain, in words; None where that is not the cause."""
-    if isinstance(error, KeyError) and error.args:
-        value = error.args[0]
-    elif isinstance(error, AttributeError):
-        value = error.name
-    else:
-        return None
-    path = source.folder / "config.json"
-    raw = json.loads(path.read_text(encoding="utf-8")) if source.gguf is None else {}
-    key = next(_keys_of(value, raw), None)
-    version = f"transformers {transformers.__version__}"
-    return key and f"{key} {value!r} is unknown to {version}; correct config.json, or use a newer version"
-
-
-def _keys_of(value: object, raw: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted keys of a JSON object that hold `value`."""
-    for key, entry in raw.items():
-        if isinstance(entry, dict):
-            yield from _keys_of(value, entry, f"{prefix}{key}.")
-        elif entry == value:
-            yield f"{prefix}{key}"

@@ -2,9 +2,7 @@
 
 import contextlib
 import json
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,10 +10,6 @@ from profiles.prompts.reader import Request, summarize_problems
 from profiles.records.core import Prompt
 from profiles.records.errors import PromptError
 
-# A prompt reads like random tokens when hardly any of its first tokens is a repeat; short prompts are not judged. Text
-# repeats more than twice as much, whatever the vocabulary. A small vocabulary hides random tokens: decoded and read
-# again they fall into short pieces that repeat.
-_JUDGED_FROM, _JUDGED_UP_TO, _LEAST_REPEATS = 96, 256, 0.06
 # Templates that print the date get this macro in place of the clock: a prompt is the same tomorrow.
 _DATE_PARTS = {
     "%Y": "2025", "%y": "25", "%m": "01", "%d": "01", "%e": "1", "%B": "January", "%b": "Jan", "%A": "Wednesday",
@@ -27,7 +21,6 @@ _FIXED_DATE = (
     + "".join(f" | replace({part!r}, {text!r})" for part, text in _DATE_PARTS.items())
     + " }}{% endmacro %}\n"
 )
-_TEMPLATE_TIMEOUT_S = 20
 
 
 class Tokenizer(Protocol):
@@ -89,10 +82,9 @@ def encode(requests: Sequence[Request], tokenizer: Tokenizer, *, vocab_size: int
         raise PromptError("no prompts: at least 1 is needed")
     warnings = list(getattr(requests, "skipped", ()))
     domains, encoded, problems = [], [], []
-    num_random = num_without_tools = 0
     for number, request in enumerate(requests, start=1):
         try:
-            token_ids, has_tools = _token_ids(request, tokenizer)
+            token_ids = _token_ids(request, tokenizer)
             if vocab_size is not None and max(token_ids) >= vocab_size:
                 raise PromptError(f"token {max(token_ids)} is beyond the {vocab_size} rows of the model's embedding")
         except PromptError as error:
@@ -100,29 +92,15 @@ def encode(requests: Sequence[Request], tokenizer: Tokenizer, *, vocab_size: int
             continue
         domains.append(request.domain)
         encoded.append(tuple(token_ids))
-        num_random += _looks_random(tokenizer(request.text)["input_ids"])
-        num_without_tools += not has_tools
     if problems:
         warnings.append(summarize_problems("", problems, len(encoded), "prompts"))
-    if num_without_tools:
-        warnings.append(f"the chat template leaves out the tools or tool calls of {num_without_tools} prompts")
-    if num_random:
-        warnings.append(
-            f"{num_random} of {len(requests)} prompts read like random tokens, of which hardly any comes twice: what "
-            "drafts reach on them says nothing about text"
-        )
     return Encoded(domains=tuple(domains), token_ids=tuple(encoded), warnings=tuple(warnings))
 
 
-def _looks_random(token_ids: Sequence[int]) -> bool:
-    judged = token_ids[:_JUDGED_UP_TO]
-    return len(judged) >= _JUDGED_FROM and 1.0 - len(set(judged)) / len(judged) < _LEAST_REPEATS
-
-
-def _token_ids(request: Request, tokenizer: Tokenizer) -> tuple[list[int], bool]:
-    """Token ids, and whether tools and tool calls are in them. Raises PromptError without the prompt's name."""
+def _token_ids(request: Request, tokenizer: Tokenizer) -> list[int]:
+    """Raises PromptError without the prompt's name."""
     if isinstance(request.messages, str) or not tokenizer.chat_template:
-        token_ids, has_tools = list(tokenizer(request.text)["input_ids"]), not request.tools
+        token_ids = list(tokenizer(request.text)["input_ids"])
     else:
         extras = request.extras or ({},) * len(request.messages)
         conversation = [
@@ -138,10 +116,9 @@ def _token_ids(request: Request, tokenizer: Tokenizer) -> tuple[list[int], bool]
         if not _holds(text, request):
             raise PromptError("the chat template leaves out the text of its last message")
         token_ids = list(_apply(tokenizer, conversation, request, tokenize=True))
-        has_tools = all(name in text for name in _tool_names(request))
     if not token_ids:
         raise PromptError("no token is left of it; a prompt needs at least 1")
-    return token_ids, has_tools
+    return token_ids
 
 
 def _apply(tokenizer: Tokenizer, conversation: list[dict[str, Any]], request: Request, *, tokenize: bool) -> Any:
@@ -152,33 +129,13 @@ def _apply(tokenizer: Tokenizer, conversation: list[dict[str, Any]], request: Re
     if isinstance(template, str) and "strftime_now" in template:
         options["chat_template"] = _FIXED_DATE + template
     try:
-        with _time_limit(_TEMPLATE_TIMEOUT_S):
-            return tokenizer.apply_chat_template(
-                conversation, add_generation_prompt=True, return_dict=False, tokenize=tokenize, **options
-            )
+        return tokenizer.apply_chat_template(
+            conversation, add_generation_prompt=True, return_dict=False, tokenize=tokenize, **options
+        )
     except Exception as error:  # a template is a program that came with the model
         roles = ", ".join(message["role"] for message in conversation)
         detail = " ".join(str(error).split())[:200] or type(error).__name__
         raise PromptError(f"the chat template refuses the roles {roles}: {detail}") from error
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError within the block after `seconds`, where signals can do so."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"it takes more than {seconds:g} s")
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
 
 
 def _holds(rendered: str, request: Request) -> bool:
@@ -187,9 +144,3 @@ def _holds(rendered: str, request: Request) -> bool:
     forms = (wanted, json.dumps(wanted)[1:-1], json.dumps(wanted, ensure_ascii=False)[1:-1])
     squeezed = "".join(rendered.split())
     return any("".join(form.split()) in squeezed for form in forms)
-
-
-def _tool_names(request: Request) -> list[str]:
-    calls = [call for extra in request.extras for call in extra.get("tool_calls") or ()]
-    functions = [each.get("function") for each in (*request.tools, *calls) if isinstance(each, dict)]
-    return [str(function["name"]) for function in functions if isinstance(function, dict) and function.get("name")]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from profiles.records.core import VLLM_METHODS, Draft, DraftKind, Model, native_name
+from profiles.records.core import DTYPES, VLLM_METHODS, Draft, DraftKind, Model
 from profiles.records.errors import InputError, require
 from profiles.records.files import absolute_name
 
@@ -39,11 +39,8 @@ class DraftSpec:
     @property
     def name(self) -> str:
         """The name that `Draft.name` gives it."""
-        if self.num_layers is not None:
-            return f"early-exit:{self.num_layers}"
-        ngram = f"ngram:max={self.max_match},min={self.min_match}" if self.max_match is not None else None
-        drafter = self.path if self.method is None else native_name(self.method, self.path)
-        return "+".join(part for part in (ngram, drafter) if part is not None)
+        model = None if self.path is None else Model(name=self.path, dtype=DTYPES[0], digest="", num_params=1)
+        return self.draft(model).name
 
     def draft(self, model: Model | None) -> Draft:
         """The draft with this model."""

@@ -6,7 +6,6 @@ import math
 import os
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Self, TypeVar
@@ -112,33 +111,27 @@ def max_other_cores(devices: Iterable[str]) -> float:
     return max(_MAX_CORES, _MAX_HOST_SHARE * (psutil.cpu_count() or 1)) if on_gpu else _MAX_CORES
 
 
-class Disturbance:
+class Disturbance(OtherLoad):
     """Watches the processor and every GPU among `devices` inside a `with` block. Reusable, one block at a time."""
 
-    def __init__(self, *devices: str, load: OtherLoad | None = None) -> None:
-        self._load = load or OtherLoad(max_cores=max_other_cores(devices))
+    def __init__(self, *devices: str, **readers: Callable[[], float]) -> None:
+        super().__init__(max_cores=max_other_cores(devices), **readers)
         self._gpus = [GpuWatch(device) for device in devices]
 
     def __enter__(self) -> Self:
         for gpu in self._gpus:
             gpu.__enter__()
-        self._load.__enter__()
-        return self
+        return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
-        self._load.__exit__(*error)
+        super().__exit__(*error)
         for gpu in self._gpus:
             gpu.__exit__(*error)
 
     @property
-    def cores(self) -> float | None:
-        """Mean number of cores busy with other work; None when the block was too short to tell."""
-        return self._load.cores
-
-    @property
     def disturbed(self) -> bool:
         """Whether others used the processor too much, or a GPU was slowed down or used by others."""
-        return self._load.disturbed or any(gpu.disturbed for gpu in self._gpus)
+        return super().disturbed or any(gpu.disturbed for gpu in self._gpus)
 
     @property
     def worst(self) -> str | None:
@@ -147,29 +140,10 @@ class Disturbance:
 
 
 def other_programs(seconds: float = 0.4, *, max_cores: float = _MAX_CORES) -> str | None:
-    """What other programs use of the processor now, the busiest by name; None where it is too little to disturb."""
+    """What other programs use of the processor now; None where it is too little to disturb."""
     with OtherLoad(max_cores=max_cores) as load:
-        before, started_s = _strangers(), time.perf_counter()
         time.sleep(seconds)
-        used_s: defaultdict[str, float] = defaultdict(float)
-        for pid, (name, total_s) in _strangers().items():
-            used_s[name] += total_s - before.get(pid, ("", 0.0))[1]
-        elapsed_s = time.perf_counter() - started_s
-    if not load.disturbed:
-        return None
-    busiest = sorted(used_s, key=lambda name: -used_s[name])[:3]
-    names = [f"{name} {used_s[name] / elapsed_s:.1f}" for name in busiest if used_s[name] >= 0.1 * elapsed_s]
-    return f"other programs use {load.cores:.1f} of {psutil.cpu_count()} cores ({', '.join(names) or 'not seen here'})"
-
-
-def _strangers() -> dict[int, tuple[str, float]]:
-    """Name and processor seconds of every process that is not this one or its child, by number: names may change."""
-    family = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
-    return {
-        process.pid: (process.info["name"], sum(process.info["cpu_times"][:2]))
-        for process in psutil.process_iter(["name", "cpu_times"])
-        if process.pid not in family and process.info["cpu_times"] is not None
-    }
+    return f"other programs use {load.cores:.1f} of {psutil.cpu_count()} cores" if load.disturbed else None
 
 
 @dataclass(slots=True)
@@ -203,8 +177,8 @@ class Patience:
         """Logs what disturbed, at most every 30 s."""
         if self.is_busy or time.monotonic() - self.named_at_s < _SECONDS_BETWEEN_LINES:
             return
-        cores = f"other programs used {load.cores or 0.0:.1f} of {psutil.cpu_count()} cores"
-        _LOG.warning("%s: what is timed meanwhile is labelled disturbed", load.worst or other_programs() or cores)
+        cores = f"other programs use {load.cores or 0.0:.1f} of {psutil.cpu_count()} cores"
+        _LOG.warning("%s: what is timed meanwhile is labelled disturbed", load.worst or cores)
         self.named_at_s = time.monotonic()
 
 

@@ -3,7 +3,6 @@
 Where NVML or the GPU is missing nothing is measured and nothing counts as disturbed; nothing here raises.
 """
 
-import contextlib
 import os
 import threading
 from typing import Any, Self
@@ -20,7 +19,6 @@ _SLOWDOWNS = {
     0x040: "hardware thermal slowdown",
     0x080: "hardware power brake",
 }
-_REASON_QUERIES = ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")  # new, old
 
 
 class GpuWatch:
@@ -29,14 +27,13 @@ class GpuWatch:
     def __init__(self, device: str) -> None:
         self._device = device
         self._handle: Any = None
-        self._samples: list[tuple[str, ...]] = []
-        self._others_percent: int | None = None
+        self.samples: list[tuple[str, ...]] = []  # what slowed the GPU down at each; empty where nothing is measured
+        self.others_percent: int | None = None  # of its time, by other processes; None where NVML does not tell
         self._since_us = 0
         self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        self._samples, self._others_percent, self._thread = [], None, None
+        self.samples, self.others_percent = [], None
         self._ended.clear()
         if not self._device.startswith(("cuda", UUID_PREFIX)):
             return self
@@ -46,33 +43,20 @@ class GpuWatch:
             query("nvmlShutdown")
             return self
         self._since_us = max((sample.timeStamp for sample in self._process_samples()), default=0)
-        self._samples.append(_slowdowns(self._handle))
-        thread = threading.Thread(target=self._sample, name="gpu-watch", daemon=True)
-        with contextlib.suppress(RuntimeError):  # no more threads: the two ends must do
-            thread.start()
-            self._thread = thread
+        self.samples.append(_slowdowns(self._handle))
+        self._thread = threading.Thread(target=self._sample, name="gpu-watch", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         if self._handle is None:
             return
-        if self._thread is not None:
-            self._thread.join()
-        self._samples.append(_slowdowns(self._handle))
-        self._others_percent = self._measure_others()
+        self._thread.join()
+        self.samples.append(_slowdowns(self._handle))
+        self.others_percent = self._measure_others()
         self._handle = None
         query("nvmlShutdown")
-
-    @property
-    def samples(self) -> tuple[tuple[str, ...], ...]:
-        """What slowed the GPU down at each sample; empty where nothing can be measured."""
-        return tuple(self._samples)
-
-    @property
-    def others_percent(self) -> int | None:
-        """Share of the GPU's multiprocessor time that other processes took; None where NVML does not tell."""
-        return self._others_percent
 
     @property
     def disturbed(self) -> bool:
@@ -83,15 +67,15 @@ class GpuWatch:
     def worst(self) -> str | None:
         """One sentence that names what disturbed; None when nothing did."""
         causes = []
-        if slowdowns := sorted({name for sample in self._samples for name in sample}):
+        if slowdowns := sorted({name for sample in self.samples for name in sample}):
             causes.append(f"was slowed by {' and '.join(slowdowns)}")
-        if (self._others_percent or 0) > _MAX_OTHERS_PERCENT:
-            causes.append(f"was {self._others_percent} % busy with other processes")
+        if (self.others_percent or 0) > _MAX_OTHERS_PERCENT:
+            causes.append(f"was {self.others_percent} % busy with other processes")
         return f"GPU {self._device} {' and '.join(causes)}" if causes else None
 
     def _sample(self) -> None:
         while not self._ended.wait(_SAMPLE_EVERY_S):
-            self._samples.append(_slowdowns(self._handle))
+            self.samples.append(_slowdowns(self._handle))
 
     def _process_samples(self) -> list[Any]:
         """Multiprocessor use per process since `_since_us`; empty where nothing computed."""
@@ -117,6 +101,5 @@ class GpuWatch:
 
 
 def _slowdowns(handle: Any) -> tuple[str, ...]:
-    masks = (query(function, handle) for function in _REASON_QUERIES)  # the second only where the first fails
-    mask = next((mask for mask in masks if mask is not None), 0)
+    mask = query("nvmlDeviceGetCurrentClocksEventReasons", handle) or 0
     return tuple(name for bit, name in _SLOWDOWNS.items() if mask & bit)

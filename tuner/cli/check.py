@@ -36,9 +36,10 @@ def check(
         from profiles.fit import check as fit
         from profiles.prompts import reader
 
-        shape = fit.Shape(batch_size=batch_size, context_length=context, dtype=dtype, device=device)
         requests = reader.read_all(prompts or [])
-        report = fit.check(target, specs, shape, requests)
+        report = fit.check(
+            target, specs, requests, batch_size=batch_size, context_length=context, dtype=dtype, device=device
+        )
     print_notes(*(prompt_notes(Counter(request.domain for request in requests)) if requests else ()))
     print_result(report.to_json(), json_only=json_only, table=lambda: check_table(report))
     return InputError.exit_code if any(draft.problem is not None for draft in report.drafts) else 0

@@ -79,7 +79,7 @@ class RowCache:
         return self._put(self._keys[layer], keys), self._put(self._values[layer], values)
 
     def _put(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        store.index_copy_(0, self._slots.to(store.device), new.flatten(0, 1))  # layers may lie on several GPUs
+        store.index_copy_(0, self._slots, new.flatten(0, 1))
         return store.view(self.num_rows, self.width, *store.shape[1:])[self._rows, : self.view]
 
 

@@ -34,8 +34,7 @@ def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str
     device_name = fingerprint.pick_device(device)
     chosen = dtype or ("float32" if device_name == "cpu" else "bfloat16")
     fingerprint.limit_threads()
-    free = fingerprint.total_free_bytes(device_name)  # a target may be spread over several GPUs
-    memory.check_memory([target], dtype=chosen, device=device_name, num_tokens=num_tokens, num_free_bytes=free)
+    memory.check_memory(target, dtype=chosen, device=device_name, num_tokens=num_tokens)
     by_name = {target: loader.load(target, dtype=chosen, device=device_name)}
     sources: dict[str, DraftSource] = {}
     errors: dict[str, ModelError | OutOfMemoryError] = {}
@@ -46,14 +45,8 @@ def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str
             raise InputError(f"draft {spec.name!r}: only a serving engine has it; --engine says which")
         try:
             if spec.path is not None and spec.path not in by_name:
-                memory.check_memory([spec.path], dtype=chosen, device=device_name, num_tokens=num_tokens)
-                loaded = loader.load(
-                    spec.path,
-                    dtype=chosen,
-                    device=device_name,
-                    several_gpus=False,
-                    num_tokens=by_name[target].num_tokens,
-                )
+                memory.check_memory(spec.path, dtype=chosen, device=device_name, num_tokens=num_tokens)
+                loaded = loader.load(spec.path, dtype=chosen, device=device_name, num_tokens=by_name[target].num_tokens)
                 loader.check_pair(by_name[target], loaded)
                 by_name[spec.path] = loaded
             source = _source(spec, by_name, by_name[target])

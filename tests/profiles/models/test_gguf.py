@@ -147,7 +147,7 @@ def test_scaled_rotary_frequencies_are_applied(tmp_path: Path) -> None:
         ({"split__count": 3}, "one of 3 parts; join them with `llama-gguf-split --merge`"),
         ({"llama__rope__scaling__type": "yarn"}, "transformers ignores rope.scaling.type 'yarn' of a GGUF"),
         ({"llama__block_count": 3}, "9 weights are not in its files, first model.layers.2."),
-        ({"llama__feed_forward_length": 65}, "6 weights are of another size than the header says"),
+        ({"llama__feed_forward_length": 65}, "6 weights are of another size, first"),
     ],
 )
 def test_a_header_that_cannot_be_used_is_refused(

@@ -156,7 +156,7 @@ INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
         ({"config.json": b'{"model_type": "nonesuch"}'}, "nonesuch"),
         ({"config.json": b'{"model_type": "t5"}'}, "t5 has no language model of its own in transformers"),
         ({"config.json": b'{"model_type": "llama", "hidden_size": "wide"}'}, "hidden_size"),
-        ({"config.json": b'{"model_type": "llama", "dtype": "float9"}'}, "its config.json: dtype 'float9' is unknown"),
+        ({"config.json": b'{"model_type": "llama", "dtype": "float9"}'}, "float9"),
         ({"generation_config.json": b"{"}, "generation_config.json is not JSON"),
         ({"tokenizer_config.json": b""}, "tokenizer_config.json is not JSON"),
         ({INDEX: b"[]"}, "index.json holds no JSON object"),
@@ -169,10 +169,13 @@ INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
         ({WEIGHTS: None}, "has no model.safetensors or model.safetensors.index.json; convert it"),
         ({WEIGHTS: b""}, "model.safetensors is not a whole safetensors file"),
         ({WEIGHTS: b"12345"}, "SafetensorError"),
-        ({WEIGHTS: None, "pytorch_model.bin": b""}, "pickled weights (pytorch_model.bin) can run code and are refused"),
-        ({WEIGHTS: None, "model-1-of-1.safetensors": b""}, "has model-1-of-1.safetensors, but no model.safetensors or"),
-        ({"adapter_config.json": b"{}"}, "has weights and a LoRA adapter"),
-        ({WEIGHTS: None, "adapter_config.json": b"{}"}, "a LoRA adapter (adapter_config.json), not a model; merge it"),
+        (
+            {WEIGHTS: None, "pytorch_model.bin": b""},
+            "but pytorch_model.bin: pickled weights can run code and are refused",
+        ),
+        ({WEIGHTS: None, "model-1-of-1.safetensors": b""}, ", but model-1-of-1.safetensors"),
+        ({"adapter_config.json": b"{}"}, "has a LoRA adapter"),
+        ({WEIGHTS: None, "adapter_config.json": b"{}"}, "a LoRA adapter (adapter_config.json)"),
         ({WEIGHTS: None, "adapter_config.json": b"{}", "config.json": None}, "a LoRA adapter"),
         ({"tokenizer.json": None}, "has no tokenizer"),
         ({"tokenizer.json": b"{oops"}, "tokenizer.json is not JSON"),
@@ -196,17 +199,15 @@ def test_a_broken_file_is_named(broken: Path, files: dict[str, bytes | None], wo
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"rope_parameters": {"rope_type": "warped", "rope_theta": 1e4}}, "rope_parameters.rope_type 'warped' is unk"),
-        ({"rope_scaling": {"type": "warped", "factor": 2.0}}, "rope_scaling.type 'warped' is unknown to transformers"),
-        ({"hidden_act": "swish9"}, "hidden_act 'swish9' is unknown to transformers"),
+        ({"rope_parameters": {"rope_type": "warped", "rope_theta": 1e4}}, "KeyError: 'warped'"),
+        ({"rope_scaling": {"type": "warped", "factor": 2.0}}, "KeyError: 'warped'"),
+        ({"hidden_act": "swish9"}, "KeyError: 'swish9'"),
         ({"model_type": "mymodel", "auto_map": {"AutoConfig": "a.B"}}, "its own code (auto_map) is not run"),
-        ({"quantization": {"bits": 4, "group_size": 64}}, "quantised by MLX"),
         ({"quantization_config": {"quant_method": "newquant"}}, "quantised by 'newquant', which transformers does not"),
         ({"num_hidden_layers": 4}, "9 weights are not in its files, first model.layers.3."),
         (
             {"intermediate_size": 65},
-            "9 weights are of another size than its config.json says, first model.layers.0.mlp.down_proj.weight "
-            "([32, 64] instead of [32, 65])",
+            "9 weights are of another size, first model.layers.0.mlp.down_proj.weight ([32, 64] instead of [32, 65])",
         ),
     ],
 )
@@ -356,21 +357,19 @@ def spoil(folder: Path, **tensors: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    "name",
     [
-        ("model__layers__0__self_attn__q_proj__weight_scale", "they are scales of quantised weights"),
-        ("model__layers__0__self_attn__q_norm__weight", "its config.json must describe the weights"),
-        ("model__layers__7__mlp__up_proj__weight", "its config.json must describe the weights"),
-        ("model__layers__0__self_attn__q_proj__bias", "its config.json must describe the weights"),
-        ("model__embed_shift", "its config.json must describe the weights"),
+        "model__layers__0__self_attn__q_proj__weight_scale",
+        "model__layers__0__self_attn__q_norm__weight",
+        "model__layers__7__mlp__up_proj__weight",
+        "model__layers__0__self_attn__q_proj__bias",
+        "model__embed_shift",
     ],
 )
-def test_left_over_tensors_are_refused(broken: Path, name: str, words: str) -> None:
+def test_left_over_tensors_are_refused(broken: Path, name: str) -> None:
     """transformers drops tensors that it has no place for: the model would be another one."""
     spoil(broken, **{name: torch.ones(4)})
-    message = refusal(broken)
-    assert f"1 tensors in its files have no place in LlamaForCausalLM, first {name.replace('__', '.')}" in message
-    assert words in message
+    assert f"1 weights have no place in the model, first {name.replace('__', '.')}; its config.json" in refusal(broken)
 
 
 def test_whole_numbers_are_no_weights(broken: Path) -> None:
@@ -378,7 +377,7 @@ def test_whole_numbers_are_no_weights(broken: Path) -> None:
     weights = load_file(broken / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"
     spoil(broken, **{name.replace(".", "__"): (weights[name] * 100).to(torch.int8)})
-    assert f"1 weights are whole numbers, first {name}; its config.json must say how" in refusal(broken)
+    assert f"1 weights are whole numbers, first {name}; its config.json must" in refusal(broken)
 
 
 def test_a_tokenizer_without_tokens_is_refused(broken: Path) -> None:
@@ -431,15 +430,7 @@ def test_weights_beside_an_index_of_others_are_refused(broken: Path) -> None:
     load(broken)
     shutil.copy(broken / "model.safetensors", broken / "part.safetensors")
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "part.safetensors"}}))
-    assert "engines disagree on which to load" in refusal(broken)
-
-
-def test_a_sentencepiece_tokenizer_is_named(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers would ask for tiktoken."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    (broken / "tokenizer.json").unlink()
-    (broken / "tokenizer.model").write_bytes(b"\n\x05")
-    assert "tokenizer.model is a sentencepiece tokenizer; `pip install sentencepiece protobuf`" in refusal(broken)
+    assert "engines load either" in refusal(broken)
 
 
 def test_room_ends_where_the_positions_end(llama: LoadedModel) -> None:
@@ -454,18 +445,17 @@ def test_room_ends_where_the_positions_end(llama: LoadedModel) -> None:
         loader.check_context(llama, context_length=249, max_length=8)
 
 
-def test_memory_is_checked_from_the_headers(tiny_folders: dict[str, Path]) -> None:
-    """Weights as asked plus 2 x 3 layers x 2 heads x 8 values a token: just enough passes, a byte less does not."""
+def test_memory_is_checked_from_the_headers(tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights as asked plus 2 x 3 layers x 2 heads x 8 values a token: just enough passes, a token more does not."""
     name = str(tiny_folders["llama"])
     num_values = sum(tensor.numel() for tensor in load_file(tiny_folders["llama"] / "model.safetensors").values())
     needed = 2 * (num_values + 1000 * 2 * 3 * 2 * 8)
-    options = {"dtype": "bfloat16", "device": "cpu", "num_tokens": 1000}
-    memory.check_memory([name], **options, num_free_bytes=needed)  # type: ignore[arg-type]
-    memory.check_memory([name], **options)  # type: ignore[arg-type]
-    with pytest.raises(ModelError, match=r"GiB of bfloat16 weights and .* GiB of cache for 1000 tokens; cpu has "):
-        memory.check_memory([name], **options, num_free_bytes=needed - 1)  # type: ignore[arg-type]
-    with pytest.raises(ModelError, match="GiB free"):
-        memory.check_memory([name, name], **options, num_free_bytes=needed)  # type: ignore[arg-type]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: needed)
+    memory.check_memory(name, dtype="bfloat16", device="cpu", num_tokens=1000)
+    with pytest.raises(
+        ModelError, match=r"GiB of bfloat16 weights and .* GiB of cache for 1001 tokens; cpu has .* free"
+    ):
+        memory.check_memory(name, dtype="bfloat16", device="cpu", num_tokens=1001)
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

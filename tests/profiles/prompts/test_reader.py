@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from profiles.builtin import BUILTIN_FOLDER
-from profiles.prompts import reader, tokenize
+from profiles.prompts import reader, rows, tokenize
 from profiles.prompts.reader import Request
 from profiles.records.core import Prompt
 from profiles.records.errors import PromptError
@@ -169,17 +169,15 @@ def test_unusable_standard_input_is_named(monkeypatch: pytest.MonkeyPatch, conte
         ("set.txt", b"one\n\nstill one\n", ["one\n\nstill one"]),
         ("set.txt", b"one\n---\ntwo --- two\n---\n\n", ["one", "two --- two"]),
         ("set.jsonl", '\ufeff{"text": "a\u2028b"}\r\n\n  \n{"text": "c"}'.encode(), ["a\u2028b", "c"]),
-        ("set.jsonl", '{"text": "ü"}\n'.encode("utf-16"), ["ü"]),
-        ("set.jsonl", '{"prompt": "a"}\n{"prompt": "b"}\n'.encode("utf-32"), ["a", "b"]),
         ("set.jsonl", b'{"prompt": "a"}\n{"prompt": "a\0b"}\n{"prompt": "b"}', ["a", "b"]),
         ("set.jsonl", b'\0{"prompt": "a"}\n{"prompt": "a"}\n{"prompt": "b"}', ["a", "b"]),
         ("set.json", b'[\n  {"text": "a"},\n  {"prompt": "b"}\n]', ["a", "b"]),
         ("set.json", json.dumps([{"text": "x" * 700}] * 4000).encode(), ["x" * 700] * 4000),
     ],
-    ids=range(9),
+    ids=range(7),
 )
 def test_a_file_is_cut_into_rows(tmp_path: Path, name: str, content: bytes, texts: list[str]) -> None:
-    """Only a line of dashes ends a text, and only a line feed a row; marks and encodings of Windows are read.
+    """Only a line of dashes ends a text, and only a line feed a row; the mark of Windows is skipped.
 
     A NUL spoils its row alone.
     """
@@ -206,8 +204,8 @@ def test_built_in_sets_are_read_by_name(tmp_path: Path, monkeypatch: pytest.Monk
     [
         ('{"text": "a"', "not JSON"),
         ('{"text": NaN1}', "not JSON"),
-        ("[" * 100_000, "JSON that cannot be read"),
-        ("1" * 5000, "JSON that cannot be read"),
+        ("[" * 100_000, "not JSON"),
+        ("1" * 5000, "not JSON"),
         ('["a"]', "['a'] is not an object with one of the fields messages, conversations, turns, prompt, text"),
         ('{"question": "a"}', "fields 'question'; one of messages, conversations, turns, prompt, text is needed"),
         ("{}", "fields none"),
@@ -257,12 +255,10 @@ def test_a_bad_line_is_skipped_and_named(tmp_path: Path, line: str, words: str) 
         ("latin.txt", b"a\ncaf\xe9", "line 2: byte 0xe9 is not UTF-8"),
         ("latin.jsonl", b'{"text": "caf\xe9"}\n', "line 1: byte 0xe9 is not UTF-8"),
         ("row.json", b"[3, {}]", "2 of 2 rows cannot be used: row 1: 3 is not an object"),
-        ("cut.json", b'[{"text": "a"', "row 1: not JSON from here on"),
-        ("model.bin", b"\0\0\0", "a binary file"),
-        ("set.jsonl", '{"text": "a"}'.encode("utf-16-le"), "a binary file"),
-        ("set.jsonl", random.Random(0).randbytes(9000), "a binary file"),
-        ("set.jsonl.gz", gzip.compress(b"a", mtime=0), "a compressed file; unpack it first"),
-        ("set.jsonl", gzip.compress(b"a", mtime=0), "a compressed file; unpack it first"),
+        ("cut.json", b'[{"text": "a"', "line 1: not JSON"),
+        ("set.jsonl", '{"text": "a"}'.encode("utf-16"), "is not UTF-8 text; unpack it, or save it as UTF-8"),
+        ("set.jsonl", random.Random(0).randbytes(9000), "is not UTF-8 text"),
+        ("set.jsonl", gzip.compress(b"a", mtime=0), "is not UTF-8 text; unpack it"),
         ("set", b" \n", "holds no prompts"),
         ("set.csv", b"a,b", "the ending '.csv' is unknown; allowed are .jsonl, .json, .txt"),
         ("set", b"a", "the ending '' is unknown"),
@@ -277,12 +273,13 @@ def test_an_unusable_file_is_named(tmp_path: Path, name: str, content: bytes, wo
     assert words in message
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing file and a directory do not end in a traceback, and a device without end is not read for ever."""
     assert "No such file or directory; allowed are readable files, builtin:NAME and -" in refusal(str(tmp_path / "no"))
     assert "a directory; name a file" in refusal(str(tmp_path))
     (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
-    assert "a binary file" in refusal(str(tmp_path / "zero.jsonl"))
+    monkeypatch.setattr(rows, "_MAX_BYTES", 2 << 20)
+    assert "more than 2 MiB" in refusal(str(tmp_path / "zero.jsonl"))
 
 
 def test_messages_go_through_the_template_and_text_does_not() -> None:
@@ -312,33 +309,8 @@ def test_repeats_are_dropped_and_counted() -> None:
     assert warnings[1] == "2 of 3 prompts repeat another one and were dropped"
 
 
-WARNING = (
-    "1 of 2 prompts read like random tokens, of which hardly any comes twice: what drafts reach on them says nothing "
-    "about text"
-)
-
-
-@pytest.mark.parametrize(
-    ("text", "is_random"),
-    [
-        ("".join(random.Random(0).sample([chr(code) for code in range(0x4E00, 0x9000)], 96)), True),
-        ("".join(random.Random(0).sample([chr(code) for code in range(0x4E00, 0x9000)], 95)), False),  # too short
-        ("".join(chr(0x4E00 + code % 94) for code in range(100)), False),  # 6 repeats in 100
-        ("".join(chr(0x4E00 + code % 95) for code in range(100)), True),  # 5 repeats in 100
-        ("".join(map(chr, range(0x4E00, 0x4F00))) + "a" * 1000, True),  # only the first 256 are judged
-        ("the quick brown fox jumps over the lazy dog and then it does the very same once more " * 2, False),
-    ],
-)
-def test_random_tokens_are_warned_of(text: str, is_random: bool) -> None:
-    """A prompt of 96 tokens or more with under 6 % of repeats is counted, with or without a template around it."""
-    other = Request(messages="a", domain="a")
-    for messages in (text, (("user", text),)):
-        _, warnings = tokenize([Request(messages=messages, domain="a"), other], Letters(), 2000)
-        assert warnings == [WARNING] * is_random
-
-
-def test_the_built_in_prompts_do_not_look_random() -> None:
-    """No false alarm on the 144 prompts that ship, read with the tokenizer that ships."""
+def test_the_built_in_prompts_are_read_without_a_warning() -> None:
+    """All 144 that ship, with the tokenizer that ships."""
     tokenizer = AutoTokenizer.from_pretrained(BUILTIN_FOLDER / "target")
     requests = reader.read("builtin:all")
     found, warnings = tokenize(requests, tokenizer, 1000)

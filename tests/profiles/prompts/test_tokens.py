@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from profiles.prompts import Request, Requests, read, read_all, sample, tokenize, tokens
+from profiles.prompts import Request, Requests, read, read_all, sample, tokenize
 from profiles.records.errors import PromptError
 from tests.profiles.prompts.test_reader import write
 from tests.support import tiny
@@ -49,14 +49,12 @@ def user(text: str) -> Request:
 
 
 def test_tools_and_tool_calls_reach_the_template(tmp_path: Path) -> None:
-    """With the arguments as an object, as templates expect them; OpenAI sends them as text. A loss is warned of."""
+    """With the arguments as an object, as templates expect them; OpenAI sends them as text."""
     texts, warnings = rendered(read(write(tmp_path / "agent.jsonl", AGENT)), TOOLS)
     assert texts[0].startswith('TOOLS [{"type": "function", "function": {"name": "get_weather"')
     assert "CALL get_weather Rome" in texts[0]
     assert "tool: 18C" in texts[0]
     assert warnings == []
-    _, warnings = rendered(read(write(tmp_path / "agent.jsonl", AGENT)), PLAIN)
-    assert warnings == ["the chat template leaves out the tools or tool calls of 1 prompts"]
 
 
 def test_a_line_of_a_batch_file_is_read(tmp_path: Path) -> None:
@@ -77,7 +75,6 @@ def test_a_line_of_a_batch_file_is_read(tmp_path: Path) -> None:
         ('{\n  "prompt": "a"\n}', ["a"]),
         ('["a", "b"]', ["a", "b"]),
         ('{"prompt": "a"}\n{"prompt": "b"}', ["a", "b"]),
-        ('[{"prompt": "a"}, {"prompt": "b"}, {"pro', ["a", "b"]),
         ('{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}', ["a"]),
         ('{"prompt": [{"role": "user", "content": "a"}], "completion": []}', ["a"]),
         ('{"conversations": [{"role": "user", "content": "a"}]}', ["a"]),
@@ -88,8 +85,6 @@ def test_a_line_of_a_batch_file_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["set.json", "set.jsonl", "set.txt", "set"])
 def test_formats_are_recognised_by_content(tmp_path: Path, content: str, texts: list[str], name: str) -> None:
     """Whatever the file is called."""
-    if name in ("set", "set.txt") and content.endswith('{"pro'):
-        return  # text that only begins like JSON
     (tmp_path / name).write_text(content)
     requests = read(str(tmp_path / name))
     assert [request.messages[0][1] for request in requests] == texts  # type: ignore[union-attr]
@@ -139,14 +134,6 @@ def test_a_template_s_faults_are_one_line(template: str, words: str) -> None:
         rendered([user("hello")], template)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_template_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nested loops pass the sandbox's limits."""
-    monkeypatch.setattr(tokens, "_TEMPLATE_TIMEOUT_S", 0.2)
-    loops = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}" + PLAIN
-    with pytest.raises(PromptError, match=r"it takes more than 0\.2 s"):
-        rendered([user("hello")], loops)
 
 
 def test_a_prompt_that_the_template_refuses_is_skipped() -> None:

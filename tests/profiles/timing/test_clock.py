@@ -3,7 +3,6 @@
 import functools
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -44,7 +43,7 @@ def busy(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     monkeypatch.setattr(OtherLoad, "disturbed", True)
     monkeypatch.setattr(clock.time, "monotonic", lambda: sum(now_s))
     monkeypatch.setattr(clock, "_PAUSE_S", 0.0)
-    monkeypatch.setattr(clock, "other_programs", lambda *_, **__: "other programs use 1.0 of 2 cores (python 1.0)")
+    monkeypatch.setattr(clock, "other_programs", lambda *_, **__: "other programs use 1.0 of 2 cores")
     return now_s
 
 
@@ -61,13 +60,14 @@ def test_repeating_in_vain_ends(busy: list[float], seconds: float, measured: lis
 
 
 def test_what_disturbs_is_named_every_half_minute(busy: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    """One line, by name and cores, however many units are disturbed meanwhile."""
+    """One line, however many units are disturbed meanwhile."""
     patience = Patience()
     with caplog.at_level(logging.WARNING):
         for _ in range(7):
             quietest(lambda: busy.append(10.0), patience=patience)
     lines = [record.getMessage() for record in caplog.records]
-    assert lines[0] == "other programs use 1.0 of 2 cores (python 1.0): what is timed meanwhile is labelled disturbed"
+    assert lines[0].startswith("other programs use ")
+    assert lines[0].endswith("cores: what is timed meanwhile is labelled disturbed")
     assert len(lines) == 1 + (sum(busy) - 10.0) // 30.0
 
 
@@ -79,7 +79,7 @@ def test_a_machine_that_is_busy_at_the_start_is_not_waited_for(
     monkeypatch.delitem(sys.modules, "torch")
     patience = Patience()
     assert patience.check_start() == (
-        "other programs use 1.0 of 2 cores (python 1.0): timings are labelled disturbed and prove nothing; run again "
+        "other programs use 1.0 of 2 cores: timings are labelled disturbed and prove nothing; run again "
         "when they have ended"
     )
     assert os.environ.pop("OMP_WAIT_POLICY") == "passive"
@@ -88,20 +88,3 @@ def test_a_machine_that_is_busy_at_the_start_is_not_waited_for(
     monkeypatch.setattr(clock, "other_programs", lambda *_, **__: None)
     assert Patience().check_start() is None
     assert not quietest(lambda: busy.append(1.0), patience=Patience())[1]
-
-
-@pytest.mark.slow
-def test_a_busy_program_is_named() -> None:
-    """By its name, with the cores it uses, where it is no child of ours."""
-    started = subprocess.run(
-        ["/bin/sh", "-c", f"{sys.executable} -c 'while True: pass' >/dev/null 2>&1 & echo $!"],
-        capture_output=True,
-        check=True,
-    )
-    stranger = psutil.Process(int(started.stdout))
-    try:
-        text, name = clock.other_programs(0.5), stranger.name()
-    finally:
-        stranger.kill()
-    assert text.startswith("other programs use ")
-    assert f"{name} " in text

@@ -15,7 +15,7 @@ import torch
 
 from profiles.timing.gpu_monitor import GpuWatch
 
-UUID, BUS = "11111111-2222-3333-4444-555555555555", "00000000:3b:00.0"
+UUID = "11111111-2222-3333-4444-555555555555"
 IDLE, CLOCKS_SET, POWER_CAP, HARDWARE, BOOST, SOFT_HEAT, HARD_HEAT, BRAKE = (1 << bit for bit in range(8))
 
 
@@ -45,11 +45,6 @@ class FakeNvml:
             raise FakeError(uuid)
         return "by uuid"
 
-    def nvmlDeviceGetHandleByPciBusId(self, place: str) -> str:
-        if place != BUS:
-            raise FakeError(place)
-        return "by bus"
-
     def nvmlDeviceGetCurrentClocksEventReasons(self, handle: str) -> int:
         self.asked.append(handle)
         return self.masks.pop(0) if len(self.masks) > 1 else self.masks[0]
@@ -67,7 +62,7 @@ class FakeNvml:
 @pytest.fixture(autouse=True)
 def _one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch sees one GPU under that UUID."""
-    properties = SimpleNamespace(uuid=UUID, pci_domain_id=0, pci_bus_id=0x3B, pci_device_id=0)
+    properties = SimpleNamespace(uuid=UUID)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
 
@@ -83,68 +78,64 @@ def install(monkeypatch: pytest.MonkeyPatch, nvml: Any) -> Any:
     return nvml
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, *masks: int) -> GpuWatch:
-    """A short block on a GPU that tells these reasons."""
-    install(monkeypatch, FakeNvml(*masks))
-    with GpuWatch("cuda:0") as watch:
+def watched(monkeypatch: pytest.MonkeyPatch, nvml: Any, device: str = "cuda:0") -> GpuWatch:
+    """The watch on a short block."""
+    install(monkeypatch, nvml)
+    with GpuWatch(device) as watch:
         pass
     return watch
 
 
-def used_by(monkeypatch: pytest.MonkeyPatch, processes: dict[int, int], running: list[int]) -> GpuWatch:
-    """A short block in which these processes used the GPU (percent by pid)."""
-    nvml = install(monkeypatch, FakeNvml())
-    nvml.processes, nvml.running = processes, running
-    with GpuWatch("cuda") as watch:
-        pass
-    return watch
+def used_by(processes: dict[int, int], running: tuple[int, ...] = ()) -> FakeNvml:
+    """A GPU that these processes use (percent by pid)."""
+    nvml = FakeNvml()
+    nvml.processes, nvml.running = processes, list(running)
+    return nvml
 
 
-def test_a_quiet_gpu_is_sampled_at_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A short block has two samples, and nothing to say."""
-    watch = watched(monkeypatch)
-    assert watch.samples == ((), ())
-    assert not watch.disturbed
-    assert watch.worst is None
+class Stale(FakeNvml):
+    """Tells of use before the block too, and arbitrary numbers of processes that ended."""
+
+    def nvmlDeviceGetProcessUtilization(self, handle: str, since_us: int) -> list[SimpleNamespace]:
+        samples = super().nvmlDeviceGetProcessUtilization(handle, since_us)
+        before = SimpleNamespace(pid=4_000_001, smUtil=80, timeStamp=2000)
+        return [*samples, before, SimpleNamespace(pid=4_000_002, smUtil=2**31, timeStamp=2**63)]
 
 
-def test_a_gpu_by_its_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU that another Python computes on is watched although torch knows none here."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", None)
-    install(monkeypatch, FakeNvml(POWER_CAP))
-    with GpuWatch(f"GPU-{UUID}") as watch:
-        pass
-    assert watch.disturbed
+class Mute:
+    """Answers no question."""
+
+    nvmlInit = nvmlShutdown = staticmethod(lambda: None)
+    nvmlDeviceGetHandleByUUID = staticmethod(lambda uuid: "handle")
+
+    def __getattr__(self, name: str) -> Any:
+        raise (AttributeError if name.startswith("__") else OSError)(name)  # pytest asks for a name
 
 
-@pytest.mark.parametrize("mask", [IDLE, CLOCKS_SET, BOOST, 0x100, 0x200, 0x400, IDLE | CLOCKS_SET, 0x8000])
+@pytest.mark.parametrize("mask", [0, IDLE, CLOCKS_SET, BOOST, 0x100, 0x200, 0x400, IDLE | CLOCKS_SET, 0x8000])
 def test_idling_and_chosen_clocks_do_not_disturb(monkeypatch: pytest.MonkeyPatch, mask: int) -> None:
-    """Reasons that are a state or a setting do not disturb."""
-    assert not watched(monkeypatch, mask).disturbed
+    """Reasons that are a state or a setting do not disturb; a short block has two samples."""
+    watch = watched(monkeypatch, FakeNvml(mask))
+    assert (watch.samples, watch.disturbed, watch.worst) == ([(), ()], False, None)
 
 
 @pytest.mark.parametrize(
-    ("mask", "name"),
+    ("masks", "name"),
     [
-        (POWER_CAP, "software power cap"),
-        (HARDWARE, "hardware slowdown"),
-        (SOFT_HEAT, "software thermal slowdown"),
-        (HARD_HEAT, "hardware thermal slowdown"),
-        (BRAKE, "hardware power brake"),
+        ((POWER_CAP | CLOCKS_SET,), "software power cap"),
+        ((HARDWARE,), "hardware slowdown"),
+        ((SOFT_HEAT,), "software thermal slowdown"),
+        ((HARD_HEAT,), "hardware thermal slowdown"),
+        ((BRAKE,), "hardware power brake"),
+        ((HARDWARE, 0), "hardware slowdown"),
+        ((0, HARDWARE), "hardware slowdown"),
     ],
 )
-def test_a_slowdown_disturbs(monkeypatch: pytest.MonkeyPatch, mask: int, name: str) -> None:
-    """Each reason that lowers clocks under work disturbs, also among harmless ones, and is named."""
-    watch = watched(monkeypatch, mask | CLOCKS_SET)
+def test_a_slowdown_disturbs(monkeypatch: pytest.MonkeyPatch, masks: tuple[int, ...], name: str) -> None:
+    """Each reason that lowers clocks under work, also among harmless ones and at either end only, is named."""
+    watch = watched(monkeypatch, FakeNvml(*masks))
     assert watch.disturbed
-    assert watch.samples[0] == (name,)
     assert watch.worst == f"GPU cuda:0 was slowed by {name}"
-
-
-@pytest.mark.parametrize("masks", [(HARDWARE, 0), (0, HARDWARE)])
-def test_one_slow_sample_is_enough(monkeypatch: pytest.MonkeyPatch, masks: tuple[int, int]) -> None:
-    """A slowdown at either end only disturbs the whole block."""
-    assert watched(monkeypatch, *masks).disturbed
 
 
 def test_a_slowdown_in_the_middle_of_a_long_block_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,161 +150,70 @@ def test_a_slowdown_in_the_middle_of_a_long_block_is_seen(monkeypatch: pytest.Mo
 
 
 def test_one_watch_serves_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second block starts afresh, and the library is closed as often as it was opened."""
+    """A second block starts afresh, the library is closed as often as it was opened, and errors pass through."""
     nvml = install(monkeypatch, FakeNvml(HARDWARE, HARDWARE, 0))
-    watch = GpuWatch("cuda:0")
-    with watch:
-        assert nvml.num_open == 1
-    assert watch.disturbed
-    with watch:
-        pass
-    assert not watch.disturbed
-    assert len(watch.samples) == 2
-    assert nvml.num_open == 0
-
-
-def test_an_error_in_the_block_passes_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the block raises is not held back, and the GPU is judged all the same."""
-    install(monkeypatch, FakeNvml(BRAKE))
     watch = GpuWatch("cuda:0")
     with pytest.raises(ValueError, match="planted"), watch:
         raise ValueError("planted")
     assert watch.disturbed
-
-
-def test_older_libraries_tell_throttle_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the driver does not know event reasons, the older name is asked."""
-
-    class Older(FakeNvml):
-        def nvmlDeviceGetCurrentClocksEventReasons(self, handle: str) -> int:
-            raise FakeError("function not found")
-
-        def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: str) -> int:
-            return HARD_HEAT
-
-    install(monkeypatch, Older())
-    with GpuWatch("cuda:0") as watch:
+    with watch:
         pass
-    assert watch.samples[0] == ("hardware thermal slowdown",)
+    assert (watch.disturbed, len(watch.samples), nvml.num_open) == (False, 2, 0)
+
+
+@pytest.mark.parametrize("uuid", [UUID, f"GPU-{UUID}"])
+def test_the_gpu_is_found_whatever_its_number(monkeypatch: pytest.MonkeyPatch, uuid: str) -> None:
+    """The UUID tells which GPU torch means; NVML's own numbers are never used."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuid))
+    nvml = FakeNvml()
+    watched(monkeypatch, nvml, "cuda:1")
+    assert set(nvml.asked) == {"by uuid"}
+
+
+def test_a_gpu_by_its_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that another Python computes on is watched although torch knows none here."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", None)
+    assert watched(monkeypatch, FakeNvml(POWER_CAP), f"GPU-{UUID}").disturbed
+
+
+THIS = os.getpid()
 
 
 @pytest.mark.parametrize(
-    ("changes", "handle"),
-    [({}, "by uuid"), ({"uuid": "of a slice"}, "by bus"), ({"uuid": f"GPU-{UUID}"}, "by uuid")],
+    ("nvml", "others", "disturbed"),
+    [
+        (used_by({THIS: 97, 4_000_001: 0}), 0, False),
+        (used_by({THIS: 97, 4_000_001: 5}), 5, False),
+        (used_by({THIS: 60, 4_000_001: 10, 4_000_002: 20}), 30, True),
+        (used_by({4_000_001: 40}, (THIS, 4_000_001)), 40, True),  # who computed is named as we name processes
+        (used_by({4_000_900: 90}), 0, False),  # a container: the busiest is taken to be us
+        (used_by({4_000_900: 90, 4_000_901: 30}), 30, True),
+        (used_by({4_000_900: 90, 4_000_901: 30}, (THIS,)), 30, True),
+        (Mute(), None, False),
+    ],
 )
-def test_the_gpu_is_found_whatever_its_number(
-    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], handle: str
+def test_others_that_compute_disturb(
+    monkeypatch: pytest.MonkeyPatch, nvml: Any, others: int | None, disturbed: bool
 ) -> None:
-    """The UUID tells which GPU torch means, else its place on the bus; NVML's own numbers are never used."""
-    properties = SimpleNamespace(**{"uuid": UUID, "pci_domain_id": 0, "pci_bus_id": 0x3B, "pci_device_id": 0} | changes)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    nvml = install(monkeypatch, FakeNvml())
-    with GpuWatch("cuda:1"):
-        pass
-    assert set(nvml.asked) == {handle}
-
-
-def test_an_unknown_gpu_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With neither UUID nor place known to NVML nothing is measured, and the library is closed."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="unknown"))
-    nvml = install(monkeypatch, FakeNvml(HARDWARE))
-    with GpuWatch("cuda:0") as watch:
-        pass
-    assert (watch.samples, watch.disturbed, nvml.num_open) == ((), False, 0)
-
-
-def test_our_own_work_is_no_disturbance(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process alone on the GPU, however busy, leaves 0 % to others; an idle neighbour does not disturb."""
-    assert used_by(monkeypatch, {os.getpid(): 97, 4_000_001: 0}, []).others_percent == 0
-    assert not used_by(monkeypatch, {os.getpid(): 97, 4_000_001: 5}, []).disturbed
-
-
-def test_another_process_that_computes_disturbs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others are added up, and their share is named."""
-    watch = used_by(monkeypatch, {os.getpid(): 60, 4_000_001: 10, 4_000_002: 20}, [])
-    assert watch.disturbed
-    assert watch.worst == "GPU cuda was 30 % busy with other processes"
-
-
-def test_others_count_when_we_did_not_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NVML lists only who computed: where it names processes as we do, all of them are others."""
-    watch = used_by(monkeypatch, {4_000_001: 40}, [os.getpid(), 4_000_001])
-    assert watch.others_percent == 40
-
-
-@pytest.mark.parametrize(("processes", "others"), [({900: 90}, 0), ({900: 90, 901: 30}, 30)])
-def test_in_a_container_the_busiest_is_taken_to_be_us(
-    monkeypatch: pytest.MonkeyPatch, processes: dict[int, int], others: int
-) -> None:
-    """Numbers of the host's processes do not make our own work look like another's."""
-    assert used_by(monkeypatch, {pid + 4_000_000: used for pid, used in processes.items()}, []).others_percent == others
-    watch = used_by(monkeypatch, {pid + 4_000_000: used for pid, used in processes.items()}, [os.getpid()])
-    assert watch.others_percent == others
+    """They are added up and their share is named; every question may fail on its own."""
+    watch = watched(monkeypatch, nvml, "cuda")
+    assert (watch.samples, watch.others_percent, watch.disturbed) == ([(), ()], others, disturbed)
+    assert watch.worst == (f"GPU cuda was {others} % busy with other processes" if disturbed else None)
 
 
 def test_stale_and_impossible_figures_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use from before the block, and the arbitrary numbers of processes that ended, do not count."""
-
-    class Stale(FakeNvml):
-        def nvmlDeviceGetProcessUtilization(self, handle: str, since_us: int) -> list[SimpleNamespace]:
-            samples = super().nvmlDeviceGetProcessUtilization(handle, since_us)
-            before = SimpleNamespace(pid=4_000_001, smUtil=80, timeStamp=2000)
-            return [*samples, before, SimpleNamespace(pid=4_000_002, smUtil=2**31, timeStamp=2**63)]
-
-    nvml = install(monkeypatch, Stale())
-    nvml.processes = {os.getpid(): 50}
-    with GpuWatch("cuda") as watch:
-        pass
-    assert watch.others_percent == 0
+    nvml = Stale()
+    nvml.processes = {THIS: 50}
+    assert watched(monkeypatch, nvml, "cuda").others_percent == 0
 
 
-def test_a_gpu_that_tells_nothing_is_not_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every question may fail on its own; the samples are then empty."""
-
-    class Mute:
-        nvmlInit = nvmlShutdown = staticmethod(lambda: None)
-        nvmlDeviceGetHandleByUUID = staticmethod(lambda uuid: "handle")
-
-        def __getattr__(self, name: str) -> Any:
-            raise OSError(name)
-
-    install(monkeypatch, Mute())
-    with GpuWatch("cuda:0") as watch:
-        pass
-    assert watch.samples == ((), ())
-    assert (watch.others_percent, watch.disturbed) == (None, False)
-
-
-def test_a_cpu_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU the library is not even asked."""
-    install(monkeypatch, None)
-    with GpuWatch("cpu") as watch:
-        assert watch.samples == ()
-    assert not watch.disturbed
-    assert watch.worst is None
-
-
-def test_without_the_library_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without NVML or without CUDA runs as if there were no watch."""
-    install(monkeypatch, None)
-    with GpuWatch("cuda:0") as watch:
-        pass
-    assert (watch.samples, watch.disturbed) == ((), False)
-    monkeypatch.undo()
-    if not torch.cuda.is_available():
-        with GpuWatch("cuda") as watch:
-            pass
-        assert (watch.samples, watch.disturbed) == ((), False)
-
-
-def test_without_threads_both_ends_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no thread can be started the block still has its two samples."""
-
-    def refused(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", refused)
-    assert len(watched(monkeypatch).samples) == 2
+@pytest.mark.parametrize(("nvml", "device"), [(FakeNvml(HARDWARE), "cuda:0"), (None, "cpu"), (None, "cuda:0")])
+def test_what_cannot_be_watched_is_not_disturbed(monkeypatch: pytest.MonkeyPatch, nvml: Any, device: str) -> None:
+    """A UUID that NVML does not know, a CPU, a machine without the library."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="unknown"))
+    watch = watched(monkeypatch, nvml, device)
+    assert (watch.samples, watch.disturbed, watch.worst) == ([], False, None)
+    assert nvml is None or nvml.num_open == 0
 
 
 @pytest.mark.gpu

@@ -114,7 +114,7 @@ BAD_STDIN = {
     b'{"question": "what?"}\n': "1 of 1 rows cannot be used: line 1: fields 'question'",
     b'{"prompt": ""}\n': "1 of 1 rows cannot be used: line 1: field 'prompt': an empty prompt",
     b'{"prompt": 7}\n': "1 of 1 rows cannot be used: line 1: field 'prompt': 7 is not text",
-    b"\x89PNG\r\n\x1a\n\x00\x00": "prompts from standard input: a binary file; text is needed",
+    b"\x89PNG\r\n\x1a\n\x00\x00": "prompts from standard input line 1: byte 0x89 is not UTF-8 text",
 }
 BAD_OTHERS = {
     "frobnicate": (2, "frobnicate"),
