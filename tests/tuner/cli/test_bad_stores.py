@@ -84,7 +84,12 @@ VERBS = ("run", *READERS)
 BAD_STORES = [
     *((verb, newer, 2, "schema 0999, this draftpick reads up to 0006") for verb in VERBS),
     *(
-        (verb, not_sqlite, 2, "file is not a database: it is not a SQLite database: name another store")
+        (
+            verb,
+            not_sqlite,
+            2,
+            "file is not a database: it is damaged, or no store: restore a copy or name another store",
+        )
         for verb in VERBS
     ),
     *((verb, foreign, 2, "the table 'invoices' of another program") for verb in VERBS),
