@@ -102,20 +102,6 @@ def test_a_truncated_file_is_refused(opened: type[EvidenceStore], size: int, sou
     assert sound.read_bytes() == content
 
 
-@pytest.mark.parametrize("opened", [EvidenceStore.open, EvidenceStore.open_read_only])
-def test_a_directory_or_a_text_is_refused(opened: type[EvidenceStore], path: Path) -> None:
-    """A folder where the file should be, and a file that is no database, are told in one line."""
-    path.mkdir(parents=True)
-    with pytest.raises(StoreError, match=r"unable to open database file: it is a folder: name a file") as caught:
-        opened(path)  # type: ignore[operator]
-    assert "\n" not in str(caught.value)
-    text = path.with_name("text.sqlite")
-    text.write_text("not a database\n" * 100)
-    with pytest.raises(StoreError, match="file is not a database: it is damaged, or no store"):
-        opened(text)  # type: ignore[operator]
-    assert text.read_text() == "not a database\n" * 100
-
-
 @pytest.mark.parametrize("version", migrations.REVISIONS[:-1])
 def test_a_reader_does_not_upgrade(version: str, tmp_path: Path) -> None:
     """A file of an earlier schema is refused by a reader, who changes no byte, and read after a writer opened it."""
@@ -130,15 +116,6 @@ def test_a_reader_does_not_upgrade(version: str, tmp_path: Path) -> None:
     EvidenceStore.open(path).close()
     with EvidenceStore.open_read_only(path) as evidence_store:
         assert evidence_store.latest_policy(TARGET.name) == f'{{"made by":"{version}"}}'
-
-
-def test_a_reader_leaves_an_empty_file_empty(tmp_path: Path) -> None:
-    """It gets no tables."""
-    path = tmp_path / "store.sqlite"
-    path.touch()
-    with pytest.raises(StoreError, match="it has no tables yet, this draftpick reads 0006"):
-        EvidenceStore.open_read_only(path)
-    assert path.read_bytes() == b""
 
 
 def test_a_folder_that_cannot_be_written_is_read(shared: Path) -> None:
