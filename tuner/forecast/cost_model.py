@@ -33,13 +33,17 @@ Seconds: TypeAlias = Any  # a float, or an array of resamplings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What rounds use: steps by (component digest, width), rounds without and with proposals, draft steps, refills."""
+    """What rounds use: steps by (component digest, width), rounds without and with proposals, draft steps, refills.
+
+    `num_modelled`: of the rounds with proposals those whose proposals are a draft model's.
+    """
 
     steps: Mapping[tuple[str, int], float]
     num_idle: float
     num_proposing: float
     num_draft_steps: float = 0.0
     num_refills: float = 0.0
+    num_modelled: float = 0.0
 
     @property
     def num_rounds(self) -> float:
@@ -50,6 +54,7 @@ class Overhead(NamedTuple):
     """Seconds beyond the steps: per round without a proposal, round with one, draft step, and prefill of another row.
 
     `factor` multiplies the time that steps were measured at. `ttft_s` is the time to the first token of a request.
+    `modelled_s` adds to a round of a composite in which its model drafts.
     """
 
     idle_s: Seconds = 0.0
@@ -58,10 +63,12 @@ class Overhead(NamedTuple):
     refill_s: Seconds = 0.0
     factor: Seconds = 1.0
     ttft_s: Seconds = 0.0
+    modelled_s: Seconds = 0.0
 
     def beyond_steps_s(self, usage: Usage) -> Seconds:
         """Seconds that rounds with this usage take in addition to their steps."""
         per_round = usage.num_idle * self.idle_s + usage.num_proposing * self.proposing_s
+        per_round += usage.num_modelled * self.modelled_s
         return per_round + usage.num_draft_steps * self.draft_step_s + usage.num_refills * self.refill_s
 
 
@@ -71,6 +78,11 @@ class Run(NamedTuple):
     sample: Sample
     usage: Usage
     stepped_s: float
+
+
+def composed(lookup: Overhead, model: Overhead) -> Overhead:
+    """The overhead of a composite, whose rounds are its look-up's or its model's."""
+    return model._replace(proposing_s=lookup.proposing_s, modelled_s=model.proposing_s - lookup.proposing_s)
 
 
 RunsByDraft = Mapping[Draft | None, Sequence[Run]]
@@ -150,7 +162,7 @@ class StepCostModel(CostModel):
         A first draft step wider than the widest that is timed counts as several steps of that width.
         """
         steps: defaultdict[tuple[str, int], float] = defaultdict(float)
-        num_idle = num_proposing = num_draft_steps = 0.0
+        num_idle = num_proposing = num_draft_steps = num_modelled = 0.0
         lookup, model = _components(setup.draft)
         for shape, count in shapes.items():
             steps[self.target_component, shape.target_width] += count
@@ -165,12 +177,14 @@ class StepCostModel(CostModel):
                 steps[model, widest] += count * shape.first_draft_width / widest
                 steps[model, 1] += count * (shape.draft_steps - 1)
                 num_draft_steps += count * shape.draft_steps
+                num_modelled += count if shape.target_width > 1 else 0.0
         return Usage(
             steps={step: count for step, count in steps.items() if count},
             num_idle=num_idle,
             num_proposing=num_proposing,
             num_draft_steps=num_draft_steps,
             num_refills=num_refills,
+            num_modelled=num_modelled,
         )
 
     def split(self, step_seconds: Mapping[str, float]) -> tuple[float | None, float]:

@@ -183,7 +183,11 @@ class _Collector:
             acceptances=self._acceptances,
             steps=steps,
             calibration=tuple((setup, run) for setup, run in self._runs if setup not in failed),
-            drafts=tuple(draft for draft in drafts if not capabilities.traces(draft) or draft not in failed_drafts),
+            drafts=tuple(
+                draft
+                for draft in drafts
+                if not capabilities.traces(draft) or not failed_drafts & {draft, *draft.components}
+            ),
             infeasible=tuple(self._infeasible),
             capabilities=capabilities,
         )
@@ -224,10 +228,13 @@ class _Collector:
     def _run_traced(self, drafts: Sequence[Draft], lengths: Sequence[int]) -> None:
         """Runs every draft at its calibration lengths, all of a queue in one unit, plain decoding before each draft.
 
-        Plain decoding is under every speed-up, so it is run as often as there are drafts. When a unit fails, each draft
-        is tried alone, so that only the one at fault is left out.
+        Plain decoding is under every speed-up, so it is run as often as there are drafts. A composite alone in its
+        batch is not run where both its parts are. When a unit fails, each draft is tried alone, so that only the one at
+        fault is left out.
         """
-        by_draft = {draft: self._calibration_setups(draft, lengths) for draft in drafts}
+        has_parts = self._workload.batch_size == 1 and self._engine.capabilities.times == "steps"
+        composed = {draft for draft in drafts if has_parts and len(set(draft.components) & set(drafts)) > 1}
+        by_draft = {draft: self._calibration_setups(draft, lengths) for draft in drafts if draft not in composed}
         for number in range(len(self._queues)):
             self._progress("calibration", number, len(self._queues))
             try:

@@ -19,7 +19,7 @@ from profiles.records.core import PLAIN, Draft, Interval, Setup, Workload
 from profiles.records.errors import NotMeasuredError
 from profiles.records.evidence import RoundCount, Sample, StepShape
 from profiles.stats import median, rate_interval, speedup_interval, strata_members
-from tuner.forecast.cost_model import Overhead, Usage, cost_model_of, step_samples
+from tuner.forecast.cost_model import Overhead, Usage, composed, cost_model_of, step_samples
 from tuner.forecast.evidence import MIN_PROMPTS, Evidence, HasDigest
 from tuner.policy.estimates import Forecast, Objective, RoundSplit
 
@@ -326,7 +326,10 @@ class Forecaster:
 
 
 def _overhead_of(draft: Draft | None, fitted: Mapping[Draft | None, Overhead]) -> Overhead:
-    """A draft without calibration runs has plain decoding's overhead in every round."""
+    """Of a composite without calibration runs its parts'; of another draft plain decoding's, in every round."""
+    parts = [fitted[part] for part in draft.components if part in fitted] if draft and draft not in fitted else []
+    if len(parts) > 1:
+        return composed(*parts)
     plain = fitted.get(None, Overhead())
     return fitted.get(draft, plain._replace(proposing_s=plain.idle_s))
 

@@ -204,7 +204,8 @@ def _grid_seconds(mixed: PointDecision, evidence: Evidence, num_prompts: int) ->
         prefills_s.setdefault(setup.draft, []).append(sample.ttft_s)
     seconds = 0.0
     for forecast in mixed.forecasts:
-        prefill_s = prefills_s[forecast.setup.draft]
+        draft = forecast.setup.draft
+        prefill_s = prefills_s[draft.components[-1] if draft and draft not in prefills_s else draft]
         seconds += tokens / (mixed.workload.batch_size * forecast.tok_per_s.estimate)
         seconds += num_prompts * sum(prefill_s) / len(prefill_s)
     return seconds

@@ -12,8 +12,9 @@ import pytest
 from profiles.records.core import PLAIN, Draft, Model, Setup
 from profiles.records.errors import NotMeasuredError
 from profiles.records.evidence import Sample, StepShape, StepTimes
-from tests.support.fakes import DRAFT_A, NGRAM, TARGET
-from tuner.forecast.cost_model import Overhead, StepCostModel, step_samples
+from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, TARGET, FakeEngine, prompts
+from tuner.forecast.cost_model import Overhead, StepCostModel, composed, step_samples
+from tuner.forecast.evidence import gather
 
 PART = TARGET.run_digest
 MODEL = StepCostModel(PART)
@@ -135,6 +136,26 @@ def test_a_draft_that_never_proposed_is_not_free() -> None:
     """Its proposing rounds are charged what a plain round is."""
     calibration = [_run(PLAIN, {(0, 0): 50}, 50 * 0.001), _run(Setup(draft=NGRAM, length=4), {(0, 0): 50}, 50 * 0.001)]
     assert MODEL.calibrate(STEPS, calibration)[NGRAM].proposing_s == pytest.approx(0.001)
+
+
+def test_a_composite_has_the_overheads_of_its_parts() -> None:
+    """Two rounds of the look-up, three of the model with four draft steps each, one without a proposal."""
+    both = Draft(kind="composite", model=DRAFT_A.model, max_match=4, min_match=2)
+    shapes = {StepShape(3): 2.0, StepShape(5, 4, 2): 3.0, StepShape(1): 1.0}
+    lookup, model = Overhead(idle_s=0.1, proposing_s=1.0), Overhead(idle_s=0.1, proposing_s=5.0, draft_step_s=0.01)
+    usage = MODEL.usage(Setup(draft=both, length=4), shapes, 0.0)
+    assert composed(lookup, model).beyond_steps_s(usage) == pytest.approx(0.1 + 2 * 1.0 + 3 * 5.0 + 12 * 0.01)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_composite_is_not_run_where_its_parts_are(batch_size: int) -> None:
+    engine = FakeEngine()
+    both = Draft(kind="composite", model=DRAFT_A.model, max_match=4, min_match=2)
+    engine.drafts = (DRAFT_A, NGRAM, both)
+    evidence = gather(engine, replace(GREEDY, batch_size=batch_size), prompts(6), (1, 2, 4))
+    ran = {setup.draft for setup, _ in evidence.calibration}
+    assert ran == {None, DRAFT_A, NGRAM} | ({both} if batch_size > 1 else set())
+    assert both in evidence.drafts
 
 
 def _round_s(setup: Setup, overheads: dict[Draft | None, Overhead]) -> float:
