@@ -154,16 +154,25 @@ class World:
 
     def run(self, queue: Queue, setup: Setup) -> list[Pair]:
         """Pairs in a random order, as `run_pairs` makes them."""
+        return self.run_beside(queue, (setup,))[setup]
+
+    def run_beside(self, queue: Queue, setups: Sequence[Setup]) -> dict[Setup, list[Pair]]:
+        """Pairs of several setups that share their plain runs, in a random order."""
         picks = [self.number[prompt.digest] for prompt in queue]
-        case, size = self.case, len(picks)
-        gains = 0.0 if setup == PLAIN else self.gains[self.index[id(setup)]][picks]
-        factors = numpy.exp(self.rng.normal(0.0, case.noise, (2, size)))
-        factors[1] *= numpy.exp(-gains)
-        factors[self.rng.integers(2, size=size), numpy.arange(size)] *= 1.0 + case.order
-        factors[self.rng.random((2, size)) < case.spikes] *= 1.5
-        plain_s, chosen_s = (self.plain_s[picks] * factors).tolist()
-        runs = zip(queue, plain_s, chosen_s, strict=True)
-        return [Pair(Run(prompt.digest, plain), Run(prompt.digest, chosen)) for prompt, plain, chosen in runs]
+        case, shape = self.case, (len(setups) + 1, len(picks))
+        factors = numpy.exp(self.rng.normal(0.0, case.noise, shape))
+        for number, setup in enumerate(setups, 1):
+            factors[number] *= 1.0 if setup == PLAIN else numpy.exp(-self.gains[self.index[id(setup)]][picks])
+        factors[self.rng.integers(shape[0], size=shape[1]), numpy.arange(shape[1])] *= 1.0 + case.order
+        factors[self.rng.random(shape) < case.spikes] *= 1.5
+        plain, *chosen = [
+            [Run(prompt.digest, seconds) for prompt, seconds in zip(queue, row, strict=True)]
+            for row in (self.plain_s[picks] * factors).tolist()
+        ]
+        return {
+            setup: [Pair(*pair) for pair in zip(plain, runs, strict=True)]
+            for setup, runs in zip(setups, chosen, strict=True)
+        }
 
 
 PROMPTS = tuple(Prompt(domain="code", token_ids=(number + 5,)) for number in range(NUM_SELECTION + NUM_PROOF))
@@ -219,20 +228,23 @@ def decide(case: Case, seed: int, result: Result) -> None:
         return
     raced: dict[Setup, list[Pair]] = {}
 
-    def run(queue: Queue, setup: Setup) -> list[Pair]:
-        pairs = world.run(queue, setup)
-        raced.setdefault(setup, []).extend(pairs)
-        return pairs
-
     race_prompts = spread_over_domains(selection, RACE_PROMPTS)
+
+    def run(number: int, setups: Sequence[Setup]) -> dict[Setup, list[Pair]]:
+        ran = world.run_beside((race_prompts[number],), setups)
+        for setup, pairs in ran.items():
+            raced.setdefault(setup, []).extend(pairs)
+        return ran
+
     ratios = {hopeful[0]: LogRatio(math.log(MIN_SPEEDUP), 0.0, 1.0)}  # a single finalist goes to the proof at once
     if len(hopeful) > 1:
-        queues = [(prompt,) for prompt in race_prompts]
-        finished = race(run, queues, hopeful, num_finalists=NUM_FINALISTS, study_name="race", storage=None).speedups
+        result_of_race = race(
+            run, len(race_prompts), hopeful, num_finalists=NUM_FINALISTS, study_name="race", storage=None
+        )
         domains = {prompt.digest: prompt.domain for prompt in selection}
         ratios = {
             setup: proof.race_ratio(raced[setup], world.seconds(setup, selection), domains, "tpot")
-            for setup in finished
+            for setup in result_of_race.speedups
         }
     speedups = {setup: math.exp(ratio.value) for setup, ratio in ratios.items()}
     winner = among_equals(speedups)

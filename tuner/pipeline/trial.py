@@ -21,7 +21,7 @@ from tuner.policy.estimates import Measured, Objective
 from tuner.search import control, proof, race
 from tuner.search.limits import Limits
 from tuner.search.objective import MIN_SPEEDUP, among_equals, worth_racing
-from tuner.search.pairs import Pair, Queue, pair_order, run_pairs, speedup_so_far, timed_pairs
+from tuner.search.pairs import Pair, Queue, pair_order, run_beside, run_pairs, speedup_so_far, timed_pairs
 from tuner.search.sequential import Look
 from tuner.search.studies import Storage
 
@@ -214,26 +214,28 @@ class PointTrial:
             batches_per_queue=RACE_BATCHES,
         )
         objective = self._options.objective
-        num_setups = min(len(hopeful), self._options.num_finalists + race.MORE_LENGTHS)
-        num_units = len(planned) * num_setups + min(len(planned), race.NOISE_QUEUES)
+        num_units = 2 * len(planned)
         units = itertools.count()
-        pairs = self._race_pairs = {}
+        pairs = self._race_pairs
 
-        def run(queue: Queue, setup: Setup) -> list[Pair]:
+        def run(number: int, setups: Sequence[Setup]) -> dict[Setup, Sequence[Pair]]:
+            """Setups that ran in an earlier race are not run again."""
             self._progress(f"race {self._plan.domain}", next(units), num_units)
-            ran = pairs.setdefault(setup, [])
-            purpose = purpose_of("race", self._workload, len(ran) // len(queue))
-            more = run_pairs(self._engine, self._workload, queue, setup, purpose)
-            ran += more
-            if setup != PLAIN:
-                self._standings.note(
-                    setup, f"racing {len(ran)}/{sum(map(len, planned))}", speedup_so_far(ran, objective)
-                )
-            return more
+            queue, start = planned[number], sum(map(len, planned[:number]))
+            if missing := [setup for setup in setups if len(pairs.get(setup, ())) <= start]:
+                purpose = purpose_of("race", self._workload, number)
+                ran = run_beside(self._engine, self._workload, queue, missing, purpose)
+                for setup, more in ran.items():
+                    pairs.setdefault(setup, []).extend(more)
+            for setup in missing:
+                if setup != PLAIN:
+                    state = f"racing {len(pairs[setup])}/{sum(map(len, planned))}"
+                    self._standings.note(setup, state, speedup_so_far(pairs[setup], objective))
+            return {setup: pairs[setup][start : start + len(queue)] for setup in setups}
 
         result = race.race(
             run,
-            planned,
+            len(planned),
             hopeful,
             num_finalists=self._options.num_finalists,
             study_name=name,

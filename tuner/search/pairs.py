@@ -27,8 +27,11 @@ def pair_order(workload: Workload, queue: Queue, setup: Setup) -> tuple[Setup, S
 
 
 def _plain_first(workload: Workload, queue: Queue, setup: Setup) -> bool:
-    prompts = queue_digest([prompt.digest for prompt in queue])
-    return random.Random(f"{workload.seed}/{prompts}/{setup.digest}").random() < 0.5
+    return random.Random(f"{workload.seed}/{_digest(queue)}/{setup.digest}").random() < 0.5
+
+
+def _digest(queue: Queue) -> str:
+    return queue_digest([prompt.digest for prompt in queue])
 
 
 def run_pairs(engine: Engine, workload: Workload, queue: Queue, setup: Setup, purpose: str) -> list[Pair]:
@@ -37,6 +40,21 @@ def run_pairs(engine: Engine, workload: Workload, queue: Queue, setup: Setup, pu
     first, second = samples[: len(queue)], samples[len(queue) :]
     plain, chosen = (first, second) if _plain_first(workload, queue, setup) else (second, first)
     return [Pair(*pair) for pair in zip(plain, chosen, strict=True)]
+
+
+def run_beside(
+    engine: Engine, workload: Workload, queue: Queue, setups: Sequence[Setup], purpose: str
+) -> dict[Setup, list[Pair]]:
+    """Pairs of several setups, which share their plain run, in an order drawn from seed, prompts and setups."""
+    arms = (PLAIN, *setups)
+    drawn = random.Random("/".join([str(workload.seed), _digest(queue), *(setup.digest for setup in setups)]))
+    order = drawn.sample(range(len(arms)), len(arms))
+    samples = engine.run_together(workload, queue, tuple(arms[number] for number in order), purpose)
+    runs = {number: samples[at * len(queue) : (at + 1) * len(queue)] for at, number in enumerate(order)}
+    return {
+        setup: [Pair(*pair) for pair in zip(runs[0], runs[number], strict=True)]
+        for number, setup in enumerate(setups, 1)
+    }
 
 
 def timed_pairs(pairs: Sequence[Pair]) -> list[Pair]:

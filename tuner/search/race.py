@@ -1,11 +1,11 @@
 """Races the finalists in paired real runs, queue by queue. The race only selects: its figures are never a proof."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
-from operator import itemgetter
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy
 from optuna.distributions import CategoricalDistribution
@@ -15,7 +15,7 @@ from profiles.records.core import PLAIN, Setup
 from profiles.records.errors import EngineError
 from profiles.records.evidence import Infeasible
 from tuner.policy.estimates import Objective
-from tuner.search.pairs import Pair, Queue, columns, timed_pairs
+from tuner.search.pairs import Pair, columns, timed_pairs
 from tuner.search.studies import Storage, store_study
 
 PRUNE_P = 0.02  # after each queue: in a race of twelve an equal setup is pruned with a chance of 0.05
@@ -38,9 +38,12 @@ class RaceResult:
     failed: tuple[Infeasible, ...]
 
 
+Runs = Mapping[Setup, Sequence[Pair]]
+
+
 def race(
-    run: Callable[[Queue, Setup], Sequence[Pair]],
-    queues: Sequence[Queue],
+    run: Callable[[int, Sequence[Setup]], Runs],
+    num_queues: int,
     hopeful: Sequence[Setup],
     *,
     num_finalists: int,
@@ -51,80 +54,118 @@ def race(
 ) -> RaceResult:
     """Races setups against plain decoding on the same queues, and stores the race as an Optuna study.
 
-    Plain against plain comes first; then the best forecast of each draft, because forecasts of one draft err alike;
-    then further lengths of the fastest draft. A setup that loses to the best finisher, queue by queue, stops early.
-    Finishers are ranked by the ratio over all queues together.
+    The best forecast of each draft comes first, because forecasts of one draft err alike, all of them beside one plain
+    run of each queue, and plain decoding once more; then further lengths of the fastest draft. A setup that loses to
+    the fastest, queue by queue, stops early. Finishers are ranked by the ratio over all queues together.
 
     Args:
-        run: runs a queue with plain decoding and a setup.
+        run: runs a queue, told by its number, with plain decoding and with setups.
         hopeful: the setups to choose from, the best forecast first.
         num_finalists: how many drafts are raced.
         enough: whether the time for races is used: no further setup is raced then.
     """
-    names = CategoricalDistribution([setup.name for setup in (PLAIN, *hopeful)])
-    trials: list[FrozenTrial] = []
-    finishers: dict[Setup, tuple[float, Mapping[int, float]]] = {}
-    pruned: list[Setup] = []
-    failed: list[Infeasible] = []
-
-    def enter(setup: Setup) -> None:
-        if enough():
-            return
-        planned = queues[:NOISE_QUEUES] if setup == PLAIN else queues
-        _, rival = min(finishers.values(), key=itemgetter(0), default=(0.0, {}))
-        state, total, by_queue = TrialState.COMPLETE, None, dict[int, float]()
-        try:
-            total, by_queue = _compare((run(queue, setup) for queue in planned), rival, objective)
-        except EngineError as error:
-            state = TrialState.FAIL
-            failed.append(Infeasible(setup=setup, reason=type(error).__name__, detail=str(error)))
-        else:
-            if total is None:
-                state = TrialState.PRUNED
-                pruned.append(setup)
-            else:
-                finishers[setup] = total, by_queue
-        trials.append(
-            create_trial(
-                state=state,
-                value=total,
-                params={"setup": setup.name},
-                distributions={"setup": names},
-                intermediate_values=by_queue,
-            )
-        )
-
-    enter(PLAIN)
+    entries: dict[Setup, _Entry] = {}
     best_of_draft = {setup.draft: setup for setup in reversed(hopeful)}
     finalists = [setup for setup in hopeful if best_of_draft[setup.draft] == setup][:num_finalists]
-    for setup in finalists:
-        enter(setup)
-    if drafting := [setup for setup in finishers if setup != PLAIN]:
-        fastest = min(drafting, key=lambda setup: finishers[setup][0])
+    together = _Together(run, num_queues, entries, objective, enough)
+    together.race((PLAIN, *finalists))
+    if drafting := [setup for setup, entry in entries.items() if setup != PLAIN and entry.state == TrialState.COMPLETE]:
+        fastest = min(drafting, key=lambda setup: entries[setup].total(objective))
         others = [setup for setup in hopeful if setup.draft == fastest.draft and setup not in finalists]
-        for setup in others[:MORE_LENGTHS]:
-            enter(setup)
-    store_study(study_name, "minimize", trials, storage)
-    noise, _ = finishers.pop(PLAIN, (None, {}))
-    speedups = {setup: math.exp(-log_ratio) for setup, (log_ratio, _) in finishers.items()}
-    return RaceResult(speedups=speedups, noise=noise, pruned=tuple(pruned), failed=tuple(failed))
+        together.race(others[:MORE_LENGTHS])
+    store_study(study_name, "minimize", _trials(entries, [PLAIN, *hopeful], objective), storage)
+    finishers = {setup: entry for setup, entry in entries.items() if entry.state == TrialState.COMPLETE}
+    noise = finishers.pop(PLAIN).total(objective) if PLAIN in finishers else None
+    return RaceResult(
+        speedups={setup: math.exp(-entry.total(objective)) for setup, entry in finishers.items()},
+        noise=noise,
+        pruned=tuple(setup for setup, entry in entries.items() if setup != PLAIN and entry.state == TrialState.PRUNED),
+        failed=tuple(entry.failure for entry in entries.values() if entry.failure is not None),
+    )
 
 
-def _compare(
-    runs: Iterable[Sequence[Pair]], rival: Mapping[int, float], objective: Objective
-) -> tuple[float | None, dict[int, float]]:
-    """Log of a setup's over plain seconds per token, over all queues and of each: negative when it is faster.
+@dataclass(slots=True)
+class _Entry:
+    """What a setup ran so far: `by_queue` are logs of its over plain seconds per token, negative when it is faster."""
 
-    Over all it is None where the setup loses to the rival, or where no run has a time per token.
-    """
-    pairs, by_queue = list[Pair](), dict[int, float]()
-    for number, ran in enumerate(runs):
-        if timed := timed_pairs(ran):
-            pairs += timed
-            by_queue[number] = _log_ratio(timed, objective)
-            if _loses(by_queue, rival):
-                return None, by_queue
-    return _log_ratio(pairs, objective) if pairs else None, by_queue
+    pairs: list[Pair] = field(default_factory=list)
+    by_queue: dict[int, float] = field(default_factory=dict)
+    state: TrialState = TrialState.COMPLETE
+    failure: Infeasible | None = None
+
+    def add(self, number: int, pairs: Sequence[Pair], objective: Objective) -> None:
+        if timed := timed_pairs(pairs):
+            self.pairs += timed
+            self.by_queue[number] = _log_ratio(timed, objective)
+
+    def total(self, objective: Objective) -> float:
+        """The log ratio over all queues together; 0 before the first."""
+        return _log_ratio(self.pairs, objective) if self.pairs else 0.0
+
+
+class _Together(NamedTuple):
+    """Races setups together, queue by queue, and notes in `entries` what came of them."""
+
+    run: Callable[[int, Sequence[Setup]], Runs]
+    num_queues: int
+    entries: dict[Setup, _Entry]
+    objective: Objective
+    enough: Callable[[], bool]
+
+    def race(self, setups: Sequence[Setup]) -> None:
+        """Plain decoding, where it is among them, runs a second time in the first queues only."""
+        if self.enough():
+            return
+        new = {setup: _Entry() for setup in setups}
+        self.entries.update(new)
+        for number in range(self.num_queues):
+            racing = [setup for setup in self._complete(new) if setup != PLAIN or number < NOISE_QUEUES]
+            if not racing or racing == [PLAIN] or (number >= PRUNE_AFTER_QUEUES and self.enough()):
+                break
+            for setup, pairs in self._run(number, racing).items():
+                new[setup].add(number, pairs, self.objective)
+            rival = self._rival()
+            for setup in racing:
+                if setup != PLAIN and _loses(new[setup].by_queue, rival):
+                    new[setup].state = TrialState.PRUNED
+        for entry in new.values():
+            if entry.state == TrialState.COMPLETE and not entry.pairs:  # no run had a time per token
+                entry.state = TrialState.PRUNED
+
+    def _complete(self, entries: Mapping[Setup, _Entry]) -> list[Setup]:
+        return [setup for setup, entry in entries.items() if entry.state == TrialState.COMPLETE]
+
+    def _rival(self) -> Mapping[int, float]:
+        """By queue, of the fastest setup so far; plain decoding is 0 everywhere."""
+        drafting = [self.entries[setup] for setup in self._complete(self.entries) if setup != PLAIN]
+        fastest = min(drafting, key=lambda entry: entry.total(self.objective), default=_Entry())
+        return fastest.by_queue if fastest.total(self.objective) < 0.0 else dict.fromkeys(range(self.num_queues), 0.0)
+
+    def _run(self, number: int, setups: Sequence[Setup]) -> Runs:
+        """Runs of all setups together; where that fails each alone, so that only the one at fault is left out."""
+        try:
+            return self.run(number, setups)
+        except EngineError as error:
+            if len(setups) > 1:
+                alone = [self._run(number, (setup,)) for setup in setups]
+                return {setup: pairs for ran in alone for setup, pairs in ran.items()}
+            failure = Infeasible(setup=setups[0], reason=type(error).__name__, detail=str(error))
+            self.entries[setups[0]].state, self.entries[setups[0]].failure = TrialState.FAIL, failure
+            return {}
+
+
+def _trials(entries: Mapping[Setup, _Entry], setups: Sequence[Setup], objective: Objective) -> list[FrozenTrial]:
+    names = CategoricalDistribution([setup.name for setup in setups])
+    return [
+        create_trial(
+            state=entry.state,
+            value=entry.total(objective) if entry.state == TrialState.COMPLETE else None,
+            params={"setup": setup.name},
+            distributions={"setup": names},
+            intermediate_values=entry.by_queue,
+        )
+        for setup, entry in entries.items()
+    ]
 
 
 def _log_ratio(pairs: Sequence[Pair], objective: Objective) -> float:
