@@ -46,7 +46,7 @@ Loads = Sequence[tuple[Workload, tuple[Prompt, ...]]]
 class DryRun:
     """Units to measure by stage, units in the store, and seconds for the new ones.
 
-    No race is pruned, and proofs end at their first look.
+    Races are pruned as the predicted times have it, and proofs end at their first look.
     """
 
     new_units: Mapping[str, int]
