@@ -237,7 +237,7 @@ def _server(spec: EngineSpec, target: DescribedModel) -> EngineBuilder:
             launch.command(Setup(draft=draft, length=spec.min_length))
 
     def build(drafts: tuple[Draft, ...]) -> ServingEngine:
-        return ServerEngine(target.record, drafts, launch, target.encode, fingerprint.pick_device(spec.device))
+        return ServerEngine(target.record, drafts, launch, fingerprint.pick_device(spec.device))
 
     return EngineBuilder(check=check, build=build)
 

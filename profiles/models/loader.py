@@ -47,10 +47,6 @@ class DescribedModel:
     end_token_ids: tuple[int, ...]
     note: str | None = None  # one line for the user on how the weights are run, if there is something to say
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel(DescribedModel):

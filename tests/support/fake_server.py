@@ -1,8 +1,8 @@
 """An OpenAI-compatible server without a model, run as a child by tests: `python tests/support/fake_server.py --port N`.
 
 A token follows from the one before it alone; with `--speculative K` rounds of K drafted tokens accept a number that
-follows from their place, and are counted as vLLM counts them. `--fault NAME` makes it fail in one way. Standard library
-only.
+follows from their place, and are recorded as vLLM records them. `--fault NAME` makes it fail in one way. Standard
+library only.
 """
 
 import argparse
@@ -13,10 +13,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, ClassVar
+from typing import Any
 
 VOCABULARY = 97
 VERSION = "1.2.3"
@@ -32,20 +31,10 @@ def accepted_at(place: int, length: int) -> int:
     return place * 5 % (length + 1)
 
 
-def text_of(token_ids: list[int]) -> str:
-    return "".join(f"t{token} " for token in token_ids)
-
-
-def encode(text: str) -> list[int]:
-    """Token ids of a text that this server wrote; words of any other text are tokens too."""
-    return [int(word[1:]) if word[1:].isdecimal() else len(word) for word in text.split()]
-
-
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     options: argparse.Namespace
-    counters: ClassVar[Counter[str]] = Counter()
 
     def do_GET(self) -> None:
         fault = self.options.fault
@@ -57,8 +46,6 @@ class Handler(BaseHTTPRequestHandler):
             self.say({"data": [{"id": "fake"}]})
         elif self.path == "/version":
             self.say({"version": VERSION})
-        elif self.path == "/metrics" and fault != "metrics-missing":
-            self.send(self.page().encode(), "text/plain")
         else:
             self.say({"error": {"message": f"nothing at {self.path}"}}, 404)
 
@@ -78,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Type", "text/event-stream")
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
-            for number, event in enumerate(answer(body, self.options, self.counters)):
+            for number, event in enumerate(answer(body, self.options)):
                 if number == 3 and self.misbehaves(fault):
                     return
                 self.event(json.dumps(event))
@@ -100,18 +87,6 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         return fault in ("garbage", "error-event", "ends-early", "cut")
 
-    def page(self) -> str:
-        if self.options.fault == "metrics-garbage":
-            return "<html>\n{{{ not metrics"
-        names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
-        lines = [f'vllm:spec_decode_{name}_total{{engine="0"}} {self.counters[name]}.0' for name in names]
-        lines += [
-            f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",position="{place}"}} '
-            f"{self.counters[str(place)]}.0"
-            for place in range(self.options.speculative)
-        ]
-        return "\n".join(["# a comment", *lines, 'vllm:generation_tokens_total{engine="0"} 1.0', ""])
-
     def event(self, data: str) -> None:
         raw = f"data: {data}\n\n".encode()
         self.wfile.write(f"{len(raw):x}\r\n".encode() + raw + b"\r\n")
@@ -131,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
         """Says nothing."""
 
 
-def answer(body: dict[str, Any], options: argparse.Namespace, counters: Counter[str]) -> Iterator[dict[str, Any]]:
+def answer(body: dict[str, Any], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The events of a completion, a round each."""
     ends = set(body.get("stop_token_ids") or ())
     last, emitted, drafted, accepted = body["prompt"][-1], 0, [], []
@@ -144,7 +119,6 @@ def answer(body: dict[str, Any], options: argparse.Namespace, counters: Counter[
             kept = accepted_at(emitted, length)
             drafted.append(length)
             accepted.append(kept)
-            count(counters, length, kept)
         tokens = []
         while len(tokens) <= kept and not finished:
             last = following(last)
@@ -162,19 +136,12 @@ def answer(body: dict[str, Any], options: argparse.Namespace, counters: Counter[
 
 def choice(body: dict[str, Any], options: argparse.Namespace, tokens: list[int], finished: bool) -> dict[str, Any]:
     reason = "length" if finished else None
-    found: dict[str, Any] = {"index": 0, "text": text_of(tokens), "finish_reason": reason}
-    if body.get("return_token_ids") and options.token_ids:
-        found["token_ids"] = tokens
+    found: dict[str, Any] = {"index": 0, "token_ids": tokens, "finish_reason": reason}
     if body.get("logprobs"):
         own = -2.5 if options.skewed and options.speculative else -0.5
         tops = [{f"token_id:{token}": own, f"token_id:{following(token)}": own - 0.75} for token in tokens]
         found["logprobs"] = {"token_logprobs": [own] * len(tokens), "top_logprobs": tops}
     return found
-
-
-def count(counters: Counter[str], length: int, kept: int) -> None:
-    counters.update({"num_drafts": 1, "num_draft_tokens": length, "num_accepted_tokens": kept})
-    counters.update(str(place) for place in range(kept))
 
 
 def before_ready(fault: str) -> None:
@@ -220,7 +187,6 @@ def main() -> None:
     parser.add_argument("--skewed", action="store_true", help="other log-probabilities with a draft than without")
     parser.add_argument("--api-key")
     parser.add_argument("--no-records", dest="records", action="store_false")
-    parser.add_argument("--no-token-ids", dest="token_ids", action="store_false")
     parser.add_argument("--ignored", nargs=3)
     Handler.options = parser.parse_args()
     if Handler.options.api_key:

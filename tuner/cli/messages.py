@@ -14,8 +14,8 @@ EXTRA_MODULES = {  # by extra: the modules that come with it alone
     "vllm": ("vllm",),
     "llamacpp": ("xllamacpp",),
     "tune": (
-        "accelerate", "alembic", "gguf", "httpx2", "huggingface_hub", "numpy", "optuna", "prometheus_client", "psutil",
-        "pynvml", "safetensors", "scipy", "sklearn", "tokenizers", "torch", "transformers",
+        "accelerate", "alembic", "gguf", "httpx2", "huggingface_hub", "numpy", "optuna", "psutil", "pynvml",
+        "safetensors", "scipy", "sklearn", "tokenizers", "torch", "transformers",
     ),
 }  # fmt: skip
 

@@ -169,7 +169,6 @@ SERVER = ServerKind(
     objection=flags.objection,
     args_for=flags.args_for_release,
     past_end=False,
-    keeps_history=flags.KEEPS_HISTORY,
     drops_short=True,
     look_up="ngram:max=3,min=3",
     verifies_by_sampling=True,

@@ -5,7 +5,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from profiles.engines.serving.base import Run
@@ -17,7 +17,6 @@ from profiles.records.evidence import RoundCount, Rounds, StepShape, TargetTrace
 if TYPE_CHECKING:
     from profiles.engines.serving.http_load import Answer
 
-Encode = Callable[[str], Sequence[int]]
 CountedRounds = Sequence[tuple[RoundCount, int]]  # rounds, and how often each
 
 
@@ -27,7 +26,7 @@ class Completion:
 
     started_s: float
     token_ids: tuple[int, ...]
-    arrivals: tuple[tuple[float, int], ...]  # of every event with tokens; how many it had, 0 where it does not say
+    arrivals: tuple[tuple[float, int], ...]  # of every event with tokens; how many it had
     log_probs: tuple[float, ...] = ()
     gaps: tuple[float, ...] = ()  # between the two largest logits, by token
     rounds: Rounds | None = None  # None where the server keeps no record of single requests
@@ -52,9 +51,9 @@ class Completion:
         self._check_log_probs()
         return statistics.fmean(self.log_probs)
 
-    def run(self, rounds: Rounds | None = None) -> Run:
-        """As a run by the client's times; `rounds` replace the completion's own."""
-        rounds = (self.rounds if rounds is None else rounds) or {}
+    def run(self) -> Run:
+        """As a run by the client's times."""
+        rounds = self.rounds or {}
         shapes: Counter[StepShape] = Counter()
         for (proposed, _), count in rounds.items():
             shapes[StepShape(proposed + 1)] += count
@@ -98,36 +97,24 @@ def expected_shape() -> Iterator[None]:
 
 
 @expected_shape()
-def read_completion(answer: "Answer", encode: Encode) -> Completion:
-    """Reads an answer of `/v1/completions`: token ids where the server gives them, else its text tokenized by `encode`.
+def read_completion(answer: "Answer", counted_in: Callable[["Answer"], CountedRounds | None]) -> Completion:
+    """Reads an answer of `/v1/completions` with token ids; `counted_in`: the rounds with a draft, where recorded.
 
     Raises EngineError: no token, or another number of tokens than the server counted.
     """
     arrivals: list[tuple[float, int]] = []
     token_ids: list[int] = []
-    texts: list[str] = []
     rows: list[tuple[float, list[float]]] = []
-    gives_ids = False
     for at_s, event in answer.chunks:
         for choice in event.get("choices") or ():
-            ids, text = choice.get("token_ids"), str(choice.get("text") or "")
-            gives_ids = gives_ids or ids is not None
-            texts.append(text)
-            token_ids += ids or []
             rows += _log_probs(choice.get("logprobs") or {})
-            if ids or (text and ids is None):
-                arrivals.append((at_s, len(ids or [])))
-    if not gives_ids:
-        token_ids = list(encode("".join(texts)))
+            if ids := choice.get("token_ids"):
+                token_ids += ids
+                arrivals.append((at_s, len(ids)))
     counted = next((usage.get("completion_tokens") for usage in last_events(answer, "usage")), None)
-    if counted is None and not gives_ids:
-        raise EngineError("the server gives neither token ids nor a count of tokens: neither can be checked")
-    if counted is not None and counted != len(token_ids):
-        how = "gave the ids of" if gives_ids else "wrote a text of"
-        raise EngineError(f"the server counted {counted} tokens and {how} {len(token_ids)}")
-    if not arrivals or not token_ids:
-        raise EngineError("the server answered without a token")
-    return Completion(
+    if not token_ids or counted not in (None, len(token_ids)):
+        raise EngineError(f"the server counted {counted} tokens and gave the ids of {len(token_ids)}")
+    completion = Completion(
         started_s=answer.started_s,
         token_ids=tuple(token_ids),
         arrivals=tuple(arrivals),
@@ -135,6 +122,8 @@ def read_completion(answer: "Answer", encode: Encode) -> Completion:
         gaps=tuple(max(0.0, best[0] - best[1]) if len(best) > 1 else 0.0 for _, best in rows),
         refills=answer.refills,
     )
+    recorded = counted_in(answer)
+    return completion if recorded is None else replace(completion, rounds=rounds_of(completion, recorded))
 
 
 def last_events(answer: "Answer", name: str) -> list[Mapping[str, Any]]:
@@ -144,39 +133,28 @@ def last_events(answer: "Answer", name: str) -> list[Mapping[str, Any]]:
 
 def _log_probs(given: Mapping[str, Any]) -> list[tuple[float, list[float]]]:
     """Of every token its log-probability and the largest ones in order."""
-    if content := given.get("content"):  # as chat completions have them
-        tops_of = ([top["logprob"] for top in token.get("top_logprobs", ())] for token in content)
-        return [(token["logprob"], sorted(tops, reverse=True)) for token, tops in zip(content, tops_of, strict=True)]
     chosen = given.get("token_logprobs") or []
     tops = given.get("top_logprobs") or [{}] * len(chosen)
     return [(value, sorted((top or {}).values(), reverse=True)) for value, top in zip(chosen, tops, strict=True)]
 
 
-def rounds_of(completion: Completion, counted: CountedRounds, *, past_end: bool) -> Rounds:
-    """Adds the rounds that proposed nothing, the rest of the output; with `past_end` the last may reach past it."""
+def rounds_of(completion: Completion, counted: CountedRounds) -> Rounds:
+    """Adds the rounds that proposed nothing, the rest of the output; the last round may reach past it."""
     rounds: Counter[RoundCount] = Counter()
     for pair, count in counted:
         rounds[pair] += count
     emitted = sum((accepted + 1) * count for (_, accepted), count in rounds.items())
     num_plain = max(0, len(completion.token_ids) - 1 - emitted)
-    if past_end and all(num_tokens for _, num_tokens in completion.arrivals):  # an event is one round or a few
-        most = num_plain + max((accepted for _, accepted in rounds), default=0)
-        num_plain = min(max(len(completion.arrivals) - 1 - rounds.total(), num_plain), most)
-    rounds[RoundCount(0, 0)] = num_plain
+    most = num_plain + max((accepted for _, accepted in rounds), default=0)
+    # an event is one round or a few
+    rounds[RoundCount(0, 0)] = min(max(len(completion.arrivals) - 1 - rounds.total(), num_plain), most)
     return {pair: count for pair, count in rounds.items() if count}
 
 
-def rounds_between(completion: Completion, counted: Counter[str | int], *, past_end: bool) -> Rounds | None:
-    """The rounds of a request that had the server for itself, from the difference of the server's counters.
-
-    None where rounds drafted different numbers of tokens: the counters do not say which accepted how many.
-    """
-    num_drafts, num_tokens = counted["num_drafts"], counted["num_draft_tokens"]
-    if num_drafts <= 0 or num_tokens % num_drafts:
-        return None
-    length = num_tokens // num_drafts
-    reached = (num_drafts, *(counted[position] for position in range(length + 1)))
-    rounds = [
-        (RoundCount(length, accepted), reached[accepted] - reached[accepted + 1]) for accepted in range(length + 1)
-    ]
-    return rounds_of(completion, rounds, past_end=past_end)
+def rounds_in_histogram(counts: Sequence[int], num_proposed: int, num_rounds: int) -> CountedRounds:
+    """Rounds from how many accepted 0, 1, 2 ... tokens. Raises EngineError: they drafted different numbers."""
+    if num_rounds == 0:
+        return []
+    if num_proposed % num_rounds:
+        raise EngineError(f"the server drafted {num_proposed} tokens in {num_rounds} rounds: not equally many in each")
+    return [(RoundCount(num_proposed // num_rounds, accepted), count) for accepted, count in enumerate(counts)]

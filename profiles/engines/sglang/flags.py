@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from profiles.engines import rules
 from profiles.engines.releases import EngineRelease
-from profiles.engines.serving.completion import CountedRounds, last_events
-from profiles.engines.serving.server_kind import ServerKind, rounds_in_histogram, salted_body
+from profiles.engines.serving.completion import CountedRounds, last_events, read_completion, rounds_in_histogram
+from profiles.engines.serving.server_kind import ServerKind, completions_body
 from profiles.records.core import Model, Setup
 
 if TYPE_CHECKING:
@@ -65,8 +65,10 @@ def _counted_in(answer: "Answer") -> CountedRounds | None:
 
 
 SERVER = ServerKind(
-    body_of=lambda workload, prompt: salted_body(workload, prompt, return_spec_tokens_details=True, no_stop_trim=True),
-    counted_in=_counted_in,
+    body_of=lambda workload, prompt: completions_body(
+        workload, prompt, return_spec_tokens_details=True, no_stop_trim=True
+    ),
+    read=lambda answer, *_: read_completion(answer, _counted_in),
     objection=objection,
     args_for=lambda setup, _: args_for(setup),
 )

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from profiles.engines.serving.completion import CountedRounds, last_events
-from profiles.engines.serving.server_kind import ServerKind, rounds_in_histogram, salted_body
+from profiles.engines.serving.completion import CountedRounds, last_events, read_completion, rounds_in_histogram
+from profiles.engines.serving.server_kind import ServerKind, completions_body
 from profiles.engines.vllm.flags import args_for, objection
 from profiles.records.evidence import RoundCount
 
@@ -26,11 +26,10 @@ def _counted_in(answer: "Answer") -> CountedRounds | None:
 
 
 SERVER = ServerKind(
-    body_of=salted_body,
+    body_of=completions_body,
+    read=lambda answer, *_: read_completion(answer, _counted_in),
     log_probs_of=lambda count: {"logprobs": count, "return_tokens_as_token_ids": True},
-    counted_in=_counted_in,
     objection=objection,
     args_for=args_for,
     record_args=lambda release: () if release.is_before(FIRST_RECORDS) else RECORD_ARGS,
-    counters="vllm:",
 )

@@ -41,7 +41,7 @@ def engine(described: loader.DescribedModel, tmp_path_factory: pytest.TempPathFa
         flags_of=lambda setup: ["--no-such-flag"] if setup == UNKNOWN else args_for(setup, FLAG_SETS[-1]),
     )
     drafts = tuple(setup.draft for setup in (NGRAM, POOL, UNKNOWN) if setup.draft is not None)
-    with ServerEngine(described.record, drafts, launch, described.tokenizer.encode, "cpu") as one:
+    with ServerEngine(described.record, drafts, launch, "cpu") as one:
         yield one
 
 

@@ -15,7 +15,6 @@ import psutil
 import pytest
 
 from profiles.engines.serving.http_load import drive
-from profiles.engines.serving.metrics import read_counters
 from profiles.engines.serving.process import GRACES_S, Process, Server
 from profiles.records.core import PLAIN, Setup
 from profiles.records.errors import EngineError, InputError, OutOfMemoryError
@@ -130,18 +129,6 @@ def test_a_server_killed_between_two_questions(tmp_path: Path) -> None:
         assert gone(tuple(child.pid for child in killed))
         engine.run_together(WORKLOAD, PROMPTS[:1], (PLAIN,), "race 1")
         assert engine.num_starts == 2
-
-
-@pytest.mark.parametrize(
-    ("fault", "number"), [("metrics-missing", "answers 404"), ("metrics-garbage", "cannot be rea")]
-)
-def test_counters_that_a_server_does_not_give(tmp_path: Path, fault: str, number: str) -> None:
-    """Asked for by themselves they are an error; the server goes on."""
-    with Server((*FAKE, "--fault", fault), tmp_path / "log") as server:
-        server.wait_ready(20.0)
-        with pytest.raises(EngineError, match=number):
-            read_counters(server.url, "vllm:")
-        assert drive(server.url, "/v1/completions", [{"prompt": [1], "max_tokens": 2}], 1)
 
 
 @pytest.mark.parametrize(("fault", "num_pids"), [("deaf", 2), ("grandchild", 3), ("", 2)])

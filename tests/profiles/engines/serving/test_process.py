@@ -1,9 +1,8 @@
-"""Child processes and servers, a load on them, their counters, and a pool of them: with a server without a model."""
+"""Child processes and servers, a load on them, and a pool of them: with a server without a model."""
 
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -12,7 +11,6 @@ import pytest
 from profiles.engines.serving import process as processes
 from profiles.engines.serving.http_load import Answer, drive
 from profiles.engines.serving.logs import last_error_line, one_line
-from profiles.engines.serving.metrics import counters_of, read_counters
 from profiles.engines.serving.pool import ServerPool
 from profiles.engines.serving.process import Process, Server, free_port
 from profiles.records.errors import EngineError
@@ -98,48 +96,6 @@ def test_a_load_is_kept_up(tmp_path: Path) -> None:
         assert answers[-1].refills >= 3
         alone = drive(server.url, "/v1/completions", bodies[-2:], 2)
         assert alone[-1].refills == 0
-
-
-def test_counters_of_a_server(tmp_path: Path) -> None:
-    """What a load added to the counters is their difference, position by position."""
-    with Server((*FAKE, "--speculative", "3"), tmp_path / "log") as server:
-        server.wait_ready(20.0)
-        drive(server.url, "/v1/completions", [BODY], 1)
-        before = read_counters(server.url, "vllm:")
-        [answer] = drive(server.url, "/v1/completions", [{**BODY, "max_tokens": 12}], 1)
-        after = read_counters(server.url, "vllm:")
-    record = answer.last["metrics"]["speculative_decoding"]["per_step_accepted"]
-    totals = {"num_drafts": len(record), "num_draft_tokens": 3 * len(record), "num_accepted_tokens": sum(record)}
-    assert after - before == Counter(totals | {place: sum(one > place for one in record) for place in range(3)})
-
-
-def test_counters_as_engines_write_them() -> None:
-    """Engines behind one server are added; `_created` lines and other families do not count; nothing counted is 0."""
-    page = """# TYPE vllm:spec_decode_num_drafts counter
-vllm:spec_decode_num_drafts_total{engine="0",model_name="m"} 5.0
-vllm:spec_decode_num_drafts_total{engine="1",model_name="m"} 2.0
-# TYPE vllm:spec_decode_num_drafts_created gauge
-vllm:spec_decode_num_drafts_created{engine="0",model_name="m"} 1.7e+09
-# TYPE vllm:spec_decode_num_accepted_tokens_per_pos counter
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="1"} 3.0
-"""
-    assert counters_of(page, "vllm:") == {"num_drafts": 7, 1: 3}
-    assert counters_of("vllm:generation_tokens_total 3.0\n", "vllm:") == {}
-
-
-@pytest.mark.parametrize(
-    ("page", "said"),
-    [
-        ("<html>nothing</html>", "metrics cannot be read"),
-        ("", "metrics have nothing that starts with 'vllm:'"),
-        ("llamacpp:n_decode_total 3\n", "metrics have nothing that starts with 'vllm:'"),
-        ('vllm:spec_decode_num_accepted_tokens_per_pos_total{position="x"} 3\n', "position 'x'"),
-    ],
-)
-def test_counters_that_are_none(page: str, said: str) -> None:
-    """A page that is none, or is another engine's, is an error that says so."""
-    with pytest.raises(EngineError, match=said):
-        counters_of(page, "vllm:")
 
 
 def test_a_taken_port_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
