@@ -197,7 +197,7 @@ def _llamacpp(spec: EngineSpec, target: DescribedModel) -> EngineBuilder:
     )
 
     def check(draft: Draft) -> None:
-        check_draft(draft, program)
+        check_draft(draft)
         if draft.model is not None:
             weights_of(draft.model)
 

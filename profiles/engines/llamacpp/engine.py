@@ -17,7 +17,6 @@ from profiles.engines.lossless import check_end
 from profiles.engines.serving.base import Run, ServedEngine
 from profiles.engines.serving.pool import ServerPool
 from profiles.engines.serving.process import Server
-from profiles.engines.serving.redaction import redacted, without_paths
 from profiles.hardware import software
 from profiles.hardware.fingerprint import fingerprint
 from profiles.models import loader
@@ -51,15 +50,15 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], Server]):
             lack = f"{program.version} finds no GPU; take cpu, or a llama-server with CUDA"
             raise InputError(f"device {options.device!r}: {lack}")
         for draft in drafts:
-            check_draft(draft, program)
+            check_draft(draft)
         self._file = weights_of(target.record)
         self._weights = {draft.digest: weights_of(draft.model) if draft.model else None for draft in drafts}
         self._watched_gpus = (options.device,)
         self._device_args = ON_GPU if options.on_gpu else ON_CPU
         self._exact_args = EXACT if self._file.float_type == "float32" else ()
         super().__init__(target.record, drafts, ServerPool(self._start, 1 if options.on_gpu else MAX_ALIVE))
-        more = [*self._device_args, *self._exact_args, *options.more]
-        shown = {"more": [without_paths(redacted(argument)) for argument in more], "weights": self._file.float_type}
+        more = [*self._device_args, *self._exact_args]
+        shown = {"more": more, "weights": self._file.float_type}
         self.environment = replace(
             fingerprint(options.device),
             engine=NAME,
@@ -144,7 +143,7 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], Server]):
         if setup.draft is None:
             return self._command(self._file, workload, more)
         weights = self._weights.get(setup.draft.digest)
-        args = flags.args_for(setup, self._program.flags, None if weights is None else weights.path)
+        args = flags.args_for(setup, None if weights is None else weights.path)
         if weights is not None:
             args += ["-td", str(self._options.threads), "-tbd", str(self._options.threads)]
             args += DRAFT_ON_GPU if self._options.on_gpu else DRAFT_ON_CPU
@@ -156,7 +155,7 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], Server]):
         batch_size, threads = str(workload.batch_size), str(self._options.threads)
         command = [*self._program.command, "-m", weights.path, "--host", "{host}", "--port", "{port}"]
         command += ["-c", str(row * workload.batch_size), "-np", batch_size, "-t", threads, "-tb", threads]
-        return (*command, *self._device_args, *self._exact_args, "--metrics", *args, *self._options.more)
+        return (*command, *self._device_args, *self._exact_args, "--metrics", *args)
 
     def _start(self, command: tuple[str, ...]) -> Server:
         server = Server(command, self._options.log_folder / f"llama-server-{self._pool.num_starts}.log")
@@ -211,8 +210,8 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], Server]):
             raise EngineError(f"{setup.name}: llama.cpp drafted nothing: {reason}")
 
 
-def check_draft(draft: Draft, program: Program) -> None:
+def check_draft(draft: Draft) -> None:
     """Raises InputError: a draft that llama.cpp does not have."""
     if draft.kind == "ngram":
         ngram.match_size(draft)
-    flags.args_for(Setup(draft=draft, length=1), program.flags, "")
+    flags.args_for(Setup(draft=draft, length=1), "")

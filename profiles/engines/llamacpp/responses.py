@@ -167,7 +167,7 @@ SERVER = ServerKind(
     log_probs_of=lambda count: {"n_probs": count},
     read=read,
     objection=flags.objection,
-    args_for=flags.args_for_release,
+    args_for=lambda setup, _: flags.args_for(setup),
     past_end=False,
     drops_short=True,
     look_up="ngram:max=3,min=3",

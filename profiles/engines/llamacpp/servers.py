@@ -8,8 +8,9 @@ from typing import Any
 
 from profiles.engines import rules
 from profiles.engines.llamacpp import responses, xllamacpp_server
-from profiles.engines.llamacpp.flags import FlagSet, LlamaRelease, builds_with_flags, flags_of_help
+from profiles.engines.llamacpp.flags import FIRST_BUILD, is_known
 from profiles.engines.llamacpp.responses import LlamaCompletion
+from profiles.engines.releases import EngineRelease
 from profiles.engines.serving.http_load import drive
 from profiles.engines.serving.process import Server
 from profiles.hardware import software
@@ -27,12 +28,11 @@ class Program:
 
     command: tuple[str, ...]
     version: str
-    flags: FlagSet
     has_synthetic_rates: bool
 
     @property
-    def release(self) -> LlamaRelease:
-        return LlamaRelease(engine="llamacpp", version=self.version, flags=self.flags)
+    def release(self) -> EngineRelease:
+        return EngineRelease(engine="llamacpp", version=self.version)
 
 
 def find_program(path: str | None = None) -> Program:
@@ -54,11 +54,9 @@ def find_program(path: str | None = None) -> Program:
     text = software.server_help(command)
     if text is None or version is None:
         raise InputError(f"llama-server {path!r}: it cannot be run, or does not report its version")
-    flags = flags_of_help(text)
-    if flags is None:
-        raise InputError(f"llama-server {path!r}: its flags are not known; known are those of {builds_with_flags()}")
-    has_rates = "--spec-synth-rates" in text
-    return Program(command=tuple(command), version=version, flags=flags, has_synthetic_rates=has_rates)
+    if not is_known(text):
+        raise InputError(f"llama-server {path!r}: its flags are not known; b{FIRST_BUILD} or newer is needed")
+    return Program(command=tuple(command), version=version, has_synthetic_rates="--spec-synth-rates" in text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +90,6 @@ class Options:
 
     threads: int
     log_folder: Path
-    more: tuple[str, ...] = ()  # further arguments (`-b 512`)
     device: str = "cpu"
 
     @property

@@ -18,8 +18,6 @@ NUMBERS = {  # flags with a number, and what they set
     "--port": "port",
     "-c": "n_ctx",
     "-np": "n_parallel",
-    "-b": "n_batch",
-    "-ub": "n_ubatch",
     "-ngl": "n_gpu_layers",
     "-ngld": "speculative.draft.n_gpu_layers",
     "-t": "cpuparams.n_threads",

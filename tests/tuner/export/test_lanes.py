@@ -195,15 +195,6 @@ def test_llamacpp_takes_what_is_emitted(lane: Lane, packed: tuple[Model, Draft])
     assert (looked_up["size_n"], looked_up["size_m"]) == (2, 3)
 
 
-@lanes("llamacpp", "b8929", "b11549")
-def test_llamacpp_refuses_the_other_spelling(lane: Lane, packed: tuple[Model, Draft]) -> None:
-    """The flags of the builds before the renaming end the builds after it, and the other way round."""
-    other = "b11549" if lane.version == "b8929" else "b8929"
-    lines = emitted("llamacpp", other, *packed)
-    for verdict in ask(lane, Path(packed[0].name), list(lines.values())):
-        assert not verdict.accepted
-
-
 @lanes("llamacpp", "b11549")
 @pytest.mark.parametrize("length", [1, 4])
 def test_llamacpp_drafts_that_many_tokens(lane: Lane, packed: tuple[Model, Draft], length: int) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiles.builtin import IMPORTED_MARKS
-from profiles.engines.llamacpp.flags import FLAG_SETS, flags_of_build, flags_of_help
+from profiles.engines.llamacpp.flags import FIRST_BUILD
 from profiles.engines.releases import NEWEST
 from profiles.records.core import PLAIN, Draft, Setup
 from tests.lanes.cases import cases, deployment, draft_at, model_at
@@ -163,48 +163,28 @@ def for_llamacpp(answer: Choice, build: str) -> str:
     return emit(deployment(answer, target=GGUF_TARGET), "llamacpp", build).text
 
 
-def test_llamacpp_draft_model_by_build() -> None:
-    """Each spelling of a draft model: before, between and after the renamings."""
-    assert for_llamacpp(choice(PACKED), "b8672") == (
-        "--model-draft draft.gguf --draft-max 4 --draft-min 0 --draft-p-min 0.0\n"
-    )
-    newer = "--spec-draft-model draft.gguf --spec-draft-n-max 4 --spec-draft-n-min 0 --spec-draft-p-min 0.0\n"
-    assert for_llamacpp(choice(PACKED), "9093") == newer
-    assert for_llamacpp(choice(PACKED), "b9294") == f"--spec-type draft-simple {newer}"
-    assert for_llamacpp(choice(PACKED), "11549") == f"--spec-type draft-simple {newer}"
+def test_llamacpp_draft_model() -> None:
+    draft = "--spec-draft-model draft.gguf --spec-draft-n-max 4 --spec-draft-n-min 0 --spec-draft-p-min 0.0"
+    for build in ("b9294", "11549"):
+        assert for_llamacpp(choice(PACKED), build) == f"--spec-type draft-simple {draft}\n"
 
 
-def test_llamacpp_look_up_by_build() -> None:
+def test_llamacpp_look_up() -> None:
     """A look-up has the smallest measured match, which drafts in the same rounds; that is said."""
-    assert for_llamacpp(choice(LOOK_UP), "b8929") == (
-        "--spec-type ngram-simple --spec-ngram-size-n 2 --spec-ngram-size-m 3 --draft-max 3\n"
-    )
     export = emit(deployment(choice(LOOK_UP), target=GGUF_TARGET), "llamacpp", "b11549")
     assert export.text == "--spec-type ngram-simple --spec-ngram-simple-size-n 2 --spec-ngram-simple-size-m 3\n"
     assert "llama.cpp looks up the latest 2 tokens alone" in str(export.note)
 
 
-HELP = {
-    8672: "--draft, --draft-n, --draft-max N\n--spec-type [none|ngram-simple]\n--spec-ngram-size-n N",
-    9093: "--spec-draft-n-max N\n--spec-type [none|ngram-simple]\n--spec-ngram-simple-size-n N\n--draft-max N removed",
-    9294: "--spec-draft-n-max N\n--spec-type none,draft-simple\n--spec-ngram-simple-size-n N\n--draft-max N removed",
-}
-
-
-def test_llamacpp_is_told_by_its_help() -> None:
-    """The help of an installed server tells its spelling, a removed flag listed there or not."""
-    for first, text in HELP.items():
-        assert flags_of_help(text) == flags_of_build(str(first))
-    assert flags_of_help("--draft-max N") is None
-    assert flags_of_help("") is None
+HELP = "--spec-draft-n-max N\n--spec-type none,draft-simple\n--spec-ngram-simple-size-n N\n--draft-max N removed"
 
 
 def test_installed_llamacpp_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a version the server on the PATH is asked; one whose flags are strange gets nothing."""
     case = deployment(choice(PACKED), target=GGUF_TARGET)
     monkeypatch.setenv("DRAFTPICK_LLAMA_SERVER", "llama-server")
-    monkeypatch.setattr("profiles.hardware.software.server_help", lambda _: HELP[8672])
-    assert "--draft-max 4" in emit(case, "llamacpp").text
+    monkeypatch.setattr("profiles.hardware.software.server_help", lambda _: HELP)
+    assert "--spec-draft-n-max 4" in emit(case, "llamacpp").text
     monkeypatch.setattr("profiles.hardware.software.server_help", lambda _: "usage: something else")
     export = emit(case, "llamacpp")
     assert export.text == ""
@@ -216,7 +196,7 @@ def test_installed_llamacpp_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_real_program_is_asked_for_its_help(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """The `llama-server` found on the PATH is run with --help; one that cannot run counts as none."""
     program = tmp_path / "llama-server"  # type: ignore[operator]
-    program.write_text(f"#!/bin/sh\necho '{HELP[9294]}'\n")
+    program.write_text(f"#!/bin/sh\necho '{HELP}'\n")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     program.chmod(0o755)
     assert "--spec-type draft-simple" in emit(deployment(choice(PACKED), target=GGUF_TARGET), "llamacpp").text
@@ -282,4 +262,4 @@ def test_newest_known_is_checked_by_a_lane() -> None:
     """The version assumed where nothing is installed is one that a lane puts before the real engine."""
     lanes = {(lane.form, lane.version) for lane in LANES}
     assert {(form, NEWEST[form]) for form in ("vllm", "sglang", "llamacpp")} <= lanes
-    assert {f"b{one.first}" for one in FLAG_SETS} <= {lane.version for lane in LANES}
+    assert ("llamacpp", f"b{FIRST_BUILD}") in lanes

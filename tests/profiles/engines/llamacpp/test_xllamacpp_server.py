@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from profiles.engines.llamacpp.flags import FLAG_SETS, args_for
+from profiles.engines.llamacpp.flags import args_for
 from profiles.engines.openai.engine import ServerEngine
 from profiles.engines.openai.launch import Launch
 from profiles.engines.rules import gguf_path
@@ -38,7 +38,7 @@ def engine(described: loader.DescribedModel, tmp_path_factory: pytest.TempPathFa
         kind="llamacpp",
         log_folder=tmp_path_factory.mktemp("logs"),
         template=f"{shlex.join(words)} {options}",
-        flags_of=lambda setup: ["--no-such-flag"] if setup == UNKNOWN else args_for(setup, FLAG_SETS[-1]),
+        flags_of=lambda setup: ["--no-such-flag"] if setup == UNKNOWN else args_for(setup),
     )
     drafts = tuple(setup.draft for setup in (NGRAM, POOL, UNKNOWN) if setup.draft is not None)
     with ServerEngine(described.record, drafts, launch, "cpu") as one:
