@@ -24,7 +24,7 @@ from typing import Any
 import numpy
 
 from profiles.acceptance.expected_rounds import DraftAcceptance, combine, expected_rounds
-from profiles.engines.serving.base import Run
+from profiles.engines.runs import Run
 from profiles.engines.vllm.config import VllmOptions
 from profiles.engines.vllm.engine import VllmEngine
 from profiles.models import loader

@@ -14,7 +14,8 @@ from profiles.engines.llamacpp import flags, ngram, timing
 from profiles.engines.llamacpp.responses import SERVER, LlamaCompletion, body_of
 from profiles.engines.llamacpp.servers import Options, Program, Weights, complete, weights_of
 from profiles.engines.lossless import check_end
-from profiles.engines.serving.base import Run, ServedEngine
+from profiles.engines.runs import Run
+from profiles.engines.serving.base import ServedEngine
 from profiles.engines.serving.pool import ServerPool
 from profiles.engines.serving.process import Server
 from profiles.hardware import software

@@ -13,7 +13,8 @@ from profiles.engines.base import EngineCapabilities
 from profiles.engines.llamacpp.flags import keeps_history
 from profiles.engines.lossless import check_end
 from profiles.engines.openai.launch import Launch
-from profiles.engines.serving.base import Run, ServedEngine, StepSamples
+from profiles.engines.runs import Run
+from profiles.engines.serving.base import ServedEngine, StepSamples
 from profiles.engines.serving.completion import Completion, rounds_of
 from profiles.engines.serving.http_load import Body, drive, fetch
 from profiles.engines.serving.pool import ServerPool

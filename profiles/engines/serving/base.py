@@ -6,31 +6,17 @@ It fits `profiles.engines.base.Engine` together with what an adapter adds: how a
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Generic, Self
 
-from profiles.engines.lossless import check_queues
+from profiles.engines.runs import Queue, Run, samples_of
 from profiles.engines.serving.pool import Key, Member, ServerPool
 from profiles.engines.serving.sampling_check import check_means
-from profiles.records.core import PLAIN, Draft, Model, Prompt, Setup, Workload, digest_of
+from profiles.records.core import PLAIN, Draft, Model, Prompt, Setup, Workload
 from profiles.records.errors import EngineError, InputError
-from profiles.records.evidence import Rounds, Sample, Shapes, StepTimes, TargetTrace
+from profiles.records.evidence import Sample, StepTimes, TargetTrace
 from profiles.timing.clock import cores_used, quietest
 
 StepSamples = Mapping[str, Mapping[int, Sequence[float]]]  # seconds by component digest and width
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """One request as it was decoded; `rounds` are empty where the server does not report them."""
-
-    token_ids: Sequence[int]
-    ttft_s: float
-    decode_s: float
-    rounds: Rounds = field(default_factory=dict)
-    shapes: Shapes = field(default_factory=dict)
-    refills: int = 0
-    threads: int | None = None  # of the process, where it says
 
 
 class ServedEngine(ABC, Generic[Key, Member]):
@@ -78,33 +64,14 @@ class ServedEngine(ABC, Generic[Key, Member]):
         """Timed runs of the queue, one setup after another; a queue is run again while the machine is disturbed."""
         for setup in setups:
             self._check(workload, prompts, setup)
-        queues: list[tuple[Setup, list[Run], float | None, bool]] = []
+        queues: list[Queue] = []
         for setup in setups:
             self._prepare(workload, prompts, setup)
             decode = functools.partial(self._decode, workload, prompts, setup)
             (runs, cores), disturbed = quietest(functools.partial(cores_used, decode), self._watched_gpus)
             self._check_effect(setup, runs)
-            queues.append((setup, runs, cores if self.pids else None, disturbed))
-        outputs = [(setup, [run.token_ids for run in runs]) for setup, runs, _, _ in queues]
-        check_queues(self.target, workload, prompts, outputs, self.trace_target)
-        return tuple(
-            Sample(
-                setup_digest=setup.digest,
-                prompt_digest=prompt.digest,
-                ttft_s=run.ttft_s,
-                decode_s=run.decode_s,
-                output_tokens=len(run.token_ids),
-                rounds=run.rounds,
-                shapes=run.shapes,
-                refills=run.refills,
-                output_digest=digest_of(list(run.token_ids)),
-                disturbed=disturbed,
-                cores=cores,
-                threads=run.threads,
-            )
-            for setup, runs, cores, disturbed in queues
-            for prompt, run in zip(prompts, runs, strict=True)
-        )
+            queues.append(Queue(setup, runs, cores, disturbed))
+        return samples_of(self, workload, prompts, queues)
 
     def check_sampling(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
         """Raises EngineError: the target's mean log-probabilities of sampled text differ from plain decoding's."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from profiles.engines.serving.base import Run
+from profiles.engines.runs import Run
 from profiles.engines.serving.logs import one_line
 from profiles.records.core import Prompt
 from profiles.records.errors import EngineError

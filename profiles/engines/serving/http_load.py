@@ -15,7 +15,6 @@ from profiles.records.errors import EngineError
 from profiles.timing.clock import Clock
 
 TIMEOUT_S = 300.0
-POLL_S = 0.002
 DONE = "[DONE]"
 FIRST_ERROR_STATUS = 400
 Body = Mapping[str, Any]
@@ -108,25 +107,22 @@ async def _drive(url: str, bodies: Sequence[Body], concurrency: int, timeout_s: 
                 await _read(client, url, stream, clock)
             except httpx2.HTTPError as error:
                 raise _connection_error(url, error, timeout_s) from error
+            if all(stream.ended for stream in streams):
+                all_ended.set()
 
         async def serve() -> None:
             for stream in waiting:  # shared: the slot that is free takes the next
                 await read(stream)
             for body in repeated:
-                if all(stream.ended for stream in streams):
-                    break
                 fillers.append(_Stream(body))
                 await read(fillers[-1])
 
-        async def end() -> None:
-            while not all(stream.ended for stream in streams):
-                await asyncio.sleep(POLL_S)
-            for slot in slots:
-                slot.cancel()
-
+        all_ended = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             slots = [group.create_task(serve()) for _ in range(concurrency)]
-            group.create_task(end())
+            await all_ended.wait()
+            for slot in slots:
+                slot.cancel()
     firsts_s = [stream.chunks[0][0] for stream in (*streams, *fillers) if stream.chunks]
     return tuple(stream.answer(firsts_s) for stream in streams)
 

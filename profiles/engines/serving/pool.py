@@ -2,24 +2,14 @@
 
 import time
 from collections.abc import Callable, Hashable
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
+
+from profiles.engines.serving.process import Supervised
 
 Key = TypeVar("Key", bound=Hashable)
 
 
-class Stoppable(Protocol):
-    """A member of a pool."""
-
-    @property
-    def alive(self) -> bool: ...
-
-    @property
-    def pids(self) -> tuple[int, ...]: ...
-
-    def stop(self) -> None: ...
-
-
-Member = TypeVar("Member", bound=Stoppable)
+Member = TypeVar("Member", bound=Supervised)
 
 
 class ServerPool(Generic[Key, Member]):

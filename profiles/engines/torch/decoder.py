@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional
 
+from profiles.engines.runs import Run
 from profiles.engines.torch.batch_model import RowStepper
 from profiles.engines.torch.drafters import Drafted, Drafter, Text, no_proposal
 from profiles.engines.torch.sampling import KeyedRandom, accept_greedy, accept_sampled, draw, sampling_probs
@@ -25,16 +26,15 @@ NOT_FINITE = "the target's logits are not finite; check its weights, or use a wi
 
 
 @dataclass(slots=True, kw_only=True)
-class Generation:
-    """What was emitted for one prompt, the end token included, and what it took; fields as in `Sample`."""
+class Generation(Run):
+    """What was emitted for one prompt, the end token included, and what it took."""
 
     token_ids: list[int] = field(default_factory=list)
-    rounds: Counter[RoundCount] = field(default_factory=Counter)
-    shapes: Counter[StepShape] = field(default_factory=Counter)
-    refills: int = 0
-    ended: bool = False
     ttft_s: float = 0.0
     decode_s: float = 0.0
+    rounds: Counter[RoundCount] = field(default_factory=Counter)
+    shapes: Counter[StepShape] = field(default_factory=Counter)
+    ended: bool = False
     target_probs: list[float] = field(default_factory=list)
     logit_gaps: list[float] = field(default_factory=list)
 

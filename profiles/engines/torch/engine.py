@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from profiles.acceptance import ngram
 from profiles.engines.base import TORCH, EngineCapabilities, RoundController
-from profiles.engines.lossless import check_queues
+from profiles.engines.runs import Queue, samples_of
 from profiles.engines.torch import step_times
 from profiles.engines.torch.adaptive import AdaptiveLoop, AdaptiveRun, SwitchableDrafter
 from profiles.engines.torch.batch_model import RowModel
@@ -27,7 +27,7 @@ from profiles.engines.torch.trace import trace_model
 from profiles.hardware.fingerprint import fingerprint
 from profiles.models import loader
 from profiles.models.footprint import SPARE_SLOTS
-from profiles.records.core import PLAIN, Draft, Environment, Model, Prompt, Setup, Workload, digest_of
+from profiles.records.core import PLAIN, Draft, Environment, Model, Prompt, Setup, Workload
 from profiles.records.draft_spec import MAX_BATCH, MAX_LENGTH
 from profiles.records.errors import BadNumbersError, InputError, OutOfMemoryError
 from profiles.records.evidence import Acceptance, Sample, StepTimes, TargetTrace
@@ -130,23 +130,10 @@ class TorchEngine:
         with self._guarded():
             for setup in setups:
                 self._warm_up(workload, prompts, setup)
-            queues, disturbed = quietest(
-                lambda: [
-                    (
-                        *cores_used(functools.partial(self._generate, workload, prompts, setup), time.process_time),
-                        torch.get_num_threads(),
-                    )
-                    for setup in setups
-                ],
-                self._gpus,
-            )
-        outputs = [(setup, [run.token_ids for run in runs]) for setup, (runs, *_) in zip(setups, queues, strict=True)]
-        check_queues(self.target, workload, prompts, outputs, self.trace_target)
-        return tuple(
-            _sample(setup, prompt, run, disturbed=disturbed, cores=cores, threads=threads)
-            for setup, (runs, cores, threads) in zip(setups, queues, strict=True)
-            for prompt, run in zip(prompts, runs, strict=True)
-        )
+            decode = [functools.partial(self._generate, workload, prompts, setup) for setup in setups]
+            decoded, disturbed = quietest(lambda: [cores_used(run, time.process_time) for run in decode], self._gpus)
+        queues = [Queue(setup, *runs, disturbed) for setup, runs in zip(setups, decoded, strict=True)]
+        return samples_of(self, workload, prompts, queues)
 
     def run_adaptive(
         self, workload: Workload, prompts: tuple[Prompt, ...], controller: RoundController, max_length: int
@@ -174,7 +161,10 @@ class TorchEngine:
         drafter = SwitchableDrafter(functools.partial(self._component_drafter, rng), setup.length).use(setup)
         target = self._row_model(self.target.run_digest, workload)
         decoder = Decoder(target, drafter, rng, length=setup.length, watch=watch)
-        return decoder.run(prompts, self._clock)
+        runs = decoder.run(prompts, self._clock)
+        for run in runs:
+            run.threads = torch.get_num_threads()
+        return runs
 
     def _synchronize(self) -> None:
         """Waits for every GPU that holds layers of the target."""
@@ -254,20 +244,3 @@ class TorchEngine:
         tokens = max(len(prompt.token_ids) for prompt in prompts) + workload.max_new_tokens
         loader.check_context(self._target, context_length=tokens, max_length=length)
         loader.check_prompts(workload, prompts)
-
-
-def _sample(setup: Setup, prompt: Prompt, run: Generation, *, disturbed: bool, cores: float, threads: int) -> Sample:
-    return Sample(
-        setup_digest=setup.digest,
-        prompt_digest=prompt.digest,
-        ttft_s=run.ttft_s,
-        decode_s=run.decode_s,
-        output_tokens=len(run.token_ids),
-        rounds=run.rounds,
-        shapes=run.shapes,
-        refills=run.refills,
-        output_digest=digest_of(run.token_ids),
-        disturbed=disturbed,
-        cores=cores,
-        threads=threads,
-    )

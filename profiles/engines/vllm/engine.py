@@ -20,7 +20,8 @@ from typing import Any
 from profiles.acceptance import ngram
 from profiles.acceptance.proposals import acceptance_of
 from profiles.engines.base import EngineCapabilities
-from profiles.engines.serving.base import Run, ServedEngine, StepSamples
+from profiles.engines.runs import Run
+from profiles.engines.serving.base import ServedEngine, StepSamples
 from profiles.engines.serving.pool import ServerPool
 from profiles.engines.serving.redaction import keyed_variables
 from profiles.engines.serving.sampling_check import NUM_TEXTS, check_means, texts_of
