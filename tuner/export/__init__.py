@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
+from profiles.engines import rules
 from profiles.engines.llamacpp import flags as llamacpp_flags
 from profiles.engines.releases import EngineRelease, release_of
 from profiles.engines.sglang import flags as sglang_flags
@@ -41,7 +42,7 @@ def _for_target(
 
 EXPORTERS = {
     "llamacpp": Exporter(write=servers.write_llamacpp, objection=_for_target(llamacpp_flags.objection)),
-    "sglang": Exporter(write=servers.write_sglang, objection=_for_target(sglang_flags.objection)),
+    "sglang": Exporter(write=servers.write_sglang, objection=_for_target(rules.objection), first=sglang_flags.FIRST),
     "transformers": Exporter(write=transformers.write, objection=transformers.objection, first=transformers.FIRST),
     "trtllm": Exporter(write=trtllm.write, objection=trtllm.objection, first=trtllm.FIRST),
     "vllm": Exporter(write=vllm.write, objection=vllm.objection, first=vllm_flags.FIRST),

@@ -7,7 +7,6 @@ from profiles.engines.vllm.flags import (
     DRAFT_FEWER,
     SCHEDULE,
     TRACED,
-    allowed_keys,
     args_for,
     config_args,
     every_length,
@@ -33,7 +32,7 @@ def objection(deployment: Deployment, setup: Setup, release: EngineRelease) -> s
 
 
 def write(pick: Pick) -> Export:
-    """One argument for `vllm serve`, with a schedule where the version has one."""
+    """One argument for `vllm serve`, with a schedule where batch sizes have different lengths."""
     deployment, release, setup = pick.deployment, pick.release, pick.setup
     draft = setup.draft
     assert draft is not None
@@ -42,15 +41,13 @@ def write(pick: Pick) -> Export:
         notes = [f"draftpick must be installed where vLLM is; with --max-num-seqs of {LOOKUP_LENGTH} or more", length]
         return pick.export(_text(args_for(setup, release)), notes, setup)
     notes = []
-    ranges, allowed = ranges_of(deployment, draft, pick.objection), allowed_keys(release)
-    if len(ranges) > 1 and SCHEDULE not in allowed:
-        notes.append(f"{release.name} has no length per batch size")
-    elif ranges:
+    ranges = ranges_of(deployment, draft, pick.objection)
+    if ranges:
         setup, notes = as_scheduled(setup, ranges, deployment.choice.batch_size)
-    schedule = _schedule(ranges) if SCHEDULE in allowed else []
+    schedule = _schedule(ranges)
     longest = max((length for _, _, length in schedule), default=setup.length)
     config = speculative_config(draft, longest)
-    notes += _sampling(config, pick)
+    _ask_for_samples(config, deployment)
     if schedule:
         config[SCHEDULE] = schedule
         claims = claims_of(setup, ranges, deployment)
@@ -108,8 +105,8 @@ def write_adaptive(pick: Pick, policy: Policy) -> Export:
     named += [forecast.setup for choice in policy.choices for forecast in choice.alternatives]
     longest = max(other.length for other in (setup, *named) if other.draft == setup.draft)
     config = speculative_config(setup.draft, longest)
+    _ask_for_samples(config, pick.deployment)
     notes = [
-        *_sampling(config, pick),
         f"k from 0 to {longest} is chosen as the server runs, by draftpick, which must be installed where vLLM is, and "
         f"the policy file that DRAFTPICK_POLICY names; keep --max-num-seqs at {longest} or more",
     ]
@@ -119,16 +116,10 @@ def write_adaptive(pick: Pick, policy: Policy) -> Export:
     return pick.export(_text(args), notes, setup, {})
 
 
-def _sampling(config: dict[str, object], pick: Pick) -> list[str]:
-    """Asks for sampled drafts where they were measured: vLLM drafts greedily unless it is told; or the caveat."""
-    deployment, release = pick.deployment, pick.release
-    if deployment.choice.temperature == 0.0 or deployment.engine == "vllm" or "model" not in config:
-        return []
-    if "draft_sample_method" in allowed_keys(release):
+def _ask_for_samples(config: dict[str, object], deployment: Deployment) -> None:
+    """Where sampled drafts were measured: vLLM drafts greedily unless it is told."""
+    if deployment.choice.temperature > 0.0 and deployment.engine != "vllm" and "model" in config:
         config["draft_sample_method"] = "probabilistic"
-        return []
-    greedily = "this version drafts greedily, the choice was measured with sampled drafts"
-    return [greedily] if config["method"] == "draft_model" else []
 
 
 def _text(args: Sequence[str]) -> str:

@@ -31,7 +31,7 @@ POLL_S = 0.05
 HEALTH_TIMEOUT_S = 5.0
 DEATH_S = 2 * supervisor.LEFTOVER_GRACE_S  # within which a server that no longer answers is seen as ended
 LOCALHOST = "127.0.0.1"
-OK, NOT_FOUND = 200, 404
+OK = 200
 
 
 class Process(AbstractContextManager["Process"]):
@@ -252,11 +252,8 @@ class Server(Supervised):
 
 
 def _health(url: str, timeout_s: float) -> int | None:
-    """The status of its health check, or of its list of models without such a check; None for no answer."""
+    """The status of its health check; None for no answer."""
     try:
-        status = httpx2.get(f"{url}/health", timeout=timeout_s, trust_env=False).status_code
-        if status == NOT_FOUND:
-            status = httpx2.get(f"{url}/v1/models", timeout=timeout_s, trust_env=False).status_code
+        return httpx2.get(f"{url}/health", timeout=timeout_s, trust_env=False).status_code
     except httpx2.HTTPError:
         return None
-    return status

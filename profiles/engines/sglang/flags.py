@@ -1,31 +1,20 @@
 """Speculative flags of SGLang's server, and what its server is asked and answers.
 
-Flags and versions are those of `sglang/srt/server_args.py` in the released 0.5.2, 0.5.3, 0.5.5, 0.5.10 and 0.5.23; the
-lane in `tests/lanes` runs the last one's own parser on them.
+Flags are those of `sglang/srt/server_args.py` in the released 0.5.3, 0.5.5, 0.5.10 and 0.5.23; the lane in
+`tests/lanes` runs the last one's own parser on them.
 """
 
 from typing import TYPE_CHECKING
 
 from profiles.engines import rules
-from profiles.engines.releases import EngineRelease
 from profiles.engines.serving.completion import CountedRounds, last_events, read_completion, rounds_in_histogram
 from profiles.engines.serving.server_kind import ServerKind, completions_body
-from profiles.records.core import Model, Setup
+from profiles.records.core import Setup
 
 if TYPE_CHECKING:
     from profiles.engines.serving.http_load import Answer
 
-ALGORITHMS = {"STANDALONE": "0.5.2", "NGRAM": "0.5.3"}  # the first version checked that has it
-
-
-def objection(target: Model, setup: Setup, release: EngineRelease) -> str | None:
-    """Why SGLang cannot be told a setup."""
-    reason = rules.objection(target, setup, release)
-    assert setup.draft is not None
-    algorithm = "NGRAM" if setup.draft.kind == "ngram" else "STANDALONE"
-    if reason is None and release.is_before(ALGORITHMS[algorithm]):
-        return f"{release.name} is not known to have {algorithm}, {ALGORITHMS[algorithm]} has it"
-    return reason
+FIRST = "0.5.3"  # with STANDALONE and NGRAM
 
 
 def args_for(setup: Setup) -> list[str]:
@@ -69,6 +58,6 @@ SERVER = ServerKind(
         workload, prompt, return_spec_tokens_details=True, no_stop_trim=True
     ),
     read=lambda answer, *_: read_completion(answer, _counted_in),
-    objection=objection,
+    objection=rules.objection,
     args_for=lambda setup, _: args_for(setup),
 )

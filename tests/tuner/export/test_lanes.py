@@ -124,34 +124,16 @@ def test_vllm_takes_every_method(pair: tuple[Model, Draft], tmp_path: Path) -> N
             assert (verdict.read["method"], verdict.read["num_speculative_tokens"]) == (method, 3)
 
 
-@lanes("vllm", "0.14.0", "0.10.2")
-def test_vllm_refuses_drafts_as_we_say(lane: Lane, pair: tuple[Model, Draft]) -> None:
-    """The versions we emit no draft model for refuse the newer spelling themselves."""
-    assert "draft model" not in emitted("vllm", lane.version, *pair)
-    newer = emitted("vllm", "0.32.0", *pair)["draft model"]
-    (verdict,) = ask(lane, Path(pair[0].name), [newer])
-    assert not verdict.accepted
-    assert "NotImplementedError" in verdict.said
-
-
-@lanes("vllm", "0.23.0")
-def test_vllm_refuses_schedules_as_we_say(lane: Lane, pair: tuple[Model, Draft]) -> None:
-    """The last version without lengths per batch refuses a schedule itself."""
-    (verdict,) = ask(lane, Path(pair[0].name), [emitted("vllm", "0.24.0", *pair)["schedule"]])
-    assert not verdict.accepted
-    assert SCHEDULE in verdict.said
-
-
-@lanes("vllm", "0.33.0", "0.32.0", "0.23.0")
+@lanes("vllm", "0.33.0", "0.24.0")
 def test_vllm_refuses_dead_keys_and_zero(lane: Lane, pair: tuple[Model, Draft]) -> None:
-    """What is never emitted is an error there: a length of 0, the dead key of old, a key that is none."""
+    """What is never emitted is an error there: a length of 0, a key that is none."""
     own = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
-    bad = ({"num_speculative_tokens": 0}, {"disable_by_batch_size": 8}, {"nonsense": 1})
+    bad = ({"num_speculative_tokens": 0}, {"nonsense": 1})
     lines = [["--speculative-config", json.dumps(own | one)] for one in ({}, *bad)]
-    assert [one.accepted for one in ask(lane, Path(pair[0].name), lines)] == [True, False, False, False]
+    assert [one.accepted for one in ask(lane, Path(pair[0].name), lines)] == [True, False, False]
 
 
-@lanes("vllm", "0.33.0", "0.15.0")
+@lanes("vllm", "0.33.0", "0.24.0")
 def test_vllm_refuses_padded_vocabularies(lane: Lane, pair: tuple[Model, Draft]) -> None:
     """Why a draft with embeddings of another size is not emitted: vLLM's class refuses the pair."""
     target = Path(pair[0].name)
