@@ -4,13 +4,13 @@ import itertools
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from profiles.acceptance.expected_rounds import DraftAcceptance, combine, round_outcomes
+from profiles.acceptance.expected_rounds import DraftAcceptance, round_outcomes
 from profiles.engines.torch.adaptive import AdaptiveRun
 from profiles.engines.torch.drafters import Drafted, ModelDrafter, Text
 from profiles.engines.torch.engine import TorchEngine
@@ -20,6 +20,7 @@ from profiles.records.errors import BadNumbersError, InputError
 from profiles.records.evidence import TargetTrace
 from tests.support import tiny
 from tests.support.toys import ScriptedController, TableModel, near, p_value, run_toy_adaptive, sequence_law, wandering
+from tests.support.traced import Plain, to_limit_and_end
 
 SELF, OTHER, EXIT, LOOKUP, COMPOSITE = range(5)
 WORKLOAD = Workload(context_length=96, max_new_tokens=24)
@@ -42,37 +43,10 @@ def every_setup(engine: TorchEngine) -> list[Setup]:
     return [PLAIN] * 8 + [Setup(draft=draft, length=length) for draft in engine.drafts for length in range(1, 9)]
 
 
-@dataclass(frozen=True)
-class Plain:
-    """Plain decoding's output of every prompt, and what each draft gets accepted of it: no adaptive run made them."""
-
-    workload: Workload
-    prompts: tuple[Prompt, ...]
-    traces: list[TargetTrace]
-    accepted: list[dict[Draft | None, DraftAcceptance]]
-
-
 @pytest.fixture(scope="module")
 def plain(engine: TorchEngine) -> dict[bool, Plain]:
-    """To the limit (False) and to an end token (True); traced once, for every batch size and order of setups."""
-    to_limit = _plain(engine, WORKLOAD)
-    emitted = [trace.token_ids for trace in to_limit.traces]
-    # tokens that some outputs hold midway, some at once and some nowhere
-    ends = (emitted[1][len(emitted[1]) // 2], emitted[4][0], emitted[6][-2])
-    return {False: to_limit, True: _plain(engine, replace(WORKLOAD, end_token_ids=ends))}
-
-
-def _plain(engine: TorchEngine, workload: Workload) -> Plain:
-    prompts = PROMPTS[:NUM_SWITCHED]
-    traces = traces_of(engine, workload)[:NUM_SWITCHED]
-    accepted: list[dict[Draft | None, DraftAcceptance]] = [
-        {
-            draft: combine([engine.trace_draft(workload, prompt, trace, part, 8) for part in draft.components])
-            for draft in engine.drafts
-        }
-        for prompt, trace in zip(prompts, traces, strict=True)
-    ]
-    return Plain(workload=workload, prompts=prompts, traces=traces, accepted=accepted)
+    """Traced once, for every batch size and order of setups: no adaptive run made them."""
+    return to_limit_and_end(engine, WORKLOAD, PROMPTS[:NUM_SWITCHED], 8)
 
 
 def traces_of(engine: TorchEngine, workload: Workload) -> list[TargetTrace]:
@@ -82,7 +56,7 @@ def traces_of(engine: TorchEngine, workload: Workload) -> list[TargetTrace]:
 def replayed(
     workload: Workload,
     traces: Sequence[TargetTrace],
-    accepted: Sequence[dict[Draft | None, DraftAcceptance]],
+    accepted: dict[Draft | None, list[DraftAcceptance | None]],
     setups: Iterator[Setup],
 ) -> list[list[tuple[int, int]]]:
     """The rows of every round, with each draft as good as one that never paused."""
@@ -107,7 +81,7 @@ def replayed(
             size = len(traces[prompt].token_ids)
             if setup.draft is not None:
                 limit = min(setup.length, workload.max_new_tokens - position - 1)
-                [outcome] = round_outcomes(accepted[prompt][setup.draft], position, limit, size)
+                [outcome] = round_outcomes(accepted[setup.draft][prompt], position, limit, size)
                 proposed, num_accepted = outcome.proposed, outcome.accepted
             played.append((proposed, num_accepted))
             rows[number] = (prompt, position + num_accepted + 1) if position + num_accepted + 1 < size else None
@@ -135,7 +109,6 @@ def test_no_switch_costs_a_token_or_an_acceptance(
     """Under random picks outputs are plain decoding's, and every round of every row is that of an unbroken draft."""
     prompts, traces, accepted = plain[ends].prompts, plain[ends].traces, plain[ends].accepted
     workload = replace(plain[ends].workload, batch_size=batch_size)
-    assert not ends or min(len(trace.token_ids) for trace in traces) == 1
     for seed in range(2):
         controller = ScriptedController(wandering(every_setup(engine), seed, longest))
         result = engine.run_adaptive(workload, prompts, controller, 8)

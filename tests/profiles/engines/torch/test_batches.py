@@ -1,24 +1,19 @@
 """Lossless in a batch: a row's greedy output is plain decoding's, whatever neighbours, refills and drafts do."""
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from profiles.acceptance.batch_replay import draw_rounds, replay
-from profiles.acceptance.expected_rounds import (
-    CompositeAcceptance,
-    DraftAcceptance,
-    catch_up_width,
-    combine,
-    expected_rounds,
-)
+from profiles.acceptance.expected_rounds import CompositeAcceptance, catch_up_width, expected_rounds
 from profiles.engines.torch.engine import TorchEngine
-from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload, digest_of
+from profiles.records.core import PLAIN, Prompt, Setup, Workload, digest_of
 from profiles.records.evidence import AcceptanceTrace, LookupTrace, TargetTrace
 from tests.support import tiny
 from tests.support.toys import TableModel, TableRows, near, run, run_queue
+from tests.support.traced import Plain, to_limit_and_end
 
 KINDS = ("self", "other model", "early exit", "ngram", "composite", "composite of itself")
 LENGTHS = {  # by batch size and whether outputs end early; together every k = 1..16
@@ -38,15 +33,6 @@ PROMPTS = tuple(
 )
 
 
-@dataclass(frozen=True)
-class Plain:
-    """Plain decoding's output of every prompt, and what each draft gets accepted of it."""
-
-    workload: Workload
-    traces: list[TargetTrace]
-    accepted: dict[Draft | None, list[DraftAcceptance | None]]
-
-
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> TorchEngine:
     """A tiny random target with a draft of every kind; of the composites one model is poor and one the target."""
@@ -55,27 +41,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> TorchEngine:
 
 @pytest.fixture(scope="module")
 def plain(engine: TorchEngine) -> dict[bool, Plain]:
-    """To the limit (False) and to an end token (True); traced once, for every batch size and draft."""
-    to_limit = _plain(engine, WORKLOAD)
-    emitted = [trace.token_ids for trace in to_limit.traces]
-    # tokens that some outputs hold midway, some at once and some nowhere
-    ends = (emitted[1][len(emitted[1]) // 2], emitted[4][0], emitted[6][-2])
-    to_end = _plain(engine, replace(WORKLOAD, end_token_ids=ends))
-    sizes = [len(trace.token_ids) for trace in to_end.traces]
-    assert min(sizes) == 1
-    assert any(1 < size < WORKLOAD.max_new_tokens for size in sizes)
-    return {False: to_limit, True: to_end}
-
-
-def _plain(engine: TorchEngine, workload: Workload) -> Plain:
-    traces = [engine.trace_target(workload, prompt) for prompt in PROMPTS]
-    accepted: dict[Draft | None, list[DraftAcceptance | None]] = {None: [None] * len(PROMPTS)}
-    for draft in engine.drafts:
-        accepted[draft] = [
-            combine([engine.trace_draft(workload, prompt, trace, part, MAX_LENGTH) for part in draft.components])
-            for prompt, trace in zip(PROMPTS, traces, strict=True)
-        ]
-    return Plain(workload=workload, traces=traces, accepted=accepted)
+    """Traced once, for every batch size and draft."""
+    return to_limit_and_end(engine, WORKLOAD, PROMPTS, MAX_LENGTH)
 
 
 @pytest.mark.parametrize("ends", [False, True], ids=["to the limit", "to an end token"])
@@ -167,7 +134,7 @@ def test_the_walk_of_a_composite_is_the_mean_of_its_replays() -> None:
     ("behind", "width"), [(1, 2), (2, 2), (3, 4), (9, 16), (33, 64), (64, 64), (65, 128), (129, 192)]
 )
 def test_catch_up_widths_are_few(behind: int, width: int) -> None:
-    """So that each is timed, and captured on a GPU."""
+    """So that each is timed."""
     assert catch_up_width(behind) == width
 
 
@@ -179,7 +146,7 @@ def test_caches_of_batch_1_outlive_larger_batches(engine: TorchEngine) -> None:
         engine.run_together(replace(WORKLOAD, batch_size=batch_size), PROMPTS[:4], (PLAIN,), "test")
         assert engine._rows[1] is alone
         assert set(engine._rows) == {1, batch_size}
-        assert {size for _, size, _ in engine._warm} <= {1, batch_size}
+        assert {size for _, size in engine._warm} <= {1, batch_size}
 
 
 @pytest.mark.parametrize("draft", [None, near(TableModel(seed=1), 2, 1.0), "ngram"], ids=["plain", "model", "ngram"])

@@ -181,16 +181,8 @@ TOY_PROMPTS = [Prompt(domain="toy", token_ids=(12 + position, 1, 2, 3, 4, 5, 1))
 @functools.cache
 def _toy_traces(kind: str) -> list[tuple[TargetTrace, Acceptance]]:
     """Plain outputs and what a draft gets accepted of each, for every length up to 16."""
-    traces = [
-        TargetTrace(
-            prompt_digest=prompt.digest,
-            token_ids=tuple(plain.token_ids),
-            target_probs=tuple(plain.target_probs),
-            logit_gaps=tuple(plain.logit_gaps),
-            ended=plain.ended,
-        )
-        for prompt, plain in zip(TOY_PROMPTS, run_queue(TOY, None, 0, SAMPLED, TOY_PROMPTS, watch=True), strict=True)
-    ]
+    plain = run_queue(TOY, None, 0, SAMPLED, TOY_PROMPTS, watch=True)
+    traces = [run.target_trace(prompt) for prompt, run in zip(TOY_PROMPTS, plain, strict=True)]
     draft, draft_model = TOY_DRAFTS[kind], near(TOY, 6, 0.6)
     accepted = (
         trace_lookup(draft, prompt, trace, 16)
