@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from profiles.engines.serving.completion import CountedRounds, last_events, read_completion, rounds_in_histogram
+from profiles.engines.serving.completion import CountedRounds, last_events, read_completion
 from profiles.engines.serving.server_kind import ServerKind, completions_body
 from profiles.engines.vllm.flags import args_for, objection
 from profiles.records.evidence import RoundCount
@@ -16,13 +16,11 @@ FIRST_RECORDS = "0.32.0"  # in no release from 0.10.2 to 0.24.0
 
 def _counted_in(answer: "Answer") -> CountedRounds | None:
     records = [event.get("speculative_decoding") for event in last_events(answer, "metrics")]
-    record = next((record for record in records if record), None)
+    record = next(filter(None, records), None)
     if record is None:
         return None
-    drafted, accepted = record.get("per_step_drafted"), record.get("per_step_accepted")
-    if drafted is None or accepted is None:
-        return rounds_in_histogram(record["acceptance_histogram"], record["num_draft_tokens"], record["num_spec_steps"])
-    return [(RoundCount(*pair), 1) for pair in zip(drafted, accepted, strict=True)]
+    pairs = zip(record["per_step_drafted"], record["per_step_accepted"], strict=True)
+    return [(RoundCount(*pair), 1) for pair in pairs]
 
 
 SERVER = ServerKind(
