@@ -3,7 +3,6 @@
 Every rule gives the objection as a text, or None. Exporters and the engines that are run ask the same rules.
 """
 
-import json
 from pathlib import Path
 
 from profiles.builtin import BUILTIN, BUILTIN_FOLDER, GGUF_MODELS, IMPORTED_MARKS, replace_mark
@@ -52,13 +51,13 @@ def weights_objection(target: Model, setup: Setup, release: EngineRelease) -> st
 def vocabulary_objection(target: Model, setup: Setup, release: EngineRelease) -> str | None:
     """Engines that compare the rows of the embeddings refuse a draft of other padding, although the tokens are equal.
 
-    A family's models are padded to different sizes (151,936 and 152,064 rows). Evidence of 0.5.0 does not have them:
-    then a directory's config is read, and a size that cannot be read is no objection.
+    A family's models are padded to different sizes (151,936 and 152,064 rows). Evidence of 0.5.0 does not have them,
+    which is no objection.
     """
     draft = setup.draft.model if setup.draft is not None and setup.draft.kind == "model" else None
     if draft is None or release.engine not in EQUAL_VOCABULARIES:
         return None
-    sizes = target.vocab_size or vocab_size(target), draft.vocab_size or vocab_size(draft)
+    sizes = target.vocab_size, draft.vocab_size
     if None in sizes or sizes[0] == sizes[1]:
         return None
     return f"{release.title} needs equal vocabulary sizes, and the target has {sizes[0]}, the draft {sizes[1]}"
@@ -92,19 +91,3 @@ def gguf_path(name: str) -> str | None:
         return name
     files = [str(path) for path in Path(name).glob("*.gguf")]
     return files[0] if len(files) == 1 else None
-
-
-def vocab_size(model: Model) -> int | None:
-    """`vocab_size` in the model's config.json, or in its text part; None where it cannot be read."""
-    path = Path(model_path(model)) / "config.json"
-    try:
-        if not path.is_file():
-            from huggingface_hub import try_to_load_from_cache
-
-            path = Path(str(try_to_load_from_cache(model.name, "config.json", revision=model.revision)))
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    parts = (config, config.get("text_config")) if isinstance(config, dict) else ()
-    sizes = (part.get("vocab_size") for part in parts if isinstance(part, dict))
-    return next((size for size in sizes if isinstance(size, int)), None)

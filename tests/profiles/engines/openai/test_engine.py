@@ -135,7 +135,9 @@ def test_an_output_that_ends_early(tmp_path: Path) -> None:
     """Where no token is an end an output has all the tokens that were asked for."""
     with (
         engine_at(tmp_path, "--most 9") as engine,
-        pytest.raises(EngineError, match=r"server with plain ended after 9 of \d+ tokens, at token \d+; no token is an"),
+        pytest.raises(
+            EngineError, match=r"server with plain ended after 9 of \d+ tokens, at token \d+; no token is an"
+        ),
     ):
         engine.run_together(WORKLOAD, PROMPTS[:1], (PLAIN,), "race 0")
 
