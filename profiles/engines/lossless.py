@@ -6,6 +6,7 @@ from profiles.records.core import Model, Prompt, Setup, Workload
 from profiles.records.errors import EngineError
 from profiles.records.evidence import TargetTrace
 
+TraceTarget = Callable[[Workload, Prompt], TargetTrace]
 NEAR_TIE = 1e-4  # greedy float32 outputs may differ only where the two largest logits lie this close
 
 
@@ -14,7 +15,7 @@ def check_queues(
     workload: Workload,
     prompts: Sequence[Prompt],
     outputs: Sequence[tuple[Setup, Sequence[Sequence[int]]]],
-    trace_target: Callable[[Workload, Prompt], TargetTrace],
+    trace_target: TraceTarget,
 ) -> None:
     """Greedy outputs of a queue, one per prompt under each setup, must equal the target's traces, except at near-ties.
 

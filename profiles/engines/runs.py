@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from profiles.engines.base import Engine
-from profiles.engines.lossless import check_queues
-from profiles.records.core import Prompt, Setup, Workload, digest_of
+from profiles.engines.lossless import TraceTarget, check_queues
+from profiles.records.core import Model, Prompt, Setup, Workload, digest_of
 from profiles.records.evidence import Rounds, Sample, Shapes
 
 
@@ -33,11 +32,11 @@ class Queue(NamedTuple):
 
 
 def samples_of(
-    engine: Engine, workload: Workload, prompts: Sequence[Prompt], queues: Sequence[Queue]
+    target: Model, workload: Workload, prompts: Sequence[Prompt], queues: Sequence[Queue], *, trace_target: TraceTarget
 ) -> tuple[Sample, ...]:
     """A sample per setup and prompt. Raises EngineError: outputs are not lossless (`check_queues`)."""
     outputs = [(queue.setup, [run.token_ids for run in queue.runs]) for queue in queues]
-    check_queues(engine.target, workload, prompts, outputs, engine.trace_target)
+    check_queues(target, workload, prompts, outputs, trace_target)
     return tuple(
         Sample(
             setup_digest=queue.setup.digest,

@@ -71,7 +71,7 @@ class ServedEngine(ABC, Generic[Key, Member]):
             (runs, cores), disturbed = quietest(functools.partial(cores_used, decode), self._watched_gpus)
             self._check_effect(setup, runs)
             queues.append(Queue(setup, runs, cores, disturbed))
-        return samples_of(self, workload, prompts, queues)
+        return samples_of(self.target, workload, prompts, queues, trace_target=self.trace_target)
 
     def check_sampling(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
         """Raises EngineError: the target's mean log-probabilities of sampled text differ from plain decoding's."""

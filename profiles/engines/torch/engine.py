@@ -133,7 +133,7 @@ class TorchEngine:
             decode = [functools.partial(self._generate, workload, prompts, setup) for setup in setups]
             decoded, disturbed = quietest(lambda: [cores_used(run, time.process_time) for run in decode], self._gpus)
         queues = [Queue(setup, *runs, disturbed) for setup, runs in zip(setups, decoded, strict=True)]
-        return samples_of(self, workload, prompts, queues)
+        return samples_of(self.target, workload, prompts, queues, trace_target=self.trace_target)
 
     def run_adaptive(
         self, workload: Workload, prompts: tuple[Prompt, ...], controller: RoundController, max_length: int
