@@ -258,10 +258,10 @@ class TestRefusals:
         draft = Draft(kind="model", model=loader.describe(str(path), dtype="float32").record)
         short = Workload(context_length=128, max_new_tokens=16, end_token_ids=target.end_token_ids)
         prompt = Prompt(domain="a", token_ids=tuple(range(400, 440)))
-        wrong = replace(options, more=("--draft-max", "3"))
-        for drafts, given, words in (((), wrong, "--draft-max"), ((draft,), options, r"drafted nothing: .*vocab")):
+        wrong = replace(program, command=(*program.command, "--draft-max", "3"))
+        for drafts, run, words in (((), wrong, "--draft-max"), ((draft,), program, r"drafted nothing: .*vocab")):
             setups = tuple(Setup(draft=draft, length=2) for draft in drafts) or (PLAIN,)
-            with LlamaCppEngine(target, drafts, program, given) as engine, pytest.raises(EngineError, match=words):
+            with LlamaCppEngine(target, drafts, run, options) as engine, pytest.raises(EngineError, match=words):
                 engine.run_together(short, (prompt,), setups, "race 0")
 
     def test_killed_under_load(self, case: Case) -> None:
