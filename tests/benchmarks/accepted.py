@@ -5,8 +5,7 @@
 
 A fixed set of deployments on tiny random models: a look-up, a draft model, the same with sampling, a composite (with
 what goes out instead), a schedule by batch, plain decoding. A lane that is not installed is shown as not checked, never
-as accepted. Where nothing is emitted because of the version, the newest version's spelling is put before the old engine
-to see it refused there too.
+as accepted.
 """
 
 import shlex
@@ -19,7 +18,7 @@ from typing import Any
 from profiles.records.core import Draft, Model
 from tests.benchmarks.common import finish
 from tests.lanes.cases import cases, draft_at, model_at
-from tests.lanes.places import LANES, Lane, Verdict, ask
+from tests.lanes.places import LANES, Lane, ask
 from tests.lanes.transformers_lane import drafts_as_asked, rounds_of
 from tests.support.tiny import write_gguf, write_model
 from tuner.export import Deployment, Export, Form, emit
@@ -35,7 +34,6 @@ TABLES: tuple[tuple[Form, str, str], ...] = (
     ("trtllm", "1.3.0rc27", "key table: reference page of 1.3.0rc27"),
     ("trtllm", "1.4.0rc1", "key table: reference page of 1.4.0rc1"),
 )
-NEWEST = {"vllm": "0.33.0", "sglang": "0.5.23", "llamacpp": "b11549"}
 NEW_TOKENS = 30
 Row = dict[str, Any]
 
@@ -65,22 +63,13 @@ def of_lane(lane: Lane, found: Mapping[str, Deployment], target: Model) -> Itera
             said = f"not checked: no lane (python -m tests.lanes.install {lane.form})" if export.text else None
             yield row(form, lane.version, name, export, **({"by": said} if said else {}))
         return
-    newest = {name: emit(case, form, NEWEST[form]).text for name, case in found.items()}
-    texts = {name: export.text or newest[name] for name, export in exports.items()}
-    asked = {name: shlex.split(text) for name, text in texts.items() if text}
-    verdicts = dict(zip(asked, ask(lane, Path(target.name), list(asked.values())), strict=True))
+    lines = {name: shlex.split(export.text) for name, export in exports.items() if export.text}
+    verdicts = dict(zip(lines, ask(lane, Path(target.name), list(lines.values())), strict=True))
     for name, export in exports.items():
-        yield row(form, lane.version, name, export, **judged(lane.form, export, verdicts.get(name)))
-
-
-def judged(form: str, export: Export, verdict: Verdict | None) -> Row:
-    if verdict is None:
-        return {}
-    if export.text:
-        said = CLASSES[form] if verdict.accepted else verdict.said
-        return {"accepted": verdict.accepted, "by": said}
-    took = "takes" if verdict.accepted else "refuses too"
-    return {"by": f"nothing emitted; the newest spelling it {took}", "refused_too": not verdict.accepted}
+        judged: Row = {}
+        if (verdict := verdicts.get(name)) is not None:
+            judged = {"accepted": verdict.accepted, "by": CLASSES[form] if verdict.accepted else verdict.said}
+        yield row(form, lane.version, name, export, **judged)
 
 
 def of_transformers(found: Mapping[str, Deployment]) -> Iterator[Row]:

@@ -38,6 +38,7 @@ from tests.benchmarks.roofline import copy_bytes_per_s
 from tests.emulated_gpu import EmulatedGpu
 from tests.support import tiny
 from tests.support.cli import small_run, write_prompts
+from tests.support.toys import ScriptedController, wandering
 from tuner.cli.app import main as tune
 
 NO_GPU, LIMIT_S, TUNE_S = 3, 560.0, 120.0
@@ -153,6 +154,15 @@ def decoding(scene: Scene) -> Row:
     return {"ok": all(row["ok"] for row in rows), "rows": rows}
 
 
+def adaptive(scene: Scene) -> Row:
+    """With another setup every round greedy outputs are the traces'."""
+    engine = engine_on(scene.folders, "llama", scene.devices[0])
+    setups = [PLAIN, *(Setup(draft=draft, length=length) for draft in engine.drafts for length in (1, 3))]
+    run = engine.run_adaptive(WORKLOAD, PROMPTS, ScriptedController(wandering(setups, 0)), 3)
+    traces = [engine.trace_target(WORKLOAD, prompt).token_ids for prompt in PROMPTS]
+    return {"ok": [tuple(generation.token_ids) for generation in run.generations] == traces}
+
+
 def print_waits(rows: Sequence[Row]) -> None:
     """A table of the waits of the host."""
     print(f"{'architecture':<13}{'temperature':>12}{'waits a round':>15}")
@@ -209,7 +219,7 @@ def small_tune(scene: Scene) -> Row:
     }
 
 
-CHECKS = (environment, decoding, step_times, small_tune)
+CHECKS = (environment, decoding, adaptive, step_times, small_tune)
 
 
 def run_checks(scene: Scene) -> Iterator[tuple[str, Row]]:
