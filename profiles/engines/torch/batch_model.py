@@ -111,7 +111,6 @@ class _TransformersForward:
         config = model.config.get_text_config(decoder=True)
         self._cache = TransformersCache(cache, config.num_hidden_layers)
         self._window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        self._chunk = getattr(config, "attention_chunk_size", None)
         self._kinds = sorted(set(getattr(config, "layer_types", None) or ()))
         self._adds_mask = model.config._attn_implementation == "eager"
 
@@ -131,7 +130,6 @@ class _TransformersForward:
         by_kind: dict[str, Callable[[], torch.Tensor]] = {
             "full_attention": cache.mask,
             "sliding_attention": lambda: cache.mask(window=self._window),
-            "chunked_attention": lambda: cache.mask(chunk=self._chunk),
         }
         if not self._kinds:
             seen = {"all": cache.mask(window=self._window)}

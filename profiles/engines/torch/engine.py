@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from profiles.acceptance import ngram
-from profiles.engines.base import TORCH, EngineCapabilities, RoundController
+from profiles.engines.base import TORCH, RoundController
 from profiles.engines.runs import Queue, samples_of
 from profiles.engines.torch import step_times
 from profiles.engines.torch.adaptive import AdaptiveLoop, AdaptiveRun, SwitchableDrafter
@@ -27,7 +27,7 @@ from profiles.engines.torch.trace import trace_model
 from profiles.hardware.fingerprint import fingerprint
 from profiles.models import loader
 from profiles.models.footprint import SPARE_SLOTS
-from profiles.records.core import PLAIN, Draft, Environment, Model, Prompt, Setup, Workload
+from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload
 from profiles.records.draft_spec import MAX_BATCH, MAX_LENGTH
 from profiles.records.errors import BadNumbersError, InputError, OutOfMemoryError
 from profiles.records.evidence import Acceptance, Sample, StepTimes, TargetTrace
@@ -39,9 +39,11 @@ WARM_UP_TOKENS = 4  # beside the longest round
 class TorchEngine:
     """A target and its drafts on one device; fits `profiles.engines.base.Engine`."""
 
+    capabilities = TORCH
+
     def __init__(self, target: loader.LoadedModel, sources: tuple[DraftSource, ...], device: str) -> None:
-        self._target = target
-        self._drafts = tuple(source.draft for source in sources)
+        self._target, self.target = target, target.record
+        self.drafts = tuple(source.draft for source in sources)
         self._models: dict[str, PreTrainedModel | None] = {
             component.digest: source.model if component.kind != "ngram" else None
             for source in sources
@@ -52,31 +54,15 @@ class TorchEngine:
         devices = {parameter.device for parameter in target.model.parameters()}
         self._gpus = sorted(str(device) for device in devices if device.type == "cuda")
         self._clock = Clock(device, wait=self._synchronize if self._gpus else None)
-        self._environment = fingerprint(device)
+        self.environment = fingerprint(device)
         if self._gpus:
             # earlier versions replayed CUDA graphs: other times, under another key
-            self._environment = replace(self._environment, engine_options=json.dumps({"steps": "eager"}))
+            self.environment = replace(self.environment, engine_options=json.dumps({"steps": "eager"}))
         self._warm: set[tuple[object, int]] = set()  # a setup or an adaptive run's length, and a batch size
         self._rows: dict[int, dict[str, RowModel]] = {}  # by batch size and component: caches are kept between runs
         self._capacity = 0
         gc.collect()
         gc.freeze()  # the loaded models are not walked again by a collection in the middle of a timed run
-
-    @property
-    def capabilities(self) -> EngineCapabilities:
-        return TORCH
-
-    @property
-    def environment(self) -> Environment:
-        return self._environment
-
-    @property
-    def target(self) -> Model:
-        return self._target.record
-
-    @property
-    def drafts(self) -> tuple[Draft, ...]:
-        return self._drafts
 
     def trace_target(self, workload: Workload, prompt: Prompt) -> TargetTrace:
         """One plain run that keeps the probability and the logit gap of every emitted token."""
@@ -99,7 +85,7 @@ class TorchEngine:
         """All components in one interleaved sweep, repeated while the machine is disturbed."""
         loader.check_context(self._target, context_length=context_length, max_length=max_length)
         with self._guarded():
-            drafts = {component.digest: component for draft in self._drafts for component in draft.components}
+            drafts = {component.digest: component for draft in self.drafts for component in draft.components}
             timed = {
                 digest: drafts[digest] if model is None else self._row_model(digest, workload)
                 for digest, model in self._models.items()
@@ -232,7 +218,7 @@ class TorchEngine:
 
     def _model(self, draft: Draft) -> PreTrainedModel | None:
         if draft.digest not in self._models:
-            loaded = ", ".join(loaded.name for loaded in self._drafts) or "none"
+            loaded = ", ".join(loaded.name for loaded in self.drafts) or "none"
             raise InputError(f"draft {draft.name} is not loaded; loaded are {loaded}")
         return self._models[draft.digest]
 

@@ -43,14 +43,12 @@ class RowCache:
         self.view = view
         self.needs_mask = positions.shape != (1, 1)
 
-    def mask(self, window: int | None = None, chunk: int | None = None) -> torch.Tensor:
-        """(B, 1, width, view) bool: the slots each query sees, of the last `window` ones or of its own `chunk`."""
+    def mask(self, window: int | None = None) -> torch.Tensor:
+        """(B, 1, width, view) bool: the slots each query sees, of the last `window` ones."""
         queries, keys = self.query_positions[:, None, :, None], self._key_positions[: self.view]
         seen = keys <= queries
         if window is not None:
             seen = seen & (keys > queries - window)
-        if chunk is not None:
-            seen = seen & (keys // chunk == queries // chunk)
         return seen
 
     def copy_row(self, row: int, length: int) -> list[torch.Tensor]:
