@@ -28,7 +28,7 @@ from profiles.records.errors import EngineError, InputError
 from profiles.records.evidence import Acceptance, StepTimes, TargetTrace
 
 NUM_LOADS, ROUNDS_PER_LOAD = 7, 28  # from which a plain round's seconds are taken
-PATTERN = 97  # token ids of a text that repeats
+PATTERN, FIRST_TOKEN = 97, 32  # token ids of a text that repeats; below lie special tokens of some models
 _VERSIONS = (("/version", "version"), ("/server_info", "version"), ("/props", "build_info"))
 
 
@@ -162,7 +162,7 @@ def _synthetic(workload: Workload, context_length: int) -> tuple[Workload, tuple
     size = workload.batch_size
     num_new = ROUNDS_PER_LOAD + size
     length = max(1, min(context_length + num_new // 2, workload.context_length) - num_new)
-    texts = ([(row + position) % PATTERN for position in range(length)] for row in range(size))
+    texts = ([FIRST_TOKEN + (row + at) % PATTERN for at in range(length)] for row in range(size))
     load = replace(workload, max_new_tokens=num_new, context_length=length + num_new, end_token_ids=())
     return load, tuple(Prompt(domain="steps", token_ids=tuple(text)) for text in texts)
 
