@@ -51,9 +51,8 @@ class TorchEngine:
         }
         self._models[target.record.run_digest] = target.model
         self._device = device
-        devices = {parameter.device for parameter in target.model.parameters()}
-        self._gpus = sorted(str(device) for device in devices if device.type == "cuda")
-        self._clock = Clock(device, wait=self._synchronize if self._gpus else None)
+        self._gpus = (device,) if device.startswith("cuda") else ()
+        self._clock = Clock(device)
         self.environment = fingerprint(device)
         if self._gpus:
             # earlier versions replayed CUDA graphs: other times, under another key
@@ -151,11 +150,6 @@ class TorchEngine:
         for run in runs:
             run.threads = torch.get_num_threads()
         return runs
-
-    def _synchronize(self) -> None:
-        """Waits for every GPU that holds layers of the target."""
-        for gpu in self._gpus:
-            torch.cuda.synchronize(gpu)
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:

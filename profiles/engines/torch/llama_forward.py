@@ -34,7 +34,7 @@ _JOINED: WeakKeyDictionary[torch.nn.Module, _Weights] = WeakKeyDictionary()
 
 
 def fits(model: PreTrainedModel) -> bool:
-    """Whether this forward computes what the model's own does: plain Llama, no biases, fixed rotations, one device."""
+    """Whether this forward computes what the model's own does: plain Llama, no biases, fixed rotations."""
     if type(model) is not LlamaForCausalLM:
         return False
     config = model.config
@@ -44,7 +44,6 @@ def fits(model: PreTrainedModel) -> bool:
         and not config.mlp_bias
         and config.hidden_act == "silu"
         and rotation in _FIXED_ROTATIONS
-        and len({parameter.device for parameter in model.parameters()}) == 1
         and all(type(module) is torch.nn.Linear for module in (model.lm_head, model.model.layers[0].mlp.down_proj))
     )
 
