@@ -6,6 +6,7 @@ target bring the choice to the host. The order is that of rounds too, because a 
 weights are still in the cache: a draft's single tokens follow its first step, that a step of the target.
 """
 
+import logging
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,8 @@ from profiles.timing.clock import Clock
 WARM_UP_CYCLES = 3
 CYCLES, MIN_CYCLES = 16, 4
 MAX_SWEEP_S = 120.0  # after which the least cycles must do: the machine is busy, or the model large and its noise small
+SECONDS_BETWEEN_LINES = 30.0
+_LOG = logging.getLogger(__name__)
 CHAIN = 4  # a draft's single-token steps follow each other: so many are timed together
 
 
@@ -167,10 +170,15 @@ def _run_cycles(sweep: _Sweep, clock: Clock) -> dict[tuple[str, int], list[float
     """Seconds by component and width."""
     samples: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
     rng = random.Random(0)
-    began_s = clock.read()
+    began_s = line_at_s = clock.read()
     for cycle in range(WARM_UP_CYCLES + CYCLES):
-        if cycle >= WARM_UP_CYCLES + MIN_CYCLES and clock.read() - began_s > MAX_SWEEP_S:
+        spent_s = clock.read() - began_s
+        if cycle >= WARM_UP_CYCLES + MIN_CYCLES and spent_s > MAX_SWEEP_S:
             break
+        if cycle > 0 and began_s + spent_s - line_at_s > SECONDS_BETWEEN_LINES:
+            line_at_s = began_s + spent_s
+            left_s = max(0.0, min(MAX_SWEEP_S, spent_s / cycle * (WARM_UP_CYCLES + CYCLES)) - spent_s)
+            _LOG.info("step times: cycle %d of %d, about %.0f s left", cycle, WARM_UP_CYCLES + CYCLES, left_s)
         for step in sweep.cycle(rng):
             started_s = clock.read()
             step.run()

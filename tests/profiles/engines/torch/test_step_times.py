@@ -11,10 +11,10 @@ import torch
 
 from profiles.acceptance import ngram
 from profiles.engines.base import TORCH
+from profiles.engines.runs import Queue, samples_of
 from profiles.engines.torch import decoder, drafters, step_times
 from profiles.engines.torch.decoder import Decoder
 from profiles.engines.torch.drafters import NgramDrafter
-from profiles.engines.torch.engine import _sample
 from profiles.engines.torch.sampling import KeyedRandom, sampling_probs
 from profiles.engines.torch.step_times import CYCLES, MIN_CYCLES, time_steps
 from profiles.records.core import Draft, Prompt, Setup, Workload
@@ -110,11 +110,10 @@ class ToyEngine:
     def run_together(
         self, workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], purpose: str
     ) -> tuple[Sample, ...]:
-        return tuple(
-            _sample(setup, prompt, self.decode(workload, prompt, setup), disturbed=False, cores=None, threads=None)
-            for setup in setups
-            for prompt in prompts
-        )
+        queues = [
+            Queue(setup, [self.decode(workload, prompt, setup) for prompt in prompts], 1.0, False) for setup in setups
+        ]
+        return samples_of(TARGET, workload, prompts, queues, trace_target=self.trace_target)
 
 
 def test_forecasts_of_sampled_look_ups_do_not_drift_with_k(monkeypatch: pytest.MonkeyPatch) -> None:
