@@ -35,8 +35,6 @@ STUDIES_NAME = "optuna.db"
 WRITERS_LOCK = 0x6472616674  # PostgreSQL's advisory lock that all writers of a database take
 CONNECT_TIMEOUT_S = 10
 _PAUSE_S = 0.05
-_MAGIC = b"SQLite format 3\0"  # a file's first bytes
-_LEAST_BYTES = 512  # of a database with anything in it
 
 
 def is_url(location: Location) -> bool:
@@ -215,7 +213,6 @@ def connect(location: Location, busy_timeout_s: float, *, read_only: bool = Fals
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"store {path}: its folder cannot be made: {error.strerror}") from error
-    _require_whole(path)
     engine = _file(path, busy_timeout_s, read_only=read_only)
     return Database(engine=engine, name=str(path), path=path, busy_timeout_s=busy_timeout_s, read_only=read_only)
 
@@ -268,31 +265,6 @@ def _uri(path: Path, *, read_only: bool) -> str:
         may_write = os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
         mode = "rw" if may_write else "ro" if _has_log(path) else "ro&immutable=1"
     return f"file:{quote(str(path.absolute()))}?mode={mode}"
-
-
-def _require_whole(path: Path) -> None:
-    """Raises StoreError when a file lacks bytes that its header tells of, which SQLite does not see in the last page.
-
-    A file that is not there, or empty, is a new store; one with a log beside it may get the bytes from there.
-    """
-    for pause_s in (0.0, 0.2):  # another process may just be folding its log in
-        time.sleep(pause_s)
-        try:
-            with path.open("rb") as file:
-                header, size = file.read(100), os.fstat(file.fileno()).st_size
-        except OSError:
-            return  # SQLite tells why
-        counted = header[24:28] == header[92:96]  # else a program wrote it that does not count the pages
-        page_bytes = int.from_bytes(header[16:18])
-        wanted = int.from_bytes(header[28:32]) * (65536 if page_bytes == 1 else page_bytes) if counted else 0
-        wanted = max(wanted, _LEAST_BYTES)
-        is_whole = size == 0 or size >= wanted or not header.startswith(_MAGIC[:size])  # no database: SQLite tells
-        if is_whole or _has_log(path):
-            return
-    raise StoreError(
-        f"store {path}: database disk image is malformed: it has {size} of {wanted} bytes: "
-        "restore a copy or name another store"
-    )
 
 
 def _has_log(path: Path) -> bool:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import safetensors
@@ -126,9 +127,7 @@ def _indexed_files(source: Source) -> list[Path]:
     """The files of the index, none without one. Raises ModelError."""
     if not source.files(_INDEX):
         return []
-    path = source.folder / _INDEX
-    _check_file(source, path)
-    weight_map = json.loads(path.read_text(encoding="utf-8")).get("weight_map")
+    weight_map = _check_file(source, source.folder / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise source.error(f"{_INDEX} has no weight_map of file names; download it again")
     names = sorted(set(map(str, weight_map.values())))
@@ -138,8 +137,11 @@ def _indexed_files(source: Source) -> list[Path]:
     return [source.folder / name for name in names]
 
 
-def _check_file(source: Source, path: Path) -> None:
-    """Refuses a file that cannot be read, JSON that is none, and content that was not downloaded. Raises ModelError."""
+def _check_file(source: Source, path: Path) -> dict[str, Any]:
+    """The object in a JSON file, of other files an empty one.
+
+    Raises ModelError: it cannot be read, is no JSON object, or was not downloaded.
+    """
     try:
         with path.open("rb") as file:
             start = file.read(len(_LFS))
@@ -152,6 +154,7 @@ def _check_file(source: Source, path: Path) -> None:
         raise source.error(f"{path.name} is a Git LFS pointer, not the file; run `git lfs pull` in its folder")
     if not isinstance(raw, dict):
         raise source.error(f"{path.name} holds no JSON object; download it again")
+    return raw
 
 
 def read_config(source: Source) -> PreTrainedConfig:
@@ -160,9 +163,8 @@ def read_config(source: Source) -> PreTrainedConfig:
         return gguf_file.read_config(source.gguf)
     if not source.files("config.json"):
         raise source.error("has no config.json; name a transformers model")
-    for file in ("config.json", *source.files("generation_config.json")):
-        _check_file(source, source.folder / file)
-    raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    files = ("config.json", *source.files("generation_config.json"))
+    raw, *_ = [_check_file(source, source.folder / file) for file in files]
     if raw.get("model_type") not in CONFIG_MAPPING and (raw.get("model_type") is not None or raw.get("auto_map")):
         code = "; its own code (auto_map) is not run" if raw.get("auto_map") else ""
         unknown = f"its model_type {raw.get('model_type')!r} is unknown to transformers {transformers.__version__}"

@@ -5,7 +5,7 @@
 Fifty runs of a made-up engine are killed with SIGKILL, then one that measures the family that ships. Of five, one dies
 at any moment after its start, two after their first new unit, two when a unit is about to be saved. A store is resumed
 until it is done, then the next one is begun; a finished store must hold what a run that nobody killed has saved.
-`rows_lost`: rows that were committed, or that a run was told are saved, and that are gone or changed after a kill;
+`rows_lost`: rows that were committed, or units before the last that a run began, that are gone or changed after a kill;
 `torn`: units of which a part is there.
 """
 

@@ -13,7 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -61,15 +61,15 @@ class Contents:
     left_out: dict[str, int]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class Merged:
     """The items of a bundle, by table."""
 
-    added: dict[str, int]
-    stored: dict[str, int]  # the store had them before
-    unlike: dict[str, int]  # they contradict the store and were not merged
-    conflicts: tuple[str, ...]  # the first few of these in words
-    clamped: int  # evidence with a time in the future, stored with that of the merge, so that it grows old
+    added: dict[str, int] = field(default_factory=dict)
+    stored: dict[str, int] = field(default_factory=dict)  # the store had them before
+    unlike: dict[str, int] = field(default_factory=dict)  # they contradict the store and were not merged
+    conflicts: list[str] = field(default_factory=list)  # the first few of these in words
+    clamped: int = 0  # evidence with a time in the future, stored with that of the merge, so that it grows old
 
 
 def pack(evidence_store: EvidenceStore, path: Path, targets: Sequence[str] | None = None) -> Contents:
@@ -89,7 +89,7 @@ def pack(evidence_store: EvidenceStore, path: Path, targets: Sequence[str] | Non
             merging = _Merging()
             for item in items(connection, leave_out, *conditions):
                 merging.merge(packed, item)
-            if not any(merging.counts["added"][table.name] for table in tables.ABOUT_TARGETS):
+            if not any(table.name in merging.merged.added for table in tables.ABOUT_TARGETS):
                 raise NotMeasuredError("the store has nothing to pack of what was asked")
         data = file.read_bytes()
     data += hashlib.sha256(data).digest()  # SQLite reads what its header counts, and not this
@@ -150,17 +150,14 @@ def merge(evidence_store: EvidenceStore, path: Path) -> Merged:
             for item in batch:
                 merging.merge(connection, item)
             connection.commit()
-    counts = {name: dict(rows) for name, rows in merging.counts.items()}
-    return Merged(**counts, conflicts=tuple(merging.conflicts[:MOST_SHOWN]), clamped=merging.clamped)
+    return merging.merged
 
 
 class _Merging:
     """What was added to a store or a new bundle so far, and its keys of the rows that were copied."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, Counter[str]] = {name: Counter() for name in ("added", "stored", "unlike")}
-        self.conflicts: list[str] = []
-        self.clamped = 0
+        self.merged = Merged()
         self._now = datetime.now(UTC).isoformat(timespec="microseconds")
         self._keys: dict[tuple[str, Any], Any] = {}
         self._other_traces: set[tuple[str, ...]] = set()
@@ -170,7 +167,7 @@ class _Merging:
         row = self._linked(table, item.row)
         identity = _identity(table, row)
         stored = connection.execute(select(table).filter_by(**identity)).mappings().first()
-        difference = ""
+        difference, counts = "", self.merged.stored
         if stored is not None:
             self._keys[name, item.id] = stored[primary_key(table)]
             difference = _difference(table, stored, row) or self._child_difference(connection, item)
@@ -178,18 +175,20 @@ class _Merging:
             difference = "its target trace has other tokens"
         else:
             self._add(connection, item, row)
-        self.counts["unlike" if difference else "stored" if stored is not None else "added"][name] += 1
+            counts = self.merged.added
         if difference:
+            counts = self.merged.unlike
             if table is tables.target_traces:
                 self._other_traces.add(trace_key(row))
-            self.conflicts.append(
-                f"{name} {', '.join(f'{key} {value}' for key, value in identity.items())}: {difference}"
-            )
+            if len(self.merged.conflicts) < MOST_SHOWN:
+                key = ", ".join(f"{column} {value}" for column, value in identity.items())
+                self.merged.conflicts.append(f"{name} {key}: {difference}")
+        counts[name] = counts.get(name, 0) + 1
 
     def _add(self, connection: Connection, item: Item, row: Values) -> None:
         new = {column: value for column, value in row.items() if column != "id"}
         if new.get("measured_at", "") > self._now and item.table is not tables.infeasible:  # found by its time
-            self.clamped += 1
+            self.merged.clamped += 1
             new["measured_at"] = self._now
         children = [self._linked(CHILDREN[item.table.name], child) for child in item.children]
         self._keys[item.table.name, item.id] = _insert(connection, item.table, new, children)
