@@ -161,13 +161,10 @@ class Patience:
         is shared and least where it is not, so sleeping is no default; what is timed in a process whose threads sleep
         is labelled disturbed, also when the others have ended.
         """
-        load = other_programs(max_cores=max_cores)
-        for _ in range(tries - 1):
-            if load is not None:
-                time.sleep(_PAUSE_S)
-                load = other_programs(max_cores=max_cores)
-        if load is None:
-            return None
+        for number in range(tries):
+            time.sleep(_PAUSE_S if number else 0.0)
+            if (load := other_programs(max_cores=max_cores)) is None:
+                return None
         self.is_busy = True
         if "torch" not in sys.modules and not any(name in os.environ for name in _WAIT_VARIABLES):
             os.environ["OMP_WAIT_POLICY"] = "passive"
