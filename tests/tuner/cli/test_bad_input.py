@@ -71,7 +71,7 @@ BAD_RUNS = {
     "--prompts {files}/empty.jsonl": "empty.jsonl': it holds no prompts",
     "--prompts {files}/malformed.jsonl": "malformed.jsonl': 2 of 3 rows cannot be used: line 2: not JSON",
     "--prompts {files}/no-field.jsonl": "no-field.jsonl': 2 of 3 rows cannot be used: line 2: fields 'question'",
-    "--prompts {files}/latin-1.jsonl": "latin-1.jsonl': 2 of 3 rows cannot be used: line 2: ",
+    "--prompts {files}/latin-1.jsonl": "latin-1.jsonl' line 2: byte 0xe9 is not UTF-8 text",
     "--prompts {files}/blank.txt": "blank.txt': it holds no prompts",
     "--prompts {files}/mixed.jsonl": "domain 'mixed': that name means all domains together",
     "--prompts {files}/table.csv": "no JSON, and the ending '.csv' is unknown",
