@@ -28,6 +28,7 @@ from tuner.search.studies import Storage
 MIN_RACE_PROMPTS = 4
 RACE_QUEUES, RACE_BATCHES = 4, 2  # in a batch: how many queues, and their length in batches
 PROOF_BATCHES = 4  # of a queue of the proof
+WELL_FORECAST = 0.05  # of the log speed-up, that a race may differ by
 
 
 class OutOfTimeError(Exception):
@@ -242,6 +243,7 @@ class PointTrial:
             storage=self._options.storage,
             objective=objective,
             enough=self._enough_races,
+            more_lengths=lambda fastest: not self._is_forecast_well(fastest),
         )
         self._plain_samples = [pair.plain for ran in pairs.values() for pair in ran]
         for failure in result.failed:
@@ -261,6 +263,20 @@ class PointTrial:
         elif candidate is not None and not proof.is_worth_proving(self._race_ratios[candidate]):
             candidate = None
         self._point = replace(self._point, race=result, candidate=candidate)
+
+    def _is_forecast_well(self, setup: Setup) -> bool:
+        """Whether the race confirms the forecast on its prompts: those of other lengths are then trusted too."""
+        evidence, forecaster, pairs = self._point.evidence, self._point.forecaster, timed_pairs(self._race_pairs[setup])
+        if self._workload.batch_size > 1 or evidence is None or forecaster is None or len(pairs) < 2:
+            return False
+        if not evidence.is_traced(setup.draft):
+            return False
+        raced = {pair.plain.prompt_digest for pair in pairs}
+        prompts = [prompt for prompt in self._plan.forecast_prompts if prompt.digest in raced]
+        forecasts = _forecast_seconds(forecaster, setup, prompts)[self._options.objective].values()
+        plain_s, chosen_s = (sum(column) for column in zip(*forecasts, strict=True))
+        measured = speedup_so_far(pairs, self._options.objective)
+        return measured is not None and abs(math.log(measured.estimate * chosen_s / plain_s)) <= WELL_FORECAST
 
     def _race_ratio(self, setup: Setup, result: race.RaceResult) -> LogRatio:
         """Over all prompts with forecasts, of which the race timed two or more; else, and in batches, over its runs."""

@@ -51,6 +51,7 @@ def race(
     storage: Storage | None,
     objective: Objective = "tpot",
     enough: Callable[[], bool] = lambda: False,
+    more_lengths: Callable[[Setup], bool] = lambda _: True,
 ) -> RaceResult:
     """Races setups against plain decoding on the same queues, and stores the race as an Optuna study.
 
@@ -63,6 +64,7 @@ def race(
         hopeful: the setups to choose from, the best forecast first.
         num_finalists: how many drafts are raced.
         enough: whether the time for races is used: no further setup is raced then.
+        more_lengths: whether further lengths are raced of the draft of this setup, the fastest one.
     """
     entries: dict[Setup, _Entry] = {}
     best_of_draft = {setup.draft: setup for setup in reversed(hopeful)}
@@ -72,7 +74,7 @@ def race(
     if drafting := [setup for setup, entry in entries.items() if setup != PLAIN and entry.state == TrialState.COMPLETE]:
         fastest = min(drafting, key=lambda setup: entries[setup].total(objective))
         others = [setup for setup in hopeful if setup.draft == fastest.draft and setup not in finalists]
-        together.race(others[:MORE_LENGTHS])
+        together.race(others[:MORE_LENGTHS] if more_lengths(fastest) else ())
     store_study(study_name, "minimize", _trials(entries, [PLAIN, *hopeful], objective), storage)
     finishers = {setup: entry for setup, entry in entries.items() if entry.state == TrialState.COMPLETE}
     noise = finishers.pop(PLAIN).total(objective) if PLAIN in finishers else None
@@ -114,7 +116,7 @@ class _Together(NamedTuple):
 
     def race(self, setups: Sequence[Setup]) -> None:
         """Plain decoding, where it is among them, runs a second time in the first queues only."""
-        if self.enough():
+        if not setups or self.enough():
             return
         new = {setup: _Entry() for setup in setups}
         self.entries.update(new)

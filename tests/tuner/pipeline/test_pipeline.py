@@ -157,6 +157,20 @@ def test_the_proof_has_the_help_of_forecasts() -> None:
     assert stages[-1] == "proof mixed"
 
 
+@pytest.mark.parametrize(("slower", "num_lengths"), [(1.0, 2), (1.2, 4)])
+def test_further_lengths_are_raced_where_the_forecast_does_not_hold(slower: float, num_lengths: int) -> None:
+    """Forecasts of a draft err alike, so that a race which confirms one confirms the others."""
+
+    def alter(sample: Sample, setup: Setup, purpose: str) -> Sample:
+        is_slower = purpose.startswith("race") and setup != PLAIN
+        return replace(sample, decode_s=sample.decode_s * slower) if is_slower else sample
+
+    tuner = Tuner(Altered(alter, BOTH), Options(lengths=tuple(range(1, 9))))
+    race = tuner.tune([(GREEDY, prompts(36))]).points[0].race
+    assert race is not None
+    assert len(race.speedups) + len(race.pruned) == num_lengths
+
+
 def test_drafts_that_are_only_run_are_proven_by_runs_alone() -> None:
     """Nothing can be traced for the proof."""
     engine = Altered()
