@@ -6,7 +6,7 @@ Stored evidence is the prior; rounds that are run update it. Plain loops over sh
 import math
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from operator import add, mul
+from operator import mul
 from typing import Any
 
 from profiles.records.core import digest_of
@@ -25,7 +25,8 @@ TEMPER = 0.9  # exponent of a round's likelihood: rounds of one request are alik
 CHANGE_PROB = 0.01  # that a request's text changes its domain in a round
 MIX_RATE = 1.0 / 20.0  # of a request in the shares of domains under its label
 REPEAT_RATE = 1.0 / 8.0  # of a request in how often requests are like the one before
-LABEL_SHARE = 0.5  # of a labelled round that counts as its label says, whatever its text is like
+
+Text = tuple[list[float], int]  # weights of domains, updated in place, and the number of the label
 
 
 class AcceptanceModel:
@@ -37,20 +38,15 @@ class AcceptanceModel:
     included.
     """
 
-    LEARNED = ("_rejected", "_passed", "_excess_run", "_decayed", "last")
-    __slots__ = (
-        *("_decayed", "_excess", "_excess_run", "_num_rounds", "_passed", "_prior", "_rejected"),
-        *("key", "last", "lengths", "reach", "tokens", "weight"),
-    )
+    LEARNED = ("_accepted", "_tested", "_excess_run", "_decayed", "last")
 
     def __init__(self, stored: DraftAcceptance, lengths: Sequence[int], key: str = "") -> None:
         self.lengths, self.key = tuple(lengths), key
         self.weight = min(MAX_PRIOR_ROUNDS, max(1.0, stored.num_rounds))
         # rounds that accept by position, of `weight` that test it; index 0: rounds that propose anything
         self._prior = [self.weight * prob for prob in (stored.propose_prob, *stored.accept_probs)]
-        # rounds by accepted tokens: of which the next token was rejected, and of which all were accepted
-        self._rejected, self._passed = [0.0] * len(self._prior), [0.0] * len(self._prior)
-        self._decayed = self.last = self._num_rounds = 0.0  # rounds of the domain when counts decayed, and at the last
+        self._accepted, self._tested = [0.0] * len(self._prior), [0.0] * len(self._prior)
+        self._decayed = self.last = 0.0  # rounds of the domain when counts decayed, and at the last round
         # rounds of a length start elsewhere in the text than the longest ones, which the stored probabilities are of:
         # by length, how many more tokens they have; and the sum over the rounds that were run
         self._excess, self._excess_run = dict.fromkeys(self.lengths, 0.0), 0.0
@@ -64,37 +60,36 @@ class AcceptanceModel:
         """Counts a round; `update` makes the figures follow. `now`: rounds of the domain so far."""
         if now - self._decayed >= DECAY_ROUNDS:
             self.decay(now)
-        (self._rejected if accepted < proposed else self._passed)[accepted] += weight
+        counts, tested, reached = self._accepted, self._tested, accepted + (proposed > 0)
+        for position in range(reached):
+            counts[position] += weight
+            tested[position] += weight
+        if accepted < proposed or not proposed:
+            tested[reached] += weight
         self._excess_run += weight * self._excess.get(proposed, 0.0)
         self.last = now
 
     def decay(self, now: float) -> None:
         factor = 0.5 ** ((now - self._decayed) / HALF_LIFE_ROUNDS)
-        self._rejected = [count * factor for count in self._rejected]
-        self._passed = [count * factor for count in self._passed]
+        self._accepted = [count * factor for count in self._accepted]
+        self._tested = [count * factor for count in self._tested]
         self._excess_run *= factor
         self._decayed = now
 
     def update(self) -> None:
         """Recomputes `reach` and `tokens`."""
-        weight, rejected, passed = self.weight, self._rejected, self._passed
-        at_least = list(accumulate(map(add, reversed(rejected), reversed(passed))))[::-1]  # rounds by accepted tokens
-        self._num_rounds = at_least[0]
-        at_least[0] -= passed[0]  # rounds that proposed any
-        probs = [
-            (prior + accepted) / (weight + accepted + failed)
-            for prior, accepted, failed in zip(self._prior, at_least, (passed[0], *rejected), strict=False)
-        ]
-        self.reach = list(accumulate(probs, mul))
+        weight, counts = self.weight, zip(self._prior, self._accepted, self._tested, strict=True)
+        self.reach = list(
+            accumulate([(prior + accepted) / (weight + tested) for prior, accepted, tested in counts], mul)
+        )
         sums = list(accumulate(self.reach))
-        first, run = sums[0], 1.0 + self._excess_run / max(1e-9, self._prior[0] + at_least[0])
+        first, run = sums[0], 1.0 + self._excess_run / max(1e-9, self._prior[0] + self._accepted[0])
         self.tokens = [1.0 + (sums[length] - first) * (1.0 + excess) / run for length, excess in self._excess.items()]
 
     def error(self, index: int, now: float) -> float:
-        """Standard error of `tokens[index]`, which grows while the draft is not run."""
+        """Standard error of `tokens[index]`, as accepted tokens scatter geometrically; it grows without rounds."""
         mean = self.tokens[index] - 1.0
-        squares = sum((2 * position - 1) * self.reach[position] for position in range(1, self.lengths[index] + 1))
-        spread = math.sqrt(max(squares - mean * mean, 0.05) / (self.weight + self._num_rounds))
+        spread = math.sqrt(max(mean * (1.0 + mean), 0.05) / (self.weight + self._tested[0]))
         return spread * (1.0 + (now - self.last) / AGING_ROUNDS)
 
 
@@ -108,20 +103,20 @@ class DraftModels:
     def likelihoods(self, proposed: int, accepted: int) -> list[float]:
         """By domain, how likely a round of so many proposed tokens accepts so many."""
         key = accepted, accepted < proposed
-        if key not in self._likelihoods:
+        likelihoods = self._likelihoods.get(key)
+        if likelihoods is None:
             reach = [model.reach for model in self.models]
             if accepted < proposed:
                 probs = [row[accepted] - row[accepted + 1] for row in reach]
             else:
                 probs = [row[accepted] if proposed else 1.0 - row[0] for row in reach]
-            self._likelihoods[key] = [prob**TEMPER for prob in probs]
-        return self._likelihoods[key]
+            likelihoods = self._likelihoods[key] = [prob**TEMPER for prob in probs]
+        return likelihoods
 
     def update(self, domain: int) -> None:
         """Makes the figures of a domain follow what was counted."""
-        if self.models:
-            self.models[domain].update()
-            self._likelihoods.clear()
+        self.models[domain].update()
+        self._likelihoods.clear()
 
 
 class Domains:
@@ -130,7 +125,7 @@ class Domains:
     A request starts at the shares of domains under its label, which are learned too, so a wrong label does little harm.
     Every round multiplies in the likelihoods of what was accepted; a round counts for every domain by its weight.
     `rounds[c]` counts the rounds of a domain. `shares[label]` and `first` are shares under a label as learned and at
-    first; `rows[label]` are those of all rows that come without their requests.
+    first; `rows[label]` is the text of all rows that come without their requests.
     """
 
     LEARNED = ("rounds", "shares", "latest", "repeats", "rows")
@@ -148,7 +143,7 @@ class Domains:
         self.shares = [list(shares) for shares in self.first]
         self.latest = [list(shares) for shares in self.first]
         self.repeats = [0.0] * len(self.first)
-        self.rows = [list(shares) for shares in self.first]
+        self.rows: list[Text] = [(list(shares), label) for label, shares in enumerate(self.first)]
         stored = {(row.draft, row.domain, row.temperature): row for row in prior.acceptance}
         self.drafts: dict[float, list[DraftModels]] = {row.temperature: [] for row in prior.acceptance}
         for temperature, drafts in self.drafts.items():
@@ -175,43 +170,40 @@ class Domains:
         """Drafts at the measured temperature that is nearest."""
         return self.drafts[min(self.drafts, key=lambda measured: abs(measured - temperature))]
 
-    def learn(
-        self, weights: list[float], label: int, draft: DraftModels, row: tuple[int, int]
-    ) -> tuple[list[float], int]:
-        """Counts a round of a request: its weights afterwards, and the domain that it is most like."""
+    def learn(self, text: Text, draft: DraftModels, row: tuple[int, int]) -> int:
+        """Counts a round of a text and updates its weights; returns the domain that it is most like."""
+        weights, label = text
         scores = list(map(mul, weights, draft.likelihoods(*row)))
         total, shares = sum(scores), self.shares[label]
         stay = (1.0 - CHANGE_PROB) / total if total > 1e-30 else 0.0
         leave = CHANGE_PROB if stay else 1.0
-        after = [stay * score + leave * share for score, share in zip(scores, shares)]  # noqa: B905 -- fast
-        domains = after[:-1]
+        weights[:] = [stay * score + leave * share for score, share in zip(scores, shares)]  # noqa: B905 -- fast
+        *domains, rejected = weights
         weight = max(domains)
         main = domains.index(weight)
         # a draft that turned useless looks like text that none gets right: those rounds count for the domains too
-        weight += after[-1] * shares[main] / max(1e-9, 1.0 - shares[-1])
-        if label:
-            weight *= 1.0 - LABEL_SHARE
-            if main == label - 1:
-                weight += LABEL_SHARE
-            else:
-                self._count(draft.models[label - 1], label - 1, row, LABEL_SHARE)
-        self._count(draft.models[main], main, row, weight)
-        return after, main
+        weight += rejected * shares[main] / max(1e-9, 1.0 - shares[-1])
+        weight *= weight  # rounds of uncertain domains would make these alike
+        self.rounds[main] += weight
+        draft.models[main].observe(*row, weight, self.rounds[main])
+        return main
 
-    def start(self, label: int) -> list[float]:
-        """Weights of a new request: those under its label, as far as requests do not repeat the domain of the last."""
+    def start(self, domain: str | None) -> Text:
+        """A new request's text: the shares under its label, as far as requests do not repeat the domain of the last."""
+        label = self.labels.get(domain, 0)
         shares, latest = self.shares[label], self.latest[label]
         chance = sum(map(mul, shares, shares))
         repeat = max(0.0, (self.repeats[label] - chance) / (1.0 - chance))
-        return [share + repeat * (weight - share) for share, weight in zip(shares, latest, strict=True)]
+        return [share + repeat * (weight - share) for share, weight in zip(shares, latest, strict=True)], label
 
-    def finish(self, weights: list[float], label: int) -> None:
+    def finish(self, text: Text) -> None:
         """Learns from a request that ended what text is under its label."""
+        weights, label = text
         shares, latest = self.shares[label], self.latest[label]
         self.repeats[label] += REPEAT_RATE * (sum(map(mul, weights, latest)) - self.repeats[label])
         self.shares[label] = [
-            share + MIX_RATE * (0.98 * weight + 0.02 * start - share)
-            for share, weight, start in zip(shares, weights, self.first[label], strict=True)
+            share + MIX_RATE * (0.98 * weight + 0.02 * first - share)
+            for share, weight, first in zip(shares, weights, self.first[label], strict=True)
         ]
         self.latest[label] = weights
 
@@ -219,11 +211,6 @@ class Domains:
         """No domain has fewer rounds than a model that was taken over from another policy has counted."""
         for draft in (draft for drafts in self.drafts.values() for draft in drafts):
             self.rounds = [max(count, model.last) for count, model in zip(self.rounds, draft.models, strict=True)]
-
-    def _count(self, model: AcceptanceModel, domain: int, row: tuple[int, int], weight: float) -> None:
-        weight *= weight  # rounds of uncertain domains would make these alike
-        self.rounds[domain] += weight
-        model.observe(*row, weight, self.rounds[domain])
 
     def parts(self) -> Iterator[Any]:
         """What learns."""
@@ -235,13 +222,12 @@ class Domains:
 
 def _rejected(draft: int, temperature: float, propose_prob: float, lengths: Sequence[int]) -> DraftAcceptance:
     """A draft that gets next to nothing right."""
-    reach = [propose_prob * REJECTED_ACCEPT_PROB**position for position in range(1, lengths[-1] + 1)]
     return DraftAcceptance(
         draft=draft,
         domain=REJECTED,
         temperature=temperature,
         propose_prob=propose_prob,
         accept_probs=(REJECTED_ACCEPT_PROB,) * lengths[-1],
-        mean_tokens=tuple(1.0 + sum(reach[:length]) for length in lengths),
+        mean_tokens=(1.0,) * len(lengths),
         num_rounds=0.0,
     )

@@ -38,8 +38,8 @@ class Point:
         baseline: str,
     ) -> None:
         plain = times[None]
-        self.batch_size, self._domains, self._baseline = plain.batch_size, domains, baseline
-        self.temperature = plain.temperature
+        self.batch_size, self.temperature, self._baseline = plain.batch_size, plain.temperature, baseline
+        self._domains = domains
         self.lengths: list[Sequence[int]] = [(0,)]
         self.drafts = [-1]  # by option: number in the prior
         for number, draft in enumerate(prior.drafts):
@@ -65,8 +65,11 @@ class Point:
         key = digest_of([*where, [setup.digest for setup, _ in self._arms], self.seconds])
         self.times = RoundTimeModel([len(lengths) for lengths in self.lengths], key)
         self.costs = [[0.0] * len(lengths) for lengths in self.lengths]
+        # by option: tokens of a mean round by length and domain, and by domain how likely a row proposes any
+        self._tokens = [[[1.0] * len(domains.names) for _ in lengths] for lengths in self.lengths]
+        self._proposes = [[0.0] * len(domains.names) for _ in self.lengths]
+        # by domain and option the highest tokens per second, and its length
         self._peaks = [[(0.0, 0)] * len(self.lengths) for _ in domains.names]
-        self.proven: set[Arm] = set()  # chosen by the policy on any domain, by real runs
         self.best = [PLAIN_ARM] * len(domains.names)
         self._turn = self._rows = 0
         self.update()
@@ -84,33 +87,27 @@ class Point:
     def round_s(self, arm: Arm, proposed: int) -> float:
         """Seconds of a round whose widest row proposes so many."""
         option, index = arm
-        if proposed == self.lengths[option][index]:
+        length = self.lengths[option][index]
+        if proposed == length:
             return self.costs[option][index]
-        if not proposed and self.is_lookup[option]:
-            return self.seconds[option][0] * self.costs[0][0] / self.seconds[0][0]
         seconds = self.seconds[option]
-        return seconds[proposed] * self.costs[option][index] / seconds[self.lengths[option][index]]
+        if not proposed and self.is_lookup[option]:
+            return seconds[0] * self.costs[0][0] / self.seconds[0][0]
+        return seconds[proposed] * self.costs[option][index] / seconds[length]
 
     def value(self, arm: Arm, weights: Sequence[float], extra_s: float = 0.0) -> float:
         """Tokens per second of a mean row; `weights`: of domains in its text. `extra_s`: what a round takes besides."""
         option, index = arm
-        if not option:
-            return 1.0 / self.costs[0][0]
-        tokens = proposes = share = 0.0
-        least = min(MIN_SHARE, 0.5 * max(weights))
-        for weight, model in zip(weights, self.models[option].models):  # noqa: B905 -- fast
-            if weight > least:
-                share += weight
-                tokens += weight * model.tokens[index]
-                proposes += weight * model.reach[0]
-        return tokens / share / (self._mean_s(option, self.costs[option][index], proposes / share) + extra_s)
+        tokens: float = sum(map(mul, weights, self._tokens[option][index]))
+        mean_s = self.costs[option][index]
+        if self.is_lookup[option]:
+            mean_s = self._mean_s(option, mean_s, sum(map(mul, weights, self._proposes[option])))
+        return tokens / (mean_s + extra_s)
 
     def _mean_s(self, option: int, cost: float, proposes: float) -> float:
-        """Seconds of a mean round by those of one that drafts, and by how likely a row proposes."""
-        if not self.is_lookup[option]:
-            return cost
+        """Seconds of a look-up's mean round by those of one that drafts, and by how likely a row proposes."""
         nothing = (1.0 - proposes) ** self.batch_size
-        return nothing * self.seconds[option][0] * self.costs[0][0] / self.seconds[0][0] + (1.0 - nothing) * cost
+        return nothing * self.round_s((option, 0), 0) + (1.0 - nothing) * cost
 
     def informed(self, worth: Mapping[Arm, float], weights: Sequence[float]) -> dict[Arm, float]:
         """The worth of setups for a request of an unknown domain, with that of what a round tells of it.
@@ -133,11 +130,9 @@ class Point:
     def error(self, arm: Arm, domain: int, now: int) -> float:
         """Relative standard error of a value on a domain."""
         option, index = arm
-        error = self.times.relative_error(option, now)
-        if not option:
-            return error
         model = self.models[option].models[domain]
-        return float((error**2 + (model.error(index, self._domains.rounds[domain]) / model.tokens[index]) ** 2) ** 0.5)
+        tokens_error = model.error(index, self._domains.rounds[domain]) / model.tokens[index]
+        return float((self.times.relative_error(option, now) ** 2 + tokens_error**2) ** 0.5)
 
     def peak(self, option: int, domain: int) -> Arm:
         """An option's best length on a domain."""
@@ -145,34 +140,34 @@ class Point:
 
     def refresh(self, option: int, domain: int) -> None:
         """Recomputes an option's costs, and its figures on a domain."""
-        seconds, lengths = self.seconds[option], self.lengths[option]
-        factors = self.times.factors(option)
-        costs = [seconds[length] * factor for length, factor in zip(lengths, factors, strict=True)]
+        stored, factors, peaks = self.seconds[option], self.times.factors(option), self._peaks[domain]
+        costs = [stored[length] * factor for length, factor in zip(self.lengths[option], factors, strict=True)]
         self.costs[option], rates = costs, [1.0 / costs[0]]
         if option:
+            self.models[option].update(domain)
             model = self.models[option].models[domain]
-            means_s = [self._mean_s(option, cost, model.reach[0]) for cost in costs]
-            rates = list(map(truediv, model.tokens, means_s))
-        rate, peaks = max(rates), self._peaks[domain]
+            self._proposes[option][domain] = model.reach[0]
+            for row, tokens in zip(self._tokens[option], model.tokens, strict=False):  # longer ones are not allowed
+                row[domain] = tokens
+            if self.is_lookup[option]:
+                costs = [self._mean_s(option, cost, model.reach[0]) for cost in costs]
+            rates = list(map(truediv, model.tokens, costs))
+        rate = max(rates)
         peaks[option] = rate, rates.index(rate)
         best = max(peaks)
         self.best[domain] = peaks.index(best), best[1]
 
     def refresh_after(self, option: int, domains: Sequence[int]) -> None:
-        """After a round of an option on rows of these domains: recomputes a part of its figures, or others in turn."""
+        """After a round of an option on rows of these domains: recomputes its figures, or others in turn."""
         self._rows += len(domains)
         while self._rows >= REFRESH_ROWS:
             self._rows -= REFRESH_ROWS
             self._turn += 1
-            number, step = divmod(self._turn, 4)
-            pair = option, domains[number % len(domains)]
-            if step >= 2:
-                pair = divmod(number % (len(self.lengths) * len(self.best)), len(self.best))
-            if step % 2 == 0:
-                self.models[pair[0]].update(pair[1])
+            if self._turn % 2:
+                self.refresh(option, domains[self._turn // 2 % len(domains)])
             else:
-                self.refresh(*pair)
                 self.times.update()
+                self.refresh(*divmod(self._turn // 2 % (len(self.lengths) * len(self.best)), len(self.best)))
 
     def update(self) -> None:
         """Recomputes everything."""
@@ -180,5 +175,4 @@ class Point:
         self.times.update()
         for option in range(len(self.lengths)):
             for domain in range(len(self.best)):
-                self.models[option].update(domain)
                 self.refresh(option, domain)

@@ -31,27 +31,24 @@ from profiles.records.errors import InputError
 from profiles.records.evidence import RoundCount
 from tuner.policy.policy import Policy
 from tuner.policy.query import MIXED, OperatingPoint
+from tuner.selector.acceptance import Text
 from tuner.selector.loss_budget import LossBudget
 from tuner.selector.point import MIN_SHARE, PLAIN_ARM, Arm, Point
 from tuner.selector.snapshot import load, save
 from tuner.selector.state import SelectorState, Stream
 
 GUARANTEE, WINDOW = 0.98, 5000
-SNAPSHOT_VERSION = 4
+SNAPSHOT_VERSION = 5
 MARGIN = 0.02  # another setup must promise so much more than the one in use
-UNPROVEN_MARGIN, UNPROVEN_ROUNDS = 0.03, 8.0  # and a draft that was never run so much besides; rounds that halve it
-DOUBT_ROUNDS = 64.0  # of a draft, after which half of the policy's doubt is left
 CERTAIN = 0.75  # share of a request's main domain, under which rounds are also chosen for what they tell
 OPEN_SHARE = 0.05  # of other domains, up to which the best setup of the main one is the best
 REVIEW_ROUNDS = 2.0  # between two looks for a better setup
 DWELL_ROUNDS = 4.0  # before the next change; new requests shorten it
 PAYBACK_ROUNDS = 24  # in which a change must earn the time of catching up
 PROBE_ROUNDS = 4
-PROBE_CHECK_ROUNDS = 13  # between two looks at a draft that may be worth a probe
+PROBE_CHECK_ROUNDS = 67  # between two looks at a draft that may be worth a probe
 PLAIN_ROUNDS = 1024  # without a plain round, after which its time is probed
 PROBE_ERRORS = 1.5  # standard errors that an option may be better than expected
-PROBE_GAIN_SHARE, PROBE_ROUND_SHARE = 0.02, 0.001  # of what is gained over plain decoding, and of all rounds
-INITIAL_PROBE_CREDIT, MAX_PROBE_CREDIT = 8.0, 32.0  # plain rounds
 MAX_CATCH_UP = 4.0  # times what catching up is expected to take, that a round is charged
 MAX_REQUESTS = 4096  # that are remembered
 STATS_WEIGHT = 1.0 / 256.0  # of a round in the figures of `stats`
@@ -94,7 +91,7 @@ class Selector:
     """
 
     key = "selector"
-    LEARNED = ("_now", "num_refused", "_next_probe", "_num_looks", "_probe_credit", "_totals")
+    LEARNED = ("_now", "num_refused", "_next_probe", "_num_looks", "_totals")
 
     def __init__(
         self,
@@ -112,22 +109,14 @@ class Selector:
         self._state = SelectorState(policy, **self._options)
         self._lock = Lock()
         self._budget = LossBudget(guarantee, window)
-        self._requests: dict[Hashable, tuple[list[float], int]] = {}  # weights of domains, label; oldest first
+        self._texts: dict[Hashable, Text] = {}  # of requests, the oldest first
         self._now = 0
         self._next_probe = PROBE_ROUNDS + seed % PROBE_CHECK_ROUNDS
         self._num_looks = 0  # for an option in turn
-        self._probe_credit = INITIAL_PROBE_CREDIT
-        self._totals = [0.0] * 5  # plain seconds and those taken; proposed, expected and accepted tokens
+        self._totals = [0.0] * 5  # plain seconds and those taken; of late proposed, expected and accepted tokens
         self.num_refused = 0
-        self._forget_rounds()
+        self._last: tuple[Point | None, int] = (None, 0)  # the option that was decided last
         self._replaced: frozenset[OperatingPoint] = frozenset()  # points of the policy before
-
-    def _forget_rounds(self) -> None:
-        """What belongs to rounds under way."""
-        self._probe: tuple[Stream, Arm] | None = None
-        self._probe_left = 0
-        self._last_option: tuple[Point | None, int] = (None, 0)
-        self._requests.clear()
 
     @property
     def policy(self) -> Policy:
@@ -190,95 +179,79 @@ class Selector:
             if stream is None:
                 return RoundDecision(PLAIN, False, 1, 1, MIXED, 0.0, False, tuple(requests))
             if stream.point is None:
-                return RoundDecision(stream.fixed, True, *stream.operating_point, False, tuple(requests))
+                return RoundDecision(stream.setup, True, *stream.operating_point, False, tuple(requests))
             return self._decide(stream, stream.point, tuple(requests), per_request)
 
     def _decide(
         self, stream: Stream, point: Point, requests: tuple[RequestInfo, ...], per_request: bool
     ) -> RoundDecision:
-        weights, num_new = self._weights(stream, requests)
-        probing = self._probe_left > 0 and self._probe is not None and self._probe[0] is stream
-        if not probing:
-            stream.dwell -= 1.0 + (DWELL_ROUNDS * num_new / len(requests) if num_new else 0.0)
-            if stream.dwell <= 0.0:
-                self._switch(stream, point, weights)
-            self._probe, self._probe_left = None, 0
-            if self._now >= self._next_probe:
-                self._next_probe = self._now + PROBE_CHECK_ROUNDS
-                probing = self._plan_probe(stream, point, weights)
-        arm = stream.arm
-        if probing:
-            assert self._probe is not None
-            self._probe_left -= 1
-            arm = self._probe[1]
+        weights = self._weights(stream, requests)
+        if stream.dwell <= 0.0 and not stream.probe_left:
+            self._switch(stream, point, weights)
+        if self._now >= self._next_probe and not stream.probe_left:
+            self._next_probe = self._now + PROBE_CHECK_ROUNDS
+            self._plan_probe(stream, point, weights)
+        arm, probes = stream.arm, stream.probe_left > 0
+        if probes:
+            stream.probe_left -= 1
+            arm = stream.probe
         elif len(requests) == 1 and max(weights) < CERTAIN:
             arms = {arm, *(best for best, share in zip(point.best, weights, strict=True) if share > MIN_SHARE)}
-            worth = point.informed(self._worth(stream, point, sorted(arms), weights), weights)
+            worth = point.informed(self._worth(point, sorted(arms), weights), weights)
             arm = max(worth, key=lambda arm: worth[arm])
         catch_up_s = self._catch_up_s(point, arm[0])
         if arm[0]:
             arm = self._affordable(point, arm, catch_up_s)
-        self._last_option = point, arm[0]
+        self._last = point, arm[0]
         lengths: tuple[int, ...] = ()
         if per_request and len(requests) > 1 and arm[0]:
             lengths = self._lengths(point, arm, requests, weights)
-        catch_up = catch_up_s > 0.0 and arm[0] > 0
         setup = point.setups[arm[0]][arm[1]]
-        return RoundDecision(setup, True, *stream.operating_point, probing, requests, lengths, catch_up)
+        catch_up = catch_up_s > 0.0 and arm[0] > 0
+        return RoundDecision(setup, True, *stream.operating_point, probes, requests, lengths, catch_up)
 
-    def _weights(self, stream: Stream, requests: tuple[RequestInfo, ...]) -> tuple[list[float], int]:
-        """Mean shares of domains in the batch, and how many requests are new."""
-        domains = self._state.domains
+    def _weights(self, stream: Stream, requests: tuple[RequestInfo, ...]) -> list[float]:
+        """Mean shares of domains in the batch; new requests bring the next look for a better setup forward."""
+        domains, texts = self._state.domains, self._texts
         assert domains is not None
+        stream.dwell -= 1.0
         if not requests:
-            return domains.rows[stream.label], 0
-        num_new, rows = 0, []
+            return domains.rows[stream.label][0]
+        rows = []
         for request in requests:
-            entry = self._requests.get(request.id)
-            if entry is None:
-                num_new += 1
-                if len(self._requests) >= MAX_REQUESTS:
-                    del self._requests[next(iter(self._requests))]
-                label = domains.labels.get(request.domain, 0)
-                entry = self._requests[request.id] = domains.start(label), label
-            rows.append(entry[0])
-        if len(rows) == 1:
-            return rows[0], num_new
-        return [sum(column) / len(rows) for column in zip(*rows, strict=True)], num_new
+            text = texts.get(request.id)
+            if text is None:
+                stream.dwell -= DWELL_ROUNDS / len(requests)
+                if len(texts) >= MAX_REQUESTS:
+                    del texts[next(iter(texts))]
+                text = texts[request.id] = domains.start(request.domain)
+            rows.append(text[0])
+        return rows[0] if len(rows) == 1 else [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
     def _switch(self, stream: Stream, point: Point, weights: Sequence[float]) -> None:
         """Takes the setup of the highest expected goodput into use, if it is a margin above the present one."""
         stream.dwell = REVIEW_ROUNDS  # estimates move little from round to round
-        main = weights.index(max(weights))
-        if weights[main] > 1.0 - OPEN_SHARE and point.best[main] == stream.arm:
+        share = max(weights)
+        main = weights.index(share)
+        if share > 1.0 - OPEN_SHARE and point.best[main] == stream.arm:
             return
         candidates = {best for best, share in zip(point.best, weights, strict=True) if share > MIN_SHARE}
-        if weights[main] < CERTAIN:  # a setup may be the best of no domain, and good for all
+        if share < CERTAIN:  # a setup may be the best of no domain, and good for all
             candidates.add(point.peak(self._now % len(point.lengths), main))
-        candidates.discard(stream.arm)
-        if candidates:
-            worth = self._worth(stream, point, [stream.arm, PLAIN_ARM, *candidates], weights)
-            for arm in {stream.arm, PLAIN_ARM}:
-                worth[arm] *= 1.0 + MARGIN
-            best = max(worth, key=lambda arm: worth[arm])
-            if best != stream.arm:
-                stream.arm, stream.dwell = best, DWELL_ROUNDS
+        worth = self._worth(point, [stream.arm, PLAIN_ARM, *sorted(candidates)], weights)
+        for arm in {stream.arm, PLAIN_ARM}:
+            worth[arm] *= 1.0 + MARGIN
+        best = max(worth, key=lambda arm: worth[arm])
+        if best != stream.arm:
+            stream.arm, stream.dwell = best, DWELL_ROUNDS
 
-    def _worth(self, stream: Stream, point: Point, arms: Sequence[Arm], weights: Sequence[float]) -> dict[Arm, float]:
-        """Tokens per second of setups, catching up included; less where a setup was only forecast."""
-        worth = {}
-        for option, index in arms:
-            value = point.value((option, index), weights, self._catch_up_s(point, option) / PAYBACK_ROUNDS)
-            if option and (option, index) not in point.proven:
-                rounds = point.times.rounds[option]
-                doubt = stream.doubt * DOUBT_ROUNDS / (DOUBT_ROUNDS + rounds)
-                value *= 1.0 - doubt - UNPROVEN_MARGIN * UNPROVEN_ROUNDS / (UNPROVEN_ROUNDS + rounds)
-            worth[option, index] = value
-        return worth
+    def _worth(self, point: Point, arms: Iterable[Arm], weights: Sequence[float]) -> dict[Arm, float]:
+        """Tokens per second of setups, catching up included."""
+        return {arm: point.value(arm, weights, self._catch_up_s(point, arm[0]) / PAYBACK_ROUNDS) for arm in arms}
 
     def _catch_up_s(self, point: Point, option: int) -> float:
         """Seconds in which a draft reads the text it missed; 0 for the one that ran last."""
-        last_point, last_option = self._last_option
+        last_point, last_option = self._last
         if last_point is None or not option or last_point.drafts[last_option] == point.drafts[option]:
             return 0.0
         return point.catch_up_s[option]
@@ -292,25 +265,23 @@ class Selector:
             index -= 1
         return (option, index) if index >= 0 else PLAIN_ARM
 
-    def _plan_probe(self, stream: Stream, point: Point, weights: Sequence[float]) -> bool:
-        """Whether the next option in turn may be better than the setup in use, and can be paid: it is then probed."""
+    def _plan_probe(self, stream: Stream, point: Point, weights: Sequence[float]) -> None:
+        """Probes plain decoding after a time, or the next option in turn where it may be better and can be paid."""
         arm, main = PLAIN_ARM, weights.index(max(weights))
         if not stream.arm[0] or self._now - point.times.last[0] < PLAIN_ROUNDS:
             self._num_looks += 1
             arm = point.peak(self._num_looks % len(point.lengths), main)
-            value, rate = point.value(arm, weights), point.value(stream.arm, weights)
-            hopeful = value * (1.0 + PROBE_ERRORS * point.error(arm, main, self._now))
-            if arm[0] == stream.arm[0] or hopeful <= rate * (1.0 + MARGIN):
-                return False
-            catch_up_s = self._catch_up_s(point, arm[0])
-            cost = PROBE_ROUNDS * max(0.0, 1.0 - value / rate) + catch_up_s / point.plain_s
-            if cost > self._probe_credit or self._affordable(point, arm, catch_up_s) != arm:
-                return False
-        self._probe, self._probe_left = (stream, arm), PROBE_ROUNDS
-        return True
+            if arm[0] in (0, stream.arm[0]):
+                return
+            hopeful = point.value(arm, weights) * (1.0 + PROBE_ERRORS * point.error(arm, main, self._now))
+            if hopeful <= point.value(stream.arm, weights) * (1.0 + MARGIN):
+                return
+            if self._affordable(point, arm, self._catch_up_s(point, arm[0])) != arm:
+                return
+        stream.probe, stream.probe_left = arm, PROBE_ROUNDS
 
     def _lengths(
-        self, point: Point, arm: Arm, requests: tuple[RequestInfo, ...], weights: Sequence[float]
+        self, point: Point, arm: Arm, requests: tuple[RequestInfo, ...], weights: list[float]
     ) -> tuple[int, ...]:
         """By request: the longest length whose last token is expected to earn its part of the round's time."""
         option, index = arm
@@ -318,7 +289,7 @@ class Selector:
         worth = point.value(arm, weights)  # tokens per second of a row: what a second is worth
         chosen = []
         for request in requests:
-            shares, _ = self._requests.get(request.id) or (weights, 0)
+            shares, _ = self._texts.get(request.id) or (weights, 0)
             columns = zip(*(model.tokens for model in point.models[option].models), strict=True)
             tokens = [sum(map(mul, shares, column)) for column in columns]
             best = 0
@@ -355,102 +326,90 @@ class Selector:
     def _observe(self, report: RoundReport, *, many: bool = False) -> bool:
         decision = report.decision
         with self._lock:
-            key = decision[2:6]
-            stream = self._state.streams.get(key) if decision.covered else None  # type: ignore[call-overload]
-            arm = None if stream is None or stream.point is None else stream.point.find(decision.setup)
-            lost = decision.covered and (stream is None or (stream.point is not None and arm is None))
-            if lost or not _is_possible(report, decision.setup.length, many):
-                self.num_refused += not (lost and key in self._replaced)  # it was under way when the policy changed
+            stream = arm = point = None
+            is_lost = False
+            if decision.covered:
+                stream = self._state.streams.get(decision[2:6])  # type: ignore[call-overload]
+                point = None if stream is None else stream.point
+                arm = None if point is None else point.find(decision.setup)
+                is_lost = stream is None or (point is not None and arm is None)
+            if is_lost or not _is_possible(report, many):
+                # a round may have been under way when the policy was replaced
+                self.num_refused += not (is_lost and decision[2:6] in self._replaced)
                 return False
-            if stream is not None and stream.point is not None and arm is not None:
-                self._learn(stream, stream.point, arm, report, many)
+            if stream is not None and point is not None and arm is not None:
+                self._learn(stream, point, arm, report, many=many)
             return True
 
-    def _learn(self, stream: Stream, point: Point, arm: Arm, report: RoundReport, many: bool) -> None:
-        rows, decision = report.rows, report.decision
-        num_rounds, scale = 1, 1.0
-        if many:
-            num_rounds, scale = len(rows), 1.0 / max(1, len(decision.requests))  # of a request's rounds
-        self._now += max(1, round(scale * num_rounds))
-        taken_s = self._learn_times(point, arm, report, num_rounds)
-        accepted, mains = self._learn_acceptance(stream, point, arm, report)
+    def _learn(self, stream: Stream, point: Point, arm: Arm, report: RoundReport, *, many: bool) -> None:
+        """Learns from a round, or from many of one request, which count by its share of the batch."""
+        decision, num_rows = report.decision, len(report.rows)
+        num_rounds, scale = (num_rows, 1.0 / max(1, len(decision.requests))) if many else (1, 1.0)
+        count = scale * num_rounds
+        self._now += max(1, round(count))
+        taken_s = scale * self._learn_times(point, arm, report, num_rounds)
+        num_accepted, mains = self._learn_acceptance(stream, point, arm, report) if arm[0] else (0, [0])
         plain_s = point.plain_s
-        emitted_s = scale * num_rounds * (accepted / len(rows) + 1.0) * plain_s
-        lost_s = scale * taken_s - emitted_s
-        self._budget.add(lost_s, plain_s, scale * num_rounds)
+        emitted_s = count * (num_accepted / num_rows + 1.0) * plain_s
+        lost_s = taken_s - emitted_s
+        self._budget.add(lost_s, plain_s, count)
         self._totals[0] += emitted_s
-        self._totals[1] += scale * taken_s
-        credit = PROBE_ROUND_SHARE * scale * num_rounds - min(0.0, PROBE_GAIN_SHARE * lost_s / plain_s)
-        if decision.probe:
-            credit -= max(0.0, lost_s / plain_s)
-        self._probe_credit = min(MAX_PROBE_CREDIT, self._probe_credit + credit)
+        self._totals[1] += taken_s
         point.refresh_after(arm[0], mains)
 
     def _learn_times(self, point: Point, arm: Arm, report: RoundReport, num_rounds: int) -> float:
-        """Seconds that the rounds took, as expected: the machine's noise is not the draft's."""
-        rows, decision, option = report.rows, report.decision, arm[0]
+        """Learns from the seconds of rounds; returns those expected of such: noise of the machine is no loss."""
+        decision, option = report.decision, arm[0]
         length = max(decision.lengths) if decision.lengths else decision.setup.length
-        width = rows[0][0] if len(rows) == 1 else max([proposed for proposed, _ in rows])
-        widths = [width] if num_rounds == 1 else [proposed for proposed, _ in rows]
+        widths = [proposed for proposed, _ in report.rows]
+        if num_rounds == 1 and len(widths) > 1:
+            widths = [max(widths)]
         taken_s = sum([point.round_s(arm, width) for width in widths])
-        # a model drafts what was decided, also where an engine drops its tokens or a request ends before
-        is_whole = width == length if num_rounds == 1 else min(widths) == length
-        if (is_whole or point.is_lookup[option]) and not decision.catch_up:
+        if not decision.catch_up and (point.is_lookup[option] or min(widths) == length):
             if report.seconds is not None:
                 stored_s = sum([point.seconds[option][width] for width in widths])
-                point.times.observe(arm if width else PLAIN_ARM, report.seconds / stored_s, self._now, num_rounds)
-        else:
-            most_s = taken_s if is_whole else num_rounds * point.round_s(arm, length)
+                point.times.observe(arm if max(widths) else PLAIN_ARM, report.seconds / stored_s, self._now, num_rounds)
+        else:  # a model drafts what was decided, also where an engine drops its tokens or a request ends before
+            most_s = num_rounds * point.round_s(arm, length)
             most_s += decision.catch_up * MAX_CATCH_UP * point.catch_up_s[option]
             seconds = most_s if report.seconds is None else report.seconds / math.exp(point.times.machine)
             taken_s = max(taken_s, min(most_s, seconds))
         return taken_s + report.extra_s / math.exp(point.times.machine) if report.extra_s else taken_s
 
     def _learn_acceptance(self, stream: Stream, point: Point, arm: Arm, report: RoundReport) -> tuple[int, list[int]]:
-        """Updates requests and acceptance; returns accepted tokens, and by row the domain that it is most like."""
-        domains, decision, option = self._state.domains, report.decision, arm[0]
-        if not option:
-            return 0, [0]
+        """Learns from rows of drafted rounds; returns accepted tokens, and by row the domain that it is most like."""
+        domains, decision, (option, index) = self._state.domains, report.decision, arm
         assert domains is not None
-        requests: Sequence[RequestInfo | None] = decision.requests or (None,) * len(report.rows)
+        infos: Sequence[RequestInfo | None] = decision.requests or (None,) * len(report.rows)
         if report.ids is not None:
-            infos = {request.id: request for request in decision.requests}
-            requests = [infos.get(request) for request in report.ids]
-        num_proposed = num_accepted = 0
-        expected, mains = 0.0, []
+            by_id = {info.id: info for info in decision.requests}
+            infos = [by_id.get(name) for name in report.ids]
         lengths = dict(zip(decision.requests, decision.lengths, strict=True)) if decision.lengths else {}
-        for info, (proposed, accepted) in zip(requests, report.rows, strict=True):
-            draft = point.models[option]
-            # tokens that could not be proposed, as the text or the match ends, are not gained
-            length = lengths[info] if lengths and info is not None else decision.setup.length
-            row = (length, accepted) if proposed else (0, 0)
-            if info is None:
-                weights, main = domains.learn(domains.rows[stream.label], stream.label, draft, row)
-                domains.rows[stream.label] = weights
-            else:
+        mains, num_proposed, num_accepted, expected = [], 0, 0, 0.0
+        for info, (proposed, accepted) in zip(infos, report.rows, strict=True):
+            draft, text, length = point.models[option], domains.rows[stream.label], decision.setup.length
+            if info is not None:
                 if info.temperature != point.temperature:
                     draft = domains.nearest(info.temperature)[point.drafts[option]]
-                label = domains.labels.get(info.domain, 0)
-                weights, label = self._requests.get(info.id) or (domains.shares[label], label)
-                weights, main = domains.learn(weights, label, draft, row)
-                if info.id in self._requests:
-                    self._requests[info.id] = weights, label
+                text = self._texts.get(info.id) or domains.start(info.domain)
+                length = lengths[info] if lengths else length
+            # tokens that could not be proposed, as the text or the match ends, are not gained
+            main = domains.learn(text, draft, (length, accepted) if proposed else (0, 0))
             mains.append(main)
             num_proposed += proposed
             num_accepted += accepted
-            expected += draft.models[main].tokens[arm[1]] - 1.0
-        totals, rate = self._totals, STATS_WEIGHT / len(report.rows)
-        for number, value in enumerate((num_proposed, expected, num_accepted), 2):
-            totals[number] += rate * value - STATS_WEIGHT * totals[number]
+            expected += draft.models[main].tokens[index] - 1.0
+        for number, count in enumerate((num_proposed, expected, num_accepted), 2):
+            self._totals[number] += STATS_WEIGHT * (count / len(mains) - self._totals[number])
         return num_accepted, mains
 
     def finish(self, requests: Iterable[Hashable]) -> None:
         """Forgets requests that ended."""
         with self._lock:
             for request in requests:
-                entry = self._requests.pop(request, None)
-                if entry is not None and self._state.domains is not None:
-                    self._state.domains.finish(*entry)
+                text = self._texts.pop(request, None)
+                if text is not None and self._state.domains is not None:
+                    self._state.domains.finish(text)
 
     def replace(self, policy: Policy) -> None:
         """Switches to another policy and keeps what was learned of drafts and domains that both have.
@@ -465,7 +424,7 @@ class Selector:
             state.update()
             self._replaced = frozenset(self._state.streams)
             self._state = state
-            self._forget_rounds()
+            self._forget()
 
     def snapshot(self) -> dict[str, Any]:
         """All that was learned, as JSON values for `restore`, in another process too; requests are left out."""
@@ -495,29 +454,35 @@ class Selector:
         with self._lock:
             self._state, self._budget = fresh._state, fresh._budget
             load([self], snapshot["learned"])
-            self._forget_rounds()
+            self._forget()
+
+    def _forget(self) -> None:
+        """What belongs to rounds under way."""
+        self._last = None, 0
+        self._texts.clear()
 
 
-def _is_possible(report: RoundReport, length: int, many: bool) -> bool:
-    """Whether rounds of up to `length` proposed tokens can report such rows and seconds."""
+def _is_possible(report: RoundReport, many: bool) -> bool:
+    """Whether a round, or many of one request, can report such rows and seconds."""
     decision, rows, seconds, extra_s, ids = report
-    if ids is None and decision.requests and not many:
-        ids = tuple([request.id for request in decision.requests])
     if not isinstance(rows, SEQUENCES) or not rows:
         return False
     if many:
         fits = ids != ()
     else:
+        if ids is None and decision.requests:
+            ids = tuple([request.id for request in decision.requests])
         fits = ids is None or len(rows) == len(ids) == len(set(ids))
         fits &= not decision.covered or len(rows) <= decision.batch_size
+    length = decision.setup.length
     for row in rows:
         if not isinstance(row, SEQUENCES) or len(row) != 2:
             return False
         proposed, accepted = row
         if type(proposed) is not int or type(accepted) is not int or not 0 <= accepted <= proposed <= length:
             return False  # bool, and the integers of arrays, are not int
-    seconds = 1.0 if seconds is None else seconds
-    for value, least in ((seconds, MIN_ROUND_S), (extra_s, 0.0)):
-        if not isinstance(value, NUMBERS) or not least <= value < MAX_ROUND_S:
-            return False
-    return fits
+    return fits and (seconds is None or _is_time(seconds, MIN_ROUND_S)) and _is_time(extra_s, 0.0)
+
+
+def _is_time(value: Any, least: float) -> bool:
+    return isinstance(value, NUMBERS) and least <= value < MAX_ROUND_S

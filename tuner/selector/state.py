@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Collection, Iterator
+from functools import lru_cache
 from typing import Any
 
 from profiles.records.core import PLAIN, Setup, digest_of
@@ -12,32 +13,24 @@ from tuner.selector.acceptance import Domains
 from tuner.selector.point import PLAIN_ARM, Arm, Point
 
 FIRST_ROUNDS = 4.0  # of the policy's choice, which rests on real runs, before estimates may say otherwise
-MAX_DOUBT = 0.15
 MAX_QUERIES = 4096  # whose answers are remembered
 
 
 class Stream:
     """The setup in use for queries that one choice of the policy answers.
 
-    `dwell`: rounds before the next look for a better one. `doubt`: by how much, at first, the prior's best exceeds the
-    policy's choice, which rests on real runs.
+    `setup`: the policy's choice, the only one where the prior does not cover it (`point` None). `arm`: the setup in
+    use. `dwell`: rounds before the next look for a better one.
     """
 
     LEARNED = ("arm", "dwell")
-    __slots__ = ("arm", "doubt", "dwell", "fixed", "key", "label", "operating_point", "point")
 
     def __init__(self, operating_point: OperatingPoint, setup: Setup, point: Point | None, domains: Domains | None):
-        self.operating_point, self.point, self.fixed = operating_point, point, setup
-        self.arm: Arm = PLAIN_ARM
-        self.dwell, self.doubt, self.label = FIRST_ROUNDS, 0.0, 0
-        if point is not None and domains is not None:
-            self.label = domains.labels.get(operating_point.domain, 0)
-            self.arm = point.find(setup) or PLAIN_ARM
-            point.proven.add(self.arm)
-            if self.arm[0] and operating_point.domain in domains.names:
-                weights = [float(name == operating_point.domain) for name in domains.names]
-                best = point.value(point.best[weights.index(1.0)], weights)
-                self.doubt = max(0.0, min(MAX_DOUBT, best / point.value(self.arm, weights) - 1.0))
+        self.operating_point, self.point, self.setup = operating_point, point, setup
+        self.arm: Arm = (point and point.find(setup)) or PLAIN_ARM
+        self.dwell = FIRST_ROUNDS
+        self.label = 0 if domains is None else domains.labels.get(operating_point.domain, 0)
+        self.probe, self.probe_left = PLAIN_ARM, 0  # the setup that is tried, for so many rounds
         self.key = digest_of([*operating_point, setup.digest, None if point is None else point.times.key])
 
 
@@ -50,7 +43,7 @@ class SelectorState:
         self.policy, self.digest = policy, digest_of(to_json(policy))
         self._temperatures = sorted({choice.temperature for choice in policy.choices})
         self._contexts = sorted({choice.context_length for choice in policy.choices})
-        self._answers: dict[tuple[int, int | None, str | None, float], Stream | None] = {}
+        self._answer = lru_cache(MAX_QUERIES)(self._look_up)  # callers may put anything into the label
         prior = policy.prior
         self.domains = None if prior is None or not prior.acceptance else Domains(prior)
         times: dict[tuple[int, int, float], dict[int | None, RoundTimes]] = {}
@@ -86,12 +79,7 @@ class SelectorState:
         if type(context_length) is int and context_length >= 1:  # between two measured ones the answer does not change
             longer = bisect_left(self._contexts, context_length)
             context_length = self._contexts[longer] if longer < len(self._contexts) else None
-        query = batch_size, context_length, domain, temperature
-        if query not in self._answers:
-            if len(self._answers) >= MAX_QUERIES:  # a caller that puts anything into the label
-                self._answers.clear()
-            self._answers[query] = self._look_up(*query)
-        return self._answers[query]
+        return self._answer(batch_size, context_length, domain, temperature)
 
     def _look_up(
         self, batch_size: int, context_length: int | None, domain: str | None, temperature: float

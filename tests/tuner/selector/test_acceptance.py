@@ -97,14 +97,13 @@ def test_a_request_tells_its_domain() -> None:
     """Without a label a few rounds of a draft that does better on code show that the text is code."""
     mixture = domains()
     code = mixture.names.index("code")
-    draft, weights = mixture.drafts[0.0][1], mixture.shares[0]
+    draft, text = mixture.drafts[0.0][1], mixture.start(None)
+    weights, _ = text
     assert 0.1 < weights[code] < weights[mixture.names.index(MIXED)]
-    for _ in range(12):
-        weights, main = mixture.learn(weights, 0, draft, (4, 4))
+    assert [mixture.learn(text, draft, (4, 4)) for _ in range(12)][-1] == code
     assert weights[code] > 0.8
-    assert main == code
     for _ in range(20):
-        weights, _ = mixture.learn(weights, 0, draft, (4, 0))
+        mixture.learn(text, draft, (4, 0))
     assert weights[mixture.names.index(REJECTED)] > 0.8
 
 
@@ -115,13 +114,13 @@ def test_what_is_under_a_label_is_learned() -> None:
     assert mixture.shares[mixture.labels["code"]][code] > 0.85
     rng = random.Random(0)
     for _ in range(60):
-        weights = mixture.start(0)
+        text = mixture.start(None)
         for _ in range(20):
             accepted = next((position for position in range(4) if rng.random() > 0.8), 4)
-            weights, _ = mixture.learn(weights, 0, mixture.drafts[0.0][1], (4, accepted))
-        mixture.finish(weights, 0)
-    assert mixture.start(0)[code] > 0.6
-    assert sum(mixture.start(0)) == pytest.approx(1.0)
+            mixture.learn(text, mixture.drafts[0.0][1], (4, accepted))
+        mixture.finish(text)
+    assert mixture.start(None)[0][code] > 0.6
+    assert sum(mixture.start(None)[0]) == pytest.approx(1.0)
 
 
 def test_requests_that_repeat_their_domain() -> None:
@@ -131,8 +130,8 @@ def test_requests_that_repeat_their_domain() -> None:
         mixture = domains()
         of_domain = [[float(name == domain) for name in mixture.names] for domain in ("mixed", "code")]
         for number in range(40 * length):
-            mixture.finish(of_domain[number // length % 2], 0)
-        starts.append(mixture.start(0)[mixture.names.index("code")])
+            mixture.finish((of_domain[number // length % 2], 0))
+        starts.append(mixture.start(None)[0][mixture.names.index("code")])
     assert starts[0] > 0.8
     assert starts[1] == pytest.approx(0.5, abs=0.1)
 
