@@ -142,7 +142,10 @@ def add_options(parser: argparse.ArgumentParser, seeds: int) -> None:
     """The flags that both benchmarks of the selector share."""
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument(
-        "--first-seed", type=int, default=1000, help="the selector's constants were set at seeds 0 to 3"
+        "--first-seed",
+        type=int,
+        default=2000,
+        help="the selector's constants were set at seeds 0 to 3 and 1000 to 1005",
     )
     parser.add_argument("--traces", type=Path, help="folder of a store to keep traces in; none: trace anew")
     parser.add_argument("--prompts", type=int, default=144, help="half make the policy, half are served")
