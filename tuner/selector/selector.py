@@ -34,8 +34,7 @@ from tuner.policy.query import MIXED, OperatingPoint
 from tuner.selector.acceptance import Text
 from tuner.selector.loss_budget import LossBudget
 from tuner.selector.point import MIN_SHARE, PLAIN_ARM, Arm, Point
-from tuner.selector.snapshot import load, save
-from tuner.selector.state import SelectorState, Stream
+from tuner.selector.state import SelectorState, Stream, load, save
 
 GUARANTEE, WINDOW = 0.98, 5000
 SNAPSHOT_VERSION = 5

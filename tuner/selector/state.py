@@ -1,7 +1,11 @@
-"""What a selector holds of one policy: its choices, their operating points, and the domains of its prior."""
+"""What a selector holds of one policy: its choices, their operating points, the domains of its prior; as JSON values.
 
+What learns names its learned attributes in `LEARNED`, and has a key.
+"""
+
+import math
 from bisect import bisect_left
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -112,3 +116,32 @@ class SelectorState:
         """Recomputes all figures."""
         for point in self.points.values():
             point.update()
+
+
+def save(parts: Iterable[Any]) -> dict[str, list[Any]]:
+    """The learned values of parts, by key, as JSON values."""
+    return {part.key: [_copy(getattr(part, name)) for name in part.LEARNED] for part in parts}
+
+
+def load(parts: Iterable[Any], values: Mapping[str, Any], *, strict: bool = True) -> None:
+    """Takes over what `save` gave of parts with these keys; unless `strict` others stay as they are.
+
+    Raises LookupError, ValueError or TypeError: of other parts, or not finite.
+    """
+    for part in parts:
+        if strict or part.key in values:
+            for name, value in zip(part.LEARNED, values[part.key], strict=True):
+                setattr(part, name, _alike(getattr(part, name), value))
+
+
+def _copy(value: Any) -> Any:
+    return [_copy(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _alike(present: Any, value: Any) -> Any:
+    """The value in the form of the present one."""
+    if isinstance(present, list | tuple):
+        return type(present)([_alike(old, new) for old, new in zip(present, value, strict=True)])
+    if not math.isfinite(value):
+        raise ValueError(f"a value of {value}")
+    return type(present)(value)
