@@ -39,7 +39,7 @@ from tuner.selector.state import SelectorState, Stream, load, save
 GUARANTEE, WINDOW = 0.98, 5000
 SNAPSHOT_VERSION = 5
 MARGIN = 0.02  # another setup must promise so much more than the one in use
-CERTAIN = 0.75  # share of a request's main domain, under which rounds are also chosen for what they tell
+CERTAIN = 0.9  # share of a request's main domain, under which rounds are also chosen for what they tell
 OPEN_SHARE = 0.05  # of other domains, up to which the best setup of the main one is the best
 REVIEW_ROUNDS = 2.0  # between two looks for a better setup
 DWELL_ROUNDS = 4.0  # before the next change; new requests shorten it
