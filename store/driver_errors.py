@@ -27,7 +27,7 @@ def reason(error: BaseException) -> str:
     tried = [line for line in lines if " failed: " in line][-1:]  # of a host with two addresses the last
     text = printable(_NOISE.sub("", (tried or lines or ["no reason was given"])[0]).strip())[:300]
     code = _code(cause)
-    advice = [advice for advice, codes in _ADVICE.items() if any(_is_of(code, known) for known in codes)]
+    advice = [advice for advice, codes in _ADVICE.items() if any(_is_of(code, listed) for listed in codes)]
     return ": ".join([text, *advice[:1]])
 
 
@@ -46,5 +46,5 @@ def _code(cause: BaseException) -> int | str | None:
     return "08" if hasattr(cause, "sqlstate") and type(cause).__name__ in _LOST else None
 
 
-def _is_of(code: int | str | None, known: int | str) -> bool:
-    return code == known or (isinstance(code, str) and isinstance(known, str) and code.startswith(known))
+def _is_of(code: int | str | None, listed: int | str) -> bool:
+    return code == listed or (isinstance(code, str) and isinstance(listed, str) and code.startswith(listed))

@@ -93,8 +93,8 @@ def _record(kind: type[Any], row: Row, *names: str, **values: Any) -> Any:
 
 def _run(row: Row) -> Row:
     outcome = _json(row["outcome"])
-    kept = {"finished_at": row["finished_at"], "workload": _json(row["workload"]), "outcome": outcome}
-    return {**kept, **tables.run_costs(outcome)}
+    columns = {"finished_at": row["finished_at"], "workload": _json(row["workload"]), "outcome": outcome}
+    return {**columns, **tables.run_costs(outcome)}
 
 
 def _copy_policies(connection: Connection) -> None:
@@ -148,18 +148,18 @@ def _step_times(connection: Connection) -> Iterator[Row]:
 def _workloads(connection: Connection) -> dict[str, Row]:
     """What each anchor's digest was made of, where a run tells; the context length is not part of it."""
     batch_sizes = [row["batch_size"] for row in _rows(connection, "SELECT DISTINCT batch_size FROM old_step_times")]
-    known = {}
+    timed = {}
     for row in _rows(connection, "SELECT workload FROM old_runs"):
         with contextlib.suppress(*DAMAGES):
             workload = _record(Workload, {}, **_json(row["workload"]))
             for batch_size in {1, workload.batch_size, *batch_sizes}:
                 of_batch = replace(workload, batch_size=batch_size)
-                known[of_batch.timing_digest] = tables.workload_row(of_batch)
+                timed[of_batch.timing_digest] = tables.workload_row(of_batch)
     query = "SELECT anchor_digest FROM old_samples UNION SELECT anchor_digest FROM old_infeasible"
     anchors = [row["anchor_digest"] for row in _rows(connection, query)]
     unknown = dict.fromkeys(tables.workloads.columns.keys()[1:])  # without the id
     return {
-        anchor: {**unknown, "timing_digest": anchor, **known.get(anchor, {})}
+        anchor: {**unknown, "timing_digest": anchor, **timed.get(anchor, {})}
         | {"digest": digest_of([anchor, None]), "context_length": None}
         for anchor in anchors
     }
