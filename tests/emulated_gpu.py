@@ -1,13 +1,15 @@
-"""GPUs emulated on a CPU: runs the CUDA path and refuses what CUDA refuses.
+"""GPUs emulated on a CPU: runs the CUDA path, graphs and all, and refuses what CUDA refuses.
 
-    with EmulatedGpu() as gpu:
+    with EmulatedGpu(cudnn_first=True) as gpu:
         model = loader.load(path, dtype="float32", device="cuda:1").model
         ...
-    gpu.syncs
+    gpu.syncs, gpu.captures, gpu.kernels
 
 A `CudaTensor` says that it is on `cuda:N`; its values are in a CPU tensor. Every ATen call on one is checked and then
-computed on the CPU. What is seen: tensors on two devices; waits of the host, by kind and line of the product; the
-memory layout of what attention returns. What is not: speed, races, the kernels' rounding, and wrong beliefs about CUDA.
+computed on the CPU. What is seen: tensors on two devices; waits of the host, by kind and line of the product; what a
+capture forbids; captures on another device than the model's; replays that read freed memory; outputs that are read
+before a replay, because a capture computes nothing (they are poisoned); the memory layouts of the attention kernels.
+What is not: speed, races, the allocator's pools, the kernels' rounding, and wrong beliefs about CUDA.
 """
 
 import contextlib
@@ -19,16 +21,26 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from unittest import mock
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
+from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 PRODUCT = ("/profiles/", "/tests/emulated_faults")  # where a wait is looked for
 WAITS = {"nonzero", "masked_select", "_unique2", "unique_dim", "_local_scalar_dense", "equal", "is_nonzero", "bincount"}
+RANDOM = {"multinomial", "randperm", "bernoulli", "normal", "rand"}
+HALF = (torch.float16, torch.bfloat16)
+KERNELS = {
+    "math": SDPBackend.MATH,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
 _active: "list[EmulatedGpu]" = []
 
 
@@ -57,17 +69,107 @@ class CudaTensor(torch.Tensor):
         return f"CudaTensor({self.host!r}, {self.device})"
 
 
+class _Address(NamedTuple):
+    """Where a captured call finds a tensor: memory that it does not keep."""
+
+    storage: StorageWeakRef
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, host: torch.Tensor) -> "_Address":
+        storage = StorageWeakRef(host.untyped_storage())
+        return cls(storage, host.dtype, host.storage_offset(), tuple(host.shape), host.stride())
+
+    def read(self) -> torch.Tensor:
+        if self.storage.expired():
+            raise RuntimeError("illegal memory access: a replay reads memory that was freed after the capture")
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.shape, self.strides)
+
+
+class Graph:
+    """Stands in for `torch.cuda.CUDAGraph`: captures calls on one device, replays them on the same addresses."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda")
+        self.has_failed = False
+        self._calls: list[tuple[Callable[..., Any], Any, Any, list[_Address]]] = []
+        self._pool: dict[int, torch.UntypedStorage] = {}  # allocated in the capture, kept as long as the graph
+        self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def save(self, written: list[torch.Tensor]) -> None:
+        """Notes what a write in the capture would change: nothing runs yet."""
+        for storage in (host.untyped_storage() for host in written):
+            if storage._cdata not in self._pool and storage._cdata not in self._before:
+                self._before[storage._cdata] = storage, storage.clone()
+
+    def add(self, func: Callable[..., Any], args: Any, kwargs: Any, made: list[torch.Tensor]) -> None:
+        self._pool |= {host.untyped_storage()._cdata: host.untyped_storage() for host in made}
+        addresses = _mapped(_address, args), _mapped(_address, kwargs)
+        self._calls.append((func, *addresses, [_Address.of(host) for host in made]))
+
+    def finish(self) -> None:
+        for storage, before in self._before.values():
+            storage.copy_(before)
+        for storage in self._pool.values():
+            storage.fill_(0xFF)
+        self._before = {}
+        if not self._calls:
+            warnings.warn("The CUDA Graph is empty", stacklevel=3)
+
+    def replay(self) -> None:
+        _active[-1].launches += 1
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            for func, args, kwargs, made in self._calls:
+                output = func(*_mapped(_read, args), **_mapped(_read, kwargs))
+                for address, result in zip(made, filter(_is_tensor, _leaves(output)), strict=bool(made)):
+                    address.read().copy_(result)
+
+
+class Stream:
+    """Stands in for `torch.cuda.Stream`; work is done at once."""
+
+    def __init__(self, device: Any = None) -> None:
+        self.device = _active[-1].indexed("cuda" if device is None else device)
+
+    def wait_stream(self, other: "Stream") -> None: ...
+    def synchronize(self) -> None: ...
+
+
+class Attention(NamedTuple):
+    """A call of SDPA: the kernel, the shapes of queries and keys (B, heads, tokens, size), whether it had a mask."""
+
+    kernel: str
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    is_masked: bool
+
+
 class EmulatedGpu:
-    """Inside its `with` block torch has two GPUs.
+    """Inside its `with` block torch has GPUs.
+
+    Args:
+        cudnn_first: Whether SDPA prefers cuDNN, as torch's CUDA 13 wheels do on Hopper.
 
     Attributes:
         syncs: Waits of the host by (kind, `file.py:line` of the product).
+        kernels: Calls that would launch a kernel, outside of replays.
+        captures, launches: Graphs captured, and replayed; `streams`: those that were captured on.
+        attention: Calls of SDPA by kernel and shapes; cuDNN builds a plan for each of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, num_gpus: int = 2, cudnn_first: bool = False) -> None:
+        self.num_gpus, self.cudnn_first = num_gpus, cudnn_first
         self.syncs: Counter[tuple[str, str]] = Counter()
+        self.attention: Counter[Attention] = Counter()
+        self.kernels = self.captures = self.launches = self.emptied = 0
+        self.streams: list[Stream] = []
         self.current = 0
-        self._sync_mode = False
+        self.capture: Graph | None = None
+        self._sync_mode, self._has_warned = 0, False
         self._stack = contextlib.ExitStack()
         self._dispatch, self._functions = _Dispatch(self), _Functions(self)
 
@@ -99,16 +201,21 @@ class EmulatedGpu:
 
     def wait(self, kind: str) -> None:
         """The host waits for the device."""
+        if self.capture is not None:
+            self.capture.has_failed = True
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({kind})")
+        if self._sync_mode == 2:
+            raise RuntimeError(f"called a synchronizing CUDA operation ({kind})")
         frame: Any = sys._getframe()
         while frame is not None and not any(part in frame.f_code.co_filename for part in PRODUCT):
             frame = frame.f_back
         path, line = (frame.f_code.co_filename, frame.f_lineno) if frame else ("elsewhere", 0)
         self.syncs[kind, f"{Path(path).name}:{line}"] += 1
-        if self._sync_mode:
+        if self._sync_mode == 1:
             warnings.warn_explicit(f"called a synchronizing CUDA operation ({kind})", UserWarning, path, line)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Checks one ATen call as CUDA would and computes it on the CPU."""
+        """Checks one ATen call as CUDA would, computes it on the CPU, and records it in a capture."""
         leaves = list(_leaves((args, kwargs)))
         on_gpu = [leaf for leaf in leaves if isinstance(leaf, CudaTensor)]
         target = None if kwargs.get("device") is None else self.indexed(kwargs["device"])
@@ -122,6 +229,8 @@ class EmulatedGpu:
         self._check(name, args, kwargs, on_gpu, on_host, target)
         if name == "_local_scalar_dense":
             return on_gpu[0].host.item()
+        if name == "_fused_sdp_choice":
+            return KERNELS[self.kernel(*args[:2], kwargs.get("attn_mask", args[3] if len(args) > 3 else None))].value
         if name == "copy_" and not isinstance(args[0], CudaTensor):
             return args[0].copy_(args[1].host)
         device = on_gpu[0].device if target is None else target
@@ -136,52 +245,118 @@ class EmulatedGpu:
             to_host = not isinstance(args[0], CudaTensor) if name == "copy_" else bool(on_gpu)
             non_blocking = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
             is_free = non_blocking and not to_host and all(getattr(host, "is_lent", False) for host in on_host)
-            if not is_free:
+            if self.capture is not None or not is_free:
                 self.wait("device to host" if to_host else "host to device")
         has_mask = name in ("index", "index_put", "index_put_") and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         )
         if name in WAITS or has_mask:
             self.wait(f"{name} with a mask" if has_mask else name)
+        if self.capture is not None and name in RANDOM:
+            self.capture.has_failed = True
+            raise RuntimeError(f"{name} needs a generator that is registered with the capture")
 
     def _compute(self, func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
         to_host = device.type == "cpu"
-        writes = _writes(func) if isinstance(func, torch._ops.OpOverload) else []
+        writes, is_view = _aliases(func) if isinstance(func, torch._ops.OpOverload) else ([], False)
+        graph = self.capture if self.capture is not None and self.capture.device == device else None
         written = [arg for arg, is_written in zip(args, writes, strict=False) if is_written]
+        if graph is not None:
+            graph.save([arg.host for arg in written if isinstance(arg, CudaTensor)])
+        self.kernels += not is_view
         output = func(*_mapped(_values, args), **_mapped(_values, kwargs))
+        made = [] if written or is_view or to_host else list(filter(_is_tensor, _leaves(output)))
+        if graph is not None and not is_view and not to_host:
+            graph.add(func, args, kwargs, made)
         if written:
             return written[0]
         if to_host:
             return output
         return _mapped(lambda leaf: CudaTensor(leaf, device) if _is_tensor(leaf) else leaf, output)
 
-    def attend(self, *args: Any, **kwargs: Any) -> Any:
-        """SDPA, its output (batch, width, heads, size) in memory, as CUDA's flash and efficient kernels leave it."""
+    def attend(self, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0,
+               is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Any:  # fmt: skip
+        """SDPA, its output in memory as the kernel that CUDA would choose leaves it."""
+        chosen = self.kernel(query, key, attn_mask, is_causal=is_causal, enable_gqa=enable_gqa)
+        self.attention[Attention(chosen, tuple(query.shape), tuple(key.shape), attn_mask is not None)] += 1
 
-        def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
-            mixed = functional.scaled_dot_product_attention(*args, **kwargs)
-            return mixed.transpose(1, 2).contiguous().transpose(1, 2)
+        def compute(query: Any, key: Any, value: Any, attn_mask: Any) -> torch.Tensor:
+            mixed = functional.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+            if chosen in ("efficient", "flash"):  # (batch, width, heads, size) in memory
+                return mixed.transpose(1, 2).contiguous().transpose(1, 2)
+            return torch.empty_like(query, memory_format=torch.preserve_format).copy_(mixed)
 
-        return self.run(attention, args, kwargs)
+        compute.__name__ = "attention"
+        return self.run(compute, (query, key, value, attn_mask), {})
+
+    def kernel(self, query: Any, key: Any, mask: Any, *, is_causal: bool = False, enable_gqa: bool = False) -> str:
+        """What torch's sdp_utils.cpp chooses (2.11 to 2.13)."""
+        is_half, size = query.dtype in HALF, query.shape[-1]
+        may_use_cudnn = self.cudnn_first and torch.backends.cuda.cudnn_sdp_enabled()
+        if is_half and may_use_cudnn and size % 8 == 0 and size <= 128 and key.shape[2] > 1:
+            return "cudnn"
+        if is_half and mask is None and not (is_causal and query.shape[2] != key.shape[2]):
+            return "flash"
+        is_grouped = enable_gqa and query.shape[1] != key.shape[1]
+        return "math" if is_grouped or size % (8 if is_half else 4) else "efficient"
+
+    @contextlib.contextmanager
+    def _on_stream(self, stream: Stream) -> Iterator[None]:
+        before, self.current = self.current, stream.device.index
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextlib.contextmanager
+    def _capturing(self, graph: Graph, pool: Any = None, stream: Stream | None = None, **_: Any) -> Iterator[None]:
+        stream = stream or Stream()
+        self.captures += 1
+        self.streams.append(stream)
+        with self._on_stream(stream):
+            graph.device, self.capture = stream.device, graph
+            try:
+                yield
+            finally:
+                self.capture = None
+                if graph.has_failed:
+                    raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+                graph.finish()
 
     def _stand_ins(self) -> dict[str, Any]:
         properties = SimpleNamespace(name="an emulated GPU", major=9, minor=0, total_memory=2**37, uuid="")
         return {
             "is_available": lambda: True,
             "is_initialized": lambda: True,
-            "device_count": lambda: 2,
+            "device_count": lambda: self.num_gpus,
             "current_device": lambda: self.current,
             "get_device_properties": lambda device=None: properties,
             "get_device_capability": lambda device=None: (9, 0),
             "mem_get_info": lambda device=None: (2**36, 2**37),
             "synchronize": lambda device=None: None,
-            "empty_cache": lambda: None,
+            "empty_cache": self._empty_cache,
+            "get_sync_debug_mode": lambda: self._sync_mode,
             "set_sync_debug_mode": self._set_sync_mode,
+            "graph_pool_handle": lambda: (0, 1),
+            "set_stream": lambda stream: None,
+            "current_stream": Stream,
+            "stream": self._on_stream,
+            "Stream": Stream,
+            "CUDAGraph": Graph,
+            "graph": self._capturing,
             "_lazy_init": lambda: None,
         }
 
-    def _set_sync_mode(self, mode: str) -> None:
-        self._sync_mode = mode == "warn"
+    def _empty_cache(self) -> None:
+        self.emptied += 1
+
+    def _set_sync_mode(self, mode: int | str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=2)
+        self._sync_mode = {"default": 0, "warn": 1, "error": 2}[mode] if isinstance(mode, str) else mode
 
 
 class _Dispatch(TorchDispatchMode):
@@ -245,6 +420,14 @@ def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:
     return change(tree)
 
 
+def _address(leaf: Any) -> Any:
+    return _Address.of(leaf.host) if isinstance(leaf, CudaTensor) else leaf
+
+
+def _read(leaf: Any) -> Any:
+    return leaf.read() if isinstance(leaf, _Address) else leaf
+
+
 def _values(leaf: Any) -> Any:
     return leaf.host if isinstance(leaf, CudaTensor) else leaf
 
@@ -259,9 +442,10 @@ def _is_composite(func: Any) -> bool:
 
 
 @functools.cache
-def _writes(func: Any) -> list[bool]:
-    """Which arguments a call writes to."""
-    return [bool(entry.alias_info and entry.alias_info.is_write) for entry in func._schema.arguments]
+def _aliases(func: Any) -> tuple[list[bool], bool]:
+    """Which arguments a call writes to, and whether it only makes views."""
+    writes = [bool(entry.alias_info and entry.alias_info.is_write) for entry in func._schema.arguments]
+    return writes, any(entry.alias_info for entry in func._schema.returns) and not any(writes)
 
 
 def _lend_device_guard() -> None:

@@ -59,5 +59,6 @@ SERVER = ServerKind(
     ),
     read=lambda answer, *_: read_completion(answer, _counted_in),
     objection=rules.objection,
+    first=FIRST,
     args_for=lambda setup, _: args_for(setup),
 )

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 
 from profiles.engines.base import RequestInfo, RoundController, RoundDecision, RoundReport
+from profiles.engines.torch.batch_model import SMALLEST_VIEW, RowStepper, graph_view
 from profiles.engines.torch.decoder import Decoder, Generation
 from profiles.engines.torch.drafters import ComponentDrafter, Drafted, Drafter, ModelDrafter, Text, combined_drafter
-from profiles.records.core import PLAIN, Draft, Prompt, Setup
+from profiles.records.core import CATCH_UP_WIDTHS, PLAIN, Draft, Prompt, Setup
 from profiles.records.errors import InputError
 from profiles.timing.clock import Clock
 
@@ -150,3 +151,25 @@ class AdaptiveLoop:
         tokens = sum(map(len, text.host)) - before
         self._controller.observe(RoundReport(decision, tuple(rows), seconds, ids=ids))
         self._rounds.append(AdaptiveRound(decision.setup, len(rows), tokens, seconds))
+
+
+def warm_up(target: RowStepper, drafts: Sequence[RowStepper], *, context_length: int, max_length: int) -> None:
+    """Runs every kind of step once: a first one pays for allocation and, on a GPU, for the capture of its shape."""
+    longest = context_length + max_length
+    reaches, verify_widths, draft_widths = [longest], [1], [1]
+    if target.device.type == "cuda":
+        by_view = {graph_view(reach): reach for reach in (*range(SMALLEST_VIEW, longest, SMALLEST_VIEW), longest)}
+        reaches, verify_widths = list(by_view.values()), list(range(max_length + 1, 0, -1))
+        draft_widths = [1, *CATCH_UP_WIDTHS]
+    with torch.inference_mode():
+        for reach in reaches:
+            for width in verify_widths:
+                _run_once(target, reach, width, width)
+            for draft in drafts:
+                for width in draft_widths:
+                    _run_once(draft, reach, width, 1)
+
+
+def _run_once(model: RowStepper, reach: int, width: int, keep: int) -> None:
+    positions = torch.arange(reach - width, reach, device=model.device).expand(model.num_rows, -1)
+    model.step(torch.zeros_like(positions), positions, reach, keep)

@@ -8,7 +8,7 @@ import functools
 import gc
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,7 +18,8 @@ from profiles.acceptance import ngram
 from profiles.engines.base import TORCH, RoundController
 from profiles.engines.runs import Queue, samples_of
 from profiles.engines.torch import step_times
-from profiles.engines.torch.adaptive import AdaptiveLoop, AdaptiveRun, SwitchableDrafter
+from profiles.engines.torch.adaptive import AdaptiveLoop, AdaptiveRun, SwitchableDrafter, warm_up
+from profiles.engines.torch.attention import kernel_name
 from profiles.engines.torch.batch_model import RowModel
 from profiles.engines.torch.decoder import Decoder, Generation
 from profiles.engines.torch.drafters import ComponentDrafter, DraftSource, ModelDrafter, NgramDrafter
@@ -26,7 +27,7 @@ from profiles.engines.torch.sampling import KeyedRandom
 from profiles.engines.torch.trace import trace_model
 from profiles.hardware.fingerprint import fingerprint
 from profiles.models import loader
-from profiles.models.footprint import SPARE_SLOTS
+from profiles.models.footprint import SPARE_SLOTS, cache_slots
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload
 from profiles.records.draft_spec import MAX_BATCH, MAX_LENGTH
 from profiles.records.errors import BadNumbersError, InputError, OutOfMemoryError
@@ -55,9 +56,10 @@ class TorchEngine:
         self._clock = Clock(device)
         self.environment = fingerprint(device)
         if self._gpus:
-            # earlier versions replayed CUDA graphs: other times, under another key
-            self.environment = replace(self.environment, engine_options=json.dumps({"steps": "eager"}))
-        self._warm: set[tuple[object, int]] = set()  # a setup or an adaptive run's length, and a batch size
+            self.environment = replace(
+                self.environment, engine_options=json.dumps({"attention": kernel_name(target.model)})
+            )
+        self._warm: set[tuple[object, int, int]] = set()  # a setup or an adaptive run's length; batch size; context
         self._rows: dict[int, dict[str, RowModel]] = {}  # by batch size and component: caches are kept between runs
         self._capacity = 0
         gc.collect()
@@ -133,9 +135,10 @@ class TorchEngine:
         drafter = SwitchableDrafter(functools.partial(self._component_drafter, rng), max_length)
         with self._guarded():
             target = self._row_model(self.target.run_digest, workload)
-            if (max_length, workload.batch_size) not in self._warm:
-                self._run_all_steps(workload, max_length)
-                self._warm.add((max_length, workload.batch_size))
+            warm = max_length, workload.batch_size, workload.context_length
+            if warm not in self._warm:
+                self._run_all_steps(self._models, workload, max_length)
+                self._warm.add(warm)
             decoder = Decoder(target, drafter, rng, length=max_length)
             return AdaptiveLoop(decoder, drafter, controller).run(prompts, self._clock)
 
@@ -187,7 +190,9 @@ class TorchEngine:
             model = self._models[digest]
             assert model is not None
             self._rows[size][digest] = RowModel(model, size, self._capacity)
-        return self._rows[size][digest]
+        rows = self._rows[size][digest]
+        rows.context_slots = cache_slots(workload.context_length)
+        return rows
 
     def _drop_rows(self, sizes: Sequence[int]) -> None:
         """Frees the caches of these batch sizes; their next run of a setup will not be timed."""
@@ -195,20 +200,26 @@ class TorchEngine:
         self._warm = {warm for warm in self._warm if warm[1] not in sizes}
 
     def _warm_up(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
-        """A setup's first run pays for allocation and lazy set-up: a short one goes before."""
-        if (setup, workload.batch_size) not in self._warm:
+        """A setup's first run pays for allocation and lazy set-up, on a GPU for captures: a short one goes before."""
+        # what is captured on a GPU depends on the context too
+        warm = setup, workload.batch_size, workload.context_length if self._gpus else 0
+        if warm not in self._warm:
+            if self._gpus:
+                components = () if setup.draft is None else setup.draft.components
+                self._run_all_steps([component.digest for component in components], workload, setup.length)
             short = replace(workload, max_new_tokens=min(workload.max_new_tokens, setup.length + WARM_UP_TOKENS))
             self._generate(short, prompts[: workload.batch_size], setup)
-            self._warm.add((setup, workload.batch_size))
+            self._warm.add(warm)
 
-    def _run_all_steps(self, workload: Workload, max_length: int) -> None:
-        """A step of every model: a controller may take up any of them, and a first one pays for allocation."""
-        reach = workload.context_length + max_length
-        last = torch.full((workload.batch_size, 1), reach - 1, device=self._target.model.device)
-        with torch.inference_mode():
-            for digest, model in self._models.items():
-                if model is not None:
-                    self._row_model(digest, workload).step(torch.zeros_like(last), last, reach)
+    def _run_all_steps(self, components: Iterable[str], workload: Workload, max_length: int) -> None:
+        """Runs every step that rounds of these components can take, so that none is new in a timed round."""
+        target = self._row_model(self.target.run_digest, workload)
+        drafts = [
+            self._row_model(digest, workload)
+            for digest in components
+            if digest != self.target.run_digest and self._models[digest] is not None
+        ]
+        warm_up(target, drafts, context_length=workload.context_length, max_length=max_length)
 
     def _model(self, draft: Draft) -> PreTrainedModel | None:
         if draft.digest not in self._models:

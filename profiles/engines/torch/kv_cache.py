@@ -32,16 +32,21 @@ class RowCache:
         self._rows = slice(0, num_rows)
         self.view = 0
         self.needs_mask = True
+        self.is_prompt = False
         self.query_positions = self._row_starts
 
-    def set_positions(self, positions: torch.Tensor, view: int, row: int | None = None) -> None:
-        """Tokens at `positions` (B, width) come next, of all rows or of one; `view`: one more than the largest."""
+    def set_positions(self, positions: torch.Tensor, view: int, row: int | None = None, *, exact: bool = True) -> None:
+        """Tokens at `positions` (B, width) come next, of all rows or of one; `view` slots of a row are seen.
+
+        `exact`: `view` ends with the last of the positions, so that a single token may see all of it.
+        """
         self._rows = slice(0, self.num_rows) if row is None else slice(row, row + 1)
         slots = torch.where(positions < 0, self.width - 1, positions)
         self._slots = (slots + self._row_starts[self._rows]).flatten()
         self.query_positions = positions.clamp_min(0)
         self.view = view
-        self.needs_mask = positions.shape != (1, 1)
+        self.needs_mask = not exact or positions.shape != (1, 1)
+        self.is_prompt = exact and row is not None and positions.shape[1] == view  # a text from its first token on
 
     def mask(self, window: int | None = None) -> torch.Tensor:
         """(B, 1, width, view) bool: the slots each query sees, of the last `window` ones."""

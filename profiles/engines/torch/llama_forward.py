@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from profiles.engines.torch.attention import attend, per_group
 from profiles.engines.torch.kv_cache import RowCache, added_mask
 
 _FIXED_ROTATIONS = {"default", "linear", "llama3"}  # the others change their angles with the length of the text
@@ -71,11 +72,11 @@ class LlamaForward:
         """`tokens` (B, width) at the positions set in the cache."""
         rows, width = tokens.shape
         cos, sin = self._cos[cache.query_positions], self._sin[cache.query_positions]
-        groups = self._heads // self._key_heads
+        is_causal = cache.is_prompt and tokens.is_cuda  # a mask of a long prompt takes gigabytes
         mask = None
-        if cache.needs_mask:
+        if cache.needs_mask and not is_causal:
             # added to scores, as attention kernels would turn a boolean mask into that in every layer
-            mask = added_mask(cache.mask(), self._cos.dtype).repeat(1, 1, groups, 1)
+            mask = per_group(added_mask(cache.mask(), self._cos.dtype), self._heads // self._key_heads)
         hidden = functional.embedding(tokens, self._embedding)
         size = hidden.shape[-1:]
         for number, layer in enumerate(self._layers):
@@ -86,11 +87,7 @@ class LlamaForward:
             queries, keys = turned[:, :, : self._heads], turned[:, :, self._heads :]
             keys, values = cache.write(number, keys, joined[:, :, self._heads + self._key_heads :])
             queries, keys, values = (heads.transpose(1, 2) for heads in (queries, keys, values))
-            # query heads that share keys are laid along the width, so that no key is copied; only one dimension is
-            # split each time, as the layout in memory depends on the cache and on the kernel
-            packed = queries.view(rows, -1, groups, width, self._head_size).flatten(2, 3)
-            mixed = functional.scaled_dot_product_attention(packed, keys, values, attn_mask=mask)
-            mixed = mixed.view(rows, -1, groups, width, self._head_size).permute(0, 3, 1, 2, 4).flatten(2, 3)
+            mixed = attend(queries, keys, values, mask, is_causal=is_causal)
             hidden = hidden + functional.linear(mixed.flatten(2), layer.out)
             normed = functional.rms_norm(hidden, size, layer.mlp_norm, self._eps)
             gate, up = functional.linear(normed, layer.gate_up).chunk(2, -1)

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from profiles.acceptance.expected_rounds import expected_rounds
+from profiles.engines.torch.batch_model import RowModel
 from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
@@ -149,3 +150,18 @@ def test_a_running_state_is_refused(tmp_path: Path, words: str) -> None:
     tiny.tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=f"{words} keep a running state, which cannot take tokens back"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_a_step_of_fixed_shape_sees_only_the_text(folders: dict[str, Path], architecture: str, num_rows: int) -> None:
+    """What a GPU captures sees more slots than the text has, stale ones among them; its logits are the plain step's."""
+    rows = RowModel(load(folders[architecture]).model, num_rows, 40)
+    with torch.inference_mode():
+        stale = torch.arange(30, 60).expand(num_rows, -1)
+        rows.step(stale, torch.arange(30).expand(num_rows, -1), 30)
+        for start, width in ((0, 6), (6, 1), (7, 3), (10, 1)):
+            tokens = torch.arange(start, start + width).expand(num_rows, -1) + 70
+            positions = torch.arange(start, start + width).expand(num_rows, -1)
+            wanted = rows.step(tokens, positions, start + width, keep=width)
+            torch.testing.assert_close(rows.step_in_view(36, width, tokens, positions), wanted, rtol=1e-4, atol=1e-4)
