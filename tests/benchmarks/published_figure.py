@@ -1,30 +1,19 @@
 """The published figure that started the project, beside a plan: `python -m tests.benchmarks.published_figure`.
 
 The acceptance of each pair is stated in data/published_figure.json from other published values, before the bars are
-looked at; a value fitted to a bar is printed as such and is no forecast. `--write` saves what the report and the docs
-draw. The last line is one JSON document.
+looked at; a value fitted to a bar is printed as such and is no forecast. The last line is one JSON document.
 """
 
 import json
-import sys
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-
-from profiles.records.core import Interval
 from tests.benchmarks.common import finish
 from tests.benchmarks.plan import DATA, implied_rate, read_rows
 from tuner.plan.acceptance import rate_of
 from tuner.plan.plan import PlanQuery, make_plan
 from tuner.plan.shape import read_data
-from tuner.report import charts
 
 CONTEXT = 1000  # tokens of the figure's prompts
-FIGURE = Path(charts.__file__).with_name("published_figure.svg")
-DOCS = Path(__file__).parents[2] / "docs" / "published-figure.svg"
 
 
 def stated_rates(figure: dict[str, Any]) -> dict[tuple[str, str], float]:
@@ -77,48 +66,6 @@ def plan_bars(figure: dict[str, Any], rates: dict[tuple[str, str], float]) -> li
     return rows
 
 
-def drawn_figures(rows: list[dict[str, Any]], curves: dict[str, Any]) -> dict[str, Any]:
-    """What the report draws."""
-    names = ("target", "draft", "published", "forecast", "low", "high")
-    return {
-        "title": "Published bars, and the plan with its 90 % interval",
-        "lengths_title": "The plan of 70B with 1B, by length",
-        "bars": [{name: row.get(name) for name in names} for row in rows],
-        "lengths": {engine: [row[:2] for row in rows] for engine, rows in curves.items()},
-    }
-
-
-@rc_context(charts.STYLE)
-def draw(figures: Mapping[str, Any]) -> None:
-    """The published bars with a plan and its 90 % interval beside each, and that plan by length on two engines."""
-    figure = Figure(figsize=(2.6 * charts.PANEL_INCHES, 3.4))
-    bars, lengths = figure.subplots(1, 2, width_ratios=(3, 2))
-    drafts = list(dict.fromkeys(row["draft"] for row in figures["bars"]))
-    for index, row in enumerate(figures["bars"]):
-        hue = charts.PLAIN if row["draft"] is None else charts.SERIES[drafts.index(row["draft"]) - 1]
-        bars.bar(index, row["published"], 0.5, color=hue)
-        bars.annotate(f"{row['published']:.2f}×", (index, row["published"]), ha="center", va="bottom")
-        if row["forecast"] is not None:
-            planned = Interval(estimate=row["forecast"], low=row["low"], high=row["high"])
-            bars.errorbar(index + 0.36, planned.estimate, yerr=charts._reach([planned]), fmt="D")
-            bars.annotate(
-                f"{planned.estimate:.2f}×", (index + 0.36, planned.high + 0.03), ha="center", fontstyle="italic"
-            )
-    sizes = [[(row[model] or "plain").rpartition("-")[2] for model in ("target", "draft")] for row in figures["bars"]]
-    bars.set_xticks(range(len(sizes)), ["\n".join(pair) for pair in sizes])
-    bars.set(title=figures["title"], ylabel="times as fast as plain decoding")
-    bars.axhline(1.0, **charts.PLAIN_LINE)
-    bars.grid(visible=False, axis="x")
-    for number, (engine, rows) in enumerate(figures["lengths"].items()):
-        lengths.plot([k for k, _ in rows], [speedup for _, speedup in rows], f"{charts.MARKERS[number]}-", label=engine)
-    lengths.axhline(1.0, **charts.PLAIN_LINE)
-    lengths.set(title=figures["lengths_title"], xlabel="k, tokens drafted per round", ylim=(0.0, None))
-    lengths.legend()
-    figure.savefig(DOCS, metadata={"Date": None})
-    inline = charts._inline(figure, "published", "bars: a published figure beside its plan; lines: the plan by length")
-    FIGURE.write_text(inline, encoding="utf-8")
-
-
 def main() -> None:
     figure = json.loads((DATA / "published_figure.json").read_text(encoding="utf-8"))
     rates = stated_rates(figure)
@@ -139,8 +86,6 @@ def main() -> None:
         setups = forecast(pair, rates[pair["target"], pair["draft"]], engine, tuple(range(1, 9)))["setups"]
         curves[engine] = [[setup["k"], setup["speedup"], setup["cost"]] for setup in setups]
         print(f"70B + 1B, {engine:10}: " + ", ".join(f"k={k} {speedup:.2f}x" for k, speedup, _ in curves[engine]))
-    if "--write" in sys.argv:
-        draw(drawn_figures(rows, curves))
     default_k = read_data("engines")["exllamav2"]["default_k"]
     finish({"bars": rows, "refusal": refusal, "curves": curves, "default_k": default_k})
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 EXIT_NOT_PROVEN, EXIT_NOTHING_FEASIBLE, EXIT_INTERRUPTED = 5, 6, 130
 EXTRA_MODULES = {  # by extra: the modules that come with it alone
-    "report": ("jinja2", "markupsafe", "matplotlib"),
+    "report": ("jinja2",),
     "postgres": ("psycopg",),
     "vllm": ("vllm",),
     "llamacpp": ("xllamacpp",),

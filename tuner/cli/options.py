@@ -171,7 +171,7 @@ Store = Annotated[
 ]
 PolicyFile = Annotated[Path | None, _output("Policy file to answer from, instead of a store.", default="the store's")]
 JsonOnly = Annotated[bool, _output("Print one JSON document and nothing else on standard output.", "--json")]
-ReportFile = Annotated[Path, _output("Page (.html) or picture (.png, .svg) to write.", "--out")]
+ReportFile = Annotated[Path, _output("Page to write (.html).", "--out")]
 
 ENGINE_OPTIONS = {  # the engines that an option is for
     "engine_command": ("vllm", "llamacpp"),

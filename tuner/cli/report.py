@@ -1,11 +1,11 @@
-"""`report`: the latest run as a page or a picture."""
+"""`report`: the latest run as a page."""
 
 from tuner.cli import options
 from tuner.cli.output import print_notes
 
 
 def report(out_path: options.ReportFile, target: options.TunedTarget = None, store: options.Store = None) -> None:
-    """Draw the latest run: a page with everything, or a picture of the output tokens per second."""
+    """Write the latest run as a page: choices and reasons, every candidate, where a round's time goes, acceptance."""
     from tuner.deploy import stored_policies
     from tuner.report import page
 

@@ -285,7 +285,9 @@ def from_json(text: str) -> Policy:
         raise PolicyError(str(error)) from error
 
 
-def rename_keys(raw: Any, names: Mapping[str, str]) -> Any:
+def rename_keys(raw: Any, names: Mapping[str, str | None]) -> Any:
+    """A JSON value whose keys have their new names; a key whose name is None is dropped."""
     if isinstance(raw, dict):
-        return {names.get(key, key): rename_keys(value, names) for key, value in raw.items()}
+        renamed = {names.get(key, key): rename_keys(value, names) for key, value in raw.items()}
+        return {key: value for key, value in renamed.items() if key is not None}
     return [rename_keys(value, names) for value in raw] if isinstance(raw, list) else raw

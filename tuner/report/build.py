@@ -5,15 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy
-from scipy.stats import t
-
-from profiles import stats
 from profiles.acceptance.expected_rounds import expected_rounds
 from profiles.acceptance.rates import acceptance_by_position
-from profiles.records.core import PLAIN, Draft, Interval, Model, Prompt, Setup, Workload
+from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload
 from profiles.records.errors import InputError, NotMeasuredError
-from profiles.stats import Z_95
+from profiles.stats import share_interval
 from tuner.forecast.evidence import Evidence
 from tuner.pipeline.pipeline import Outcome
 from tuner.pipeline.points import PointDecision
@@ -28,8 +24,6 @@ from tuner.report.data import (
     Position,
     ReportData,
     State,
-    StepTimeCurve,
-    WidthTime,
 )
 from tuner.search.objective import score
 from tuner.search.proof import shortfall
@@ -62,7 +56,7 @@ def report_data(outcome: Outcome, policy: Policy) -> ReportData:
         target=policy.target,
         drafts=_drafts(outcome),
         environment=policy.environment,
-        loads=tuple(_load(workload, rows, policy) for workload, rows in loads.items()),
+        loads=tuple(_load(workload, rows) for workload, rows in loads.items()),
         standing=tuple(replace(choice, evidence=()) for choice in held.values()),
     )
 
@@ -74,16 +68,12 @@ def _drafts(outcome: Outcome) -> tuple[Draft, ...]:
     return tuple({draft.digest: draft for draft in (*used, *failed)}.values())
 
 
-def _load(workload: Workload, rows: Sequence[tuple[PointDecision, PointFigures]], policy: Policy) -> LoadFigures:
-    figures = tuple(figures for _, figures in rows)
-    evidence = rows[0][0].evidence
-    if evidence is None:
-        return LoadFigures(points=figures, curves=(), step_time_curves=())
-    return LoadFigures(
-        points=figures,
-        curves=acceptance_curves(evidence, workload, policy.target.run_digest),
-        step_time_curves=step_time_curves(evidence, policy.target),
-    )
+def _load(workload: Workload, rows: Sequence[tuple[PointDecision, PointFigures]]) -> LoadFigures:
+    point, curves = rows[0][0], ()
+    if point.evidence is not None and point.forecasts:
+        longest = max(forecast.setup.length for forecast in point.forecasts)
+        curves = acceptance_curves(point.evidence, workload, longest)
+    return LoadFigures(points=tuple(figures for _, figures in rows), curves=curves)
 
 
 def _candidates(point: PointDecision, choice: Choice) -> tuple[Candidate, ...]:
@@ -170,15 +160,11 @@ def _why_not_raced(point: PointDecision, forecast: Forecast) -> str:
     return "too few prompts were left for a race: only the best forecast was run"
 
 
-# --- figures that only a report shows: acceptance by position with intervals, and step times in quantiles ---
-
-
-def acceptance_curves(evidence: Evidence, workload: Workload, target_part: str) -> tuple[AcceptanceCurve, ...]:
-    """Acceptance by position of every draft, by domain and over all domains, at the largest length.
+def acceptance_curves(evidence: Evidence, workload: Workload, length: int) -> tuple[AcceptanceCurve, ...]:
+    """Acceptance by position of every draft, by domain and over all domains, at `length`, the largest.
 
     Prompts without a round are left out.
     """
-    length = _longest_length(evidence, target_part)
     domains = list(dict.fromkeys(prompt.domain for prompt in evidence.prompts))
     curves = []
     for draft in evidence.components:
@@ -193,12 +179,6 @@ def acceptance_curves(evidence: Evidence, workload: Workload, target_part: str) 
                 )
             )
     return tuple(curves)
-
-
-def _longest_length(evidence: Evidence, target_part: str) -> int:
-    """The largest speculation length that was timed: the width of the target's step, or of whole rounds, less one."""
-    parts = [part.digest for part in evidence.components] if evidence.capabilities.times == "rounds" else [target_part]
-    return max((width for part in parts for width in evidence.steps[part].samples_s), default=1) - 1
 
 
 def _positions(
@@ -216,56 +196,11 @@ def _positions(
 
 
 def _pooled(tables: Sequence[Mapping[int, tuple[float, float]]]) -> tuple[Position, ...]:
-    """The positions over prompts; where a share of 0 or 1 hides how alike rounds are, the position before tells."""
+    """The positions over prompts; intervals count a prompt as one round: too wide sooner than too narrow."""
     pooled = []
-    alike: float | None = None
     for position in sorted({number for table in tables for number in table}):
         pairs = [table[position] for table in tables if position in table]
-        tried, accepted = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        alike = design_effect(accepted, tried) or alike
-        interval = share_interval(accepted, tried, alike or sum(tried) / len(tried))
-        pooled.append(Position(position=position, num_rounds=sum(tried), accepted=interval))
+        tried, accepted = map(sum, zip(*pairs, strict=True))
+        interval = share_interval(min(1.0, accepted / tried) * len(pairs), len(pairs))
+        pooled.append(Position(position=position, num_rounds=tried, accepted=interval))
     return tuple(pooled)
-
-
-def design_effect(accepted: Sequence[float], tried: Sequence[float]) -> float | None:
-    """How many rounds tell as much as one independent round would, at least 1; None where prompts do not differ.
-
-    The variance of the ratio sum(kept) / sum(tried) between prompts (Cochran 1977, 6.3) over the binomial one.
-    """
-    num_prompts, total = len(tried), sum(tried)
-    share = sum(accepted) / total
-    excess = numpy.asarray(accepted, float) - share * numpy.asarray(tried, float)
-    spread = float(excess @ excess)
-    if num_prompts < 2 or spread < 1e-12 or not 0.0 < share < 1.0:
-        return None
-    variance = num_prompts / (num_prompts - 1) * spread / total**2
-    return max(1.0, variance * total / (share * (1.0 - share)))
-
-
-def share_interval(accepted: Sequence[float], tried: Sequence[float], design: float) -> Interval:
-    """sum(kept) / sum(tried) over prompts, with a 95 % interval that accounts for the similarity of rounds of a prompt.
-
-    Wilson's interval at the effective sample size of Korn and Graubard (1998): rounds / `design`, times (z / t)^2 for
-    few prompts. A single prompt counts as one round. `tried` is above 0 for every prompt.
-    """
-    num_prompts, total = len(tried), sum(tried)
-    size = total / design * (Z_95 / float(t.ppf(0.975, num_prompts - 1))) ** 2 if num_prompts > 1 else 1.0
-    return stats.share_interval(size * min(1.0, sum(accepted) / total), size)
-
-
-def step_time_curves(evidence: Evidence, target: Model) -> tuple[StepTimeCurve, ...]:
-    """Step times of the target, then of the drafts' components."""
-    parts = {target.run_digest: (target.name, "target")}
-    parts |= {part.digest: (part.name, part.kind) for part in evidence.components}
-    whole = evidence.capabilities.times == "rounds"
-    curves = []
-    for digest, (name, kind) in parts.items():
-        times = evidence.steps[digest]
-        widths = []
-        for width, samples in times.samples_s.items():
-            low, median, high = (float(value) for value in numpy.quantile(samples, (0.1, 0.5, 0.9)))
-            widths.append(WidthTime(width=width, median_s=median, low_s=low, high_s=high))
-        shown = "round" if whole and kind != "target" else kind
-        curves.append(StepTimeCurve(name=name, kind=shown, disturbed=times.disturbed, widths=tuple(widths)))
-    return tuple(curves)

@@ -1,10 +1,9 @@
 """What a report shows of one run, as plain records that go to JSON and back.
 
-A run saves its report data in the store; every page and picture is drawn from it, without a model or torch.
+A run saves its report data in the store; every page is made of it, without a model or torch.
 """
 
 import json
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -15,9 +14,9 @@ from profiles.records.text import map_text, printable
 from tuner.policy.estimates import RoundSplit
 from tuner.policy.policy import MEASURED_NAMES, Choice, rename_keys
 
-REPORT_DATA_VERSION = 3  # 2 added what policies of version 2 did; data of version 3 may hold a timeline
-# keys of reports before 0.6
-EARLIER_NAMES = {"anchors": "points", "staircases": "step_time_curves", "stairs": "widths", "kept": "accepted"}
+REPORT_DATA_VERSION = 3  # 2 added what policies of version 2 did
+EARLIER_NAMES = {"anchors": "points", "kept": "accepted"}  # keys of reports before 0.6
+DROPPED = ("timeline", "staircases", "step_time_curves")  # what earlier draftpicks drew
 State = Literal["baseline", "forecast only", "raced", "pruned in the race", "not proven", "proven", "infeasible"]
 
 
@@ -45,12 +44,6 @@ class Candidate:
     @property
     def known_tok_per_s(self) -> Interval | None:
         return self.measured_tok_per_s or self.forecast_tok_per_s
-
-    @property
-    def known_speedup(self) -> float:
-        """Of a candidate with a forecast: the measured one where there is one."""
-        speedup = self.measured_speedup or self.forecast_speedup
-        return math.nan if speedup is None else speedup.estimate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,26 +82,6 @@ class AcceptanceCurve:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WidthTime:
-    """Seconds of one forward at one width: the median sample, and the 10 and 90 % quantiles of the samples."""
-
-    width: int
-    median_s: float
-    low_s: float
-    high_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepTimeCurve:
-    """Step times of one component; `kind` is `target` or the draft's kind (a look-up's width is tokens asked for)."""
-
-    name: str
-    kind: str
-    disturbed: bool
-    widths: tuple[WidthTime, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadFigures:
     """The operating points of a batch size, context and sampling, and their evidence (none if the run stopped).
 
@@ -117,7 +90,6 @@ class LoadFigures:
 
     points: tuple[PointFigures, ...]
     curves: tuple[AcceptanceCurve, ...]
-    step_time_curves: tuple[StepTimeCurve, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +125,5 @@ class ReportData:
     @classmethod
     def from_json(cls, raw: object) -> "ReportData":
         """The report data that `to_json` wrote. Raises InputError, naming field, value and what is allowed."""
-        if isinstance(raw, dict):
-            raw = {name: value for name, value in raw.items() if name != "timeline"}  # earlier draftpicks drew one
-        raw = rename_keys(raw, MEASURED_NAMES | EARLIER_NAMES)
+        raw = rename_keys(raw, MEASURED_NAMES | EARLIER_NAMES | dict.fromkeys(DROPPED))
         return codec.from_builtins(cls, map_text(raw, printable), "report data", newest_version=REPORT_DATA_VERSION)

@@ -7,11 +7,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from profiles.records.core import PLAIN, Interval
-from profiles.records.errors import InputError, require
+from profiles.records.errors import require
 from tuner.plan.acceptance import rate_of
 from tuner.report.data import Candidate, PointFigures
 
 MOST_ROWS = 12
+ROUND_COLUMNS = ("tokens", "needed", "draft", "verify", "overhead")  # tokens, and milliseconds, of a mean round
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,19 +75,21 @@ def explain(figures: PointFigures, instead: str | None = None) -> Explanation:
     had a forecast have no round to explain. Raises InputError for a setup that is no candidate, or is the choice
     itself, where nothing was forecast, and for an earlier run's choice, which this run's figures do not explain.
     """
-    choice, candidates = figures.choice, _forecast_candidates(figures)
-    chosen_name = choice.setup.name
-    for name in (PLAIN.name, chosen_name, chosen_name if instead is None else instead):
-        allowed = ", ".join(candidates)
-        require(
-            name in candidates, f"setup {name!r} is no candidate for domain {choice.domain!r}; allowed are {allowed}"
-        )
-    if instead == chosen_name:
-        raise InputError(f"setup {instead!r} is what was chosen for domain {choice.domain!r}; name another one")
-    plain_s = _plain_token_s(candidates[PLAIN.name])
-    accounts = {name: _account(candidate, plain_s) for name, candidate in candidates.items()}
+    choice, accounts = figures.choice, accounts_of(figures)
+    chosen_name, domain = choice.setup.name, f"domain {choice.domain!r}"
+    earlier = f"{domain}: {chosen_name} was chosen by an earlier run than the last, which ended before it could decide"
+    require(not figures.from_earlier, f"{earlier}; run again to have it explained")
+    require(bool(accounts), f"{domain}: {figures.stopped or 'nothing was forecast'}; run again")
+    allowed = ", ".join(accounts)
+    for name in (chosen_name, chosen_name if instead is None else instead):
+        require(name in accounts, f"setup {name!r} is no candidate for {domain}; allowed are {allowed}")
+    require(instead != chosen_name, f"setup {instead!r} is what was chosen for {domain}; name another one")
+    plain = next(row for row in figures.candidates if row.setup_name == PLAIN.name)
     chosen = accounts.pop(chosen_name)
-    others = [replace(account, why_not=_why_not(candidates[name], chosen)) for name, account in accounts.items()]
+    reasons = {candidate.setup_name: f"{candidate.state}: {candidate.reason}" for candidate in figures.candidates}
+    figure = f"measured at {chosen.measured:.2f}" if chosen.measured else f"forecast at {chosen.speedup:.2f}"
+    reasons[PLAIN.name] = f"{chosen_name} is {figure} times it"
+    others = [replace(account, why_not=reasons[name]) for name, account in accounts.items()]
     others.sort(key=lambda other: (other.setup_name != instead, other.state == "infeasible", -other.best_known))
     return Explanation(
         domain=choice.domain,
@@ -96,26 +99,29 @@ def explain(figures: PointFigures, instead: str | None = None) -> Explanation:
         chosen=chosen_name,
         proven=choice.proven,
         reason=choice.reason,
-        plain_s_per_token=plain_s,
+        plain_s_per_token=_token_s(plain),
         rival=others[0].setup_name if others else None,
         accounts=(chosen, *others),
     )
 
 
-def _forecast_candidates(figures: PointFigures) -> dict[str, Candidate]:
-    domain = figures.choice.domain
-    if figures.from_earlier:
-        raise InputError(
-            f"domain {domain!r}: {figures.choice.setup.name} was chosen by an earlier run than the last, which ended "
-            "before it could decide; run again to have it explained"
-        )
+def accounts_of(figures: PointFigures) -> dict[str, Account]:
+    """Where a round's time goes, by setup, of every candidate with a forecast; none where plain decoding has none."""
     candidates = {
         candidate.setup_name: candidate
         for candidate in figures.candidates
         if candidate.forecast_speedup and candidate.forecast_tok_per_s and candidate.acceptance_length
     }
-    require(bool(candidates), f"domain {domain!r}: {figures.stopped or 'nothing was forecast'}; run again")
-    return candidates
+    if PLAIN.name not in candidates:
+        return {}
+    plain_s = _token_s(candidates[PLAIN.name])
+    return {name: _account(candidate, plain_s) for name, candidate in candidates.items()}
+
+
+def _token_s(plain: Candidate) -> float:
+    """Seconds of a token of plain decoding: of its round, else, where no round was timed, by its rate."""
+    assert plain.forecast_tok_per_s  # else it would have been left out
+    return (plain.round_split.total_s if plain.round_split else 0.0) or 1.0 / plain.forecast_tok_per_s.estimate
 
 
 def needed_acceptance(acceptance_length: float, length: int) -> float | None:
@@ -126,26 +132,12 @@ def needed_acceptance(acceptance_length: float, length: int) -> float | None:
     return None if acceptance_length > max(1, length + 1) else rate_of(acceptance_length, length)
 
 
-def _plain_token_s(plain: Candidate) -> float:
-    """Seconds of a token of plain decoding: of its round, else, where no round was timed, by its rate."""
-    assert plain.forecast_tok_per_s  # else it would have been left out
-    return _round_s(plain) or 1.0 / plain.forecast_tok_per_s.estimate
-
-
-def _round_s(candidate: Candidate) -> float | None:
-    if candidate.round_split is None:
-        return None
-    round_s = candidate.round_split.total_s
-    require(round_s > 0.0, f"{candidate.setup_name}: a round of {round_s} s; more than 0 is needed")
-    return round_s
-
-
 def _account(candidate: Candidate, plain_s: float) -> Account:
     acceptance_length, length = candidate.acceptance_length, candidate.length
     assert candidate.forecast_speedup  # else it would have been left out, here and below
     assert candidate.forecast_tok_per_s
     assert acceptance_length
-    round_s = _round_s(candidate)
+    round_s = candidate.round_split.total_s if candidate.round_split else None
     break_even = None if round_s is None else round_s / plain_s
     unknown = dict.fromkeys(("draft_s", "verify_s", "overhead_s"))
     return Account(
@@ -162,14 +154,6 @@ def _account(candidate: Candidate, plain_s: float) -> Account:
         break_even_length=break_even,
         break_even_acceptance=needed_acceptance(break_even, length) if length and break_even else None,
     )
-
-
-def _why_not(candidate: Candidate, chosen: Account) -> str:
-    """How far it came and why no further; of plain decoding by how much it was beaten."""
-    if candidate.setup_name != PLAIN.name:
-        return f"{candidate.state}: {candidate.reason}"
-    figure = f"measured at {chosen.measured:.2f}" if chosen.measured else f"forecast at {chosen.speedup:.2f}"
-    return f"{chosen.setup_name} is {figure} times it"
 
 
 def sentences(explanation: Explanation) -> list[str]:
@@ -209,15 +193,20 @@ def comparison(accounts: Sequence[Account]) -> Table:
     title = "forecast of the mean round: tokens, and milliseconds"
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left")
     table.add_column("setup", overflow="fold")
-    for name in ("tokens", "needed", "draft", "verify", "overhead", "speed-up"):
+    for name in (*ROUND_COLUMNS, "speed-up"):
         table.add_column(name, justify="right", no_wrap=True)
     for account in accounts[:MOST_ROWS]:
-        needed = "-" if account.break_even_length is None else f"{account.break_even_length:.2f}"
-        times = (_ms(account.draft_s), _ms(account.verify_s), _ms(account.overhead_s))
-        cells = (f"{account.acceptance_length:.2f}", needed, *times, f"{account.speedup.estimate:.2f}")
+        cells = (*round_cells(account), f"{account.speedup.estimate:.2f}")
         style = "bold" if not account.why_not else "dim" if account.state == "infeasible" else ""
         table.add_row(account.setup_name, *cells, style=style)
     return table
+
+
+def round_cells(account: Account) -> tuple[str, ...]:
+    """The figures of `ROUND_COLUMNS`, for the terminal and the report's page."""
+    needed = "-" if account.break_even_length is None else f"{account.break_even_length:.2f}"
+    times = (_ms(account.draft_s), _ms(account.verify_s), _ms(account.overhead_s))
+    return f"{account.acceptance_length:.2f}", needed, *times
 
 
 def _ms(seconds: float | None) -> str:

@@ -174,14 +174,12 @@ BAD_OTHERS = {
     "explain --context 100000": (3, "context 100000 is beyond the longest measured"),
     "explain --context 0": (2, "context 0"),
     "report": (2, "'--out'"),
-    "report --out {files}/chart.pdf": (2, "chart.pdf: the suffixes .html, .htm, .png, .svg are allowed"),
-    "report --out {files}/chart": (2, "files/chart: the suffixes"),
-    "report --out {files}/missing/chart.png": (2, "missing/chart.png cannot be written: No such file or directory"),
+    "report --out {files}/chart.pdf": (2, "chart.pdf: it is a page, the suffixes .html, .htm are allowed"),
+    "report --out {files}/chart": (2, "files/chart: it is a page, the suffixes"),
     "report --out {files}/missing/page.html": (2, "missing/page.html cannot be written: No such file or directory"),
     "report --out {files}/folder.html": (2, "folder.html cannot be written: Is a directory"),
-    "report --out {files}/folder.png": (2, "folder.png cannot be written: Is a directory"),
     "report --out {files}/table.csv/page.html": (2, "page.html cannot be written: Not a directory"),
-    "report --out {files}/chart.png --target nosuch": (3, "target 'nosuch'"),
+    "report --out {files}/page.html --target nosuch": (3, "target 'nosuch'"),
 }
 PROMPT_FILES = {
     "empty.jsonl": b"",
@@ -196,10 +194,9 @@ PROMPT_FILES = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prompt files broken in the way their name says, and folders where a report's file should go."""
+    """Prompt files broken in the way their name says, and a folder where a report's file should go."""
     folder = tmp_path_factory.mktemp("bad") / "files"
-    for name in ("folder.html", "folder.png"):
-        (folder / name).mkdir(parents=True)
+    (folder / "folder.html").mkdir(parents=True)
     for name, written in PROMPT_FILES.items():
         (folder / name).write_bytes(written)
     program = folder / "binary"  # says what no text is

@@ -122,7 +122,7 @@ def test_a_store_is_refused(
     make(folder, sound_store)
     file = database(folder)
     before = file.read_bytes() if file.is_file() else None
-    more = {"run": sound_words[1:], "report": ["--out", str(tmp_path / "chart.png")], "lookup": ["--json"]}
+    more = {"run": sound_words[1:], "report": ["--out", str(tmp_path / "page.html")], "lookup": ["--json"]}
     said = call(folder, verb, *more.get(verb, []))
     assert_refused(said, code, wanted)
     if make is not an_empty_file:  # which is a store without tables yet, and gets them

@@ -103,7 +103,7 @@ def test_a_command_that_reads_needs_no_right_to_write(
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [
-        ("tuner.selector", {"torch", "numpy", "sqlalchemy", "transformers", "optuna", "scipy", "matplotlib", "rich"}),
+        ("tuner.selector", {"torch", "numpy", "sqlalchemy", "transformers", "optuna", "scipy", "rich"}),
         ("tuner.cli.app", {"torch", "numpy", "sqlalchemy", "rich"}),
         ("tuner.report.page", {"torch", "transformers", "optuna", "scipy"}),
         ("profiles.prompts.reader", {"torch", "transformers"}),

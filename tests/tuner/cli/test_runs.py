@@ -250,7 +250,7 @@ class TestInterruptions:
         assert said.document["reason"].startswith("Plain decoding: the budget ended before anything could be compared")
         assert sum(evidence(tmp_path).values()) == 0
         assert call(tmp_path, "lookup").code == 0
-        assert call(tmp_path, "report", "--out", tmp_path / "chart.png").code == 3
+        assert call(tmp_path, "report", "--out", tmp_path / "page.html").code == 3
         assert_packs(tmp_path, tmp_path / "packed")
 
 
@@ -280,13 +280,13 @@ def assert_completes(words: list[str], store: Path, kept: int) -> None:
 
 
 def test_lookup_loads_nothing_heavy(tuned: Tuned) -> None:
-    """A deploy script asks in a fresh process: no torch, transformers, optuna, scipy or matplotlib is imported."""
+    """A deploy script asks in a fresh process: no torch, transformers, optuna or scipy is imported."""
     code = (
         "import sys, tune\n"
         "sys.argv = ['tune.py', 'lookup']\n"
         "try: tune.main()\n"
         "except SystemExit as end: assert end.code == 0, end.code\n"
-        "print({'torch', 'transformers', 'optuna', 'sklearn', 'scipy', 'matplotlib'} & sys.modules.keys())\n"
+        "print({'torch', 'transformers', 'optuna', 'sklearn', 'scipy'} & sys.modules.keys())\n"
     )
     environment = {**os.environ, "DRAFTPICK_STORE": str(tuned.store)}
     asked = subprocess.run(

@@ -1,7 +1,6 @@
-"""The report data of a run: candidates with state and reason, acceptance with intervals, staircases, its JSON form."""
+"""The report data of a run: candidates with state and reason, acceptance with intervals, its JSON form."""
 
 import json
-import random
 from dataclasses import replace
 
 import pytest
@@ -15,7 +14,7 @@ from tests.support.policies import choice as a_choice
 from tuner.pipeline.pipeline import Outcome, Tuner, Watch
 from tuner.pipeline.trial import Options
 from tuner.policy.policy import Policy
-from tuner.report.build import design_effect, report_data, share_interval
+from tuner.report.build import report_data
 from tuner.report.data import Candidate, PointFigures, ReportData
 from tuner.report.tables import document
 
@@ -130,10 +129,10 @@ def test_a_winner_that_is_not_proven() -> None:
 
 
 def test_a_budget_that_ends_early() -> None:
-    """Without evidence there are no candidates, curves or staircases; the reason is kept."""
+    """Without evidence there are no candidates or curves; the reason is kept."""
     made = report_data_of(FakeEngine(), Watch(out_of_time=lambda: True))
     assert made.points[0].candidates == ()
-    assert made.loads[0].curves == made.loads[0].step_time_curves == ()
+    assert made.loads[0].curves == ()
     assert made.points[0].stopped == "the budget ended before anything could be compared, after loading: give more"
     assert ReportData.from_json(made.to_json()) == made
 
@@ -172,50 +171,8 @@ def test_acceptance_by_position(made: ReportData) -> None:
         assert position.accepted.estimate == pytest.approx(0.9**position.position, abs=0.06)
         assert position.accepted.low < position.accepted.estimate < position.accepted.high
     assert [position.accepted.estimate for position in curves["prose"].positions] == [0.0, 0.0, 0.0, 0.0]
-    assert all(0.0 < position.accepted.high < 0.25 for position in curves["prose"].positions)
+    assert all(0.0 < position.accepted.high < 0.5 for position in curves["prose"].positions)
     assert curves["mixed"].num_prompts == curves["code"].num_prompts + curves["prose"].num_prompts
-
-
-def test_share_interval_by_hand() -> None:
-    """30 of 100 independent rounds over very many prompts: Wilson's interval, 0.219 to 0.396."""
-    kept = [1.0] * 300 + [0.0] * 700
-    assert design_effect(kept, [1.0] * 1000) == pytest.approx(1.0, abs=0.01)
-    interval = share_interval([0.1 * value for value in kept], [0.1] * 1000, 1.0)
-    assert (interval.low, interval.estimate, interval.high) == pytest.approx((0.219, 0.3, 0.396), abs=0.001)
-    assert design_effect([0.0, 0.0], [5.0, 5.0]) is None
-    assert design_effect([5.0], [5.0]) is None
-    alone = share_interval([9.0], [10.0], 1.0)
-    assert alone.high - alone.low > 0.6
-
-
-def test_share_interval_covers() -> None:
-    """24 prompts of 30 rounds whose own rates differ: the true mean rate is inside in 92 to 98 % of 1000 tries.
-
-    Wilson's interval over rounds, as if they were independent, covers about two thirds here.
-    """
-    rng = random.Random(7)
-    inside = naive = 0
-    for _ in range(1000):
-        rates = [rng.betavariate(3.0, 2.0) for _ in range(24)]
-        kept = [float(sum(rng.random() < rate for _ in range(30))) for rate in rates]
-        tried = [30.0] * 24
-        effect = design_effect(kept, tried)
-        assert effect is not None
-        aware, blind = share_interval(kept, tried, effect), share_interval(kept, tried, 1.0)
-        inside += aware.low <= 0.6 <= aware.high
-        naive += blind.low <= 0.6 <= blind.high
-    assert 920 <= inside <= 980
-    assert naive < 700
-
-
-def test_staircases_have_names_and_quantiles(made: ReportData) -> None:
-    """The target at widths 1 to 5 and the draft at 1 and 2, by name, quantiles in order."""
-    target, draft = made.loads[0].step_time_curves
-    curves = [(curve.name, curve.kind, [stair.width for stair in curve.widths]) for curve in (target, draft)]
-    assert curves == [("fake-target", "target", [1, 2, 3, 4, 5]), ("draft-a", "model", [1, 2])]
-    assert target.widths[0].median_s == pytest.approx(0.005, rel=0.05)
-    for stair in (*target.widths, *draft.widths):
-        assert 0.0 < stair.low_s < stair.median_s < stair.high_s
 
 
 def test_json_round_trip(made: ReportData) -> None:
@@ -225,11 +182,12 @@ def test_json_round_trip(made: ReportData) -> None:
     assert raw["version"] == 3
 
 
-def test_a_stored_timeline_is_ignored(made: ReportData) -> None:
-    """Earlier versions also drew the rounds of a simulated server; their report data is still read."""
-    span = {"start_s": 0.0, "seconds": 0.1, "draft_name": "plain", "length": 0, "batch_size": 1, "tokens": 3}
-    timeline = {"spans": [span], "plain": [[0.0, 30.0]], "best_single": [], "best_single_name": "plain"}
-    assert ReportData.from_json(made.to_json() | {"timeline": timeline}) == made
+def test_what_earlier_versions_drew_is_ignored(made: ReportData) -> None:
+    """A timeline of a simulated server, and step times by width; their report data is still read."""
+    raw = made.to_json() | {"timeline": {"spans": [{"start_s": 0.0}], "best_single_name": "plain"}}
+    for load, key in zip(raw["loads"] * 2, ("step_time_curves", "staircases"), strict=True):
+        load[key] = [{"name": "target", "widths": [{"width": 1, "median_s": 0.005}]}]
+    assert ReportData.from_json(raw) == made
 
 
 def test_control_characters_are_not_shown(made: ReportData) -> None:

@@ -1,4 +1,4 @@
-"""The report page: complete, self-contained, escaped, light and dark; and the picture drawn from it."""
+"""The report page: complete, self-contained, escaped, light and dark; made of report data alone."""
 
 import re
 from dataclasses import replace
@@ -6,9 +6,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 
-from profiles.records.core import PLAIN, Draft, Interval, Model, digest_of
+from profiles.records.core import PLAIN, Draft, Model, digest_of
 from profiles.records.errors import InputError
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, TARGET, FakeEngine, prompts
 from tests.support.policies import CREATED
@@ -17,13 +16,13 @@ from tuner.pipeline.pipeline import Tuner, Watch
 from tuner.pipeline.trial import Options
 from tuner.policy.policy import Policy
 from tuner.report.build import report_data
-from tuner.report.charts import _ratio_scale
 from tuner.report.data import ReportData
-from tuner.report.page import chart_rows, write
+from tuner.report.explain import accounts_of
+from tuner.report.page import write
 
 NASTY = "<script>alert('x')</script> & \"d$a_1$\""
 NASTY_DOMAIN = "<b>$law$</b> & 法律"
-VOID = {"meta", "br", "path", "use"}
+VOID = {"meta", "br"}
 
 
 class Reader(HTMLParser):
@@ -88,16 +87,12 @@ def test_the_decision_comes_first(made: ReportData, page: str) -> None:
 
 
 def test_every_section_is_there(made: ReportData, page: str) -> None:
-    """Choices, pictures, candidates with states and reasons, the environment and the limits."""
+    """Choices, candidates with states and reasons, acceptance, the environment and the limits."""
     reader = Reader(page)
     for heading in (
         "Choices and reasons",
-        "Speed-up by domain",
-        "Forecast against measured",
-        "Tokens per second of every setup",
-        "Acceptance by position",
-        "Step times",
         "Every candidate",
+        "Acceptance by position",
         "Models and machine",
         "What the intervals cover",
     ):
@@ -109,34 +104,32 @@ def test_every_section_is_there(made: ReportData, page: str) -> None:
     assert {"fake cpu", "2.13.0", "8,589,934,592", "fake-target, 8,000,000 parameters, float32"} <= set(reader.words)
 
 
-def test_one_picture_per_subject(made: ReportData, page: str) -> None:
-    """Two over all domains, bars per draft, acceptance per domain, steps per part, a published one; all have labels."""
-    pictures = [attributes for tag, attributes in Reader(page).elements if tag == "svg"]
-    assert len(pictures) == 2 + 2 + 3 + 3 + 1
-    assert all(attributes["aria-label"] and attributes["role"] == "img" for attributes in pictures)
+def test_candidates_have_bars_and_the_rounds_of_explain(made: ReportData, page: str) -> None:
+    """A pale bar of each forecast, a full one of the proof, and the figures of a round as `explain` prints them."""
+    elements = [(tag, str(attributes.get("class"))) for tag, attributes in Reader(page).elements]
+    candidates = [candidate for point in made.points for candidate in point.candidates]
+    assert elements.count(("div", "bar forecast")) == len(candidates)
+    measured = [candidate for candidate in candidates if candidate.measured_speedup]
+    assert elements.count(("div", "bar measured")) == len(measured) > 0
+    widths = [float(width) for width in re.findall(r"<i style=\"width: ([\d.-]+)%", page)]
+    assert all(0.0 < width <= 100.0 for width in widths)
+    cells = [" ".join(cell.split()) for cell in re.findall(r'data-name="needed">(.*?)</td>', page)]
+    needed = [f"{account.break_even_length:.2f}" for point in made.points for account in accounts_of(point).values()]
+    assert cells == needed
 
 
 def test_nothing_is_fetched(page: str) -> None:
-    """No address but the SVG name space, no script, style sheet or picture file; references stay inside."""
-    assert set(re.findall(r"\w+://[^\s\"'<>)]*", page)) <= {"http://www.w3.org/2000/svg"}
-    assert not re.search(r"@import|<link|<script|<img|<iframe|\bsrc=", page)
-    assert set(re.findall(r"url\((.)", page)) <= {"#"}
-    ids = [attributes["id"] for _, attributes in Reader(page).elements if attributes.get("id")]
-    assert len(ids) == len(set(ids))
-    used = re.findall(r'(?:href="|url\()#([^")]+)', page)
-    assert used
-    assert set(used) <= set(ids)
+    """No address, no script, style sheet or picture file."""
+    assert not re.search(r"\w+://|@import|<link|<script|<img|<iframe|\bsrc=|url\(", page)
 
 
 def test_light_and_dark(page: str) -> None:
-    """Every colour in a picture is a variable of the style sheet, and the dark scheme sets each one again."""
+    """Colours are variables of the style sheet, and the dark scheme sets each one again."""
     light, dark = re.search(r":root \{(.*?)\}.*?prefers-color-scheme: dark\) \{\s*:root \{(.*?)\}", page, re.S).groups()  # type: ignore[union-attr]
     names = set(re.findall(r"(--[\w-]+):", light))
     assert names == set(re.findall(r"(--[\w-]+):", dark))
-    pictures = "".join(re.findall(r"<svg.*?</svg>", page, re.S))
-    assert set(re.findall(r"var\((--[\w-]+)\)", page)) <= names
-    assert not re.findall(r"(?:fill|stroke): ?#\w+", pictures)
-    assert "var(--ink)" in pictures
+    assert set(re.findall(r"var\((--[\w-]+)\)", page)) == names
+    assert not re.findall(r"#[0-9a-f]{6}", page.partition("* { box-sizing")[2])
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
@@ -165,17 +158,14 @@ def test_plain_decoding_is_said_plainly(tmp_path: Path) -> None:
 
 
 def test_a_run_without_evidence(tmp_path: Path) -> None:
-    """A budget that ended at once leaves a page without pictures of its own that says why; no bar chart is drawn."""
+    """A budget that ended at once leaves a page without candidates that says why."""
     made = report_data_of(FakeEngine(), watch=Watch(out_of_time=lambda: True))
     text = written(made, tmp_path)
-    assert text.count("<svg") == 1  # the published figure's
     assert "Nothing was forecast: the budget ended before anything could be compared, after loading: give more." in text
-    with pytest.raises(InputError, match="there is no setup to draw"):
-        write(made, tmp_path / "chart.png")
 
 
 def test_several_loads_and_earlier_choices(made: ReportData, tmp_path: Path) -> None:
-    """Each load has its own pictures, titles tell what differs, and choices of earlier runs are marked."""
+    """Each load has its own tables, titles tell what differs, and choices of earlier runs are marked."""
     warm = replace(
         made.loads[0],
         points=tuple(
@@ -189,7 +179,7 @@ def test_several_loads_and_earlier_choices(made: ReportData, tmp_path: Path) -> 
     said = " ".join(reader.words)
     assert said.count("From an earlier run: this run ended before it could decide.") == 3
     assert said.count("From an earlier run.") == 1
-    assert len([tag for tag, _ in reader.elements if tag == "svg"]) == 2 + 2 * 8 + 1
+    assert reader.words.count("Acceptance by position") == 2
 
 
 def test_pages_repeat(made: ReportData, page: str, tmp_path: Path) -> None:
@@ -198,36 +188,13 @@ def test_pages_repeat(made: ReportData, page: str, tmp_path: Path) -> None:
 
 
 def test_the_page_stays_small(page: str) -> None:
-    """Ten pictures and tables of 21 candidates are under 300 KiB."""
-    assert len(page.encode()) < 300 * 1024
-
-
-def test_the_picture_is_the_bar_chart(made: ReportData, tmp_path: Path) -> None:
-    """Rows by draft and length with the measured figures of the proof; .png and .svg are written."""
-    rows = chart_rows(made.points[0])
-    for group in ("draft-a", "ngram:max=4,min=2"):
-        assert [row.setup_name for row in rows if row.draft_name == group] == [
-            f"{group} k={length}" for length in (1, 2, 3)
-        ]
-    assert sum(row.measured_tok_per_s is not None for row in rows) == 2
-    write(made, tmp_path / "chart.png")
-    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
-    write(made, tmp_path / "chart.svg")
-    assert "fake-target: output tokens per second" in (tmp_path / "chart.svg").read_text()
+    """Tables of 21 candidates are under 60 KiB."""
+    assert len(page.encode()) < 60 * 1024
 
 
 def test_page_refusals(made: ReportData, tmp_path: Path) -> None:
     """Another suffix and a missing folder are one-line errors."""
-    with pytest.raises(InputError, match=r"report .*report\.pdf: the suffixes \.html, \.htm, \.png, \.svg are allowed"):
-        write(made, tmp_path / "report.pdf")
-    for name in ("report.html", "chart.png"):
-        with pytest.raises(InputError, match="cannot be written: No such file"):
-            write(made, tmp_path / "missing" / name)
-
-
-@pytest.mark.parametrize("low", [0.0, -0.4])
-def test_a_ratio_scale_ends_at_a_tenth(low: float) -> None:
-    """The interval of few prompts may reach 0 and less, which no logarithmic axis shows."""
-    axes = Figure().subplots()
-    _ratio_scale(axes, "x", [Interval(estimate=1.2, low=low, high=2.0)])
-    assert axes.get_xlim() == (0.1, pytest.approx(2.12))
+    with pytest.raises(InputError, match=r"report .*report\.png: it is a page, the suffixes \.html, \.htm are allowed"):
+        write(made, tmp_path / "report.png")
+    with pytest.raises(InputError, match="cannot be written: No such file"):
+        write(made, tmp_path / "missing" / "report.html")

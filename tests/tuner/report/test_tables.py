@@ -1,19 +1,15 @@
-"""The table, the JSON document and the bar chart of a policy."""
+"""The table and the JSON document of a policy."""
 
 import io
 import json
 import re
-from pathlib import Path
 
-import matplotlib.image
 import pytest
 from rich.console import Console
 
 from profiles.records.core import PLAIN, Setup
 from profiles.records.errors import InputError
-from tests.support.policies import CODE_DRAFT, NGRAM, choice, forecast, interval, measured, policy
-from tuner.report.charts import bar_chart
-from tuner.report.data import Candidate
+from tests.support.policies import CODE_DRAFT, NGRAM, choice, forecast, measured, policy
 from tuner.report.tables import document, table
 
 CODE4 = Setup(draft=CODE_DRAFT, length=4)
@@ -32,14 +28,6 @@ def described(*choices: object) -> dict:
     """The document, through JSON as a program reads it."""
     whole = document(policy(*choices), cost=COST, store="store.sqlite", policy_path="policy.json")  # type: ignore[arg-type]
     return json.loads(json.dumps(whole, allow_nan=False))
-
-
-def chart_row(draft: str, length: int, speedup: float, *, confirmed: bool) -> Candidate:
-    return Candidate(
-        setup_name=f"{draft} k={length}" if length else "plain", draft_name=draft, length=length, state="raced",
-        reason="", forecast_tok_per_s=interval(100 * speedup, 3.0), forecast_speedup=interval(speedup),
-        measured_tok_per_s=interval(101 * speedup, 2.0) if confirmed else None,
-    )  # fmt: skip
 
 
 def test_table_rows() -> None:
@@ -106,46 +94,3 @@ def test_a_draft_without_figures_is_refused() -> None:
     """A drafting choice that has no figures of its own cannot be reported."""
     with pytest.raises(InputError, match="'family/draft-code k=4' has neither a measurement nor a forecast"):
         described(choice(CODE4, measured=None, forecast=None, proven=False))
-
-
-@pytest.mark.parametrize(("num_drafts", "pixels_wide"), [(1, 600), (6, 1800)])
-def test_chart_grows_with_its_drafts(num_drafts: int, pixels_wide: int, tmp_path: Path) -> None:
-    """The picture is not blank, and six drafts stand side by side rather than in one tall strip."""
-    rows = [chart_row("plain", 0, 1.0, confirmed=True)]
-    rows += [
-        chart_row(f"draft-{index}", length, 0.7 + 0.1 * length, confirmed=length == 3)
-        for index in range(num_drafts)
-        for length in range(1, 9)
-    ]
-    path = tmp_path / "chart.png"
-    bar_chart(rows, path, title="Speed of every setup")
-    picture = matplotlib.image.imread(path)
-    height, width = picture.shape[:2]
-    assert width == pixels_wide
-    assert height < width
-    assert len({tuple(pixel) for pixel in picture[::7, ::7, :3].reshape(-1, 3).tolist()}) > 2 * num_drafts
-
-
-@pytest.mark.parametrize(
-    ("rows", "shown", "hidden"),
-    [
-        pytest.param(
-            [("plain", 0, 1.0, False), ("draft-code", 4, 1.62, True)],
-            {"Speed of $x_{$", "draft-code", "k=4", "1.62×", "forecast", "measured, paired runs", "plain decoding"},
-            {"1.00×"},
-            id="plain decoding is a line",
-        ),
-        pytest.param([("plain", 0, 1.0, False)], {"plain", "k=0", "1.00×"}, {"measured, paired runs"}, id="only plain"),
-        pytest.param([("ngram", 1, 0.9, False)], {"ngram", "0.90×"}, {"plain decoding"}, id="no plain decoding"),
-        pytest.param([("$draft_{$", 4, 1.1, False)], {"$draft_{$"}, set(), id="a dollar starts no formula"),
-    ],
-)
-def test_chart_says_what_it_shows(
-    rows: list[tuple[str, int, float, bool]], shown: set[str], hidden: set[str], tmp_path: Path
-) -> None:
-    """Title, draft names, multipliers and the legend stand in the picture."""
-    made = [chart_row(group, length, speedup, confirmed=confirmed) for group, length, speedup, confirmed in rows]
-    bar_chart(made, tmp_path / "chart.svg", title="Speed of $x_{$")
-    comments = set(re.findall(r"<!-- (.*?) -->", (tmp_path / "chart.svg").read_text()))
-    assert shown <= comments
-    assert not hidden & comments
