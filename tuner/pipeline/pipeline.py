@@ -52,7 +52,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watch:
-    """Callbacks of a run: `progress` before every unit, `out_of_time` with it, `show` at every change of standings.
+    """Callbacks of a run: `progress` before every unit, `out_of_time` with it, `show` when the best candidate changes.
 
     `seconds_left` of the budget, infinite without one, are shared among the stages.
     """

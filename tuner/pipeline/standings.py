@@ -1,33 +1,35 @@
-"""How the candidates of the current operating point stand, shown at every change. Nothing is decided by it."""
+"""The best candidate of the current operating point so far, told at every change. Nothing is decided by it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
-from profiles.records.core import Interval, Setup
-from tuner.policy.estimates import Forecast, Standing
+from profiles.records.core import PLAIN, Interval, Setup
+from tuner.policy.estimates import Forecast
 
-Show = Callable[[Sequence[Standing]], None]
+Show = Callable[[str], None]
 
 
 class LiveStandings:
     """The standings of one operating point, at first nothing but forecasts."""
 
     def __init__(self, show: Show, domain: str, forecasts: Sequence[Forecast]) -> None:
-        self._show = show
-        self._rows = {
-            forecast.setup: Standing(
-                domain=domain,
-                setup_name=forecast.setup.name,
-                forecast=forecast.speedup,
-                measured=None,
-                state="forecast",
-            )
-            for forecast in forecasts
-        }
-        self._show(tuple(self._rows.values()))
+        self._show, self._domain = show, domain
+        self._forecasts = {row.setup: row.speedup for row in forecasts if row.setup != PLAIN}
+        self._measured: dict[Setup, Interval] = {}
+        self._states = dict.fromkeys(self._forecasts, "forecast")
+        self._tell()
 
     def note(self, setup: Setup, state: str, measured: Interval | None = None) -> None:
         """A candidate's new state; an earlier measurement stays until there is a newer one."""
-        row = self._rows[setup]
-        self._rows[setup] = replace(row, state=state, measured=measured or row.measured)
-        self._show(tuple(self._rows.values()))
+        if setup != PLAIN:
+            self._states[setup] = state
+            if measured is not None:
+                self._measured[setup] = measured
+            self._tell()
+
+    def _tell(self) -> None:
+        """The best by what was measured, before that by forecast."""
+        rows = self._measured or self._forecasts
+        if rows:
+            setup = max(rows, key=lambda candidate: rows[candidate].estimate)
+            ratio, state = f"{rows[setup]:.2f}", self._states[setup]
+            self._show(f"{self._domain}: {setup.name} at {ratio} is the best so far ({state})")

@@ -61,17 +61,3 @@ class RoundSplit:
     def total_s(self) -> float:
         """Of the whole round; the overhead is below 0 where steps in a row are faster than alone."""
         return (self.draft_s or 0.0) + self.verify_s + self.overhead_s
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
-    """How a candidate of the current operating point stands; the intervals are speed-ups over plain decoding.
-
-    `state` is for display: `forecast`, `racing 3/12`, `pruned in the race`.
-    """
-
-    domain: str
-    setup_name: str
-    forecast: Interval | None
-    measured: Interval | None
-    state: str

@@ -17,7 +17,7 @@ from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, TARGET_STEP_S, FakeEngin
 from tuner.pipeline.pipeline import Outcome, Tuner, Watch
 from tuner.pipeline.points import plan_points
 from tuner.pipeline.trial import Options
-from tuner.policy.estimates import Forecast, Measured, Standing
+from tuner.policy.estimates import Forecast, Measured
 from tuner.policy.policy import Choice
 from tuner.policy.query import MIXED
 from tuner.run import TuningSession, tune
@@ -642,14 +642,16 @@ def test_a_limit_must_be_above_zero(limit: str, value: float) -> None:
         Limits(**{limit: value})
 
 
-def test_those_who_watch_see_every_state() -> None:
-    """Forecast first, then race and proof with what is measured so far."""
-    seen: list[tuple[Standing, ...]] = []
-    _tune(Altered(), watch=Watch(show=lambda rows: seen.append(tuple(rows))))
-    assert {row.state for row in seen[0]} == {"forecast"}
-    states = {row.state.split()[0] for rows in seen for row in rows}
+def test_those_who_watch_see_the_best_so_far() -> None:
+    """By forecast first, then by what race and proof have measured so far."""
+    seen: list[str] = []
+    outcome = _tune(Altered(), watch=Watch(show=seen.append))
+    assert seen[0].endswith("is the best so far (forecast)")
+    states = {line.rpartition("(")[2].split()[0].rstrip(")") for line in seen}
     assert {"forecast", "racing", "raced", "proving", "measured"} <= states
-    assert any(row.measured is not None for row in seen[-1])
+    choice = outcome.choices[-1]
+    assert choice.measured is not None
+    assert f"{choice.domain}: {choice.setup.name} at {choice.measured.speedup:.2f} is the best so far" in seen[-1]
 
 
 def _queue_pair(number: int, plain_s: float, disturbed: bool = False) -> Pair:
