@@ -1,4 +1,4 @@
-"""Speculation length by batch size, as ranges, for engines that change it while they run.
+"""Speculation length by batch size, as ranges, for an engine that changes it while it runs.
 
 A request at batch b is decided by the smallest measured batch that is at least b, as in a policy's look-up; beyond the
 largest nothing was measured, and nothing is drafted.
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from profiles.records.core import PLAIN, Draft, Interval, Setup
-from tuner.export.select import Deployment, Objection
+from tuner.export.select import Deployment, Objection, Pick
 from tuner.policy.policy import Choice
 from tuner.search.objective import MIN_SPEEDUP
 
@@ -43,19 +43,19 @@ def ranges_of(deployment: Deployment, draft: Draft, objection: Objection) -> tup
     return done if length_at(done, deployment.choice.batch_size) > 0 else ()
 
 
-def as_scheduled(setup: Setup, ranges: Sequence[Range], batch_size: int) -> tuple[Setup, list[str]]:
-    """The setup with its length in the ranges at a batch, and a note where that is another one."""
-    length = length_at(ranges, batch_size)
+def as_scheduled(pick: Pick, ranges: Sequence[Range]) -> tuple[Pick, list[str]]:
+    """The pick with its length in the ranges at the choice's batch, and a note where that is another one."""
+    setup, length = pick.setup, length_at(ranges, pick.deployment.choice.batch_size)
     if length == setup.length:
-        return setup, []
+        return pick, []
     note = f"k={length} instead of {setup.length}: the longer draft gains too little over a neighbouring batch's"
-    return replace(setup, length=length), [note]
+    return replace(pick, setup=replace(setup, length=length)), [note]
 
 
-def claims_of(setup: Setup, ranges: Sequence[Range], deployment: Deployment) -> dict[int, Setup]:
-    """What every measured batch decodes with under a schedule of a setup's draft: plain decoding where it says 0."""
-    lengths = {row.batch_size: length_at(ranges, row.batch_size) for row in deployment.batches}
-    return {size: replace(setup, length=length) if length else PLAIN for size, length in lengths.items()}
+def claims_of(pick: Pick, ranges: Sequence[Range]) -> dict[int, Setup]:
+    """What every measured batch decodes with under a schedule of a pick's draft: plain decoding where it says 0."""
+    lengths = {row.batch_size: length_at(ranges, row.batch_size) for row in pick.deployment.batches}
+    return {size: replace(pick.setup, length=length) if length else PLAIN for size, length in lengths.items()}
 
 
 def merged(ranges: Sequence[Range]) -> tuple[Range, ...]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from profiles.engines.releases import EngineRelease
-from profiles.records.core import PLAIN, Model, Setup
+from profiles.records.core import PLAIN, Draft, Model, Setup
 from profiles.records.text import printable
 from tuner.policy.policy import Choice
 
@@ -62,10 +62,15 @@ class Pick:
     notes: tuple[str, ...]
     objection: Objection
 
-    def export(
-        self, text: str, notes: Sequence[str], setup: Setup, claims: Mapping[int, Setup] | None = None
-    ) -> Export:
+    @property
+    def draft(self) -> Draft:
+        """What is never exported is plain decoding."""
+        assert self.setup.draft is not None
+        return self.setup.draft
+
+    def export(self, text: str, notes: Sequence[str], claims: Mapping[int, Setup] | None = None) -> Export:
         """The pick in an engine's form; `claims` None: of one length for the batches around the choice."""
+        setup = self.setup
         return Export(
             text=text,
             note="; ".join([*self.notes, *notes]) or None,
@@ -95,16 +100,16 @@ def pick(deployment: Deployment, release: EngineRelease, objection: Objection) -
     return Export(text="", note="; ".join([*notes, f"nothing to set for {release.title}", *skipped]))
 
 
-def one_length_note(deployment: Deployment, setup: Setup, limit: str, *, all_alike: bool = False) -> str:
+def one_length_note(pick: Pick, limit: str, *, all_alike: bool = False) -> str:
     """For an engine that keeps one length: the batches it was decided for, and the `limit` that keeps to them.
 
     A batch is decided by the smallest measured one that is at least as large. `all_alike`: one length for all batches.
     """
-    before, inside, after = _around(deployment, setup, all_alike=all_alike)
+    before, inside, after = _around(pick.deployment, pick.setup, all_alike=all_alike)
     last = inside[-1].batch_size
     span = f"{before[-1].batch_size + 1} to {last}, smaller ones otherwise" if before else f"up to {last}"
     beyond = f"{after[0].setup.name} was decided" if after else "nothing was measured"
-    return f"k={setup.length} is for batches {span}; from {last + 1} on {beyond}: keep {limit} at or under {last}"
+    return f"k={pick.setup.length} is for batches {span}; from {last + 1} on {beyond}: keep {limit} at or under {last}"
 
 
 def one_length_claims(deployment: Deployment, setup: Setup, *, all_alike: bool = False) -> dict[int, Setup]:
@@ -139,7 +144,24 @@ def comment(text: str) -> str:
     return "# " + " ".join(printable(text).split())
 
 
-def title(deployment: Deployment, form: str, setup: Setup) -> str:
-    choice = deployment.choice
+def title(pick: Pick) -> str:
+    choice, label = pick.deployment.choice, label_of(pick.deployment, pick.release.engine, pick.setup)
     point = f"{choice.domain} prompts, batch {choice.batch_size}, context up to {choice.context_length}"
-    return comment(f"{setup.name} for {point} ({label_of(deployment, form, setup)})")
+    return comment(f"{pick.setup.name} for {point} ({label})")
+
+
+def look_up_notes(pick: Pick) -> list[str]:
+    """For engines whose look-ups have a largest match only."""
+    shortest = pick.draft.min_match
+    if pick.draft.kind != "ngram" or shortest == 1:
+        return []
+    measured = f"the choice was measured with matches of {shortest} or more"
+    return [f"{pick.release.title} also looks up single tokens; {measured}"]
+
+
+def sampling_notes(pick: Pick) -> list[str]:
+    """For engines that accept sampled drafts by a rule of their own."""
+    if pick.draft.kind == "ngram" or pick.deployment.choice.temperature == 0.0:
+        return []
+    rule = f"{pick.release.title}'s rule may differ"
+    return [f"the choice was measured with rejection sampling of sampled drafts; {rule}"]

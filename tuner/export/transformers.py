@@ -8,8 +8,8 @@ from pathlib import Path
 
 from profiles.engines import rules
 from profiles.engines.releases import EngineRelease
-from profiles.records.core import Draft, Model, Setup
-from tuner.export.select import Deployment, Export, Pick, comment, title
+from profiles.records.core import Model, Setup
+from tuner.export.select import Deployment, Export, Pick, comment, look_up_notes, title
 from tuner.policy.policy import Choice
 
 FIRST = "5.17.0"  # the oldest release that this project is tested with
@@ -24,21 +24,14 @@ def objection(deployment: Deployment, setup: Setup, release: EngineRelease) -> s
 
 def write(pick: Pick) -> Export:
     """A snippet that loads the models and defines `generate_kwargs`."""
-    deployment, setup = pick.deployment, pick.setup
-    draft = setup.draft
-    assert draft is not None
-    notes = []
-    if draft.kind == "ngram" and draft.min_match != 1:
-        matches = f"the choice was measured with matches of {draft.min_match} or more"
-        notes.append(f"transformers also looks up single tokens; {matches}")
-    lines = [title(deployment, pick.release.engine, setup), *map(comment, notes)]
-    text = "\n".join([*lines, *_code(deployment, setup, draft)]) + "\n"
-    return pick.export(text, notes, setup)
+    notes = look_up_notes(pick)
+    return pick.export("\n".join([title(pick), *map(comment, notes), *_code(pick)]) + "\n", notes)
 
 
-def _code(deployment: Deployment, setup: Setup, draft: Draft) -> list[str]:
-    kwargs = _sampling(deployment.choice)
-    lines = ["from transformers import AutoModelForCausalLM", "", _load("model", deployment.target)]
+def _code(pick: Pick) -> list[str]:
+    setup, draft = pick.setup, pick.draft
+    kwargs = _sampling(pick.deployment.choice)
+    lines = ["from transformers import AutoModelForCausalLM", "", _load("model", pick.deployment.target)]
     if draft.kind == "ngram":
         kwargs |= {"prompt_lookup_num_tokens": setup.length, "max_matching_ngram_size": draft.max_match}
     elif draft.kind == "early_exit":

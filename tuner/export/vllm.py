@@ -33,28 +33,25 @@ def objection(deployment: Deployment, setup: Setup, release: EngineRelease) -> s
 
 def write(pick: Pick) -> Export:
     """One argument for `vllm serve`, with a schedule where batch sizes have different lengths."""
-    deployment, release, setup = pick.deployment, pick.release, pick.setup
-    draft = setup.draft
-    assert draft is not None
-    if draft.kind == "composite":
-        length = one_length_note(deployment, setup, "--max-num-seqs")
+    if pick.draft.kind == "composite":
+        length = one_length_note(pick, "--max-num-seqs")
         notes = [f"draftpick must be installed where vLLM is; with --max-num-seqs of {LOOKUP_LENGTH} or more", length]
-        return pick.export(_text(args_for(setup, release)), notes, setup)
+        return pick.export(_text(args_for(pick.setup, pick.release)), notes)
     notes = []
-    ranges = ranges_of(deployment, draft, pick.objection)
+    ranges = ranges_of(pick.deployment, pick.draft, pick.objection)
     if ranges:
-        setup, notes = as_scheduled(setup, ranges, deployment.choice.batch_size)
+        pick, notes = as_scheduled(pick, ranges)
     schedule = _schedule(ranges)
-    longest = max((length for _, _, length in schedule), default=setup.length)
-    config = speculative_config(draft, longest)
-    _ask_for_samples(config, deployment)
+    longest = max((length for _, _, length in schedule), default=pick.setup.length)
+    config = speculative_config(pick.draft, longest)
+    _ask_for_samples(config, pick.deployment)
     if schedule:
         config[SCHEDULE] = schedule
-        claims = claims_of(setup, ranges, deployment)
+        claims = claims_of(pick, ranges)
     else:
         all_alike = len(ranges) == 1
-        claims = one_length_claims(deployment, setup, all_alike=all_alike)
-        notes.append(one_length_note(deployment, setup, "--max-num-seqs", all_alike=all_alike))
+        claims = one_length_claims(pick.deployment, pick.setup, all_alike=all_alike)
+        notes.append(one_length_note(pick, "--max-num-seqs", all_alike=all_alike))
     if "model" in config and any(length == 0 for _, _, length in schedule):
         notes.append(
             "where the schedule says 0 the draft still reads what the target writes, which a server without a draft is "
@@ -66,7 +63,7 @@ def write(pick: Pick) -> Export:
             f"on a GPU this draft proposes {longest} tokens at every batch size, of which {min(shorter)} are verified: "
             "slower there than a server of that length (Model Runner V2)"
         )
-    return pick.export(_text(config_args(config)), notes, setup, claims)
+    return pick.export(_text(config_args(config)), notes, claims)
 
 
 def _schedule(ranges: tuple[Range, ...]) -> list[list[int]]:
@@ -99,12 +96,10 @@ def write_adaptive(pick: Pick, policy: Policy) -> Export:
 
     A batch size for every length, so that each gets its CUDA graph.
     """
-    setup = pick.setup
-    assert setup.draft is not None
     named = [choice.setup for choice in policy.choices]
     named += [forecast.setup for choice in policy.choices for forecast in choice.alternatives]
-    longest = max(other.length for other in (setup, *named) if other.draft == setup.draft)
-    config = speculative_config(setup.draft, longest)
+    longest = max(other.length for other in (pick.setup, *named) if other.draft == pick.draft)
+    config = speculative_config(pick.draft, longest)
     _ask_for_samples(config, pick.deployment)
     notes = [
         f"k from 0 to {longest} is chosen as the server runs, by draftpick, which must be installed where vLLM is, and "
@@ -113,7 +108,7 @@ def write_adaptive(pick: Pick, policy: Policy) -> Export:
     if policy.environment.engine != "vllm":
         notes.append(f"the policy was measured on {policy.environment.engine}: measure it with --engine vllm")
     args = ["--scheduler-cls", SCHEDULER, *config_args(every_length(config, longest))]
-    return pick.export(_text(args), notes, setup, {})
+    return pick.export(_text(args), notes, {})
 
 
 def _ask_for_samples(config: dict[str, object], deployment: Deployment) -> None:

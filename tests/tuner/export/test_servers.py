@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from profiles.builtin import IMPORTED_MARKS
 from profiles.engines.llamacpp.flags import FIRST_BUILD
 from profiles.engines.releases import NEWEST
-from profiles.records.core import PLAIN, Draft, Setup
+from profiles.records.core import Draft, Setup
 from tests.lanes.cases import cases, deployment, draft_at, model_at
 from tests.lanes.places import LANES
-from tests.support.policies import CODE_DRAFT, NGRAM, TARGET, choice, forecast, measured
+from tests.support.policies import CODE_DRAFT, NGRAM, TARGET, choice, forecast
 from tuner.export import Form, emit
 from tuner.policy.policy import Choice
 
@@ -57,12 +57,7 @@ def yaml_of(text: str) -> dict[str, object]:
     assert lines[0] == "speculative_config:"
     pairs = [re.fullmatch(r"  (\w+): (.+)", line) for line in lines[1:]]
     assert all(pairs)
-    found = {pair[1]: pair[2] for pair in pairs if pair}
-    schedule = found.pop("draft_len_schedule", None)
-    values = {key: json.loads(value) for key, value in found.items()}
-    if schedule is not None:
-        values["draft_len_schedule"] = json.loads(re.sub(r"(\d+):", r'"\1":', schedule))
-    return values
+    return {pair[1]: json.loads(pair[2]) for pair in pairs if pair}
 
 
 def test_trtllm_file() -> None:
@@ -73,8 +68,8 @@ def test_trtllm_file() -> None:
         "# for TensorRT-LLM 1.3.0rc27\n"
         "# k=4 is for batches up to 1; from 2 on nothing was measured: keep max_batch_size at or under 1\n"
         "speculative_config:\n"
-        '  decoding_type: "Draft_Target"\n'
         "  max_draft_len: 4\n"
+        '  decoding_type: "Draft_Target"\n'
         '  speculative_model: "family/draft-code"\n'
     )
     assert yaml_of(emit(deployment(choice(WITH_MODEL)), "trtllm", "1.2.1").text)["speculative_model_dir"]
@@ -88,54 +83,13 @@ def test_trtllm_look_up() -> None:
     assert f"# {export.note}\n" in export.text
 
 
-@pytest.mark.parametrize(
-    ("version", "schedule"),
-    [
-        ("1.2.0", {"1": 4, "2": 2, "5": 0}),
-        ("1.2.1", {"1": 4, "2": 2, "5": 0}),
-        ("1.3.0rc0", None),
-        ("1.3.0rc26", None),
-        ("1.3.0rc27", {"1": 4, "4": 2}),
-        ("1.4.0rc1", {"1": 4, "4": 2}),
-    ],
-)
-def test_trtllm_schedule_by_version(version: str, schedule: dict[str, int] | None) -> None:
-    """Keys are first batches in 1.2 and last ones from 1.3.0rc27 on; in between the asked length alone is said."""
+@pytest.mark.parametrize("version", ["1.2.0", "1.3.0rc26", "1.3.0rc27", "1.4.0rc1"])
+def test_trtllm_has_one_length(version: str) -> None:
+    """What its schedule means differs by version, so the asked batch's length alone is told, with its batches."""
     export = emit(cases(TARGET, CODE_DRAFT)["schedule"], "trtllm", version)
-    values = yaml_of(export.text)
-    assert values.get("draft_len_schedule") == schedule
-    assert values["max_draft_len"] == 4
-    said = "keep max_batch_size at or under 4" if schedule else f"means in TensorRT-LLM {version} is not known"
-    assert said in str(export.note)
-
-
-def test_trtllm_schedule_begins_with_the_longest() -> None:
-    """Where a larger batch drafts more than the smallest, its schedule cannot be told: one length, and the note."""
-    longer = Setup(draft=CODE_DRAFT, length=6)
-    rows = (choice(Setup(draft=CODE_DRAFT, length=2), measured=measured(Setup(draft=CODE_DRAFT, length=2), 1.2)),)
-    rows += (choice(longer, batch_size=4, measured=measured(longer, 1.6)),)
-    export = emit(deployment(rows[0], *rows), "trtllm", "1.2.1")
-    assert yaml_of(export.text)["max_draft_len"] == 2
-    assert "draft_len_schedule must begin with the longest draft" in str(export.note)
-
-
-@pytest.mark.parametrize(
-    ("version", "schedule"), [("1.2.1", {"1": 4, "5": 0}), ("1.3.0rc27", {"4": 4}), ("1.4.0rc1", {"4": 4})]
-)
-def test_trtllm_schedule_ends_at_a_plain_hole(version: str, schedule: dict[str, int]) -> None:
-    """A batch where plain decoding was chosen drafts nothing in either spelling, nor do larger ones, which is said."""
-    lengths = {4: 4, 8: 0, 16: 2, 24: 0, 32: 2}
-    setups = {batch: Setup(draft=CODE_DRAFT, length=length) if length else PLAIN for batch, length in lengths.items()}
-    rows = [choice(setup, batch_size=batch) for batch, setup in setups.items()]
-    export = emit(deployment(rows[0], *rows), "trtllm", version)
-    assert yaml_of(export.text)["draft_len_schedule"] == schedule
-    assert "batches 9 to 16, 25 to 32 draft nothing: plain decoding lies before them" in str(export.note)
-    assert "PR #16888): keep max_batch_size at or under 4" in str(export.note)
-    beyond = emit(deployment(rows[2], *rows), "trtllm", version)
-    assert yaml_of(beyond.text)["max_draft_len"] == 2
-    assert "draft_len_schedule" not in yaml_of(beyond.text)
-    assert "draft_len_schedule would end at batch 4" in str(beyond.note)
-    assert "k=2 is for batches 9 to 16, smaller ones otherwise; from 17 on" in str(beyond.note)
+    key = "speculative_model" if version >= "1.3.0rc27" else "speculative_model_dir"
+    assert yaml_of(export.text) == {"decoding_type": "Draft_Target", "max_draft_len": 4, key: "family/draft-code"}
+    assert "k=4 is for batches up to 1; from 2 on" in str(export.note)
 
 
 def test_trtllm_takes_no_revision() -> None:
