@@ -31,10 +31,10 @@ def explain(
         domain=domain,
         temperature=policy.headline.temperature if temperature is None else temperature,
     )
-    figures = next(
-        (row for row in report_data.points if row.choice.filtered_point == answer.choice.filtered_point), None
-    )
-    if figures is None:
+    choice = answer.choice
+    points = {row.choice.filtered_point: row for row in report_data.points}
+    figures = points.get(choice.filtered_point)
+    if figures is None or figures.choice.setup != choice.setup:  # an earlier run's choice, which the policy keeps
         raise NotMeasuredError(f"the last run did not decide this: {answer.rule}; run `{command('run')}` for it")
     explanation = explanations.explain(figures, instead)
     lines, document = explanations.sentences(explanation), asdict(explanation)

@@ -72,14 +72,6 @@ def run_summary(finished: "FinishedRun") -> Iterator[str]:
     divergences = sum(proof.num_divergences for proof in measured)
     disturbed = sum(proof.num_disturbed for proof in measured)
     yield f"outputs that diverged at near-ties: {divergences}; pairs of runs disturbed by other programs: {disturbed}"
-    noises = [f"{point.race.noise:+.1%}" for point in outcome.points if point.race and point.race.noise]
-    if noises:
-        yield f"noise of the races, plain decoding against itself: {', '.join(noises)}"
-    for point in outcome.points:
-        if point.cores is not None and point.candidate is not None:
-            threads = ["" if count is None else f" with {count} threads" for count in point.threads or (None, None)]
-            plain, chosen = (f"{cores:.1f} cores{count}" for cores, count in zip(point.cores, threads, strict=True))
-            yield f"{point.domain}: plain decoding used {plain}, {point.candidate.name} {chosen}"
     yield f"policy: {finished.policy_path}"
 
 

@@ -35,9 +35,8 @@ class PointDecision:
     """What every stage of an operating point came to; a stage that was not reached has None or nothing.
 
     `candidate` is the setup that went to the proof, `units` the digests of the proof's runs as stored. `rejected` are
-    proofs of setups that were ruled out by them. `objection`: why the proof's runs are no fair comparison. `cores`:
-    processor seconds per second of plain decoding and of the candidate in the proof, and `threads` theirs, where known.
-    `stopped` tells why the decision ended early.
+    proofs of setups that were ruled out by them. `objection`: why the proof's runs are no fair comparison. `stopped`
+    tells why the decision ended early.
     """
 
     plan: PointPlan
@@ -51,8 +50,6 @@ class PointDecision:
     rejected: tuple[Measured, ...] = ()
     infeasible: tuple[Infeasible, ...] = ()
     objection: str | None = None
-    cores: tuple[float, float] | None = None
-    threads: tuple[int, int] | None = None
     stopped: str | None = None
     out_of_time: bool = False
 

@@ -379,8 +379,6 @@ class PointTrial:
             measured=measured,
             units=tuple(running.units),
             objection=control.objection(setup, pairs, batch_size=self._workload.batch_size, greedy=design.greedy),
-            cores=control.cores_used(pairs),
-            threads=control.threads_used(pairs),
         )
         is_slower = measured.compared(objective).estimate < 1.0 and measured.p_value <= level
         running.is_over = is_slower or len(running.looks) == len(running.sizes)
@@ -433,6 +431,4 @@ def _forecast_seconds(forecaster: Forecaster, setup: Setup, prompts: Sequence[Pr
 
 def _unmeasured(point: PointDecision, candidate: Setup | None) -> PointDecision:
     """The point with another candidate, of which no proof was run."""
-    return replace(
-        point, candidate=candidate, measured=None, units=(), objection=None, cores=None, threads=None, stopped=None
-    )
+    return replace(point, candidate=candidate, measured=None, units=(), objection=None, stopped=None)

@@ -8,7 +8,7 @@ from typing import Any
 from profiles.acceptance.expected_rounds import expected_rounds
 from profiles.acceptance.rates import acceptance_by_position
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload
-from profiles.records.errors import InputError, NotMeasuredError
+from profiles.records.errors import NotMeasuredError
 from profiles.stats import share_interval
 from tuner.forecast.evidence import Evidence
 from tuner.pipeline.pipeline import Outcome
@@ -30,21 +30,11 @@ from tuner.search.proof import shortfall
 
 
 def report_data(outcome: Outcome, policy: Policy) -> ReportData:
-    """What a report shows of a run and of the policy it left, which may keep choices of earlier runs.
-
-    Raises InputError when the policy lacks an operating point of the outcome.
-    """
-    held = {choice.filtered_point: choice for choice in policy.choices}
+    """What a report shows of a run that left this policy."""
     loads: dict[Workload, list[tuple[PointDecision, PointFigures]]] = {}
     for point, choice in zip(outcome.points, outcome.choices, strict=True):
-        stored = held.pop(choice.filtered_point, None)
-        if stored is None:
-            raise InputError(
-                f"the policy has no choice for {choice.domain!r} at {choice.filtered_point}: it is of another run"
-            )
         figures = PointFigures(
-            choice=replace(stored, evidence=()),
-            from_earlier=stored != choice,
+            choice=replace(choice, evidence=()),
             stopped=point.stopped,
             noise=None if point.race is None else point.race.noise,
             num_forecast_prompts=len(point.plan.forecast_prompts),
@@ -57,7 +47,6 @@ def report_data(outcome: Outcome, policy: Policy) -> ReportData:
         drafts=_drafts(outcome),
         environment=policy.environment,
         loads=tuple(_load(workload, rows) for workload, rows in loads.items()),
-        standing=tuple(replace(choice, evidence=()) for choice in held.values()),
     )
 
 

@@ -16,7 +16,7 @@ from tuner.policy.policy import MEASURED_NAMES, Choice, rename_keys
 
 REPORT_DATA_VERSION = 3  # 2 added what policies of version 2 did
 EARLIER_NAMES = {"anchors": "points", "kept": "accepted"}  # keys of reports before 0.6
-DROPPED = ("timeline", "staircases", "step_time_curves")  # what earlier draftpicks drew
+DROPPED = ("timeline", "staircases", "step_time_curves", "from_earlier", "standing")  # what earlier draftpicks showed
 State = Literal["baseline", "forecast only", "raced", "pruned in the race", "not proven", "proven", "infeasible"]
 
 
@@ -50,12 +50,10 @@ class Candidate:
 class PointFigures:
     """One operating point: its choice, and every candidate, the best forecast first.
 
-    `from_earlier`: this run ended before it could decide, and the policy keeps an earlier run's choice. `noise` is the
-    mean log ratio of plain decoding against itself in the race; `stopped` says what ended the run early.
+    `noise` is the mean log ratio of plain decoding against itself in the race; `stopped` says what ended the run early.
     """
 
     choice: Choice
-    from_earlier: bool
     stopped: str | None
     noise: float | None
     num_forecast_prompts: int
@@ -94,7 +92,7 @@ class LoadFigures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportData:
-    """One run: its models and machine, its loads, and the policy's choices of earlier runs that it left standing.
+    """One run: its models and machine, and its loads.
 
     `created` is the policy's. Raises InputError: another version, no load, or a load without an operating point.
     """
@@ -105,7 +103,6 @@ class ReportData:
     drafts: tuple[Draft, ...]
     environment: Environment
     loads: tuple[LoadFigures, ...]
-    standing: tuple[Choice, ...]
 
     def __post_init__(self) -> None:
         is_read = self.version == REPORT_DATA_VERSION

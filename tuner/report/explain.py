@@ -73,12 +73,10 @@ def explain(figures: PointFigures, instead: str | None = None) -> Explanation:
 
     The runner-up has the best known speed-up of those that could have been chosen. Candidates that failed before they
     had a forecast have no round to explain. Raises InputError for a setup that is no candidate, or is the choice
-    itself, where nothing was forecast, and for an earlier run's choice, which this run's figures do not explain.
+    itself, and where nothing was forecast.
     """
     choice, accounts = figures.choice, accounts_of(figures)
     chosen_name, domain = choice.setup.name, f"domain {choice.domain!r}"
-    earlier = f"{domain}: {chosen_name} was chosen by an earlier run than the last, which ended before it could decide"
-    require(not figures.from_earlier, f"{earlier}; run again to have it explained")
     require(bool(accounts), f"{domain}: {figures.stopped or 'nothing was forecast'}; run again")
     allowed = ", ".join(accounts)
     for name in (chosen_name, chosen_name if instead is None else instead):

@@ -18,7 +18,6 @@ from tuner.report.explain import ROUND_COLUMNS, accounts_of, round_cells
 from tuner.report.tables import crossover_sentence
 
 SUFFIXES = (".html", ".htm")
-UNDECIDED = " From an earlier run: this run ended before it could decide."
 OPERATING_POINT = {"batch": "batch_size", "context": "context_length", "temperature": "temperature"}
 
 
@@ -35,7 +34,7 @@ def write(report_data: ReportData, path: str | Path) -> None:
 
 def _page(report_data: ReportData) -> str:
     points = report_data.points
-    choices = [*(figures.choice for figures in points), *report_data.standing]
+    choices = [figures.choice for figures in points]
     varied = [name for name, key in OPERATING_POINT.items() if len({getattr(choice, key) for choice in choices}) > 1]
 
     def title(choice: Choice) -> str:
@@ -58,10 +57,7 @@ def _page(report_data: ReportData) -> str:
     return environment.get_template("page.html.jinja").render(
         report=report_data,
         headline=points[0].choice,
-        choices=[
-            *((point.choice, UNDECIDED if point.from_earlier else "") for point in points),
-            *((choice, " From an earlier run.") for choice in report_data.standing),
-        ],
+        choices=choices,
         feasible=all(candidate.state != "infeasible" for candidate in plain),
         crossover=crossover_sentence(choices),
         round_columns=ROUND_COLUMNS,

@@ -404,7 +404,6 @@ def test_arms_that_differ_in_more_than_the_draft_prove_nothing(draft: Any, facto
     is_fair = factor == 1.0 or (factor < 1.0 and draft == DRAFT_A)
     assert choice.proven == is_fair
     assert measured.speedup.low > 1.0
-    assert outcome.points[0].cores == pytest.approx((1.0, factor))
     if not is_fair:
         assert (
             "differ in more than the draft: compare their threads and settings; plain decoding used 1.0"

@@ -10,7 +10,6 @@ from profiles.records.errors import BadNumbersError, InputError
 from profiles.records.evidence import Acceptance, TargetTrace
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts
 from tests.support.policies import CREATED
-from tests.support.policies import choice as a_choice
 from tuner.pipeline.pipeline import Outcome, Tuner, Watch
 from tuner.pipeline.trial import Options
 from tuner.policy.policy import Policy
@@ -137,23 +136,6 @@ def test_a_budget_that_ends_early() -> None:
     assert ReportData.from_json(made.to_json()) == made
 
 
-def test_choices_of_earlier_runs(made: ReportData) -> None:
-    """A policy may keep an earlier choice at an anchor, and hold anchors this run had none of: both are marked."""
-    outcome = outcome_of(FakeEngine(keep=0.0))
-    earlier = replace(outcome.choices[0], reason="Plain decoding: so it was last week.")
-    elsewhere = a_choice(batch_size=8, context_length=256)
-    policy = Policy(
-        created=CREATED, target=TARGET, environment=MACHINE, choices=(earlier, *outcome.choices[1:], elsewhere)
-    )
-    kept = report_data(outcome, policy)
-    assert [point.from_earlier for point in kept.points] == [True, False, False]
-    assert kept.points[0].choice.reason == "Plain decoding: so it was last week."
-    assert [choice.batch_size for choice in kept.standing] == [8]
-    assert not any(point.from_earlier for point in made.points)
-    with pytest.raises(InputError, match="no choice for 'mixed'"):
-        report_data(outcome, Policy(created=CREATED, target=TARGET, environment=MACHINE, choices=(elsewhere,)))
-
-
 def test_loads_are_kept_apart() -> None:
     """Two temperatures are two loads, each with its own curves."""
     outcome = outcome_of(FakeEngine(keep=0.9), None, GREEDY, replace(GREEDY, temperature=0.7))
@@ -184,7 +166,7 @@ def test_json_round_trip(made: ReportData) -> None:
 
 def test_what_earlier_versions_drew_is_ignored(made: ReportData) -> None:
     """A timeline of a simulated server, and step times by width; their report data is still read."""
-    raw = made.to_json() | {"timeline": {"spans": [{"start_s": 0.0}], "best_single_name": "plain"}}
+    raw = made.to_json() | {"timeline": {"spans": [{"start_s": 0.0}], "best_single_name": "plain"}, "standing": []}
     for load, key in zip(raw["loads"] * 2, ("step_time_curves", "staircases"), strict=True):
         load[key] = [{"name": "target", "widths": [{"width": 1, "median_s": 0.005}]}]
     assert ReportData.from_json(raw) == made

@@ -82,7 +82,6 @@ def facts(*candidates: Candidate, chosen: Candidate = CHOSEN) -> PointFigures:
         choice=choice(
             setup_of(chosen), domain="code", context_length=384, reason="It decodes 1.55 times as fast.", evidence=()
         ),
-        from_earlier=False,
         stopped=None,
         noise=None,
         num_forecast_prompts=12,
@@ -244,9 +243,7 @@ def test_facts_that_do_not_fit_are_refused() -> None:
 
 
 def test_what_the_last_run_did_not_decide_is_refused() -> None:
-    """An earlier run's choice, and an anchor without a forecast; a draft that failed before it had one is left out."""
-    with pytest.raises(InputError, match="domain 'code': draft-a k=2 was chosen by an earlier run than the last"):
-        explain(replace(facts(), from_earlier=True))
+    """An operating point without a forecast; a draft that failed before it had one is left out."""
     with pytest.raises(InputError, match="domain 'code': the budget ended; run again"):
         explain(replace(facts(), candidates=(), stopped="the budget ended"))
     failed = Candidate(setup_name="draft-f", draft_name="draft-f", length=1, state="infeasible", reason="it failed")

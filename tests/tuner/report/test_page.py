@@ -11,7 +11,6 @@ from profiles.records.core import PLAIN, Draft, Model, digest_of
 from profiles.records.errors import InputError
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, TARGET, FakeEngine, prompts
 from tests.support.policies import CREATED
-from tests.support.policies import choice as a_choice
 from tuner.pipeline.pipeline import Tuner, Watch
 from tuner.pipeline.trial import Options
 from tuner.policy.policy import Policy
@@ -164,21 +163,14 @@ def test_a_run_without_evidence(tmp_path: Path) -> None:
     assert "Nothing was forecast: the budget ended before anything could be compared, after loading: give more." in text
 
 
-def test_several_loads_and_earlier_choices(made: ReportData, tmp_path: Path) -> None:
-    """Each load has its own tables, titles tell what differs, and choices of earlier runs are marked."""
+def test_several_loads(made: ReportData, tmp_path: Path) -> None:
+    """Each load has its own tables, titles tell what differs."""
     warm = replace(
         made.loads[0],
-        points=tuple(
-            replace(point, choice=replace(point.choice, temperature=0.7), from_earlier=True)
-            for point in made.loads[0].points
-        ),
+        points=tuple(replace(point, choice=replace(point.choice, temperature=0.7)) for point in made.loads[0].points),
     )
-    standing = (a_choice(temperature=1.0, context_length=256),)
-    reader = Reader(written(replace(made, loads=(made.loads[0], warm), standing=standing), tmp_path))
-    assert {"code, temperature 0", "code, temperature 0.7", "all domains, temperature 1"} <= set(reader.words)
-    said = " ".join(reader.words)
-    assert said.count("From an earlier run: this run ended before it could decide.") == 3
-    assert said.count("From an earlier run.") == 1
+    reader = Reader(written(replace(made, loads=(made.loads[0], warm)), tmp_path))
+    assert {"code, temperature 0", "code, temperature 0.7"} <= set(reader.words)
     assert reader.words.count("Acceptance by position") == 2
 
 
