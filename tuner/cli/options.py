@@ -117,9 +117,6 @@ TopK = Annotated[int, _load("Number of tokens to sample among; 0 is off.")]
 AcceptanceFrom = Annotated[
     str, _load("store, published, a JSON file, or a rate per token such as 0.85.", "--acceptance")
 ]
-DomainPrompts = Annotated[
-    list[str] | None, _load("Prompts whose domains count. Repeatable.", "--prompts", default="all domains")
-]
 PlanContext = Annotated[int, _load("Tokens cached per sequence.", "--context")]
 
 # search and limits

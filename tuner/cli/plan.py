@@ -23,7 +23,6 @@ def plan(
     batch_size: options.BatchSizes = None,
     context: options.PlanContext = 1024,
     acceptance: options.AcceptanceFrom = "published",
-    prompts: options.DomainPrompts = None,
     store: options.Store = None,
     json_only: options.JsonOnly = False,
 ) -> None:
@@ -48,19 +47,10 @@ def plan(
             context=context,
             lengths=draft_spec.parse_lengths(lengths),
             acceptance=acceptance,
-            domains=_domains(prompts),
             evidence_store=evidence_store,
         )
         document = make_plan(query)
     print_result(document, *lines(document), json_only=json_only, table=lambda: table(document))
-
-
-def _domains(prompts: list[str] | None) -> set[str]:
-    if not prompts:
-        return set()
-    from profiles.prompts import reader
-
-    return {request.domain for request in reader.read_all(prompts)}
 
 
 def lines(document: Mapping[str, Any]) -> Iterator[str]:

@@ -71,12 +71,14 @@ class Pick:
     def export(self, text: str, notes: Sequence[str], claims: Mapping[int, Setup] | None = None) -> Export:
         """The pick in an engine's form; `claims` None: of one length for the batches around the choice."""
         setup = self.setup
+        if claims is None:
+            claims = {row.batch_size: setup for row in _around(self.deployment, setup)[1]}
         return Export(
             text=text,
             note="; ".join([*self.notes, *notes]) or None,
             setup=setup,
             label=label_of(self.deployment, self.release.engine, setup),
-            claims=one_length_claims(self.deployment, setup) if claims is None else claims,
+            claims=claims,
         )
 
 
@@ -100,28 +102,23 @@ def pick(deployment: Deployment, release: EngineRelease, objection: Objection) -
     return Export(text="", note="; ".join([*notes, f"nothing to set for {release.title}", *skipped]))
 
 
-def one_length_note(pick: Pick, limit: str, *, all_alike: bool = False) -> str:
+def one_length_note(pick: Pick, limit: str) -> str:
     """For an engine that keeps one length: the batches it was decided for, and the `limit` that keeps to them.
 
-    A batch is decided by the smallest measured one that is at least as large. `all_alike`: one length for all batches.
+    A batch is decided by the smallest measured one that is at least as large.
     """
-    before, inside, after = _around(pick.deployment, pick.setup, all_alike=all_alike)
+    before, inside, after = _around(pick.deployment, pick.setup)
     last = inside[-1].batch_size
     span = f"{before[-1].batch_size + 1} to {last}, smaller ones otherwise" if before else f"up to {last}"
     beyond = f"{after[0].setup.name} was decided" if after else "nothing was measured"
     return f"k={pick.setup.length} is for batches {span}; from {last + 1} on {beyond}: keep {limit} at or under {last}"
 
 
-def one_length_claims(deployment: Deployment, setup: Setup, *, all_alike: bool = False) -> dict[int, Setup]:
-    """The claims of an engine that keeps one length: the batches of `one_length_note`."""
-    return {row.batch_size: setup for row in _around(deployment, setup, all_alike=all_alike)[1]}
-
-
-def _around(deployment: Deployment, setup: Setup, *, all_alike: bool) -> tuple[Sequence[Choice], ...]:
+def _around(deployment: Deployment, setup: Setup) -> tuple[Sequence[Choice], ...]:
     """The measured batches before, in and after the stretch around the choice's batch that a setup was decided for."""
     rows, chosen = deployment.batches, deployment.choice
     index = next(index for index, row in enumerate(rows) if row.batch_size == chosen.batch_size)
-    others = [] if all_alike else [i for i, row in enumerate(rows) if row.setup not in (setup, chosen.setup)]
+    others = [i for i, row in enumerate(rows) if row.setup not in (setup, chosen.setup)]
     first = max((other + 1 for other in others if other < index), default=0)
     end = min((other for other in others if other > index), default=len(rows))
     return rows[:first], rows[first:end], rows[end:]

@@ -16,8 +16,8 @@ from profiles.engines.vllm.flags import (
 from profiles.engines.vllm.flags import objection as flags_objection
 from profiles.records.core import LOOKUP_LENGTH, Setup
 from profiles.records.text import command
-from tuner.export.schedule import Range, as_scheduled, claims_of, ranges_of
-from tuner.export.select import Deployment, Export, Pick, one_length_claims, one_length_note
+from tuner.export.schedule import Range, claims_of, ranges_of
+from tuner.export.select import Deployment, Export, Pick, one_length_note
 from tuner.policy.policy import Policy
 
 SCHEDULER = "tuner.selector.vllm_scheduler.DraftpickScheduler"
@@ -37,10 +37,8 @@ def write(pick: Pick) -> Export:
         length = one_length_note(pick, "--max-num-seqs")
         notes = [f"draftpick must be installed where vLLM is; with --max-num-seqs of {LOOKUP_LENGTH} or more", length]
         return pick.export(_text(args_for(pick.setup, pick.release)), notes)
-    notes = []
+    notes: list[str] = []
     ranges = ranges_of(pick.deployment, pick.draft, pick.objection)
-    if ranges:
-        pick, notes = as_scheduled(pick, ranges)
     schedule = _schedule(ranges)
     longest = max((length for _, _, length in schedule), default=pick.setup.length)
     config = speculative_config(pick.draft, longest)
@@ -49,9 +47,8 @@ def write(pick: Pick) -> Export:
         config[SCHEDULE] = schedule
         claims = claims_of(pick, ranges)
     else:
-        all_alike = len(ranges) == 1
-        claims = one_length_claims(pick.deployment, pick.setup, all_alike=all_alike)
-        notes.append(one_length_note(pick, "--max-num-seqs", all_alike=all_alike))
+        claims = None
+        notes.append(one_length_note(pick, "--max-num-seqs"))
     if "model" in config and any(length == 0 for _, _, length in schedule):
         notes.append(
             "where the schedule says 0 the draft still reads what the target writes, which a server without a draft is "

@@ -16,7 +16,6 @@ from tuner.plan import acceptance
 from tuner.plan.acceptance import Acceptance, RoundMean, rate_of, tokens_per_round
 from tuner.plan.shape import Shape, head_shape, read_data, read_shape
 from tuner.plan.step_time import RoundParts, StepModel, read_engine, read_hardware
-from tuner.policy.query import MIXED
 
 if TYPE_CHECKING:
     from store.evidence_store import EvidenceStore
@@ -113,7 +112,6 @@ class PlanQuery:
     context: int = 1024
     lengths: Sequence[int] = tuple(range(1, 9))
     acceptance: str | Sequence[Acceptance] = "published"
-    domains: Collection[str] = ()
     evidence_store: "EvidenceStore | None" = None
 
 
@@ -167,19 +165,12 @@ class Planner:
 
             if query.evidence_store is None:
                 raise NotMeasuredError("acceptance 'store': name one with --store, or state a rate like 0.7")
-            return stored.acceptance(query.evidence_store, query.target, name, query.lengths, query.domains)
+            return stored.acceptance(query.evidence_store, query.target, name, query.lengths)
         if query.acceptance == "published":
             return [acceptance.published(query.target, name, draft.kind, query.lengths)]
         if re.fullmatch(r"\d*\.?\d+", query.acceptance):
             return [acceptance.assumed(float(query.acceptance), name, query.lengths)]
-        rows = acceptance.from_file(Path(query.acceptance), name, query.lengths)
-        rows = [row for row in rows if not query.domains or row.domain in {MIXED, *query.domains}]
-        if not rows:
-            domains = ", ".join(sorted(query.domains))
-            raise NotMeasuredError(
-                f"acceptance {query.acceptance!r} of {name} has no domain {domains}: add one of them"
-            )
-        return rows
+        return acceptance.from_file(Path(query.acceptance), name, query.lengths)
 
     def parts(self, draft: PlannedDraft, drafted: int, batch: int) -> RoundParts:
         """Of a round that drafts this many tokens; a model that drafts none takes no step."""

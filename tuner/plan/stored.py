@@ -1,7 +1,7 @@
 """What a store has for a plan: exact rounds by domain from traces, and step times that win over the model."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,20 +44,16 @@ class MeasuredTimes:
         return target[length + 1] + sum(drafting[width] for width in steps)
 
 
-def acceptance(
-    store: EvidenceStore, target: str, draft: str, lengths: Sequence[int], domains: Collection[str] = ()
-) -> list[Acceptance]:
+def acceptance(store: EvidenceStore, target: str, draft: str, lengths: Sequence[int]) -> list[Acceptance]:
     """Rounds of `draft` by domain, and of all domains together, computed from the traces of the target.
 
-    `domains`: only these. Raises NotMeasuredError: the store has no trace of the pair.
+    Raises NotMeasuredError: the store has no trace of the pair.
     """
     model = find_targets(store, target)[0]
     tokens: dict[tuple[str, int], int] = defaultdict(int)
     rounds: dict[tuple[str, int], dict[int, float]] = defaultdict(lambda: defaultdict(float))  # by drafted tokens
     num_traces = 0
     for domain, trace, accepted in _traces(store, model.run_digest, draft):
-        if domains and domain not in domains:
-            continue
         num_traces += 1
         for length in lengths:
             if getattr(accepted, "max_length", length) < length:

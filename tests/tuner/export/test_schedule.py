@@ -1,20 +1,15 @@
-"""Lengths by batch as ranges: which setup counts at a batch, and when a flip of the length is worth it."""
+"""Lengths by batch as ranges: which setup counts at a batch."""
 
 import json
 import shlex
-from itertools import pairwise
-
-from hypothesis import given
-from hypothesis import strategies as st
 
 from profiles.engines.openai.launch import SERVER_KINDS, release_for
-from profiles.records.core import PLAIN, Draft, Interval, Setup
+from profiles.records.core import PLAIN, Draft, Setup
 from tests.lanes.cases import deployment
 from tests.support.policies import CODE_DRAFT, NGRAM, choice, forecast, measured
 from tuner.export import Deployment, emit
-from tuner.export.schedule import Range, length_at, merged, ranges_of
+from tuner.export.schedule import ranges_of
 from tuner.policy.policy import Choice
-from tuner.search.objective import MIN_SPEEDUP
 
 SCHEDULE = "num_speculative_tokens_per_batch_size"
 
@@ -91,56 +86,6 @@ def test_equal_lengths_give_no_schedule() -> None:
     assert found(case) == [(1, 8, 3)]
     assert SCHEDULE not in config_of(case)
     assert config_of(case)["num_speculative_tokens"] == 3
-
-
-def test_flip_without_a_real_gain_is_merged() -> None:
-    """Two lengths whose gains are alike become the shorter one, for the asked batch too, and the note says so."""
-    rows = (drafting(1, 4, 1.505), drafting(4, 3, 1.50))
-    case = deployment(rows[0], *rows, measured_on="vllm")
-    assert found(case) == [(1, 4, 3)]
-    export = emit(case, "vllm", "0.32.0")
-    assert export.setup == Setup(draft=CODE_DRAFT, length=3)
-    assert export.label == "forecast on vllm"  # k=3 was not run at batch 1
-    assert "k=3 is for batches up to 4; from 5 on nothing was measured" in str(export.note)
-    assert "k=3 instead of 4" in str(export.note)
-
-
-def ranged(*rows: tuple[int, float, float]) -> list[Range]:
-    """Ranges of one batch each: (length, estimate, reach of the interval)."""
-    return [
-        Range(first=at, last=at, length=length, gain=Interval(estimate=gain, low=gain - reach, high=gain + reach))
-        for at, (length, gain, reach) in enumerate(rows, start=1)
-    ]
-
-
-def test_rule_of_a_real_gain() -> None:
-    """A flip stays where the longer one's interval is above the shorter's estimate, or its estimate is 1.5 % above."""
-    assert len(merged(ranged((4, 1.510, 0.005), (3, 1.50, 0.2)))) == 2  # narrow: its low end is above
-    assert len(merged(ranged((4, 1.5226, 0.3), (3, 1.50, 0.2)))) == 2  # 1.507 % above
-    assert len(merged(ranged((4, 1.5224, 0.3), (3, 1.50, 0.2)))) == 1
-    assert len(merged(ranged((0, 1.0, 0.0), (3, 1.01, 0.005)))) == 2
-    assert len(merged(ranged((0, 1.0, 0.0), (3, 1.01, 0.02)))) == 1
-
-
-def test_merging_goes_on_backwards() -> None:
-    """A range that shrank is compared with the one before it again."""
-    assert [one.length for one in merged(ranged((3, 1.2, 0.1), (5, 1.205, 0.1), (3, 1.2, 0.1)))] == [3]
-
-
-@given(st.lists(st.tuples(st.integers(0, 8), st.floats(1.0, 3.0), st.floats(0.0, 0.5)), min_size=1, max_size=8))
-def test_merged_ranges_cover_the_same_batches(rows: list[tuple[int, float, float]]) -> None:
-    """Whatever is merged, every batch has one length that is no longer than its own, and each flip has a real gain."""
-    ranges = ranged(*rows)
-    done = merged(ranges)
-    assert (done[0].first, done[-1].last) == (1, len(rows))
-    for here, after in pairwise(done):
-        assert after.first == here.last + 1
-        assert after.length != here.length
-        shorter, longer = sorted((here, after), key=lambda one: one.length)
-        gains = longer.gain.low > shorter.gain.estimate, longer.gain.estimate >= MIN_SPEEDUP * shorter.gain.estimate
-        assert any(gains)
-    for one in ranges:
-        assert length_at(done, one.first) <= one.length
 
 
 def test_a_schedule_claims_every_measured_batch() -> None:

@@ -240,9 +240,6 @@ def test_acceptance_of_a_file_is_by_domain_and_by_position(tmp_path: Path) -> No
     assert tokens == {
         ("code", 1): 1.9, ("code", 2): 2.4, ("prose", 1): 1.5, ("prose", 2): 1.75, ("prose", 3): 1.875
     }  # fmt: skip
-    assert {row["domain"] for row in make_plan(changed(acceptance=str(path), domains={"code"}))["setups"]} == {"code"}
-    with pytest.raises(NotMeasuredError, match="no domain chat"):
-        make_plan(changed(acceptance=str(path), domains={"chat"}))
     path.write_text(json.dumps({"Llama-3.2-1B": [0.9]}))
     with pytest.raises(InputError, match="no share for lengths of 2"):
         make_plan(changed(acceptance=str(path), lengths=(2, 3)))
