@@ -152,13 +152,6 @@ def test_names_stay_in_their_word(form: Form, version: str, name: str) -> None:
     assert all(word.startswith("--") for word in flags if word != name + ending)
 
 
-def test_caveat_is_told() -> None:
-    """A look-up that transformers does a little differently is said, in the snippet and beside it."""
-    export = emit(deployment(choice(Setup(draft=NGRAM, length=2))), "transformers")
-    assert export.note == "transformers also looks up single tokens; the choice was measured with matches of 2 or more"
-    assert f"# {export.note}\n" in export.text
-
-
 @pytest.mark.parametrize("length", [1, 3, 7])
 @pytest.mark.parametrize("kind", ["model", "ngram", "early_exit"])
 def test_snippet_drafts_that_many_tokens(kind: str, length: int, tmp_path: Path) -> None:
@@ -204,22 +197,6 @@ def test_what_was_not_run_is_a_forecast(form: Form) -> None:
         assert export.label == "forecast on torch"
         assert "measured on" not in export.text
     assert emit(deployment(choice(setup, proven=False)), form).label.endswith(" on torch")
-
-
-def test_never_proven_for_transformers() -> None:
-    """No policy is measured with transformers' own loop, so its snippets are never called proven."""
-    export = emit(deployment(choice(Setup(draft=NGRAM, length=3))), "transformers")
-    assert export.label == "measured on torch"
-    assert export.setup == Setup(draft=NGRAM, length=3)
-
-
-def test_alternative_for_transformers() -> None:
-    """A composite has no snippet, so the best forecast alternative goes out, and both are named."""
-    answer = choice(Setup(draft=COMPOSITE, length=2), alternatives=(forecast(Setup(draft=EARLY_EXIT, length=3)),))
-    export = emit(deployment(answer), "transformers")
-    assert export.setup == Setup(draft=EARLY_EXIT, length=3)
-    assert "is left out: transformers takes a look-up or a draft model, not both" in str(export.note)
-    assert '"assistant_early_exit": 3' in export.text
 
 
 @pytest.mark.parametrize("form", ["transformers", "vllm", "sglang"])
