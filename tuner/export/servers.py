@@ -22,7 +22,8 @@ def write_sglang(pick: Pick) -> Export:
 
 def write_llamacpp(pick: Pick) -> Export:
     """One line of arguments for `llama-server`."""
-    draft, deployment, notes = pick.draft, pick.deployment, []
+    draft, deployment = pick.draft, pick.deployment
+    notes = []
     if deployment.engine != "llamacpp" and draft.kind == "ngram":
         # with at least one match of the smallest size a round drafts, here as in the measured look-up
         notes.append(

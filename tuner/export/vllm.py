@@ -43,11 +43,11 @@ def write(pick: Pick) -> Export:
     longest = max((length for _, _, length in schedule), default=pick.setup.length)
     config = speculative_config(pick.draft, longest)
     _ask_for_samples(config, pick.deployment)
+    claims: dict[int, Setup] | None = None
     if schedule:
         config[SCHEDULE] = schedule
         claims = claims_of(pick, ranges)
     else:
-        claims = None
         notes.append(one_length_note(pick, "--max-num-seqs"))
     if "model" in config and any(length == 0 for _, _, length in schedule):
         notes.append(

@@ -58,7 +58,8 @@ def _drafts(outcome: Outcome) -> tuple[Draft, ...]:
 
 
 def _load(workload: Workload, rows: Sequence[tuple[PointDecision, PointFigures]]) -> LoadFigures:
-    point, curves = rows[0][0], ()
+    point = rows[0][0]
+    curves: tuple[AcceptanceCurve, ...] = ()
     if point.evidence is not None and point.forecasts:
         longest = max(forecast.setup.length for forecast in point.forecasts)
         curves = acceptance_curves(point.evidence, workload, longest)
