@@ -68,8 +68,8 @@ def test_trtllm_file() -> None:
         "# for TensorRT-LLM 1.3.0rc27\n"
         "# k=4 is for batches up to 1; from 2 on nothing was measured: keep max_batch_size at or under 1\n"
         "speculative_config:\n"
-        "  max_draft_len: 4\n"
         '  decoding_type: "Draft_Target"\n'
+        "  max_draft_len: 4\n"
         '  speculative_model: "family/draft-code"\n'
     )
     assert yaml_of(emit(deployment(choice(WITH_MODEL)), "trtllm", "1.2.1").text)["speculative_model_dir"]
