@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from profiles.fit.check import DraftCheck, FitReport
 
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 UNKNOWN = "-"
 
 
@@ -58,47 +57,33 @@ def check_table(report: "FitReport") -> "Table":
 
     `total added` is what a draft needs beside the target: weights, and caches at the batch and context of the title.
     """
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from rich.filesize import decimal
+
+    from tuner.report.tables import figures_table
 
     need, shape = report.need, f"at batch {report.batch_size}, context {report.context_length}"
     title = (
         f"{report.target}, {report.dtype} on {report.device}\n"
-        f"{report.max_positions} positions; weights {format_bytes(need.weight_bytes)}, "
-        f"cache {format_bytes(need.cache_bytes_per_token)} per token\n"
-        f"{format_bytes(need.total_bytes(report.num_tokens))} {shape}; {format_bytes(report.free_bytes)} free"
+        f"{report.max_positions} positions; weights {decimal(need.weight_bytes)}, "
+        f"cache {decimal(need.cache_bytes_per_token)} per token\n"
+        f"{decimal(need.total_bytes(report.num_tokens))} {shape}; {decimal(report.free_bytes)} free"
     )
     reasons = [f"cannot be used: {draft.problem}" for draft in report.drafts if draft.problem is not None]
-    table = Table(
-        title=title,
-        title_justify="left",
-        caption="\n".join([*reasons, *report.notes]),
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),  # so that names fit on 80 columns
-    )
-    table.add_column("draft", overflow="fold")
-    table.add_column("same\ntokens", no_wrap=True)
-    for name in ("longest\ncontext", "weights", "cache\n/token", "total\nadded", "accept\nrate", "accept\nlength"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ("same\ntokens", "longest\ncontext", "weights", "cache\n/token", "total\nadded", "accept\nrate")
+    notes = "\n".join([*reasons, *report.notes])
+    table = figures_table("draft", (*names, "accept\nlength"), title=title, caption=notes)
     for draft in report.drafts:
         table.add_row(draft.name, *_cells(draft, report.num_tokens), style="dim" if draft.problem else "")
     return table
 
 
 def _cells(draft: "DraftCheck", num_tokens: int) -> Iterator[str]:
+    from rich.filesize import decimal
+
     yield {True: "yes", False: "no", None: UNKNOWN}[draft.same_tokens]
     yield UNKNOWN if draft.max_positions is None else str(draft.max_positions)
     need, quick = draft.need, draft.quick_acceptance
     sizes = (need.weight_bytes, need.cache_bytes_per_token, need.total_bytes(num_tokens)) if need else (None,) * 3
-    yield from (UNKNOWN if size is None else format_bytes(size) for size in sizes)
+    yield from (UNKNOWN if size is None else decimal(size) for size in sizes)
     figures = (quick.acceptance_rate, quick.acceptance_length) if quick else (None, None)
     yield from (UNKNOWN if figure is None else f"{figure:.2f}" for figure in figures)
-
-
-def format_bytes(count: int) -> str:
-    """Three digits and a binary unit: `16.2 MiB`."""
-    value, unit = float(count), 0
-    while value >= 1000.0 and unit < len(UNITS) - 1:
-        value, unit = value / 1024.0, unit + 1
-    return f"{value:.3g} {UNITS[unit]}"

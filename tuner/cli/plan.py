@@ -66,14 +66,11 @@ def lines(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def table(document: Mapping[str, Any]) -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from tuner.report.tables import figures_table
 
     caption = "cost: plain steps per round (*: measured); even: the acceptance rate that equals plain decoding"
-    rows = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
-    rows.add_column("draft, k", overflow="fold")
-    for name in ("batch", "domain", "speed-up", "tok/s", "tokens\n/round", "cost", "even"):
-        rows.add_column(name, justify="right", no_wrap=True)
+    names = ("batch", "domain", "speed-up", "tok/s", "tokens\n/round", "cost", "even")
+    rows = figures_table("draft, k", names, caption=caption)
     for row in document["setups"]:
         rows.add_row(
             f"{row['draft']} k={row['k']}",

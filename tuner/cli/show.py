@@ -1,7 +1,6 @@
 """`show`: what a store holds."""
 
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from tuner.cli import options
@@ -11,8 +10,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from store.inventory import Entry
-
-UNIT_SECONDS = {"year": 365 * 86400, "month": 30 * 86400, "day": 86400, "hour": 3600, "minute": 60}
 
 
 def show(store: options.Store = None) -> None:
@@ -27,20 +24,20 @@ def show(store: options.Store = None) -> None:
         text = evidence_store.latest_policy()
         policy = None if text is None else read_policy(evidence_store, text)
     print_lines(f"store {location.store_name(location.store_location(store))}")
-    console().print(inventory_table(entries, datetime.now(UTC)))
+    console().print(inventory_table(entries))
     if policy is not None:
         console().print(tables.table(policy))
 
 
-def inventory_table(entries: "Sequence[Entry]", now: datetime) -> "Table":
-    """One row per target and machine: how much evidence there is and how old it is. `now` needs its time zone."""
+def inventory_table(entries: "Sequence[Entry]") -> "Table":
+    """One row per target and machine: how much evidence there is, and from when."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, leading=1)
     table.add_column("target, and where it was measured", overflow="fold")
-    table.add_column("evidence, and its age", no_wrap=True)
+    table.add_column("evidence, and its time (UTC)", no_wrap=True)
     for entry in entries:
         target, machine = entry.target, entry.environment
         table.add_row(
@@ -51,30 +48,22 @@ def inventory_table(entries: "Sequence[Entry]", now: datetime) -> "Table":
                 f"\ntorch {machine.torch}",
                 f"\n{machine.engine} {machine.engine_version}",
             ),
-            "\n".join(_amounts(entry, now)),
+            "\n".join(_amounts(entry)),
         )
         for failure in entry.failures:
             reason = Text(f"{failure.setup_name} failed: {failure.reason}, {failure.detail}")
-            table.add_row(reason, age(failure.seen, now), style="dim")
+            table.add_row(reason, _time(failure.seen), style="dim")
     return table
 
 
-def _amounts(entry: "Entry", now: datetime) -> Iterator[str]:
+def _amounts(entry: "Entry") -> Iterator[str]:
     for table, count in entry.rows.items():
         yield f"{table.replace('_', ' ')}: {count}"
     if entry.disturbed is not None:
         yield f"{entry.disturbed:.1%} of samples disturbed"
-    yield f"newest: {age(entry.newest, now)}"
-    yield f"oldest: {age(entry.oldest, now)}"
+    yield f"newest: {_time(entry.newest)}"
+    yield f"oldest: {_time(entry.oldest)}"
 
 
-def age(created: str, now: datetime) -> str:
-    """How long ago an ISO 8601 time with its zone was, in the largest unit that has passed: `3 hours ago`."""
-    seconds = (now - datetime.fromisoformat(created)).total_seconds()
-    if seconds < -60.0:
-        return "in the future: a clock was wrong"
-    for unit, unit_seconds in UNIT_SECONDS.items():
-        if seconds >= unit_seconds:
-            count = int(seconds // unit_seconds)
-            return f"{count} {unit}{'s' * (count > 1)} ago"
-    return "just now"
+def _time(stored: str) -> str:
+    return stored[:16].replace("T", " ")

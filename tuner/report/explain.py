@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from profiles.records.core import PLAIN, Interval
 from profiles.records.errors import require
 from tuner.plan.acceptance import rate_of
 from tuner.report.data import Candidate, PointFigures
+from tuner.report.tables import figures_table
 
 MOST_ROWS = 12
 ROUND_COLUMNS = ("tokens", "needed", "draft", "verify", "overhead")  # tokens, and milliseconds, of a mean round
@@ -189,10 +189,7 @@ def _round_sentence(account: Account) -> str:
 def comparison(accounts: Sequence[Account]) -> Table:
     """The first candidates side by side: tokens a round against what it needs, and where its time goes."""
     title = "forecast of the mean round: tokens, and milliseconds"
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left")
-    table.add_column("setup", overflow="fold")
-    for name in (*ROUND_COLUMNS, "speed-up"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = figures_table("setup", (*ROUND_COLUMNS, "speed-up"), title=title)
     for account in accounts[:MOST_ROWS]:
         cells = (*round_cells(account), f"{account.speedup.estimate:.2f}")
         style = "bold" if not account.why_not else "dim" if account.state == "infeasible" else ""

@@ -17,6 +17,23 @@ from tuner.policy.policy import Answer, Choice, Policy, crossover_of
 UNCHANGED = Interval(estimate=1.0, low=1.0, high=1.0)
 
 
+def figures_table(name: str, figures: Sequence[str], *, title: str | None = None, caption: str | None = None) -> Table:
+    """An empty table of named rows for a terminal: names fold, figures stay whole at the right."""
+    shown = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),  # so that names fit on 80 columns
+        title=title,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+    )
+    shown.add_column(name, overflow="fold")
+    for figure in figures:
+        shown.add_column(figure, justify="right", no_wrap=True)
+    return shown
+
+
 def table(policy: Policy) -> Group:
     """The choices, one row per operating point, and the reasons below; what all rows share is in the title."""
     points = {

@@ -16,7 +16,7 @@ from profiles.prompts.reader import Request
 from profiles.records.draft_spec import parse_draft
 from profiles.records.errors import InputError, ModelError
 from tests.support import tiny
-from tuner.cli.check import check_table, format_bytes
+from tuner.cli.check import check_table
 
 REQUESTS = [
     Request(messages=(("user", "the old garden"),), domain="garden"),
@@ -211,22 +211,6 @@ def test_the_table_shows_rows_reasons_and_notes(tiny_folders: dict[str, Path]) -
     assert "at batch 1, context 100;" in text
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
     assert lines["/nowhere"] == ["/nowhere", "-", "-", "-", "-", "-", "-", "-"]
-    assert lines["early-exit:1"][:6] == ["early-exit:1", "yes", "256", "0", "B", "128"]
+    assert lines["early-exit:1"][:6] == ["early-exit:1", "yes", "256", "0", "bytes", "128"]
     assert "cannot be used: model '/nowhere': no such directory or file" in text
     assert "says little" in text
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "0.977 KiB"),
-        (16_700_000, "15.9 MiB"),
-        (2**44, "16 TiB"),
-        (2**60, "1.05e+06 TiB"),
-    ],
-)
-def test_bytes_are_spelled_in_binary_units(count: int, text: str) -> None:
-    """Three digits whatever the size."""
-    assert format_bytes(count) == text
