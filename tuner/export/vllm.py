@@ -35,8 +35,8 @@ def write(pick: Pick) -> Export:
     """One argument for `vllm serve`, with a schedule where batch sizes have different lengths."""
     if pick.draft.kind == "composite":
         length = one_length_note(pick, "--max-num-seqs")
-        notes = [f"draftpick must be installed where vLLM is; with --max-num-seqs of {LOOKUP_LENGTH} or more", length]
-        return pick.export(_text(args_for(pick.setup, pick.release)), notes)
+        needs = f"draftpick must be installed where vLLM is; with --max-num-seqs of {LOOKUP_LENGTH} or more"
+        return pick.export(_text(args_for(pick.setup, pick.release)), [needs, length])
     notes: list[str] = []
     ranges = ranges_of(pick.deployment, pick.draft, pick.objection)
     schedule = _schedule(ranges)
@@ -55,7 +55,7 @@ def write(pick: Pick) -> Export:
             f"spared: slower than that there; {command('verify')} measures by how much"
         )
     shorter = {length for _, _, length in schedule} - {0, longest}
-    if shorter and config["method"] not in DRAFT_FEWER and not release.is_before(TRACED[0]):
+    if shorter and config["method"] not in DRAFT_FEWER and not pick.release.is_before(TRACED[0]):
         notes.append(
             f"on a GPU this draft proposes {longest} tokens at every batch size, of which {min(shorter)} are verified: "
             "slower there than a server of that length (Model Runner V2)"

@@ -91,7 +91,7 @@ BAD_RUNS = {
     "--engine server --launch 'vllm {{port}} \"'": "No closing quotation",
     "--engine server --launch '{{port}}' --kind nonsense": "'--kind': 'nonsense' is not one of 'vllm', 'sglang'",
     "--engine server --launch '{{port}}' --kind openai": "'--kind': 'openai' is not one of 'vllm', 'sglang'",
-    "--engine server --launch '{{port}} {{speculative}}' --kind sglang --engine-version 0.1": "not known: from 0.5.3 on",
+    "--engine server --launch '{{port}} {{speculative}}' --kind sglang --engine-version 0.1": "known: from 0.5.3 on",
     "--engine server --launch '{{port}} {{speculative}}' --engine-version new": "engine version 'new'",
     "--engine server --launch '{{port}}' --threads 2": "threads 2: it is for --engine llamacpp, not server",
     "--engine llamacpp --threads 0": "threads 0: whole numbers from 1 are allowed",
