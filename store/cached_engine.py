@@ -107,7 +107,7 @@ class CachedEngine:
         if is_measured:
             unit = f"{purpose}: {', '.join(setup.name for setup in setups)}, {prompts[0].domain}"
             drafting = [setup for setup in dict.fromkeys(setups) if setup != PLAIN]
-            suspect = drafting[0] if len(drafting) == 1 else PLAIN
+            suspect = None if len(drafting) > 1 else (drafting or [PLAIN])[0]  # of several each is tried alone
             samples = self._measure(
                 scope, suspect, unit, lambda: self._engine.run_together(workload, prompts, setups, purpose)
             )
@@ -147,14 +147,15 @@ class CachedEngine:
         origin = self.capabilities.origin
         return Scope(target=self.target, environment=self.environment, workload=workload, origin=origin)
 
-    def _measure(self, scope: Scope, suspect: Setup, unit: str, measure: Callable[[], Evidence]) -> Evidence:
+    def _measure(self, scope: Scope, suspect: Setup | None, unit: str, measure: Callable[[], Evidence]) -> Evidence:
         """What the wrapped engine measures, its seconds counted; a failure is stored for `suspect` with the unit."""
         start = time.perf_counter()
         try:
             return measure()
         except EngineError as error:
-            detail = f"{error} (in {unit})"
-            self._store.save_infeasible(scope, Infeasible(setup=suspect, reason=type(error).__name__, detail=detail))
+            if suspect is not None:
+                failure = Infeasible(setup=suspect, reason=type(error).__name__, detail=f"{error} (in {unit})")
+                self._store.save_infeasible(scope, failure)
             raise
         finally:
             self.measured_seconds += time.perf_counter() - start

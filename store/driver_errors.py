@@ -10,9 +10,9 @@ from profiles.records.text import printable
 _SQLITE_BUSY = 5
 _ADVICE: dict[str, tuple[int | str, ...]] = {  # SQLite's primary result codes; SQLSTATEs or their first characters
     "another process keeps it locked: wait for it to end, then run again": (_SQLITE_BUSY, 6, "55P03", "53300"),
-    "it is read-only: allow writing, grant the right, or name another store": (8, "25006", "0A000", "42501"),
-    "the disk failed or is full: what was saved before is kept": (10, 13, "53", "58"),
-    "it is damaged, or no store: restore a copy or name another store": (11, 14, 26, "XX"),
+    "it is read-only: allow writing, grant the right, or name another store": (8, 14, "25006", "0A000", "42501"),
+    "the disk failed or is full: what was saved before is kept": (10, 13, "53100", "58"),
+    "it is damaged, or no store: restore a copy or name another store": (11, 26, "XX"),
     "what was saved before is kept; start the server, or correct the URL": ("08", "28", "3D", "57P"),
 }
 _TRANSIENT = ("08", "40001", "40P01", "53300", "57P01", "57P02", "57P03")

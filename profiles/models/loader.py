@@ -29,7 +29,7 @@ from profiles.records.core import DTYPES, Model, Prompt, Workload, digest_of
 from profiles.records.errors import InputError, ModelError, PairError
 
 # what a layer may keep per token so that tokens can be taken back; a recurrent state cannot
-_CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+_CACHED_LAYERS = {"full_attention", "sliding_attention"}
 _LLAMACPP_TRAILING = 128  # SPEC_VOCAB_MAX_SIZE_DIFFERENCE
 _HARMLESS = re.compile(  # tensors that models compute themselves, and scales of a quantised key/value cache
     r"rotary_emb\.inv_freq$|\.(attn|attention|self_attn)\.(masked_)?bias$|\.[kvq]_scale$"
@@ -204,6 +204,8 @@ def check_prompts(workload: Workload, prompts: Sequence[Prompt]) -> None:
 def _check_cache(source: Source, config: PreTrainedConfig) -> None:
     """Refuses layers that keep a state instead of keys and values."""
     kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ()) - _CACHED_LAYERS
+    if "chunked_attention" in kinds:
+        raise source.error("chunked_attention layers are not decoded by the torch engine; use --engine vllm")
     if kinds:
         raise source.error(sources.NO_ROLLBACK.format(layers=f"{min(kinds)} layers"))
 

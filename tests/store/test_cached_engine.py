@@ -65,6 +65,8 @@ def test_a_failure_is_kept_as_infeasible_and_raised(evidence_store: EvidenceStor
     fake.failure = OutOfMemoryError("3 GiB were asked for, 1 GiB is free")
     with pytest.raises(OutOfMemoryError):
         remember.run_together(GREEDY, (PROMPTS[0],), (A4, PLAIN), "race 0")
+    with pytest.raises(OutOfMemoryError):  # of two drafts nobody knows which: each is tried alone
+        remember.run_together(GREEDY, (PROMPTS[0],), (A4, Setup(draft=NGRAM, length=4), PLAIN), "race 0")
     with pytest.raises(OutOfMemoryError):
         remember.trace_draft(GREEDY, PROMPTS[0], trace, NGRAM, 4)
     fake.failure = EngineError("the device is gone")

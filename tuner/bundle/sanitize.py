@@ -14,6 +14,7 @@ from profiles.records.errors import require
 from profiles.records.text import map_text, printable
 
 MOST_CHARACTERS, MOST_KEY_CHARACTERS = 65_536, 200
+MOST_PASSES = 4
 NAMES = ("component", "draft")  # keys of names that do not end with it
 # A path in a sentence: a root that no word touches, folders (which may hold spaces, but then no
 # equals sign: `/models/a k=4 reaches 9 tok/s` is a path and words), a last part (which may not).
@@ -55,7 +56,10 @@ def clean_text(text: str, *, is_name: bool = False) -> str:
     if is_name and (match := NAME.fullmatch(text)):
         last = re.split(r"[/\\]", match["path"].rstrip("/\\ "))[-1]
         text = f"{match['head']}{IMPORTED}{last or 'unnamed'}"
-    return PATH.sub(_last_part, MARKS.sub(IMPORTED, text) if is_name else text)
+    text = MARKS.sub(IMPORTED, text) if is_name else text
+    for _ in range(MOST_PASSES):  # what is left of one path may begin another
+        text = PATH.sub(_last_part, text)
+    return text
 
 
 def require_no_path(options: str | None) -> None:

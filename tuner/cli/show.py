@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def show(store: options.Store = None) -> None:
-    """Show what the store holds, how old it is, which machine it is from, and the latest policy."""
+    """Show what the store holds, from when, which machine it is from, and the latest policy."""
     from store import location
     from store.inventory import inventory
     from tuner.deploy.stored_policies import open_for_reading, read_policy

@@ -157,6 +157,7 @@ class _Collector:
         self._acceptances: dict[tuple[str, str], Acceptance] = {}
         self._runs: list[tuple[Setup, Sample]] = []
         self._infeasible: list[Infeasible] = []
+        self._composed: set[Draft] = set()  # composites that the runs of their parts calibrate
 
     def collect(self, lengths: Sequence[int]) -> Evidence:
         for number, prompt in enumerate(self._prompts):
@@ -186,7 +187,8 @@ class _Collector:
             drafts=tuple(
                 draft
                 for draft in drafts
-                if not capabilities.traces(draft) or not failed_drafts & {draft, *draft.components}
+                if not capabilities.traces(draft)
+                or not failed_drafts & {draft, *(draft.components if draft in self._composed else ())}
             ),
             infeasible=tuple(self._infeasible),
             capabilities=capabilities,
@@ -233,8 +235,9 @@ class _Collector:
         fault is left out.
         """
         has_parts = self._workload.batch_size == 1 and self._engine.capabilities.times == "steps"
-        composed = {draft for draft in drafts if has_parts and len(set(draft.components) & set(drafts)) > 1}
-        by_draft = {draft: self._calibration_setups(draft, lengths) for draft in drafts if draft not in composed}
+        self._composed = {draft for draft in drafts if has_parts and len(set(draft.components) & set(drafts)) > 1}
+        run = [draft for draft in drafts if draft not in self._composed]
+        by_draft = {draft: self._calibration_setups(draft, lengths) for draft in run}
         for number in range(len(self._queues)):
             self._progress("calibration", number, len(self._queues))
             try:

@@ -221,7 +221,7 @@ class PointTrial:
 
         def run(number: int, setups: Sequence[Setup]) -> dict[Setup, Sequence[Pair]]:
             """Setups that ran in an earlier race are not run again."""
-            self._progress(f"race {self._plan.domain}", next(units), num_units)
+            self._progress(f"race {self._plan.domain}", min(next(units), num_units - 1), num_units)
             queue, start = planned[number], sum(map(len, planned[:number]))
             if missing := [setup for setup in setups if len(pairs.get(setup, ())) <= start]:
                 purpose = purpose_of("race", self._workload, number)

@@ -144,7 +144,7 @@ def _why_not_raced(point: PointDecision, forecast: Forecast) -> str:
     if high < best:
         return f"its forecast interval ends at {high:.2f}, below the low end of the best, {best:.2f}"
     if point.race is not None:
-        return "the race had the best forecast of each draft, and further lengths of the fastest"
+        return "the race had the best of each draft; further lengths where a forecast did not hold"
     if point.candidate is None:
         return point.stopped or "it was not run"
     return "too few prompts were left for a race: only the best forecast was run"

@@ -122,7 +122,11 @@ class _Together(NamedTuple):
         self.entries.update(new)
         for number in range(self.num_queues):
             racing = [setup for setup in self._complete(new) if setup != PLAIN or number < NOISE_QUEUES]
-            if not racing or racing == [PLAIN] or (number >= PRUNE_AFTER_QUEUES and self.enough()):
+            if (
+                not racing
+                or racing == [PLAIN]
+                or (number >= min(PRUNE_AFTER_QUEUES, self.num_queues // 2) and self.enough())
+            ):
                 break
             for setup, pairs in self._run(number, racing).items():
                 new[setup].add(number, pairs, self.objective)

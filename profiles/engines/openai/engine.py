@@ -38,7 +38,7 @@ class ServerEngine(ServedEngine[Setup, Server]):
     _label = "server"
 
     def __init__(self, target: Model, drafts: tuple[Draft, ...], launch: Launch, device: str) -> None:
-        max_alive = 1 if device.startswith("cuda") else 2  # a GPU is taken whole; else plain decoding and a draft
+        max_alive = 1 if device.startswith("cuda") else 4  # a GPU is taken whole; else a race has so many servers
         super().__init__(target, drafts, ServerPool(self._start, max_alive))
         self._launch, self._device = launch, device
         self._watched_gpus = (device,)

@@ -159,6 +159,9 @@ class TestStrangers:
         assert sql(empty.database.path, "SELECT name FROM models") == [("imported:pass [2Jwd",)]
         assert policies.from_json(str(empty.latest_policy())).headline.reason == "see shadow  k=2 100 tok/s"
 
+    def test_what_is_left_of_one_path_begins_no_other(self) -> None:
+        assert clean_text("docker -v /home/a/x:/home/b/secret") == "docker -v secret"
+
     @pytest.mark.parametrize(
         ("text", "wanted"),
         {

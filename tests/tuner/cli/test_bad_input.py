@@ -96,7 +96,7 @@ BAD_RUNS = {
     "--engine server --launch '{{port}}' --threads 2": "threads 2: it is for --engine llamacpp, not server",
     "--engine llamacpp --threads 0": "threads 0: whole numbers from 1 are allowed",
     "--engine llamacpp --launch '{{port}}'": "launch '{port}': it is for --engine server, not llamacpp",
-    "--engine llamacpp --engine-command {files}/binary": "its flags are not known; known are those of",
+    "--engine llamacpp --engine-command {files}/binary": "its flags are not known; b9294 or newer is needed",
     "--engine llamacpp --engine-command {files}/missing": "it cannot be run, or does not report its version",
     "--engine-command vllm": "engine-command 'vllm': it is for --engine vllm or llamacpp, not torch",
     "--kind vllm": "kind 'vllm': it is for --engine server, not torch",

@@ -146,7 +146,7 @@ def test_caches_of_batch_1_outlive_larger_batches(engine: TorchEngine) -> None:
         engine.run_together(replace(WORKLOAD, batch_size=batch_size), PROMPTS[:4], (PLAIN,), "test")
         assert engine._rows[1] is alone
         assert set(engine._rows) == {1, batch_size}
-        assert {size for _, size in engine._warm} <= {1, batch_size}
+        assert {size for _, size, _ in engine._warm} <= {1, batch_size}
 
 
 @pytest.mark.parametrize("draft", [None, near(TableModel(seed=1), 2, 1.0), "ngram"], ids=["plain", "model", "ngram"])
