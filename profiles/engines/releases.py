@@ -19,6 +19,7 @@ TITLES = {
     "transformers": "transformers",
 }
 # the newest release whose own config class or parser was run on the flags; of TensorRT-LLM the newest reference page
+FIRST = {"vllm": "0.24.0", "sglang": "0.5.3", "trtllm": "1.2.0", "transformers": "5.17.0"}  # the oldest whose flags are known
 NEWEST = {"vllm": "0.33.0", "sglang": "0.5.23", "trtllm": "1.4.0rc1", "llamacpp": "b11549", "transformers": "5.23.0"}
 
 

@@ -3,15 +3,19 @@
 `store-0004-lookups.json` holds what version 0.5.0 answered from that file.
 """
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 from profiles.hardware.device import drop_unknown
 from profiles.records.core import PLAIN, Setup
+from store import migrations
+from store.database import connect
 from store.evidence_store import EvidenceStore, Scope
 from tests import ROOT
 from tests.support.fakes import DRAFT_A, GREEDY, MACHINE, NGRAM, TARGET, FakeEngine, prompts, sql
@@ -99,6 +103,16 @@ def test_a_domain_is_filled_in_when_its_prompts_are_run_again(upgraded: Path) ->
     with EvidenceStore.open(upgraded) as evidence_store:
         evidence_store.save_run(scope, prompts(24, "sql"))
     assert sql(upgraded, "SELECT DISTINCT domain, count(*) > 0 FROM timed_runs GROUP BY 1") == [(None, 1), ("sql", 1)]
+
+
+def test_revision_0005_is_as_it_was_released(old: Path) -> None:
+    """Its rows do not change with later tables, records and digests."""
+    with connect(old, 1.0).transaction("write") as connection:
+        migrations.upgrade(connection, "0005")
+        names = connection.scalars(text("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")).all()
+        rows = {name: connection.execute(text(f"SELECT * FROM {name}")).all() for name in names}
+    assert [len(rows[name]) for name in ("units", "samples", "choices")] == [54, 168, 6]
+    assert hashlib.sha256(repr(rows).encode()).hexdigest()[:16] == "ce1afb9d73a161d4"
 
 
 def test_a_damaged_row_is_left_out(old: Path) -> None:
