@@ -218,9 +218,7 @@ def _server(spec: EngineSpec, target: DescribedModel) -> EngineBuilder:
     def flags_of(setup: Setup) -> list[str]:
         if spec.draft_args is not None:
             return list(spec.draft_args)
-        reason = kind.objection(target.record, setup, release)
-        if kind.first is not None and release.is_before(kind.first):
-            reason = f"{release.name} is not known: from {kind.first} on it is"
+        reason = release.objection or kind.objection(target.record, setup, release)
         if reason is not None:
             raise InputError(f"{setup.name}: {reason}")
         return [*kind.args_for(setup, release), *kind.record_args(release)]

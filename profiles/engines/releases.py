@@ -19,8 +19,10 @@ TITLES = {
     "transformers": "transformers",
 }
 # the newest release whose own config class or parser was run on the flags; of TensorRT-LLM the newest reference page
-FIRST = {"vllm": "0.24.0", "sglang": "0.5.3", "trtllm": "1.2.0", "transformers": "5.17.0"}  # the oldest whose flags are known
 NEWEST = {"vllm": "0.33.0", "sglang": "0.5.23", "trtllm": "1.4.0rc1", "llamacpp": "b11549", "transformers": "5.23.0"}
+
+# the oldest whose keys are written here: vLLM's has a schedule, SGLang's STANDALONE and NGRAM
+FIRST = {"vllm": "0.24.0", "sglang": "0.5.3", "trtllm": "1.2.0", "transformers": "5.17.0"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,12 @@ class EngineRelease:
     @property
     def name(self) -> str:
         return f"{self.title} {self.version}"
+
+    @property
+    def objection(self) -> str | None:
+        """Why nothing can be written for this version; None for llama.cpp, which tells its flags in its help."""
+        first = FIRST.get(self.engine)
+        return f"{self.name} is not known: from {first} on it is" if first and self.is_before(first) else None
 
     def is_before(self, version: str) -> bool:
         return Version(self.version) < Version(version)

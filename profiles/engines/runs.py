@@ -22,7 +22,7 @@ class Run:
     threads: int | None = None  # of the process, where it says
 
 
-class Queue(NamedTuple):
+class DecodedQueue(NamedTuple):
     """The runs of a queue of prompts under a setup, and the cores that they used."""
 
     setup: Setup
@@ -32,7 +32,12 @@ class Queue(NamedTuple):
 
 
 def samples_of(
-    target: Model, workload: Workload, prompts: Sequence[Prompt], queues: Sequence[Queue], *, trace_target: TraceTarget
+    target: Model,
+    workload: Workload,
+    prompts: Sequence[Prompt],
+    queues: Sequence[DecodedQueue],
+    *,
+    trace_target: TraceTarget,
 ) -> tuple[Sample, ...]:
     """A sample per setup and prompt. Raises EngineError: outputs are not lossless (`check_queues`)."""
     outputs = [(queue.setup, [run.token_ids for run in queue.runs]) for queue in queues]

@@ -11,8 +11,6 @@ from typing import Literal, get_args
 from profiles.engines import rules
 from profiles.engines.llamacpp import flags as llamacpp_flags
 from profiles.engines.releases import EngineRelease, release_of
-from profiles.engines.sglang import flags as sglang_flags
-from profiles.engines.vllm import flags as vllm_flags
 from profiles.records.core import Model, Setup
 from profiles.records.errors import InputError
 from tuner.export import servers, transformers, trtllm, vllm
@@ -27,11 +25,10 @@ FORMS: tuple[Form, ...] = get_args(Form)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exporter:
-    """How a pick is written for an engine; `first`: the oldest version that is known."""
+    """How a pick is written for an engine, and what speaks against a setup."""
 
     write: Callable[[Pick], Export]
     objection: Callable[[Deployment, Setup, EngineRelease], str | None]
-    first: str | None = None
 
 
 def _for_target(
@@ -42,10 +39,10 @@ def _for_target(
 
 EXPORTERS = {
     "llamacpp": Exporter(write=servers.write_llamacpp, objection=_for_target(llamacpp_flags.objection)),
-    "sglang": Exporter(write=servers.write_sglang, objection=_for_target(rules.objection), first=sglang_flags.FIRST),
-    "transformers": Exporter(write=transformers.write, objection=transformers.objection, first=transformers.FIRST),
-    "trtllm": Exporter(write=trtllm.write, objection=trtllm.objection, first=trtllm.FIRST),
-    "vllm": Exporter(write=vllm.write, objection=vllm.objection, first=vllm_flags.FIRST),
+    "sglang": Exporter(write=servers.write_sglang, objection=_for_target(rules.objection)),
+    "transformers": Exporter(write=transformers.write, objection=transformers.objection),
+    "trtllm": Exporter(write=trtllm.write, objection=trtllm.objection),
+    "vllm": Exporter(write=vllm.write, objection=vllm.objection),
 }
 
 
@@ -67,8 +64,8 @@ def emit(deployment: Deployment, form: str, version: str | None = None, *, adapt
         raise InputError(f"format {form!r}: allowed are {', '.join(FORMS)}")
     exporter = EXPORTERS[form]
     release = llamacpp_flags.release_of_build(version) if form == "llamacpp" else release_of(form, version)
-    if exporter.first is not None and release.is_before(exporter.first):
-        return Export(text="", note=f"{release.name} is not known: from {exporter.first} on it is")
+    if release.objection is not None:
+        return Export(text="", note=release.objection)
 
     def objection(setup: Setup) -> str | None:
         reason = exporter.objection(deployment, setup, release)

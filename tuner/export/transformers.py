@@ -12,8 +12,6 @@ from profiles.records.core import Model, Setup
 from tuner.export.select import Deployment, Export, Pick, comment, look_up_notes, title
 from tuner.policy.policy import Choice
 
-FIRST = "5.17.0"  # the oldest release that this project is tested with
-
 
 def objection(deployment: Deployment, setup: Setup, release: EngineRelease) -> str | None:
     batch_size = deployment.choice.batch_size

@@ -11,7 +11,7 @@ from profiles.engines.releases import EngineRelease
 from profiles.records.core import Setup
 from tuner.export.select import Deployment, Export, Pick, comment, look_up_notes, one_length_note, sampling_notes, title
 
-FIRST, RENAMED = "1.2.0", "1.3.0rc27"  # from the second on, the draft's weights have another key
+RENAMED = "1.3.0rc27"  # from here on the draft's weights have another key
 
 
 def objection(deployment: Deployment, setup: Setup, release: EngineRelease) -> str | None:

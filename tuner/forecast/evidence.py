@@ -157,7 +157,6 @@ class _Collector:
         self._acceptances: dict[tuple[str, str], Acceptance] = {}
         self._runs: list[tuple[Setup, Sample]] = []
         self._infeasible: list[Infeasible] = []
-        self._composed: set[Draft] = set()  # composites that the runs of their parts calibrate
 
     def collect(self, lengths: Sequence[int]) -> Evidence:
         for number, prompt in enumerate(self._prompts):
@@ -174,7 +173,8 @@ class _Collector:
             if self._try(0, (PLAIN, Setup(draft=draft, length=max(lengths)))):  # running it gives the reason
                 self._leave_out(Setup(draft=draft, length=max(lengths)), EngineError("its steps could not be timed"))
         drafts = [draft for draft in drafts if draft not in untimed]
-        self._run_traced(capabilities.timed(drafts), lengths)
+        composed = self._composed(capabilities.timed(drafts))
+        self._run_traced([draft for draft in capabilities.timed(drafts) if draft not in composed], lengths)
         self._run_untraced([draft for draft in drafts if not capabilities.traces(draft)], lengths)
         failed = {infeasible.setup for infeasible in self._infeasible[num_untraceable:]}
         failed_drafts = {setup.draft for setup in failed}
@@ -188,7 +188,7 @@ class _Collector:
                 draft
                 for draft in drafts
                 if not capabilities.traces(draft)
-                or not failed_drafts & {draft, *(draft.components if draft in self._composed else ())}
+                or failed_drafts.isdisjoint(draft.components if draft in composed else {draft})
             ),
             infeasible=tuple(self._infeasible),
             capabilities=capabilities,
@@ -227,17 +227,18 @@ class _Collector:
         acceptance = self._engine.trace_draft(self._workload, prompt, trace, component, max_length)
         self._acceptances[component.digest, prompt.digest] = acceptance
 
+    def _composed(self, drafts: Sequence[Draft]) -> set[Draft]:
+        """Composites that are not run: alone in a batch the runs of their parts calibrate them."""
+        has_parts = self._workload.batch_size == 1 and self._engine.capabilities.times == "steps"
+        return {draft for draft in drafts if has_parts and len(set(draft.components) & set(drafts)) > 1}
+
     def _run_traced(self, drafts: Sequence[Draft], lengths: Sequence[int]) -> None:
         """Runs every draft at its calibration lengths, all of a queue in one unit, plain decoding before each draft.
 
-        Plain decoding is under every speed-up, so it is run as often as there are drafts. A composite alone in its
-        batch is not run where both its parts are. When a unit fails, each draft is tried alone, so that only the one at
-        fault is left out.
+        Plain decoding is under every speed-up, so it is run as often as there are drafts. When a unit fails, each draft
+        is tried alone, so that only the one at fault is left out.
         """
-        has_parts = self._workload.batch_size == 1 and self._engine.capabilities.times == "steps"
-        self._composed = {draft for draft in drafts if has_parts and len(set(draft.components) & set(drafts)) > 1}
-        run = [draft for draft in drafts if draft not in self._composed]
-        by_draft = {draft: self._calibration_setups(draft, lengths) for draft in run}
+        by_draft = {draft: self._calibration_setups(draft, lengths) for draft in drafts}
         for number in range(len(self._queues)):
             self._progress("calibration", number, len(self._queues))
             try:

@@ -327,11 +327,13 @@ class Forecaster:
 
 def _overhead_of(draft: Draft | None, fitted: Mapping[Draft | None, Overhead]) -> Overhead:
     """Of a composite without calibration runs its parts'; of another draft plain decoding's, in every round."""
-    parts = [fitted[part] for part in draft.components if part in fitted] if draft and draft not in fitted else []
+    if draft in fitted:
+        return fitted[draft]
+    parts = [fitted[part] for part in draft.components if part in fitted] if draft else []
     if len(parts) > 1:
         return composed(*parts)
     plain = fitted.get(None, Overhead())
-    return fitted.get(draft, plain._replace(proposing_s=plain.idle_s))
+    return plain._replace(proposing_s=plain.idle_s)
 
 
 def _percentiles(draws: numpy.ndarray) -> Interval:

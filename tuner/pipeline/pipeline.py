@@ -205,6 +205,7 @@ def _grid_seconds(mixed: PointDecision, evidence: Evidence, num_prompts: int) ->
     seconds = 0.0
     for forecast in mixed.forecasts:
         draft = forecast.setup.draft
+        # a composite that was not run has the prefills of its model
         prefill_s = prefills_s[draft.components[-1] if draft and draft not in prefills_s else draft]
         seconds += tokens / (mixed.workload.batch_size * forecast.tok_per_s.estimate)
         seconds += num_prompts * sum(prefill_s) / len(prefill_s)

@@ -28,7 +28,7 @@ from tuner.search.studies import Storage
 MIN_RACE_PROMPTS = 4
 RACE_QUEUES, RACE_BATCHES = 4, 2  # in a batch: how many queues, and their length in batches
 PROOF_BATCHES = 4  # of a queue of the proof
-WELL_FORECAST = 0.05  # of the log speed-up, that a race may differ by
+FORECAST_TOLERANCE = 0.05  # in the log speed-up, within which a race confirms a forecast
 
 
 class OutOfTimeError(Exception):
@@ -222,7 +222,8 @@ class PointTrial:
         def run(number: int, setups: Sequence[Setup]) -> dict[Setup, Sequence[Pair]]:
             """Setups that ran in an earlier race are not run again."""
             self._progress(f"race {self._plan.domain}", min(next(units), num_units - 1), num_units)
-            queue, start = planned[number], sum(map(len, planned[:number]))
+            queue = planned[number]
+            start = number * len(queue)
             if missing := [setup for setup in setups if len(pairs.get(setup, ())) <= start]:
                 purpose = purpose_of("race", self._workload, number)
                 ran = run_beside(self._engine, self._workload, queue, missing, purpose)
@@ -243,7 +244,7 @@ class PointTrial:
             storage=self._options.storage,
             objective=objective,
             enough=self._enough_races,
-            more_lengths=lambda fastest: not self._is_forecast_well(fastest),
+            more_lengths=lambda fastest: not self._forecast_holds(fastest),
         )
         self._plain_samples = [pair.plain for ran in pairs.values() for pair in ran]
         for failure in result.failed:
@@ -264,19 +265,21 @@ class PointTrial:
             candidate = None
         self._point = replace(self._point, race=result, candidate=candidate)
 
-    def _is_forecast_well(self, setup: Setup) -> bool:
+    def _forecast_holds(self, setup: Setup) -> bool:
         """Whether the race confirms the forecast on its prompts: those of other lengths are then trusted too."""
         evidence, forecaster, pairs = self._point.evidence, self._point.forecaster, timed_pairs(self._race_pairs[setup])
-        if self._workload.batch_size > 1 or evidence is None or forecaster is None or len(pairs) < 2:
-            return False
-        if not evidence.is_traced(setup.draft):
-            return False
-        raced = {pair.plain.prompt_digest for pair in pairs}
-        prompts = [prompt for prompt in self._plan.forecast_prompts if prompt.digest in raced]
-        forecasts = _forecast_seconds(forecaster, setup, prompts)[self._options.objective].values()
-        plain_s, chosen_s = (sum(column) for column in zip(*forecasts, strict=True))
+        assert evidence is not None
+        assert forecaster is not None
         measured = speedup_so_far(pairs, self._options.objective)
-        return measured is not None and abs(math.log(measured.estimate * chosen_s / plain_s)) <= WELL_FORECAST
+        if measured is None or self._workload.batch_size > 1 or not evidence.is_traced(setup.draft):
+            return False
+        forecasts = _forecast_seconds(forecaster, setup, self._raced_prompts(pairs))[self._options.objective]
+        plain_s, chosen_s = (sum(column) for column in zip(*forecasts.values(), strict=True))
+        return abs(math.log(measured.estimate * chosen_s / plain_s)) <= FORECAST_TOLERANCE
+
+    def _raced_prompts(self, pairs: Sequence[Pair]) -> list[Prompt]:
+        digests = {pair.plain.prompt_digest for pair in pairs}
+        return [prompt for prompt in self._plan.forecast_prompts if prompt.digest in digests]
 
     def _race_ratio(self, setup: Setup, result: race.RaceResult) -> LogRatio:
         """Over all prompts with forecasts, of which the race timed two or more; else, and in batches, over its runs."""
@@ -327,8 +330,7 @@ class PointTrial:
         assert forecaster is not None
         if not evidence.is_traced(setup.draft):
             return None
-        raced = {pair.plain.prompt_digest for pair in race_pairs}
-        race_prompts = [prompt for prompt in self._plan.forecast_prompts if prompt.digest in raced]
+        race_prompts = self._raced_prompts(race_pairs)
         domains = {prompt.digest: prompt.domain for prompt in race_prompts}
         weights = proof.weights(race_pairs, _forecast_seconds(forecaster, setup, race_prompts), domains)
         if weights[self._options.objective] == 0.0:

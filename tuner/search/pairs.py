@@ -23,23 +23,16 @@ class Pair(NamedTuple):
 
 def pair_order(workload: Workload, queue: Queue, setup: Setup) -> tuple[Setup, Setup]:
     """Plain decoding and the setup in an order drawn from seed, prompts and setup: random, but a rerun repeats it."""
-    return (PLAIN, setup) if _plain_first(workload, queue, setup) else (setup, PLAIN)
-
-
-def _plain_first(workload: Workload, queue: Queue, setup: Setup) -> bool:
-    return random.Random(f"{workload.seed}/{_digest(queue)}/{setup.digest}").random() < 0.5
-
-
-def _digest(queue: Queue) -> str:
-    return queue_digest([prompt.digest for prompt in queue])
+    is_plain_first = random.Random(f"{workload.seed}/{_digest(queue)}/{setup.digest}").random() < 0.5
+    return (PLAIN, setup) if is_plain_first else (setup, PLAIN)
 
 
 def run_pairs(engine: Engine, workload: Workload, queue: Queue, setup: Setup, purpose: str) -> list[Pair]:
-    """A pair for every prompt of a queue; of plain against plain it is drawn which run counts as the setup's."""
-    samples = engine.run_together(workload, queue, pair_order(workload, queue, setup), purpose)
-    first, second = samples[: len(queue)], samples[len(queue) :]
-    plain, chosen = (first, second) if _plain_first(workload, queue, setup) else (second, first)
-    return [Pair(*pair) for pair in zip(plain, chosen, strict=True)]
+    """A pair for every prompt of a queue; the setup is not plain decoding itself."""
+    order = pair_order(workload, queue, setup)
+    samples = engine.run_together(workload, queue, order, purpose)
+    runs = {arm: samples[at * len(queue) : (at + 1) * len(queue)] for at, arm in enumerate(order)}
+    return [Pair(*pair) for pair in zip(runs[PLAIN], runs[setup], strict=True)]
 
 
 def run_beside(
@@ -55,6 +48,10 @@ def run_beside(
         setup: [Pair(*pair) for pair in zip(runs[0], runs[number], strict=True)]
         for number, setup in enumerate(setups, 1)
     }
+
+
+def _digest(queue: Queue) -> str:
+    return queue_digest([prompt.digest for prompt in queue])
 
 
 def timed_pairs(pairs: Sequence[Pair]) -> list[Pair]:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from statistics import fmean
-from typing import NamedTuple
 
 import numpy
 from optuna.distributions import CategoricalDistribution
@@ -56,30 +55,31 @@ def race(
     """Races setups against plain decoding on the same queues, and stores the race as an Optuna study.
 
     The best forecast of each draft comes first, because forecasts of one draft err alike, all of them beside one plain
-    run of each queue, and plain decoding once more; then further lengths of the fastest draft. A setup that loses to
+    run of each queue, and plain decoding once more; then `more_lengths` of the fastest draft. A setup that loses to
     the fastest, queue by queue, stops early. Finishers are ranked by the ratio over all queues together.
 
     Args:
         run: runs a queue, told by its number, with plain decoding and with setups.
         hopeful: the setups to choose from, the best forecast first.
         num_finalists: how many drafts are raced.
-        enough: whether the time for races is used: no further setup is raced then.
+        enough: whether the time for races is used: none begins then, and one under way ends after four queues, or half
+            of a batch's.
         more_lengths: whether further lengths are raced of the draft of this setup, the fastest one.
     """
-    entries: dict[Setup, _Entry] = {}
+    contest = _Race(run, num_queues, objective, enough)
     best_of_draft = {setup.draft: setup for setup in reversed(hopeful)}
     finalists = [setup for setup in hopeful if best_of_draft[setup.draft] == setup][:num_finalists]
-    together = _Together(run, num_queues, entries, objective, enough)
-    together.race((PLAIN, *finalists))
-    if drafting := [setup for setup, entry in entries.items() if setup != PLAIN and entry.state == TrialState.COMPLETE]:
-        fastest = min(drafting, key=lambda setup: entries[setup].total(objective))
+    contest.race((PLAIN, *finalists))
+    fastest = contest.fastest()
+    if fastest is not None and more_lengths(fastest):
         others = [setup for setup in hopeful if setup.draft == fastest.draft and setup not in finalists]
-        together.race(others[:MORE_LENGTHS] if more_lengths(fastest) else ())
+        contest.race(others[:MORE_LENGTHS])
+    entries = contest.entries
     store_study(study_name, "minimize", _trials(entries, [PLAIN, *hopeful], objective), storage)
-    finishers = {setup: entry for setup, entry in entries.items() if entry.state == TrialState.COMPLETE}
-    noise = finishers.pop(PLAIN).total(objective) if PLAIN in finishers else None
+    totals = {setup: each.total(objective) for setup, each in entries.items() if each.state == TrialState.COMPLETE}
+    noise = totals.pop(PLAIN, None)
     return RaceResult(
-        speedups={setup: math.exp(-entry.total(objective)) for setup, entry in finishers.items()},
+        speedups={setup: math.exp(-total) for setup, total in totals.items()},
         noise=noise,
         pruned=tuple(setup for setup, entry in entries.items() if setup != PLAIN and entry.state == TrialState.PRUNED),
         failed=tuple(entry.failure for entry in entries.values() if entry.failure is not None),
@@ -105,47 +105,53 @@ class _Entry:
         return _log_ratio(self.pairs, objective) if self.pairs else 0.0
 
 
-class _Together(NamedTuple):
-    """Races setups together, queue by queue, and notes in `entries` what came of them."""
+@dataclass(slots=True)
+class _Race:
+    """Runs setups queue by queue; `entries` are what came of them."""
 
     run: Callable[[int, Sequence[Setup]], Runs]
     num_queues: int
-    entries: dict[Setup, _Entry]
     objective: Objective
     enough: Callable[[], bool]
+    entries: dict[Setup, _Entry] = field(default_factory=dict)
 
     def race(self, setups: Sequence[Setup]) -> None:
-        """Plain decoding, where it is among them, runs a second time in the first queues only."""
+        """Races setups together. Plain decoding, where it is among them, runs again in the first queues only."""
         if not setups or self.enough():
             return
         new = {setup: _Entry() for setup in setups}
-        self.entries.update(new)
+        self.entries |= new
+        min_queues = min(PRUNE_AFTER_QUEUES, self.num_queues // 2)
         for number in range(self.num_queues):
-            racing = [setup for setup in self._complete(new) if setup != PLAIN or number < NOISE_QUEUES]
-            if (
-                not racing
-                or racing == [PLAIN]
-                or (number >= min(PRUNE_AFTER_QUEUES, self.num_queues // 2) and self.enough())
-            ):
+            running = [setup for setup, entry in new.items() if entry.state == TrialState.COMPLETE]
+            drafting = [setup for setup in running if setup != PLAIN]
+            if not drafting or (number >= min_queues and self.enough()):
                 break
-            for setup, pairs in self._run(number, racing).items():
+            for setup, pairs in self._run(number, running if number < NOISE_QUEUES else drafting).items():
                 new[setup].add(number, pairs, self.objective)
             rival = self._rival()
-            for setup in racing:
-                if setup != PLAIN and _loses(new[setup].by_queue, rival):
+            for setup in drafting:
+                if _loses(new[setup].by_queue, rival):
                     new[setup].state = TrialState.PRUNED
         for entry in new.values():
             if entry.state == TrialState.COMPLETE and not entry.pairs:  # no run had a time per token
                 entry.state = TrialState.PRUNED
 
-    def _complete(self, entries: Mapping[Setup, _Entry]) -> list[Setup]:
-        return [setup for setup, entry in entries.items() if entry.state == TrialState.COMPLETE]
+    def fastest(self) -> Setup | None:
+        """The fastest setup that drafts so far; None before the first time per token."""
+        totals = {
+            setup: entry.total(self.objective)
+            for setup, entry in self.entries.items()
+            if setup != PLAIN and entry.state == TrialState.COMPLETE and entry.pairs
+        }
+        return min(totals, key=lambda setup: totals[setup], default=None)
 
     def _rival(self) -> Mapping[int, float]:
         """By queue, of the fastest setup so far; plain decoding is 0 everywhere."""
-        drafting = [self.entries[setup] for setup in self._complete(self.entries) if setup != PLAIN]
-        fastest = min(drafting, key=lambda entry: entry.total(self.objective), default=_Entry())
-        return fastest.by_queue if fastest.total(self.objective) < 0.0 else dict.fromkeys(range(self.num_queues), 0.0)
+        fastest = self.fastest()
+        if fastest is None or self.entries[fastest].total(self.objective) >= 0.0:
+            return dict.fromkeys(range(self.num_queues), 0.0)
+        return self.entries[fastest].by_queue
 
     def _run(self, number: int, setups: Sequence[Setup]) -> Runs:
         """Runs of all setups together; where that fails each alone, so that only the one at fault is left out."""
@@ -155,8 +161,9 @@ class _Together(NamedTuple):
             if len(setups) > 1:
                 alone = [self._run(number, (setup,)) for setup in setups]
                 return {setup: pairs for ran in alone for setup, pairs in ran.items()}
-            failure = Infeasible(setup=setups[0], reason=type(error).__name__, detail=str(error))
-            self.entries[setups[0]].state, self.entries[setups[0]].failure = TrialState.FAIL, failure
+            entry = self.entries[setups[0]]
+            entry.state = TrialState.FAIL
+            entry.failure = Infeasible(setup=setups[0], reason=type(error).__name__, detail=str(error))
             return {}
 
 

@@ -1,4 +1,4 @@
-"""`ServerEngine`: the engine protocol on any OpenAI-compatible server that a template starts.
+"""`ServerEngine`: the engine protocol on a server of vLLM, SGLang or llama.cpp that a template starts.
 
 Every setup has a server of its own; drafts are not traced but run. Times are the client's: they contain HTTP and the
 server's scheduling, as its users see them.

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, Self
 
-from profiles.engines.runs import Queue, Run, samples_of
+from profiles.engines.runs import DecodedQueue, Run, samples_of
 from profiles.engines.serving.pool import Key, Member, ServerPool
 from profiles.engines.serving.sampling_check import check_means
 from profiles.records.core import PLAIN, Draft, Model, Prompt, Setup, Workload
@@ -64,13 +64,13 @@ class ServedEngine(ABC, Generic[Key, Member]):
         """Timed runs of the queue, one setup after another; a queue is run again while the machine is disturbed."""
         for setup in setups:
             self._check(workload, prompts, setup)
-        queues: list[Queue] = []
+        queues: list[DecodedQueue] = []
         for setup in setups:
             self._prepare(workload, prompts, setup)
             decode = functools.partial(self._decode, workload, prompts, setup)
             (runs, cores), disturbed = quietest(functools.partial(cores_used, decode), self._watched_gpus)
             self._check_effect(setup, runs)
-            queues.append(Queue(setup, runs, cores, disturbed))
+            queues.append(DecodedQueue(setup, runs, cores, disturbed))
         return samples_of(self.target, workload, prompts, queues, trace_target=self.trace_target)
 
     def check_sampling(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:

@@ -33,7 +33,6 @@ class ServerKind:
     log_probs_of: Callable[[int], Body] = lambda count: {"logprobs": count}
     # arguments that make a server of a version report the rounds of each request
     record_args: Callable[[EngineRelease], Sequence[str]] = lambda _: ()
-    first: str | None = None  # the first version whose flags are known
     past_end: bool = True  # as in `EngineCapabilities`, and so the next
     drops_short: bool = False
     look_up: str = "ngram"  # the default n-gram draft

@@ -14,8 +14,6 @@ from profiles.records.core import Setup
 if TYPE_CHECKING:
     from profiles.engines.serving.http_load import Answer
 
-FIRST = "0.5.3"  # with STANDALONE and NGRAM
-
 
 def args_for(setup: Setup) -> list[str]:
     """The arguments of a setup: one chain of drafted tokens; the number of draft tokens counts the chain's root."""
@@ -59,6 +57,5 @@ SERVER = ServerKind(
     ),
     read=lambda answer, *_: read_completion(answer, _counted_in),
     objection=rules.objection,
-    first=FIRST,
     args_for=lambda setup, _: args_for(setup),
 )

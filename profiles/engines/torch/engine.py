@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from profiles.acceptance import ngram
 from profiles.engines.base import TORCH, RoundController
-from profiles.engines.runs import Queue, samples_of
+from profiles.engines.runs import DecodedQueue, samples_of
 from profiles.engines.torch import step_times
 from profiles.engines.torch.adaptive import AdaptiveLoop, AdaptiveRun, SwitchableDrafter, warm_up
 from profiles.engines.torch.attention import kernel_name
@@ -119,7 +119,7 @@ class TorchEngine:
                 self._warm_up(workload, prompts, setup)
             decode = [functools.partial(self._generate, workload, prompts, setup) for setup in setups]
             decoded, disturbed = quietest(lambda: [cores_used(run, time.process_time) for run in decode], self._gpus)
-        queues = [Queue(setup, *runs, disturbed) for setup, runs in zip(setups, decoded, strict=True)]
+        queues = [DecodedQueue(setup, *runs, disturbed) for setup, runs in zip(setups, decoded, strict=True)]
         return samples_of(self.target, workload, prompts, queues, trace_target=self.trace_target)
 
     def run_adaptive(

@@ -15,7 +15,6 @@ from profiles.records.core import LOOKUP_LENGTH, Draft, Model, Setup
 from profiles.records.draft_spec import engine_options
 
 SCHEDULE = "num_speculative_tokens_per_batch_size"
-FIRST = "0.24.0"  # with a schedule, and what `--engine vllm` needs
 FIRST_WITH = {"dspark": "0.32.0"}  # methods that came later
 # never written: `tensor_parallel_size` and `num_speculative_tokens` of 0 (errors), `draft_tensor_parallel_size` (the
 # target's is the default)

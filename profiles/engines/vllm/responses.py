@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from profiles.engines.serving.completion import CountedRounds, last_events, read_completion
 from profiles.engines.serving.server_kind import ServerKind, completions_body
-from profiles.engines.vllm.flags import FIRST, args_for, objection
+from profiles.engines.vllm.flags import args_for, objection
 from profiles.records.evidence import RoundCount
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ SERVER = ServerKind(
     read=lambda answer, *_: read_completion(answer, _counted_in),
     log_probs_of=lambda count: {"logprobs": count, "return_tokens_as_token_ids": True},
     objection=objection,
-    first=FIRST,
     args_for=args_for,
     record_args=lambda release: () if release.is_before(FIRST_RECORDS) else RECORD_ARGS,
 )

@@ -11,7 +11,7 @@ import torch
 
 from profiles.acceptance import ngram
 from profiles.engines.base import TORCH
-from profiles.engines.runs import Queue, samples_of
+from profiles.engines.runs import DecodedQueue, samples_of
 from profiles.engines.torch import decoder, drafters, step_times
 from profiles.engines.torch.decoder import Decoder
 from profiles.engines.torch.drafters import NgramDrafter
@@ -111,7 +111,8 @@ class ToyEngine:
         self, workload: Workload, prompts: tuple[Prompt, ...], setups: tuple[Setup, ...], purpose: str
     ) -> tuple[Sample, ...]:
         queues = [
-            Queue(setup, [self.decode(workload, prompt, setup) for prompt in prompts], 1.0, False) for setup in setups
+            DecodedQueue(setup, [self.decode(workload, prompt, setup) for prompt in prompts], 1.0, False)
+            for setup in setups
         ]
         return samples_of(TARGET, workload, prompts, queues, trace_target=self.trace_target)
 
