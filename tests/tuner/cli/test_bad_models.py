@@ -20,7 +20,7 @@ BAD_TARGETS = {
     "{models}/notes.txt": "notes.txt': a file; allowed are",
     "{models}/empty": "models/empty': has no config.json; name a transformers model",
     "{models}/no-weights": "models/no-weights': has no model.safetensors or model.safetensors.index.json",
-    "{models}/pickled": "pickled weights can run code and are refused; convert it to safetensors",
+    "{models}/pickled": "pytorch_model.bin: pickled weights can run code and are refused; convert it to safetensors",
     "{models}/truncated": "models/truncated': model.safetensors is not a whole safetensors file",
     "{models}/not-weights": "models/not-weights': model.safetensors is not a whole",
     "{models}/nan": "models/nan': lm_head.weight holds NaN",
@@ -33,7 +33,7 @@ BAD_TARGETS = {
     "{models}/index-without-map": "models/index-without-map': model.safetensors.index.json has no weight_map",
     "{models}/no-tokenizer": "models/no-tokenizer': has no tokenizer; one of tokenizer.json",
     "{models}/tokenizer-not-json": "models/tokenizer-not-json': ",
-    "{models}/other-shape": "9 weights are of another size, first",
+    "{models}/other-shape": "9 weights are of another size, first model.layers.0.mlp.down_proj.weight ([32, 64]",
     "{models}/more-layers": "weights are not in its files, first model.layers.3",
     "{models}/missing.gguf": "missing.gguf': no such directory or file",
     "{models}/text.gguf": "text.gguf': not a whole GGUF file",
@@ -47,7 +47,7 @@ BAD_TARGETS = {
 }
 BAD_DRAFTS = {  # of what a target can have too, a few
     "{models}/missing": "models/missing': no such directory or file",
-    "{models}/pickled": "pickled weights can run code",
+    "{models}/pickled": "but pytorch_model.bin: pickled weights can run code and are refused",
     "{models}/unknown-type": "nosuchmodel",
     "{models}/other-tokens": "have different token maps (300 and 300 tokens)",
     "{models}/truncated.gguf": "truncated.gguf': not a whole GGUF file, ",
