@@ -149,7 +149,7 @@ class TestTheServer:
             evidence_store.replace_policy(TARGET, MACHINE, lambda latest: f"after {latest}")
             assert evidence_store.latest_policy() == "after newer"
         query = "SELECT batch_size, setup, draft, k, tok_per_s FROM timed_runs ORDER BY k"
-        assert ask(url, query) == [(None, "plain", None, 0, 10.0), (None, "draft-a k=4", "draft-a", 4, 10.0)]
+        assert ask(url, query) == [(1, "plain", None, 0, 10.0), (1, "draft-a k=4", "draft-a", 4, 10.0)]
         assert ask(url, "SELECT id, generation FROM policies ORDER BY id") == [(7, 2), (8, 1), (9, 3)]
 
     @pytest.mark.parametrize("name", ['My "own" schema', "back\\slash"])

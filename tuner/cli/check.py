@@ -4,8 +4,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rich.filesize import decimal
-
 from profiles import builtin
 from profiles.records import draft_spec
 from profiles.records.errors import InputError
@@ -59,6 +57,8 @@ def check_table(report: "FitReport") -> "Table":
 
     `total added` is what a draft needs beside the target: weights, and caches at the batch and context of the title.
     """
+    from rich.filesize import decimal
+
     from tuner.report.tables import figures_table
 
     need, shape = report.need, f"at batch {report.batch_size}, context {report.context_length}"
@@ -78,6 +78,8 @@ def check_table(report: "FitReport") -> "Table":
 
 
 def _cells(draft: "DraftCheck", num_tokens: int) -> Iterator[str]:
+    from rich.filesize import decimal
+
     yield {True: "yes", False: "no", None: UNKNOWN}[draft.same_tokens]
     yield UNKNOWN if draft.max_positions is None else str(draft.max_positions)
     need, quick = draft.need, draft.quick_acceptance
