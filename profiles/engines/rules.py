@@ -28,7 +28,7 @@ def kind_objection(setup: Setup, release: EngineRelease) -> str | None:
 
 
 def weights_objection(target: Model, setup: Setup, release: EngineRelease) -> str | None:
-    """Weights that came in a bundle, GGUF where it is not read, and safetensors where only GGUF is.
+    """Weights that are not on this machine, GGUF where it is not read, and safetensors where only GGUF is.
 
     Only the transformers snippet names the target; it also reads GGUF.
     """
@@ -36,12 +36,15 @@ def weights_objection(target: Model, setup: Setup, release: EngineRelease) -> st
     for role, model in (("target", target), ("draft", draft)):
         if model is None:
             continue
-        if model.name.startswith(IMPORTED_MARKS) and (role == "draft" or release.engine == "transformers"):
-            name = replace_mark(model.name)
-            return f"the {role} {name} came in a bundle from a path of another machine: it is not here"
+        if role == "draft" or release.engine == "transformers":
+            if model.name.startswith(IMPORTED_MARKS):
+                name = replace_mark(model.name)
+                return f"the {role} {name} came in a bundle from a path of another machine: it is not here"
+            if model.name.startswith(BUILTIN) and not Path(model_path(model)).is_dir():
+                return f"the {role} {model.name} comes with a source checkout, not with the installed package"
         if release.engine == "transformers":
             continue
-        if release.engine == "llamacpp" and gguf_path(model.name) is None:
+        if release.engine == "llamacpp" and model.name not in GGUF_MODELS and gguf_path(model.name) is None:
             return f"llama.cpp reads GGUF files only: convert the {role} {model.name} and measure that"
         if release.engine != "llamacpp" and is_gguf(model):
             return f"the {role} {model.name} is a GGUF file, which {release.title} does not read"
@@ -85,8 +88,8 @@ def model_path(model: Model) -> str:
 
 def gguf_path(name: str) -> str | None:
     """The GGUF file of a model by its name: itself, a builtin model's, or the only one in a directory; else None."""
-    if name in GGUF_MODELS:
-        return str(min((BUILTIN_FOLDER / name.removeprefix(BUILTIN)).glob("*.gguf")))  # of a split file the first part
+    if name in GGUF_MODELS and (parts := sorted((BUILTIN_FOLDER / name.removeprefix(BUILTIN)).glob("*.gguf"))):
+        return str(parts[0])  # of a split file the first one
     if name.lower().endswith(".gguf"):
         return name
     files = [str(path) for path in Path(name).glob("*.gguf")]

@@ -257,6 +257,13 @@ def test_a_model_without_positions_or_attention_is_refused(tmp_path: Path) -> No
         memory.footprint(source, "float32")
 
 
+def test_an_adapter_alone_is_named_where_memory_is_computed(tmp_path: Path) -> None:
+    """The command line asks for memory first: there an adapter is named too, not the config that it lacks."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="has a LoRA adapter"):
+        memory.footprint(sources.find(str(tmp_path)), "float32")
+
+
 def test_a_path_that_is_no_model_is_named(broken: Path) -> None:
     """What is spelled like a path is never looked up on the hub; a weight file alone has no config and no tokenizer."""
     allowed = "allowed are a model directory, a .gguf file and a hub id like owner/name"

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -181,6 +182,17 @@ def test_a_carried_target_matters_where_it_is_named() -> None:
     assert emit(case, "vllm").text
     assert emit(replace(case, target=model_at("imported:t.gguf")), "llamacpp").text
     assert "is a GGUF file" in str(emit(replace(case, target=model_at("imported:t.gguf")), "vllm").note)
+
+
+@pytest.mark.parametrize("form", ["vllm", "sglang", "llamacpp", "transformers"])
+def test_builtin_models_may_not_be_installed(form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the package has no built-in models, no path of one is emitted; a look-up is, where no target is named."""
+    monkeypatch.setattr("profiles.engines.rules.BUILTIN_FOLDER", tmp_path)
+    answer = choice(Setup(draft=draft_at("builtin:draft-general"), length=4), alternatives=(forecast(LOOK_UP),))
+    export = emit(deployment(answer, target=model_at("builtin:target")), form)
+    assert str(tmp_path) not in export.text
+    assert export.setup == (None if form == "transformers" else LOOK_UP)
+    assert "comes with a source checkout, not with the installed package" in str(export.note)
 
 
 @pytest.mark.parametrize("form", ["sglang", "trtllm", "llamacpp"])
