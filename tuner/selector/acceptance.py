@@ -46,6 +46,7 @@ class AcceptanceModel:
         # rounds that accept by position, of `weight` that test it; index 0: rounds that propose anything
         self._prior = [self.weight * prob for prob in (stored.propose_prob, *stored.accept_probs)]
         self._accepted, self._tested = [0.0] * len(self._prior), [0.0] * len(self._prior)
+        self.changes = 0
         self._decayed = self.last = 0.0  # rounds of the domain when counts decayed, and at the last round
         # rounds of a length start elsewhere in the text than the longest ones, which the stored probabilities are of:
         # by length, how many more tokens they have; and the sum over the rounds that were run
@@ -68,6 +69,7 @@ class AcceptanceModel:
             tested[reached] += weight
         self._excess_run += weight * self._excess.get(proposed, 0.0)
         self.last = now
+        self.changes += 1
 
     def decay(self, now: float) -> None:
         factor = 0.5 ** ((now - self._decayed) / HALF_LIFE_ROUNDS)
@@ -115,8 +117,8 @@ class DraftModels:
 
     def update(self, domain: int) -> None:
         """Makes the figures of a domain follow what was counted."""
-        self.models[domain].update()
         self._likelihoods.clear()
+        self.models[domain].update()
 
 
 class Domains:
@@ -178,9 +180,9 @@ class Domains:
         stay = (1.0 - CHANGE_PROB) / total if total > 1e-30 else 0.0
         leave = CHANGE_PROB if stay else 1.0
         weights[:] = [stay * score + leave * share for score, share in zip(scores, shares)]  # noqa: B905 -- fast
-        *domains, rejected = weights
-        weight = max(domains)
-        main = domains.index(weight)
+        rejected = weights[-1]
+        weight = max(weights[:-1])
+        main = weights.index(weight)
         # a draft that turned useless looks like text that none gets right: those rounds count for the domains too
         weight += rejected * shares[main] / max(1e-9, 1.0 - shares[-1])
         weight *= weight  # rounds of uncertain domains would make these alike

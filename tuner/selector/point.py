@@ -55,7 +55,7 @@ class Point:
         self._arms = [(setup, (o, i)) for o, setups in enumerate(self.setups) for i, setup in enumerate(setups)]
         self._by_id = {id(setup): arm for setup, arm in self._arms}
         # a look-up without a match takes a plain round; a model drafts in every round
-        self.is_lookup = [True, *(prior.drafts[number].kind == "ngram" for number in self.drafts[1:])]
+        self.is_lookup = [False, *(prior.drafts[number].kind == "ngram" for number in self.drafts[1:])]
         rows = [plain, *(times[number] for number in self.drafts[1:])]
         self.seconds = [row.seconds for row in rows]
         self.catch_up_s = [row.catch_up_s * plain.context_length / 2 for row in rows]
@@ -70,7 +70,10 @@ class Point:
         self._proposes = [[0.0] * len(domains.names) for _ in self.lengths]
         # by domain and option the highest tokens per second, and its length
         self._peaks = [[(0.0, 0)] * len(self.lengths) for _ in domains.names]
-        self.best = [PLAIN_ARM] * len(domains.names)
+        self.best, self._best_rates = [PLAIN_ARM] * len(domains.names), [0.0] * len(domains.names)
+        self.plain_s = self.seconds[0][0]  # of a round of the baseline
+        # by domain and option: what its figures rest on, as far as that changes
+        self._bases: list[list[tuple[int, float, int] | None]] = []
         self._turn = self._rows = 0
         self.update()
 
@@ -78,11 +81,6 @@ class Point:
         """None: it is not an option here."""
         arm = self._by_id.get(id(setup))  # fast for setups that were handed out; others may equal one
         return arm if arm is not None else next((arm for each, arm in self._arms if each == setup), None)
-
-    @property
-    def plain_s(self) -> float:
-        """Seconds of a round of the baseline."""
-        return self.costs[0][0] if self._baseline == "k0" else self.seconds[0][0]
 
     def round_s(self, arm: Arm, proposed: int) -> float:
         """Seconds of a round whose widest row proposes so many."""
@@ -98,16 +96,19 @@ class Point:
     def value(self, arm: Arm, weights: Sequence[float], extra_s: float = 0.0) -> float:
         """Tokens per second of a mean row; `weights`: of domains in its text. `extra_s`: what a round takes besides."""
         option, index = arm
-        tokens: float = sum(map(mul, weights, self._tokens[option][index]))
         mean_s = self.costs[option][index]
+        if not option:
+            return sum(weights) / (mean_s + extra_s)
+        tokens: float = sum(map(mul, weights, self._tokens[option][index]))
         if self.is_lookup[option]:
-            mean_s = self._mean_s(option, mean_s, sum(map(mul, weights, self._proposes[option])))
+            (mean_s,) = self._mean_s(option, (mean_s,), sum(map(mul, weights, self._proposes[option])))
         return tokens / (mean_s + extra_s)
 
-    def _mean_s(self, option: int, cost: float, proposes: float) -> float:
-        """Seconds of a look-up's mean round by those of one that drafts, and by how likely a row proposes."""
+    def _mean_s(self, option: int, costs: Sequence[float], proposes: float) -> list[float]:
+        """Seconds of a look-up's mean rounds by those of rounds that draft, and by how likely a row proposes."""
         nothing = (1.0 - proposes) ** self.batch_size
-        return nothing * self.round_s((option, 0), 0) + (1.0 - nothing) * cost
+        nothing_s, drafts = nothing * self.round_s((option, 0), 0), 1.0 - nothing
+        return [nothing_s + drafts * cost for cost in costs]
 
     def informed(self, worth: Mapping[Arm, float], weights: Sequence[float]) -> dict[Arm, float]:
         """The worth of setups for a request of an unknown domain, with that of what a round tells of it.
@@ -116,8 +117,7 @@ class Point:
         of squared weights grows when the round accepts a token or does not.
         """
         purity, answer = sum(map(mul, weights, weights)), dict(worth)
-        rates = [max(peaks)[0] for peaks in self._peaks]
-        gain = sum(map(mul, weights, rates)) - max(worth.values())
+        gain = sum(map(mul, weights, self._best_rates)) - max(worth.values())
         for option, index in worth:
             if option:
                 models = self.models[option].models
@@ -139,23 +139,30 @@ class Point:
         return option, self._peaks[domain][option][1]
 
     def refresh(self, option: int, domain: int) -> None:
-        """Recomputes an option's costs, and its figures on a domain."""
+        """Recomputes an option's costs, and its figures on a domain, unless nothing they rest on has changed."""
+        model = self.models[option].models[domain] if option else None
+        basis = self.times.changes[option], self.costs[0][0], 0 if model is None else model.changes
+        if self._bases[domain][option] == basis:
+            return
+        self._bases[domain][option] = basis
         stored, factors, peaks = self.seconds[option], self.times.factors(option), self._peaks[domain]
         costs = [stored[length] * factor for length, factor in zip(self.lengths[option], factors, strict=True)]
         self.costs[option], rates = costs, [1.0 / costs[0]]
-        if option:
+        if model is None:
+            if self._baseline == "k0":
+                self.plain_s = costs[0]
+        else:
             self.models[option].update(domain)
-            model = self.models[option].models[domain]
             self._proposes[option][domain] = model.reach[0]
             for row, tokens in zip(self._tokens[option], model.tokens, strict=False):  # longer ones are not allowed
                 row[domain] = tokens
             if self.is_lookup[option]:
-                costs = [self._mean_s(option, cost, model.reach[0]) for cost in costs]
+                costs = self._mean_s(option, costs, model.reach[0])
             rates = list(map(truediv, model.tokens, costs))
         rate = max(rates)
         peaks[option] = rate, rates.index(rate)
         best = max(peaks)
-        self.best[domain] = peaks.index(best), best[1]
+        self.best[domain], self._best_rates[domain] = (peaks.index(best), best[1]), best[0]
 
     def refresh_after(self, option: int, domains: Sequence[int]) -> None:
         """After a round of an option on rows of these domains: recomputes its figures, or others in turn."""
@@ -172,6 +179,7 @@ class Point:
     def update(self) -> None:
         """Recomputes everything."""
         self._turn = self._rows = 0
+        self._bases = [[None] * len(self.lengths) for _ in self.best]
         self.times.update()
         for option in range(len(self.lengths)):
             for domain in range(len(self.best)):

@@ -38,6 +38,7 @@ class RoundTimeModel:
         self.last = [-(10**9)] * len(num_lengths)
         self.length_logs = [[0.0] * number for number in num_lengths]
         self._setup, self._since = (-1, 0), 0
+        self.changes = [0] * len(num_lengths)  # by option: times that its deviations may have changed
         self.update()
 
     def factors(self, option: int) -> list[float]:
@@ -64,6 +65,7 @@ class RoundTimeModel:
         option, index = setup
         lengths = self.length_logs[option]
         residual = math.log(ratio) - self.machine - self.logs[option] - lengths[index]
+        self.changes[option] += 1
         if self._count == INITIAL_ROUNDS:
             self.machine += residual
             residual = 0.0

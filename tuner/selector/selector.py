@@ -114,7 +114,7 @@ class Selector:
         self._num_looks = 0  # for an option in turn
         self._totals = [0.0] * 5  # plain seconds and those taken; of late proposed, expected and accepted tokens
         self.num_refused = 0
-        self._last: tuple[Point | None, int] = (None, 0)  # the option that was decided last
+        self._last_draft: int | None = None  # number in the prior of the draft that was decided last; -1: none
         self._replaced: frozenset[OperatingPoint] = frozenset()  # points of the policy before
 
     @property
@@ -185,23 +185,25 @@ class Selector:
         self, stream: Stream, point: Point, requests: tuple[RequestInfo, ...], per_request: bool
     ) -> RoundDecision:
         weights = self._weights(stream, requests)
-        if stream.dwell <= 0.0 and not stream.probe_left:
-            self._switch(stream, point, weights)
-        if self._now >= self._next_probe and not stream.probe_left:
-            self._next_probe = self._now + PROBE_CHECK_ROUNDS
-            self._plan_probe(stream, point, weights)
+        share = max(weights)
+        if not stream.probe_left:
+            if stream.dwell <= 0.0:
+                self._switch(stream, point, weights, share)
+            if self._now >= self._next_probe:
+                self._next_probe = self._now + PROBE_CHECK_ROUNDS
+                self._plan_probe(stream, point, weights)
         arm, probes = stream.arm, stream.probe_left > 0
         if probes:
             stream.probe_left -= 1
             arm = stream.probe
-        elif len(requests) == 1 and max(weights) < CERTAIN:
+        elif share < CERTAIN and len(requests) == 1:
             arms = {arm, *(best for best, share in zip(point.best, weights, strict=True) if share > MIN_SHARE)}
             worth = point.informed(self._worth(point, sorted(arms), weights), weights)
             arm = max(worth, key=lambda arm: worth[arm])
         catch_up_s = self._catch_up_s(point, arm[0])
         if arm[0]:
             arm = self._affordable(point, arm, catch_up_s)
-        self._last = point, arm[0]
+        self._last_draft = point.drafts[arm[0]]
         lengths: tuple[int, ...] = ()
         if per_request and len(requests) > 1 and arm[0]:
             lengths = self._lengths(point, arm, requests, weights)
@@ -227,18 +229,18 @@ class Selector:
             rows.append(text[0])
         return rows[0] if len(rows) == 1 else [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
-    def _switch(self, stream: Stream, point: Point, weights: Sequence[float]) -> None:
+    def _switch(self, stream: Stream, point: Point, weights: Sequence[float], share: float) -> None:
         """Takes the setup of the highest expected goodput into use, if it is a margin above the present one."""
         stream.dwell = REVIEW_ROUNDS  # estimates move little from round to round
-        share = max(weights)
         main = weights.index(share)
         if share > 1.0 - OPEN_SHARE and point.best[main] == stream.arm:
             return
         candidates = {best for best, share in zip(point.best, weights, strict=True) if share > MIN_SHARE}
         if share < CERTAIN:  # a setup may be the best of no domain, and good for all
             candidates.add(point.peak(self._now % len(point.lengths), main))
-        worth = self._worth(point, [stream.arm, PLAIN_ARM, *sorted(candidates)], weights)
-        for arm in {stream.arm, PLAIN_ARM}:
+        present = {stream.arm, PLAIN_ARM}
+        worth = self._worth(point, [stream.arm, PLAIN_ARM, *sorted(candidates - present)], weights)
+        for arm in present:
             worth[arm] *= 1.0 + MARGIN
         best = max(worth, key=lambda arm: worth[arm])
         if best != stream.arm:
@@ -250,10 +252,8 @@ class Selector:
 
     def _catch_up_s(self, point: Point, option: int) -> float:
         """Seconds in which a draft reads the text it missed; 0 for the one that ran last."""
-        last_point, last_option = self._last
-        if last_point is None or not option or last_point.drafts[last_option] == point.drafts[option]:
-            return 0.0
-        return point.catch_up_s[option]
+        last = self._last_draft
+        return 0.0 if last is None or not option or last == point.drafts[option] else point.catch_up_s[option]
 
     def _affordable(self, point: Point, arm: Arm, extra_s: float) -> Arm:
         """The setup, shortened until a round of which nothing is accepted can be paid; else plain decoding."""
@@ -361,13 +361,15 @@ class Selector:
         decision, option = report.decision, arm[0]
         length = max(decision.lengths) if decision.lengths else decision.setup.length
         widths = [proposed for proposed, _ in report.rows]
-        if num_rounds == 1 and len(widths) > 1:
-            widths = [max(widths)]
-        taken_s = sum([point.round_s(arm, width) for width in widths])
-        if not decision.catch_up and (point.is_lookup[option] or min(widths) == length):
+        widest, narrowest = max(widths), min(widths)
+        if num_rounds == 1:
+            narrowest, taken_s, stored_s = widest, point.round_s(arm, widest), point.seconds[option][widest]
+        else:
+            taken_s = sum([point.round_s(arm, width) for width in widths])
+            stored_s = sum([point.seconds[option][width] for width in widths])
+        if not decision.catch_up and (narrowest == length or point.is_lookup[option]):
             if report.seconds is not None:
-                stored_s = sum([point.seconds[option][width] for width in widths])
-                point.times.observe(arm if max(widths) else PLAIN_ARM, report.seconds / stored_s, self._now, num_rounds)
+                point.times.observe(arm if widest else PLAIN_ARM, report.seconds / stored_s, self._now, num_rounds)
         else:  # a model drafts what was decided, also where an engine drops its tokens or a request ends before
             most_s = num_rounds * point.round_s(arm, length)
             most_s += decision.catch_up * MAX_CATCH_UP * point.catch_up_s[option]
@@ -398,8 +400,9 @@ class Selector:
             num_proposed += proposed
             num_accepted += accepted
             expected += draft.models[main].tokens[index] - 1.0
-        for number, count in enumerate((num_proposed, expected, num_accepted), 2):
-            self._totals[number] += STATS_WEIGHT * (count / len(mains) - self._totals[number])
+        totals = self._totals
+        for number, count in (2, num_proposed), (3, expected), (4, num_accepted):
+            totals[number] += STATS_WEIGHT * (count / len(mains) - totals[number])
         return num_accepted, mains
 
     def finish(self, requests: Iterable[Hashable]) -> None:
@@ -457,7 +460,7 @@ class Selector:
 
     def _forget(self) -> None:
         """What belongs to rounds under way."""
-        self._last = None, 0
+        self._last_draft = None
         self._texts.clear()
 
 
@@ -469,9 +472,8 @@ def _is_possible(report: RoundReport, many: bool) -> bool:
     if many:
         fits = ids != ()
     else:
-        if ids is None and decision.requests:
-            ids = tuple([request.id for request in decision.requests])
-        fits = ids is None or len(rows) == len(ids) == len(set(ids))
+        names = [request.id for request in decision.requests] or None if ids is None else ids
+        fits = names is None or len(rows) == len(names) == len(set(names))
         fits &= not decision.covered or len(rows) <= decision.batch_size
     length = decision.setup.length
     for row in rows:
@@ -480,8 +482,5 @@ def _is_possible(report: RoundReport, many: bool) -> bool:
         proposed, accepted = row
         if type(proposed) is not int or type(accepted) is not int or not 0 <= accepted <= proposed <= length:
             return False  # bool, and the integers of arrays, are not int
-    return fits and (seconds is None or _is_time(seconds, MIN_ROUND_S)) and _is_time(extra_s, 0.0)
-
-
-def _is_time(value: Any, least: float) -> bool:
-    return isinstance(value, NUMBERS) and least <= value < MAX_ROUND_S
+    fits &= seconds is None or (isinstance(seconds, NUMBERS) and MIN_ROUND_S <= seconds < MAX_ROUND_S)
+    return fits and isinstance(extra_s, NUMBERS) and 0.0 <= extra_s < MAX_ROUND_S
