@@ -21,7 +21,7 @@ from tuner.cli.output import console, print_json, print_lines, print_notes
 if TYPE_CHECKING:
     from profiles.engines.bench import Bench, Question
     from profiles.engines.factory import EngineSpec
-    from profiles.prompts.reader import Request
+    from profiles.prompts.reader import Request, Requests
     from store.database import Location
     from tuner.dry_run import Loads
     from tuner.pipeline.trial import Options
@@ -78,7 +78,6 @@ def run(
 
         since = utc_ago(max_age_s)
         limits = Limits(max_memory_gib=max_memory, max_ttft_ms=max_ttft, max_p95_tpot_ms=max_p95_tpot)
-        store_location = _checked_location(store, device, dry_run=dry_run)  # before models are loaded
         question = Question(
             lengths=parse_lengths(lengths),
             batch_sizes=tuple(dict.fromkeys(batch_size or [1])),
@@ -90,9 +89,11 @@ def run(
             seed=seed,
             engine=engine,
         )
+        requests = _read_requests(prompts, domain, num_prompts, seed)
+        store_location = _checked_location(store, device, dry_run=dry_run)  # before models are loaded
         bench = _open_bench(spec, question, target, draft, dtype=dtype)
     with contextlib.closing(bench):  # ends the servers that it started
-        loads, requests = _read_loads(bench, question, prompts, domain=domain, num_prompts=num_prompts)
+        loads = _loads_of(bench, question, requests)
         print_notes(f"target {target} on {_describe(bench.engine.environment)}; store {store_name(store_location)}")
         print_notes(*(f"left out: {refused.name}: {refused.detail}" for refused in bench.refused))
         tuner_options = Options(
@@ -168,23 +169,24 @@ def _open_bench(
     return factory.open_bench(spec, factory.ModelSpec(target=target, drafts=tuple(specs), dtype=dtype))
 
 
-def _read_loads(
-    bench: "Bench", question: "Question", prompts: list[str] | None, *, domain: str | None, num_prompts: int | None
-) -> "tuple[Loads, list[Request]]":
-    """Every workload with its prompts, and the requests they are from; whatever cannot be run is refused here."""
-    from profiles.engines import workloads
+def _read_requests(prompts: list[str] | None, domain: str | None, num_prompts: int | None, seed: int) -> "Requests":
     from profiles.prompts import reader
-    from tuner.pipeline.points import plan_points
 
     requests = reader.read_all(prompts or [builtin.ALL_PROMPTS], domain=domain)
-    if num_prompts is not None:
-        requests = reader.sample(requests, num_prompts, question.seed)
+    return requests if num_prompts is None else reader.sample(requests, num_prompts, seed)
+
+
+def _loads_of(bench: "Bench", question: "Question", requests: "Requests") -> "Loads":
+    """Every workload with its prompts; whatever cannot be run is refused here."""
+    from profiles.engines import workloads
+    from tuner.pipeline.points import plan_points
+
     loads, warnings = workloads.workloads_of(bench, question, requests)
     for workload, tokenized in loads:
         plan_points(workload, tokenized)  # refuses a domain's name before anything is measured
     too_few = prompt_notes(Counter(prompt.domain for prompt in loads[0][1]))
     print_notes(*(loaded.note for loaded in bench.loaded if loaded.note is not None), *bench.notes, *warnings, *too_few)
-    return loads, requests
+    return loads
 
 
 def _describe(environment: Environment) -> str:

@@ -220,6 +220,13 @@ def test_a_run_is_refused(flags: str, files: Path, sound_store: Path, sound_word
     assert content(sound_store) == before
 
 
+@pytest.mark.parametrize("words", [["--lengths", "0"], ["--prompts", "missing.jsonl"], ["--num-prompts", "0"]])
+def test_a_run_with_a_typing_error_makes_no_store(words: list[str], tmp_path: Path) -> None:
+    """Options and prompts are read before a store is made, the machine's load is watched and a model is loaded."""
+    assert call(tmp_path / "store", "run", *words).code == 2
+    assert not (tmp_path / "store").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_is_not_there_is_refused(sound_store: Path, sound_words: list[str]) -> None:
     """`--device cuda` names what there is instead."""
