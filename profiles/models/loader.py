@@ -6,7 +6,7 @@ Weights come from safetensors or GGUF files only; nothing is printed while loadi
 import contextlib
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,7 +119,7 @@ def load(name: str, *, dtype: str, device: str, num_tokens: int | None = None) -
             end_token_ids=_end_token_ids(
                 source, model.generation_config, config.get_text_config(decoder=True), tokenizer
             ),
-            note="; ".join([*_notes(source, dtype), *notes]) or None,
+            note="; ".join(notes) or None,
         )
 
 
@@ -241,6 +241,11 @@ def _load_weights(source: Source, config: PreTrainedConfig, dtype: str) -> tuple
         raise source.error(sources.NO_ROLLBACK.format(layers=f"{type(model).__name__}'s layers"))
     if source.gguf is not None:
         gguf.scale_rotary(model, source.gguf)
+        packed = (
+            f"model {source.name!r}: a GGUF of {source.gguf.float_type} weights, dequantised and run as {dtype}; "
+            "acceptance is that of its weights, speed and memory are not those of an engine that keeps them packed"
+        )
+        notes = [packed, *notes]
     model.requires_grad_(False)
     return model, notes
 
@@ -299,11 +304,3 @@ def _end_token_ids(source: Source, *configs: Any) -> tuple[int, ...]:
         if ids is not None:
             return tuple(sorted({ids} if isinstance(ids, int) else set(ids)))
     return ()
-
-
-def _notes(source: Source, dtype: str) -> Iterator[str]:
-    if source.gguf is not None:
-        yield (
-            f"model {source.name!r}: a GGUF of {source.gguf.float_type} weights, dequantised and run as {dtype}; "
-            "acceptance is that of its weights, speed and memory are not those of an engine that keeps them packed"
-        )

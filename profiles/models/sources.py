@@ -103,7 +103,7 @@ def weight_files(source: Source) -> list[Path]:
     if source.gguf is not None:
         return [source.gguf.path]
     shards = _indexed_files(source)
-    if _is_adapter(source):
+    if source.files("adapter_config.json"):
         raise source.error(_ADAPTER)
     if source.files(_WEIGHTS):
         if shards and source.folder / _WEIGHTS not in shards:
@@ -121,10 +121,6 @@ def weight_files(source: Source) -> list[Path]:
     for shard in shards:
         _check_file(source, shard)
     return shards
-
-
-def _is_adapter(source: Source) -> bool:
-    return bool(source.files("adapter_config.json"))
 
 
 def _indexed_files(source: Source) -> list[Path]:
@@ -166,7 +162,8 @@ def read_config(source: Source) -> PreTrainedConfig:
     if source.gguf is not None:
         return gguf_file.read_config(source.gguf)
     if not source.files("config.json"):
-        raise source.error(_ADAPTER if _is_adapter(source) else "has no config.json; name a transformers model")
+        is_adapter = source.files("adapter_config.json")
+        raise source.error(_ADAPTER if is_adapter else "has no config.json; name a transformers model")
     files = ("config.json", *source.files("generation_config.json"))
     raw, *_ = [_check_file(source, source.folder / file) for file in files]
     if raw.get("model_type") not in CONFIG_MAPPING and (raw.get("model_type") is not None or raw.get("auto_map")):

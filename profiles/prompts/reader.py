@@ -52,10 +52,6 @@ class Requests(list[Request]):
         self.skipped = list(skipped)
 
 
-class _RowError(Exception):
-    """A row that cannot be used, and why."""
-
-
 def read(source: str, *, domain: str | None = None) -> Requests:
     """The requests of a path, `builtin:NAME` (`builtin:all` for every built-in set) or `-` (standard input).
 
@@ -146,7 +142,7 @@ def _read_file(file: BinaryIO, where: str, domain: str | None, path: Path) -> Re
     for row in read_rows(file, where, ending):
         try:
             requests.append(_request(row, domain, path.stem))
-        except _RowError as problem:
+        except PromptError as problem:
             problems.append(f"{row.position}: {problem}")
     if not requests and not problems:
         raise PromptError(f"{where}: it holds no prompts; at least 1 is needed")
@@ -166,26 +162,26 @@ def summarize_problems(prefix: str, problems: Sequence[str], num_good: int, noun
 
 def _request(row: Row, domain: str | None, default_domain: str) -> Request:
     if row.problem is not None:
-        raise _RowError(row.problem)
+        raise PromptError(row.problem)
     value = row.value
     if isinstance(value, str):
         value = {"prompt": value}
     elif isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
         value = {"messages": value}
     if not isinstance(value, dict):
-        raise _RowError(f"{short(value)} is not an object with one of the fields {', '.join(_FIELDS)}")
+        raise PromptError(f"{short(value)} is not an object with one of the fields {', '.join(_FIELDS)}")
     if isinstance(value.get("body"), dict):  # a line of an OpenAI batch file
         body = value["body"]
         value = {"prompt": body.get("input"), **body}  # `input` in a batch of the Responses API
     field = next((name for name in _FIELDS if value.get(name) is not None), None)
     if field is None:
-        raise _RowError(f"fields {', '.join(map(short, value)) or 'none'}; one of {', '.join(_FIELDS)} is needed")
+        raise PromptError(f"fields {', '.join(map(short, value)) or 'none'}; one of {', '.join(_FIELDS)} is needed")
     try:
         messages, extras = _FIELDS[field](value[field])
-    except _RowError as problem:
-        raise _RowError(f"field {field!r}: {problem}") from problem
+    except PromptError as problem:
+        raise PromptError(f"field {field!r}: {problem}") from problem
     if not (messages if isinstance(messages, str) else messages[-1][1]).strip() and not (extras and extras[-1]):
-        raise _RowError(f"field {field!r}: an empty prompt")
+        raise PromptError(f"field {field!r}: an empty prompt")
     tools = value.get("tools")
     return Request(
         messages=messages,
@@ -211,18 +207,18 @@ def _text(value: object) -> str:
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         value = "\n".join(map(_part_text, value))
     if not isinstance(value, str):
-        raise _RowError(f"{short(value)} is not text")
+        raise PromptError(f"{short(value)} is not text")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
-        raise _RowError(f"{short(value)} is not valid Unicode at character {error.start}") from error
+        raise PromptError(f"{short(value)} is not valid Unicode at character {error.start}") from error
     return value
 
 
 def _part_text(part: Mapping[str, Any]) -> str:
     text = part.get("text")
     if part.get("type", "text") not in ("text", "input_text", "output_text") or not isinstance(text, str):
-        raise _RowError(f"a content part of type {short(part.get('type'))} is not text")
+        raise PromptError(f"a content part of type {short(part.get('type'))} is not text")
     return text
 
 
@@ -232,12 +228,12 @@ Parsed = tuple[Messages | str, tuple[Mapping[str, Any], ...]]
 def _chat(value: object) -> Parsed:
     """Messages of OpenAI (role, content) or ShareGPT (from, value), up to what the assistant shall write next."""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise _RowError(f"{short(value)} is not a list of messages")
+        raise PromptError(f"{short(value)} is not a list of messages")
     conversation = [(number, message, _role(message, number)) for number, message in enumerate(value, start=1)]
     while conversation and conversation[-1][2] == "assistant":
         conversation.pop()
     if not conversation:
-        raise _RowError("nothing is asked in it; at least 1 user message is needed")
+        raise PromptError("nothing is asked in it; at least 1 user message is needed")
     messages, extras = [], []
     for number, message, role in conversation:
         content = message.get("content", message.get("value"))
@@ -248,8 +244,8 @@ def _chat(value: object) -> Parsed:
             content = ""
         try:
             messages.append((role, _text(content)))
-        except _RowError as problem:
-            raise _RowError(f"message {number}: {problem}") from problem
+        except PromptError as problem:
+            raise PromptError(f"message {number}: {problem}") from problem
         if isinstance(extra.get("tool_calls"), list):
             extra["tool_calls"] = [_with_parsed_arguments(call) for call in extra["tool_calls"]]
         extras.append(extra)
@@ -259,11 +255,11 @@ def _chat(value: object) -> Parsed:
 def _role(message: Mapping[str, Any], number: int) -> str:
     role = message.get("role", message.get("from"))
     if not isinstance(role, str):
-        raise _RowError(f"message {number}: {short(message)} has no 'role' or 'from'")
+        raise PromptError(f"message {number}: {short(message)} has no 'role' or 'from'")
     if "role" in message:
         return role
     if role not in _SHAREGPT_ROLES:
-        raise _RowError(f"message {number}: sender {short(role)}; allowed are {', '.join(_SHAREGPT_ROLES)}")
+        raise PromptError(f"message {number}: sender {short(role)}; allowed are {', '.join(_SHAREGPT_ROLES)}")
     return _SHAREGPT_ROLES[role]
 
 
@@ -288,7 +284,7 @@ def _prompt(value: object) -> Parsed:
 
 def _first_turn(value: object) -> Parsed:
     if not isinstance(value, list) or not value:
-        raise _RowError(f"{short(value)} is not a list of one text or more")
+        raise PromptError(f"{short(value)} is not a list of one text or more")
     return (("user", _text(value[0])),), ()
 
 

@@ -71,28 +71,42 @@ def _process_s() -> float:
     return total
 
 
-class OtherLoad:
-    """Measures how many cores other processes used inside a `with` block. Reusable, one block at a time."""
+def max_other_cores(devices: Iterable[str]) -> float:
+    """Cores that other processes may use beside a timing: 0.35, and where a GPU computes a quarter of the host's."""
+    on_gpu = any(device.startswith("cuda") for device in devices)
+    return max(_MAX_CORES, _MAX_HOST_SHARE * (psutil.cpu_count() or 1)) if on_gpu else _MAX_CORES
+
+
+class Disturbance:
+    """Measures how many cores other processes used inside a `with` block, and watches every GPU among `devices`.
+
+    Reusable, one block at a time. `max_cores`: what others may use, by default `max_other_cores`.
+    """
 
     def __init__(
         self,
-        *,
+        *devices: str,
         now: Callable[[], float] = time.perf_counter,
         machine_s: Callable[[], float] = _machine_s,
         process_s: Callable[[], float] = _process_s,
-        max_cores: float = _MAX_CORES,
+        max_cores: float | None = None,
     ) -> None:
-        self._max_cores = max_cores
+        self._max_cores = max_other_cores(devices) if max_cores is None else max_cores
         self._readers = (now, machine_s, process_s)
+        self._gpus = [GpuWatch(device) for device in devices]
         self._wall_s = self._others_s = 0.0
 
     def __enter__(self) -> Self:
+        for gpu in self._gpus:
+            gpu.__enter__()
         self._start = [read() for read in self._readers]
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         wall_s, machine_s, process_s = (read() - start for read, start in zip(self._readers, self._start, strict=True))
         self._wall_s, self._others_s = wall_s, max(0.0, machine_s - process_s)
+        for gpu in self._gpus:
+            gpu.__exit__(*error)
 
     @property
     def cores(self) -> float | None:
@@ -101,37 +115,9 @@ class OtherLoad:
 
     @property
     def disturbed(self) -> bool:
-        """Whether others used more than `max_cores`."""
-        return self.cores is not None and self.cores > self._max_cores
-
-
-def max_other_cores(devices: Iterable[str]) -> float:
-    """Cores that other processes may use beside a timing: 0.35, and where a GPU computes a quarter of the host's."""
-    on_gpu = any(device.startswith("cuda") for device in devices)
-    return max(_MAX_CORES, _MAX_HOST_SHARE * (psutil.cpu_count() or 1)) if on_gpu else _MAX_CORES
-
-
-class Disturbance(OtherLoad):
-    """Watches the processor and every GPU among `devices` inside a `with` block. Reusable, one block at a time."""
-
-    def __init__(self, *devices: str, **readers: Callable[[], float]) -> None:
-        super().__init__(max_cores=max_other_cores(devices), **readers)
-        self._gpus = [GpuWatch(device) for device in devices]
-
-    def __enter__(self) -> Self:
-        for gpu in self._gpus:
-            gpu.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
-        for gpu in self._gpus:
-            gpu.__exit__(*error)
-
-    @property
-    def disturbed(self) -> bool:
         """Whether others used the processor too much, or a GPU was slowed down or used by others."""
-        return super().disturbed or any(gpu.disturbed for gpu in self._gpus)
+        is_busy = self.cores is not None and self.cores > self._max_cores
+        return is_busy or any(gpu.disturbed for gpu in self._gpus)
 
     @property
     def worst(self) -> str | None:
@@ -141,7 +127,7 @@ class Disturbance(OtherLoad):
 
 def other_programs(seconds: float = 0.4, *, max_cores: float = _MAX_CORES) -> str | None:
     """What other programs use of the processor now; None where it is too little to disturb."""
-    with OtherLoad(max_cores=max_cores) as load:
+    with Disturbance(max_cores=max_cores) as load:
         time.sleep(seconds)
     return f"other programs use {load.cores:.1f} of {psutil.cpu_count()} cores" if load.disturbed else None
 

@@ -33,7 +33,6 @@ from profiles.engines.torch import batch_model
 from profiles.engines.torch import engine as engine_module
 from profiles.engines.torch.batch_model import RowModel
 from profiles.engines.torch.decoder import Decoder
-from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
 from profiles.models.early_exit import early_exit
@@ -139,13 +138,13 @@ def engine_on(folders: dict[str, Path], architecture: str, device: str) -> Torch
     target = loader.load(str(folders[architecture]), dtype="float32", device=device)
     other = loader.load(str(folders["llama" if architecture == "qwen2" else "qwen2"]), dtype="float32", device=device)
     ngram = {"max_match": 3, "min_match": 1}
-    sources = (
-        DraftSource(draft=Draft(kind="model", model=other.record), model=other.model),
-        DraftSource(draft=Draft(kind="early_exit", num_layers=2), model=early_exit(target, 2)),
-        DraftSource(draft=Draft(kind="ngram", **ngram), model=None),
-        DraftSource(draft=Draft(kind="composite", model=other.record, **ngram), model=other.model),
-    )
-    return TorchEngine(target, sources, device)
+    drafts = {
+        Draft(kind="model", model=other.record): other.model,
+        Draft(kind="early_exit", num_layers=2): early_exit(target, 2),
+        Draft(kind="ngram", **ngram): None,
+        Draft(kind="composite", model=other.record, **ngram): other.model,
+    }
+    return TorchEngine(target, drafts, device)
 
 
 def environment(scene: Scene) -> Row:

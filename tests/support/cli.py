@@ -47,7 +47,7 @@ def call(store: Path, *words: str | Path, stdin: bytes = b"") -> Said:
         patch.setattr(sys, "argv", ["tune.py", *map(str, words)])
         patch.setenv("DRAFTPICK_STORE", str(store))
         # another program on the machine must not make a second run measure again
-        patch.setattr("profiles.timing.clock.OtherLoad.disturbed", False)
+        patch.setattr("profiles.timing.clock.Disturbance.disturbed", False)
         patch.setattr("profiles.timing.clock.other_programs", lambda **_: None)  # it looks for 0.4 s
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         patch.setattr(sys, "stdout", stdout)

@@ -110,7 +110,7 @@ def run(store: Path, journal_path: Path, kind: str, pause_s: float) -> None:
         from tests.benchmarks.common import family
 
         bench, workload, chosen = family(6, 8)
-        clock.OtherLoad.disturbed = False  # other programs must not make the second run measure again
+        clock.Disturbance.disturbed = False  # other programs must not make the second run measure again
         engine, loads, options = bench.engine, [(workload, chosen)], Options(lengths=(1, 2))
     journal = Journal(journal_path)
     journal.note("ready")

@@ -14,7 +14,6 @@ import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
 from profiles.models.early_exit import early_exit
@@ -197,13 +196,13 @@ def every_draft(root: Path, *, own_composite: bool = False) -> TorchEngine:
         loader.load(str(write_model(root / name, name, num_layers=layers)), dtype="float32", device="cpu")
         for name, layers in (("llama", 2), ("qwen2", 1))
     )
-    sources = [
-        DraftSource(draft=Draft(kind="model", model=target.record), model=target.model),
-        DraftSource(draft=Draft(kind="model", model=other.record), model=other.model),
-        DraftSource(draft=Draft(kind="early_exit", num_layers=1), model=early_exit(target, 1)),
-        DraftSource(draft=Draft(kind="ngram", **NGRAM), model=None),
-        DraftSource(draft=Draft(kind="composite", model=other.record, **NGRAM), model=other.model),
-    ]
+    drafts = {
+        Draft(kind="model", model=target.record): target.model,
+        Draft(kind="model", model=other.record): other.model,
+        Draft(kind="early_exit", num_layers=1): early_exit(target, 1),
+        Draft(kind="ngram", **NGRAM): None,
+        Draft(kind="composite", model=other.record, **NGRAM): other.model,
+    }
     if own_composite:
-        sources.append(DraftSource(draft=Draft(kind="composite", model=target.record, **NGRAM), model=target.model))
-    return TorchEngine(target, tuple(sources), "cpu")
+        drafts[Draft(kind="composite", model=target.record, **NGRAM)] = target.model
+    return TorchEngine(target, drafts, "cpu")

@@ -38,7 +38,7 @@ class TableModel:
 
 
 class TableRows:
-    """A table as rounds step it (`profiles.engines.torch.batch_model.RowStepper`)."""
+    """A table as rounds step it (`profiles.engines.torch.batch_model.RowModel`)."""
 
     def __init__(self, model: TableModel, num_rows: int) -> None:
         self.num_rows = num_rows

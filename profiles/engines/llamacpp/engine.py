@@ -13,11 +13,9 @@ from profiles.engines.base import EngineCapabilities
 from profiles.engines.llamacpp import flags, ngram, timing
 from profiles.engines.llamacpp.responses import SERVER, LlamaCompletion, body_of
 from profiles.engines.llamacpp.servers import Options, Program, Weights, complete, weights_of
-from profiles.engines.lossless import check_end
-from profiles.engines.runs import Run
+from profiles.engines.runs import Run, check_end
 from profiles.engines.serving.base import ServedEngine
-from profiles.engines.serving.pool import ServerPool
-from profiles.engines.serving.process import Server
+from profiles.engines.serving.process import Server, ServerPool, start_server
 from profiles.hardware import software
 from profiles.hardware.fingerprint import fingerprint
 from profiles.models import loader
@@ -111,7 +109,7 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], Server]):
             for end in range(len(prompt.token_ids), len(text))
         ]
         runs = complete(self._pool.get(self._command(weights, alone)), bodies, 1)
-        accepted = (run.token_ids == (token,) for run, token in zip(runs, trace.token_ids, strict=True))
+        accepted = (tuple(run.token_ids) == (token,) for run, token in zip(runs, trace.token_ids, strict=True))
         return AcceptanceTrace(
             prompt_digest=prompt.digest,
             draft_digest=draft.digest,
@@ -159,11 +157,10 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], Server]):
         return (*command, *self._device_args, *self._exact_args, "--metrics", *args)
 
     def _start(self, command: tuple[str, ...]) -> Server:
-        server = Server(command, self._options.log_folder / f"llama-server-{self._pool.num_starts}.log")
-        server.wait_ready(START_TIMEOUT_S)
-        return server
+        log_path = self._options.log_folder / f"llama-server-{self._pool.num_starts}.log"
+        return start_server(command, log_path, START_TIMEOUT_S)
 
-    def _decode(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> list[Run]:
+    def _decode(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> Sequence[Run]:
         """The queue through a warm server, a new one where drafts have a history."""
         if flags.keeps_history(setup):
             self._pool.stop(self._command_for(setup, workload))
@@ -174,7 +171,7 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], Server]):
         for completion in completions:
             check_end(NAME, workload, completion.token_ids)
         self._check_drafted(setup, completions, server)
-        return [replace(completion.run(), decode_s=completion.decode_s) for completion in completions]
+        return [replace(completion, decode_s=completion.server_s) for completion in completions]
 
     def _rounds(self, visit: timing.Visit, shape: timing.Shape, workload: Workload) -> list[float]:
         """Seconds of full rounds of a visit, by a server that has run its batch before."""
@@ -207,7 +204,7 @@ class LlamaCppEngine(ServedEngine[tuple[str, ...], Server]):
             return
         could_draft = any(len(completion.token_ids) > 2 for completion in completions)
         if could_draft and not any(step.proposed for completion in completions for step in completion.steps):
-            reason = server.process.last_error_line() or "its log is empty"
+            reason = server.last_error_line() or "its log is empty"
             raise EngineError(f"{setup.name}: llama.cpp drafted nothing: {reason}")
 
 

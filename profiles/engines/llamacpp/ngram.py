@@ -4,7 +4,7 @@ The rule is `common_ngram_simple_draft` of llama.cpp (common/ngram-map.cpp): the
 occurrence of the last n; nothing where fewer than n follow, nor in a text of at most n + 2 tokens beside the draft.
 """
 
-from profiles.acceptance.proposals import acceptance_of
+from profiles.acceptance.ngram import acceptance_of
 from profiles.records.core import Draft, Prompt
 from profiles.records.errors import EngineError, InputError
 from profiles.records.evidence import LookupTrace, TargetTrace

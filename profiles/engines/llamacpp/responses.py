@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from profiles.engines.llamacpp import flags
-from profiles.engines.serving.completion import Completion, expected_shape
+from profiles.engines.serving.completion import Completion, expected_shape, shapes_of
 from profiles.engines.serving.http_load import Answer, Body, fetch
 from profiles.engines.serving.server_kind import ServerKind
 from profiles.records.core import Workload
@@ -57,12 +57,12 @@ class Step:
     rounds: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class LlamaCompletion(Completion):
     """A completion with its rounds one by one, and the server's own seconds of decoding."""
 
     steps: tuple[Step, ...]
-    decode_s: float
+    server_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,18 +103,21 @@ def read(answer: Answer, url: str, body: Body) -> LlamaCompletion:
             token_ids[now.tokens - 1] = int(token)
         for prob in event.get("completion_probabilities", ()):
             probs[now.tokens - 1] = prob
-    num_tokens = answer.last["tokens_predicted"]
+    num_tokens = answer.chunks[-1][1]["tokens_predicted"]
     steps = tuple(_step(before, after) for before, after in itertools.pairwise(totals) if after.tokens > before.tokens)
     ordered = [token_ids[position] for position in sorted(token_ids)]
     log_probs = [_log_probs(probs.get(position, {})) for position in range(num_tokens)] if probs else []
+    rounds = Counter(round_count for step in steps for round_count in _rounds_of(step))
     return LlamaCompletion(
-        started_s=answer.started_s,
+        ttft_s=first_s - answer.started_s,
+        decode_s=(steps[-1].arrived_s if steps else first_s) - first_s,
         token_ids=tuple(ordered if len(ordered) == num_tokens else tokens_again(url, body)),
         arrivals=((first_s, 1), *((step.arrived_s, step.accepted + step.rounds) for step in steps)),
-        decode_s=totals[-1].milliseconds / 1000.0,
+        server_s=totals[-1].milliseconds / 1000.0,
         log_probs=tuple(log_prob for log_prob, _ in log_probs),
         gaps=tuple(gap for _, gap in log_probs),
-        rounds=Counter(round_count for step in steps for round_count in _rounds_of(step)),
+        rounds=rounds,
+        shapes=shapes_of(rounds),
         refills=answer.refills,
         steps=steps,
     )

@@ -11,16 +11,13 @@ from dataclasses import replace
 
 from profiles.engines.base import EngineCapabilities
 from profiles.engines.llamacpp.flags import keeps_history
-from profiles.engines.lossless import check_end
 from profiles.engines.openai.launch import Launch
-from profiles.engines.runs import Run
-from profiles.engines.serving.base import ServedEngine, StepSamples
-from profiles.engines.serving.completion import Completion, rounds_of
+from profiles.engines.runs import Run, check_end
+from profiles.engines.serving.base import ServedEngine, StepSamples, texts_of
+from profiles.engines.serving.completion import Completion
 from profiles.engines.serving.http_load import Body, drive, fetch
-from profiles.engines.serving.pool import ServerPool
-from profiles.engines.serving.process import Server
+from profiles.engines.serving.process import Server, ServerPool, start_server
 from profiles.engines.serving.redaction import keyed_variables, redacted
-from profiles.engines.serving.sampling_check import texts_of
 from profiles.hardware.fingerprint import fingerprint
 from profiles.models import loader
 from profiles.records.core import PLAIN, Draft, Environment, Model, Prompt, Setup, Workload
@@ -90,7 +87,7 @@ class ServerEngine(ServedEngine[Setup, Server]):
         load, rows = _synthetic(workload, context_length)
 
         def measure() -> StepSamples:
-            runs = [completion.run() for _ in range(NUM_LOADS) for completion in self._complete(PLAIN, load, rows)]
+            runs = [run for _ in range(NUM_LOADS) for run in self._complete(PLAIN, load, rows)]
             return {self.target.run_digest: {1: [run.decode_s / (len(run.token_ids) - 1) for run in runs]}}
 
         return self._timed(workload, context_length, measure)
@@ -98,9 +95,7 @@ class ServerEngine(ServedEngine[Setup, Server]):
     def _start(self, setup: Setup) -> Server:
         launch = self._launch
         variables, command = launch.command(setup)
-        server = Server(command, launch.log_path(setup), environment=variables)
-        server.wait_ready(launch.ready_s)
-        return server
+        return start_server(command, launch.log_path(setup), launch.ready_s, environment=variables)
 
     def _server(self, setup: Setup) -> Server:
         self._check_draft(setup.draft)
@@ -140,15 +135,16 @@ class ServerEngine(ServedEngine[Setup, Server]):
         if not self._kind.verifies_by_sampling:
             self._check_sampling_once(workload, prompts, setup)
 
-    def _decode(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> list[Run]:
+    def _decode(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> Sequence[Run]:
         """The queue through a warm server; one whose drafts have a history is new."""
         if keeps_history(setup):
             self._pool.stop(setup)
         self._warm_up(setup, workload)
         completions = self._complete(setup, workload, prompts)
         if setup.draft is None:
-            completions = [replace(completion, rounds=rounds_of(completion, ())) for completion in completions]
-        return [completion.run() for completion in completions]
+            for completion in completions:
+                completion.count(())
+        return completions
 
     def _mean_log_probs(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> Sequence[float]:
         texts = texts_of(workload, prompts)

@@ -4,18 +4,22 @@ It fits `profiles.engines.base.Engine` together with what an adapter adds: how a
 """
 
 import functools
+import itertools
+import math
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, Self
 
 from profiles.engines.runs import DecodedQueue, Run, samples_of
-from profiles.engines.serving.pool import Key, Member, ServerPool
-from profiles.engines.serving.sampling_check import check_means
+from profiles.engines.serving.process import Key, Member, ServerPool
 from profiles.records.core import PLAIN, Draft, Model, Prompt, Setup, Workload
 from profiles.records.errors import EngineError, InputError
 from profiles.records.evidence import Sample, StepTimes, TargetTrace
 from profiles.timing.clock import cores_used, quietest
 
+NUM_TEXTS = 16
+FALSE_ALARM = 6e-5  # the chance to refuse a draft that samples as it should: four standard errors of many texts
 StepSamples = Mapping[str, Mapping[int, Sequence[float]]]  # seconds by component digest and width
 
 
@@ -74,7 +78,10 @@ class ServedEngine(ABC, Generic[Key, Member]):
         return samples_of(self.target, workload, prompts, queues, trace_target=self.trace_target)
 
     def check_sampling(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> None:
-        """Raises EngineError: the target's mean log-probabilities of sampled text differ from plain decoding's."""
+        """Raises EngineError: the target's mean log-probabilities of sampled text differ from plain decoding's.
+
+        A coarse check: wrong distributions can have equal means.
+        """
         drafted, plain = (self._mean_log_probs(workload, prompts, compared) for compared in (setup, PLAIN))
         check_means(f"{self._label} with {setup.name}", drafted, plain)
 
@@ -137,9 +144,37 @@ class ServedEngine(ABC, Generic[Key, Member]):
         """Starts, warms up and checks what decodes a setup, before it is timed."""
 
     @abstractmethod
-    def _decode(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> list[Run]:
+    def _decode(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> Sequence[Run]:
         """One queue under one setup, a run per prompt."""
 
     def _mean_log_probs(self, workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> Sequence[float]:
-        """The target's mean log-probability of each text that a setup samples (`sampling_check.texts_of`)."""
+        """The target's mean log-probability of each text that a setup samples (`texts_of`)."""
         raise InputError(f"{setup.name}: {self._label} reports no log-probabilities of sampled text")
+
+
+def texts_of(workload: Workload, prompts: Sequence[Prompt]) -> list[tuple[Prompt, int]]:
+    """The prompts and seeds of the texts to sample: the prompts in turn, each text with a seed of its own."""
+    in_turn = itertools.islice(itertools.cycle(prompts), NUM_TEXTS)
+    return [(prompt, workload.seed + number) for number, prompt in enumerate(in_turn)]
+
+
+def check_means(name: str, drafted: Sequence[float], plain: Sequence[float]) -> None:
+    """Compares the target's mean log-probability of sampled texts, with the draft `name` and without, by text.
+
+    Pairs with NaN are left out. Raises: EngineError: the means are further apart than chance makes them, by Student's
+    t-test of paired differences. InputError: fewer than two texts.
+    """
+    from scipy import stats  # slow to import, and only sampling needs it
+
+    pairs = [pair for pair in zip(drafted, plain, strict=True) if not any(map(math.isnan, pair))]
+    if len(pairs) < 2:
+        raise InputError(f"sampling is compared over {len(pairs)} texts: at least 2 of more than one token are needed")
+    differences = [first - second for first, second in pairs]
+    means = [statistics.fmean(column) for column in zip(*pairs, strict=True)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    most = float(stats.t.isf(FALSE_ALARM / 2, len(differences) - 1))
+    if abs(statistics.fmean(differences)) > most * error:
+        raise EngineError(
+            f"{name} writes another text than plain decoding: mean log-probability {means[0]:.2f} "
+            f"against {means[1]:.2f} over {len(pairs)} texts; allowed is a difference of {most * error:.2f}"
+        )

@@ -5,14 +5,14 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from profiles.engines.runs import Run
 from profiles.engines.serving.logs import one_line
 from profiles.records.core import Prompt
 from profiles.records.errors import EngineError
-from profiles.records.evidence import RoundCount, Rounds, StepShape, TargetTrace
+from profiles.records.evidence import RoundCount, Rounds, Shapes, StepShape, TargetTrace
 
 if TYPE_CHECKING:
     from profiles.engines.serving.http_load import Answer
@@ -20,17 +20,13 @@ if TYPE_CHECKING:
 CountedRounds = Sequence[tuple[RoundCount, int]]  # rounds, and how often each
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """A completion; `log_probs` and `gaps` are empty where they were not requested."""
+@dataclass(slots=True, kw_only=True)
+class Completion(Run):
+    """A run by the client's times; `log_probs` and `gaps` are empty where they were not requested."""
 
-    started_s: float
-    token_ids: tuple[int, ...]
     arrivals: tuple[tuple[float, int], ...]  # of every event with tokens; how many it had
     log_probs: tuple[float, ...] = ()
     gaps: tuple[float, ...] = ()  # between the two largest logits, by token
-    rounds: Rounds | None = None  # None where the server keeps no record of single requests
-    refills: int = 0
 
     @property
     def first_s(self) -> float:
@@ -51,20 +47,21 @@ class Completion:
         self._check_log_probs()
         return statistics.fmean(self.log_probs)
 
-    def run(self) -> Run:
-        """As a run by the client's times."""
-        rounds = self.rounds or {}
-        shapes: Counter[StepShape] = Counter()
-        for (proposed, _), count in rounds.items():
-            shapes[StepShape(proposed + 1)] += count
-        return Run(
-            token_ids=self.token_ids,
-            ttft_s=self.first_s - self.started_s,
-            decode_s=self.last_s - self.first_s,
-            rounds=rounds,
-            shapes=shapes,
-            refills=self.refills,
-        )
+    def count(self, counted: CountedRounds) -> None:
+        """Takes what a server counted, and adds the rounds that proposed nothing, the rest of the output.
+
+        The last round may reach past it.
+        """
+        rounds: Counter[RoundCount] = Counter()
+        for pair, count in counted:
+            rounds[pair] += count
+        emitted = sum((accepted + 1) * count for (_, accepted), count in rounds.items())
+        num_plain = max(0, len(self.token_ids) - 1 - emitted)
+        most = num_plain + max((accepted for _, accepted in rounds), default=0)
+        # an event is one round or a few
+        rounds[RoundCount(0, 0)] = min(max(len(self.arrivals) - 1 - rounds.total(), num_plain), most)
+        self.rounds = {pair: count for pair, count in rounds.items() if count}
+        self.shapes = shapes_of(self.rounds)
 
     def trace(self, prompt: Prompt, end_token_ids: Sequence[int]) -> TargetTrace:
         """As the trace of a plain run. Probabilities are the server's, of most before temperature and filters.
@@ -74,7 +71,7 @@ class Completion:
         self._check_log_probs()
         return TargetTrace(
             prompt_digest=prompt.digest,
-            token_ids=self.token_ids,
+            token_ids=tuple(self.token_ids),
             target_probs=self.probs,
             logit_gaps=self.gaps,
             ended=self.token_ids[-1] in end_token_ids,
@@ -115,15 +112,17 @@ def read_completion(answer: "Answer", counted_in: Callable[["Answer"], CountedRo
     if not token_ids or counted not in (None, len(token_ids)):
         raise EngineError(f"the server counted {counted} tokens and gave the ids of {len(token_ids)}")
     completion = Completion(
-        started_s=answer.started_s,
         token_ids=tuple(token_ids),
+        ttft_s=arrivals[0][0] - answer.started_s,
+        decode_s=arrivals[-1][0] - arrivals[0][0],
         arrivals=tuple(arrivals),
         log_probs=tuple(log_prob for log_prob, _ in rows),
         gaps=tuple(max(0.0, best[0] - best[1]) if len(best) > 1 else 0.0 for _, best in rows),
         refills=answer.refills,
     )
-    recorded = counted_in(answer)
-    return completion if recorded is None else replace(completion, rounds=rounds_of(completion, recorded))
+    if (recorded := counted_in(answer)) is not None:
+        completion.count(recorded)
+    return completion
 
 
 def last_events(answer: "Answer", name: str) -> list[Mapping[str, Any]]:
@@ -138,17 +137,12 @@ def _log_probs(given: Mapping[str, Any]) -> list[tuple[float, list[float]]]:
     return [(value, sorted((top or {}).values(), reverse=True)) for value, top in zip(chosen, tops, strict=True)]
 
 
-def rounds_of(completion: Completion, counted: CountedRounds) -> Rounds:
-    """Adds the rounds that proposed nothing, the rest of the output; the last round may reach past it."""
-    rounds: Counter[RoundCount] = Counter()
-    for pair, count in counted:
-        rounds[pair] += count
-    emitted = sum((accepted + 1) * count for (_, accepted), count in rounds.items())
-    num_plain = max(0, len(completion.token_ids) - 1 - emitted)
-    most = num_plain + max((accepted for _, accepted in rounds), default=0)
-    # an event is one round or a few
-    rounds[RoundCount(0, 0)] = min(max(len(completion.arrivals) - 1 - rounds.total(), num_plain), most)
-    return {pair: count for pair, count in rounds.items() if count}
+def shapes_of(rounds: Rounds) -> Shapes:
+    """The steps of rounds that verified a sequence's own proposals."""
+    shapes: Counter[StepShape] = Counter()
+    for (proposed, _), count in rounds.items():
+        shapes[StepShape(proposed + 1)] += count
+    return shapes
 
 
 def rounds_in_histogram(counts: Sequence[int], num_proposed: int, num_rounds: int) -> CountedRounds:

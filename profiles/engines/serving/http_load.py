@@ -20,25 +20,21 @@ FIRST_ERROR_STATUS = 400
 Body = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Answer:
     """One streamed answer: seconds of its request and of its events, on one clock.
 
     `refills`: other requests whose first event came during it, without those that came in together with it.
     """
 
-    started_s: float
-    chunks: tuple[tuple[float, Mapping[str, Any]], ...]
+    started_s: float = 0.0
+    chunks: list[tuple[float, Mapping[str, Any]]] = field(default_factory=list)
     refills: int = 0
+    ended: bool = False
 
     @property
     def events(self) -> tuple[Mapping[str, Any], ...]:
         return tuple(event for _, event in self.chunks)
-
-    @property
-    def last(self) -> Mapping[str, Any]:
-        """The last event, where servers put their totals."""
-        return self.chunks[-1][1]
 
 
 def drive(
@@ -57,13 +53,13 @@ def drive(
         raise _first(errors) from errors
 
 
-def fetch(url: str, timeout_s: float = TIMEOUT_S, *, body: Body | None = None) -> str:
+def fetch(url: str, *, body: Body | None = None) -> str:
     """The text that a GET answers, or a POST of `body`. Raises EngineError: no answer, or an error status."""
     method = "GET" if body is None else "POST"
     try:
-        response = httpx2.request(method, url, json=body, timeout=timeout_s, trust_env=False)
+        response = httpx2.request(method, url, json=body, timeout=TIMEOUT_S, trust_env=False)
     except httpx2.HTTPError as error:
-        raise _connection_error(url, error, timeout_s) from error
+        raise _connection_error(url, error, TIMEOUT_S) from error
     if response.status_code >= FIRST_ERROR_STATUS:
         raise _status_error(url, response)
     return response.text
@@ -74,27 +70,10 @@ def _first(errors: ExceptionGroup[Exception]) -> Exception:
     return _first(first) if isinstance(first, ExceptionGroup) else first
 
 
-@dataclass(slots=True)
-class _Stream:
-    """An answer in progress."""
-
-    body: Body
-    started_s: float = 0.0
-    chunks: list[tuple[float, Mapping[str, Any]]] = field(default_factory=list)
-    ended: bool = False
-
-    def answer(self, firsts_s: Sequence[float]) -> Answer:
-        """`firsts_s`: the first events of all requests; within half a gap between events they came in together."""
-        first_s, last_s = self.chunks[0][0], self.chunks[-1][0]
-        together_s = first_s + (last_s - first_s) / (2 * len(self.chunks))
-        refills = sum(together_s < other_s <= last_s for other_s in firsts_s)
-        return Answer(started_s=self.started_s, chunks=tuple(self.chunks), refills=refills)
-
-
 async def _drive(url: str, bodies: Sequence[Body], concurrency: int, timeout_s: float) -> tuple[Answer, ...]:
-    streams = [_Stream(body) for body in bodies]
-    fillers: list[_Stream] = []
-    waiting = iter(streams)
+    answers = [Answer() for _ in bodies]
+    fillers: list[Answer] = []
+    waiting = zip(answers, bodies, strict=True)
     repeated = itertools.cycle(bodies) if len(bodies) > concurrency > 1 else iter(())
     clock = Clock("cpu")
     # llama.cpp closes a connection after a stream; a request sent at that moment would be lost
@@ -102,20 +81,20 @@ async def _drive(url: str, bodies: Sequence[Body], concurrency: int, timeout_s: 
     is_encrypted = url.startswith("https")  # reading the certificates takes longer than a short answer
     async with httpx2.AsyncClient(timeout=timeout_s, limits=limits, trust_env=False, verify=is_encrypted) as client:
 
-        async def read(stream: _Stream) -> None:
+        async def read(answer: Answer, body: Body) -> None:
             try:
-                await _read(client, url, stream, clock)
+                await _read(client, url, body, answer, clock)
             except httpx2.HTTPError as error:
                 raise _connection_error(url, error, timeout_s) from error
-            if all(stream.ended for stream in streams):
+            if all(answer.ended for answer in answers):
                 all_ended.set()
 
         async def serve() -> None:
-            for stream in waiting:  # shared: the slot that is free takes the next
-                await read(stream)
+            for answer, body in waiting:  # shared: the slot that is free takes the next
+                await read(answer, body)
             for body in repeated:
-                fillers.append(_Stream(body))
-                await read(fillers[-1])
+                fillers.append(Answer())
+                await read(fillers[-1], body)
 
         all_ended = asyncio.Event()
         async with asyncio.TaskGroup() as group:
@@ -123,14 +102,23 @@ async def _drive(url: str, bodies: Sequence[Body], concurrency: int, timeout_s: 
             await all_ended.wait()
             for slot in slots:
                 slot.cancel()
-    firsts_s = [stream.chunks[0][0] for stream in (*streams, *fillers) if stream.chunks]
-    return tuple(stream.answer(firsts_s) for stream in streams)
+    firsts_s = [answer.chunks[0][0] for answer in (*answers, *fillers) if answer.chunks]
+    for answer in answers:
+        answer.refills = _refills(answer, firsts_s)
+    return tuple(answers)
 
 
-async def _read(client: httpx2.AsyncClient, url: str, stream: _Stream, clock: Clock) -> None:
+def _refills(answer: Answer, firsts_s: Sequence[float]) -> int:
+    """`firsts_s`: the first events of all requests; within half a gap between events they came in together."""
+    first_s, last_s = answer.chunks[0][0], answer.chunks[-1][0]
+    together_s = first_s + (last_s - first_s) / (2 * len(answer.chunks))
+    return sum(together_s < other_s <= last_s for other_s in firsts_s)
+
+
+async def _read(client: httpx2.AsyncClient, url: str, body: Body, answer: Answer, clock: Clock) -> None:
     ended = False
-    stream.started_s = clock.read()
-    async with client.stream("POST", url, json={**stream.body, "stream": True}) as response:
+    answer.started_s = clock.read()
+    async with client.stream("POST", url, json={**body, "stream": True}) as response:
         if response.status_code >= FIRST_ERROR_STATUS:
             await response.aread()
             raise _status_error(url, response)
@@ -141,10 +129,10 @@ async def _read(client: httpx2.AsyncClient, url: str, stream: _Stream, clock: Cl
             elif sent.data:
                 event = _decoded(url, sent.data)
                 ended = ended or _is_last(event)
-                stream.chunks.append((arrived_s, event))
-    if not ended or not stream.chunks:
-        raise EngineError(f"{redacted(url)} ended its answer in the middle, after {len(stream.chunks)} events")
-    stream.ended = True
+                answer.chunks.append((arrived_s, event))
+    if not ended or not answer.chunks:
+        raise EngineError(f"{redacted(url)} ended its answer in the middle, after {len(answer.chunks)} events")
+    answer.ended = True
 
 
 def _decoded(url: str, data: str) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Child processes that leave nothing behind: a command with its log, and a server on a free port.
+"""Child processes that leave nothing behind: a command with its log, a server on a free port, a pool of them.
 
 Every command runs under `supervisor.py`, which ends it and all it started when it is stopped, when this process ends,
 and when this process is killed.
@@ -13,10 +13,9 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Generic, Self, TypeVar
 
 import httpx2
 import psutil
@@ -34,7 +33,7 @@ LOCALHOST = "127.0.0.1"
 OK = 200
 
 
-class Process(AbstractContextManager["Process"]):
+class Process:
     """One running command; a context manager.
 
     `environment` is added to this process's own, without what `server_environment` removes. Output goes to the log;
@@ -78,7 +77,7 @@ class Process(AbstractContextManager["Process"]):
         finally:
             os.close(reading)
         # at exit, when garbage collected, or when called; only once
-        self.stop = weakref.finalize(self, _end, self._popen, lifeline, sum(graces_s), hide=(log_path, self._log_start))
+        self._end = weakref.finalize(self, _end, self._popen, lifeline, sum(graces_s), hide=(log_path, self._log_start))
 
     @property
     def pipes(self) -> tuple[IO[bytes], IO[bytes]]:
@@ -99,6 +98,10 @@ class Process(AbstractContextManager["Process"]):
                 return process.pid, *(child.pid for child in process.children(recursive=True))
         return ()
 
+    def stop(self) -> None:
+        """Ends it and all it started; safe to call again."""
+        self._end()
+
     def wait(self, timeout_s: float) -> bool:
         """Whether it has ended, after at most `timeout_s` seconds."""
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -112,6 +115,9 @@ class Process(AbstractContextManager["Process"]):
     def failure(self, what: str | None = None) -> EngineError:
         """The error to raise, with the last error line of its log: `what` went wrong, by default that it ended."""
         return error_of(f"{self.name} {what or _ending(self._popen.poll())}", self.log_path, self._log_start)
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -157,69 +163,22 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-class Supervised(AbstractContextManager[Any]):
-    """What runs in a `process` and is ended with it; a context manager."""
+class Server(Process):
+    """A command that serves HTTP at `url`, on a free port. `warm`: the batch sizes that it has run.
 
-    process: Process
-
-    @property
-    def alive(self) -> bool:
-        return self.process.alive
-
-    @property
-    def pids(self) -> tuple[int, ...]:
-        return self.process.pids
-
-    def stop(self) -> None:
-        """Ends it and all it started; safe to call again."""
-        self.process.stop()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-
-class Server(Supervised):
-    """A command that serves HTTP. `warm`: the batch sizes that it has run.
-
-    `{host}` and `{port}` in the command are filled in, with a free port. Raises InputError as `Process`, and where
-    there is no `{port}`.
+    `{host}` and `{port}` in the command are filled in. Raises InputError as `Process`, and where there is no `{port}`.
     """
 
     def __init__(self, command: Sequence[str], log_path: Path, **options: Any) -> None:
         if not any("{port}" in word for word in command):
             raise InputError(f"command {redacted(' '.join(command))!r}: a {{port}} to fill in is needed")
-        self._command, self._log_path, self._options = tuple(command), log_path, options
-        self.warm: set[int] = set()
-        self._start()
-
-    def _start(self) -> None:
         self._port = free_port()
         self.url = f"http://{LOCALHOST}:{self._port}"
-        filled = [word.replace("{host}", LOCALHOST).replace("{port}", str(self._port)) for word in self._command]
-        self.process = Process(filled, self._log_path, **self._options)
+        self.warm: set[int] = set()
+        filled = [word.replace("{host}", LOCALHOST).replace("{port}", str(self._port)) for word in command]
+        super().__init__(filled, log_path, **options)
 
-    def wait_ready(self, timeout_s: float) -> None:
-        """Waits until it is healthy; another port is tried once where the first was taken.
-
-        Raises EngineError with its last error line: it ended (OutOfMemoryError where memory ran out), or was not
-        healthy in time. It is stopped then.
-        """
-        deadline_s = time.monotonic() + timeout_s
-        try:
-            trouble = self._trouble(deadline_s)
-            if not self.alive and is_port_taken(self.process.last_error_line()):
-                self.process.stop()
-                self._start()
-                trouble = self._trouble(deadline_s)
-            if not self.alive:
-                raise self.process.failure()
-            if trouble:
-                raise self.process.failure(f"was not healthy after {timeout_s:g} s ({trouble})")
-        except BaseException:
-            self.stop()
-            raise
-
-    def _trouble(self, deadline_s: float) -> str:
+    def trouble(self, deadline_s: float) -> str:
         """Waits until it is healthy, dead or out of time; empty when it is healthy."""
         trouble = "no time"
         while self.alive and (left_s := deadline_s - time.monotonic()) > 0.0:
@@ -227,7 +186,7 @@ class Server(Supervised):
             if status == OK and self._listens():
                 return ""
             trouble = {None: "no answer", OK: "another program answers on its port"}.get(status, f"status {status}")
-            self.process.wait(POLL_S)
+            self.wait(POLL_S)
         return trouble
 
     def _listens(self) -> bool:
@@ -246,9 +205,33 @@ class Server(Supervised):
         try:
             yield
         except EngineError as error:
-            if _health(self.url, HEALTH_TIMEOUT_S) is None and self.process.wait(DEATH_S):
-                raise self.process.failure() from error
+            if _health(self.url, HEALTH_TIMEOUT_S) is None and self.wait(DEATH_S):
+                raise self.failure() from error
             raise
+
+
+def start_server(command: Sequence[str], log_path: Path, timeout_s: float, **options: Any) -> Server:
+    """A healthy server; another port is tried once where the first was taken. Options are those of `Process`.
+
+    Raises InputError as `Server`, and EngineError with its last error line: it ended (OutOfMemoryError where memory ran
+    out), or was not healthy in time. It is stopped then.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    for is_last in (False, True):
+        server = Server(command, log_path, **options)
+        try:
+            trouble = server.trouble(deadline_s)
+            if server.alive and not trouble:
+                return server
+            if server.alive:
+                raise server.failure(f"was not healthy after {timeout_s:g} s ({trouble})")
+            if is_last or not is_port_taken(server.last_error_line()):
+                raise server.failure()
+        except BaseException:
+            server.stop()
+            raise
+        server.stop()
+    raise AssertionError
 
 
 def _health(url: str, timeout_s: float) -> int | None:
@@ -257,3 +240,52 @@ def _health(url: str, timeout_s: float) -> int | None:
         return httpx2.get(f"{url}/health", timeout=timeout_s, trust_env=False).status_code
     except httpx2.HTTPError:
         return None
+
+
+Key = TypeVar("Key", bound=Hashable)
+Member = TypeVar("Member", bound=Process)
+
+
+class ServerPool(Generic[Key, Member]):
+    """At most `max_alive` members at a time; the least recently used is stopped first.
+
+    `start` makes the member for a key, ready for use. `num_starts` counts its calls, `starting_s` their seconds.
+    """
+
+    def __init__(self, start: Callable[[Key], Member], max_alive: int) -> None:
+        self._start, self.max_alive = start, max_alive
+        self._members: dict[Key, Member] = {}  # the most recently used last
+        self.num_starts = 0
+        self.starting_s = 0.0
+
+    def get(self, key: Key) -> Member:
+        """The member for `key`, started where there is none or where it has died."""
+        member = self._members.pop(key, None)
+        if member is None or not member.alive:
+            if member is not None:
+                member.stop()
+            while len(self._members) >= self.max_alive:
+                self.stop(next(iter(self._members)))
+            self.num_starts += 1
+            began = time.monotonic()
+            try:
+                member = self._start(key)
+            finally:
+                self.starting_s += time.monotonic() - began
+        self._members[key] = member
+        return member
+
+    def stop(self, key: Key) -> None:
+        """Stops the member for `key` if there is one; the next `get` starts it anew."""
+        member = self._members.pop(key, None)
+        if member is not None:
+            member.stop()
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        return tuple(self._members.values())
+
+    def close(self) -> None:
+        """Stops all members; safe to call again."""
+        for key in tuple(self._members):
+            self.stop(key)

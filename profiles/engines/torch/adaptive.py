@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from profiles.engines.base import RequestInfo, RoundController, RoundDecision, RoundReport
-from profiles.engines.torch.batch_model import SMALLEST_VIEW, RowStepper, graph_view
+from profiles.engines.torch.batch_model import SMALLEST_VIEW, RowModel, graph_view
 from profiles.engines.torch.decoder import Decoder, Generation
 from profiles.engines.torch.drafters import ComponentDrafter, Drafted, Drafter, ModelDrafter, Text, combined_drafter
 from profiles.records.core import CATCH_UP_WIDTHS, PLAIN, Draft, Prompt, Setup
@@ -153,7 +153,7 @@ class AdaptiveLoop:
         self._rounds.append(AdaptiveRound(decision.setup, len(rows), tokens, seconds))
 
 
-def warm_up(target: RowStepper, drafts: Sequence[RowStepper], *, context_length: int, max_length: int) -> None:
+def warm_up(target: RowModel, drafts: Sequence[RowModel], *, context_length: int, max_length: int) -> None:
     """Runs every kind of step once: a first one pays for allocation and, on a GPU, for the capture of its shape."""
     longest = context_length + max_length
     reaches, verify_widths, draft_widths = [longest], [1], [1]
@@ -170,6 +170,6 @@ def warm_up(target: RowStepper, drafts: Sequence[RowStepper], *, context_length:
                     _run_once(draft, reach, width, 1)
 
 
-def _run_once(model: RowStepper, reach: int, width: int, keep: int) -> None:
+def _run_once(model: RowModel, reach: int, width: int, keep: int) -> None:
     positions = torch.arange(reach - width, reach, device=model.device).expand(model.num_rows, -1)
     model.step(torch.zeros_like(positions), positions, reach, keep)

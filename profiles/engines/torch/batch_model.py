@@ -8,7 +8,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -28,33 +28,6 @@ _LOG = logging.getLogger(__name__)
 _TOLERANCE = 2e-3  # of the largest logit, in float32; wrong masks or positions are off by far more
 
 Forward = Callable[[torch.Tensor, RowCache, int], torch.Tensor]
-
-
-class RowStepper(Protocol):
-    """What decoding needs of a model."""
-
-    @property
-    def num_rows(self) -> int: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def step(
-        self, tokens: torch.Tensor, positions: torch.Tensor, reach: int, keep: int = 1, row: int | None = None
-    ) -> torch.Tensor:
-        """Logits (B, keep, V) after each of the last `keep` of `tokens` (B, width) at `positions` (B, width).
-
-        `reach` is one more than the largest position; `row` is the only row to step, None for all.
-        """
-        ...
-
-    def prefill(self, tokens: torch.Tensor, row: int) -> tuple[torch.Tensor, float]:
-        """Logits (1, V) after `tokens` (1, width), with which the text of a row begins, and the seconds spared.
-
-        These are what running the tokens took before, less what it took to copy their keys and values; below 0 where
-        they were run, and copied for later.
-        """
-        ...
 
 
 class _Prefill(NamedTuple):
@@ -95,7 +68,11 @@ class RowModel:
     def step(
         self, tokens: torch.Tensor, positions: torch.Tensor, reach: int, keep: int = 1, row: int | None = None
     ) -> torch.Tensor:
-        """See `RowStepper`. What a GPU returns is overwritten by the next step."""
+        """Logits (B, keep, V) after each of the last `keep` of `tokens` (B, width) at `positions` (B, width).
+
+        `reach` is one more than the largest position; `row` is the only row to step, None for all. What a GPU returns
+        is overwritten by the next step.
+        """
         if self._graphs is None or row is not None or tokens.shape[1] > WIDEST_GRAPH:
             self._cache.set_positions(positions, reach, row)
             return self._forward(tokens, self._cache, keep)
@@ -117,7 +94,12 @@ class RowModel:
         return self._graphs[key].replay(tokens, positions)
 
     def prefill(self, tokens: torch.Tensor, row: int) -> tuple[torch.Tensor, float]:
-        """See `RowStepper`. Only a model of a single row keeps copies, up to a GiB, and not of its first prefill."""
+        """Logits (1, V) after `tokens` (1, width), with which the text of a row begins, and the seconds spared.
+
+        These are what running the tokens took before, less what it took to copy their keys and values; below 0 where
+        they were run, and copied for later. Only a model of a single row keeps copies, up to a GiB, and not of its
+        first prefill.
+        """
         began_s = self._clock.read()
         key = tuple(tokens[0].tolist())
         if (earlier := self._prefills.pop(key, None)) is not None:

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from profiles.engines.runs import Run
-from profiles.engines.torch.batch_model import RowStepper
+from profiles.engines.torch.batch_model import RowModel
 from profiles.engines.torch.drafters import Drafted, Drafter, Text, no_proposal
 from profiles.engines.torch.sampling import KeyedRandom, accept_greedy, accept_sampled, draw, sampling_probs
 from profiles.records.core import Prompt
@@ -51,10 +51,9 @@ class Generation(Run):
 
 @dataclass(slots=True, kw_only=True)
 class Row:
-    """A prompt under way: its number of tokens, when its first token was there, and what it has so far."""
+    """A prompt under way: when its first token was there, and what it has so far."""
 
     prompt: Prompt
-    prompt_tokens: int
     first_s: float
     run: Generation
 
@@ -72,7 +71,7 @@ class Decoder:
     """
 
     def __init__(
-        self, target: RowStepper, drafter: Drafter | None, rng: KeyedRandom, *, length: int = 0, watch: bool = False
+        self, target: RowModel, drafter: Drafter | None, rng: KeyedRandom, *, length: int = 0, watch: bool = False
     ) -> None:
         self._target = target
         self._drafter = drafter
@@ -178,7 +177,7 @@ class Decoder:
         """Tokens that a row under way may still emit."""
         row = self.rows[number]
         assert row is not None
-        return self.workload.max_new_tokens - (len(self.text.host[number]) - row.prompt_tokens)
+        return self.workload.max_new_tokens - (len(self.text.host[number]) - len(row.prompt.token_ids))
 
     def _remove_finished(self, clock: Clock) -> tuple[list[int], float]:
         """The numbers of the rows that are done, now empty, and when; all at one time, whoever is refilled first."""
@@ -190,7 +189,7 @@ class Decoder:
         now = clock.read() if done else 0.0
         for number, row in done:
             row.run.decode_s = now - row.first_s
-            row.run.token_ids = self.text.host[number][row.prompt_tokens :]
+            row.run.token_ids = self.text.host[number][len(row.prompt.token_ids) :]
             self.rows[number] = None
             self._active[number].fill_(0)
             self.text.clear(number)
@@ -219,13 +218,12 @@ class Decoder:
             if run.ended:
                 run.token_ids, free_since_s = [token], first_s
                 continue
-            prompt_tokens = len(prompt.token_ids)
-            self.rows[number] = Row(prompt=prompt, prompt_tokens=prompt_tokens, first_s=first_s, run=run)
-            self._prompt_lengths[number].fill_(prompt_tokens)
+            self.rows[number] = Row(prompt=prompt, first_s=first_s, run=run)
+            self._prompt_lengths[number].fill_(len(prompt.token_ids))
             self._active[number].fill_(1)
 
     def _prefill(self, number: int, prompt: Prompt, run: Generation) -> tuple[int, float]:
-        """The first token, and the seconds that were spared (see `RowStepper.prefill`)."""
+        """The first token, and the seconds that were spared (see `RowModel.prefill`)."""
         tokens = torch.tensor([prompt.token_ids], device=self._target.device)
         logits, spared_s = self._target.prefill(tokens, number)  # (1, V)
         if not bool(torch.isfinite(logits).all()):

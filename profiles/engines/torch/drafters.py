@@ -11,13 +11,11 @@ from typing import Protocol
 
 import torch
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from profiles.acceptance.expected_rounds import WIDEST_CATCH_UP, catch_up_width
 from profiles.acceptance.ngram_index import NgramIndex
-from profiles.engines.torch.batch_model import RowStepper
+from profiles.engines.torch.batch_model import RowModel
 from profiles.engines.torch.sampling import KeyedRandom, Proposal, draw, sampling_probs
-from profiles.records.core import Draft
 
 
 def to_device(values: Sequence[object], device: torch.device) -> torch.Tensor:
@@ -71,21 +69,13 @@ class Drafted:
     first_width: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DraftSource:
-    """A draft that is ready to use: its record and, where it has one, its model."""
-
-    draft: Draft
-    model: PreTrainedModel | None
-
-
 class Drafter(Protocol):
     """Proposes tokens for the rows of a batch."""
 
     def start(self, row: int, text: Text) -> float:
         """Takes in a new row's text, a prompt and its first token; part of the time to first token.
 
-        Returns the seconds that were spared (see `RowStepper.prefill`).
+        Returns the seconds that were spared (see `RowModel.prefill`).
         """
         ...
 
@@ -113,7 +103,7 @@ class ModelDrafter:
     may change between rounds.
     """
 
-    def __init__(self, model: RowStepper, rng: KeyedRandom) -> None:
+    def __init__(self, model: RowModel, rng: KeyedRandom) -> None:
         self.stop_below: float | None = None
         self._model = model
         self._rng = rng

@@ -8,7 +8,7 @@ import functools
 import gc
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,7 +22,7 @@ from profiles.engines.torch.adaptive import AdaptiveLoop, AdaptiveRun, Switchabl
 from profiles.engines.torch.attention import kernel_name
 from profiles.engines.torch.batch_model import RowModel
 from profiles.engines.torch.decoder import Decoder, Generation
-from profiles.engines.torch.drafters import ComponentDrafter, DraftSource, ModelDrafter, NgramDrafter
+from profiles.engines.torch.drafters import ComponentDrafter, ModelDrafter, NgramDrafter
 from profiles.engines.torch.sampling import KeyedRandom
 from profiles.engines.torch.trace import trace_model
 from profiles.hardware.fingerprint import fingerprint
@@ -38,17 +38,17 @@ WARM_UP_TOKENS = 4  # beside the longest round
 
 
 class TorchEngine:
-    """A target and its drafts on one device; fits `profiles.engines.base.Engine`."""
+    """A target and its drafts, with their models where they have one, on one device; fits `base.Engine`."""
 
     capabilities = TORCH
 
-    def __init__(self, target: loader.LoadedModel, sources: tuple[DraftSource, ...], device: str) -> None:
+    def __init__(self, target: loader.LoadedModel, drafts: Mapping[Draft, PreTrainedModel | None], device: str) -> None:
         self._target, self.target = target, target.record
-        self.drafts = tuple(source.draft for source in sources)
+        self.drafts = tuple(drafts)
         self._models: dict[str, PreTrainedModel | None] = {
-            component.digest: source.model if component.kind != "ngram" else None
-            for source in sources
-            for component in source.draft.components
+            component.digest: model if component.kind != "ngram" else None
+            for draft, model in drafts.items()
+            for component in draft.components
         }
         self._models[target.record.run_digest] = target.model
         self._device = device

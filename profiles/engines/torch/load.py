@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import torch
+from transformers import PreTrainedModel
 
 from profiles.engines.bench import Bench
-from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.hardware import fingerprint
 from profiles.models import loader, memory
@@ -13,7 +13,7 @@ from profiles.models.early_exit import early_exit
 from profiles.models.footprint import Footprint
 from profiles.models.memory import cached_values_per_token
 from profiles.models.sources import find
-from profiles.records.core import DTYPES, Draft
+from profiles.records.core import Draft
 from profiles.records.draft_spec import DraftSpec, RefusedDraft
 from profiles.records.errors import InputError, ModelError, OutOfMemoryError
 
@@ -29,14 +29,14 @@ def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str
         InputError: An unknown device or dtype.
         ModelError: The target cannot be loaded or does not fit in memory, or no draft can be used.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
+    if dtype is not None:
+        memory.check_dtype(dtype)
     device_name = fingerprint.pick_device(device)
     chosen = dtype or ("float32" if device_name == "cpu" else "bfloat16")
     fingerprint.limit_threads()
     memory.check_memory(target, dtype=chosen, device=device_name, num_tokens=num_tokens)
     by_name = {target: loader.load(target, dtype=chosen, device=device_name)}
-    sources: dict[str, DraftSource] = {}
+    drafts: dict[str, tuple[Draft, PreTrainedModel | None]] = {}  # by digest
     errors: dict[str, ModelError | OutOfMemoryError] = {}
     for spec in specs:
         if spec.kind == "composite" and spec.path in errors:
@@ -49,38 +49,34 @@ def load(target: str, specs: Sequence[DraftSpec], dtype: str | None, device: str
                 loaded = loader.load(spec.path, dtype=chosen, device=device_name, num_tokens=by_name[target].num_tokens)
                 loader.check_pair(by_name[target], loaded)
                 by_name[spec.path] = loaded
-            source = _source(spec, by_name, by_name[target])
-            sources.setdefault(source.draft.digest, source)
+            if spec.path is not None:
+                draft, model = spec.draft(by_name[spec.path].record), by_name[spec.path].model
+            else:
+                draft = spec.draft(None)
+                model = None if spec.num_layers is None else early_exit(by_name[target], spec.num_layers)
+            drafts.setdefault(draft.digest, (draft, model))
         except (ModelError, OutOfMemoryError) as error:
             errors[spec.name] = error
-    if errors and not sources:
+    if errors and not drafts:
         raise next(iter(errors.values()))
     refused = [RefusedDraft.from_error(name, error) for name, error in errors.items()]
     prints: dict[Draft | None, Footprint] = {None: memory.footprint(find(target), chosen)}
-    prints |= {source.draft: _footprint(source, by_name[target]) for source in sources.values()}
+    prints |= {draft: _footprint(draft, model, by_name[target]) for draft, model in drafts.values()}
     return Bench(
-        engine=TorchEngine(by_name[target], tuple(sources.values()), device_name),
+        engine=TorchEngine(by_name[target], dict(drafts.values()), device_name),
         loaded=tuple(by_name.values()),
         footprints=prints,
         refused=tuple(refused),
     )
 
 
-def _source(spec: DraftSpec, by_name: dict[str, loader.LoadedModel], target: loader.LoadedModel) -> DraftSource:
-    if spec.path is not None:
-        loaded = by_name[spec.path]
-        return DraftSource(draft=spec.draft(loaded.record), model=loaded.model)
-    model = None if spec.num_layers is None else early_exit(target, spec.num_layers)
-    return DraftSource(draft=spec.draft(None), model=model)
-
-
-def _footprint(source: DraftSource, target: loader.LoadedModel) -> Footprint:
+def _footprint(draft: Draft, model: PreTrainedModel | None, target: loader.LoadedModel) -> Footprint:
     """What a draft adds: an early exit has the target's weights, a look-up next to nothing."""
-    if source.model is None:
+    if model is None:
         return Footprint(weight_bytes=0, cache_bytes_per_token=0)
     size = getattr(torch, target.record.dtype).itemsize
-    shares_weights = not source.draft.has_weights or source.model is target.model
-    num_weights = 0 if shares_weights else sum(parameter.numel() for parameter in source.model.parameters())
+    shares_weights = not draft.has_weights or model is target.model
+    num_weights = 0 if shares_weights else sum(parameter.numel() for parameter in model.parameters())
     return Footprint(
-        weight_bytes=size * num_weights, cache_bytes_per_token=size * cached_values_per_token(source.model.config)
+        weight_bytes=size * num_weights, cache_bytes_per_token=size * cached_values_per_token(model.config)
     )

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from profiles.acceptance.ngram_index import NgramIndex
-from profiles.engines.torch.batch_model import RowStepper
+from profiles.engines.torch.batch_model import RowModel
 from profiles.engines.torch.sampling import KeyedRandom, Proposal, accept_sampled, draw, sampling_probs
 from profiles.records.core import CATCH_UP_WIDTHS, Draft, Workload
 from profiles.records.evidence import StepTimes
@@ -58,7 +58,7 @@ class _Sweep(NamedTuple):
 
 
 def time_steps(
-    components: Mapping[str, RowStepper | Draft],
+    components: Mapping[str, RowModel | Draft],
     clock: Clock,
     workload: Workload,
     *,
@@ -105,7 +105,7 @@ def time_steps(
     }
 
 
-def _fill(model: RowStepper, token_ids: list[int]) -> None:
+def _fill(model: RowModel, token_ids: list[int]) -> None:
     """Puts the same text into every row."""
     tokens = torch.tensor([token_ids], device=model.device)
     positions = torch.arange(len(token_ids), device=model.device)[None]
@@ -113,13 +113,13 @@ def _fill(model: RowStepper, token_ids: list[int]) -> None:
         model.step(tokens, positions, len(token_ids), row=row)
 
 
-def _inputs(model: RowStepper, start: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _inputs(model: RowModel, start: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and positions, (B, width)."""
     positions = torch.arange(start, start + width, device=model.device).expand(model.num_rows, -1)
     return torch.zeros_like(positions), positions
 
 
-def _verify(model: RowStepper, context_length: int, width: int, rng: KeyedRandom) -> Callable[[], object]:
+def _verify(model: RowModel, context_length: int, width: int, rng: KeyedRandom) -> Callable[[], object]:
     """The target's step over a token and `width` - 1 proposals, accepted as in a round."""
     tokens, positions = _inputs(model, context_length, width)
     counts = torch.full_like(tokens[:, 0], width - 1)
@@ -135,12 +135,12 @@ def _verify(model: RowStepper, context_length: int, width: int, rng: KeyedRandom
     return run
 
 
-def _first(model: RowStepper, context_length: int, width: int, rng: KeyedRandom) -> Callable[[], object]:
+def _first(model: RowModel, context_length: int, width: int, rng: KeyedRandom) -> Callable[[], object]:
     tokens, positions = _inputs(model, max(0, context_length - width), width)
     return lambda: _draft_token(model.step(tokens, positions, max(context_length, width)), rng)
 
 
-def _single_steps(model: RowStepper, context_length: int, rng: KeyedRandom) -> Callable[[], object]:
+def _single_steps(model: RowModel, context_length: int, rng: KeyedRandom) -> Callable[[], object]:
     tokens, positions = _inputs(model, context_length, 1)
 
     def run() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from profiles.engines.serving.logs import is_out_of_memory, one_line
-from profiles.engines.serving.process import DEATH_S, Process, Supervised
+from profiles.engines.serving.process import DEATH_S, Process
 from profiles.records.errors import EngineError, OutOfMemoryError
 from profiles.records.files import user_folder
 
@@ -27,7 +27,7 @@ ENVIRONMENT = {
 }
 
 
-class WorkerClient(Supervised):
+class WorkerClient(Process):
     """A worker run by `python`, which reports its versions first.
 
     Any failure ends it and is raised as EngineError, or OutOfMemoryError where memory ran out. Raises InputError: no
@@ -41,9 +41,9 @@ class WorkerClient(Supervised):
         variables = {**ENVIRONMENT, "TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": compiled}
         if threads := os.environ.get("OMP_NUM_THREADS"):
             variables["NUMBA_NUM_THREADS"] = threads  # else the n-gram drafter's numba raises torch's threads
-        self.process = Process([python, "-P", str(worker)], log_path, environment=variables, piped=True)
+        super().__init__([python, "-P", str(worker)], log_path, environment=variables, piped=True)
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        threading.Thread(target=self._read_lines, args=(self.process.pipes[1],), daemon=True).start()
+        threading.Thread(target=self._read_lines, args=(self.pipes[1],), daemon=True).start()
         self.facts: dict[str, Any] = self._answer("the start", HELLO_TIMEOUT_S)
         self.warm: set[tuple[str, int]] = set()  # (setup digest, batch size) that ran here before
 
@@ -51,7 +51,7 @@ class WorkerClient(Supervised):
         """The worker's answer to one command, within `timeout_s` seconds."""
         request = json.dumps({"command": command, **arguments})
         with contextlib.suppress(OSError):  # a dead worker is seen when its answer does not come
-            stdin, _ = self.process.pipes
+            stdin, _ = self.pipes
             stdin.write(request.encode() + b"\n")
             stdin.flush()
         return self._answer(command, timeout_s)
@@ -59,12 +59,12 @@ class WorkerClient(Supervised):
     def stop(self) -> None:
         """Ends it, by its own exit where it listens; safe to call again."""
         with contextlib.suppress(OSError):
-            self.process.pipes[0].close()
-        self.process.wait(GOODBYE_S)
+            self.pipes[0].close()
+        self.wait(GOODBYE_S)
         self._kill()
 
     def _kill(self) -> None:
-        self.process.stop()
+        super().stop()
         self._clean_up()
 
     def _read_lines(self, stdout: Any) -> None:
@@ -78,14 +78,14 @@ class WorkerClient(Supervised):
             line = self._lines.get(timeout=timeout_s)
         except queue.Empty:
             self._kill()
-            raise self.process.failure(f"with vLLM did not answer {command!r} within {timeout_s:g} s") from None
+            raise self.failure(f"with vLLM did not answer {command!r} within {timeout_s:g} s") from None
         except BaseException:  # Ctrl-C: the answer that is still to come must not be taken for another's
             self._kill()
             raise
         if not line:
-            self.process.wait(DEATH_S)
+            self.wait(DEATH_S)
             self._kill()
-            raise self.process.failure()
+            raise self.failure()
         try:
             answer = json.loads(line)
         except ValueError:
@@ -97,7 +97,7 @@ class WorkerClient(Supervised):
             self.stop()
             message = one_line(str(answer["error"]))
             kind = OutOfMemoryError if answer.get("memory") or is_out_of_memory(message) else EngineError
-            raise kind(f"vLLM failed at {command!r}: {message} (log: {self.process.log_path})")
+            raise kind(f"vLLM failed at {command!r}: {message} (log: {self.log_path})")
         return answer
 
 

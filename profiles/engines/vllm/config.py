@@ -9,7 +9,7 @@ from typing import Any
 from profiles.engines.vllm.flags import speculative_config
 from profiles.hardware import fingerprint, nvml
 from profiles.models import memory, sources
-from profiles.records.core import Draft, Environment, Model, Setup, Workload
+from profiles.records.core import Draft, Environment, Workload
 from profiles.records.errors import ModelError, require
 
 CONTEXT_STEP = 128  # contexts are rounded up to this, so that one engine serves several
@@ -71,14 +71,6 @@ class EngineKey:
     draft: Draft | None = None
     length: int = 0
     is_processed: bool = False
-
-
-def engine_key(setup: Setup, target: Model, length: int) -> EngineKey:
-    """The engine that runs a setup, and others."""
-    if setup.draft is None:
-        return EngineKey(model=target.name)
-    draft = setup.draft.components[-1]  # the scheduler mixes the look-up of a composite in
-    return EngineKey(model=target.name, draft=LOOK_UP if draft.kind == "ngram" else draft, length=length)
 
 
 def start_arguments(

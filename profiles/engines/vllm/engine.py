@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from profiles.acceptance import ngram
-from profiles.acceptance.proposals import acceptance_of
 from profiles.engines.base import EngineCapabilities
 from profiles.engines.runs import Run
-from profiles.engines.serving.base import ServedEngine, StepSamples
-from profiles.engines.serving.pool import ServerPool
+from profiles.engines.serving.base import NUM_TEXTS, ServedEngine, StepSamples, check_means, texts_of
+from profiles.engines.serving.process import ServerPool
 from profiles.engines.serving.redaction import keyed_variables
-from profiles.engines.serving.sampling_check import NUM_TEXTS, check_means, texts_of
 from profiles.engines.vllm import config
 from profiles.engines.vllm.client import WorkerClient, find_python
 from profiles.engines.vllm.flags import TRACED, is_between, is_traceable, method_of
@@ -248,8 +246,13 @@ class VllmEngine(ServedEngine[config.EngineKey, WorkerClient]):
 
     def _key(self, setup: Setup) -> config.EngineKey:
         """The engine that runs a setup, as far as is known: one for this length where it cannot be changed."""
-        is_fixed = setup.draft is not None and setup.draft.digest in self._fixed
-        return config.engine_key(setup, self.target, setup.length if is_fixed else self._options.max_length)
+        if setup.draft is None:
+            return config.EngineKey(model=self.target.name)
+        draft = setup.draft.components[-1]  # the scheduler mixes the look-up of a composite in
+        length = setup.length if setup.draft.digest in self._fixed else self._options.max_length
+        return config.EngineKey(
+            model=self.target.name, draft=config.LOOK_UP if draft.kind == "ngram" else draft, length=length
+        )
 
     def _drafting(self, workload: Workload, setup: Setup) -> WorkerClient:
         """The engine for a setup, set to it."""
@@ -297,7 +300,7 @@ class VllmEngine(ServedEngine[config.EngineKey, WorkerClient]):
         proposals = {start: tokens[: setup.length] for start, tokens in run["proposals"]}
         if any(min(tokens, default=0) < 0 for tokens in proposals.values()):  # placeholders of Model Runner V2
             raise EngineError(f"{self._label} with {setup.name} does not tell which tokens it proposed: no trace")
-        acceptance = acceptance_of(
+        acceptance = ngram.acceptance_of(
             setup.draft, prompt, emitted, proposals, size=len(trace.token_ids), max_length=setup.length
         )
         if setup.draft.digest not in self._compared and setup.length > 1 and workload.temperature == 0.0:

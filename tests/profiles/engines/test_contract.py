@@ -13,7 +13,6 @@ from profiles.engines import factory
 from profiles.engines.base import Engine, Times
 from profiles.engines.factory import EngineSpec, ModelSpec
 from profiles.engines.openai.launch import SERVER_KINDS
-from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
 from profiles.models.early_exit import early_exit
@@ -47,12 +46,12 @@ def _ask_everything(engine: Engine) -> None:
 def torch_engine(tiny_folders: dict[str, Path]) -> TorchEngine:
     target = loader.load(str(tiny_folders["llama"]), dtype="float32", device="cpu")
     other = loader.load(str(tiny_folders["qwen2"]), dtype="float32", device="cpu")
-    sources = (
-        DraftSource(draft=Draft(kind="model", model=other.record), model=other.model),
-        DraftSource(draft=Draft(kind="early_exit", num_layers=1), model=early_exit(target, 1)),
-        DraftSource(draft=NGRAM, model=None),
-    )
-    return TorchEngine(target, sources, "cpu")
+    drafts = {
+        Draft(kind="model", model=other.record): other.model,
+        Draft(kind="early_exit", num_layers=1): early_exit(target, 1),
+        NGRAM: None,
+    }
+    return TorchEngine(target, drafts, "cpu")
 
 
 @pytest.fixture(scope="module")

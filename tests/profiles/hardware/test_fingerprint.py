@@ -17,7 +17,7 @@ import torch
 from profiles.hardware import container, fingerprint, machine, nvml
 from profiles.hardware.software import draftpick_version
 from profiles.records.errors import InputError
-from profiles.timing.clock import Clock, Disturbance, OtherLoad
+from profiles.timing.clock import Clock, Disturbance
 from profiles.timing.gpu_monitor import GpuWatch
 
 
@@ -186,7 +186,7 @@ def test_other_load_is_what_the_machine_did_beside_us(
     wall_s: float, machine_s: float, process_s: float, cores: float | None, disturbed: bool
 ) -> None:
     """Above 0.35 cores of other work a unit counts as disturbed."""
-    with OtherLoad(
+    with Disturbance(
         now=readings(10.0, 10.0 + wall_s), machine_s=readings(0.0, machine_s), process_s=readings(0.0, process_s)
     ) as load:
         pass
@@ -207,7 +207,7 @@ def test_another_process_is_seen_by_the_real_readers() -> None:
     done = subprocess.run([sys.executable, "-c", started, spin], capture_output=True, text=True, check=True)
     other = psutil.Process(int(done.stdout))
     try:
-        load = OtherLoad()
+        load = Disturbance()
         with load:
             end = Clock("cpu").read() + 0.6
             while Clock("cpu").read() < end:
@@ -223,7 +223,7 @@ def test_our_own_children_are_no_load() -> None:
     child = subprocess.Popen([sys.executable, "-c", spin])
     try:
         process = psutil.Process(child.pid)
-        with OtherLoad(machine_s=lambda: sum(process.cpu_times()[:2])) as load:  # nothing else runs on this machine
+        with Disturbance(machine_s=lambda: sum(process.cpu_times()[:2])) as load:  # nothing else runs on this machine
             time.sleep(0.6)
         assert sum(process.cpu_times()[:2]) > 0.0
     finally:

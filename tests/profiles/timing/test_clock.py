@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from profiles.timing import clock
-from profiles.timing.clock import OtherLoad, Patience, max_other_cores, quietest
+from profiles.timing.clock import Disturbance, Patience, max_other_cores, quietest
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_emulated_hosts_of_gpus_are_seldom_idle(
     assert max_other_cores(devices) == allowed
     for used, disturbed in ((allowed - 0.1, False), (allowed + 0.1, True)):
         clock, machine = iter((0.0, 1.0)), iter((0.0, used))
-        load = OtherLoad(
+        load = Disturbance(
             now=functools.partial(next, clock),
             machine_s=functools.partial(next, machine),
             process_s=lambda: 0.0,
@@ -40,7 +40,7 @@ def busy(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """A machine that is busy all the time; the seconds that each measurement takes are to be appended."""
     now_s = [0.0]
     monkeypatch.setattr(clock, "MAX_REPEATS", 2)
-    monkeypatch.setattr(OtherLoad, "disturbed", True)
+    monkeypatch.setattr(Disturbance, "disturbed", True)
     monkeypatch.setattr(clock.time, "monotonic", lambda: sum(now_s))
     monkeypatch.setattr(clock, "_PAUSE_S", 0.0)
     monkeypatch.setattr(clock, "other_programs", lambda *_, **__: "other programs use 1.0 of 2 cores")
@@ -83,7 +83,7 @@ def test_a_machine_that_is_busy_at_the_start_is_not_waited_for(
         "when they have ended"
     )
     assert os.environ.pop("OMP_WAIT_POLICY") == "passive"
-    monkeypatch.setattr(OtherLoad, "disturbed", False)
+    monkeypatch.setattr(Disturbance, "disturbed", False)
     assert quietest(lambda: busy.append(1.0), patience=patience)[1]
     monkeypatch.setattr(clock, "other_programs", lambda *_, **__: None)
     assert Patience().check_start() is None

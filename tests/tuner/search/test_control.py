@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from profiles.engines.torch.decoder import Generation
-from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
 from profiles.records.core import PLAIN, Prompt, Setup, Workload
@@ -45,7 +44,7 @@ def test_half_the_threads_in_one_arm_are_told_under_load(
 ) -> None:
     """On the torch engine, beside another busy program: a real run says how many threads it had."""
     target = loader.load(str(tiny_folders["llama"]), dtype="float32", device="cpu")
-    engine = TorchEngine(target, (DraftSource(draft=NGRAM, model=None),), "cpu")
+    engine = TorchEngine(target, {NGRAM: None}, "cpu")
     generate = engine._generate
 
     def with_threads(workload: Workload, prompts: Sequence[Prompt], setup: Setup) -> list[Generation]:

@@ -14,8 +14,7 @@ from packaging.version import Version
 
 from profiles.acceptance.ngram import trace_lookup
 from profiles.builtin import BUILTIN_FOLDER
-from profiles.engines.serving.process import Server, free_port
-from profiles.engines.torch.drafters import DraftSource
+from profiles.engines.serving.process import free_port, start_server
 from profiles.engines.torch.engine import TorchEngine
 from profiles.engines.vllm.flags import LOOKUP_KEY, STEERED
 from profiles.hardware import fingerprint
@@ -88,7 +87,7 @@ def forecast() -> list[list[tuple[int, int]]]:
     target, small = (
         loader.load(f"builtin:{name}", dtype="float32", device="cpu") for name in ("target", "draft-general")
     )
-    engine = TorchEngine(target, (DraftSource(draft=draft(), model=small.model),), "cpu")
+    engine = TorchEngine(target, {draft(): small.model}, "cpu")
     longer = Workload(context_length=256, max_new_tokens=NEW + LOOKUP)  # vLLM counts what it accepts past the end
     rounds = []
     for token_ids in prompts():
@@ -193,8 +192,7 @@ def test_a_server_follows_its_policy(plain: list[list[int]], tmp_path: Path) -> 
     def lengths() -> set[int]:
         return {row[0] for line in steps.read_text().splitlines() for row in json.loads(line)["rows"]}
 
-    with Server(command, tmp_path / "log", environment=variables) as server:
-        server.wait_ready(180.0)
+    with start_server(command, tmp_path / "log", 180.0, environment=variables) as server:
         complete()
         assert max(lengths()) > 1
         write(path, policy_of(1))
@@ -207,7 +205,7 @@ def test_a_server_follows_its_policy(plain: list[list[int]], tmp_path: Path) -> 
         pids = server.pids
         [api_server] = [pid for pid in pids if "serve" in psutil.Process(pid).cmdline()][-1:]
         psutil.Process(api_server).kill()
-        assert server.process.wait(30.0)
+        assert server.wait(30.0)
         assert not [pid for pid in pids if psutil.pid_exists(pid)]
 
 

@@ -23,7 +23,6 @@ from profiles.engines.llamacpp.engine import LlamaCppEngine
 from profiles.engines.llamacpp.responses import tokens_again
 from profiles.engines.llamacpp.servers import Options, Program, complete, find_program
 from profiles.engines.serving.http_load import fetch
-from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
 from profiles.prompts import read, tokenize
@@ -54,7 +53,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
 def torch_engine() -> TorchEngine:
     target = loader.load(TARGET, dtype="float32", device="cpu")
     draft = loader.load(DRAFT_NAME, dtype="float32", device="cpu")
-    return TorchEngine(target, (DraftSource(draft=Draft(kind="model", model=draft.record), model=draft.model),), "cpu")
+    return TorchEngine(target, {Draft(kind="model", model=draft.record): draft.model}, "cpu")
 
 
 @dataclass(frozen=True)

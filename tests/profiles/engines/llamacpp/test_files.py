@@ -134,7 +134,7 @@ class TestAnswers:
         )
         assert run.token_ids == (7,) * 7
         assert dict(run.rounds or {}) == {(4, 1): 2, (3, 1): 1}
-        assert run.decode_s == pytest.approx(0.009)
+        assert run.server_s == pytest.approx(0.009)
 
     def test_accepted_past_an_end_token(self) -> None:
         """A draft that was right beyond an end token counts what was emitted; another form is an error."""

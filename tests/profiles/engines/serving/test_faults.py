@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from profiles.engines.serving.http_load import drive
-from profiles.engines.serving.process import GRACES_S, Process, Server
+from profiles.engines.serving.process import GRACES_S, Process, start_server
 from profiles.records.core import PLAIN, Setup
 from profiles.records.errors import EngineError, InputError, OutOfMemoryError
 from tests.profiles.engines.openai.test_engine import NGRAM, PROMPTS, WORKLOAD, engine_at
@@ -134,8 +134,7 @@ def test_a_server_killed_between_two_questions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("fault", "num_pids"), [("deaf", 2), ("grandchild", 3), ("", 2)])
 def test_a_server_that_does_not_want_to_end(tmp_path: Path, fault: str, num_pids: int) -> None:
     """One that ignores SIGINT and SIGTERM is killed, and so is what left its process group; by Ctrl-C too."""
-    server = Server((*FAKE, "--fault", fault), tmp_path / "log", graces_s=(0.3, 0.3))
-    server.wait_ready(20.0)
+    server = start_server((*FAKE, "--fault", fault), tmp_path / "log", 20.0, graces_s=(0.3, 0.3))
     pids = server.pids
     assert len(pids) == num_pids
     with pytest.raises(KeyboardInterrupt), server:

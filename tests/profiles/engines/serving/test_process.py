@@ -11,8 +11,7 @@ import pytest
 from profiles.engines.serving import process as processes
 from profiles.engines.serving.http_load import Answer, drive
 from profiles.engines.serving.logs import last_error_line, one_line
-from profiles.engines.serving.pool import ServerPool
-from profiles.engines.serving.process import Process, Server, free_port
+from profiles.engines.serving.process import Process, ServerPool, free_port, start_server
 from profiles.records.errors import EngineError
 from tests import ROOT
 from tests.support.fake_server import following
@@ -74,8 +73,7 @@ def test_output_grows_at_the_end_of_a_log(tmp_path: Path) -> None:
 
 def test_a_server_under_load(tmp_path: Path) -> None:
     """Every request is answered in its place; rows overlap up to the concurrency asked for, and no more."""
-    with Server(FAKE, tmp_path / "log") as server:
-        server.wait_ready(20.0)
+    with start_server(FAKE, tmp_path / "log", 20.0) as server:
         bodies = [{**BODY, "prompt": [first]} for first in range(10)]
         answers = drive(server.url, "/v1/completions", bodies, 4)
         assert [tokens_of(answer) for answer in answers] == [expected(first, 6) for first in range(10)]
@@ -88,8 +86,7 @@ def test_a_server_under_load(tmp_path: Path) -> None:
 
 def test_a_load_is_kept_up(tmp_path: Path) -> None:
     """Five requests, the last a long one, two in flight: others keep it company to its end and are thrown away."""
-    with Server([*FAKE, "--step-s", "0.02"], tmp_path / "log") as server:
-        server.wait_ready(20.0)
+    with start_server([*FAKE, "--step-s", "0.02"], tmp_path / "log", 20.0) as server:
         bodies = [{**BODY, "max_tokens": size} for size in (3, 3, 3, 3, 30)]
         answers = drive(server.url, "/v1/completions", bodies, 2)
         assert len(answers) == 5
@@ -100,13 +97,11 @@ def test_a_load_is_kept_up(tmp_path: Path) -> None:
 
 def test_a_taken_port_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server whose port another program took is started once more on another."""
-    with Server(FAKE, tmp_path / "first") as first:
-        first.wait_ready(20.0)
+    with start_server(FAKE, tmp_path / "first", 20.0) as first:
         taken = int(first.url.rpartition(":")[2])
         ports = iter([taken, free_port()])
         monkeypatch.setattr(processes, "free_port", lambda: next(ports))
-        with Server(FAKE, tmp_path / "second") as second:
-            second.wait_ready(20.0)
+        with start_server(FAKE, tmp_path / "second", 20.0) as second:
             assert second.url != first.url
             assert "Address already in use" in (tmp_path / "second").read_text()
 
@@ -187,9 +182,8 @@ def test_last_error_line(tmp_path: Path, log: str, words: str) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-from profiles.engines.serving.process import Server
-server = Server(sys.argv[2:], Path(sys.argv[1]), graces_s=(0.5, 0.5))
-server.wait_ready(20.0)
+from profiles.engines.serving.process import start_server
+server = start_server(sys.argv[2:], Path(sys.argv[1]), 20.0, graces_s=(0.5, 0.5))
 print(*server.pids, flush=True)
 time.sleep(1000)
 """

@@ -209,7 +209,7 @@ def test_decisions_that_cannot_be_run_are_named(engine: TorchEngine) -> None:
 def test_bad_numbers_spoil_no_later_run(tiny_folders: dict[str, Path]) -> None:
     """Caches that a broken target wrote to are let go."""
     target = loader.load(str(tiny_folders["llama"]), dtype="float32", device="cpu")
-    engine = TorchEngine(target, (), "cpu")
+    engine = TorchEngine(target, {}, "cpu")
     good = engine.trace_target(WORKLOAD, PROMPTS[0])
     weight = target.model.lm_head.weight
     num_accepted = weight.detach().clone()

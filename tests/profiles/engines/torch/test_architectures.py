@@ -16,7 +16,6 @@ from transformers import (
 
 from profiles.acceptance.expected_rounds import expected_rounds
 from profiles.engines.torch.batch_model import RowModel
-from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.models import loader
 from profiles.models.early_exit import early_exit
@@ -37,11 +36,11 @@ def load(folder: Path, dtype: str = "float32") -> LoadedModel:
 
 def engine_of(target: LoadedModel, twin: LoadedModel) -> TorchEngine:
     """The target with an early exit and a model of the same kind, whose weights differ, as drafts."""
-    sources = (
-        DraftSource(draft=Draft(kind="early_exit", num_layers=1), model=early_exit(target, 1)),
-        DraftSource(draft=Draft(kind="model", model=twin.record), model=twin.model),
-    )
-    return TorchEngine(target, sources, "cpu")
+    drafts = {
+        Draft(kind="early_exit", num_layers=1): early_exit(target, 1),
+        Draft(kind="model", model=twin.record): twin.model,
+    }
+    return TorchEngine(target, drafts, "cpu")
 
 
 def check_lossless(engine: TorchEngine) -> tuple[int, ...]:

@@ -15,7 +15,6 @@ from profiles.acceptance.ngram import trace_lookup
 from profiles.acceptance.ngram_index import NgramIndex
 from profiles.engines.torch.batch_model import RowModel
 from profiles.engines.torch.decoder import Decoder
-from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.engines.torch.sampling import KeyedRandom
 from profiles.engines.torch.trace import trace_model
@@ -42,13 +41,13 @@ def engine(tiny_folders: dict[str, Path]) -> TorchEngine:
     """A tiny random target with a draft of every kind; the model draft is another random model."""
     target = loader.load(str(tiny_folders["llama"]), dtype="float32", device="cpu")
     other = loader.load(str(tiny_folders["qwen2"]), dtype="float32", device="cpu")
-    sources = (
-        DraftSource(draft=Draft(kind="model", model=target.record), model=target.model),
-        DraftSource(draft=Draft(kind="model", model=other.record), model=other.model),
-        DraftSource(draft=Draft(kind="early_exit", num_layers=2), model=early_exit(target, 2)),
-        DraftSource(draft=NGRAM, model=None),
-    )
-    return TorchEngine(target, sources, "cpu")
+    drafts = {
+        Draft(kind="model", model=target.record): target.model,
+        Draft(kind="model", model=other.record): other.model,
+        Draft(kind="early_exit", num_layers=2): early_exit(target, 2),
+        NGRAM: None,
+    }
+    return TorchEngine(target, drafts, "cpu")
 
 
 def _prompts() -> list[Prompt]:

@@ -92,7 +92,7 @@ def test_emulated_decoding_captures_nothing_in_timed_units_and_waits_once_a_roun
 
 def test_emulated_steps_see_what_their_own_workload_needs(tiny_folders: dict[str, Path], gpu: EmulatedGpu) -> None:
     """A longer workload before it does not widen a step, and no capture falls into a timed unit after it."""
-    engine = TorchEngine(loader.load(str(tiny_folders["llama"]), dtype="float32", device="cuda:0"), (), "cuda:0")
+    engine = TorchEngine(loader.load(str(tiny_folders["llama"]), dtype="float32", device="cuda:0"), {}, "cuda:0")
     for context_length in (200, 40):
         gpu.attention.clear()
         with Watch() as watch:

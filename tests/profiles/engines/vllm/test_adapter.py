@@ -11,7 +11,7 @@ import pytest
 
 from profiles.acceptance.expected_rounds import combine, expected_rounds
 from profiles.engines.base import Engine
-from profiles.engines.serving.sampling_check import check_means
+from profiles.engines.serving.base import check_means
 from profiles.engines.vllm.client import WorkerClient
 from profiles.engines.vllm.config import EngineKey, VllmOptions, engine_arguments, start_arguments
 from profiles.engines.vllm.engine import VllmEngine

@@ -14,7 +14,6 @@ import psutil
 import pytest
 
 from profiles.acceptance.expected_rounds import expected_rounds
-from profiles.engines.torch.drafters import DraftSource
 from profiles.engines.torch.engine import TorchEngine
 from profiles.engines.vllm.config import VllmOptions
 from profiles.engines.vllm.engine import VllmEngine
@@ -53,7 +52,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     draft = Draft(kind="model", model=small.record)
     requests = read("builtin:code")[:4] + read("builtin:prose")[:4]
     found, _ = tokenize(requests, target.tokenizer, 160)
-    torch = TorchEngine(target, (DraftSource(draft=draft, model=small.model),), "cpu")
+    torch = TorchEngine(target, {draft: small.model}, "cpu")
     options = VllmOptions(
         python=str(RUNNING.python), max_length=LONGEST, max_alive=6, log_folder=tmp_path_factory.mktemp("logs")
     )

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from profiles.engines.lossless import check_end, check_queues
+from profiles.engines.runs import check_end, check_queues
 from profiles.records.core import PLAIN, Draft, Setup, Workload
 from profiles.records.errors import EngineError
 from profiles.records.evidence import TargetTrace
