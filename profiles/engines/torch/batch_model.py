@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from profiles.engines.torch import llama_forward
 from profiles.engines.torch.attention import disable_cudnn, pack_heads
-from profiles.engines.torch.kv_cache import RowCache, TransformersCache, added_mask
+from profiles.engines.torch.kv_cache import RowCache, added_mask, transformers_cache
 from profiles.records.draft_spec import MAX_LENGTH
 from profiles.records.errors import ModelError
 from profiles.timing.clock import Clock
@@ -195,11 +195,11 @@ class _TransformersForward:
     def __init__(self, model: PreTrainedModel, cache: RowCache) -> None:
         self._model = model
         config = model.config.get_text_config(decoder=True)
-        self._cache = TransformersCache(cache, config.num_hidden_layers)
+        self._cache = transformers_cache(cache, config.num_hidden_layers)
         if model.device.type == "cuda":
             pack_heads(model)
         self._window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        self._kinds = sorted(set(getattr(config, "layer_types", None) or ()))
+        self._kinds = sorted(set(getattr(config, "layer_types", None) or ("all",)))
         self._adds_mask = model.config._attn_implementation == "eager"
 
     def __call__(self, tokens: torch.Tensor, cache: RowCache, keep: int) -> torch.Tensor:
@@ -215,14 +215,8 @@ class _TransformersForward:
         return logits
 
     def _masks(self, cache: RowCache) -> torch.Tensor | dict[str, torch.Tensor]:
-        by_kind: dict[str, Callable[[], torch.Tensor]] = {
-            "full_attention": cache.mask,
-            "sliding_attention": lambda: cache.mask(window=self._window),
-        }
-        if not self._kinds:
-            seen = {"all": cache.mask(window=self._window)}
-        else:
-            seen = {kind: by_kind[kind]() for kind in self._kinds}
+        windows = {"all": self._window, "full_attention": None, "sliding_attention": self._window}
+        seen = {kind: cache.mask(window=windows[kind]) for kind in self._kinds}
         if self._adds_mask:
             seen = {kind: added_mask(mask, self._model.dtype) for kind, mask in seen.items()}
         return seen if len(seen) > 1 else next(iter(seen.values()))

@@ -86,11 +86,9 @@ def added_mask(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
 
 
-class TransformersCache(Cache):  # type: ignore[misc]
+def transformers_cache(rows: RowCache, num_layers: int) -> Cache:
     """A `RowCache` as transformers' models take it."""
-
-    def __init__(self, rows: RowCache, num_layers: int) -> None:
-        super().__init__(layers=[_Layer(rows, number) for number in range(num_layers)])
+    return Cache(layers=[_Layer(rows, number) for number in range(num_layers)])
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[misc]
