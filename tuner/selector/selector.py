@@ -197,9 +197,10 @@ class Selector:
             stream.probe_left -= 1
             arm = stream.probe
         elif share < CERTAIN and len(requests) == 1:
-            arms = {arm, *(best for best, share in zip(point.best, weights, strict=True) if share > MIN_SHARE)}
-            worth = point.informed(self._worth(point, sorted(arms), weights), weights)
-            arm = max(worth, key=lambda arm: worth[arm])
+            arms = {arm, *_best_arms(point, weights)}
+            if len(arms) > 1:
+                worth = point.informed(self._worth(point, sorted(arms), weights), weights)
+                arm = max(worth, key=worth.__getitem__)
         catch_up_s = self._catch_up_s(point, arm[0])
         if arm[0]:
             arm = self._affordable(point, arm, catch_up_s)
@@ -235,14 +236,14 @@ class Selector:
         main = weights.index(share)
         if share > 1.0 - OPEN_SHARE and point.best[main] == stream.arm:
             return
-        candidates = {best for best, share in zip(point.best, weights, strict=True) if share > MIN_SHARE}
+        candidates = _best_arms(point, weights)
         if share < CERTAIN:  # a setup may be the best of no domain, and good for all
             candidates.add(point.peak(self._now % len(point.lengths), main))
         present = {stream.arm, PLAIN_ARM}
         worth = self._worth(point, [stream.arm, PLAIN_ARM, *sorted(candidates - present)], weights)
         for arm in present:
             worth[arm] *= 1.0 + MARGIN
-        best = max(worth, key=lambda arm: worth[arm])
+        best = max(worth, key=worth.__getitem__)
         if best != stream.arm:
             stream.arm, stream.dwell = best, DWELL_ROUNDS
 
@@ -462,6 +463,11 @@ class Selector:
         """What belongs to rounds under way."""
         self._last_draft = None
         self._texts.clear()
+
+
+def _best_arms(point: Point, weights: Sequence[float]) -> set[Arm]:
+    """The best setups of the domains that say something."""
+    return {best for best, share in zip(point.best, weights, strict=True) if share > MIN_SHARE}
 
 
 def _is_possible(report: RoundReport, many: bool) -> bool:
