@@ -19,9 +19,10 @@ With a store: the policy and traces of a `make tune`, its prompts in their order
 import argparse
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import groupby, product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -30,11 +31,11 @@ from scipy import stats
 
 from profiles.engines.base import RoundController
 from profiles.records.core import PLAIN, Prompt, Setup
-from tests.benchmarks import real, traffic, world
-from tests.benchmarks.common import finish
-from tests.benchmarks.controllers import Ema, Simple, Table
-from tests.benchmarks.simulator import Fixed, Record
-from tests.benchmarks.traffic import Disturbance, Phase, Stream
+from tests.benchmarks import traffic, world
+from tests.benchmarks.common import arguments, finish
+from tests.benchmarks.controllers import Fixed, Oracle, Simple
+from tests.benchmarks.simulator import Record
+from tests.benchmarks.traffic import Disturbance, Phase, Request, Stream
 from tests.benchmarks.world import Family
 from tuner.selector.selector import Selector
 
@@ -68,6 +69,7 @@ REAL_BUILDERS: Mapping[str, Builder] = {
     "batch_shift": BUILDERS["batch_shift"],
 }
 REAL_STATICS = 3
+PART_REQUESTS = 12  # of a long phase at batch 1, on the real engine
 Rates = dict[str, list[float]]  # controller -> tokens per second, seed by seed
 AllRates = dict[tuple[str, float], Rates]  # by case and noise
 
@@ -112,33 +114,22 @@ class Replay:
         self._screened: dict[str, list[dict[Setup, float]]] = defaultdict(list)
         self._statics: dict[tuple[str, int], tuple[float, float]] = {}
 
-    def play(self, name: str, seed: int) -> None:
+    def play(self, name: str, seed: int, case: Case, build: Builder, noises: Sequence[float] = NOISES) -> None:
         """One stream under every controller, at every noise."""
-        case, family = CASES[name], self._family
-        stream = BUILDERS[case.stream](family.served, seed)
+        family = self._family
+        stream = build(family.served, seed)
         policy = family.policy if case.wrong is None else world.wrong_policies(family, seed)[case.wrong]
         key = case.stream if case.disturbance is None else name
         if (key, seed) not in self._statics:
             self._statics[key, seed] = self._best_static(key, case, stream, seed)
         best, oracle = self._statics[key, seed]
-        static = next(
-            setup for rows in (stream.most_rows, 1) if (setup := world.look_up(policy, rows, None)).draft or rows == 1
-        )
-        unmoved: dict[str, RoundController] = {
-            "lookup": Table(lambda rows, domain: world.look_up(policy, rows, domain))
-        }
-        if static.draft is not None:
-            unmoved["ema"] = Ema(static.draft, static.length)
-        fixed = {
-            rule: self._serve(case, stream, controller, seed, 0.06).usual_rate for rule, controller in unmoved.items()
-        }
-        for noise in NOISES:
+        lookup = self._serve(case, stream, world.lookup_table(policy), seed, 0.06).usual_rate
+        for noise in noises:
             rates = self.rates[name, noise]
             learning: dict[str, RoundController] = {"selector": Selector(policy, seed=seed), "simple": Simple(policy)}
             for rule, controller in learning.items():
                 rates[rule].append(self._serve(case, stream, controller, seed, noise).usual_rate / best)
-            for rule, rate in fixed.items():
-                rates[rule].append(rate / best)
+            rates["lookup"].append(lookup / best)
             if oracle:
                 rates["oracle"].append(oracle / best)
 
@@ -181,7 +172,7 @@ def replay(family: Family, seeds: range, names: tuple[str, ...], first_seed: int
     for seed in seeds:
         for name in names:
             if CASES[name].stream != "long" or seed - first_seed < LONG_SEEDS:
-                played.play(name, seed)
+                played.play(name, seed, CASES[name], BUILDERS[CASES[name].stream])
         print(f"seed {seed}", flush=True)
     return {key: dict(rates) for key, rates in played.rates.items()}
 
@@ -265,6 +256,29 @@ def document(rates: Mapping[tuple[str, float], Rates]) -> dict[str, Any]:
     return values
 
 
+def parts(stream: Stream) -> Iterator[list[Request]]:
+    """Requests of one phase, a dozen or four full batches at a time."""
+    for _, phase in groupby(stream.requests, key=lambda request: request.phase):
+        together = list(phase)
+        size = max(PART_REQUESTS, 4 * together[0].concurrency)
+        for first in range(0, len(together), size):
+            yield together[first : first + size]
+
+
+def real_rates(family: Family, stream: Stream, arms: Mapping[str, RoundController], seed: int) -> dict[str, float]:
+    """Tokens per second of every arm over the stream, without prefills; what drifts on the machine meets all alike."""
+    order = random.Random(f"{seed} {stream.name}")
+    tokens, seconds = dict.fromkeys(arms, 0), dict.fromkeys(arms, 0.0)
+    for requests in parts(stream):
+        workload = replace(family.workload, batch_size=requests[0].concurrency)
+        prompts = tuple(request.prompt for request in requests)
+        for name in order.sample(list(arms), len(arms)):
+            run = family.bench.engine.run_adaptive(workload, prompts, arms[name], max(world.LENGTHS))
+            tokens[name] += sum(each.tokens for each in run.rounds)
+            seconds[name] += sum(each.seconds for each in run.rounds)
+    return {name: tokens[name] / seconds[name] for name in arms}
+
+
 def run_real(family: Family, seeds: range) -> dict[str, Any]:
     """The selector, the look-up, plain decoding, the best static setups by replay, the oracle: on the real engine."""
     values: dict[str, Any] = {}
@@ -276,10 +290,10 @@ def run_real(family: Family, seeds: range) -> dict[str, Any]:
             statics = sorted(family.setups, key=lambda setup: -serve(stream, Fixed(setup)).tok_per_s)
             arms: dict[str, RoundController] = {setup.name: Fixed(setup) for setup in (*statics[:REAL_STATICS], PLAIN)}
             arms["selector"] = Selector(family.policy, seed=seed)
-            arms["lookup"] = Table(lambda rows, domain: world.look_up(family.policy, rows, domain))
+            arms["lookup"] = world.lookup_table(family.policy)
             if stream.most_rows == 1:
-                arms["oracle"] = real.oracle(family, stream)
-            rates = real.rates(family, stream, arms, seed)
+                arms["oracle"] = Oracle([family.best_alone(request.prompt) for request in stream.requests])
+            rates = real_rates(family, stream, arms, seed)
             best = max(
                 (arm for arm in rates if arm not in ("selector", "lookup", "oracle")), key=lambda arm: rates[arm]
             )
@@ -299,40 +313,27 @@ def run_real(family: Family, seeds: range) -> dict[str, Any]:
 def replay_store(store: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The evidence of a `make tune`: its prompts domain by domain in their order, and shuffled."""
     values: dict[str, Any] = {}
+    builders: Mapping[str, Builder] = {
+        "in_order": lambda prompts, seed: traffic.shifting(
+            prompts, seed, domains=DOMAINS, num_requests=len(prompts) // len(DOMAINS)
+        ),
+        "shuffled": lambda prompts, seed: traffic.steady(prompts, seed, num_requests=len(prompts)),
+    }
     with world.tuned_family(options, store) as family:
-        for name, build in {
-            "in_order": lambda seed: traffic.shifting(
-                family.served, seed, domains=DOMAINS, num_requests=len(family.served) // len(DOMAINS)
-            ),
-            "shuffled": lambda seed: traffic.steady(family.served, seed, num_requests=len(family.served)),
-        }.items():
-            for labelled in (True, False):
-                rates: Rates = defaultdict(list)
-                for seed in range(options.first_seed, options.first_seed + options.seeds):
-                    stream = build(seed)
-                    alone = [family.alone(request.prompt) for request in stream.requests]
-                    tokens = sum(family.output_tokens(request.prompt) for request in stream.requests)
-                    best = tokens / min(sum(seconds[setup] for seconds in alone) for setup in family.setups)
-                    arms: dict[str, RoundController] = {
-                        "selector": Selector(family.policy, seed=seed),
-                        "lookup": Table(lambda rows, domain: world.look_up(family.policy, rows, domain)),
-                        "simple": Simple(family.policy),
-                    }
-                    rates["oracle"].append(tokens / sum(min(seconds.values()) for seconds in alone) / best)
-                    for arm, controller in arms.items():
-                        record = family.simulator.serve(
-                            stream, controller, seed=seed, noise=scatter(0.06, seed), labelled=labelled
-                        )
-                        rates[arm].append(record.usual_rate / best)
-                key = name if labelled else f"unlabelled_{name}"
-                show(f"store, {key}", 0.06, rates)
-                values |= figures(f"store_{key}_ratio", rates["selector"])
+        played = Replay(family)
+        for (name, build), labelled in product(builders.items(), (True, False)):
+            key = name if labelled else f"unlabelled_{name}"
+            for seed in range(options.first_seed, options.first_seed + options.seeds):
+                played.play(key, seed, Case(stream=name, labelled=labelled), build, noises=(0.06,))
+            rates = played.rates[key, 0.06]
+            show(f"store, {key}", 0.06, rates)
+            values |= figures(f"store_{key}_ratio", rates["selector"])
     return values
 
 
 def main() -> None:
     """Replay, real runs, tables, JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     world.add_options(parser, seeds=50)
     parser.add_argument("--store", type=Path, help="folder of a `make tune`: replay its policy and evidence only")
     parser.add_argument("--real-seeds", type=int, default=3, help="on the real engine; 0: replay only")

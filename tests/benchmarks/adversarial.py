@@ -11,7 +11,6 @@ seconds of the machine as it usually is. Then the same with the guarantee switch
 without what rows waited for prefills, as engines report.
 """
 
-import argparse
 from collections.abc import Callable, Mapping
 from itertools import product
 from statistics import fmean
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 from profiles.records.core import Prompt
 from tests.benchmarks import traffic, world
 from tests.benchmarks.adaptive import NOISES, scatter
-from tests.benchmarks.common import finish
+from tests.benchmarks.common import arguments, finish
 from tests.benchmarks.traffic import Disturbance, Phase, Stream
 from tests.benchmarks.world import Family
 from tuner.selector.selector import GUARANTEE, WINDOW, Selector
@@ -100,7 +99,7 @@ def least(results: Mapping[Served, Result], suffix: str) -> dict[str, Any]:
 
 def main() -> None:
     """Every stream under every disturbance, table, JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     world.add_options(parser, seeds=4)
     parser.add_argument("--noises", type=float, nargs="+", default=NOISES)
     parser.add_argument("--streams", nargs="+", choices=sorted(BUILDERS), default=list(BUILDERS))

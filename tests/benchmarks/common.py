@@ -1,9 +1,10 @@
-"""What the benchmarks share: the family that ships, a few prompts of every domain, and the last line in JSON."""
+"""What the benchmarks share: models and prompts that ship, runs beside their forecasts, and the last line in JSON."""
 
+import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,28 @@ DRAFTS = (*builtin.DRAFTS, "ngram")
 LENGTHS = tuple(range(1, 9))
 
 
+Loads = list[tuple[Workload, tuple[Prompt, ...]]]
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is the module's text as it stands."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def load_family(
+    drafts: Sequence[str], *, composites: bool = False, device: str | None = None, **question: Any
+) -> tuple[Bench, Loads]:
+    """The target that ships with drafts by their names, and the workloads of a `Question` on the prompts that ship."""
+    specs = [draft_spec.parse_draft(text) for text in drafts]
+    bench = load.load(builtin.TARGET, draft_spec.with_composites(specs) if composites else specs, None, device)
+    loads, _ = workloads.workloads(bench, Question(**question), [builtin.ALL_PROMPTS])
+    return bench, loads
+
+
 def family(num_prompts: int, max_new_tokens: int) -> tuple[Bench, Workload, tuple[Prompt, ...]]:
     """The engine with all drafts and composites, its workload, and `num_prompts` that ship, domain by domain."""
-    specs = draft_spec.with_composites([draft_spec.parse_draft(text) for text in DRAFTS])
-    bench = load.load(builtin.TARGET, specs, None, None)
-    question = Question(lengths=LENGTHS, max_new_tokens=max_new_tokens)
-    ((workload, prompts),), _ = workloads.workloads(bench, question, [builtin.ALL_PROMPTS])
+    bench, loads = load_family(DRAFTS, composites=True, lengths=LENGTHS, max_new_tokens=max_new_tokens)
+    ((workload, prompts),) = loads
     return bench, workload, spread_over_domains(prompts, num_prompts)
 
 

@@ -1,20 +1,12 @@
-"""Controllers to compare a selector with: look-ups, the obvious rule, a published adaptive rule, and an oracle.
+"""Controllers to compare a selector with: look-ups, the rule that one would write first, and an oracle."""
 
-`Simple` is the rule one would write first. `Ema` is written from a description of SGLang's adaptive speculation: an
-exponential average of accepted tokens with hysteresis over one draft's step counts.
-"""
-
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 from profiles.engines.base import RoundDecision, RoundReport
-from profiles.records.core import PLAIN, Draft, Setup
+from profiles.records.core import PLAIN, Setup
 from tuner.policy.policy import Policy
 from tuner.policy.query import MIXED
 from tuner.selector.acceptance import AcceptanceModel
-
-EMA_STEPS: Mapping[int, tuple[int, ...]] = {1: (1, 3, 5, 7), 8: (0, 1, 3), 32: (0, 1), 64: (0,)}  # SGLang's defaults
-EMA_WEIGHT, EMA_INTERVAL, EMA_WARM_UP = 0.2, 5, 10
-EMA_DOWN, EMA_UP = -0.25, 0.0  # moves the thresholds half a token under a step count
 
 
 def picked(setup: Setup) -> RoundDecision:
@@ -29,6 +21,16 @@ class Controller:
         return True
 
     def finish(self, requests: Iterable[Hashable]) -> None: ...
+
+
+class Fixed(Controller):
+    """Always the same setup."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._decision = picked(setup)
+
+    def choose(self, **_: object) -> RoundDecision:
+        return self._decision
 
 
 class Table(Controller):
@@ -99,55 +101,6 @@ class Simple(Controller):
         proposes = 1.0 - (1.0 - model.reach[0]) ** size
         round_s = factor * (proposes * seconds[setup.length] + (1.0 - proposes) * seconds[0])
         return model.tokens[self._lengths.index(setup.length)] / round_s
-
-
-class Ema(Controller):
-    """SGLang's rule on one draft: one more step than the average round keeps, by batch size; no notion of cost."""
-
-    def __init__(self, draft: Draft, first_length: int, steps: Mapping[int, tuple[int, ...]] = EMA_STEPS) -> None:
-        self._draft = draft
-        self._slots = {size: _Slot(candidates, first_length) for size, candidates in steps.items()}
-
-    def choose(self, *, batch_size: int | None = None, **_: object) -> RoundDecision:
-        length = self._slot(batch_size or 1).steps
-        setup = Setup(draft=self._draft, length=length) if length else PLAIN
-        return picked(setup)
-
-    def observe(self, report: RoundReport) -> bool:
-        self._slot(len(report.rows)).update([accepted for _, accepted in report.rows])
-        return True
-
-    def _slot(self, batch_size: int) -> "_Slot":
-        return self._slots[max(size for size in self._slots if size <= max(batch_size, min(self._slots)))]
-
-
-class _Slot:
-    """The step count for one batch size."""
-
-    def __init__(self, candidates: Sequence[int], first: int) -> None:
-        self._candidates = sorted(candidates)
-        self.steps = first if first in candidates else self._candidates[len(candidates) // 2]
-        self._average = self.steps - 1.0
-        self._rounds = 0
-
-    def update(self, accepted: Sequence[int]) -> None:
-        if self.steps > 0:
-            self._average += EMA_WEIGHT * (sum(accepted) / len(accepted) - self._average)
-        self._rounds += 1
-        if self._rounds > EMA_WARM_UP and (self._rounds - EMA_WARM_UP) % EMA_INTERVAL == 0:
-            self.steps = self._next()
-
-    def _next(self) -> int:
-        index = first_index = self._candidates.index(self.steps)
-        if self.steps == 0 and len(self._candidates) > 1:  # the smallest count is tried again
-            self._average = max(self._average, self._candidates[1] - 1.0) if self._average < 0.0 else self._average
-            return self._candidates[1]
-        while index > 0 and self._average <= max(0.5, self._candidates[index - 1] - 0.5) + EMA_DOWN:
-            index -= 1
-        if index == first_index:
-            while index < len(self._candidates) - 1 and self._average > self._candidates[index] - 0.5 + EMA_UP:
-                index += 1
-        return self._candidates[index]
 
 
 class Oracle(Controller):

@@ -10,7 +10,6 @@ The grid's seconds are those of its requests, each with a prefill of its own; th
 and the grid's seconds are four times those of every fourth prompt. Its last line has the seconds by stage.
 """
 
-import argparse
 import random
 import tempfile
 import time
@@ -19,16 +18,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from profiles import builtin
-from profiles.engines import workloads
 from profiles.engines.base import Engine
-from profiles.engines.bench import Question
-from profiles.engines.torch import load
-from profiles.records import draft_spec
 from profiles.records.core import PLAIN, Prompt, Setup, Workload
 from profiles.stats import speedup_interval
 from store.evidence_store import EvidenceStore
-from tests.benchmarks.common import LENGTHS, family, finish
+from tests.benchmarks.common import LENGTHS, arguments, family, finish, load_family
 from tuner import run as store_runs
 from tuner.pipeline.pipeline import Watch
 from tuner.pipeline.trial import Options
@@ -106,10 +100,7 @@ def tune(
 
 def small() -> None:
     """A small grid on long prompts."""
-    specs = [draft_spec.parse_draft(text) for text in ("ngram", "early-exit:5")]
-    bench = load.load(builtin.TARGET, specs, None, None)
-    question = Question(lengths=SMALL_LENGTHS, max_new_tokens=48)
-    ((workload, prompts),), _ = workloads.workloads(bench, question, [builtin.ALL_PROMPTS])
+    bench, [(workload, prompts)] = load_family(("ngram", "early-exit:5"), lengths=SMALL_LENGTHS, max_new_tokens=48)
     tokens = [token for prompt in prompts for token in prompt.token_ids]
     long = tuple(
         Prompt(domain="mixed text", token_ids=tuple(tokens[400 * number : 400 * number + 300 + 5 * number]))
@@ -136,7 +127,7 @@ def small() -> None:
 
 def main() -> None:
     """Tuner, grid, rerun, JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=2, help="of the rerun")

@@ -9,7 +9,6 @@ until it is done, then the next one is begun; a finished store must hold what a 
 `torn`: units of which a part is there.
 """
 
-import argparse
 import random
 import tempfile
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks.common import finish
+from tests.benchmarks.common import arguments, finish
 from tests.support.crashes import TORCH, Kill, Moment, Starter, Victim, evidence_of, whole_evidence
 
 PAUSE_S = 0.010  # for measuring, or hardly any kill would land in it
@@ -75,7 +74,7 @@ def table_of(kills: list[Kill]) -> Table:
 
 def main() -> None:
     """Made-up runs, a measured one, the table, JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--kills", type=int, default=50, help="of made-up runs")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

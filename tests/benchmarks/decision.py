@@ -27,7 +27,7 @@ import numpy
 
 from profiles.records.core import PLAIN, Draft, Interval, Model, Prompt, Setup, digest_of
 from profiles.stats import Linearised, LogRatio, log_ratio
-from tests.benchmarks.common import finish
+from tests.benchmarks.common import arguments, finish
 from tuner.forecast.queues import spread_over_domains
 from tuner.pipeline.points import num_proof_prompts
 from tuner.policy.estimates import Forecast, Measured
@@ -330,7 +330,7 @@ def repeat(number: int, repetitions: range) -> Result:
 
 def main() -> None:
     """All cases, a table, and one JSON document."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--reps", type=int, help="of each case; by default 400 of `power_` cases, 2,000 of the others")
     parser.add_argument("--cases", nargs="+", default=[""], help="only cases with one of these in their name")
     parser.add_argument("--processes", type=int, default=os.cpu_count())

@@ -8,8 +8,10 @@ Lengths that the overhead was calibrated with are shown and not graded. vLLM run
 llama.cpp has one thread.
 """
 
-import argparse
+import math
 import os
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,25 +24,26 @@ from profiles.engines.torch import load
 from profiles.records import draft_spec
 from profiles.records.core import PLAIN, Prompt, Setup, Workload
 from profiles.records.errors import DraftpickError
-from tests.benchmarks.common import finish
+from tests.benchmarks.common import arguments, finish
 from tests.lanes.places import RUNNING
 from tuner.forecast.evidence import calibration_lengths, gather
 from tuner.forecast.forecaster import QUEUE_BATCHES, Forecaster
 from tuner.forecast.queues import queues, spread_over_domains
-from tuner.search.objective import MIN_SPEEDUP
+from tuner.search.objective import MIN_SPEEDUP, candidates
 from tuner.search.pairs import Pair, run_pairs
 from tuner.search.proof import Design, measure
 
 ENGINES = ("torch", "llamacpp", "vllm")
 LENGTHS = (1, 2, 3, 4, 5, 6)
 BATCH_SIZES = (1, 8)
+MIN_QUEUES = 2  # that are run where seconds are bounded
 NUM_QUEUES = 3  # in a batch, each as long as the forecasts' queues
 TARGET, DRAFT = builtin.TARGET, "builtin:draft-general"
 
 
-def bench_of(engine: str, drafts: tuple[str, ...] = (DRAFT,), max_requests: int = max(BATCH_SIZES)) -> Bench:
+def bench_of(engine: str) -> Bench:
     """The pair on an engine. Raises DraftpickError: it is not installed."""
-    specs = [draft_spec.parse_draft(text) for text in drafts]
+    specs = [draft_spec.parse_draft(DRAFT)]
     if engine == "torch":
         return load.load(TARGET, specs, "float32", "cpu")
     python = os.environ.get("DRAFTPICK_VLLM_PYTHON") or (str(RUNNING.python) if RUNNING.is_whole else None)
@@ -48,7 +51,7 @@ def bench_of(engine: str, drafts: tuple[str, ...] = (DRAFT,), max_requests: int 
         engine=engine,
         command=python if engine == "vllm" else None,
         threads=1 if engine == "llamacpp" else None,  # whose threads spin: the client that loads it needs a core too
-        max_requests=max_requests,
+        max_requests=max(BATCH_SIZES),
         max_length=max(LENGTHS),
         device="cpu",
     )
@@ -64,28 +67,44 @@ def loads_of(bench: Bench, num_prompts: int, max_new_tokens: int) -> list[tuple[
     ]
 
 
-def measure_load(bench: Bench, workload: Workload, prompts: tuple[Prompt, ...]) -> list[dict[str, Any]]:
-    """A row for every length at one batch size."""
-    engine = bench.engine
-    evidence = gather(engine, workload, prompts, LENGTHS)
-    forecaster = Forecaster(evidence, workload, engine.target.run_digest)
-    setups = [Setup(draft=draft, length=length) for draft in evidence.drafts for length in LENGTHS]
-    pairs: dict[Setup, list[Pair]] = {setup: [] for setup in setups}
-    several = queues(
+def every_length(_: Forecaster, setups: Sequence[Setup], __: Sequence[Prompt]) -> list[Setup]:
+    return [setup for setup in setups if setup.draft is not None]
+
+
+def measure_load(
+    bench: Bench,
+    workload: Workload,
+    prompts: Sequence[Prompt],
+    *,
+    lengths: tuple[int, ...] = LENGTHS,
+    select: Callable[[Forecaster, Sequence[Setup], Sequence[Prompt]], list[Setup]] = every_length,
+    num_queues: int = NUM_QUEUES,
+    batches_per_queue: int = QUEUE_BATCHES,
+    seconds: float = math.inf,
+) -> list[dict[str, Any]]:
+    """A row for each of the selected setups: its forecast, and runs beside plain decoding, queue by queue."""
+    evidence = gather(bench.engine, workload, prompts, lengths)
+    forecaster = Forecaster(evidence, workload, bench.engine.target.run_digest)
+    planned = queues(
         prompts,
         workload.batch_size,
         max_alone=len(prompts),
-        num_queues=NUM_QUEUES,
-        batches_per_queue=QUEUE_BATCHES,
+        num_queues=num_queues,
+        batches_per_queue=batches_per_queue,
     )
-    for number, queue in enumerate(several):
+    setups = select(forecaster, candidates(evidence.drafts, lengths), prompts)
+    pairs: dict[Setup, list[Pair]] = {setup: [] for setup in setups}
+    until = time.monotonic() + seconds
+    for number, queue in enumerate(planned):
+        if number >= MIN_QUEUES and time.monotonic() > until:
+            break
         for setup in setups:
-            pairs[setup] += run_pairs(engine, workload, queue, setup, f"bench {number}")
+            pairs[setup] += run_pairs(bench.engine, workload, queue, setup, f"bench {number}")
     rows = []
-    for setup in setups:
-        forecast = forecaster.forecast(setup, prompts)
-        design = Design(setup=setup, greedy=True, queue_size=len(several[0]))
-        measured, _ = measure(design, pairs[setup])
+    for setup, ran in pairs.items():
+        digests = {plain.prompt_digest for plain, _ in ran}
+        forecast = forecaster.forecast(setup, [prompt for prompt in prompts if prompt.digest in digests])
+        measured, _ = measure(Design(setup=setup, greedy=True, queue_size=len(planned[0])), ran)
         rows.append(
             {
                 "batch_size": workload.batch_size,
@@ -94,8 +113,10 @@ def measure_load(bench: Bench, workload: Workload, prompts: tuple[Prompt, ...]) 
                 "speedup": round(measured.speedup.estimate, 4),
                 "interval": [round(measured.speedup.low, 4), round(measured.speedup.high, 4)],
                 "plain_tok_per_s": round(workload.batch_size * measured.plain_tok_per_s.estimate, 1),
+                "tok_per_s": round(workload.batch_size * measured.tok_per_s.estimate, 1),
                 "error": round(forecast.speedup.estimate / measured.speedup.estimate - 1.0, 4),
-                "graded": setup.length not in calibration_lengths(LENGTHS),
+                "graded": setup.length not in calibration_lengths(lengths),
+                "runs": len(ran),
                 "partings": measured.num_divergences,
                 "disturbed": measured.num_disturbed,
             }
@@ -137,7 +158,7 @@ def run_engine(name: str, num_prompts: int, max_new_tokens: int) -> dict[str, An
 
 def main() -> None:
     """A row per engine, batch and length, then the choices side by side, then JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("engines", nargs="*", default=list(ENGINES), metavar="ENGINE", help=", ".join(ENGINES))
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--max-new-tokens", type=int, default=64)

@@ -7,7 +7,6 @@ Needs no vLLM and no download: tiny random models of each architecture, and the 
 is a failed check and the others go on; what does not fit in the time is left out and named.
 """
 
-import argparse
 import contextlib
 import importlib.metadata
 import io
@@ -39,7 +38,7 @@ from profiles.models.early_exit import early_exit
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload
 from profiles.stats import median
 from profiles.timing.clock import Clock
-from tests.benchmarks.common import family, finish
+from tests.benchmarks.common import arguments, family, finish
 from tests.benchmarks.roofline import copy_bytes_per_s
 from tests.emulated_gpu import EmulatedGpu
 from tests.support import tiny
@@ -324,7 +323,7 @@ def run_checks(scene: Scene) -> Iterator[tuple[str, Row]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--emulated", action="store_true", help="on emulated GPUs")
     is_emulated = parser.parse_args().emulated
     if not is_emulated and not torch.cuda.is_available():

@@ -7,7 +7,6 @@ and plain decoding are shown but not graded. `error` is forecast over measured s
 tokens per second, which includes the machine's drift since the evidence was taken, stands beside it.
 """
 
-import argparse
 import math
 import random
 import time
@@ -18,7 +17,7 @@ import numpy
 from profiles.engines.torch.engine import TorchEngine
 from profiles.records.core import PLAIN, Prompt, Setup, Workload
 from profiles.stats import median
-from tests.benchmarks.common import LENGTHS, family, finish
+from tests.benchmarks.common import LENGTHS, arguments, family, finish
 from tuner.forecast.evidence import Evidence, calibration_lengths, gather
 from tuner.forecast.forecaster import Forecaster
 from tuner.search.objective import candidates
@@ -53,7 +52,7 @@ def speedup(runs: Runs, name: str, prompts: tuple[Prompt, ...]) -> tuple[float, 
 
 def main() -> None:
     """Evidence, grid, comparison, JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--seconds", type=float, default=420.0, help="for the grid")

@@ -10,6 +10,7 @@ about, and the ratio of the medians is reported. Last line: p50_ms, p99_ms, proc
 """
 
 import argparse
+import itertools
 import os
 import random
 import statistics
@@ -33,9 +34,9 @@ from store import tables
 from store.evidence_store import EvidenceStore
 from tests import ROOT
 from tests.benchmarks.common import finish
-from tests.support.policies import forecast, measured
+from tests.support import policies
 from tuner.deploy.lookup import Query, lookup
-from tuner.policy.policy import Choice, Policy, to_json
+from tuner.policy.policy import Policy, to_json
 from tuner.policy.query import MIXED
 
 NUM_TARGETS, NUM_FAMILIES, NUM_VERSIONS, NUM_PROMPTS = 100, 20, 5, 997
@@ -76,24 +77,18 @@ def machines() -> list[Environment]:
 def policy(model: Model, machine: Environment) -> Policy:
     """Twelve anchors, two setups."""
     choices = []
-    for batch_size in BATCHES:
-        for domain in DOMAINS:
-            setup = Setup(draft=DRAFT if domain == "code" else NGRAM, length=8 // batch_size or 1)
-            setup = PLAIN if batch_size == BATCHES[-1] else setup
-            won = {"forecast": forecast(setup), "measured": measured(setup), "proven": True} if setup.draft else {}
-            choices.append(
-                Choice(
-                    batch_size=batch_size,
-                    context_length=4096,
-                    domain=domain,
-                    temperature=0.0,
-                    setup=setup,
-                    reason=f"{setup.name} was the fastest.",
-                    evidence=tuple(digest_of([batch_size, domain, number]) for number in range(30)),
-                    alternatives=(forecast(Setup(draft=NGRAM, length=2)), forecast(Setup(draft=DRAFT, length=2))),
-                    **won,  # type: ignore[arg-type]
-                )
+    for batch_size, domain in itertools.product(BATCHES, DOMAINS):
+        setup = Setup(draft=DRAFT if domain == "code" else NGRAM, length=8 // batch_size or 1)
+        choices.append(
+            policies.choice(
+                PLAIN if batch_size == BATCHES[-1] else setup,
+                batch_size=batch_size,
+                context_length=4096,
+                domain=domain,
+                evidence=tuple(digest_of([batch_size, domain, number]) for number in range(30)),
+                alternatives=tuple(policies.forecast(Setup(draft=draft, length=2)) for draft in (NGRAM, DRAFT)),
             )
+        )
     return Policy(created=MADE, target=model, environment=machine, choices=tuple(choices))
 
 

@@ -17,9 +17,8 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -35,10 +34,9 @@ from profiles.engines.torch import load
 from profiles.models.loader import LoadedModel
 from profiles.records.core import PLAIN, Interval, Prompt, Setup, Workload, digest_of
 from profiles.records.draft_spec import parse_draft
-from profiles.records.evidence import TargetTrace
 from profiles.stats import speedup_interval
 from profiles.timing.clock import Clock, quietest
-from tests.benchmarks.common import finish
+from tests.benchmarks.common import arguments, finish
 from tests.benchmarks.roofline import roofline_fraction
 
 # ---- the setups that race to be "our best" beside plain decoding: (spelling of a draft, its lengths); add others here
@@ -68,36 +66,16 @@ PAIRS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One request by one arm; our engine tells its tokens only by their digest."""
+    """One request by one arm; `digest` of its tokens."""
 
     seconds: float
     num_tokens: int
     digest: str
-    token_ids: tuple[int, ...] | None = None
 
 
 Arm = Callable[[Prompt], Run]
 Cell = dict[str, Any]
 Turns = dict[str, list[list[Run]]]  # arm -> prompt by prompt, the runs of its turns
-
-
-@dataclass(slots=True, kw_only=True)
-class Tally:
-    """Greedy outputs of one arm against the target's trace; `gap` of the two largest logits where they parted."""
-
-    runs: int = 0
-    partings: int = 0
-    gaps: list[float] = field(default_factory=list)
-
-    def add(self, run: Run, trace: TargetTrace) -> None:
-        self.runs += 1
-        if run.digest == digest_of(trace.token_ids):
-            return
-        self.partings += 1
-        pairs = zip_longest(run.token_ids or (), trace.token_ids)
-        place = next(index for index, (theirs, ours) in enumerate(pairs) if theirs != ours)
-        if run.token_ids is not None and place < len(trace.logit_gaps):
-            self.gaps.append(trace.logit_gaps[place])
 
 
 def ours(bench: Bench, workload: Workload, prompt: Prompt, setup: Setup) -> Run:
@@ -120,8 +98,7 @@ def timed(device: str, seed: int, decode: Callable[[], Sequence[int]]) -> Run:
         started = clock.read()
         emitted = decode()
         seconds = clock.read() - started
-        token_ids = tuple(emitted)
-        return Run(seconds=seconds, num_tokens=len(token_ids), digest=digest_of(token_ids), token_ids=token_ids)
+        return Run(seconds=seconds, num_tokens=len(emitted), digest=digest_of(tuple(emitted)))
 
     return quietest(run)[0]
 
@@ -255,19 +232,19 @@ def measure_cell(bench: Bench, workload: Workload, prompts: Sequence[Prompt], se
 
 
 def compare(
-    bench: Bench, workload: Workload, prompts: Sequence[Prompt], runs: Turns, tallies: dict[str, Tally]
+    bench: Bench, workload: Workload, prompts: Sequence[Prompt], runs: Turns, partings: dict[str, list[int]]
 ) -> None:
-    """Counts every greedy run of every arm into its tally."""
+    """Adds to every arm's greedy runs, and to those that part from the target's trace."""
     for number, prompt in enumerate(prompts):
-        trace = bench.engine.trace_target(workload, prompt)
+        digest = digest_of(bench.engine.trace_target(workload, prompt).token_ids)
         for name, turns in runs.items():
-            for run in turns[number]:
-                tallies[name].add(run, trace)
+            partings[name][0] += sum(run.digest != digest for run in turns[number])
+            partings[name][1] += len(turns[number])
 
 
 def asked() -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--prompts", type=int, default=8, help="timed in each cell, at least 2")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=450.0, help="for all cells; first turns are always finished")
@@ -291,7 +268,7 @@ def main() -> None:
     bench = load.load(TARGET, specs, options.dtype, options.device)
     if bench.refused:
         raise SystemExit(f"{bench.refused[0].name}: {bench.refused[0].detail}")
-    tallies: dict[str, Tally] = defaultdict(Tally)
+    partings: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     lengths = (LENGTH, *(length for _, lengths in RACED for length in lengths))
     print(f"{'cell':12} " + " ".join(f"{name:>19}" for name in PAIRS) + "  best setup")
     cells, share = [], options.seconds / (len(TEMPERATURES) * len(DOMAINS))
@@ -302,10 +279,12 @@ def main() -> None:
             prompts = prompts[: options.prompts + RACE_PROMPTS]
             cell, runs = measure_cell(bench, workload, prompts, share)
             if temperature == 0.0:
-                compare(bench, workload, prompts[:-RACE_PROMPTS], runs, tallies)
+                compare(bench, workload, prompts[:-RACE_PROMPTS], runs, partings)
             _show(cell)
             cells.append(cell)
-    _show_partings(tallies)
+    print("greedy outputs that part from our plain decoding:")
+    for name, (number, of) in partings.items():
+        print(f"  {name:22} {number} of {of}")
     finish(
         {
             "benchmark": "peers",
@@ -317,7 +296,7 @@ def main() -> None:
             "num_prompts": options.prompts,
             "max_new_tokens": options.max_new_tokens,
             "versions": {name: version(name) for name in ("torch", "transformers", "flashspec")},
-            "partings": {name: [tally.partings, tally.runs] for name, tally in tallies.items()},
+            "partings": partings,
             "cells": cells,
         }
     )
@@ -348,13 +327,6 @@ def _show(cell: Cell) -> None:
         low, high = cell[f"{name}_interval"]
         figures.append(f"{cell[f'{name}_ratio']:5.2f} [{low:.2f}, {high:.2f}]")
     print(f"{label:12} " + " ".join(f"{figure:>19}" for figure in figures) + f"  {cell['best_setup']}", flush=True)
-
-
-def _show_partings(tallies: dict[str, Tally]) -> None:
-    print("greedy outputs that part from our plain decoding:")
-    for name, tally in tallies.items():
-        gaps = f", two largest logits at most {max(tally.gaps):.2g} apart there" if tally.gaps else ""
-        print(f"  {name:22} {tally.partings} of {tally.runs}{gaps}")
 
 
 if __name__ == "__main__":

@@ -7,21 +7,17 @@ from torch's profiler in runs of their own; the rest is dispatch, small operatio
 what is spent outside the models' forwards. On a GPU the device's own busy time takes the place of the products.
 """
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from profiles import builtin
-from profiles.engines import workloads
-from profiles.engines.bench import Bench, Question
-from profiles.engines.torch import batch_model, load
-from profiles.records import draft_spec
+from profiles.engines.bench import Bench
+from profiles.engines.torch import batch_model
 from profiles.records.core import PLAIN, Prompt, Setup, Workload
 from profiles.records.evidence import Sample
-from tests.benchmarks.common import finish
+from tests.benchmarks.common import arguments, finish, load_family
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 ATTENTION = ("flash_attention", "efficient_attention", "scaled_dot_product_attention_math")
@@ -78,13 +74,12 @@ def forward_s(decode: Callable[[], list[Sample]]) -> tuple[float, float]:
 
 def main() -> None:
     """A row per setup, then JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--device")
     options = parser.parse_args()
-    bench = load.load(builtin.TARGET, [draft_spec.parse_draft(text) for text in DRAFTS], None, options.device)
-    question = Question(lengths=(LENGTH,), max_new_tokens=64, temperature=options.temperature)
-    ((workload, prompts),), _ = workloads.workloads(bench, question, [builtin.ALL_PROMPTS])
+    question = {"lengths": (LENGTH,), "max_new_tokens": 64, "temperature": options.temperature}
+    bench, [(workload, prompts)] = load_family(DRAFTS, device=options.device, **question)
     chosen, on_gpu = prompts[:: len(prompts) // 6][:6], bench.engine.environment.cuda is not None
     found = []
     print(f"{'setup':46} {'round ms':>9} {'host share':>11} {'outside forwards':>17}")

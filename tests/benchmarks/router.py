@@ -8,7 +8,6 @@ questions are read from `--real` where that file is; their domains of fewer than
 no known domain.
 """
 
-import argparse
 import functools
 import random
 import re
@@ -29,7 +28,7 @@ from profiles.records.errors import InputError
 from profiles.stats import calibration_interval, share_interval, speedup_interval
 from store.cached_engine import CachedEngine
 from store.evidence_store import EvidenceStore
-from tests.benchmarks.common import LENGTHS, family, finish
+from tests.benchmarks.common import LENGTHS, arguments, family, finish
 from tuner.forecast.evidence import gather
 from tuner.forecast.forecaster import Forecaster
 from tuner.policy.policy import MIN_DOMAIN_PROMPTS
@@ -241,7 +240,7 @@ def streams(found: Labelled, told: Told, priced: Priced) -> dict[str, Any]:
 
 def main() -> None:
     """Evidence, routers, streams, JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--store", type=Path, help="an evidence file to keep; without one a temporary one is made")
     parser.add_argument("--real", type=Path, default=REAL, help="Spec-Bench's questions as JSONL")

@@ -8,7 +8,6 @@ grades. Then engine configurations that are made up, at equal seconds. `--measur
 domain beyond k = 8 against k = 8, on prompts that chose neither. The last line is one JSON document.
 """
 
-import argparse
 import gzip
 import itertools
 import math
@@ -30,7 +29,7 @@ from profiles.records.core import Draft, Prompt, Setup, Workload
 from profiles.records.errors import EngineError
 from profiles.records.evidence import AcceptanceTrace, Sample, StepTimes, TargetTrace
 from profiles.stats import median, speedup_interval
-from tests.benchmarks.common import LENGTHS, family, finish
+from tests.benchmarks.common import LENGTHS, arguments, family, finish
 from tuner.forecast.evidence import Evidence, gather
 from tuner.forecast.forecaster import Forecaster
 from tuner.pipeline.points import plan_points
@@ -334,7 +333,7 @@ def document_of(rows: Sequence[dict[str, Any]], size: int, evaluations: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--record", action="store_true", help="record the evidence anew, on this machine")
     parser.add_argument("--measure", type=float, default=0.0, metavar="SECONDS", help="run the long pick as well")
     parser.add_argument("--seeds", type=int, default=2)

@@ -10,7 +10,6 @@ before and after: it tells how busy the machine was (30 us on an idle core here)
 bare Python and the import in turn, from compiled modules as an installed package has them.
 """
 
-import argparse
 import os
 import random
 import subprocess
@@ -24,7 +23,7 @@ from profiles.engines.base import RequestInfo, RoundReport
 from profiles.records.core import PLAIN, Draft, Model, Setup
 from profiles.stats import median
 from tests import ROOT
-from tests.benchmarks.common import family, finish
+from tests.benchmarks.common import arguments, family, finish
 from tests.support.policies import acceptance, choice, policy, round_times
 from tuner.policy.policy import Policy
 from tuner.policy.prior import Prior
@@ -130,7 +129,7 @@ def percentile(values: list[float], share: float) -> float:
 
 def main() -> None:
     """A row per batch size, then JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=40000)
     parser.add_argument("--imports", type=int, default=30)
     options = parser.parse_args()

@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -13,14 +13,13 @@ from profiles.acceptance.expected_rounds import (
     check_length,
     round_outcomes,
 )
-from profiles.engines.base import RequestInfo, RoundController, RoundDecision, RoundReport
+from profiles.engines.base import RequestInfo, RoundController, RoundReport
 from profiles.records.core import PLAIN, Prompt, Setup, Workload
 from profiles.records.errors import InputError, NotMeasuredError
 from profiles.records.evidence import RoundCount, StepShape
 from tests.benchmarks.traffic import Disturbance, Moment, Request, Stream
 from tuner.forecast.evidence import Evidence
 from tuner.forecast.forecaster import Forecaster
-from tuner.policy.query import MIXED
 
 
 class RoundResult(NamedTuple):
@@ -102,28 +101,20 @@ Ways = tuple[list[Outcome], list[float]]  # in which a round can go, and their c
 PLAIN_ROUND: Outcome = (0, 0, False)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class World:
-    """What a simulated server runs on: what its drafts do on prompts, and what rounds take at some batch sizes.
+class Simulator:
+    """Serves streams. What it works out about traces and times is kept, so a second stream is served faster.
 
-    `workload` names the sampling and the most tokens of an output; its batch size says nothing. A batch is timed like
-    the smallest one of `forecasters` that is at least as large.
+    Args:
+        workload: names the sampling and the most tokens of an output; its batch size says nothing.
+        evidence: what drafts do on prompts.
+        forecasters: what rounds take, by batch size; a batch is timed like the smallest that is at least as large.
     """
 
-    workload: Workload
-    evidence: Evidence
-    forecasters: Mapping[int, Forecaster]
-
-
-class Simulator:
-    """Serves streams. What it works out about traces and times is kept, so a second stream is served faster."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, workload: Workload, evidence: Evidence, forecasters: Mapping[int, Forecaster]) -> None:
+        self.workload, self.evidence, self.forecasters = workload, evidence, forecasters
         self._arms: dict[Setup, _Arm] = {}
-        self._digests: dict[Prompt, str] = {}
-        sizes = sorted(world.forecasters)
-        self._sizes = [0, *(min(size for size in sizes if size >= rows) for rows in range(1, sizes[-1] + 1))]
+        sizes = sorted(forecasters)
+        self.sizes = [0, *(min(size for size in sizes if size >= rows) for rows in range(1, sizes[-1] + 1))]
 
     def serve(
         self,
@@ -148,37 +139,16 @@ class Simulator:
         Drafts that are sampled are drawn by `seed`; greedy ones have none. Raises: InputError: the stream needs a
         larger batch than was measured. NotMeasuredError: a prompt, or a setup that was picked, is not in the evidence.
         """
-        if stream.most_rows >= len(self._sizes):
-            raise InputError(f"stream {stream.name!r} needs batch {stream.most_rows}: {max(self._sizes)} is measured")
+        if stream.most_rows >= len(self.sizes):
+            raise InputError(f"stream {stream.name!r} needs batch {stream.most_rows}: {max(self.sizes)} is measured")
         return _Run(self, stream, seed, noise, labelled).play(controller, disturbance, num_rounds, delay)
-
-    def digest(self, prompt: Prompt) -> str:
-        """Of a prompt; worked out once, as it reads every token."""
-        if prompt not in self._digests:
-            self._digests[prompt] = prompt.digest
-        return self._digests[prompt]
 
     def arm(self, setup: Setup) -> "_Arm":
         """Outcomes and times of rounds of this setup."""
         arm = self._arms.get(setup)
         if arm is None:
-            arm = self._arms[setup] = _Arm(self.world, self._sizes, setup)
+            arm = self._arms[setup] = _Arm(self, setup)
         return arm
-
-
-class Fixed:
-    """Always the same setup."""
-
-    def __init__(self, setup: Setup) -> None:
-        self._pick = RoundDecision(setup, True, 1, 1, MIXED, 0.0)
-
-    def choose(self, **_: object) -> RoundDecision:
-        return self._pick
-
-    def observe(self, report: RoundReport) -> bool:
-        return True
-
-    def finish(self, requests: Iterable[Hashable]) -> None: ...
 
 
 class _Row:
@@ -187,11 +157,11 @@ class _Row:
     `start` is the next output position; `num_cached` by draft model: tokens of its text in the model's cache.
     """
 
-    __slots__ = ("domain", "info", "key", "num_cached", "phase", "prompt_tokens", "size", "start")
+    __slots__ = ("domain", "info", "key", "num_cached", "phase", "prompt", "prompt_tokens", "size", "start")
 
-    def __init__(self, request: Request, digest: str, size: int, most: int, info: RequestInfo) -> None:
-        self.domain, self.phase, self.info = info.domain, request.phase, info
-        self.key = digest, size, most
+    def __init__(self, request: Request, size: int, most: int, info: RequestInfo) -> None:
+        self.domain, self.phase, self.info, self.prompt = info.domain, request.phase, info, request.prompt
+        self.key = request.prompt.digest, size, most
         self.prompt_tokens = len(request.prompt.token_ids)
         self.size = size
         self.start = 1
@@ -209,13 +179,11 @@ class _Row:
 class _Arm:
     """Outcomes and times of rounds of one setup, each worked out once."""
 
-    def __init__(self, world: World, sizes: Sequence[int], setup: Setup) -> None:
+    def __init__(self, simulator: Simulator, setup: Setup) -> None:
         self.setup = setup
         models = [part.digest for part in setup.draft.components if part.kind != "ngram"] if setup.draft else []
         self.model = models[0] if models else None
-        self.looks_up = setup.draft is not None and setup.draft.looks_up
-        self._world = world
-        self._sizes = sizes
+        self._simulator = simulator
         self._ways: dict[tuple[str, int, int], list[Ways | None]] = {}
         self._acceptances: dict[str, DraftAcceptance] = {}
         self._seconds: dict[tuple[int, StepShape], float] = {}
@@ -231,44 +199,37 @@ class _Arm:
         ways, sums = table[row.start] or self._work_out(table, row)
         return ways[0] if len(ways) == 1 else rng.choices(ways, cum_weights=sums)[0]
 
-    def acceptance(self, digest: str) -> DraftAcceptance:
-        """Of a prompt, by its digest."""
-        if digest not in self._acceptances:
+    def acceptance(self, prompt: Prompt) -> DraftAcceptance:
+        if prompt.digest not in self._acceptances:
             assert self.setup.draft is not None
-            acceptance = self._world.evidence.acceptance(self.setup.draft, _Replayed(digest))
+            acceptance = self._simulator.evidence.acceptance(self.setup.draft, prompt)
             check_length(acceptance, self.setup.length)
-            self._acceptances[digest] = acceptance
-        return self._acceptances[digest]
+            self._acceptances[prompt.digest] = acceptance
+        return self._acceptances[prompt.digest]
 
     def seconds(self, num_rows: int, shape: StepShape) -> float:
         """Of a round of a batch of `num_rows`."""
-        key = self._sizes[num_rows], shape
+        key = self._simulator.sizes[num_rows], shape
         seconds = self._seconds.get(key)
         if seconds is None:
-            seconds = self._seconds[key] = self._world.forecasters[key[0]].round_s(self.setup, shape)
+            seconds = self._seconds[key] = self._simulator.forecasters[key[0]].round_s(self.setup, shape)
         return seconds
 
     def refill_s(self, num_rows: int) -> float:
         """Of a prefill that a batch of `num_rows` waits for."""
-        size = self._sizes[num_rows]
+        size = self._simulator.sizes[num_rows]
         if size not in self._refills_s:
-            self._refills_s[size] = self._world.forecasters[size].refill_s(self.setup.draft)
+            self._refills_s[size] = self._simulator.forecasters[size].refill_s(self.setup.draft)
         return self._refills_s[size]
 
     def _work_out(self, table: list[Ways | None], row: _Row) -> Ways:
-        digest, size, most = row.key
+        _, size, most = row.key
         length = min(self.setup.length, most - row.start - 1)
-        outcomes = list(round_outcomes(self.acceptance(digest), row.start, length, size))
+        outcomes = list(round_outcomes(self.acceptance(row.prompt), row.start, length, size))
         ways = [(outcome.proposed, outcome.accepted, outcome.by_model) for outcome in outcomes]
         answer = ways, list(accumulate(outcome.prob for outcome in outcomes))
         table[row.start] = answer
         return answer
-
-
-class _Replayed(NamedTuple):
-    """A prompt by its digest, as evidence is looked up."""
-
-    digest: str
 
 
 class _Run:
@@ -278,7 +239,7 @@ class _Run:
         self._simulator = simulator
         self._labelled = labelled
         self._num_requests = 0
-        self._workload = simulator.world.workload
+        self._workload = simulator.workload
         self._waiting = deque(stream.requests)
         self._rng = random.Random(f"{seed} rng")
         self._noise_rng = random.Random(f"{seed} noise")
@@ -344,17 +305,17 @@ class _Run:
         self._refills = 0
         if not self._waiting or len(self._rows) >= self._waiting[0].concurrency:
             return
-        workload, traces = self._workload, self._simulator.world.evidence.traces
+        workload, traces = self._workload, self._simulator.evidence.traces
         while self._waiting and len(self._rows) < self._waiting[0].concurrency:
             request = self._waiting.popleft()
-            digest = self._simulator.digest(request.prompt)
+            digest = request.prompt.digest
             most = min(workload.max_new_tokens, request.most_tokens or workload.max_new_tokens)
             if digest not in traces:
                 raise NotMeasuredError(f"a prompt of domain {request.prompt.domain!r} has no target trace: {digest}")
             self._num_requests += 1
             domain = request.prompt.domain if self._labelled else None
             info = RequestInfo(self._num_requests, domain, workload.context_length, workload.temperature)
-            row = _Row(request, digest, min(most, len(traces[digest].token_ids)), most, info)
+            row = _Row(request, min(most, len(traces[digest].token_ids)), most, info)
             self._refills += bool(self._rows)  # the first of a batch keeps nobody waiting
             if self._in_use is not None and self._in_use.model is not None:
                 row.num_cached[self._in_use.model] = row.prompt_tokens

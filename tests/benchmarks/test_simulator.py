@@ -5,7 +5,7 @@ Prices that tell shapes apart make what a batch ran readable from what it took.
 
 import random
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -16,7 +16,8 @@ from profiles.engines.base import RoundDecision, RoundReport
 from profiles.records.core import PLAIN, Draft, Prompt, Setup
 from profiles.records.errors import InputError, NotMeasuredError
 from tests.benchmarks import traffic
-from tests.benchmarks.simulator import Fixed, Record, Simulator, World
+from tests.benchmarks.controllers import Controller, Fixed, picked
+from tests.benchmarks.simulator import Record, Simulator
 from tests.benchmarks.traffic import Disturbance, Phase, Request, Stream
 from tests.support.fakes import DRAFT_A, GREEDY, NGRAM, TARGET, FakeEngine, prompts
 from tuner.forecast.evidence import Evidence, gather
@@ -40,7 +41,7 @@ class Prices:
         return 0.0
 
 
-class Script:
+class Script(Controller):
     """Picks what `setup_of` says of the round's number; records queries and reports."""
 
     def __init__(self, setup_of: Callable[[int], Setup]) -> None:
@@ -48,24 +49,14 @@ class Script:
         self.reports: list[RoundReport] = []
         self._setup_of = setup_of
 
-    def choose(
-        self,
-        *,
-        batch_size: int | None = None,
-        context_length: int | None = None,
-        domain: str | None = None,
-        temperature: float = 0.0,
-        **_: object,
-    ) -> RoundDecision:
+    def choose(self, *, batch_size: int | None = None, domain: str | None = None, **_: object) -> RoundDecision:
         setup = self._setup_of(len(self.queries))
         self.queries.append((batch_size or 1, domain))
-        return RoundDecision(setup, True, batch_size or 1, context_length or 0, domain or "mixed", temperature)
+        return picked(setup)
 
     def observe(self, report: RoundReport) -> bool:
         self.reports.append(report)
         return True
-
-    def finish(self, requests: Iterable[Hashable]) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +73,13 @@ def forecaster(evidence: Evidence) -> Forecaster:
 
 @pytest.fixture
 def simulator(evidence: Evidence, forecaster: Forecaster) -> Simulator:
-    return Simulator(World(workload=GREEDY, evidence=evidence, forecasters={1: forecaster, 4: forecaster}))
+    return Simulator(GREEDY, evidence, {1: forecaster, 4: forecaster})
 
 
 @pytest.fixture
 def priced(evidence: Evidence) -> Simulator:
     forecasters = {1: Prices(), 4: Prices()}
-    return Simulator(World(workload=GREEDY, evidence=evidence, forecasters=forecasters))  # type: ignore[arg-type]
+    return Simulator(GREEDY, evidence, forecasters)  # type: ignore[arg-type]
 
 
 def queue(concurrency: int, chosen: Sequence[Prompt] = PROMPTS) -> Stream:
@@ -97,11 +88,8 @@ def queue(concurrency: int, chosen: Sequence[Prompt] = PROMPTS) -> Stream:
 
 def shapes_of(record: Record) -> list[tuple[int, int, int]]:
     """What `Prices` made of them."""
-    return [(int(s // 1_000_000), int(s % 1_000_000 // 10_000), int(s % 10_000)) for s in map(_seconds, record.rounds)]
-
-
-def _seconds(played: object) -> float:
-    return float(played.seconds)  # type: ignore[attr-defined]
+    seconds = [int(result.seconds) for result in record.rounds]
+    return [(value // 1_000_000, value % 1_000_000 // 10_000, value % 10_000) for value in seconds]
 
 
 @every_setup
@@ -215,10 +203,8 @@ def test_sampled_drafts_are_drawn_by_seed() -> None:
     """At a temperature above 0 rounds are one way through the trace, drawn by the seed."""
     workload = replace(GREEDY, temperature=0.8)
     evidence = gather(FakeEngine(), workload, PROMPTS[:2], LENGTHS)
-    world = World(
-        workload=workload, evidence=evidence, forecasters={1: Forecaster(evidence, workload, TARGET.run_digest)}
-    )
-    records = [Simulator(world).serve(queue(1, PROMPTS[:2]), Fixed(SETUPS[2]), seed=seed) for seed in (1, 1, 2)]
+    server = Simulator(workload, evidence, {1: Forecaster(evidence, workload, TARGET.run_digest)})
+    records = [server.serve(queue(1, PROMPTS[:2]), Fixed(SETUPS[2]), seed=seed) for seed in (1, 1, 2)]
     assert records[0] == records[1] != records[2]
 
 

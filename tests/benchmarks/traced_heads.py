@@ -12,7 +12,6 @@ prompt with those of real runs, and outputs with plain decoding. Parts are run o
   of their difference over prompts and seeds. vLLM's sampling is repaired (`tests/support/repaired_vllm_worker.py`).
 """
 
-import argparse
 import json
 import os
 import time
@@ -32,7 +31,7 @@ from profiles.prompts import reader, tokenize
 from profiles.records.core import PLAIN, Draft, Prompt, Setup, Workload
 from profiles.records.evidence import RoundCount, Rounds, TargetTrace
 from tests import ROOT
-from tests.benchmarks.common import LENGTHS, finish
+from tests.benchmarks.common import LENGTHS, arguments, finish
 from tests.lanes.places import RUNNING, V2
 from tuner.forecast.queues import spread_over_domains
 
@@ -251,7 +250,7 @@ def merged(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Measures parts, or prints what they say together."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--part", choices=list(PARTS), nargs="*", default=list(PARTS))
     parser.add_argument("--folder", type=Path, default=Path("traced_heads"))
     parser.add_argument("--merge", action="store_true", help="only print what is in the folder")

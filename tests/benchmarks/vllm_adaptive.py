@@ -8,7 +8,6 @@ Requests name no domain; every pass sends the same prompts. `python_us`: Python 
 `--policy FILE` is read, or measured on other prompts and written, which ends the call: choices are the best forecasts.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -23,7 +22,7 @@ from profiles.engines.vllm.flags import LOOKUP_KEY
 from profiles.models import loader
 from profiles.prompts import read, tokenize
 from profiles.records.core import LOOKUP_LENGTH, PLAIN, Draft, Workload
-from tests.benchmarks.common import finish
+from tests.benchmarks.common import arguments, finish
 from tests.lanes.places import RUNNING
 from tests.support.vllm_client import QUIET, VllmClient, speculative
 from tuner.export.vllm import SCHEDULER
@@ -103,7 +102,7 @@ def queues(count: int, max_new_tokens: int) -> dict[str, list[list[int]]]:
 
 def main() -> None:
     """A row per server and phase, then JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--policy", type=Path, required=True, help="file to read, or to measure and write")
     parser.add_argument("--prompts", type=int, default=8, help="in each phase")
     parser.add_argument("--max-new-tokens", type=int, default=48)

@@ -18,19 +18,18 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
-from profiles import builtin
 from profiles.acceptance.expected_rounds import WIDEST_CATCH_UP
-from profiles.engines import workloads
-from profiles.engines.bench import Bench, Question
-from profiles.engines.torch import load as load_module
-from profiles.records import draft_spec
+from profiles.engines.bench import Bench
 from profiles.records.core import PLAIN, Draft, Interval, Prompt, Setup, Workload
 from profiles.records.evidence import StepShape
 from store.cached_engine import CachedEngine
 from store.evidence_store import EvidenceStore
 from tests.benchmarks import traffic
 from tests.benchmarks.common import DRAFTS as TUNED_DRAFTS
-from tests.benchmarks.simulator import Fixed, Simulator, World
+from tests.benchmarks.common import LENGTHS as TUNED_LENGTHS
+from tests.benchmarks.common import load_family
+from tests.benchmarks.controllers import Fixed, Table
+from tests.benchmarks.simulator import Simulator
 from tuner.forecast.evidence import Evidence, gather
 from tuner.forecast.forecaster import Forecaster
 from tuner.forecast.queues import spread_over_domains
@@ -46,7 +45,6 @@ from tuner.search.objective import candidates
 LENGTHS = tuple(range(1, 17))
 BATCHES = (1, 4, 8, 32)
 DRAFTS = ("ngram", "builtin:draft-general", "builtin:draft-code", "builtin:draft-prose")  # composites take long at 32
-TUNED_LENGTHS = tuple(range(1, 9))
 ODDS = 3.0  # by which acceptance that is too good is off
 CLIFF, CLIFF_FACTOR = 4, 1.3  # tokens beyond which rounds take so many times longer than stored
 LOADED_LOG_STD = 0.3  # of the times of drafts measured under load
@@ -111,7 +109,7 @@ class Family:
     def alone(self, prompt: Prompt) -> dict[Setup, float]:
         """Seconds that each setup takes for a prompt at batch 1."""
         if prompt not in self._alone:
-            forecaster = self.simulator.world.forecasters[1]
+            forecaster = self.simulator.forecasters[1]
             self._alone[prompt] = {
                 setup: sum(
                     count * forecaster.round_s(setup, shape)
@@ -127,12 +125,12 @@ class Family:
         return min(seconds, key=lambda setup: seconds[setup]), self.output_tokens(prompt)
 
     def output_tokens(self, prompt: Prompt) -> int:
-        return len(self.simulator.world.evidence.traces[prompt.digest].token_ids) - 1
+        return len(self.simulator.evidence.traces[prompt.digest].token_ids) - 1
 
 
-def look_up(policy: Policy, num_rows: int, domain: str | None) -> Setup:
-    """The policy's answer, which never changes."""
-    return policy.look_up(batch_size=num_rows, domain=domain).choice.setup
+def lookup_table(policy: Policy) -> Table:
+    """The policy's answers, which never change."""
+    return Table(lambda num_rows, domain: policy.look_up(batch_size=num_rows, domain=domain).choice.setup)
 
 
 Task, Answer = TypeVar("Task"), TypeVar("Answer")
@@ -179,9 +177,7 @@ def family(options: argparse.Namespace, *, measured: bool = False) -> Iterator[F
         tempfile.TemporaryDirectory() as folder,
         EvidenceStore.open((options.traces or Path(folder)) / "evidence.db") as evidence_store,
     ):
-        bench = load_module.load(builtin.TARGET, [draft_spec.parse_draft(text) for text in DRAFTS], None, None)
-        question = Question(lengths=LENGTHS, max_new_tokens=options.tokens, batch_sizes=BATCHES)
-        loads, _ = workloads.workloads(bench, question, [builtin.ALL_PROMPTS])
+        bench, loads = load_family(DRAFTS, lengths=LENGTHS, max_new_tokens=options.tokens, batch_sizes=BATCHES)
         prompts = spread_over_domains(loads[0][1], options.prompts)
         engine = CachedEngine(bench.engine, evidence_store)
         target = engine.target.run_digest
@@ -226,14 +222,12 @@ def tuned_family(options: argparse.Namespace, store: Path) -> Iterator[Family]:
     assert policy.prior is not None
     tokens = 64  # of `make tune`
     with EvidenceStore.open(store / "evidence.db") as evidence_store:
-        drafts = draft_spec.with_composites([draft_spec.parse_draft(text) for text in TUNED_DRAFTS])
-        bench = load_module.load(builtin.TARGET, drafts, None, None)
-        question = Question(lengths=TUNED_LENGTHS, max_new_tokens=tokens)
-        ((workload, prompts),), _ = workloads.workloads(bench, question, [builtin.ALL_PROMPTS])
+        bench, loads = load_family(TUNED_DRAFTS, composites=True, lengths=TUNED_LENGTHS, max_new_tokens=tokens)
+        ((workload, prompts),) = loads
         engine = CachedEngine(bench.engine, evidence_store)
         evidence = traced(engine, workload, prompts)
         forecaster = PriorPrices(evidence, workload, engine.target.run_digest, policy.prior)
-        simulator = Simulator(World(workload=workload, evidence=evidence, forecasters={1: forecaster}))
+        simulator = Simulator(workload, evidence, {1: forecaster})
         usable = tuple(draft for draft in evidence.drafts if draft in policy.prior.drafts)
         setups = candidates(usable, TUNED_LENGTHS)
         yield Family(
@@ -248,7 +242,7 @@ def _family(bench: Bench, workload: Workload, evidence: Evidence, forecasters: M
     tuned_on = {domain: in_domain[::2] for domain, in_domain in by_domain.items()}
     pools = {MIXED: [prompt for in_domain in tuned_on.values() for prompt in in_domain], **tuned_on}
     setups = candidates(evidence.drafts, LENGTHS)
-    simulator = Simulator(World(workload=workload, evidence=evidence, forecasters=forecasters))
+    simulator = Simulator(workload, evidence, forecasters)
     exact = Interval(estimate=1.0, low=1.0, high=1.0)
     points = [
         PointDecision(
