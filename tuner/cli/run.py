@@ -217,7 +217,6 @@ def _tune(
         watch = Watch(
             progress=progress.update,
             out_of_time=lambda: seconds_left() < 0.0,
-            show=progress.best,
             seconds_left=seconds_left,
         )
         return runs.tune(bench.engine, loads, session, tuner_options, watch)

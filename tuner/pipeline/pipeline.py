@@ -21,7 +21,6 @@ from tuner.forecast.queues import spread_over_domains
 from tuner.pipeline.build_prior import build_prior
 from tuner.pipeline.decision import judge
 from tuner.pipeline.points import PointDecision, PointPlan, plan_points
-from tuner.pipeline.standings import LiveStandings, Show
 from tuner.pipeline.trial import Options, OutOfTimeError, PointTrial
 from tuner.policy.policy import Choice
 from tuner.policy.prior import Prior
@@ -52,14 +51,13 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watch:
-    """Callbacks of a run: `progress` before every unit, `out_of_time` with it, `show` when the best candidate changes.
+    """Callbacks of a run: `progress` before every unit, `out_of_time` with it.
 
     `seconds_left` of the budget, infinite without one, are shared among the stages.
     """
 
     progress: Progress = lambda *_: None
     out_of_time: Callable[[], bool] = lambda: False
-    show: Show = lambda _: None
     seconds_left: Callable[[], float] = lambda: math.inf
 
     def share(self, part: float) -> Callable[[], bool]:
@@ -161,12 +159,10 @@ class Tuner:
         return trial
 
     def _trial(self, point: PointDecision, name: str, enough_races: Callable[[], bool] = lambda: False) -> PointTrial:
-        standings = LiveStandings(self._watch.show, point.plan.domain, point.forecasts)
         return PointTrial(
             self._engine,
             point,
             self._options,
-            standings,
             progress=self._progress,
             name=name,
             enough_races=enough_races,

@@ -11,17 +11,16 @@ from profiles.records.draft_spec import RefusedDraft
 from profiles.records.errors import EngineError
 from profiles.records.evidence import Infeasible, Sample
 from profiles.records.keys import run_point, unit_digest
-from profiles.stats import LogRatio
+from profiles.stats import LogRatio, speedup_interval
 from tuner.forecast.evidence import Progress, trace_more
 from tuner.forecast.forecaster import Forecaster
 from tuner.forecast.queues import purpose_of, queues, spread_over_domains
 from tuner.pipeline.points import PointDecision
-from tuner.pipeline.standings import LiveStandings
 from tuner.policy.estimates import Measured, Objective
 from tuner.search import control, proof, race
 from tuner.search.limits import Limits
 from tuner.search.objective import MIN_SPEEDUP, among_equals, worth_racing
-from tuner.search.pairs import Pair, Queue, pair_order, run_beside, run_pairs, speedup_so_far, timed_pairs
+from tuner.search.pairs import Pair, Queue, columns, pair_order, run_beside, run_pairs, timed_pairs
 from tuner.search.sequential import Look
 from tuner.search.studies import Storage
 
@@ -74,7 +73,6 @@ class PointTrial:
         engine: Engine,
         point: PointDecision,
         options: Options,
-        standings: LiveStandings,
         *,
         progress: Progress,
         name: str,
@@ -84,7 +82,6 @@ class PointTrial:
         self._plan = point.plan
         self._workload = point.plan.workload
         self._options = options
-        self._standings = standings
         self._progress = progress
         self._name = name
         self._enough_races = enough_races
@@ -229,10 +226,6 @@ class PointTrial:
                 ran = run_beside(self._engine, self._workload, queue, missing, purpose)
                 for setup, more in ran.items():
                     pairs.setdefault(setup, []).extend(more)
-            for setup in missing:
-                if setup != PLAIN:
-                    state = f"racing {len(pairs[setup])}/{sum(map(len, planned))}"
-                    self._standings.note(setup, state, speedup_so_far(pairs[setup], objective))
             return {setup: pairs[setup][start : start + len(queue)] for setup in setups}
 
         result = race.race(
@@ -250,10 +243,7 @@ class PointTrial:
         for failure in result.failed:
             if failure.setup != PLAIN:  # plain against plain only shows the noise
                 self._rule_out(failure)
-        for setup in result.pruned:
-            self._standings.note(setup, "pruned in the race")
         for setup in result.speedups:
-            self._standings.note(setup, "raced")
             self._rule_out(self._options.limits.latency_breach(setup, [pair.chosen for pair in pairs[setup]]))
         self._race_ratios = {setup: self._race_ratio(setup, result) for setup in result.speedups}
         result = replace(result, speedups={setup: math.exp(each.value) for setup, each in self._race_ratios.items()})
@@ -270,11 +260,11 @@ class PointTrial:
         evidence, forecaster, pairs = self._point.evidence, self._point.forecaster, timed_pairs(self._race_pairs[setup])
         assert evidence is not None
         assert forecaster is not None
-        measured = speedup_so_far(pairs, self._options.objective)
-        if measured is None or self._workload.batch_size > 1 or not evidence.is_traced(setup.draft):
+        if len(pairs) < 2 or self._workload.batch_size > 1 or not evidence.is_traced(setup.draft):
             return False
         forecasts = _forecast_seconds(forecaster, setup, self._raced_prompts(pairs))[self._options.objective]
         plain_s, chosen_s = (sum(column) for column in zip(*forecasts.values(), strict=True))
+        measured, _ = speedup_interval(*columns(pairs, self._options.objective))
         return abs(math.log(measured.estimate * chosen_s / plain_s)) <= FORECAST_TOLERANCE
 
     def _raced_prompts(self, pairs: Sequence[Pair]) -> list[Prompt]:
@@ -357,9 +347,6 @@ class PointTrial:
             order = pair_order(self._workload, queue, setup)
             key = run_point(self._workload, queue, order, purpose)
             running.units.append(unit_digest(self._engine.target, self._engine.environment, key))
-            self._standings.note(
-                setup, f"proving {number + 1}/{size}", speedup_so_far(running.pairs, self._options.objective)
-            )
 
     def _measure(self, running: "_Proof", level: float) -> None:
         """Takes stock of a proof; a setup that breaks a limit or is slower end to end is ruled out."""
@@ -374,7 +361,6 @@ class PointTrial:
         if not running.looks:  # a proof that ended without a look spent nothing
             self._share_left -= running.design.share
         measured, running.looks = proof.measure(running.design, pairs, running.looks, level=level)
-        self._standings.note(setup, "measured", measured.speedup)
         design = running.design
         self._point = replace(
             self._point,
@@ -398,7 +384,6 @@ class PointTrial:
     def _rule_out(self, infeasible: Infeasible | None) -> None:
         if infeasible is not None:
             self._infeasible[infeasible.setup] = infeasible
-            self._standings.note(infeasible.setup, "infeasible")
 
 
 @dataclass(slots=True, kw_only=True)

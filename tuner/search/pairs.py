@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from profiles.engines.base import Engine
-from profiles.records.core import PLAIN, Interval, Prompt, Setup, Workload
+from profiles.records.core import PLAIN, Prompt, Setup, Workload
 from profiles.records.evidence import Sample
 from profiles.records.keys import queue_digest
-from profiles.stats import speedup_interval
 from tuner.policy.estimates import Objective
 
 Queue = tuple[Prompt, ...]
@@ -74,9 +73,3 @@ def _seconds_and_tokens(samples: Sequence[Sample], objective: Objective) -> tupl
     if objective == "throughput":
         return [each.decode_s + each.ttft_s for each in samples], [each.output_tokens for each in samples]
     return [each.decode_s for each in samples], [each.output_tokens - 1 for each in samples]
-
-
-def speedup_so_far(pairs: Sequence[Pair], objective: Objective) -> Interval | None:
-    """Speed-up over the pairs so far; None under two pairs with a time per token. Only for display."""
-    timed = timed_pairs(pairs)
-    return speedup_interval(*columns(timed, objective))[0] if len(timed) > 1 else None

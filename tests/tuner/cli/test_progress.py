@@ -1,4 +1,4 @@
-"""The bar and the best candidate on a terminal, and the few lines that are printed where there is none."""
+"""The bar on a terminal, and the few lines that are printed where there is none."""
 
 import io
 import re
@@ -36,33 +36,19 @@ class Screen:
         return text
 
 
-BEST = "code: ngram:max=4,min=2 k=7 at 1.34 [1.24, 1.44] is the best so far (racing)"
-
-
 @pytest.mark.parametrize("width", [100, 60])
-def test_a_terminal_shows_the_best_over_the_bar(width: int) -> None:
-    """Both fit the width, the bar stands last on a line of its own, and everything is cleared at the end."""
+def test_a_terminal_shows_a_bar(width: int) -> None:
+    """It fits the width, a name in it is no markup, and everything is cleared at the end."""
     screen = Screen(width=width)
     with StageProgress(screen.console, Clock()) as progress:
-        progress.best(BEST)
         screen.new()
-        progress.update("race code", 3, 48)
-        best, bar = re.sub(CONTROL, "", screen.new()).split("\n")
-        assert best.startswith("code: ngram:max=4,min=2 k=7 at 1.34")
-        assert bar.startswith("race code ")
+        progress.update("race [red]x[/]", 3, 48)
+        bar = re.sub(CONTROL, "", screen.new()).rpartition("race")[2]
+        assert bar.startswith(" [red]x[/] ")
         assert " 3/48 " in bar
         assert bar.rstrip().endswith("left")
-        assert max(map(len, [best, bar])) <= width
+        assert len(bar) <= width
     assert ERASE_LINE in screen.new()
-
-
-def test_names_are_not_markup() -> None:
-    """A draft's folder may be called anything."""
-    screen = Screen()
-    with StageProgress(screen.console, Clock()) as progress:
-        progress.best("[red]draft[/] k=1 at 1.20 [blink]")
-    text = screen.new()
-    assert "[red]draft[/] k=1 at 1.20 [blink]" in text
 
 
 def test_it_draws_four_times_a_second_at_most() -> None:
@@ -73,13 +59,10 @@ def test_it_draws_four_times_a_second_at_most() -> None:
         assert "0/48" in screen.new()
         clock.now_s = 0.2
         progress.update("race code", 1, 48)
-        progress.best(BEST)
         assert screen.new() == ""
         clock.now_s = 0.25
         progress.update("race code", 2, 48)
-        drawn = screen.new()
-        assert "2/48" in drawn
-        assert BEST in drawn
+        assert "2/48" in screen.new()
         progress.update("proof code", 0, 30)
         assert "0/30" in screen.new()
 
@@ -89,25 +72,23 @@ def test_without_a_terminal_one_line_per_stage_is_printed() -> None:
     screen = Screen(terminal=False)
     with StageProgress(screen.console, Clock()) as progress:
         progress.update("target trace", 0, 2)
-        progress.best(BEST)
         progress.update("target trace", 1, 2)
         progress.update("race [code]", 0, 48)
     assert screen.new() == "target trace: 2 units\nrace [code]: 48 units\n"
 
 
 def test_without_a_terminal_a_long_stage_says_what_is_left() -> None:
-    """A line every 30 s at most: units, seconds left at the pace so far, and the best candidate."""
+    """A line every 30 s at most: units, and seconds left at the pace so far."""
     clock, screen = Clock(), Screen(terminal=False)
     with StageProgress(screen.console, clock) as progress:
         for done in range(12):
             clock.now_s = 10.0 * done
             progress.update("race code", done, 48)
-            progress.best(BEST)
     assert screen.new().splitlines() == [
         "race code: 48 units",
-        f"race code: 3 of 48 units, about 450 s left; {BEST}",
-        f"race code: 6 of 48 units, about 420 s left; {BEST}",
-        f"race code: 9 of 48 units, about 390 s left; {BEST}",
+        "race code: 3 of 48 units, about 450 s left",
+        "race code: 6 of 48 units, about 420 s left",
+        "race code: 9 of 48 units, about 390 s left",
     ]
 
 

@@ -641,18 +641,6 @@ def test_a_limit_must_be_above_zero(limit: str, value: float) -> None:
         Limits(**{limit: value})
 
 
-def test_those_who_watch_see_the_best_so_far() -> None:
-    """By forecast first, then by what race and proof have measured so far."""
-    seen: list[str] = []
-    outcome = _tune(Altered(), watch=Watch(show=seen.append))
-    assert seen[0].endswith("is the best so far (forecast)")
-    states = {line.rpartition("(")[2].split()[0].rstrip(")") for line in seen}
-    assert {"forecast", "racing", "raced", "proving", "measured"} <= states
-    choice = outcome.choices[-1]
-    assert choice.measured is not None
-    assert f"{choice.domain}: {choice.setup.name} at {choice.measured.speedup:.2f} is the best so far" in seen[-1]
-
-
 def _queue_pair(number: int, plain_s: float, disturbed: bool = False) -> Pair:
     """Ten tokens of prompt `number`; the setup always takes 1 s."""
     fields = {"prompt_digest": f"p{number}", "disturbed": disturbed}
