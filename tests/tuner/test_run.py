@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from profiles.records.core import PLAIN, Setup, Workload
+from profiles.records.draft_spec import RefusedDraft
 from store.database import Location
 from store.evidence_store import EvidenceStore
 from tests import ROOT
@@ -208,3 +209,15 @@ def test_a_vllm_that_tells_less_of_its_cache_ends_no_run(session: TuningSession)
     cache = {"kv_tokens": 4096, "concurrency": None, "preemptions": None}
     finished = replace(finished, cost=finished.cost | {"kv_cache": {"plain": cache}})
     assert "KV cache, plain: 4096 tokens; preempted 0 times" in run_summary(finished)
+
+
+def test_setups_left_out_for_one_cause_share_a_line(session: TuningSession) -> None:
+    finished = tune(FakeEngine(keep=0.9), [(GREEDY, PROMPTS)], session, Options(lengths=(1, 2)), Watch())
+    slower = [RefusedDraft(name=f"a k={k}", reason="end to end", detail="it is slower") for k in (1, 2, 3)]
+    missing = RefusedDraft(name="b", reason="ModelError", detail="no such directory")
+    finished = replace(finished, left_out=(*slower, missing))
+    lines = [line for line in run_summary(finished) if line.startswith("infeasible")]
+    assert lines == [
+        "infeasible: a k=1 and 2 more (end to end): it is slower",
+        "infeasible: b (ModelError): no such directory",
+    ]

@@ -51,7 +51,12 @@ def prompt_notes(domains: Mapping[str, int]) -> Iterator[str]:
 def run_summary(finished: "FinishedRun") -> Iterator[str]:
     """What was left out and why, what the run cost, and how quiet the machine was."""
     outcome, cost = finished.outcome, finished.cost
-    yield from (f"infeasible: {refused.name} ({refused.reason}): {refused.detail}" for refused in finished.left_out)
+    names_by_cause: dict[tuple[str, str], list[str]] = {}
+    for refused in finished.left_out:
+        names_by_cause.setdefault((refused.reason, refused.detail), []).append(refused.name)
+    for (reason, detail), (name, *others) in names_by_cause.items():
+        more = f" and {len(others)} more" if others else ""
+        yield f"infeasible: {name}{more} ({reason}): {detail}"
     decided = zip(outcome.points, outcome.choices, strict=True)
     yield from (f"{point.domain}: {point.stopped}" for point, choice in decided if point.stopped and not choice.proven)
     text = f"measured {cost['measured_seconds']:.0f} s, reused {cost['reused_units']} stored units"
