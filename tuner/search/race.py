@@ -7,7 +7,6 @@ from functools import cache
 from statistics import fmean
 
 import numpy
-from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from profiles.records.core import PLAIN, Setup
@@ -15,7 +14,7 @@ from profiles.records.errors import EngineError
 from profiles.records.evidence import Infeasible
 from tuner.policy.estimates import Objective
 from tuner.search.pairs import Pair, columns, timed_pairs
-from tuner.search.studies import Storage, store_study
+from tuner.search.studies import Storage, params_of, space_of, store_study
 
 PRUNE_P = 0.02  # after each queue: in a race of twelve an equal setup is pruned with a chance of 0.05
 PRUNE_AFTER_QUEUES = 4
@@ -75,7 +74,7 @@ def race(
         others = [setup for setup in hopeful if setup.draft == fastest.draft and setup not in finalists]
         contest.race(others[:MORE_LENGTHS])
     entries = contest.entries
-    store_study(study_name, "minimize", _trials(entries, [PLAIN, *hopeful], objective), storage)
+    store_study(study_name, "minimize", _trials(entries, objective), storage)
     totals = {setup: each.total(objective) for setup, each in entries.items() if each.state == TrialState.COMPLETE}
     noise = totals.pop(PLAIN, None)
     return RaceResult(
@@ -167,14 +166,15 @@ class _Race:
             return {}
 
 
-def _trials(entries: Mapping[Setup, _Entry], setups: Sequence[Setup], objective: Objective) -> list[FrozenTrial]:
-    names = CategoricalDistribution([setup.name for setup in setups])
+def _trials(entries: Mapping[Setup, _Entry], objective: Objective) -> list[FrozenTrial]:
+    space = space_of(entries)
     return [
         create_trial(
             state=entry.state,
             value=entry.total(objective) if entry.state == TrialState.COMPLETE else None,
-            params={"setup": setup.name},
-            distributions={"setup": names},
+            params=params_of(setup),
+            distributions=space,
+            user_attrs={"setup": setup.name},
             intermediate_values=entry.by_queue,
         )
         for setup, entry in entries.items()

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import optuna
 import sqlalchemy
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
 from profiles.records.core import PLAIN, Setup
 from profiles.records.errors import StoreError
@@ -98,21 +99,32 @@ def _warn(error: Exception) -> None:
     logging.getLogger(__name__).warning("Optuna's studies are not stored: %s; no evidence is in them", reason)
 
 
+def space_of(setups: Iterable[Setup]) -> dict[str, BaseDistribution]:
+    """The draft (`plain`: none) and the length, of the trials of these setups."""
+    points = [params_of(setup) for setup in setups]
+    drafts = list(dict.fromkeys(point["draft"] for point in points))
+    return {"draft": CategoricalDistribution(drafts), "k": IntDistribution(0, max(point["k"] for point in points))}
+
+
+def params_of(setup: Setup) -> dict[str, Any]:
+    return {"draft": setup.draft.name if setup.draft else PLAIN.name, "k": setup.length}
+
+
 def search_forecasts(
     candidates: Sequence[Setup], forecast: Callable[[Setup], Forecast], *, study_name: str, storage: Storage | None
 ) -> list[Forecast]:
     """Forecasts every candidate, best score first; the best 100 are stored as trials of `study_name`."""
     forecasts = sorted((forecast(setup) for setup in candidates), key=score, reverse=True)
     if storage is not None:
-        names = optuna.distributions.CategoricalDistribution([setup.name for setup in candidates])
+        space = space_of(candidates)
         stored = [each for each in forecasts if each.setup == PLAIN]
         stored += [each for each in forecasts if each.setup != PLAIN][: STORED_TRIALS - 1]
         trials = [
             optuna.trial.create_trial(
-                params={"setup": each.setup.name},
-                distributions={"setup": names},
+                params=params_of(each.setup),
+                distributions=space,
                 value=score(each),
-                user_attrs={"speedup": each.speedup.estimate},
+                user_attrs={"setup": each.setup.name, "speedup": each.speedup.estimate},
             )
             for each in stored
         ]

@@ -132,11 +132,10 @@ class TestARun:
         """The forecasts are a study of their own database: plain decoding first, then every setup, the best first."""
         study = load_study(tuned.store, "forecasts")
         assert len(study.trials) == 5
-        assert study.trials[0].params == {"setup": "plain"}
+        assert study.trials[0].params == {"draft": "plain", "k": 0}
         assert study.trials[0].user_attrs["speedup"] == 1.0
-        names = {trial.params["setup"] for trial in study.trials[1:]}
-        assert len(names) == 4
-        assert {name.split(" ")[0].split(":")[0] for name in names} == {"ngram", "early-exit"}
+        assert len({trial.user_attrs["setup"] for trial in study.trials[1:]}) == 4
+        assert {trial.params["draft"].split(":")[0] for trial in study.trials[1:]} == {"ngram", "early-exit"}
         scores = [trial.value for trial in study.trials[1:]]
         assert scores == sorted(scores, reverse=True)
 
@@ -194,9 +193,9 @@ class TestAWin:
         """The race's first trial is plain against plain, and each of its steps is one prompt."""
         assert len(load_study(won.store, "forecasts").trials) == studies.STORED_TRIALS
         race = load_study(won.store, "race").trials
-        assert race[0].params == {"setup": "plain"}
+        assert race[0].params == {"draft": "plain", "k": 0}
         assert len(race[0].intermediate_values) == 6
-        assert {trial.params["setup"].split(" ")[0] for trial in race[1:]} <= {"early-exit:1", "early-exit:2"}
+        assert {trial.params["draft"] for trial in race[1:]} <= {"early-exit:1", "early-exit:2"}
         assert {trial.state.name for trial in race} <= {"COMPLETE", "PRUNED"}
 
     def test_it_is_served_to_transformers(self, won: Tuned) -> None:
