@@ -11,7 +11,7 @@ _SQLITE_BUSY = 5
 _ADVICE: dict[str, tuple[int | str, ...]] = {  # SQLite's primary result codes; SQLSTATEs or their first characters
     "another process keeps it locked: wait for it to end, then run again": (_SQLITE_BUSY, 6, "55P03", "53300"),
     "it is read-only: allow writing, grant the right, or name another store": (8, 14, "25006", "0A000", "42501"),
-    "the disk failed or is full: what was saved before is kept; free some space, then run again": (10, 13, "53100", "58"),
+    "the disk failed or is full: what was saved before is kept; free space, then run again": (10, 13, "53100", "58"),
     "it is damaged, or no store: restore a copy or name another store": (11, 26, "XX"),
     "what was saved before is kept; start the server, or correct the URL": ("08", "28", "3D", "57P"),
 }

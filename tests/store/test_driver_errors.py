@@ -7,7 +7,7 @@ from psycopg import errors
 from store import driver_errors
 
 FULL, READ_ONLY, LOCKED = (
-    "the disk failed or is full: what was saved before is kept; free some space, then run again",
+    "the disk failed or is full: what was saved before is kept; free space, then run again",
     "it is read-only: allow writing",
     "another process keeps it locked",
 )
