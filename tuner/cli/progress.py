@@ -16,7 +16,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class StageProgress:
-    """A context manager whose `update` fits `Progress` of the forecasts' evidence; `clock` counts seconds."""
+    """A context manager; `update` is called before every unit of a run. `clock` counts seconds from any moment."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
@@ -31,7 +31,7 @@ class StageProgress:
         self._bar = Progress(*columns, TextColumn("left"), console=console, auto_refresh=False, transient=True)
         self._stage: str | None = None
         self._task: TaskID | None = None
-        self._began_at = self._told_at = 0.0  # the stage, and its last picture or line
+        self._began_at = self._shown_at = 0.0  # the stage, and its last picture or line
 
     def __enter__(self) -> Self:
         if self._draws:
@@ -43,7 +43,7 @@ class StageProgress:
             self._bar.stop()
 
     def update(self, stage: str, done: int, total: int) -> None:
-        """Unit `done` of `total` begins; a new stage is told at once, what comes sooner stands in the next picture."""
+        """Unit `done` of `total` begins; a new stage is shown at once, other changes after a pause."""
         now, begins = self._clock(), stage != self._stage
         if begins:
             if self._task is not None:
@@ -53,7 +53,7 @@ class StageProgress:
         assert self._task is not None
         self._bar.update(self._task, completed=done, total=total)
         pause_s = MIN_SECONDS_BETWEEN_DRAWS if self._draws else SECONDS_BETWEEN_LINES
-        if not begins and now - self._told_at < pause_s:
+        if not begins and now - self._shown_at < pause_s:
             return
         if self._draws:
             self._bar.refresh()
@@ -63,4 +63,4 @@ class StageProgress:
             left_s = (now - self._began_at) / done * (total - done)
             line = f"{stage}: {done} of {total} units, about {left_s:.0f} s left"
             self._console.print(line, markup=False, soft_wrap=True)
-        self._told_at = now
+        self._shown_at = now

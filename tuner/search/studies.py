@@ -107,6 +107,7 @@ def space_of(setups: Iterable[Setup]) -> dict[str, BaseDistribution]:
 
 
 def params_of(setup: Setup) -> dict[str, Any]:
+    """A setup as a point of `space_of`; setups that differ in `stop_below` alone share one."""
     return {"draft": setup.draft.name if setup.draft else PLAIN.name, "k": setup.length}
 
 

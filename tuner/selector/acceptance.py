@@ -46,7 +46,7 @@ class AcceptanceModel:
         # rounds that accept by position, of `weight` that test it; index 0: rounds that propose anything
         self._prior = [self.weight * prob for prob in (stored.propose_prob, *stored.accept_probs)]
         self._accepted, self._tested = [0.0] * len(self._prior), [0.0] * len(self._prior)
-        self.changes = 0
+        self.changes = 0  # rounds that were counted here
         self._decayed = self.last = 0.0  # rounds of the domain when counts decayed, and at the last round
         # rounds of a length start elsewhere in the text than the longest ones, which the stored probabilities are of:
         # by length, how many more tokens they have; and the sum over the rounds that were run
@@ -117,8 +117,8 @@ class DraftModels:
 
     def update(self, domain: int) -> None:
         """Makes the figures of a domain follow what was counted."""
-        self._likelihoods.clear()
         self.models[domain].update()
+        self._likelihoods.clear()
 
 
 class Domains:

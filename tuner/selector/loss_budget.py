@@ -50,12 +50,9 @@ class LossBudget:
 
     def allowed_s(self, plain_s: float) -> float:
         """Seconds that the next round may lose at worst; `plain_s`: of a plain round, as in `add`."""
-        share, total, usual_s = self._share, self._total, self._plain_s or plain_s
-        window_s = self._window * (plain_s if plain_s < usual_s else usual_s)
-        elapsed_s = self._elapsed_s
-        in_window_s = share * window_s - (total - self._minima[0][1])
-        in_all_s = share * (elapsed_s if elapsed_s > window_s else window_s) - total
-        return (in_all_s if in_all_s < in_window_s else in_window_s) / RISK_DIVISOR
+        window_s = self._window * min(plain_s, self._plain_s or plain_s)
+        in_window_s = self._share * window_s - self.loss
+        return min(in_window_s, self._share * max(window_s, self._elapsed_s) - self._total) / RISK_DIVISOR
 
     @property
     def left(self) -> float:

@@ -43,8 +43,8 @@ class RoundTimeModel:
 
     def factors(self, option: int) -> list[float]:
         """Of an option's rounds by length, beside the machine's."""
-        log, exp = self.logs[option], math.exp
-        return [exp(log + length_log) for length_log in self.length_logs[option]]
+        log = self.logs[option]
+        return [math.exp(log + length_log) for length_log in self.length_logs[option]]
 
     def update(self) -> None:
         """Recomputes how far a round may deviate, and the rounds that stored ratios weigh.

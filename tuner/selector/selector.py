@@ -401,9 +401,8 @@ class Selector:
             num_proposed += proposed
             num_accepted += accepted
             expected += draft.models[main].tokens[index] - 1.0
-        totals = self._totals
-        for number, count in (2, num_proposed), (3, expected), (4, num_accepted):
-            totals[number] += STATS_WEIGHT * (count / len(mains) - totals[number])
+        for number, count in enumerate((num_proposed, expected, num_accepted), 2):
+            self._totals[number] += STATS_WEIGHT * (count / len(mains) - self._totals[number])
         return num_accepted, mains
 
     def finish(self, requests: Iterable[Hashable]) -> None:
@@ -478,8 +477,9 @@ def _is_possible(report: RoundReport, many: bool) -> bool:
     if many:
         fits = ids != ()
     else:
-        names = [request.id for request in decision.requests] or None if ids is None else ids
-        fits = names is None or len(rows) == len(names) == len(set(names))
+        if ids is None and decision.requests:
+            ids = tuple([request.id for request in decision.requests])
+        fits = ids is None or len(rows) == len(ids) == len(set(ids))
         fits &= not decision.covered or len(rows) <= decision.batch_size
     length = decision.setup.length
     for row in rows:
@@ -488,5 +488,8 @@ def _is_possible(report: RoundReport, many: bool) -> bool:
         proposed, accepted = row
         if type(proposed) is not int or type(accepted) is not int or not 0 <= accepted <= proposed <= length:
             return False  # bool, and the integers of arrays, are not int
-    fits &= seconds is None or (isinstance(seconds, NUMBERS) and MIN_ROUND_S <= seconds < MAX_ROUND_S)
-    return fits and isinstance(extra_s, NUMBERS) and 0.0 <= extra_s < MAX_ROUND_S
+    return fits and (seconds is None or _is_time(seconds, MIN_ROUND_S)) and _is_time(extra_s, 0.0)
+
+
+def _is_time(value: Any, least: float) -> bool:
+    return isinstance(value, NUMBERS) and least <= value < MAX_ROUND_S
